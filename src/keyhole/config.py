@@ -1,0 +1,179 @@
+"""Every setting of a run, with the reason for its default.
+
+One set of frozen dataclasses makes the command line (tyro) and is checked when read from YAML
+(pydantic). Precedence: default < recipe < `--config` file < flags. The resolved configuration is
+written into the run folder and is itself a valid `--config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval
+
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Rate = Annotated[float, Interval(ge=0, lt=1)]
+Positive = Annotated[int, Gt(0)]
+NotNegative = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NotNegativeFloat = Annotated[float, Ge(0)]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, which labels, which split."""
+
+    path: Path | None = None
+    """Folder of classes, or CSV with `image`, one column per task, optional `split`, `group`, `mpp`."""
+    root: Path | None = None
+    """Folder that relative image paths of a CSV start from; default is the CSV's own folder."""
+    tasks: tuple[str, ...] = ()
+    """Columns to learn, each `name` or `name=kind` (multiclass, binary, multilabel, regression); none: all columns."""
+    val: Rate = 0.15
+    """Share of the images held out to choose the best model, where no `split` is given."""
+    test: Rate = 0.15
+    """Share of the images never looked at in training, where no `split` is given."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """What an unreadable image does: end the run, or be left out, counted and listed."""
+    cache: NotNegativeFloat | None = None
+    """GB of decoded pixels that may stay in memory; default is a quarter of the memory free at the start, 0 never."""
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """How an image becomes patches."""
+
+    size: Positive = 224
+    """Side of a patch in pixels, at the level or microns per pixel asked for."""
+    stride: Positive | None = None
+    """Step between patches in pixels; default is the size, smaller overlaps."""
+    level: NotNegative | None = None
+    """Pyramid level to read; default 0. Excludes `mpp`."""
+    mpp: PositiveFloat | None = None
+    """Microns per pixel to read at, from the best level, resampled. Excludes `level`."""
+    foreground: Literal["all", "non-empty", "tissue"] = "all"
+    """Patches to look at: all, those not of one colour, or those with stained tissue (Otsu on a thumbnail)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder, attention pool and position code."""
+
+    encoder: str = "small"
+    """`small` (ours, fast on small machines) or any timm name, such as `resnet18` or `tf_efficientnet_lite0`."""
+    channels: Literal[1, 3] = 3
+    """Channels the encoder sees; grey images are repeated or colour turned to grey as needed."""
+    width: Positive = 32
+    """Channels of the first stage of the `small` encoder; each later stage doubles them."""
+    stages: Positive | None = None
+    """Keep only the first stages of a timm encoder (the paper's Megapixel MNIST uses 2 of ResNet-18)."""
+    pretrained: bool = False
+    """Download timm's pretrained weights. Off: nothing is downloaded without being asked for."""
+    weights: Path | None = None
+    """Safetensors file with weights for the encoder."""
+    freeze: bool = False
+    """Keep the encoder as it is; only attention and heads learn."""
+    heads: Positive = 8
+    """Attention heads. The paper uses 8."""
+    hidden: Positive | None = None
+    """Width inside the attention block's MLP; default 4 times the embedding's."""
+    dropout: Rate = 0.1
+    """Dropout after attention and in the MLP, as in the paper."""
+    attention_dropout: Rate = 0.1
+    """Dropout of attention weights, as in the paper."""
+    position: Literal["none", "1d", "2d"] = "none"
+    """Position code: none, sinusoidal over the patch index (as published), or over patch coordinates."""
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Iterative patch selection."""
+
+    m: Positive = 32
+    """Patches kept per image (M). Memory and time of the learning pass grow with it."""
+    chunk: Positive = 64
+    """Patches looked at per step of the pass without gradients (I). Larger is faster, up to the device's memory."""
+    rule: Literal["global", "streaming"] = "global"
+    """`global` does not depend on order or chunk size; `streaming` is the published rule."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Learning."""
+
+    epochs: Positive = 30
+    """Passes over the training images."""
+    batch: Positive = 8
+    """Images per step (B)."""
+    lr: PositiveFloat = 3e-4
+    """Peak rate of AdamW; 3e-4 suits pretrained encoders, 1e-3 training from scratch."""
+    encoder_lr: NotNegativeFloat = 1.0
+    """The encoder's rate as a multiple of `lr`; below 1 spares pretrained weights."""
+    weight_decay: NotNegativeFloat = 0.1
+    """AdamW's decay, on matrices only (not on norms and biases)."""
+    warmup: NotNegativeFloat = 1.0
+    """Epochs of linear warm-up; selection is near random at first, so large first steps hurt."""
+    final_lr: Fraction = 0.001
+    """Rate at the end of the cosine, as a share of `lr`."""
+    clip: NotNegativeFloat = 1.0
+    """Largest norm of the gradient; 0 never clips."""
+    balance: Literal["none", "loss"] = "none"
+    """`loss` weighs classes by the inverse of their frequency in the training split."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it and float32 on CPU."""
+    metric: str = "auto"
+    """Validation metric that names the best model: `loss`, `TASK.METRIC` or `METRIC` (mean over tasks); `auto` is
+    `auroc` for classes and `mae` for regression."""
+    patience: NotNegative = 0
+    """Stop after so many epochs without a better validation metric; 0 never stops early."""
+    seed: NotNegative = 0
+    """Same seed, same run (on CPU, to the bit)."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Drawn once per image and epoch, the same in both passes."""
+
+    flip: bool = True
+    """Mirror left-right and up-down at random. Off where orientation carries meaning: text, digits, roads."""
+    rotate: bool = True
+    """Turn by 0, 90, 180 or 270 degrees at random."""
+    shift: bool = True
+    """Shift the patch grid by up to one stride, so that borders fall elsewhere each epoch."""
+    color: Fraction = 0.1
+    """Strength of brightness, contrast, saturation and hue changes."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Machine, output and progress."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    threads: Positive | None = None
+    """Threads that read and decode; default is one per core, at most 16."""
+    ahead: Positive = 4
+    """Chunks read ahead of the device; host memory grows with it."""
+    stall: PositiveFloat = 120.0
+    """Seconds a single read may take before it is an error that names the file."""
+    save_minutes: PositiveFloat = 5.0
+    """The state is saved at the end of each epoch, and at the first step after so many minutes."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Loggers to send metrics to. None unless asked for."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    out: Path | None = None
+    """Run folder to create; must not exist yet."""
+    data: DataConfig = field(default_factory=DataConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    run: RunConfig = field(default_factory=RunConfig)

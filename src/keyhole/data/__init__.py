@@ -1,0 +1,1 @@
+"""Manifests, splits, checks and generated data sets."""

@@ -1,0 +1,90 @@
+"""Writing that never leaves half a file: temporary file beside the target, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from keyhole.errors import OutputError
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Creates `path` with its parents and proves that a file can be written in it.
+
+    Raises:
+        OutputError: it cannot be created or written, naming the folder and the reason.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot write here ({error.strerror or error}). Choose another folder or free it."
+        ) from error
+    return path
+
+
+def write_atomic(path: str | Path, data: str | bytes) -> Path:
+    """Writes `data` to `path` so that, whatever happens, the old or the new content is there whole.
+
+    Raises:
+        OutputError: no permission, no space; the old file is untouched.
+    """
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
+    """A binary file that takes the name `path` only once it is complete and on disk.
+
+    Args:
+        path: the final name.
+        check: reads the finished temporary file back and raises if it is not what it should be.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            yield file  # type: ignore[misc]
+            file.flush()
+            os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+        temporary = None
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: could not be written ({error.strerror or error}); what was there before is unchanged. "
+            "Free space or choose another place."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable; only POSIX systems let a folder be synced."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,120 @@
+"""An image of any size as a source of rectangular regions, and `open_image` that finds the reader.
+
+To add a format, subclass `Image`:
+  implement `sniff(path, head)`, `__init__(path)` and `_read(box, level)`; set `size`, `levels`,
+  `mpp` and `channels`; override `close()` when a handle is held. Register the class under the
+  entry-point group `keyhole.images`. docs/adding-a-reader.md walks through one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyhole.images.geometry import Box, Level, Size
+
+Pixels = NDArray[np.uint8]
+
+
+class Image(ABC):
+    """Pixels of one picture, at one or more resolutions. Safe to read from several threads.
+
+    Attributes:
+        path: the file, or a name for pixels in memory.
+        size: (width, height) of level 0 in pixels, orientation obeyed.
+        levels: level 0 first, then ever smaller ones; each with size and downsample.
+        mpp: microns per level-0 pixel, or None where the file does not say.
+        channels: 1 (grey) or 3 (RGB).
+        background: value of pixels outside the image.
+    """
+
+    priority: ClassVar[int] = 0
+    """Readers that claim the same file are tried highest first."""
+
+    path: Path
+    size: Size
+    levels: tuple[Level, ...]
+    mpp: float | None = None
+    channels: int = 3
+    background: int = 255
+
+    @classmethod
+    @abstractmethod
+    def sniff(cls, path: Path, head: bytes) -> bool:
+        """Whether this reader is for the file, from its name and first 64 bytes. Must not raise."""
+
+    @abstractmethod
+    def _read(self, box: Box, level: int) -> Pixels:
+        """Pixels (h, w, c) uint8 of a box that lies wholly inside the level."""
+
+    def read(self, box: Box | tuple[int, int, int, int], level: int = 0) -> Pixels:
+        """Pixels (h, w, c) uint8 of `box` = (x, y, width, height) in pixels of `level`.
+
+        Pixels outside the image have the value `background`.
+
+        Raises:
+            ImageError: the file is damaged there.
+            ValueError: no such level, or a box without area.
+        """
+        box = Box(*box)
+        if not 0 <= level < len(self.levels):
+            raise ValueError(f"level (={level}) must be in 0 ... {len(self.levels) - 1}")
+        if box.width < 1 or box.height < 1:
+            raise ValueError(f"box (={tuple(box)}) must have a width and height of at least 1")
+        lv_width, lv_height = self.levels[level].size
+        left, top = max(box.x, 0), max(box.y, 0)
+        right, bottom = min(box.x + box.width, lv_width), min(box.y + box.height, lv_height)
+        if (left, top, right, bottom) == (box.x, box.y, box.x + box.width, box.y + box.height):
+            return self._read(box, level)
+        out = np.full((box.height, box.width, self.channels), self.background, np.uint8)
+        if left < right and top < bottom:
+            inside = self._read(Box(left, top, right - left, bottom - top), level)
+            out[top - box.y : bottom - box.y, left - box.x : right - box.x] = inside
+        return out
+
+    def close(self) -> None:  # noqa: B027 - most readers hold nothing
+        """Give back what the reader holds open. Reading afterwards is an error."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ArrayImage(Image):
+    """An image that is already in memory.
+
+    Args:
+        pixels: (h, w, c) or (h, w) uint8, c = 1 or 3.
+        name: what to call it in messages.
+        mpp: microns per pixel, if known.
+    """
+
+    def __init__(self, pixels: Pixels, name: str | Path = "array", mpp: float | None = None) -> None:
+        if pixels.dtype != np.uint8:
+            raise ValueError(f"pixels must be uint8, not {pixels.dtype}")
+        if pixels.ndim == 2:
+            pixels = pixels[:, :, None]
+        if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+            raise ValueError(f"pixels must be (h, w), (h, w, 1) or (h, w, 3), not {pixels.shape}")
+        self.pixels = pixels
+        self.path = Path(name)
+        self.size = Size(pixels.shape[1], pixels.shape[0])
+        self.levels = (Level(self.size, 1.0),)
+        self.mpp = mpp
+        self.channels = pixels.shape[2]
+
+    @classmethod
+    def sniff(cls, path: Path, head: bytes) -> bool:
+        return False
+
+    def _read(self, box: Box, level: int) -> Pixels:
+        return self.pixels[box.y : box.y + box.height, box.x : box.x + box.width]

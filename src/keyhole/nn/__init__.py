@@ -1,0 +1,1 @@
+"""Modules: encoder, attention pool, selection, classifier. Knows nothing of files."""

@@ -1,0 +1,1 @@
+"""Learning: the loop, checkpoints, the run folder."""
