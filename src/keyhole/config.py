@@ -8,6 +8,7 @@ written into the run folder and is itself a valid `--config`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,8 +18,8 @@ Fraction = Annotated[float, Interval(ge=0, le=1)]
 Rate = Annotated[float, Interval(ge=0, lt=1)]
 Positive = Annotated[int, Gt(0)]
 NotNegative = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
-NotNegativeFloat = Annotated[float, Ge(0)]
+PositiveFloat = Annotated[float, Interval(gt=0, lt=inf)]
+NotNegativeFloat = Annotated[float, Interval(ge=0, lt=inf)]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class ModelConfig:
     width: Positive = 32
     """Channels of the first stage of the `small` encoder; each later stage doubles them."""
     stages: Positive | None = None
-    """Keep only the first stages of a timm encoder (the paper's Megapixel MNIST uses 2 of ResNet-18)."""
+    """Keep only the first stages of a timm encoder (the paper's Megapixel MNIST uses 2 of ResNet-18); for `small`,
+    halvings after the first convolution, default 2."""
     pretrained: bool = False
     """Download timm's pretrained weights. Off: nothing is downloaded without being asked for."""
     weights: Path | None = None

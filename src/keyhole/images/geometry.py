@@ -26,3 +26,25 @@ class Level(NamedTuple):
 
     size: Size
     downsample: float
+
+
+def downsample_of(l0_size: Size, lv_size: Size) -> float:
+    """Level-0 pixels per pixel of a level, from the two sizes.
+
+    A level of half size has (w + 1) // 2 or w // 2 pixels, so the quotient of the sizes is a little off 2; the
+    whole number is taken wherever rounding of the sizes explains the difference.
+    """
+    quotient = (l0_size.width / lv_size.width + l0_size.height / lv_size.height) / 2
+    whole = round(quotient)
+    if whole >= 1 and all(abs(l0 / whole - lv) < 1 for l0, lv in zip(l0_size, lv_size, strict=True)):
+        return float(whole)
+    return quotient
+
+
+def same_shape(l0_size: Size, lv_size: Size) -> bool:
+    """Whether the second can be a smaller copy of the first: equal proportions, up to rounding to whole pixels."""
+    if lv_size.width >= l0_size.width or lv_size.height > l0_size.height:
+        return False
+    expected = l0_size.height * lv_size.width / l0_size.width
+    slack = 1 + l0_size.height / l0_size.width
+    return abs(lv_size.height - expected) <= max(slack, 0.01 * expected)

@@ -8,17 +8,23 @@ To add a format, subclass `Image`:
 
 from __future__ import annotations
 
+import functools
+import stat
 from abc import ABC, abstractmethod
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from keyhole.errors import ConfigError, ImageError
+from keyhole.images.faults import one_line
 from keyhole.images.geometry import Box, Level, Size
+from keyhole.images.pixels import Pixels
 
-Pixels = NDArray[np.uint8]
+GROUP = "keyhole.images"
+"""Entry-point group that readers register under."""
 
 
 class Image(ABC):
@@ -46,7 +52,7 @@ class Image(ABC):
     @classmethod
     @abstractmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
-        """Whether this reader is for the file, from its name and first 64 bytes. Must not raise."""
+        """Whether this reader is for the file, from its name and first 64 bytes (none for a folder). Must not raise."""
 
     @abstractmethod
     def _read(self, box: Box, level: int) -> Pixels:
@@ -118,3 +124,92 @@ class ArrayImage(Image):
 
     def _read(self, box: Box, level: int) -> Pixels:
         return self.pixels[box.y : box.y + box.height, box.x : box.x + box.width]
+
+
+def open_image(path: str | Path) -> Image:
+    """Opens an image file with the reader that is for it.
+
+    Readers are asked by `sniff`, highest `priority` first; the first that opens the file reads it.
+
+    Raises:
+        ImageError: no such file, not a regular file, empty, not readable, damaged, or of a kind that no reader knows.
+    """
+    path = Path(path)
+    head = _head(path)
+    first: ImageError | None = None
+    for reader in readers():
+        if reader.sniff(path, head):
+            try:
+                return reader(path)  # type: ignore[call-arg]
+            except ImageError as error:
+                first = first or error
+            except OSError as error:
+                first = first or ImageError(path, f"cannot be read ({one_line(error)})")
+    raise first or ImageError(path, _nobody_reads(path, head))
+
+
+@functools.cache
+def readers() -> tuple[type[Image], ...]:
+    """The registered readers, highest priority first. Found once per process; `readers.cache_clear()` looks again.
+
+    Raises:
+        ConfigError: a registered reader cannot be imported.
+    """
+    found: list[type[Image]] = []
+    for entry in metadata.entry_points(group=GROUP):
+        try:
+            found.append(entry.load())
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"the image reader {entry.name} ({entry.value}) cannot be imported: {one_line(error)}. "
+                "Reinstall the package that brings it, or uninstall it."
+            ) from error
+    return tuple(sorted(found, key=lambda reader: -reader.priority))
+
+
+def _head(path: Path) -> bytes:
+    """The first 64 bytes of a regular file, none for a folder. Never waits, as opening a FIFO would."""
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            return b""
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(path, "not a regular file but a pipe, socket or device. Copy the image to a file.")
+        if status.st_size == 0:
+            raise ImageError(path, "the file is empty (0 bytes). Copy it again.")
+        with path.open("rb") as file:
+            return file.read(64)
+    except FileNotFoundError as error:
+        raise ImageError(path, "no such file. Check the path.") from error
+    except PermissionError as error:
+        raise ImageError(path, "no permission to read it. Change its permissions or owner.") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(path, f"cannot be read ({one_line(error)})") from error
+
+
+_KINDS = {
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "gzip data",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"<!DOCTYPE": "a web page or XML",
+    b"<html": "a web page",
+    b"<?xml": "XML",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+}
+
+
+def _nobody_reads(path: Path, head: bytes) -> str:
+    """What was found in a file that no reader claims, and what to do."""
+    names = ", ".join(sorted({reader.__name__ for reader in readers()})) or "none: install keyhole with pip"
+    if not head:
+        return f"a folder, not an image file. Name the file inside (readers: {names})."
+    kind = next((kind for magic, kind in _KINDS.items() if head.lower().startswith(magic.lower())), None)
+    if kind is None and all(byte in b"\t\n\r" or byte >= 32 for byte in head) and b"\x7f" not in head:
+        kind = f"text ({' '.join(head.decode(errors='replace').split())[:24]!r} ...)"
+    if kind is None:
+        kind = f"data of unknown kind (starts with {head[:8].hex(' ')})"
+    name = f", although it is named {path.suffix}" if path.suffix else ""
+    return f"holds {kind}{name}; no reader knows it ({names}). Put the image itself there, or convert it."

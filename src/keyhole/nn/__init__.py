@@ -1,1 +1,32 @@
 """Modules: encoder, attention pool, selection, classifier. Knows nothing of files."""
+
+from keyhole.nn.attention import CrossAttentionPool
+from keyhole.nn.build import build_classifier
+from keyhole.nn.classifier import IPSClassifier
+from keyhole.nn.encoder import FeatureProjector, SmallEncoder, TimmEncoder
+from keyhole.nn.loss import class_weights, task_loss, total_loss
+from keyhole.nn.position import CenterPosition, IndexPosition
+from keyhole.nn.reference import from_reference, reference_tasks
+from keyhole.nn.selection import GlobalRule, Kept, Selection, Selector, StreamingRule, evaluating
+
+__all__ = [
+    "CenterPosition",
+    "CrossAttentionPool",
+    "FeatureProjector",
+    "GlobalRule",
+    "IPSClassifier",
+    "IndexPosition",
+    "Kept",
+    "Selection",
+    "Selector",
+    "SmallEncoder",
+    "StreamingRule",
+    "TimmEncoder",
+    "build_classifier",
+    "class_weights",
+    "evaluating",
+    "from_reference",
+    "reference_tasks",
+    "task_loss",
+    "total_loss",
+]

@@ -1,0 +1,120 @@
+"""95 % intervals by drawing images, or whole groups of them, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Weights = NDArray[np.float64]
+K = TypeVar("K", bound=Hashable)
+
+_BLOCK = 2_000_000
+"""Weights held at once; bounds memory, not the result."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval.
+
+    Attributes:
+        value: on the data as it is; None where undefined.
+        low: 2.5th percentile of the resamples; None where there is no interval.
+        high: 97.5th percentile.
+        note: why value or interval are not there, or what the value leaves out.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    note: str | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"undefined ({self.note})"
+        if self.low is None or self.high is None:
+            return f"{_short(self.value)} (no interval: {self.note})"
+        return f"{_short(self.value)} [{_short(self.low)} {_short(self.high)}]"
+
+
+def bootstrap(
+    measure: Callable[[Weights], Mapping[K, Weights]],
+    n: int,
+    groups: Sequence[str | None] | None = None,
+    seed: int = 0,
+    rounds: int = 1000,
+    notes: Mapping[K, str] | None = None,
+) -> dict[K, Estimate]:
+    """Percentile bootstrap (Efron 1979) of all metrics of `measure` on the same resamples.
+
+    A round in which a metric is undefined (a class was not drawn) does not count for it; with more than half of
+    the rounds undefined there is no interval.
+
+    Args:
+        measure: weights (r, n), how often each image counts, to metrics (r,), NaN where undefined.
+        n: images, at least one.
+        groups: of each image, drawn whole; an image of no group (None or empty) is one by itself.
+        seed: of the resamples.
+        rounds: resamples.
+        notes: what to say of a metric that has a value but leaves something out, or has none.
+    """
+    notes = notes or {}
+    points = {key: float(values[0]) for key, values in measure(np.ones((1, n))).items()}
+    unit = _units(n, groups)
+    units = int(unit.max()) + 1
+    drawn: dict[K, list[Weights]] = {key: [] for key in points}
+    if units > 1:
+        for weights in _resamples(unit, units, np.random.default_rng(seed), rounds):
+            for key, values in measure(weights).items():
+                drawn[key].append(values)
+    what = "image" if groups is None else "group"
+    return {
+        key: _estimate(value, np.concatenate(drawn[key]) if units > 1 else None, what, notes.get(key))
+        for key, value in points.items()
+    }
+
+
+def _units(n: int, groups: Sequence[str | None] | None) -> NDArray[np.int64]:
+    """Which unit of drawing each image belongs to, 0 and up."""
+    if groups is None:
+        return np.arange(n)
+    if len(groups) != n:
+        raise ValueError(f"groups (={len(groups)}) must be as many as images (={n})")
+    number: dict[str | int, int] = {}
+    return np.array([number.setdefault(group or image, len(number)) for image, group in enumerate(groups)], np.int64)
+
+
+def _resamples(unit: NDArray[np.int64], units: int, rng: np.random.Generator, rounds: int) -> Iterator[Weights]:
+    block = max(1, _BLOCK // len(unit))
+    for start in range(0, rounds, block):
+        counts = [
+            np.bincount(rng.integers(0, units, units), minlength=units)
+            for _ in range(start, min(start + block, rounds))
+        ]
+        yield np.stack(counts).astype(np.float64)[:, unit]
+
+
+def _estimate(value: float, drawn: Weights | None, unit: str, note: str | None) -> Estimate:
+    if np.isnan(value):
+        return Estimate(None, note=note or "undefined on these images")
+    if drawn is None:
+        return Estimate(value, note=_joined(note, f"there is only one {unit}"))
+    defined = drawn[~np.isnan(drawn)]
+    lost = len(drawn) - len(defined)
+    if 2 * lost > len(drawn) or not len(defined):
+        return Estimate(value, note=_joined(note, f"undefined in {lost} of {len(drawn)} resamples"))
+    low, high = np.percentile(defined, [2.5, 97.5])
+    dropped = f"undefined in {lost} of {len(drawn)} resamples, which do not count" if lost else None
+    return Estimate(value, float(low), float(high), _joined(note, dropped))
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
+
+
+def _short(value: float) -> str:
+    """Three decimals for shares; four digits for what has a unit and may be of any size."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"

@@ -1,0 +1,88 @@
+"""`keyhole check`: open every image of a data set and say what would go wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import tyro
+
+from keyhole.cli.arguments import ConfigOptions, config_with_data, parse_config, print_config
+
+if TYPE_CHECKING:
+    from keyhole.data.check import CheckReport
+
+LISTED = 20
+"""Left-out files shown; the JSON has all."""
+
+
+@dataclass(frozen=True)
+class CheckOptions(ConfigOptions):
+    """Open every image, read its first and last patch, and say what would go wrong, with a fix for each.
+
+    Exit code 1 if anything is wrong. Takes the settings of `keyhole train`, so the same line can be checked first.
+    """
+
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the report as JSON to a file, or `-` for standard output."""
+    deep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also compare the contents of files of equal size, to find the same image twice under two names."""
+
+
+def run(argv: list[str]) -> int:
+    options, config = parse_config(CheckOptions, argv, "keyhole check")
+    config_with_data(options, config, "check")
+    if options.print_config:
+        return print_config(config)
+
+    from keyhole.data.check import check
+    from keyhole.files import write_atomic
+    from keyhole.progress import Progress
+
+    with Progress(0, "checking") as progress:
+
+        def show(done: int, total: int) -> None:
+            progress.total_images = total
+            progress.update(images=done - progress.images)
+
+        report = check(config, deep=options.deep, progress=show)
+    as_json = json.dumps(report.to_json(), indent=2) + "\n"
+    to_stdout = options.json == Path("-")
+    show_report(report, sys.stderr if to_stdout else sys.stdout)
+    if to_stdout:
+        print(as_json, end="")
+    elif options.json is not None:
+        write_atomic(options.json, as_json)
+    return 0 if report.ok else 1
+
+
+def show_report(report: CheckReport, stream: TextIO) -> None:
+    """The report for people: what there is, then what is wrong and how to mend it, then what was left out."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    # Where there is no terminal there is no width to fit, and a cell cut short would lose a class's name.
+    console = Console(
+        file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False, soft_wrap=True
+    )
+    for rows in (report.class_table(), report.table()):
+        table = Table(*rows[0], header_style="bold")
+        for row in rows[1:]:
+            table.add_row(*(escape(cell) for cell in row))
+        console.print(table)
+    for line in (*report.notes, report.memory):
+        console.print(line)
+    for finding in report.findings:
+        style = "bold red" if finding.severity == "error" else "yellow"
+        console.print(f"{finding.severity}: {finding.name}: {finding.problem}", style=style)
+        console.print(f"    fix: {finding.fix}")
+    for left in report.left_out[:LISTED]:
+        console.print(f"left out: {left.name}: {left.reason}")
+    if len(report.left_out) > LISTED:
+        console.print(f"... {len(report.left_out)} left out in all; --json FILE lists them")
+    wrong = sum(finding.severity == "error" for finding in report.findings)
+    console.print(f"{report.images} images can be used; " + (f"{wrong} errors" if wrong else "nothing is wrong"))

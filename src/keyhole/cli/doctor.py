@@ -1,0 +1,36 @@
+"""`keyhole doctor`: try every reader and one training run on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from keyhole.cli.arguments import parse, print_config
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Try every reader on small images and train for a few seconds, and say what is missing.
+
+    Writes only to a temporary folder. Exit code 1 if something that is needed does not work.
+    """
+
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the configuration of the short training run, as YAML, and end."""
+
+
+def run(argv: list[str]) -> int:
+    options = parse(DoctorOptions, argv, "keyhole doctor")
+    from keyhole import doctor
+
+    if options.print_config:
+        return print_config(doctor.training_config(Path("temporary")))
+    failed = 0
+    for finding in doctor.examine():
+        print(finding, flush=True)
+        failed += finding.state == "FAIL"
+    print(f"{failed} things do not work" if failed > 1 else "1 thing does not work" if failed else "all is well")
+    return 1 if failed else 0

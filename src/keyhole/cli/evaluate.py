@@ -1,0 +1,54 @@
+"""`keyhole evaluate`: metrics of a run with their intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from keyhole.cli.arguments import check_device, parse, print_options
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Metrics of a run's best model with 95 % bootstrap intervals, and one CSV row per image."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder of `keyhole train`."""
+    data: Path | None = None
+    """Other labelled data to evaluate on: a folder of classes or a CSV; default is the run's own."""
+    root: Path | None = None
+    """Folder that relative image paths of a CSV given with --data start from; default is the CSV's own folder."""
+    split: str = "test"
+    """Split to evaluate: train, val or test; images of other data without splits count as test."""
+    out: Path | None = None
+    """Folder for metrics, table and contact sheet; default is in the run folder, under evaluation."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """What an unreadable image does: end the evaluation, or be left out, counted and listed."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print these options as they result, as YAML, and end."""
+
+
+def run(argv: list[str]) -> int:
+    options = parse(EvaluateOptions, argv, "keyhole evaluate")
+    check_device(options.device)
+    if options.print_config:
+        return print_options(options)
+
+    from keyhole.evaluate import evaluate
+
+    evaluation = evaluate(
+        options.run,
+        data=options.data,
+        root=options.root,
+        split=options.split,
+        out=options.out,
+        device=options.device,
+        on_bad_image=options.on_bad_image,
+    )
+    print("\n".join(evaluation.lines()))
+    return 0

@@ -1,0 +1,121 @@
+"""The command `keyhole`: finds the verb, imports only what it needs, and turns every error into one line.
+
+Exit codes: 0 done, 1 `check` or `doctor` found something wrong, 2 a mistake in the input or no place to write,
+70 a fault of keyhole, 128 + signal when stopped (130 Ctrl-C, 143 SIGTERM, 141 a closed pipe).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import keyhole
+from keyhole.errors import ConfigError, Interrupted, KeyholeError
+
+VERBS = {
+    "demo": "write images with small digits in them, train, evaluate: everything once, in minutes",
+    "check": "open every image of a data set and say what would go wrong, with a fix for each",
+    "init": "measure a data set and write a commented configuration for it",
+    "train": "learn from a folder of classes or a CSV, into a run folder",
+    "resume": "go on with a run that was stopped",
+    "evaluate": "metrics of a run with intervals, on its test split or on other data",
+    "predict": "labels of images, and what they rest on",
+    "doctor": "try every reader and one training step on this machine",
+}
+
+USAGE_ERROR, INTERNAL_ERROR = 2, 70
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code; `argv` defaults to the process's own arguments."""
+    debug, arguments = _without_debug(list(sys.argv[1:] if argv is None else argv))
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read our output has gone (`keyhole check | head`). Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except SystemExit as stop:  # --help has been printed
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return _say("interrupted", 128 + signal.SIGINT, kind="")
+    except Exception as error:
+        if debug:
+            raise
+        return _explain(error)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else ""
+    if first in VERBS:
+        code: int = import_module(f"keyhole.cli.{first}").run(arguments[1:])
+        return code
+    if first in ("--version", "-V"):
+        print(f"keyhole {keyhole.__version__}")
+        return 0
+    if first in ("", "-h", "--help"):
+        print(_help())
+        return 0 if first else USAGE_ERROR
+    from keyhole.config_check import nearest
+
+    known = ["--help", "--version"] if first.startswith("-") else list(VERBS)
+    kind = "option" if first.startswith("-") else "verb"
+    raise ConfigError(f"there is no {kind} `{first}`{nearest(first, known)}; `keyhole --help` lists what there is")
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    return "\n".join(
+        [
+            "usage: keyhole VERB [...]      keyhole VERB --help shows the options of a verb",
+            "",
+            "Train, evaluate and serve image classifiers on images of any size.",
+            "",
+            *(f"  {verb:{width}}  {what}" for verb, what in VERBS.items()),
+            "",
+            "  --version  print the version",
+            "  --debug    anywhere on the line: show the traceback of an error",
+            "",
+            "First steps: keyhole demo; then, on your own data, keyhole check DATA, keyhole init DATA,",
+            "keyhole train --config keyhole.yaml.",
+        ]
+    )
+
+
+def _without_debug(arguments: list[str]) -> tuple[bool, list[str]]:
+    """Takes `--debug` from anywhere before a `--`, after which everything is a file name."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [argument for argument in arguments[:end] if argument != "--debug"]
+    return len(options) < end, options + arguments[end:]
+
+
+def _explain(error: Exception) -> int:
+    if isinstance(error, Interrupted):
+        return _say(str(error), 128 + error.signal_number, kind="")
+    if isinstance(error, KeyholeError):
+        return _say(str(error), USAGE_ERROR)
+    if isinstance(error, OSError) and error.errno is not None:
+        # A full disk, a missing permission, a lost network share: the machine's state, not our fault.
+        place = f"{error.filename}: " if error.filename else ""
+        return _say(f"{place}{error.strerror or error}", USAGE_ERROR)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        advice = "lower --select.chunk, --select.m, --train.batch or --patch.size"
+        return _say(f"out of memory ({error}): {advice}" if str(error) else f"out of memory: {advice}", USAGE_ERROR)
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return _say(f"{what} (--debug shows the traceback)", INTERNAL_ERROR, kind="internal error: ")
+
+
+def _say(message: str, code: int, kind: str = "error: ") -> int:
+    print(f"keyhole: {kind}{' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""`keyhole predict`: labels of images, and what they rest on."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from keyhole.cli.arguments import check_device, parse, print_options
+from keyhole.errors import ConfigError
+
+if TYPE_CHECKING:
+    from keyhole.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Labels of images by a run's best model, the patches they rest on, and the score of every patch.
+
+    Writes predictions.csv with one row per image, and a folder per image: prediction.json, kept.csv, scores.csv,
+    scores.npz, and kept.geojson, which QuPath opens.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder of `keyhole train`, or the folder of a model."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = ()
+    """Image files, or folders of them."""
+    out: Path | None = None
+    """Folder to write to; created if it is not there."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """What an unreadable image does: end the prediction, or be left out, counted and listed."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print these options as they result, as YAML, and end."""
+
+
+def run(argv: list[str]) -> int:
+    options = parse(PredictOptions, argv, "keyhole predict")
+    check_device(options.device)
+    if options.print_config:
+        return print_options(options)
+    if not options.images:
+        raise ConfigError("no images given: keyhole predict RUN IMAGES... --out DIR")
+    if options.out is None:
+        raise ConfigError("--out is missing: keyhole predict RUN IMAGES... --out DIR, a folder for the results")
+
+    from keyhole.data.manifest import expand_images
+    from keyhole.files import writable_folder, write_atomic
+
+    images, others = expand_images(options.images)
+    skipped = {other.name: other.reason for other in others}
+    out = writable_folder(options.out)
+
+    from keyhole.predict import load
+    from keyhole.prediction import write_prediction, write_table
+
+    predictor = load(options.run, device=options.device)
+    folders = _folder_names(images)
+
+    def predictions() -> Iterator[Prediction]:
+        """Written and shown as they come; none is held, since each has the score of every patch."""
+        for prediction in predictor.predict_many(images, options.on_bad_image, skipped.__setitem__):
+            write_prediction(prediction, out / folders[prediction.image])
+            print(_line(prediction), flush=True)
+            yield prediction
+
+    write_table(predictions(), out / "predictions.csv")
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([("name", "reason"), *skipped.items()])
+    write_atomic(out / "left_out.csv", text.getvalue())
+    for name, reason in skipped.items():
+        print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+    print(f"{len(images) + len(others) - len(skipped)} images predicted, {len(skipped)} left out: {out}")
+    return 0
+
+
+def _folder_names(images: Sequence[Path]) -> dict[Path, str]:
+    """The file's name, with a mark of its place where another image has the same name."""
+    taken = Counter(image.name.lower() for image in images)
+    return {
+        image: image.name
+        if taken[image.name.lower()] == 1
+        else f"{image.name}-{hashlib.sha256(os.fsencode(image)).hexdigest()[:8]}"
+        for image in images
+    }
+
+
+def _line(prediction: Prediction) -> str:
+    """`slides/a.svs  tumour 0.97`, one entry per task where there are several."""
+    answers = []
+    for task, label in prediction.label.items():
+        probability = prediction.probability[task]
+        share = f" {probability[label]:.3f}" if label in probability else ""
+        answers.append((f"{task} " if len(prediction.label) > 1 else "") + (label or "(none)") + share)
+    return f"{prediction.name}  {', '.join(answers)}"

@@ -1,0 +1,37 @@
+"""`keyhole resume`: go on with a run that was stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from keyhole.cli.arguments import parse, print_config
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Go on with a run that was stopped, with the settings it has.
+
+    On CPU it ends with the same weights as if it had not been stopped.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder of `keyhole train`."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the configuration of the run, as YAML, and end."""
+
+
+def run(argv: list[str]) -> int:
+    options = parse(ResumeOptions, argv, "keyhole resume")
+    if options.print_config:
+        from keyhole.config_file import load_config
+
+        return print_config(load_config(options.run / "config.yaml"))
+
+    from keyhole.training.loop import resume
+
+    print("\n".join(resume(options.run).summary()))
+    return 0

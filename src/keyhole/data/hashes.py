@@ -1,0 +1,100 @@
+"""Size and SHA-256 of image files: most damage to an image decodes without an error, and only this tells."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from keyhole.data.item import Item
+from keyhole.errors import ImageError, StalledRead
+
+PIECE = 8 << 20
+"""Bytes read at a time: the unit in which a read may stall."""
+
+
+@dataclass(frozen=True)
+class FileHash:
+    """What a file held when it was used."""
+
+    sha256: str
+    bytes: int
+
+
+def hash_files(
+    items: Sequence[Item],
+    threads: int | None = None,
+    stall: float = 120.0,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, FileHash]:
+    """Reads the files of `items` once, several at a time, in daemon threads that cannot hold up the end of the process.
+
+    Args:
+        items: whose files to read.
+        threads: files at a time; default one per core, at most 16.
+        stall: seconds without a byte from any file after which the read counts as stalled.
+        progress: called with the number of files done.
+
+    Returns:
+        the hash of each file by the item's name.
+
+    Raises:
+        ImageError: a file that is gone or cannot be read.
+        StalledRead: nothing came within `stall` seconds.
+    """
+    todo: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+    # None: another piece was read, so that the wait below starts anew.
+    events: queue.SimpleQueue[tuple[Item, FileHash | Exception] | None] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def work() -> None:
+        while (item := todo.get()) is not None and not stop.is_set():
+            try:
+                found: FileHash | Exception = _hash(item.image, lambda: events.put(None))
+            except Exception as error:  # noqa: BLE001 - raised again below
+                found = error
+            events.put((item, found))
+
+    count = min(len(items), threads or min(16, os.cpu_count() or 1))
+    for item in [*items, *[None] * count]:
+        todo.put(item)
+    for number in range(count):
+        threading.Thread(target=work, name=f"keyhole-hash-{number}", daemon=True).start()
+    hashes: dict[str, FileHash] = {}
+    try:
+        while len(hashes) < len(items):
+            try:
+                event = events.get(timeout=stall)
+            except queue.Empty:
+                open_item = next(item for item in items if item.name not in hashes)
+                raise StalledRead(open_item.image, f"no data for {stall:g} s; is the disk or share there?") from None
+            if event is None:
+                continue
+            item, found = event
+            if isinstance(found, Exception):
+                raise found
+            hashes[item.name] = found
+            if progress is not None:
+                progress(len(hashes))
+    finally:
+        stop.set()
+    return hashes
+
+
+def _hash(path: Path, piece_read: Callable[[], None]) -> FileHash:
+    try:
+        if not path.is_file():
+            raise ImageError(path, "not a regular file, so it has no hash.")
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(PIECE):
+                digest.update(piece)
+                size += len(piece)
+                piece_read()
+    except OSError as error:
+        raise ImageError(path, f"cannot be read ({error.strerror or error}).") from error
+    return FileHash(digest.hexdigest(), size)

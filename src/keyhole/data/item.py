@@ -1,0 +1,81 @@
+"""One image of a data set, one that was left out, and a table of them as read, before tasks and splits are settled."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+SPLITS = ("train", "val", "test")
+PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm", ".svslide")
+IMAGE_SUFFIXES = frozenset(PHOTO_SUFFIXES + SLIDE_SUFFIXES)
+"""What counts as an image in a folder. A CSV may name files of any suffix: there the content decides."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image and what is known about it.
+
+    Attributes:
+        name: what results call it: the path as written, or the CSV's `name` column.
+        image: the file, absolute.
+        labels: text per task as written; empty where unknown.
+        split: `train`, `val` or `test`; empty only while it is not settled.
+        group: images of one group (a patient, a place) stay in one split; None: the image stands for itself.
+        mpp: microns per level-0 pixel as the CSV says, over what the file says.
+    """
+
+    name: str
+    image: Path
+    labels: dict[str, str]
+    split: str = ""
+    group: str | None = None
+    mpp: float | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file or row that is not used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """An item as read, and where it was read, for messages: `line 7`, or a path."""
+
+    item: Item
+    where: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a CSV or a folder holds: rows with the labels of every column, and what was left out on the way."""
+
+    columns: tuple[str, ...]
+    rows: list[Row]
+    left_out: list[LeftOut]
+    notes: list[str]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'val'?)`, or nothing where no known word is near."""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[near[0]]!r}?)" if near else ""
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first names, and how many there are where some are not shown."""
+    names = list(names)
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def absolute(path: str | Path) -> Path:
+    """The path from the root without `..`, links kept: what a link is called may say more than what it leads to."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 - `resolve` would follow links

@@ -1,0 +1,268 @@
+"""Which images a run learns from, chooses by and is tested on, with their labels: from a CSV or a folder of classes.
+
+Nothing is skipped silently: what is not used is in `Manifest.left_out` with the reason.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyhole.config import DataConfig
+from keyhole.data.hashes import FileHash
+from keyhole.data.item import Item, LeftOut, Row, Table, listed, nearest
+from keyhole.data.read_csv import read_csv
+from keyhole.data.read_folder import expand_images, read_folder
+from keyhole.data.settle import check_training, settle_splits
+from keyhole.errors import ConfigError, DataError
+from keyhole.files import write_atomic
+from keyhole.tasks import Task, fit_regression, infer_task
+
+__all__ = ["Item", "LeftOut", "Manifest", "expand_images", "read_for_tasks", "read_manifest"]
+
+MISSING_FILE = "no such file"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The images of a run and the tasks they pose.
+
+    Attributes:
+        items: in the order of the CSV, or of the paths in a folder.
+        tasks: in the order of the columns; regression with mean and standard deviation of the training split.
+        left_out: files and rows that are not used.
+        notes: what was decided on the way and a user should know, one sentence each.
+    """
+
+    items: tuple[Item, ...]
+    tasks: tuple[Task, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def split(self, name: str) -> tuple[Item, ...]:
+        """The items of `train`, `val` or `test`."""
+        return tuple(item for item in self.items if item.split == name)
+
+    def target(self, item: Item, task: Task) -> NDArray[np.float32]:
+        """The encoded label (target_width,) of an item; all NaN where it is unknown."""
+        return task.encode(item.labels.get(task.name, ""))
+
+    def without(self, reasons: Mapping[str, str]) -> Manifest:
+        """Without the items named, which move to `left_out` with the reason given.
+
+        Raises:
+            DataError: the training split thereby loses a class.
+        """
+        left_out = tuple(LeftOut(item.name, reasons[item.name]) for item in self.items if item.name in reasons)
+        items = tuple(item for item in self.items if item.name not in reasons)
+        if self.split("train"):
+            check_training("without the images left out", items, self.tasks)
+        return replace(self, items=items, left_out=self.left_out + left_out)
+
+    def write(self, path: str | Path, hashes: Mapping[str, FileHash] | None = None) -> Path:
+        """Writes a CSV that `read_manifest` reads again as the same items.
+
+        Args:
+            path: the file.
+            hashes: per item name; empty cells where there is none.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        rows = [["image", "name", "sha256", "bytes", "split", "group", "mpp", *(task.name for task in self.tasks)]]
+        for item in self.items:
+            known = (hashes or {}).get(item.name)
+            rows.append(
+                [
+                    str(item.image),
+                    item.name,
+                    known.sha256 if known else "",
+                    str(known.bytes) if known else "",
+                    item.split,
+                    item.group or "",
+                    "" if item.mpp is None else repr(item.mpp),
+                    *(item.labels.get(task.name, "") for task in self.tasks),
+                ]
+            )
+        return write_atomic(path, _csv(rows))
+
+    def write_left_out(self, path: str | Path) -> Path:
+        """Writes a CSV of what is not used: name, reason."""
+        return write_atomic(path, _csv([["name", "reason"], *([left.name, left.reason] for left in self.left_out)]))
+
+
+def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
+    """Reads the images, settles tasks and splits, and checks that they can be learned from.
+
+    Tasks are inferred from the labels of all splits, mean and standard deviation of a regression from training alone.
+
+    Raises:
+        DataError: one line with the file and, for a CSV, the line.
+        ConfigError: shares that leave nothing to train on, or an unknown kind of task.
+    """
+    table, path = _read(data)
+    wanted = _wanted_tasks(path, table.columns, data.tasks)
+    rows, left_out = _usable(path, table, list(wanted), data)
+    tasks = [_task(path, rows, name, kind) for name, kind in wanted.items()]
+    items, notes = settle_splits(path, rows, tasks, data, seed)
+    check_training(str(path), items, tasks)
+    tasks = [_fitted(path, items, task) if task.kind == "regression" else task for task in tasks]
+    return Manifest(tuple(items), tuple(tasks), tuple(left_out), (*table.notes, *notes))
+
+
+def read_for_tasks(data: DataConfig, tasks: Sequence[Task]) -> Manifest:
+    """Reads labelled images for the tasks of a model that is already trained, to evaluate it on them.
+
+    Every image without a split is in `test`; a task without a column has no labels.
+
+    Raises:
+        DataError: no column for any of the tasks, or a label that the model does not know.
+    """
+    table, path = _read(data)
+    names = [task.name for task in tasks]
+    there = [name for name in names if name in table.columns]
+    if not there:
+        raise DataError(
+            f"{path}: the model predicts {listed(names)}, but the columns with labels are "
+            f"{listed(table.columns, 8) or 'none'}. Use data of the same tasks, or rename the column."
+        )
+    rows, left_out = _usable(path, table, there, data)
+    for row in rows:
+        for task in tasks:
+            try:
+                task.encode(row.item.labels.get(task.name, ""))
+            except DataError as error:
+                raise DataError(f"{path}, {row.where}: {error}") from error
+    items = [replace(row.item, split=row.item.split or "test") for row in rows]
+    notes = [f"{path}: no column {name}, which the model predicts too" for name in names if name not in there]
+    return Manifest(tuple(items), tuple(tasks), tuple(left_out), (*table.notes, *notes))
+
+
+def _read(data: DataConfig) -> tuple[Table, Path]:
+    if data.path is None:
+        raise DataError("no data given. Name a folder of classes or a CSV: --data.path PATH.")
+    if not data.path.exists():
+        raise DataError(f"{data.path}: no such file or folder. Name a folder of classes or a CSV: --data.path PATH.")
+    if data.path.is_dir():
+        return read_folder(data.path), data.path
+    if not data.path.is_file():
+        raise DataError(f"{data.path}: not a regular file. Name a folder of classes or a CSV: --data.path PATH.")
+    return read_csv(data.path, data.root), data.path
+
+
+def _wanted_tasks(path: Path, columns: Sequence[str], asked: Sequence[str]) -> dict[str, str | None]:
+    """Column -> kind, or None where it is to be inferred."""
+    if not columns:
+        raise DataError(f"{path}: no task column, only `image` and what describes it. Add a column with labels.")
+    wanted: dict[str, str | None] = {}
+    for entry in asked or columns:
+        name, _, kind = (
+            (entry, "", "") if entry in columns else entry.rpartition("=") if "=" in entry else (entry, "", "")
+        )
+        if name not in columns:
+            raise DataError(f"{path}: no column {name!r}{nearest(name, columns)}; the tasks are {listed(columns, 8)}.")
+        if name in wanted:
+            raise ConfigError(f"data.tasks names {name!r} twice. Name each column once.")
+        wanted[name] = kind or None
+    return wanted
+
+
+def _usable(path: Path, table: Table, names: Sequence[str], data: DataConfig) -> tuple[list[Row], list[LeftOut]]:
+    """The rows with a label and a file, each image once, with the labels of the chosen columns only."""
+    rows: list[Row] = []
+    left_out = list(table.left_out)
+    first: dict[Path, Row] = {}
+    by_name: dict[str, Row] = {}
+    missing: list[Item] = []
+    for row in table.rows:
+        item = replace(row.item, labels={name: row.item.labels[name] for name in names})
+        row = replace(row, item=item)
+        if item.image in first:
+            _check_same(path, first[item.image], row)
+            left_out.append(LeftOut(item.name, f"{row.where}: same image as {first[item.image].where}"))
+            continue
+        first[item.image] = row
+        if item.name in by_name:
+            before = by_name[item.name].where
+            raise DataError(f"{path}, {row.where}: name {item.name!r} is taken by {before}. Give each image its own.")
+        by_name[item.name] = row
+        if not any(item.labels.values()):
+            left_out.append(LeftOut(item.name, f"no label for {' or '.join(names)}"))
+        elif not os.path.isfile(item.image):  # noqa: PTH113 - Path.is_file raises on a name too long for the system
+            missing.append(item)
+            left_out.append(LeftOut(item.name, _why_unusable(item.image)))
+        else:
+            rows.append(row)
+    if missing and (not rows or data.on_bad_image == "fail"):
+        count = f"{len(missing)} of {len(first)} image files" if rows else f"all {len(missing)} image files"
+        raise DataError(
+            f"{path}: {count} are not there: {listed(str(item.image) for item in missing)}. "
+            "Relative paths start from the CSV's folder or --data.root; `keyhole check` lists all, "
+            "--data.on-bad-image skip leaves them out."
+        )
+    if not rows:
+        raise DataError(f"{path}: no row has a label for {' or '.join(names)}. Fill the column or choose other tasks.")
+    return rows, left_out
+
+
+def _why_unusable(image: Path) -> str:
+    if not os.path.lexists(image):
+        return MISSING_FILE
+    if image.is_symlink() and not image.exists():
+        return f"{MISSING_FILE}: a link that leads nowhere"
+    return "not a regular file"
+
+
+def _check_same(path: Path, first: Row, again: Row) -> None:
+    """Two rows for one image must not contradict each other: neither would be right to choose."""
+    facts = [(name, first.item.labels[name], again.item.labels[name]) for name in first.item.labels]
+    facts += [(name, getattr(first.item, name), getattr(again.item, name)) for name in ("split", "group", "mpp")]
+    for name, before, now in facts:
+        if before != now:
+            raise DataError(
+                f"{path}, {again.where}: {again.item.name} has {name} {now or ''!r}, "
+                f"but {before or ''!r} in {first.where}. Keep one row per image."
+            )
+
+
+def _task(path: Path, rows: Sequence[Row], name: str, kind: str | None) -> Task:
+    if kind == "regression":
+        number = Task(name, "regression")
+        for row in rows:
+            try:
+                number.encode(row.item.labels[name])
+            except DataError as error:
+                raise DataError(f"{path}, {row.where}: {error}") from error
+    texts = [row.item.labels[name] for row in rows]
+    try:
+        task = infer_task(name, texts, kind)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    known = sum(1 for text in texts if text)
+    if kind is None and task.kind == "multiclass" and len(task.classes) == known > 2:
+        raise DataError(
+            f"{path}: {name} differs in every row, so it is no class to learn. "
+            "Name the columns to learn, such as --data.tasks grade."
+        )
+    return task
+
+
+def _fitted(path: Path, items: Sequence[Item], task: Task) -> Task:
+    values = [task.encode(item.labels[task.name]) for item in items if item.split == "train"]
+    try:
+        return fit_regression(task, np.concatenate(values))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _csv(rows: Sequence[Sequence[str]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()

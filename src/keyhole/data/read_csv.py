@@ -1,0 +1,146 @@
+"""CSV -> table: one row per image, its labels, and optionally its split, group, microns per pixel and name."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table, absolute, listed, nearest
+from keyhole.errors import DataError
+
+RESERVED = ("image", "name", "split", "group", "mpp", "sha256", "bytes")
+"""Columns with a meaning of their own, in any case of letters; every other column is a task."""
+DELIMITERS = ",;\t"
+LARGEST_FILE = 1 << 30
+"""Bytes; a million rows are a tenth of this, so that a larger file is something else."""
+
+
+def read_csv(path: Path, root: Path | None = None) -> Table:
+    """Reads a CSV in UTF-8 with a header line; comma, semicolon or tab between the fields.
+
+    Args:
+        path: the file.
+        root: what relative image paths start from; default is the CSV's folder.
+
+    Raises:
+        DataError: the file or line, what is wrong there and what to do.
+    """
+    header, records = _parse(path, _text(path))
+    place = _columns(path, header)
+    tasks = {index: name for index, name in enumerate(header) if name and name.lower() not in RESERVED}
+    unnamed = [str(index + 1) for index, name in enumerate(header) if not name]
+    base = absolute(path.parent if root is None else root)
+    table = Table(tuple(tasks.values()), [], [], [])
+    if unnamed:
+        table.notes.append(f"{path}: column {', '.join(unnamed)} has no name and was not read")
+
+    for line, fields in records:
+        where = f"line {line}"
+        if not any(fields):
+            table.left_out.append(LeftOut(where, "empty row"))
+            continue
+        if len(fields) != len(header):
+            raise DataError(
+                f"{path}, {where}: {len(fields)} fields where the header has {len(header)}. "
+                "Put quotes around text that holds the delimiter, and fill the row up."
+            )
+        cell = {name: fields[index] for name, index in place.items()}
+        if not cell["image"]:
+            raise DataError(f"{path}, {where}: the image column is empty. Name a file or delete the row.")
+        item = Item(
+            name=cell.get("name") or cell["image"],
+            image=absolute(base / cell["image"]),
+            labels={name: fields[index] for index, name in tasks.items()},
+            split=_split(path, where, cell.get("split", "")),
+            group=cell.get("group") or None,
+            mpp=_mpp(path, where, cell.get("mpp", "")),
+        )
+        table.rows.append(Row(item, where))
+    if not table.rows:
+        raise DataError(f"{path}: no rows below the header. Expected one row per image.")
+    return table
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise DataError(f"{path}: {path.stat().st_size / 1e9:.1f} GB is no list of images. Give the CSV of labels.")
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 text (byte {error.start} is {data[error.start]:#04x}). "
+            "Expected a CSV; if it is one, save it again as `CSV UTF-8`."
+        ) from error
+    if "\0" in text:
+        raise DataError(f"{path}: not text (it has zero bytes). Expected a CSV; if it is one, save it as `CSV UTF-8`.")
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty. Expected a CSV with a header line and one row per image.")
+    return text
+
+
+def _parse(path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Header and (line number, fields) of every row that is not blank; fields without blanks around them."""
+    first = next(line for line in text.splitlines() if line.strip())
+    # The delimiter that splits off a column named image, else the one that splits most: names may hold the others.
+    headers = {mark: [name.strip().strip('"').strip().lower() for name in first.split(mark)] for mark in DELIMITERS}
+    delimiter = max(DELIMITERS, key=lambda mark: ("image" in headers[mark], len(headers[mark])))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+
+    def records() -> Iterator[tuple[int, list[str]]]:
+        while True:
+            line = reader.line_num + 1
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                raise DataError(f"{path}, line {line}: not valid CSV ({error}). Mind the quotes.") from error
+            if fields is None:
+                return
+            if fields:
+                yield line, [field.strip() for field in fields]
+
+    rows = records()
+    _, header = next(rows)
+    return header, rows
+
+
+def _columns(path: Path, header: list[str]) -> dict[str, int]:
+    """Where the columns with a meaning of their own stand."""
+    lower = [name.lower() for name in header]
+    keys = [low if low in RESERVED else name for name, low in zip(header, lower, strict=True) if name]
+    twice = [name for name in dict.fromkeys(keys) if keys.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: the header names {listed(twice)} more than once. Rename or delete one of each.")
+    if "image" not in lower:
+        raise DataError(
+            f"{path}: no column `image`{nearest('image', header)}; the columns are {listed(header, 8)}. "
+            "Name the column with the image paths `image`."
+        )
+    return {name: lower.index(name) for name in RESERVED if name in lower}
+
+
+def _split(path: Path, where: str, text: str) -> str:
+    split = text.lower()
+    if split and split not in SPLITS:
+        raise DataError(f"{path}, {where}: unknown split {text!r}{nearest(text, SPLITS)}. Use train, val or test.")
+    return split
+
+
+def _mpp(path: Path, where: str, text: str) -> float | None:
+    if not text:
+        return None
+    try:
+        mpp = float(text)
+    except ValueError:
+        mpp = math.nan
+    if not (0 < mpp < math.inf):
+        raise DataError(
+            f"{path}, {where}: mpp is {text!r}. Expected microns per pixel above 0, such as 0.25, or nothing."
+        )
+    return mpp

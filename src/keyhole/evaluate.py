@@ -1,0 +1,173 @@
+"""How good a run's best model is on images it has not learned from: metrics with intervals, one row per image."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+import keyhole
+from keyhole.config import Config
+from keyhole.data.item import Item
+from keyhole.data.manifest import Manifest, read_for_tasks
+from keyhole.errors import DataError, KeyholeError, RunError
+from keyhole.files import writable_folder, write_atomic
+from keyhole.metrics import TaskMetrics, evaluate_task, evaluation_json, format_lines
+from keyhole.predict import Predictor
+from keyhole.prediction import Prediction, write_table
+from keyhole.report.contact_sheet import contact_sheet
+from keyhole.report.entries import sheet_entry
+from keyhole.tasks import Task
+
+SHEET = 16
+"""Images on the contact sheet: wrong ones first, then as the data come."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Where an evaluation was written, and what it found.
+
+    Attributes:
+        path: folder with metrics.json, predictions.csv, confusion_TASK.csv, left_out.csv and contact_sheet.png.
+        metrics: one per task.
+        left_out: images that could not be read, with the reason.
+        notes: what a reader of the figures should know.
+    """
+
+    path: Path
+    metrics: tuple[TaskMetrics, ...]
+    left_out: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The figures, as `accuracy 0.935 [0.900 0.965]`, and where the files are."""
+        lines = [*self.notes, *format_lines(self.metrics)]
+        if self.left_out:
+            lines.append(f"left out {len(self.left_out)} images; they are listed in {self.path / 'left_out.csv'}")
+        return [*lines, f"contact sheet: {self.path / 'contact_sheet.png'}", f"all files: {self.path}"]
+
+
+def evaluate(
+    run: str | Path,
+    data: str | Path | None = None,
+    split: str = "test",
+    out: str | Path | None = None,
+    device: str = "auto",
+    on_bad_image: Literal["fail", "skip"] = "fail",
+    root: str | Path | None = None,
+) -> Evaluation:
+    """Evaluates the best model of a run.
+
+    Args:
+        run: run folder, or with `data` the folder of a model.
+        data: other labelled images; default the run's own. Their labels must be of the model's tasks.
+        split: `train`, `val` or `test`; other data without splits count as `test`.
+        out: folder to write to; default RUN/evaluation/SPLIT, or RUN/evaluation/NAME for other data.
+        device: where to compute.
+        on_bad_image: what an unreadable image does.
+        root: folder that relative paths of a CSV start from.
+
+    Raises:
+        RunError: no model, no such split, or data of other tasks.
+        ImageError: an image cannot be read and `on_bad_image` is "fail".
+    """
+    run = Path(run)
+    predictor = Predictor.open(run, device)
+    manifest = _manifest(run, data, predictor.tasks, on_bad_image, root)
+    items = manifest.split(split)
+    if not items:
+        counts = {name: len(manifest.split(name)) for name in ("train", "val", "test") if manifest.split(name)}
+        raise DataError(f"{data or run}: no image in the split {split!r}; there are {counts}. Choose another --split.")
+    default = run / "evaluation" / (split if data is None else Path(data).stem)
+    folder = writable_folder(default if out is None else out)
+    left_out = {left.name: left.reason for left in manifest.left_out} if data is not None else {}
+    seen: list[tuple[Item, dict[str, np.ndarray]]] = []
+
+    def predictions() -> Iterator[Prediction]:
+        def tell(item: Item, error: KeyholeError) -> None:
+            left_out[item.name] = str(error)
+
+        for item, prediction in predictor.predict_items(
+            items, on_bad_image=on_bad_image, left_out=tell, description=f"evaluating {split}"
+        ):
+            seen.append((item, {name: np.array(list(of.values())) for name, of in prediction.probability.items()}))
+            yield prediction
+
+    truth = {str(item.image): item.labels for item in items}
+    write_table(predictions(), folder / "predictions.csv", lambda prediction: truth[str(prediction.image)])
+    if data is None:
+        writable_folder(run / "predictions")
+        write_atomic(run / "predictions" / f"{split}.csv", (folder / "predictions.csv").read_bytes())
+    if not seen:
+        raise DataError(f"{data or run}: none of the {len(items)} images of the split {split!r} can be read")
+    metrics = tuple(_metrics(task, manifest, seen) for task in predictor.tasks)
+    about = {"keyhole": keyhole.__version__, "model": predictor.name, "data": str(data or run), "split": split}
+    found = evaluation_json(metrics, **about, left_out=left_out)
+    write_atomic(folder / "metrics.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+    write_atomic(folder / "left_out.csv", _csv([["name", "reason"], *map(list, left_out.items())]))
+    for result in metrics:
+        if result.confusion is not None and result.task.kind != "multilabel":
+            write_atomic(folder / f"confusion_{result.task.name}.csv", _confusion(result))
+    _sheet(predictor, seen, folder / "contact_sheet.png", split)
+    return Evaluation(folder, metrics, left_out, manifest.notes if data is not None else ())
+
+
+def _manifest(
+    run: Path,
+    data: str | Path | None,
+    tasks: Sequence[Task],
+    on_bad_image: Literal["fail", "skip"],
+    root: str | Path | None,
+) -> Manifest:
+    path = run / "manifest.csv" if data is None else Path(data)
+    if data is None and not path.is_file():
+        raise RunError(f"{run}: no manifest.csv in it, so the images to evaluate are not known. Give --data.")
+    config = dataclasses.replace(
+        Config().data, path=path, root=None if root is None else Path(root), on_bad_image=on_bad_image
+    )
+    return read_for_tasks(config, tasks)
+
+
+def _metrics(task: Task, manifest: Manifest, seen: Sequence[tuple[Item, dict[str, np.ndarray]]]) -> TaskMetrics:
+    targets = np.stack([manifest.target(item, task) for item, _ in seen])
+    probabilities = np.stack([probability[task.name] for _, probability in seen])
+    return evaluate_task(task, targets, probabilities, [item.group for item, _ in seen])
+
+
+def _sheet(
+    predictor: Predictor, seen: Sequence[tuple[Item, dict[str, np.ndarray]]], path: Path, split: str
+) -> None:
+    """Wrong predictions first: they are what one wants to look at."""
+    task = predictor.tasks[0]
+
+    def wrong(pair: tuple[Item, dict[str, np.ndarray]]) -> bool:
+        truth = pair[0].labels.get(task.name, "")
+        return task.kind in ("binary", "multiclass") and bool(truth) and truth != task.label(pair[1][task.name])
+
+    order = sorted(seen, key=lambda pair: not wrong(pair))
+    bad = [pair for pair in order if wrong(pair)][: SHEET // 2]
+    chosen = [*bad, *(pair for pair in seen if not wrong(pair))][:SHEET]
+    entries = [
+        sheet_entry(predictor.config.patch, prediction, item.labels.get(task.name) or None)
+        for item, prediction in predictor.predict_items([item for item, _ in chosen], quiet=True)
+    ]
+    contact_sheet(entries, path, f"{predictor.name}: {split} images, wrong ones first, and the patches that were kept")
+
+
+def _confusion(result: TaskMetrics) -> str:
+    assert result.confusion is not None
+    header = ["true \\ predicted", *result.task.classes]
+    return _csv([header, *([name, *row] for name, row in zip(result.task.classes, result.confusion.tolist(), strict=True))])
+
+
+def _csv(rows: Sequence[Sequence[object]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()

@@ -1,0 +1,301 @@
+"""Where the patches of an image are, and their pixels.
+
+Coordinates: `l0_` level-0 pixels, `lv_` pixels of the level read from, `g_` row and column of the full grid;
+without prefix, output pixels: those of the level or of the microns per pixel that were asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from numpy.typing import ArrayLike, NDArray
+
+from keyhole.errors import ConfigError
+from keyhole.images.geometry import Box, Size
+from keyhole.images.image import Image
+from keyhole.images.pixels import Pixels
+from keyhole.pool import beat
+
+SAME = 1e-3
+"""Scales that differ by less than this share are one: no resampling for a 0.1 % wrong `mpp`."""
+WASTE = 1.5
+"""Patches are read together while their common box has at most so many times their own pixels."""
+RUN_PATCHES, RUN_PIXELS = 64, 2**24
+"""Most patches, and most level pixels, of one read (but at least one patch)."""
+SUPPORT = 2.0
+"""Pixels that Pillow's bicubic filter reaches to each side, at the coarser of the two scales."""
+
+Index = NDArray[np.int64]
+
+
+def reading_level(image: Image, mpp: float | None, level: int | None) -> tuple[int, float]:
+    """The level to read, and the level-0 pixels per output pixel.
+
+    Raises:
+        ConfigError: the level or the microns per pixel cannot be had from this image.
+    """
+    if mpp is None:
+        level = 0 if level is None else level
+        if not 0 <= level < len(image.levels):
+            raise ConfigError(
+                f"{image.path}: patch.level (={level}) must be one of the image's levels 0 ... {len(image.levels) - 1}"
+            )
+        return level, image.levels[level].downsample
+    if level is not None:
+        raise ConfigError(f"patch.level (={level}) and patch.mpp (={mpp:g}) exclude each other; give one of them")
+    if image.mpp is None:
+        raise ConfigError(
+            f"{image.path}: patch.mpp (={mpp:g}) needs the image's microns per pixel, which the file does not say; "
+            "give a column `mpp`, or leave patch.mpp out"
+        )
+    scale = mpp / image.mpp
+    level = max(i for i, lv in enumerate(image.levels) if i == 0 or lv.downsample <= scale * (1 + SAME))
+    downsample = image.levels[level].downsample
+    return level, downsample if abs(scale / downsample - 1) <= SAME else scale
+
+
+class PatchGrid:
+    """Patches of one size at regular steps over an image, in raster order.
+
+    The last row and column may reach over the border, and a negative offset starts outside; pixels there are
+    the image's background. No patch lies wholly outside. Safe to read from several threads.
+
+    Args:
+        image: what to read.
+        size: side of a patch, in output pixels.
+        stride: step between patches, in output pixels; default is the size, smaller overlaps.
+        mpp: microns per output pixel; read from the best level and resampled. Excludes `level`.
+        offset: (x, y) of the first patch, in output pixels.
+        mask: bool (rows, columns) of any resolution, covering the whole image; only patches on it are in the grid.
+        level: pyramid level whose pixels are the output pixels; default 0.
+        mask_share: a patch is in the grid if more than this share of the mask under it is True.
+
+    Attributes:
+        rows, columns: of the full grid, mask or not.
+        size, stride, offset: as above.
+        channels: of the pixels read.
+        scale: level-0 pixels per output pixel.
+
+    Raises:
+        ConfigError: a patch larger than the image, no patch left by the mask, or a resolution that is not there.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        size: int,
+        stride: int | None = None,
+        mpp: float | None = None,
+        offset: tuple[int, int] = (0, 0),
+        mask: NDArray[np.bool_] | None = None,
+        *,
+        level: int | None = None,
+        mask_share: float = 0.0,
+    ) -> None:
+        stride = size if stride is None else stride
+        if size < 1 or stride < 1:
+            raise ConfigError(f"patch.size (={size}) and patch.stride (={stride}) must be at least 1")
+        self.image = image
+        self.size, self.stride = size, stride
+        self.channels = image.channels
+        self.level, self.scale = reading_level(image, mpp, level)
+        lv = image.levels[self.level]
+        self._ratio = self.scale / lv.downsample  # level pixels per output pixel; 1: no resampling
+        self._extent = (
+            lv.size if self._ratio == 1 else Size(*(math.ceil(side / self.scale - 1e-6) for side in image.size))
+        )
+        if size > min(self._extent):
+            at = "" if self.scale == 1 else f" at 1/{self.scale:.4g} of its resolution"
+            raise ConfigError(
+                f"{image.path}: the patch ({size} x {size} px) is larger than the image "
+                f"({self._extent.width} x {self._extent.height} px{at}); choose a smaller patch.size"
+            )
+        # A patch that begins a whole size before the border shows nothing of the image: start at the first that does.
+        x, y = (o + max(0, -((o + size - 1) // stride)) * stride for o in offset)
+        self.offset = (x, y)
+        self.columns, self.rows = self._steps(x, self._extent.width), self._steps(y, self._extent.height)
+        self._kept = None if mask is None else self._masked(mask, mask_share)
+        if len(self) == 0:
+            raise ConfigError(
+                f"{image.path}: no patches: the foreground mask leaves none of {self.rows * self.columns}; "
+                "choose another patch.foreground (`all` takes every patch)"
+            )
+
+    def _steps(self, start: int, extent: int) -> int:
+        if start >= extent:
+            raise ConfigError(f"{self.image.path}: the grid starts at {start} px, outside the image ({extent} px)")
+        covering = -((start + self.size - extent) // self.stride) + 1
+        touching = -((start - extent) // self.stride)  # fewer than `covering` only where the stride exceeds the size
+        return max(1, min(covering, touching))
+
+    def _masked(self, mask: NDArray[np.bool_], share: float) -> Index:
+        """Raster indices of the patches on the mask, by its summed-area table, a row of patches at a time."""
+        table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int64)
+        table[1:, 1:] = np.cumsum(np.cumsum(mask, axis=0, dtype=np.int64), axis=1)
+        left, right = self._mask_span(self.offset[0], self.columns, self.image.size.width, mask.shape[1])
+        top, bottom = self._mask_span(self.offset[1], self.rows, self.image.size.height, mask.shape[0])
+        kept = []
+        for g_row, (y0, y1) in enumerate(zip(top.tolist(), bottom.tolist(), strict=True)):
+            hits = table[y1, right] - table[y1, left] - table[y0, right] + table[y0, left]
+            kept.append(np.flatnonzero(hits > share * (right - left) * (y1 - y0)) + g_row * self.columns)
+        return np.concatenate(kept)
+
+    def _mask_span(self, start: int, steps: int, l0_extent: int, cells: int) -> tuple[Index, Index]:
+        """First mask cell under each patch and the one after its last, along one axis; at least one cell each."""
+        begin = start + np.arange(steps, dtype=np.int64) * self.stride
+        per_pixel = self.scale * cells / l0_extent
+        low = np.floor(begin * per_pixel + 1e-6).astype(np.int64).clip(0, cells - 1)
+        high = np.ceil((begin + self.size) * per_pixel - 1e-6).astype(np.int64).clip(0, cells)
+        return low, np.maximum(high, low + 1)
+
+    def __len__(self) -> int:
+        return self.rows * self.columns if self._kept is None else len(self._kept)
+
+    def _raster(self, index: ArrayLike | slice) -> Index:
+        """Positions in the full grid of the patches `index`."""
+        if isinstance(index, slice):
+            flat = np.arange(*index.indices(len(self)), dtype=np.int64)
+        else:
+            flat = np.asarray(index)
+            if flat.ndim != 1 or (flat.size and flat.dtype.kind not in "iu"):
+                raise ValueError(f"index must be a slice or one row of integers, not {flat.dtype} {flat.shape}")
+            flat = flat.astype(np.int64)
+        if flat.size and not (flat.min() >= 0 and flat.max() < len(self)):
+            raise IndexError(f"patch index {flat.min()} ... {flat.max()} outside 0 ... {len(self) - 1}")
+        return flat if self._kept is None else self._kept[flat]
+
+    def _corners(self, raster: Index) -> tuple[Index, Index]:
+        """Left and top in output pixels."""
+        g_row, g_column = np.divmod(raster, self.columns)
+        return self.offset[0] + g_column * self.stride, self.offset[1] + g_row * self.stride
+
+    def cells(self, index: ArrayLike | slice) -> Index:
+        """Row and column in the full grid, int64 (k, 2)."""
+        return np.stack(np.divmod(self._raster(index), self.columns), axis=1)
+
+    def boxes(self, index: ArrayLike | slice) -> Index:
+        """x, y, width, height in level-0 pixels, int64 (k, 4); may reach over the border."""
+        start = np.stack(self._corners(self._raster(index)), axis=1)
+        l0_start, l0_end = (np.rint(edge * self.scale).astype(np.int64) for edge in (start, start + self.size))
+        return np.concatenate([l0_start, l0_end - l0_start], axis=1)
+
+    def centers(self, index: ArrayLike | slice) -> NDArray[np.float64]:
+        """x, y of the middle in level-0 pixels, float64 (k, 2)."""
+        corners = np.stack(self._corners(self._raster(index)), axis=1).astype(np.float64)
+        return (corners + self.size / 2) * self.scale
+
+    def read(self, index: ArrayLike | slice, out: Pixels | None = None) -> Pixels:
+        """Pixels, uint8 (k, size, size, channels), into `out` if given.
+
+        Neighbours are read with one access, so that each tile of the file is decoded once per run of patches.
+        What a patch holds does not depend on the others of the call.
+
+        Raises:
+            ImageError: the file is damaged there.
+            IndexError: no such patch.
+        """
+        raster = self._raster(index)
+        if out is None:
+            out = np.empty((len(raster), self.size, self.size, self.channels), np.uint8)
+        order = np.argsort(raster, kind="stable")
+        x, y = self._corners(raster[order])
+        # A patch resampled from far below covers many level pixels; a run must stay within what a thread may hold.
+        most = int(np.clip(RUN_PIXELS / (self.size * self._ratio) ** 2, 1, RUN_PATCHES))
+        for first in range(0, len(order), most):
+            block = slice(first, min(first + most, len(order)))
+            for start, stop in self._runs(x[block], y[block]):
+                run = slice(first + start, first + stop)
+                self._read_run(x[run], y[run], order[run].tolist(), out)
+                beat()
+        return out
+
+    def _runs(self, x: Index, y: Index) -> Iterator[tuple[int, int]]:
+        """Cuts patches in raster order into runs whose common box is not much more than the patches."""
+        cuts = np.flatnonzero((np.diff(y) != 0) | (np.diff(x) > WASTE * self.size)) + 1
+        bounds = [0, *cuts.tolist(), len(x)]
+        start, left, right, top, bottom, covered = 0, 0, 0, 0, 0, 0
+        for first, last in itertools.pairwise(bounds):  # pieces of one row
+            piece_left, piece_right, piece_top = int(x[first]), int(x[last - 1]) + self.size, int(y[first])
+            width = piece_right - piece_left
+            if first > start:
+                joint_left, joint_right = min(left, piece_left), max(right, piece_right)
+                joint_covered = covered + width * min(self.size, piece_top + self.size - bottom)
+                if (joint_right - joint_left) * (piece_top + self.size - top) <= WASTE * joint_covered:
+                    left, right, bottom, covered = joint_left, joint_right, piece_top + self.size, joint_covered
+                    continue
+                yield start, first
+            start, left, right, top, bottom = first, piece_left, piece_right, piece_top, piece_top + self.size
+            covered = width * self.size
+        yield start, len(x)
+
+    def _read_run(self, x: Index, y: Index, rows: Sequence[int], out: Pixels) -> None:
+        if self._ratio != 1:
+            self._read_resampled(x, y, rows, out)
+            return
+        left, top = int(x.min()), int(y.min())
+        box = Box(left, top, int(x.max()) - left + self.size, int(y.max()) - top + self.size)
+        region = self.image.read(box, self.level)
+        for row, px, py in zip(rows, (x - left).tolist(), (y - top).tolist(), strict=True):
+            _place(out[row], region[py : py + self.size, px : px + self.size])
+
+    def _read_resampled(self, x: Index, y: Index, rows: Sequence[int], out: Pixels) -> None:
+        """Each patch is resized alone, from the same level pixels whichever run it is in."""
+        reach = SUPPORT * max(self._ratio, 1.0)
+        spans = [[self._lv_span(int(start), reach) for start in corner] for corner in (x, y)]
+        lv_size = self.image.levels[self.level].size
+        lv_box = []
+        for axis, extent in zip(spans, lv_size, strict=True):
+            low = min(max(min(span[0] for span in axis), 0), extent - 1)
+            lv_box.append((low, max(min(max(span[1] for span in axis), extent), low + 1)))
+        (left, right), (top, bottom) = lv_box
+        region = self.image.read(Box(left, top, right - left, bottom - top), self.level)
+        for row, px, py, (x0, x1), (y0, y1) in zip(rows, x.tolist(), y.tolist(), *spans, strict=True):
+            # Outside the image its border pixels are repeated, so that no background bleeds into the edge.
+            columns, lines = (
+                np.arange(low, high).clip(0, extent - 1) - start
+                for low, high, extent, start in ((x0, x1, lv_size.width, left), (y0, y1, lv_size.height, top))
+            )
+            crop = region[lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
+            if crop.shape[:2] != (len(lines), len(columns)):
+                crop = region[lines[:, None], columns]
+            lv_x, lv_y, lv_side = px * self._ratio - x0, py * self._ratio - y0, self.size * self._ratio
+            patch = _resize(crop, (lv_x, lv_y, lv_x + lv_side, lv_y + lv_side), self.size)
+            width, height = self._extent
+            if px < 0 or py < 0 or px + self.size > width or py + self.size > height:
+                inside = slice(max(-py, 0), height - py), slice(max(-px, 0), width - px)
+                padded = np.full_like(patch, self.image.background)
+                padded[inside] = patch[inside]
+                patch = padded
+            _place(out[row], patch)
+
+    def _lv_span(self, start: int, reach: float) -> tuple[int, int]:
+        """Level pixels that a patch starting at an output pixel needs along one axis, filter included."""
+        return (
+            math.floor(start * self._ratio - reach) - 1,
+            math.ceil((start + self.size) * self._ratio + reach) + 1,
+        )
+
+
+def _resize(pixels: Pixels, box: tuple[float, float, float, float], size: int) -> Pixels:
+    picture = PIL.Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
+    resized = np.asarray(picture.resize((size, size), PIL.Image.Resampling.BICUBIC, box=box))
+    return resized[:, :, None] if resized.ndim == 2 else resized
+
+
+_RGB: np.dtype[Any] = np.dtype("V3")
+
+
+def _place(out: Pixels, pixels: Pixels) -> None:
+    """`out[...] = pixels`, quickly where `out` is a mirrored or turned view (numpy walks those 3 bytes at a time)."""
+    if out.shape[2] != 3 or out.strides[1] == 3 or not out.strides[2] == pixels.strides[2] == 1:
+        out[...] = pixels
+    elif out.strides[1] == -3:  # mirrored: 5 times as fast a channel at a time
+        for channel in range(3):
+            out[:, :, channel] = pixels[:, :, channel]
+    else:  # turned: twice as fast in whole pixels
+        out.view(_RGB)[...] = pixels.view(_RGB)

@@ -1,0 +1,167 @@
+"""PNG, JPEG, WebP, BMP and other single pictures, through Pillow: decoded whole, once, at the first read."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from keyhole.errors import ImageError
+from keyhole.images.faults import faults_of
+from keyhole.images.geometry import Box, Level, Size
+from keyhole.images.image import Image, Pixels
+from keyhole.images.pixels import eight_bit, make_upright, on_white, upright_size, valid_orientation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+# Pillow's remarks on odd metadata would appear between the lines of a progress bar; what matters is raised below.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_FORMATS = {
+    # What the file starts with -> the only Pillow plugins that may read it: none that starts another program.
+    b"\x89PNG\r\n\x1a\n": ("PNG",),
+    b"\xff\xd8\xff": ("JPEG", "MPO"),
+    b"RIFF": ("WEBP",),
+    b"BM": ("BMP",),
+    b"GIF8": ("GIF",),
+    b"\x00\x00\x00\x0cjP  ": ("JPEG2000",),
+    b"\xff\x4f\xff\x51": ("JPEG2000",),
+    **{b"P%d" % kind: ("PPM",) for kind in range(1, 7)},
+}
+_GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
+_ORIENTATION = 0x0112
+
+
+def _plugins(head: bytes) -> tuple[str, ...]:
+    for magic, plugins in _FORMATS.items():
+        if head.startswith(magic) and (magic != b"RIFF" or head[8:12] == b"WEBP"):
+            return plugins
+    return ()
+
+
+class PillowImage(Image):
+    """A picture that Pillow reads. Opening reads the header; the first read decodes all of it and keeps it.
+
+    EXIF orientation is obeyed. Grey stays one channel, all else becomes RGB: palettes are applied, transparency is
+    composited onto white, 16 bits become 8 (value >> 8). CRC sums of a PNG are checked.
+
+    Raises:
+        ImageError: damaged, an animation, or more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+
+    priority: ClassVar[int] = 0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with faults_of(path, "damaged, or not the picture that its first bytes promise"):
+            with path.open("rb") as file:
+                self._formats = _plugins(file.read(64))
+            with self._open() as picture:
+                stored = Size(*picture.size)
+                self._refuse(picture)
+                self._orientation = _orientation(picture, path)
+        self.size = upright_size(stored, self._orientation)
+        self.levels = (Level(self.size, 1.0),)
+        self.channels = 1 if picture.mode in _GREY else 3
+        self._lock = threading.Lock()
+        self._pixels: Pixels | None = None
+        self._closed = False
+
+    @classmethod
+    def sniff(cls, path: Path, head: bytes) -> bool:
+        return bool(_plugins(head))
+
+    def _open(self) -> Picture:
+        import PIL.Image
+
+        try:
+            return PIL.Image.open(self.path, formats=self._formats)
+        except PIL.Image.DecompressionBombError as error:
+            pixels = "".join(str(error).split("(")[-1:]).split()[0]
+            raise self._too_large(f"{int(pixels):,}" if pixels.isdigit() else "too many") from error
+        except PIL.UnidentifiedImageError as error:
+            kind = self._formats[0] if self._formats else "picture"
+            raise ImageError(self.path, f"starts like {kind} data but its header is damaged. Copy it again.") from error
+
+    def _refuse(self, picture: Picture) -> None:
+        import PIL.Image
+
+        limit = PIL.Image.MAX_IMAGE_PIXELS
+        if limit is not None and picture.width * picture.height > limit:
+            raise self._too_large(f"{picture.width * picture.height:,}")
+        if getattr(picture, "is_animated", False) and picture.format != "MPO":
+            frames = getattr(picture, "n_frames", 2)
+            raise ImageError(self.path, f"an animation of {frames} frames, not one picture. Save the frame you want.")
+
+    def _too_large(self, pixels: str) -> ImageError:
+        import PIL.Image
+
+        return ImageError(
+            self.path,
+            f"{pixels} pixels, over the limit of {PIL.Image.MAX_IMAGE_PIXELS:,} for a format that is decoded whole. "
+            f"Convert it to a tiled pyramid: vips tiffsave {self.path.name} {self.path.stem}.tif "
+            "--tile --pyramid --compression jpeg --bigtiff",
+        )
+
+    def _read(self, box: Box, level: int) -> Pixels:
+        with self._lock:
+            if self._closed:
+                raise ImageError(self.path, "read after it was closed")
+            if self._pixels is None:
+                self._pixels = self._decode()
+            pixels = self._pixels
+        return pixels[box.y : box.y + box.height, box.x : box.x + box.width]
+
+    def _decode(self) -> Pixels:
+        with faults_of(self.path, "damaged: it cannot be decoded"):
+            if self._formats == ("PNG",):
+                with self._open() as picture:
+                    picture.verify()  # the CRC of every chunk; decoding alone skips those of the pixels
+            with self._open() as picture:
+                pixels = make_upright(_eight_bit_pixels(picture), self._orientation)
+        if pixels.shape != (self.size.height, self.size.width, self.channels):
+            raise ImageError(self.path, f"decodes to {pixels.shape}, not to the {tuple(self.size)} of its header")
+        pixels = np.ascontiguousarray(pixels)
+        pixels.flags.writeable = False
+        return pixels
+
+    def close(self) -> None:
+        with self._lock:
+            self._pixels, self._closed = None, True
+
+
+def _eight_bit_pixels(picture: Picture) -> Pixels:
+    """(h, w, 1 or 3) of any mode that Pillow decodes to."""
+    grey = picture.mode in _GREY
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        if values.size and not 0 <= values.min() <= values.max() < 2**16:
+            raise ValueError("grey values of more than 16 bits; save it with 8 or 16 bits")
+        return eight_bit(values.astype(np.uint16), 16)[:, :, None]
+    if picture.mode == "F":
+        raise ValueError("grey values are floating point; save it with 8 or 16 bits")
+    if picture.has_transparency_data:
+        return on_white(np.asarray(picture.convert("LA" if grey else "RGBA")))
+    return np.asarray(picture.convert("L" if grey else "RGB")).reshape(picture.height, picture.width, -1)
+
+
+def _orientation(picture: Picture, path: Path) -> int:
+    """The EXIF orientation, without decoding."""
+    if picture.format == "PNG" and "exif" not in picture.info and not _png_has(path, b"eXIf"):
+        return 1  # Pillow would decode the whole picture to look for it behind the pixels
+    return valid_orientation(picture.getexif().get(_ORIENTATION, 1))
+
+
+def _png_has(path: Path, kind: bytes) -> bool:
+    """Whether a PNG has a chunk of this kind anywhere, by hopping from chunk to chunk."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(header := file.read(8)) == 8 and header[4:] != b"IEND":
+            if header[4:] == kind:
+                return True
+            file.seek(int.from_bytes(header[:4], "big") + 4, 1)
+    return False

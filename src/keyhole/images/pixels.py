@@ -1,0 +1,77 @@
+"""From whatever a file stores to the (h, w, 1 or 3) uint8 of an `Image`: one rule for all readers."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyhole.images.geometry import Box, Size
+
+Pixels = NDArray[np.uint8]
+
+_TURNS = {
+    # EXIF and TIFF orientation -> what makes the stored picture upright: transpose, then mirror in x, in y.
+    1: (False, False, False),
+    2: (False, True, False),
+    3: (False, True, True),
+    4: (False, False, True),
+    5: (True, False, False),
+    6: (True, True, False),
+    7: (True, True, True),
+    8: (True, False, True),
+}
+
+
+def valid_orientation(value: object) -> int:
+    """`value` if it is one of the eight orientations, else 1: writers put 0 and worse there."""
+    return value if isinstance(value, int) and value in _TURNS else 1
+
+
+def upright_size(stored: Size, orientation: int) -> Size:
+    """Size of the picture as it is to be seen."""
+    return Size(stored.height, stored.width) if _TURNS[orientation][0] else stored
+
+
+def stored_box(box: Box, upright: Size, orientation: int) -> Box:
+    """Where `box` of the upright picture lies in the stored one."""
+    transpose, mirror_x, mirror_y = _TURNS[orientation]
+    x = upright.width - box.x - box.width if mirror_x else box.x
+    y = upright.height - box.y - box.height if mirror_y else box.y
+    return Box(y, x, box.height, box.width) if transpose else Box(x, y, box.width, box.height)
+
+
+def make_upright(pixels: Pixels, orientation: int) -> Pixels:
+    """(h, w, c) as stored -> as it is to be seen."""
+    transpose, mirror_x, mirror_y = _TURNS[orientation]
+    if transpose:
+        pixels = pixels.swapaxes(0, 1)
+    if mirror_y:
+        pixels = pixels[::-1]
+    if mirror_x:
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def eight_bit(values: NDArray[np.unsignedinteger | np.bool_], bits: int) -> Pixels:
+    """Grey values of `bits` bits to 8: more are cut to their highest eight (value >> 8 for 16), fewer stretched."""
+    if bits > 8:
+        return (values >> (bits - 8)).astype(np.uint8)
+    stretch = 255 // (2**bits - 1)
+    return (
+        values.astype(np.uint8, copy=False) * np.uint8(stretch) if stretch > 1 else values.astype(np.uint8, copy=False)
+    )
+
+
+def on_white(pixels: Pixels, associated: bool = False) -> Pixels:
+    """(h, w, c + 1) with alpha last -> (h, w, c) composited onto white, rounded to nearest.
+
+    Args:
+        associated: the colours are already multiplied by alpha.
+    """
+    color, alpha = pixels[..., :-1], pixels[..., -1:]
+    if alpha.size and alpha.min() == 255:
+        return color
+    share = color.astype(np.uint16) * 255 if associated else color.astype(np.uint16) * alpha
+    # The sum stays below 2**16 for colours <= alpha; damaged associated colours are clipped.
+    mixed = (share.astype(np.uint32) + np.uint32(255) * (255 - alpha) + 127) // 255
+    return np.minimum(mixed, 255).astype(np.uint8)

@@ -1,0 +1,208 @@
+"""TIFF in its variety, read tile by tile: tifffile finds the bytes, imagecodecs decodes them."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections import OrderedDict
+from contextlib import nullcontext
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyhole.errors import ImageError
+from keyhole.images.faults import ends_early, faults_of
+from keyhole.images.geometry import Box, Level, Size, downsample_of
+from keyhole.images.image import Image, Pixels
+from keyhole.images.pixels import eight_bit, make_upright, on_white, stored_box, upright_size
+from keyhole.images.tiff_checks import CONVERT, MAX_SEGMENT_PIXELS, is_tiff, vendor_of
+from keyhole.images.tiff_layout import TiffLevel, read_layout
+
+_CACHE_BYTES = 16 * 2**20
+_LARGE = 2**20
+"""Decoded bytes from which a tile is worth keeping, and decoded by one thread at a time."""
+
+
+class TiffImage(Image):
+    """TIFF and BigTIFF: tiled or striped, pyramids (SubIFDs or a chain of pages), OME-TIFF, Aperio SVS.
+
+    Compression none, PackBits, LZW, Deflate, LZMA, Zstd, CCITT, JPEG, JPEG 2000 and WebP; grey (also inverted), RGB,
+    CMYK and palette of 1 to 8 bits, grey and RGB of up to 16, of which the highest eight are kept (value >> 8).
+    Alpha is composited onto white; other extra samples are left out. The orientation tag is obeyed. A region costs the
+    tiles or strips it touches, decoded in the calling thread; a missing tile is background.
+    Of a file with several pictures the first is read.
+
+    Raises:
+        ImageError: damaged, cut off, a tile of more than 64 Mpx, or a kind not listed here.
+    """
+
+    priority: ClassVar[int] = 20
+
+    def __init__(self, path: Path) -> None:
+        layout = read_layout(path)
+        self.path = path
+        self.mpp = layout.mpp
+        self.channels = layout.levels[0].channels
+        self._stored, self._orientation = layout.levels, layout.orientation
+        self.size = upright_size(layout.levels[0].size, layout.orientation)
+        sizes = [upright_size(level.size, layout.orientation) for level in layout.levels]
+        self.levels = tuple(Level(size, downsample_of(self.size, size)) for size in sizes)
+        self._file = path.open("rb", buffering=0)
+        self._file_lock = threading.Lock()
+        self._large_lock = threading.Lock()
+        self._recent = _Recent()
+
+    @classmethod
+    def sniff(cls, path: Path, head: bytes) -> bool:
+        return is_tiff(head) and vendor_of(path) is None
+
+    def close(self) -> None:
+        self._recent.clear()
+        self._file.close()
+
+    def _read(self, box: Box, level: int) -> Pixels:
+        inside = stored_box(box, self.levels[level].size, self._orientation)
+        with faults_of(self.path, f"damaged at {tuple(box)} of level {level}"):
+            return make_upright(self._stored_pixels(inside, level), self._orientation)
+
+    def _stored_pixels(self, box: Box, level: int) -> Pixels:
+        """Pixels of a box in stored coordinates, segment by segment."""
+        page = self._stored[level]
+        wide, high = page.segment
+        columns, _ = page.grid
+        right, bottom = box.x + box.width, box.y + box.height
+        out = np.empty((box.height, box.width, self.channels), np.uint8)
+        for row in range(box.y // high, (bottom - 1) // high + 1):
+            top, below = max(box.y, row * high), min(bottom, (row + 1) * high)
+            for column in range(box.x // wide, (right - 1) // wide + 1):
+                left, beside = max(box.x, column * wide), min(right, (column + 1) * wide)
+                target = out[top - box.y : below - box.y, left - box.x : beside - box.x]
+                pixels = self._segment(page, level, row * columns + column)
+                if pixels is None:
+                    target[:] = self.background
+                else:
+                    x, y = left - column * wide, top - row * high
+                    target[:] = pixels[y : y + target.shape[0], x : x + target.shape[1]]
+        return out
+
+    def _segment(self, page: TiffLevel, level: int, index: int) -> Pixels | None:
+        """One tile or strip as (h, w, channels) uint8; None where the file has none."""
+        large = page.segment.width * page.segment.height * self.channels >= _LARGE
+        if page.tiled and not large:
+            return self._decode(page, index)
+        with self._large_lock if large else nullcontext():  # 16 threads must not each decode the same 200 MB
+            pixels = self._recent.get((level, index))
+            if pixels is None:
+                pixels = self._decode(page, index)
+                if pixels is not None:
+                    self._recent.put((level, index), pixels)
+            return pixels
+
+    def _decode(self, page: TiffLevel, index: int) -> Pixels | None:
+        columns, rows = page.grid
+        parts = []
+        for plane in range(page.planes):
+            number = plane * columns * rows + index
+            data = self._bytes(int(page.offsets[number]), int(page.counts[number]))
+            if not data:
+                return None
+            self._check_coded(page, data)
+            parts.append(page.decode(data, number))
+        values = parts[0] if page.planes == 1 else np.concatenate(parts, axis=-1)
+        return to_pixels(values, page)
+
+    def _bytes(self, offset: int, count: int) -> bytes:
+        if count == 0 or offset == 0:
+            return b""
+        if count > 8 * MAX_SEGMENT_PIXELS:
+            raise ImageError(self.path, f"one tile or strip of {count:,} bytes. {CONVERT}")
+        if hasattr(os, "pread"):
+            data = os.pread(self._file.fileno(), count, offset)
+        else:
+            with self._file_lock:
+                self._file.seek(offset)
+                data = self._file.read(count) or b""
+        if len(data) < count:
+            raise ends_early(self.path, offset + len(data), offset + count)
+        return data
+
+    def _check_coded(self, page: TiffLevel, data: bytes) -> None:
+        """A tile that is a picture of its own may declare another size than the page does: checked before decoding."""
+        if not page.coded:
+            return
+        size = jpeg_size(data) if page.coded == "JPEG" else _picture_size(data)
+        if size is not None and size.width * size.height > max(4 * page.segment.width * page.segment.height, 2**16):
+            raise ImageError(
+                self.path, f"a tile of {tuple(page.segment)} pixels holds a picture of {tuple(size)}. Export it anew."
+            )
+
+
+def to_pixels(values: NDArray[np.unsignedinteger | np.bool_], page: TiffLevel) -> Pixels:
+    """Decoded samples (h, w, samples) to (h, w, 1 or 3) uint8, by the page's kind of colour."""
+    values = values[..., : page.samples]
+    if page.palette is not None:
+        return page.palette[values[..., 0].astype(np.intp)]
+    pixels = eight_bit(values, page.bits)
+    if page.color == "inverted":
+        pixels = np.concatenate([255 - pixels[..., :1], pixels[..., 1:]], axis=-1)
+    elif page.color == "cmyk":
+        ink, black = 255 - pixels[..., :3].astype(np.uint16), 255 - pixels[..., 3:].astype(np.uint16)
+        return ((ink * black + 127) // 255).astype(np.uint8)
+    return on_white(pixels, associated=page.alpha == "associated") if page.alpha else pixels
+
+
+def jpeg_size(data: bytes) -> Size | None:
+    """Width and height from a JPEG stream's frame header; None where there is none (the decoder then says so)."""
+    at = 2
+    while at + 9 < len(data):
+        if data[at] != 0xFF:
+            return None
+        marker = data[at + 1]
+        if marker == 0xFF:
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            at += 2
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return Size(int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big"))
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _picture_size(data: bytes) -> Size:
+    """Width and height of a JPEG 2000 or WebP segment, from its header."""
+    import PIL.Image
+
+    with PIL.Image.open(io.BytesIO(data), formats=("JPEG2000", "WEBP")) as picture:
+        return Size(*picture.size)
+
+
+class _Recent:
+    """The last decoded segments, to 16 MB or one segment: overlapping patches do not decode a strip anew each."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[int, int]) -> Pixels | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def put(self, key: tuple[int, int], pixels: Pixels) -> None:
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = pixels
+                self._bytes += pixels.nbytes
+            while self._bytes > _CACHE_BYTES and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+            self._bytes = 0

@@ -1,0 +1,149 @@
+"""A TIFF's structure, checked before anything is decoded.
+
+A hostile or damaged file otherwise costs the process: a chain of pages that loops or leaves the file, a tile that
+declares gigabytes in a few bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyhole.errors import ImageError
+from keyhole.images.faults import ends_early, faults_of
+from keyhole.images.geometry import Size
+
+MAX_PAGES = 4096
+"""More pages than any slide has; a file with more is a film or damaged."""
+MAX_SEGMENT_PIXELS = 64 * 2**20
+"""Pixels of one tile or strip: what is read at once whatever the region asked for. 64 Mpx are 200 MB in RGB."""
+CONVERT = "Convert it to a tiled pyramid: vips tiffsave IN.tif OUT.tif --tile --pyramid --compression jpeg --bigtiff"
+
+_MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
+_JPEG2000_APERIO = (33003, 33005)
+
+
+def is_tiff(head: bytes) -> bool:
+    """Whether a file that starts with `head` is a TIFF or BigTIFF."""
+    return head[:4] in _MAGIC
+
+
+def vendor_of(path: Path) -> str | None:
+    """The maker of a slide that is TIFF underneath but not plain TIFF; such a file is OpenSlide's. Never raises."""
+    if path.suffix.lower() in (".ndpi", ".bif", ".scn"):
+        return path.suffix.lower()
+    try:
+        with open_pages(path) as tif:
+            page = tif.pages.first
+            xmp = page.tags.valueof(700)
+            if page.is_ndpi:
+                return "Hamamatsu"
+            if page.is_philips or page.software.startswith("Philips"):
+                return "Philips"
+            if page.software.startswith("MedScan"):
+                return "Trestle"
+            if "<scn" in page.description[:1000]:
+                return "Leica"
+            if isinstance(xmp, bytes) and b"<iScan" in xmp:
+                return "Ventana"
+            if page.is_svs and page.compression in _JPEG2000_APERIO:
+                return "Aperio JPEG 2000"
+    except ImageError:
+        return None  # damaged: opening it says how
+    return None
+
+
+@contextmanager
+def open_pages(path: Path) -> Iterator[Any]:
+    """A tifffile.TiffFile whose chain of pages is sound, closed at the end. All its faults become ImageError."""
+    import tifffile
+
+    # Its remarks on odd tags have no handler and would go to stderr; what matters is checked here.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    with faults_of(path, "damaged TIFF structure"):
+        _walk_chain(path)
+        with tifffile.TiffFile(path) as tif:
+            yield tif
+
+
+def check_tiles(path: Path) -> None:
+    """Refuses a TIFF that would take OpenSlide, and with it the process, down: tiles of gigabytes, loops, a cut end.
+
+    Raises:
+        ImageError: with the reason.
+    """
+    with open_pages(path) as tif:
+        for page in tif.pages:
+            if page.is_tiled:
+                check_segment(path, Size(page.tilewidth, page.tilelength))
+            elif not page.is_ndpi:  # a Hamamatsu page is one strip with restart marks inside
+                check_segment(path, Size(page.imagewidth, min(page.rowsperstrip or page.imagelength, page.imagelength)))
+            check_end(path, np.asarray(page.dataoffsets, np.int64), np.asarray(page.databytecounts, np.int64))
+
+
+def _walk_chain(path: Path) -> None:
+    """Follows the chain of pages once, without decoding a tag: it must end, inside the file, after a sane number."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(16)
+        order = _MAGIC.get(head[:4])
+        if order is None or len(head) < 8:
+            raise ImageError(path, "not a TIFF: its first bytes are damaged. Copy it again.")
+        big = head[2:3] == b"+" or head[3:4] == b"+"
+        wide = big or path.suffix.lower() == ".ndpi"  # Hamamatsu: classic entries, but 64-bit offsets of pages
+        entry, count_format = (20, "Q") if big else (12, "H")
+        offset_format = "Q" if wide else "I"
+        start = 8 if big else 4
+        (offset,) = struct.unpack_from(order + offset_format, head.ljust(16, b"\0"), start)
+        seen: set[int] = set()
+        while offset:
+            if offset in seen:
+                raise ImageError(path, f"its pages form a loop (page {len(seen)} leads back). Copy or export it anew.")
+            if len(seen) == MAX_PAGES:
+                raise ImageError(path, f"more than {MAX_PAGES:,} pages; keyhole reads one picture per file")
+            seen.add(offset)
+            file.seek(offset)
+            raw = file.read(struct.calcsize(count_format))
+            if len(raw) < struct.calcsize(count_format):
+                raise ends_early(path, size, offset + 8)
+            (tags,) = struct.unpack(order + count_format, raw)
+            link = offset + len(raw) + tags * entry
+            file.seek(link)
+            raw = file.read(struct.calcsize(offset_format))
+            if len(raw) < struct.calcsize(offset_format):
+                raise ends_early(path, size, link + struct.calcsize(offset_format))
+            (offset,) = struct.unpack(order + offset_format, raw)
+        if not seen:
+            raise ImageError(path, "a TIFF without a page. Copy or export it anew.")
+
+
+def page_size(page: Any) -> Size:
+    """(width, height) of a tifffile page."""
+    return Size(int(page.imagewidth), int(page.imagelength))
+
+
+def check_segment(path: Path, segment: Size) -> None:
+    if segment.width * segment.height > MAX_SEGMENT_PIXELS:
+        raise ImageError(
+            path,
+            f"one tile or strip has {segment.width:,} x {segment.height:,} pixels, more than the "
+            f"{MAX_SEGMENT_PIXELS:,} that are decoded at once. {CONVERT}",
+        )
+
+
+def check_end(path: Path, offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+    """Every segment must lie inside the file."""
+    number = min(len(offsets), len(counts))
+    offsets, counts = offsets[:number], counts[:number]
+    if number and (offsets.min() < 0 or counts.min() < 0):
+        raise ImageError(path, "a tile or strip lies before the file's start. Copy it again.")
+    needed = int((offsets + counts)[counts > 0].max(initial=0))
+    if needed > path.stat().st_size:
+        raise ends_early(path, path.stat().st_size, needed)

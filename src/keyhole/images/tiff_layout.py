@@ -1,0 +1,219 @@
+"""Where a TIFF keeps its pixels: the levels of its pyramid, how each is decoded, its scale and orientation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyhole.errors import ImageError
+from keyhole.images.geometry import Size, same_shape
+from keyhole.images.pixels import valid_orientation
+from keyhole.images.tiff_checks import check_end, check_segment, open_pages, page_size
+from keyhole.images.tiff_scale import aperio_mpp, check_ome, first_plane, ome_mpp, ome_pixels, resolution_mpp
+
+_COMPRESSIONS = {
+    # TIFF tag 259 -> whether a segment is a picture of its own, with a size of its own that must be checked.
+    1: False,  # none
+    2: False,  # CCITT, bilevel
+    3: False,
+    4: False,
+    5: False,  # LZW
+    7: True,  # JPEG
+    8: False,  # Deflate
+    32946: False,  # Deflate, older number
+    32773: False,  # PackBits
+    34712: True,  # JPEG 2000
+    34925: False,  # LZMA
+    50000: False,  # Zstd
+    50001: True,  # WebP
+}
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
+
+
+@dataclass(frozen=True)
+class TiffLevel:
+    """One page: a table of segments (tiles, or strips as wide as the image) and how to decode one.
+
+    Attributes:
+        size: (width, height) as stored.
+        segment: (width, height) of a tile or strip.
+        offsets, counts: where the encoded segments lie, int64; planes one after the other. A count of 0 is missing.
+        planes: 1, or the number of samples where each colour is stored by itself.
+        decode: (bytes, index) -> (h, w, samples of a plane) of `bits` bits.
+        coded: "" or how the segment's own header states its size: "JPEG", "picture".
+        color: "grey", "inverted", "rgb", "palette" or "cmyk".
+        alpha: of the last sample used: None, "straight" or "associated".
+    """
+
+    size: Size
+    segment: Size
+    tiled: bool
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    planes: int
+    samples: int
+    bits: int
+    color: str
+    alpha: str | None
+    palette: NDArray[np.uint8] | None
+    coded: str
+    decode: Callable[[bytes, int], NDArray[Any]]
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.color in ("grey", "inverted") else 3
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Columns and rows of segments."""
+        return math.ceil(self.size.width / self.segment.width), math.ceil(self.size.height / self.segment.height)
+
+
+@dataclass(frozen=True)
+class TiffLayout:
+    """What an opened TIFF is: levels largest first, microns per pixel, orientation."""
+
+    levels: tuple[TiffLevel, ...]
+    mpp: float | None
+    orientation: int
+
+
+def read_layout(path: Path) -> TiffLayout:
+    """Levels, scale and orientation of a TIFF.
+
+    Raises:
+        ImageError: damaged, cut off, hostile, or of a kind that is not read, with the way to convert it.
+    """
+    with open_pages(path) as tif:
+        description = tif.pages.first.description
+        ome = ome_pixels(description) if tif.pages.first.is_ome else None
+        if ome is not None:
+            check_ome(path, ome, tif.pages.first)
+        main = tif.pages[first_plane(ome) if ome is not None else 0]
+        pages = [main, *_reduced(tif, main)]
+        levels = tuple(_level(path, page) for page in pages)
+        for level, page in zip(levels, pages, strict=True):
+            if level.channels != levels[0].channels:
+                raise ImageError(path, f"page {page.index} has {level.channels} channels, level 0 has another number")
+        mpp = ome_mpp(ome) if ome is not None else aperio_mpp(description) or resolution_mpp(main)
+        return TiffLayout(levels, mpp, valid_orientation(main.tags.valueof(274, 1)))
+
+
+def _reduced(tif: Any, main: Any) -> list[Any]:
+    """The smaller copies of the page `main`, largest first: its SubIFDs, or else the pages behind it.
+
+    Labels, macro pictures and thumbnails are no levels: they have other proportions, or (Aperio) are not tiled.
+    """
+    import tifffile
+
+    candidates: list[Any] = []
+    if main.subifds:
+        for number, offset in enumerate(main.subifds[:64]):
+            tif.filehandle.seek(offset)
+            candidates.append(tifffile.TiffPage(tif, (main.index, number)))
+    elif len(tif.pages) > 1 and main.index == 0:
+        candidates = [page for page in tif.pages if page.index != 0 and (page.is_tiled or (page.subfiletype & 1))]
+        if main.is_tiled:
+            candidates = [page for page in candidates if page.is_tiled]
+    found, last = [], page_size(main)
+    for page in sorted(candidates, key=lambda page: -page.imagewidth):
+        size = page_size(page)
+        alike = (page.samplesperpixel, page.bitspersample) == (main.samplesperpixel, main.bitspersample)
+        if alike and min(size) > 0 and size.width < last.width and same_shape(page_size(main), size):
+            found.append(page)
+            last = size
+    return found
+
+
+def _level(path: Path, page: Any) -> TiffLevel:
+    """A tifffile page as a `TiffLevel`, which needs neither the page nor its file any longer."""
+    size = page_size(page)
+    segment = Size(page.tilewidth, page.tilelength) if page.is_tiled else Size(size.width, page.rowsperstrip)
+    if min(size) < 1 or min(segment) < 1:
+        raise ImageError(path, f"page {page.index} has a size of {tuple(size)}. Copy or export it anew.")
+    check_segment(path, segment)
+    color, alpha, used = _color(path, page)
+    planes = page.samplesperpixel if page.planarconfig == 2 and page.samplesperpixel > 1 else 1
+    coded = _COMPRESSIONS[int(page.compression)]
+    offsets, counts = np.asarray(page.dataoffsets, np.int64), np.asarray(page.databytecounts, np.int64)
+    expected = math.ceil(size.width / segment.width) * math.ceil(size.height / segment.height) * planes
+    if min(len(offsets), len(counts)) < expected:
+        raise ImageError(path, f"page {page.index} lists {len(offsets)} of {expected} tiles or strips. Copy it again.")
+    check_end(path, offsets, counts)
+    options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression == 7 else {}
+    decode_page, bits = page.decode, page.bitspersample
+
+    def decode(data: bytes, index: int) -> NDArray[Any]:
+        values: NDArray[Any] = decode_page(data, index, **options)[0][0]
+        if values.dtype.itemsize != (1 if bits <= 8 else 2):
+            raise ValueError(f"a segment of {values.dtype} where {bits} bits are declared")
+        return values
+
+    return TiffLevel(
+        size=size,
+        segment=segment,
+        tiled=bool(page.is_tiled),
+        offsets=offsets[:expected],
+        counts=counts[:expected],
+        planes=planes,
+        samples=used,
+        bits=bits,
+        color=color,
+        alpha=alpha,
+        palette=_palette(path, page) if color == "palette" else None,
+        coded="" if not coded else "JPEG" if page.compression == 7 else "picture",
+        decode=decode,
+    )
+
+
+def _color(path: Path, page: Any) -> tuple[str, str | None, int]:
+    """Colour kind, kind of alpha, and how many of the samples matter; refuses what is not a picture of 8 or 16 bits."""
+
+    def refuse(what: str) -> ImageError:
+        return ImageError(path, f"{what} is not read. Export it as 8-bit RGB or grey TIFF.")
+
+    compression, photometric, samples, bits = (
+        int(page.compression),
+        int(page.photometric),
+        int(page.samplesperpixel),
+        page.bitspersample,
+    )
+    if compression not in _COMPRESSIONS:
+        raise refuse(f"TIFF compression {getattr(page.compression, 'name', compression)} ({compression})")
+    if not isinstance(bits, int) or not 1 <= bits <= 16 or int(page.sampleformat) not in (1, 4):
+        kind = {2: "signed integers", 3: "floating point"}.get(page.sampleformat, "samples")
+        raise refuse(f"{kind} of {bits} bits")
+    if page.imagedepth != 1:
+        raise refuse(f"a volume of {page.imagedepth} slices")
+    colors = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}.get(photometric, 0)
+    if colors == 0 or (photometric == _YCBCR and compression != 7):
+        raise refuse(f"colour kind {getattr(page.photometric, 'name', photometric)} in this compression")
+    if samples < colors or samples > colors + 2 or (colors == 1 and samples > 2):
+        raise refuse(f"a page of {samples} channels (photometric {photometric})")
+    extra = page.extrasamples[0] if samples > colors and page.extrasamples else 0
+    alpha = {1: "associated", 2: "straight"}.get(int(extra))
+    if colors == 1 and samples == 2 and alpha is None:
+        raise refuse("a page of 2 channels")
+    if photometric in (_PALETTE, _CMYK):
+        alpha = None
+    if photometric == _PALETTE and page.colormap is None:
+        raise ImageError(path, "a palette TIFF without its palette. Export it anew.")
+    if photometric in (_CMYK, _PALETTE) and bits > 8:
+        raise refuse(f"palette or CMYK of {bits} bits")
+    kinds = {_WHITE_IS_ZERO: "inverted", _BLACK_IS_ZERO: "grey", _PALETTE: "palette", _CMYK: "cmyk"}
+    return kinds.get(photometric, "rgb"), alpha, colors + (alpha is not None)
+
+
+def _palette(path: Path, page: Any) -> NDArray[np.uint8]:
+    """(2**bits, 3) uint8. Some writers put 8-bit values into the 16-bit table; then all are small."""
+    table = np.asarray(page.colormap)
+    if table.shape != (3, 2**page.bitspersample):
+        raise ImageError(path, f"a palette of {table.shape} for {page.bitspersample} bits. Export it anew.")
+    palette: NDArray[np.uint8] = (table >> 8 if table.max() > 255 else table).T.astype(np.uint8)
+    return palette

@@ -1,0 +1,175 @@
+"""A configuration for a data set, from what can be measured on it: the logic of `keyhole init`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from keyhole.config import Config
+from keyhole.data.manifest import Manifest, read_manifest
+from keyhole.images import open_image
+from keyhole.images.geometry import Size
+from keyhole.reading import Reader
+
+SAMPLE = 100
+"""Images opened to measure sizes; more would not move the medians."""
+SLIDE_MPP = 0.5
+"""Microns per pixel to read slides at: 20x, where nuclei are still seen and patches are a quarter of those at 40x."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the images and labels say.
+
+    Attributes:
+        manifest: the data, as training would read it.
+        sizes: level-0 sizes of the images opened.
+        mpp: microns per pixel of those that say it, from the CSV or the file.
+        grey: whether all are grey.
+        pyramids: whether all have more than one level.
+    """
+
+    manifest: Manifest
+    sizes: tuple[Size, ...]
+    mpp: tuple[float, ...]
+    grey: bool
+    pyramids: bool
+
+    @property
+    def typical(self) -> Size:
+        """Median width and median height."""
+        return Size(*(round(median(sides)) for sides in zip(*self.sizes, strict=True)))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A configuration and, by option, what in the data speaks for its value."""
+
+    config: Config
+    reasons: Mapping[str, str]
+    summary: tuple[str, ...]
+
+
+def measure(config: Config) -> Measured:
+    """Reads the labels and opens up to `SAMPLE` images, spread over the data set.
+
+    Raises:
+        DataError, ImageError: as training would.
+    """
+    manifest = read_manifest(config.data, config.train.seed)
+    step = max(1, len(manifest.items) // SAMPLE)
+    sizes, mpp, grey, pyramids = [], [], [], []
+    with Reader(threads=1, stall=config.run.stall) as reader:
+        for item in manifest.items[::step]:
+            with reader.run(str(item.image), lambda path=item.image: open_image(path)) as image:
+                sizes.append(image.size)
+                grey.append(image.channels == 1)
+                pyramids.append(len(image.levels) > 1)
+                known = item.mpp if item.mpp is not None else image.mpp
+                mpp += [known] if known is not None else []
+    return Measured(manifest, tuple(sizes), tuple(mpp), all(grey), all(pyramids))
+
+
+def propose(config: Config, measured: Measured) -> Proposal:
+    """`config` with values that suit the data, each with its reason.
+
+    The rules are rough on purpose: they give a run that fits on small machines and learns; tuning follows.
+    """
+    reasons: dict[str, str] = {}
+    slides = bool(measured.mpp) and len(measured.mpp) == len(measured.sizes) and measured.pyramids
+    mpp = SLIDE_MPP if slides and median(measured.mpp) < SLIDE_MPP * 1.5 else None
+    zoom = mpp / median(measured.mpp) if mpp else 1.0
+    if mpp:
+        reasons["patch.mpp"] = f"all images are pyramids with a scale, median {median(measured.mpp):.3g} um per pixel"
+    width, height = (side / zoom for side in measured.typical)
+    shortest = int(min(min(size) for size in measured.sizes) / zoom)
+    size = _patch_size(min(width, height), shortest)
+    reasons["patch.size"] = f"about a sixteenth of the median shorter side, {min(width, height):,.0f} px, at most 224"
+    patches = -(-width // size) * -(-height // size)
+    m = max(4, min(256, _power_of_two(patches / 8), int(patches)))
+    reasons["select.m"] = f"about an eighth of the {patches:,.0f} patches of a typical image, from 4 to 256"
+    chunk = min(1024, _power_of_two(64 * (224 / size) ** 2))
+    reasons["select.chunk"] = f"the pixels of 64 patches of 224 px, in patches of {size} px"
+    if slides:
+        reasons["patch.foreground"] = "slides are mostly glass"
+    if measured.grey:
+        reasons["model.channels"] = "all images are grey"
+
+    training = measured.manifest.split("train")
+    batch = max(1, min(config.train.batch, len(training) // 4))
+    reasons["train.batch"] = f"{len(training)} images to learn from"
+    epochs = max(10, min(100, round(3000 * batch / max(1, len(training)))))
+    reasons["train.epochs"] = f"about 3,000 steps, from 10 to 100 epochs; {len(training)} images, {batch} a step"
+    imbalance = _imbalance(measured.manifest)
+    if imbalance >= 2:
+        reasons["train.balance"] = f"the largest class has {imbalance:.1f} times the images of the smallest"
+    reasons["train.lr"] = "the encoder learns from scratch"
+    replace = dataclasses.replace
+    return Proposal(
+        replace(
+            config,
+            patch=replace(config.patch, size=size, mpp=mpp, foreground="tissue" if slides else "all"),
+            model=replace(config.model, channels=1 if measured.grey else 3),
+            select=replace(config.select, m=m, chunk=chunk),
+            train=replace(
+                config.train,
+                epochs=epochs,
+                batch=batch,
+                lr=1e-3,
+                warmup=max(1.0, epochs / 10),
+                balance="loss" if imbalance >= 2 else "none",
+            ),
+        ),
+        reasons,
+        tuple(_summary(measured)),
+    )
+
+
+def _patch_size(side: float, shortest: int) -> int:
+    """A sixteenth of the side, to whole 16 px, from 32 to 224 px, and not larger than the smallest image."""
+    size = max(32, min(224, round(side / 16 / 16) * 16))
+    return max(1, min(size, shortest))
+
+
+def _power_of_two(value: float) -> int:
+    return 1 << max(0, round(value).bit_length() - 1)
+
+
+def _imbalance(manifest: Manifest) -> float:
+    """Largest by smallest class of the training split, of the worst task."""
+    worst = 1.0
+    for task in manifest.tasks:
+        if task.kind in ("multiclass", "binary"):
+            counts = Counter(item.labels.get(task.name) for item in manifest.split("train"))
+            known = [counts[name] for name in task.classes if counts[name]]
+            worst = max(worst, max(known) / min(known)) if known else worst
+    return worst
+
+
+def _summary(measured: Measured) -> list[str]:
+    manifest = measured.manifest
+    lines = [f"{len(manifest.items)} images" + (f", {len(manifest.left_out)} left out" if manifest.left_out else "")]
+    lines += [f"{name}: {len(manifest.split(name))}" for name in ("train", "val", "test")]
+    for task in manifest.tasks:
+        labels = [item.labels.get(task.name, "") for item in manifest.items]
+        known = sum(label != "" for label in labels)
+        text = f"task {task.name}: {task.kind}, {known} images labelled"
+        if task.kind in ("multiclass", "binary"):
+            counts = Counter(labels)
+            text += ", " + ", ".join(f"{name} {counts[name]}" for name in task.classes[:10])
+            text += f" and {len(task.classes) - 10} more classes" if len(task.classes) > 10 else ""
+        lines.append(text)
+    lines.append(
+        f"size: {_span([size[0] for size in measured.sizes])} x {_span([size[1] for size in measured.sizes])} px"
+    )
+    if measured.mpp:
+        lines.append(f"microns per pixel: {_span(measured.mpp)} ({len(measured.mpp)} of {len(measured.sizes)} say it)")
+    return lines
+
+
+def _span(values: Sequence[float]) -> str:
+    low, middle, high = min(values), median(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} ... {middle:g} ... {high:g}"

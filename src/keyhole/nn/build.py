@@ -1,0 +1,65 @@
+"""Configuration -> IPSClassifier."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from keyhole.config import ModelConfig
+from keyhole.errors import ConfigError
+from keyhole.nn.attention import CrossAttentionPool
+from keyhole.nn.classifier import IPSClassifier
+from keyhole.nn.encoder import SmallEncoder, TimmEncoder
+from keyhole.nn.position import CenterPosition, IndexPosition
+from keyhole.tasks import Task
+
+
+def build_classifier(
+    model: ModelConfig,
+    tasks: Sequence[Task],
+    patch_size: int,
+    precision: torch.dtype = torch.float32,
+    pretrained: bool | None = None,
+) -> IPSClassifier:
+    """The classifier of a configuration, with fresh weights.
+
+    Args:
+        model: encoder, pool and position code.
+        tasks: one query and one linear head each.
+        patch_size: side of a patch in pixels; unit of the 2-D position code.
+        precision: arithmetic of the encoder.
+        pretrained: overrides `model.pretrained`; False when weights are loaded afterwards.
+
+    Raises:
+        ConfigError: timm does not know the encoder, or the widths do not fit.
+    """
+    try:
+        encoder = build_encoder(model, model.pretrained if pretrained is None else pretrained)
+        dim = int(encoder.dim)  # type: ignore[arg-type]
+        pool = CrossAttentionPool(
+            dim,
+            model.heads,
+            len(tasks),
+            hidden_dim=model.hidden,
+            dropout=model.dropout,
+            attention_dropout=model.attention_dropout,
+        )
+        position: nn.Module | None = None
+        if model.position == "1d":
+            position = IndexPosition(dim)
+        elif model.position == "2d":
+            position = CenterPosition(dim, unit=patch_size)
+    except ValueError as error:
+        raise ConfigError(f"--model: {error}") from error
+    heads = {task.name: nn.Linear(dim, task.outputs) for task in tasks}
+    classifier = IPSClassifier(encoder, pool, heads, position, precision=precision)
+    if model.freeze:
+        encoder.requires_grad_(False)
+    return classifier
+
+
+def build_encoder(model: ModelConfig, pretrained: bool) -> nn.Module:
+    """`small` is ours, every other name timm's."""
+    if model.encoder == "small":
+        return SmallEncoder(model.channels, model.width, stages=model.stages or 2)
+    return TimmEncoder(model.encoder, model.channels, pretrained, model.stages)

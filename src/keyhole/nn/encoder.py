@@ -1,0 +1,121 @@
+"""Patches -> embeddings: our small convolutional encoder, any timm model, or a projector of stored features.
+
+Letters: k loose patches, c channels, d width, f features.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SmallEncoder(nn.Module):
+    """A few strided convolutions for machines without a GPU; any patch of at least 16 px.
+
+    The first convolution steps by 4, since most of the cost of a small network lies in its first
+    full-resolution maps. Mean and maximum over the last map are joined: a small mark in a large patch
+    survives the maximum where the mean would dilute it.
+
+    Args:
+        channels: c of the patches.
+        width: channels of the first stage; each later one has twice as many.
+        stages: convolutions after the first, each halving the map.
+        dim: d of the embedding; default the last stage's channels times 2.
+    """
+
+    def __init__(self, channels: int = 3, width: int = 32, stages: int = 2, dim: int | None = None) -> None:
+        super().__init__()
+        widths = [width * 2**stage for stage in range(stages + 1)]
+        layers: list[nn.Module] = [_block(channels, width, kernel=7, stride=4)]
+        layers += [_block(a, b, kernel=3, stride=2) for a, b in zip(widths, widths[1:], strict=False)]
+        self.body = nn.Sequential(*layers)
+        self.dim = dim or 2 * widths[-1]
+        self.project = nn.Sequential(nn.Linear(2 * widths[-1], self.dim), nn.LayerNorm(self.dim))
+
+    def forward(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
+        features = self.body((patches - 0.5) * 2)
+        pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
+        return self.project(pooled)
+
+
+def _block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class TimmEncoder(nn.Module):
+    """A timm model without its classifier, global-average pooled.
+
+    Args:
+        name: any name timm knows, such as `resnet18`.
+        channels: c of the patches; timm adapts the first layer.
+        pretrained: download timm's weights.
+        stages: keep only the first stages, for models that timm can cut.
+        normalize: subtract the mean and divide by the deviation the weights were trained with.
+
+    Raises:
+        ValueError: timm does not know the name (the nearest is given), or the model has fewer stages.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        channels: int = 3,
+        pretrained: bool = False,
+        stages: int | None = None,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        import timm
+
+        if not timm.is_model(name):
+            import difflib
+
+            near = difflib.get_close_matches(name, timm.list_models(), 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"timm {timm.__version__} has no model {name!r}.{hint}")
+        options: dict[str, Any] = {"pretrained": pretrained, "in_chans": channels}
+        if stages is None:
+            self.body = timm.create_model(name, num_classes=0, **options)
+            self.dim = int(self.body.num_features)
+        else:
+            reductions = timm.create_model(name, features_only=True).feature_info
+            # timm counts a stem without stages of its own as level 0 of most networks
+            offset = len(reductions) - 4 if len(reductions) > 4 else 0
+            if stages + offset > len(reductions):
+                raise ValueError(f"{name} has {len(reductions) - offset} stages, not {stages}")
+            self.body = timm.create_model(
+                name, features_only=True, out_indices=(stages + offset - 1,), **options
+            )
+            self.dim = int(self.body.feature_info.channels()[-1])
+        self.cut = stages is not None
+        self.normalize = normalize
+        settings = timm.data.resolve_data_config({}, model=self.body)
+        mean, std = (torch.tensor(settings[key][:3]) for key in ("mean", "std"))
+        if channels != 3:
+            mean, std = mean.mean().expand(channels), std.mean().expand(channels)
+        self.register_buffer("mean", mean.reshape(1, -1, 1, 1).clone(), persistent=False)
+        self.register_buffer("std", std.reshape(1, -1, 1, 1).clone(), persistent=False)
+
+    mean: Tensor
+    std: Tensor
+
+    def forward(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
+        x = (patches - self.mean) / self.std if self.normalize else patches
+        x = self.body(x)
+        return x[0].mean(dim=(2, 3)) if self.cut else x
+
+
+class FeatureProjector(nn.Module):
+    """Stored features -> embeddings, as published for CAMELYON16: LayerNorm, Linear, BatchNorm, ReLU."""
+
+    def __init__(self, features: int, dim: int) -> None:
+        super().__init__()
+        self.features, self.dim = features, dim
+        self.linear = nn.Linear(features, dim)
+        self.norm = nn.BatchNorm1d(dim)
+
+    def forward(self, features: Float[Tensor, "k f"]) -> Float[Tensor, "k d"]:
+        return F.relu(self.norm(self.linear(F.layer_norm(features, (self.features,)))))

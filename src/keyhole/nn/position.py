@@ -1,0 +1,53 @@
+"""Patch positions -> codes that are added to the embeddings for scoring and pooling, never stored.
+
+Letters: b image, n patches, d width. Codes are computed from the positions at hand, so any number of patches works.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+
+def sinusoid(position: Shaped[Tensor, "*n"], dim: int) -> Float[Tensor, "*n d"]:
+    """sin and cos of position / 10000^(2 i / d), interleaved (Vaswani et al. 2017).
+
+    Raises:
+        ValueError: `dim` is odd.
+    """
+    if dim % 2:
+        raise ValueError(f"a sinusoidal code needs an even width, not {dim}")
+    half = torch.arange(0, dim, 2, dtype=torch.float32, device=position.device)
+    angle = position.to(torch.float32).unsqueeze(-1) * torch.exp(half * (-math.log(10000.0) / dim))
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+class IndexPosition(nn.Module):
+    """The published 1-D code: sinusoidal over the patch's index in raster order."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, position: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        return sinusoid(position, self.dim)
+
+
+class CenterPosition(nn.Module):
+    """2-D code: half the width for x, half for y, both in units of patches.
+
+    Args:
+        dim: width, divisible by 4.
+        unit: level-0 pixels that count as one step, usually the side of a patch at level 0.
+    """
+
+    def __init__(self, dim: int, unit: float = 1.0) -> None:
+        super().__init__()
+        if dim % 4:
+            raise ValueError(f"`dim` (={dim}) must be divisible by 4 for a 2-D position code")
+        self.dim, self.unit = dim, unit
+
+    def forward(self, position: Shaped[Tensor, "b n 2"]) -> Float[Tensor, "b n d"]:
+        code = sinusoid(position.to(torch.float32) / self.unit, self.dim // 2)
+        return code.flatten(-2)

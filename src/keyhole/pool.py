@@ -1,0 +1,155 @@
+"""Threads that read files under a stall limit, so that nothing can wait for ever.
+
+They are daemons: `concurrent.futures` joins its threads at exit, so one read that hangs on a network share
+would keep the whole process alive. A task that gives no sign of life for `stall` seconds is given up with an
+error that names it, and its thread is replaced. `beat` is that sign; whatever reads calls it after each read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from keyhole.errors import StalledRead
+
+T = TypeVar("T")
+_here = threading.local()
+
+
+def beat() -> None:
+    """Say that the task on this thread has just read something; its time starts again. Elsewhere: nothing."""
+    task = getattr(_here, "task", None)
+    if task is not None:
+        task.since = time.monotonic()
+
+
+def default_threads() -> int:
+    """One thread per core that this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)
+
+
+class Task(Generic[T]):
+    """A function handed to the pool, and what became of it. `name` is the file, for messages."""
+
+    def __init__(self, name: str, function: Callable[[], T]) -> None:
+        self.name = name
+        self.function: Callable[[], T] | None = function
+        self.since: float | None = None  # when it started or last gave a sign of life
+        self.done = False
+        self.lost = False  # done by giving it up; its thread is still stuck in it
+        self.error: BaseException | None = None
+        self._value: list[T] = []
+
+    def end(self, value: list[T], error: BaseException | None) -> None:
+        self.function, self._value, self.error, self.done = None, value, error, True
+
+    def value(self) -> T:
+        """What the function returned, or its exception raised here."""
+        if self.error is not None:
+            raise self.error
+        return self._value[0]
+
+
+class Pool:
+    """Daemon threads that take tasks in order, urgent ones first.
+
+    Attributes:
+        lock: guards the pool and whatever is built on it. Reentrant, because the garbage collector may
+            close an abandoned stream in the middle of any statement of any thread.
+        changed: notified when a task ends, and by whoever builds on the lock.
+    """
+
+    def __init__(self, threads: int | None, stall: float) -> None:
+        self.threads = default_threads() if threads is None else threads
+        self.stall = stall
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.closed = False
+        self._work = threading.Condition(self.lock)
+        self._queue: deque[Task[object]] = deque()
+        self._urgent: deque[Task[object]] = deque()
+        self._running: set[Task[object]] = set()
+        self._started = 0
+
+    def submit(self, name: str, function: Callable[[], T], urgent: bool = False) -> Task[T]:
+        """Queue a function; urgent ones are taken before all others."""
+        task = Task(name, function)
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("the reader is closed")
+            (self._urgent if urgent else self._queue).append(task)  # type: ignore[arg-type]
+            while self._started < self.threads:
+                self._start()
+            self._work.notify()
+        return task
+
+    def wait(self, task: Task[T], stop: Callable[[], bool] = lambda: False) -> None:
+        """Return when the task is done, or when `stop()` is true, which is looked at after each change."""
+        with self.lock:
+            while not task.done and not stop():
+                if self.closed:
+                    raise RuntimeError("the reader was closed while it was read from")
+                now = time.monotonic()
+                self._give_up(now)
+                if not task.done:
+                    # A task that starts while we sleep cannot be late before `stall` from now.
+                    oldest = min((running.since or now for running in self._running), default=now)
+                    self.changed.wait(max(oldest + self.stall - now, 0.001))
+
+    def close(self) -> None:
+        """Forget what is queued and let the threads end. Does not wait: one may be stuck in a read."""
+        with self.lock:
+            self.closed = True
+            self._queue.clear()
+            self._urgent.clear()
+            self._work.notify_all()
+            self.changed.notify_all()
+
+    def _give_up(self, now: float) -> None:
+        for task in [task for task in self._running if now - (task.since or now) >= self.stall]:
+            problem = (
+                f"no data for {self.stall:g} s: the disk or network share does not answer. "
+                "Copy the file to a local disk, or raise the limit (run.stall)"
+            )
+            task.lost = True
+            task.end([], StalledRead(task.name, problem))
+            self._running.discard(task)
+            self._start()
+            self.changed.notify_all()
+
+    def _start(self) -> None:
+        self._started += 1
+        threading.Thread(target=self._run, name=f"keyhole-read-{self._started}", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self.lock:
+                while not (self._queue or self._urgent or self.closed):
+                    self._work.wait()
+                if self.closed:
+                    return
+                task = (self._urgent or self._queue).popleft()
+                function = task.function
+                task.since = time.monotonic()
+                self._running.add(task)
+            assert function is not None
+            _here.task = task
+            value: list[object] = []
+            error: BaseException | None = None
+            try:
+                value.append(function())
+            except BaseException as caught:  # noqa: BLE001 - raised again in the thread that waits
+                error = caught
+            _here.task = None
+            with self.lock:
+                if task.lost:  # another thread has taken this one's place
+                    return
+                self._running.discard(task)
+                task.end(value, error)
+                self.changed.notify_all()
+            del task, function, value, error  # an idle thread must not keep pixels or open files alive

@@ -1,0 +1,296 @@
+"""What a model says about one image and what that rests on: the kept patches, and the score of every patch.
+
+Torch-free. All boxes are (x, y, width, height) in level-0 pixels and may reach over the border of the image.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+import keyhole
+from keyhole.errors import OutputError, RunError
+from keyhole.files import atomic_file, writable_folder, write_atomic
+from keyhole.images.geometry import Size
+from keyhole.report.geojson import kept_geojson
+from keyhole.tasks import Task
+
+BOX = ("x", "y", "width", "height")
+_ROWS = 10_000
+"""Patches whose boxes are worked out and written at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The m patches that the prediction was made from, best first.
+
+    Attributes:
+        index: (m,) patch index in the grid.
+        boxes: (m, 4) level-0 x, y, width, height.
+        score: (m,) selection score.
+        attention: by task, (m,) weight of each patch in the pooled embedding, mean over heads; sums to 1.
+
+    Raises:
+        RunError: attention is not a number, as from a model whose training diverged.
+    """
+
+    index: NDArray[np.int64]
+    boxes: NDArray[np.int64]
+    score: NDArray[np.float32]
+    attention: Mapping[str, NDArray[np.float32]]
+
+    def __post_init__(self) -> None:
+        m = len(self.index)
+        assert self.boxes.shape == (m, 4), self.boxes.shape
+        assert self.score.shape == (m,), self.score.shape
+        for task, weights in self.attention.items():
+            assert weights.shape == (m,), weights.shape
+            if not np.isfinite(weights).all():
+                raise RunError(
+                    f"{task}: the model gives attention that is no number. "
+                    "Its weights are damaged or its training diverged; train with a lower rate."
+                )
+            assert abs(float(weights.sum()) - 1) < 1e-3, weights.sum()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Plain values of one patch after the other: index, box, score, attention by task."""
+        for i in range(len(self)):
+            yield {
+                "index": int(self.index[i]),
+                "box": [int(value) for value in self.boxes[i]],
+                "score": _plain(self.score[i]),
+                "attention": {task: _plain(weights[i]) for task, weights in self.attention.items()},
+            }
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The score of every patch that was looked at, a by-product of the selection.
+
+    Attributes:
+        rows: of the full grid, patches left out by a mask included.
+        columns: likewise.
+        index: (n,) patch index in the grid.
+        cells: (n, 2) row and column in the full grid.
+        score: (n,) mean over the tasks.
+        per_task: by task, (n,).
+        boxes: patch indices (k,) to level-0 boxes (k, 4); `PatchGrid.boxes`.
+    """
+
+    rows: int
+    columns: int
+    index: NDArray[np.int64]
+    cells: NDArray[np.int64]
+    score: NDArray[np.float32]
+    per_task: Mapping[str, NDArray[np.float32]]
+    boxes: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+
+    def __post_init__(self) -> None:
+        n = len(self.index)
+        assert self.cells.shape == (n, 2), self.cells.shape
+        assert self.score.shape == (n,), self.score.shape
+        assert all(score.shape == (n,) for score in self.per_task.values())
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def map(self, task: str | None = None) -> NDArray[np.float32]:
+        """Scores (rows, columns) on the full grid, of one task or their mean; NaN where there is no patch."""
+        out = np.full((self.rows, self.columns), np.nan, np.float32)
+        out[self.cells[:, 0], self.cells[:, 1]] = self.score if task is None else self.per_task[task]
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a model says about one image.
+
+    Attributes:
+        name: the image as the user wrote it.
+        image: the file.
+        size: width and height of level 0 in pixels.
+        tasks: what was predicted.
+        probability: by task and class; {"value": x} for regression.
+        label: by task; labels of a multilabel task joined by `|`.
+        kept: the patches that the prediction was made from.
+        scores: of every patch; None where they were not asked for.
+        patch: geometry of the grid: size and stride in pixels of what was read, level, mpp, and scale (level-0
+            pixels per pixel read).
+        model: which model said so.
+    """
+
+    name: str
+    image: Path
+    size: Size
+    tasks: tuple[Task, ...]
+    probability: Mapping[str, Mapping[str, float]]
+    label: Mapping[str, str]
+    kept: Kept
+    scores: Scores | None
+    patch: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the score of every patch, as a plain dict."""
+        return {
+            "keyhole": keyhole.__version__,
+            "model": self.model,
+            "name": self.name,
+            "image": str(self.image),
+            "size": {"width": self.size.width, "height": self.size.height},
+            "tasks": {
+                task.name: {
+                    "kind": task.kind,
+                    "classes": list(task.classes),
+                    "label": self.label[task.name],
+                    "probability": dict(self.probability[task.name]),
+                }
+                for task in self.tasks
+            },
+            "patch": dict(self.patch),
+            "kept": {"box_order": list(BOX), "box_unit": "level-0 pixels", "patches": list(self.kept.rows())},
+            "scores": None
+            if self.scores is None
+            else {"rows": self.scores.rows, "columns": self.scores.columns, "patches": len(self.scores)},
+        }
+
+
+def by_class(task: Task, probability: ArrayLike) -> dict[str, float]:
+    """One image's probabilities, as `Task.probability` gives them, by class name; by "value" for regression."""
+    names = task.classes or ("value",)
+    return {name: float(p) for name, p in zip(names, np.asarray(probability), strict=True)}
+
+
+def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Path]:
+    """Writes prediction.json, kept.csv, kept.geojson and, where there are scores, scores.csv and scores.npz.
+
+    scores.npz holds `index`, `cells`, `score` and `map`, and `score.TASK` and `map.TASK` per task.
+
+    Returns:
+        The paths by file name.
+
+    Raises:
+        OutputError: the folder cannot be written; each file is whole or not there.
+    """
+    folder = writable_folder(folder)
+    paths = {
+        name: write_atomic(folder / name, _bytes(text))
+        for name, text in {
+            "prediction.json": _json(prediction.to_json(), indent=2),
+            "kept.geojson": _json(kept_geojson(prediction)),
+            "kept.csv": "".join(_kept_lines(prediction)),
+        }.items()
+    }
+    if prediction.scores is not None:
+        paths["scores.csv"] = _write_lines(folder / "scores.csv", _score_lines(prediction.scores))
+        paths["scores.npz"] = _write_scores(folder / "scores.npz", prediction.scores)
+    return paths
+
+
+def write_table(
+    predictions: Iterable[Prediction],
+    path: str | Path,
+    truth: Callable[[Prediction], Mapping[str, str]] | None = None,
+) -> Path:
+    """One CSV row per image: image, path, width, height, then per task TASK.predicted and TASK.probability.CLASS.
+
+    Args:
+        predictions: of the same tasks, in the order of the rows; taken one at a time, so that they need not all be
+            in memory.
+        path: the CSV.
+        truth: the known labels of an image by task; adds TASK.true, empty where unknown.
+
+    Raises:
+        OutputError: it cannot be written; nothing of it is left then.
+    """
+    return _write_lines(Path(path), _table_lines(predictions, truth))
+
+
+def _table_lines(
+    predictions: Iterable[Prediction], truth: Callable[[Prediction], Mapping[str, str]] | None
+) -> Iterator[str]:
+    predictions = iter(predictions)
+    first = list(islice(predictions, 1))
+    tasks = first[0].tasks if first else ()
+    header = ["image", "path", "width", "height"]
+    for task in tasks:
+        header += [] if truth is None else [f"{task.name}.true"]
+        header += [f"{task.name}.predicted", *(f"{task.name}.probability.{name}" for name in task.classes)]
+    yield _line(header)
+    for prediction in chain(first, predictions):
+        known = {} if truth is None else truth(prediction)
+        row: list[object] = [prediction.name, prediction.image, *prediction.size]
+        for task in tasks:
+            row += [] if truth is None else [known.get(task.name, "")]
+            row += [prediction.label[task.name]]
+            row += [f"{prediction.probability[task.name][name]:.6g}" for name in task.classes]
+        yield _line(row)
+
+
+def _kept_lines(prediction: Prediction) -> Iterator[str]:
+    kept = prediction.kept
+    yield _line(["rank", "index", *BOX, "score", *(f"attention.{task}" for task in kept.attention)])
+    for rank, row in enumerate(kept.rows(), start=1):
+        yield _line([rank, row["index"], *row["box"], row["score"], *row["attention"].values()])
+
+
+def _score_lines(scores: Scores) -> Iterator[str]:
+    yield _line(["index", "row", "column", *BOX, "score", *(f"score.{task}" for task in scores.per_task)])
+    columns = [scores.score, *scores.per_task.values()]
+    for start in range(0, len(scores), _ROWS):
+        some = slice(start, start + _ROWS)
+        index = scores.index[some]
+        whole = np.column_stack([index, scores.cells[some], scores.boxes(index)]).tolist()
+        values = [[f"{value:.9g}" for value in column[some].tolist()] for column in columns]
+        yield "".join(",".join([*map(str, row), *numbers]) + "\n" for row, *numbers in zip(whole, *values, strict=True))
+
+
+def _write_scores(path: Path, scores: Scores) -> Path:
+    arrays = {"index": scores.index, "cells": scores.cells, "score": scores.score, "map": scores.map()}
+    for task, score in scores.per_task.items():
+        arrays |= {f"score.{task}": score, f"map.{task}": scores.map(task)}
+    with atomic_file(path) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def _write_lines(path: Path, lines: Iterator[str]) -> Path:
+    with atomic_file(path) as file:
+        for line in lines:
+            file.write(_bytes(line))
+    return path
+
+
+def _line(values: Iterable[object]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue()
+
+
+def _bytes(text: str) -> bytes:
+    # A file name need not be valid text; what cannot be encoded is written as an escape, which JSON reads as such.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _json(data: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise OutputError(f"a prediction holds a value that is no number and cannot be written ({error})") from error
+
+
+def _plain(value: np.float32) -> float:
+    """The shortest decimal number that is this float32 again, the same in CSV and JSON."""
+    return float(str(np.float32(value)))

@@ -1,0 +1,163 @@
+"""How far the work is: a bar on a terminal, one plain line per interval elsewhere.
+
+    epoch 3/30  ███████░░░  112/160 images  1,830 patches/s  12 % waiting for reading  peak 1.2 GB  0:00:41 left
+
+Torch-free: memory of a device comes in as a number.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+
+class Progress:
+    """Counts images and patches, and shows them. Use as a context manager; safe to call from several threads.
+
+    Args:
+        total_images: images there are to do.
+        description: what is being done, such as `epoch 3/30`.
+        stream: where to show it; a bar if it is a terminal.
+        interval: seconds between plain lines where it is not.
+    """
+
+    def __init__(
+        self, total_images: int, description: str, stream: TextIO | None = None, interval: float = 10.0
+    ) -> None:
+        self.total_images, self.description, self.interval = total_images, description, interval
+        self.stream = sys.stderr if stream is None else stream
+        self.images = self.patches = 0
+        self.waited = 0.0
+        self.device_bytes = 0
+        self.text = ""
+        self._start = self._shown = time.monotonic()
+        self._lock = threading.Lock()
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._start = self._shown = time.monotonic()
+        if self.stream.isatty():
+            self._bar = _bar(self.stream)
+            self._task = self._bar.add_task(self.description, total=self.total_images, status="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._show_bar()
+                self._bar.stop()
+                self._bar = None
+            elif kind is None:
+                self._print(self.status(finished=True))
+
+    def update(
+        self,
+        images: int = 0,
+        patches: int = 0,
+        waited: float = 0.0,
+        text: str | None = None,
+        device_bytes: int | None = None,
+    ) -> None:
+        """Adds to what is done.
+
+        Args:
+            images: images finished since the last call.
+            patches: patches read since the last call.
+            waited: seconds spent waiting for reading since the last call.
+            text: what else to show from now on, such as `loss 0.31`.
+            device_bytes: peak memory of the device so far, where there is one.
+        """
+        with self._lock:
+            self.images += images
+            self.patches += patches
+            self.waited += waited
+            if text is not None:
+                self.text = text
+            if device_bytes is not None:
+                self.device_bytes = device_bytes
+            if self._bar is not None:
+                self._show_bar()
+            elif time.monotonic() - self._shown >= self.interval:
+                self._shown = time.monotonic()
+                self._print(self.status())
+
+    def line(self, text: str) -> None:
+        """Prints a line that stays, above the bar where there is one."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                self._print(text)
+
+    def status(self, finished: bool = False) -> str:
+        """The plain line: images, patches/s, share of time waiting for reading, peak memory, time left or taken."""
+        seconds = time.monotonic() - self._start
+        parts = [f"{self.description}: {self.images}/{self.total_images} images", *self._figures(seconds)]
+        if finished:
+            parts.append(f"{_duration(seconds)} taken")
+        elif 0 < self.images < self.total_images:
+            parts.append(f"{_duration(seconds / self.images * (self.total_images - self.images))} left")
+        return ", ".join(parts)
+
+    def _figures(self, seconds: float) -> list[str]:
+        parts = []
+        if self.patches:
+            parts.append(f"{self.patches / max(seconds, 1e-9):,.0f} patches/s")
+            parts.append(f"{min(self.waited / max(seconds, 1e-9), 1):.0%} waiting for reading")
+        parts.append(f"peak {peak_memory() / 1e9:.1f} GB")
+        if self.device_bytes:
+            parts[-1] += f" and {self.device_bytes / 1e9:.1f} GB on the device"
+        if self.text:
+            parts.append(self.text)
+        return parts
+
+    def _show_bar(self) -> None:
+        assert self._bar is not None
+        assert self._task is not None
+        status = ", ".join(self._figures(time.monotonic() - self._start))
+        self._bar.update(self._task, completed=self.images, total=self.total_images, status=status)
+
+    def _print(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _bar(stream: TextIO) -> Bar:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    return Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}", markup=False),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        console=Console(file=stream),
+        refresh_per_second=4,
+        # rich would send what is printed to our stream, also where standard output goes to a file
+        redirect_stdout=sys.stdout.isatty(),
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,1 @@
+"""Settings that belong together, as YAML: `keyhole train DATA --recipe NAME`."""

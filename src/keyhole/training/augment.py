@@ -1,0 +1,74 @@
+"""Augmentation: drawn once per image and epoch, from (seed, epoch, image) alone, so that both passes and a resumed
+run see the same pixels whatever was drawn before."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keyhole.config import AugmentConfig
+from keyhole.patches import View
+
+_LUMA = np.array([0.299, 0.587, 0.114])
+# RGB -> YIQ, in which a change of hue is a rotation of the last two axes
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The changes of one image in one epoch.
+
+    Attributes:
+        view: flips and quarter turns.
+        offset: shift of the patch grid in output pixels, both 0 or negative: no pixel is left out.
+        color: (c c+1) affine change of the channels, or None.
+    """
+
+    view: View = View()
+    offset: tuple[int, int] = (0, 0)
+    color: Tensor | None = None
+
+
+def draw(config: AugmentConfig, seed: int, epoch: int, name: str, stride: int, channels: int) -> Draw:
+    """What happens to the image `name` in `epoch`."""
+    rng = np.random.default_rng([seed, epoch, zlib.crc32(name.encode())])
+    flips, turns = rng.integers(0, 2, 2), rng.integers(0, 4)
+    shift = rng.integers(0, stride, 2)
+    factors = rng.uniform(-1, 1, 4) * config.color
+    view = View(
+        flip_x=config.flip and bool(flips[0]),
+        flip_y=config.flip and bool(flips[1]),
+        turns=int(turns) if config.rotate else 0,
+    )
+    offset = (-int(shift[0]), -int(shift[1])) if config.shift else (0, 0)
+    return Draw(view, offset, color_matrix(factors, channels) if config.color > 0 else None)
+
+
+def color_matrix(factors: np.ndarray[tuple[int], np.dtype[np.float64]], channels: int) -> Tensor:
+    """Brightness, contrast, saturation and hue, in this order, as one affine map (c c+1) of pixels in 0 ... 1.
+
+    Contrast is about mid-grey, not about a patch's own mean, so that all patches of an image change alike.
+
+    Args:
+        factors: (4,) relative changes; 0 leaves a pixel as it is. Hue turns by its factor times half a circle.
+        channels: 1 (brightness and contrast only) or 3.
+    """
+    brightness, contrast, saturation, hue = 1 + factors[0], 1 + factors[1], 1 + factors[2], factors[3] * math.pi
+    matrix, bias = np.eye(channels) * brightness * contrast, np.full(channels, 0.5 * (1 - contrast))
+    if channels == 3:
+        saturate = saturation * np.eye(3) + (1 - saturation) * np.tile(_LUMA, (3, 1))
+        turn = np.array([[1, 0, 0], [0, math.cos(hue), -math.sin(hue)], [0, math.sin(hue), math.cos(hue)]])
+        rotate = np.linalg.inv(_YIQ) @ turn @ _YIQ
+        matrix, bias = rotate @ saturate @ matrix, rotate @ saturate @ bias
+    return torch.from_numpy(np.concatenate([matrix, bias[:, None]], axis=1)).float()
+
+
+def stack_colors(draws: list[Draw]) -> Tensor | None:
+    """(b c c+1) of a batch, or None where colours stay."""
+    colors = [each.color for each in draws if each.color is not None]
+    return torch.stack(colors) if colors else None

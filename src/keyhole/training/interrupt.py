@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM as a request that the loop meets between two steps, so that nothing is half done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+
+class StopRequested(Exception):  # noqa: N818 - an event, not an error
+    """A signal came; raised where work can be dropped without loss."""
+
+
+class Interrupt:
+    """Catches SIGINT and SIGTERM while it is entered; a second SIGINT stops at once.
+
+    Signals reach only a program's main thread, so elsewhere (a notebook's worker, a server) nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def check(self, *_: object) -> None:
+        """Raises StopRequested if a signal came."""
+        if self.signal is not None:
+            raise StopRequested

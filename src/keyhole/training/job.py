@@ -1,0 +1,238 @@
+"""A run at work: what is loaded from its folder or created with it, and the state that is saved and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import keyhole
+from keyhole.checkpoint import load_state, read_info, save_state
+from keyhole.config import Config
+from keyhole.config_file import dump_config
+from keyhole.data.hashes import hash_files
+from keyhole.data.manifest import LeftOut, Manifest, read_for_tasks, read_manifest
+from keyhole.device import choose_device
+from keyhole.errors import ConfigError, OutputError, RunError
+from keyhole.files import write_atomic, writable_folder
+from keyhole.nn import IPSClassifier
+from keyhole.passes import open_reader
+from keyhole.reading import Reader
+from keyhole.tasks import Task
+from keyhole.training.loggers import check_loggers
+from keyhole.training.run import Log, Run, check_new, environment, read_rows
+from keyhole.training.score import choose_metric
+from keyhole.training.setup import Images, absolute, new_model, new_optimizer, scan, targets
+
+
+@dataclass
+class State:
+    """How far a run is; saved with every state, so that nothing else needs to be remembered.
+
+    Attributes:
+        epoch: epochs finished.
+        batch: batches done in the epoch under way.
+        step: optimizer steps done.
+        steps_per_epoch: fixed at the start, so that the schedule does not move when an image is left out.
+        loss_sum, loss_count: of the epoch under way.
+        metric: what names the best model; empty without a validation split.
+        best: (value, loss) of the best epoch, or None.
+        best_epoch: counted from 1.
+        waiting: epochs since.
+        stopped: early stopping has ended the learning.
+        left_out: image -> (epoch it failed in, reason); it is used no more from the next epoch on.
+        tasks: as resolved at the start.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    steps_per_epoch: int = 1
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    metric: str = ""
+    best: tuple[float, float] | None = None
+    best_epoch: int = 0
+    waiting: int = 0
+    stopped: bool = False
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> State:
+        best = data["best"]
+        left_out = {name: (int(epoch), reason) for name, (epoch, reason) in data["left_out"].items()}
+        return cls(**{**data, "best": None if best is None else (best[0], best[1]), "left_out": left_out})
+
+
+@dataclass
+class Job:
+    """All that the loop works with."""
+
+    run: Run
+    config: Config
+    manifest: Manifest
+    images: Images
+    reader: Reader
+    model: IPSClassifier
+    optimizer: torch.optim.AdamW
+    state: State
+    log: Log
+    device: torch.device
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return self.manifest.tasks
+
+    def save(self) -> None:
+        """The state, so that `keyhole resume` goes on from here."""
+        save_state(self.run.path / "last.safetensors", self.model, self.optimizer, self.state.to_json())
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Notes an image that failed while it was read; listed at once, unused from the next epoch on."""
+        if name in self.state.left_out:
+            return
+        self.state.left_out[name] = (self.state.epoch, reason)
+        self.log(f"left out: {reason}")
+        extra = tuple(LeftOut(each, why) for each, (_, why) in self.state.left_out.items())
+        dataclasses.replace(self.manifest, left_out=self.manifest.left_out + extra).write_left_out(
+            self.run.path / "left_out.csv"
+        )
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+def start_job(config: Config, say: Callable[[str], None]) -> Job:
+    """Checks everything, then creates the run folder, whole and resumable from its first moment.
+
+    Raises:
+        KeyholeError: the run folder exists, or the data, a setting or the output is not as it must be.
+    """
+    if config.out is None:
+        raise ConfigError("--out: no run folder given")
+    config = absolute(config)
+    assert config.out is not None
+    check_new(config.out)
+    check_loggers(config.run.log)
+    device = choose_device(config.run.device)
+    manifest = read_manifest(config.data, config.train.seed)
+    reader = open_reader(config.run, device)
+    try:
+        images, manifest, lines = scan(config, manifest, reader)
+        model = new_model(config, manifest.tasks, device)
+        optimizer = new_optimizer(config, model)
+        val = manifest.split("val")
+        state = State(
+            steps_per_epoch=-(-len(manifest.split("train")) // config.train.batch),
+            metric=choose_metric(config.train.metric, manifest.tasks, targets(manifest, val) if val else None),
+            tasks=[task.to_json() for task in manifest.tasks],
+        )
+        run = _create_folder(config, manifest, model, optimizer, state, device)
+        job = Job(run, config, manifest, images, reader, model, optimizer, state, Log(run.path / "log.txt"), device)
+        for line in (*manifest.notes, *lines, *_overview(job)):
+            say(line)
+            job.log(line)
+    except BaseException:
+        reader.close()
+        raise
+    return job
+
+
+def _overview(job: Job) -> list[str]:
+    splits = ", ".join(f"{len(job.manifest.split(name))} {name}" for name in ("train", "val", "test"))
+    lines = [f"images: {splits}; tasks: {', '.join(f'{task.name} ({task.kind})' for task in job.tasks)}"]
+    if job.manifest.left_out:
+        lines.append(f"left out {len(job.manifest.left_out)} files or rows; they are listed in left_out.csv")
+    best = f"best model by {job.state.metric} on the validation split" if job.state.metric else "the last epoch is kept"
+    lines.append(f"{best}; computing on {job.device} in {str(job.model.precision).removeprefix('torch.')}")
+    return lines
+
+
+def _create_folder(
+    config: Config,
+    manifest: Manifest,
+    model: IPSClassifier,
+    optimizer: torch.optim.AdamW,
+    state: State,
+    device: torch.device,
+) -> Run:
+    """Writes the folder under another name first: a run folder that exists can always be resumed."""
+    assert config.out is not None
+    out = config.out
+    writable_folder(out.parent)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        write_atomic(folder / "config.yaml", dump_config(config))
+        manifest.write(folder / "manifest.csv", hash_files(manifest.items, config.run.threads, config.run.stall))
+        manifest.write_left_out(folder / "left_out.csv")
+        write_atomic(folder / "environment.json", json.dumps(environment(str(device)), indent=2) + "\n")
+        save_state(folder / "last.safetensors", model, optimizer, state.to_json())
+        folder.chmod(0o777 & ~_umask())
+        try:
+            folder.rename(out)
+        except OSError as error:
+            raise OutputError(f"{out}: cannot be created ({error.strerror}). Choose another --out.") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Run(out)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _check_unchanged(run: Run) -> None:
+    """The files must be those the run began with, or it would not end where it would have."""
+    for row in read_rows(run.path / "manifest.csv"):
+        image, size = Path(row["image"]), row["bytes"]
+        if size and image.is_file() and image.stat().st_size != int(size):
+            raise RunError(
+                f"{image}: has {image.stat().st_size} bytes, {size} when the run began. "
+                "Put the old file back, or train anew."
+            )
+
+
+def open_job(run: Run, say: Callable[[str], None]) -> Job:
+    """Loads a run as it was when its last state was saved.
+
+    Raises:
+        RunError: the state or the manifest does not fit, or an image changed since.
+    """
+    config = dataclasses.replace(run.config, out=run.path)
+    device = choose_device(config.run.device)
+    last = run.path / "last.safetensors"
+    state = State.from_json(read_info(last))
+    written = dataclasses.replace(config.data, path=run.path / "manifest.csv", root=None)
+    manifest = read_for_tasks(written, [Task.from_json(task) for task in state.tasks])
+    _check_unchanged(run)
+    reader = open_reader(config.run, device)
+    try:
+        model = new_model(config, manifest.tasks, device, fresh=False)
+        optimizer = new_optimizer(config, model)
+        load_state(last, model, optimizer)
+        images, manifest, lines = scan(config, manifest, reader)
+        job = Job(run, config, manifest, images, reader, model, optimizer, state, Log(run.path / "log.txt"), device)
+        line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"
+        for text in (f"{line} (keyhole {keyhole.__version__})", *lines):
+            say(text)
+            job.log(text)
+    except BaseException:
+        reader.close()
+        raise
+    return job

@@ -1,0 +1,66 @@
+"""TensorBoard and Weights & Biases, only when asked for with `--run.log`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from keyhole.errors import ConfigError
+
+
+class Logger(Protocol):
+    """Takes the metrics of an epoch."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoardLogger:
+    """Writes event files into RUN/tensorboard."""
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLogger:
+    """Sends metrics to Weights & Biases, under the account its own tool is logged in with."""
+
+    def __init__(self, run: Path) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(project="keyhole", name=run.name, dir=str(run), id=run.name, resume="allow")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Before any work is done.
+
+    Raises:
+        ConfigError: the package of a logger asked for is not installed.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(f"--run.log {name}: not installed; pip install 'keyhole[{name}]'")
+
+
+def open_loggers(names: Sequence[str], run: Path) -> list[Logger]:
+    """The loggers asked for."""
+    kinds: dict[str, Callable[[Path], Logger]] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
+    return [kinds[name](run) for name in names]

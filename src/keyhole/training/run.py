@@ -1,0 +1,164 @@
+"""The run folder: what is in it, how it comes to be, how it is read.
+
+    RUN/config.yaml              resolved configuration, itself a valid --config
+        manifest.csv             images, splits and labels used, with size and SHA-256 of every file
+        left_out.csv             images left out, with the reason
+        environment.json         versions, machine, command
+        metrics.csv              one row per epoch
+        best/                    model.safetensors and model.json, loadable alone
+        last.safetensors         state to resume from
+        predictions/SPLIT.csv    one row per image, by the best model
+        log.txt
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from keyhole.config import Config
+from keyhole.errors import OutputError, RunError
+from keyhole.files import write_atomic
+
+if TYPE_CHECKING:
+    from keyhole.predict import Predictor
+
+PACKAGES = ("keyhole", "torch", "timm", "numpy", "pillow", "tifffile", "imagecodecs", "openslide-python", "openslide-bin")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        from keyhole.config_file import load_config
+
+        return load_config(self.path / "config.yaml")
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """One mapping per finished epoch; a value that is undefined on the data is NaN."""
+        return [{name: float(value or "nan") for name, value in row.items()} for row in read_rows(self.path / "metrics.csv")]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """Description of the best model: epoch, metric, tasks, settings."""
+        info: dict[str, Any] = json.loads((self.path / "best" / "model.json").read_text())
+        return info
+
+    def predictor(self, device: str = "auto") -> Predictor:
+        """The best model, ready to predict."""
+        from keyhole.predict import load
+
+        return load(self.path, device)
+
+    def summary(self) -> list[str]:
+        """A few lines for people."""
+        best = self.best
+        lines = [f"best model: epoch {best['epoch']} of {self.config.train.epochs}"]
+        if best.get("metric"):
+            lines[0] += f", {best['metric']} {best['value']:.4f} on the validation split"
+        lines.append(f"run folder: {self.path}")
+        return lines
+
+
+def find_run(path: str | Path) -> Run:
+    """The run folder at `path`.
+
+    Raises:
+        RunError: it does not exist or is not a run folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"{path}: there is no such run folder")
+    missing = [name for name in ("config.yaml", "manifest.csv", "last.safetensors") if not (path / name).is_file()]
+    if missing:
+        raise RunError(f"{path}: not a run folder, {' and '.join(missing)} not found in it")
+    return Run(path.absolute())
+
+
+def check_new(out: Path) -> None:
+    """Raises before any work is done if the run folder cannot be created.
+
+    Raises:
+        RunError: it exists.
+        OutputError: its parent cannot be written.
+    """
+    if out.exists() or out.is_symlink():
+        hint = f"keyhole resume {out} goes on with it" if (out / "last.safetensors").is_file() else "remove it"
+        raise RunError(f"{out}: the run folder exists. Choose another --out; {hint}.")
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{out}: cannot be created, {parent} is not a folder that can be written. Choose another --out.")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, machine and command, for whoever reads the figures later."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": versions,
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device if not device.startswith("cuda") else f"{device}: {torch.cuda.get_device_name(device)}",
+    }
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV whose columns are the keys of all rows, in order of appearance."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Log:
+    """Lines with the time, appended to log.txt."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, text: str) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Free space, then resume.") from error

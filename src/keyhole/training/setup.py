@@ -1,0 +1,151 @@
+"""From a configuration to everything the loop needs: images that open, targets, model, optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keyhole.config import Config
+from keyhole.data.manifest import Item, Manifest
+from keyhole.checkpoint import load_encoder
+from keyhole.device import choose_precision
+from keyhole.errors import ConfigError, DataError, ImageError
+from keyhole.nn import IPSClassifier, build_classifier
+from keyhole.patches import FileOpener, View
+from keyhole.passes import opener
+from keyhole.reading import Reader
+from keyhole.store import ImageStore, decoded_bytes, fits
+from keyhole.tasks import Task
+
+
+def absolute(config: Config) -> Config:
+    """The configuration with every path from the root, as it is written into the run folder."""
+
+    def each(path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser().absolute()
+
+    data = dataclasses.replace(config.data, path=each(config.data.path), root=each(config.data.root))
+    model = dataclasses.replace(config.model, weights=each(config.model.weights))
+    return dataclasses.replace(config, out=each(config.out), data=data, model=model)
+
+
+@dataclass(frozen=True)
+class Images:
+    """How the images of a manifest are opened, and how many patches each has."""
+
+    config: Config
+    store: ImageStore
+    counts: Mapping[str, int]
+
+    def opener(self, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)) -> FileOpener:
+        """What a reading thread calls to get the patches of `item`."""
+        return opener(self.config, self.store, item.image, item.name, item.mpp, view, offset)
+
+
+def scan(config: Config, manifest: Manifest, reader: Reader) -> tuple[Images, Manifest, list[str]]:
+    """Opens every image of the training and validation splits once: counts patches, weighs them against the memory.
+
+    The test split is not touched.
+
+    Returns:
+        The images, the manifest without those that cannot be opened, and lines for the log.
+
+    Raises:
+        ImageError: an image cannot be opened, unless `--data.on-bad-image skip`.
+        DataError: none is left.
+    """
+    probe = ImageStore(keep=False)
+    counts: dict[str, int] = {}
+    bad: dict[str, str] = {}
+    total = 0
+    for item in (*manifest.split("train"), *manifest.split("val")):
+        try:
+            source = reader.run(item.name, opener(config, probe, item.image, item.name, item.mpp))
+        except (ImageError, ConfigError) as error:
+            if config.data.on_bad_image == "fail":
+                raise
+            bad[item.name] = str(error)
+            continue
+        counts[item.name] = len(source)
+        total += decoded_bytes(source.image, source.grid.level)
+        source.close()
+    manifest = manifest.without(bad)
+    if not manifest.split("train"):
+        raise DataError(f"{config.data.path}: no image of the training split can be read; see keyhole check")
+    keep, sentence = fits(total, config.data.cache)
+    patches = sorted(counts.values())
+    lines = [
+        f"{len(counts)} images with {patches[0]} to {patches[-1]} patches of {config.patch.size} px, "
+        f"{sum(patches)} in all; {config.select.m} of each are kept",
+        sentence,
+    ]
+    if bad:
+        lines.append(f"left out {len(bad)} images that cannot be read; they are listed in left_out.csv")
+    return Images(config, ImageStore(keep=keep), counts), manifest, lines
+
+
+def targets(manifest: Manifest, items: Sequence[Item], device: torch.device | None = None) -> dict[str, Tensor]:
+    """Encoded labels (b w) of each task; NaN where missing."""
+    return {
+        task.name: torch.from_numpy(np.stack([manifest.target(item, task) for item in items])).to(device)
+        for task in manifest.tasks
+    }
+
+
+def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh: bool = True) -> IPSClassifier:
+    """The model on its device; the caller's random state is left as it was.
+
+    Args:
+        config: the run's.
+        tasks: one query and head each.
+        device: where it goes.
+        fresh: start from the encoder's pretrained or given weights; off when weights are loaded afterwards.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = build_classifier(
+            config.model,
+            tasks,
+            config.patch.size,
+            choose_precision(config.train.precision, device),
+            pretrained=None if fresh else False,
+        )
+    if fresh and config.model.weights is not None:
+        load_encoder(model.encoder, config.model.weights)
+    return model.to(device)
+
+
+def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
+    """AdamW; no decay on norms and biases, the encoder at its own rate, frozen weights left out."""
+    groups: list[dict[str, Any]] = []
+    for part, factor in ((model.encoder, config.train.encoder_lr), (None, 1.0)):
+        named = [
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name.startswith("encoder.") == (part is not None)
+        ]
+        for decay, chosen in (
+            (config.train.weight_decay, [parameter for _, parameter in named if parameter.ndim > 1]),
+            (0.0, [parameter for _, parameter in named if parameter.ndim <= 1]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": decay, "factor": factor})
+    return torch.optim.AdamW(groups, lr=config.train.lr)
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    """Linear warm-up, then a cosine down to `final_lr` times the peak; per step, counted from 0."""
+    total, warmup = config.train.epochs * steps_per_epoch, config.train.warmup * steps_per_epoch
+    if step < warmup:
+        return config.train.lr * (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1.0, total - warmup))
+    low = config.train.final_lr
+    return config.train.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))

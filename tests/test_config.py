@@ -1,0 +1,256 @@
+"""Configuration: what goes out comes back, and every mistake is one line that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+from annotated_types import Ge, Gt, Interval
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keyhole.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainConfig
+from keyhole.config_check import check_value, describe, leaves, validate
+from keyhole.config_file import build, dump_config, load_config, read_config, recipes, resolve
+from keyhole.errors import ConfigError
+
+# --- any configuration, made from the types of the dataclasses -------------------------------------------------------
+
+# Words that YAML 1.1 or Python would read as something else, and characters that need quotes.
+AWKWARD = [
+    "no",
+    "null",
+    "~",
+    "1e3",
+    "1e-3",
+    "12:30",
+    "2025-01-01",
+    "007",
+    "-",
+    "a: b",
+    "#x",
+    "'",
+    '"',
+    "é",
+    "🔬",
+    " a ",
+    "",
+]
+TEXT = st.one_of(st.sampled_from(AWKWARD), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+
+
+def values(kind: Any) -> st.SearchStrategy[Any]:
+    inner = [arg for arg in get_args(kind) if arg is not type(None)]
+    if type(None) in get_args(kind):
+        return st.none() | values(inner[0])
+    if get_origin(kind) is tuple:
+        return st.lists(values(inner[0]), max_size=3).map(tuple)
+    if hasattr(kind, "__metadata__"):
+        (rule,) = kind.__metadata__
+        if isinstance(rule, Interval):
+            assert rule.ge == 0 or rule.gt == 0
+            high = 1e30 if rule.le is None and (rule.lt or 0) > 1 else 1.0
+            return st.floats(0, high, exclude_min=rule.ge is None, exclude_max=rule.le is None)
+        assert isinstance(rule, Gt | Ge)
+        return st.integers(1 if isinstance(rule, Gt) else 0, 10**12)
+    if inner:
+        return st.sampled_from(inner)
+    return {
+        bool: st.booleans(),
+        str: TEXT,
+        Path: TEXT.map(Path),
+    }[kind]
+
+
+def configs(kind: type = Config) -> st.SearchStrategy[Any]:
+    hints = get_type_hints(kind, include_extras=True)
+    return st.builds(
+        kind,
+        **{name: configs(hint) if dataclasses.is_dataclass(hint) else values(hint) for name, hint in hints.items()},
+    )
+
+
+def sensible(config: Config) -> bool:
+    try:
+        validate(config)
+    except ConfigError:
+        return False
+    return True
+
+
+@settings(deadline=None, max_examples=150)
+@given(config=configs(), comments=st.booleans())
+def test_what_is_dumped_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, config: Config, comments: bool
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "round-trip.yaml"
+    file.write_text(dump_config(config, comments), encoding="utf-8")
+    assert build(Config(), read_config(file)) == config
+    if sensible(config):
+        assert load_config(file) == config
+    else:
+        with pytest.raises(ConfigError, match=r"round-trip\.yaml: "):
+            load_config(file)
+
+
+def test_the_defaults_are_valid_and_come_from_an_empty_file(tmp_path: Path) -> None:
+    file = tmp_path / "empty.yaml"
+    for text in ("", "# nothing\n", "patch:\n  # size: 3\n", "{}"):
+        file.write_text(text)
+        assert load_config(file) == Config()
+
+
+def test_a_commented_dump_gives_the_reason_of_every_option_and_the_notes() -> None:
+    text = dump_config(Config(), comments=True, notes={"patch.size": "measured so"})
+    lines = text.splitlines()
+    for path, _, _ in leaves(Config()):
+        key = path.rpartition(".")[2]
+        at = [number for number, line in enumerate(lines) if line.strip().startswith(f"{key}:")]
+        assert at, path
+        assert all(lines[number - 1].strip().startswith("#") for number in at), path
+    assert "  # -> measured so\n  size: 224\n" in text
+    assert yaml.safe_load(text)["patch"] == {
+        "size": 224, "stride": None, "level": None, "mpp": None, "foreground": "all"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_is_valid_and_says_what_it_is(name: str) -> None:
+    assert recipes()[name]
+    assert validate(resolve(name)) != Config()
+
+
+def test_published_recipes_have_the_settings_of_the_paper() -> None:
+    traffic, mnist = resolve("traffic"), resolve("megapixel-mnist")
+    assert (traffic.patch.size, traffic.patch.stride, traffic.select.m, traffic.select.chunk) == (100, 100, 10, 32)
+    assert (traffic.model.encoder, traffic.model.stages, traffic.model.hidden) == ("resnet18", None, 2048)
+    assert (traffic.train.lr, traffic.train.weight_decay, traffic.train.epochs, traffic.train.warmup) == (
+        3e-4,
+        0.1,
+        150,
+        10,
+    )
+    assert (mnist.patch.size, mnist.select.m, mnist.select.chunk, mnist.model.stages) == (50, 100, 100, 2)
+    assert (mnist.model.position, mnist.model.channels, mnist.train.lr) == ("1d", 1, 1e-3)
+    assert {traffic.train.batch, mnist.train.batch} == {16}
+    assert {traffic.select.rule, mnist.select.rule} == {"streaming"}
+
+
+def test_a_later_source_goes_over_an_earlier_one(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("select: {m: 7}\ntrain: {epochs: 20}\n")
+    config = resolve("traffic", file)
+    assert (config.select.m, config.train.epochs) == (7, 20)  # the file over the recipe
+    assert (config.select.chunk, config.patch.size) == (32, 100)  # the recipe over the defaults
+    assert config.run == RunConfig()
+
+
+BAD = {
+    "unknown section": ("patches:\n  size: 3", ["unknown key `patches`", "`patch`"]),
+    "unknown key": ("patch:\n  siz: 3", ["unknown key `patch.siz`", "`patch.size`"]),
+    "unknown key that nothing is near": ("zzzzzzzz: 3", ["unknown key `zzzzzzzz`"]),
+    "dash for underscore": ("data: {on-bad-image: skip}", ["`data.on_bad_image`"]),
+    "text for a number": ("patch: {size: '3'}", ["patch.size: expected a whole number above 0, got '3' (text)"]),
+    "truth for a number": ("patch: {size: true}", ["patch.size: expected a whole number above 0, got true"]),
+    "truth for a choice": ("model: {channels: true}", ["model.channels: expected one of 1, 3, got true"]),
+    "fraction for a whole number": ("train: {epochs: 1.5}", ["train.epochs", "got 1.5"]),
+    "number for truth": ("model: {freeze: 1}", ["model.freeze: expected true or false, got 1"]),
+    "number for text": ("model: {encoder: 3}", ["model.encoder: expected text, got 3"]),
+    "text for a list": ("data: {tasks: a}", ["data.tasks: expected a list, each text, got 'a'"]),
+    "wrong entry of a list": ("run: {log: [tb]}", ["run.log", "tensorboard, wandb", "['tb']"]),
+    "wrong choice": ("select: {rule: globall}", ["select.rule: expected one of global, streaming, got 'globall'"]),
+    "value for a section": ("patch: 3", ["patch: expected a section of keys, got 3"]),
+    "section for a value": ("patch: {size: {a: 1}}", ["patch.size", "got a section"]),
+    "too small": ("patch: {size: 0}", ["patch.size: expected a whole number above 0, got 0"]),
+    "too large": ("data: {val: 1}", ["data.val: expected a number of at least 0 below 1, got 1"]),
+    "not a number": ("train: {lr: .nan}", ["train.lr", "got nan"]),
+    "infinite": ("train: {lr: .inf}", ["train.lr", "finite, got inf"]),
+    "clock time is no number": ("train: {lr: 12:30}", ["train.lr", "'12:30' (text)"]),
+    "octal is no number": ("train: {epochs: 010}", ["train.epochs", "'010' (text)"]),
+    "zero byte": ('data: {path: "a\\0b"}', ["data.path", "zero byte"]),
+    "key twice": ("patch:\n  size: 3\n  size: 4", ["line 3", "'size' is there twice"]),
+    "section twice": ("patch: {size: 3}\npatch: {size: 4}", ["line 2", "'patch' is there twice"]),
+    "alias": ("data: {tasks: &a [x]}\nrun: {log: *a}", ["line 2", "aliases"]),
+    "broken YAML": ("patch: {size: 3", ["not valid YAML"]),
+    "endless nesting": ("[" * 3000, ["sections within sections"]),
+    "python object": ("!!python/object/apply:os.getcwd []", ["not valid YAML"]),
+    "list at the top": ("- a", ["expected sections such as `patch:`, got the list"]),
+    "key that is a list": ("? [a]\n: 3", ["not valid YAML"]),
+    "key that is a number": ("1: 3", ["unknown key `1`"]),
+    "level and mpp": ("patch: {level: 0, mpp: 0.5}", ["patch.level (=0)", "patch.mpp (=0.5)", "exclude"]),
+    "nothing to learn from": ("data: {val: 0.5, test: 0.5}", ["data.val (=0.5)", "data.test (=0.5)", "below 1"]),
+    "unknown device": ("run: {device: gpu}", ["run.device: expected auto, cpu, cuda", "'gpu'"]),
+    "no encoder": ("model: {encoder: ''}", ["model.encoder: expected"]),
+    "pretrained small": ("model: {pretrained: true}", ["model.pretrained", "`small` has no pretrained weights"]),
+    "two sources of weights": (
+        "model: {encoder: resnet18, pretrained: true, weights: a.safetensors}",
+        ["model.pretrained and model.weights exclude"],
+    ),
+    "warm-up too long": ("train: {epochs: 5, warmup: 6}", ["train.warmup (=6)", "train.epochs (=5)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_in_a_file_is_one_line_that_names_file_key_and_value(case: str, tmp_path: Path) -> None:
+    text, parts = BAD[case]
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    message = str(caught.value)
+    assert message.startswith(str(file))
+    assert message.count(str(file)) == 1
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_file_that_is_no_configuration_is_one_line(tmp_path: Path) -> None:
+    binary, large = tmp_path / "b.yaml", tmp_path / "l.yaml"
+    binary.write_bytes(b"\x89PNG\xff\xfe")
+    large.write_bytes(b"#" * 1_000_001)
+    for path, part in (
+        (binary, "not text"),
+        (large, "1,000,001 bytes"),
+        (tmp_path, "not a file"),
+        (tmp_path / "x", "no such"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            load_config(path)
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    for text, value in (("1e-3", 1e-3), ("1E-3", 1e-3), ("1", 1.0), ("5.e-1", 0.5), (".5", 0.5), ("+2.5", 2.5)):
+        file.write_text(f"train: {{lr: {text}}}")
+        assert load_config(file).train.lr == value
+
+
+def test_values_from_python_are_checked_too() -> None:
+    wrong: list[Config] = [
+        Config(patch=PatchConfig(size=-1)),
+        Config(patch=PatchConfig(size="3")),  # type: ignore[arg-type]
+        Config(data=DataConfig(path="a\0b")),  # type: ignore[arg-type]
+        Config(model=ModelConfig(channels=2)),  # type: ignore[arg-type]
+        Config(train=TrainConfig(lr=float("nan"))),
+    ]
+    for config in wrong:
+        with pytest.raises(ConfigError):
+            validate(config)
+
+
+def test_flags_are_named_as_the_user_writes_them() -> None:
+    config = Config(train=TrainConfig(epochs=1, warmup=2.0))
+    with pytest.raises(ConfigError, match=r"^--train\.warmup \(=2\) must not exceed --train\.epochs"):
+        validate(config, flags=True)
+    with pytest.raises(ConfigError, match=r"^--run\.save-minutes: "):
+        validate(Config(run=RunConfig(save_minutes=0)), flags=True)
+
+
+def test_every_option_can_be_described_and_takes_its_default() -> None:
+    for path, kind, value in leaves(Config()):
+        assert describe(kind)
+        assert check_value(kind, value, path) == value

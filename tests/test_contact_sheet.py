@@ -1,0 +1,180 @@
+"""The contact sheet shows the right colours in the right places, and nothing runs into anything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as Picture
+
+from keyhole.images.geometry import Size
+from keyhole.prediction import Kept, Prediction, by_class
+from keyhole.report import contact_sheet as sheet
+from keyhole.report.contact_sheet import SheetEntry, contact_sheet
+from keyhole.tasks import Task
+
+LONG = "adenocarcinoma of the descending colon, poorly differentiated, with " + "W" * 900
+COLON = Task("diagnosis", "multiclass", ("normal", LONG, "adenoma"))
+TAGS = Task("tags", "multilabel", ("bird", "fish"))
+AGE = Task("age", "regression")
+BOXES = [[0, 0, 300, 300], [2400, 1200, 300, 300], [-100, 1900, 300, 300], [3900, 1900, 300, 300]]
+SIZE = Size(4000, 2000)
+
+
+def entry(
+    task: Task = COLON,
+    logits: tuple[float, ...] = (3, 0, 0),
+    truth: str | None = "normal",
+    channels: int = 3,
+    attention: tuple[float, ...] = (0.1, 0.7, 0.15, 0.05),
+    name: str = "slides/a.svs",
+    thumbnail: tuple[int, int] = (240, 480),
+    patches: int = 4,
+) -> SheetEntry:
+    p = task.probability(np.array(logits))
+    m = len(attention)
+    prediction = Prediction(
+        name=name,
+        image=Path("a.svs"),
+        size=SIZE,
+        tasks=(task,),
+        probability={task.name: by_class(task, p)},
+        label={task.name: task.label(p)},
+        kept=Kept(
+            index=np.arange(m),
+            boxes=np.array((BOXES * m)[:m]),
+            score=np.array(attention, np.float32),
+            attention={task.name: np.array(attention, np.float32)},
+        ),
+        scores=None,
+    )
+    pixels = np.full((*thumbnail, channels), 128, np.uint8)
+    shades = np.arange(1, patches + 1, dtype=np.uint8)[:, None, None, None] * 20
+    return SheetEntry(prediction, truth, pixels, SIZE.width / thumbnail[1], np.tile(shades, (1, 40, 40, channels)))
+
+
+def drawn(entries: list[SheetEntry], folder: Path, title: str = "t") -> np.ndarray:
+    path = contact_sheet(entries, folder / "sheet.png", title=title)
+    with Picture.open(path) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture)
+
+
+def count(pixels: np.ndarray, color: tuple[int, int, int]) -> int:
+    return int((pixels == color).all(axis=-1).sum())
+
+
+@pytest.mark.parametrize("entries", [1, 2, 40])
+def test_height_grows_by_one_row_per_image(tmp_path: Path, entries: int) -> None:
+    one = drawn([entry()], tmp_path)
+    many = drawn([entry(channels=1 + 2 * (i % 2)) for i in range(entries)], tmp_path)
+    assert many.shape == (one.shape[0] + (entries - 1) * (sheet.ROW + 2 * sheet.GAP), sheet.WIDTH, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+
+
+@pytest.mark.parametrize(
+    ("task", "logits", "truth", "color"),
+    [
+        (COLON, (3, 0, 0), "normal", sheet.RIGHT),
+        (COLON, (3, 0, 0), "adenoma", sheet.WRONG),
+        (COLON, (3, 0, 0), None, sheet.NEUTRAL),
+        (TAGS, (3, 3), "fish | bird", sheet.RIGHT),
+        (TAGS, (-3, -3), "|", sheet.RIGHT),
+        (TAGS, (3, -3), "bird|fish", sheet.WRONG),
+        (AGE, (41.5,), "42", sheet.NEUTRAL),
+    ],
+)
+def test_the_predicted_label_is_green_when_right_and_red_when_wrong(
+    tmp_path: Path, task: Task, logits: tuple[float, ...], truth: str | None, color: tuple[int, int, int]
+) -> None:
+    pixels = drawn([entry(task, logits, truth)], tmp_path)
+    assert count(pixels, color) > 20
+    for other in {sheet.RIGHT, sheet.WRONG, sheet.NEUTRAL} - {color}:
+        assert count(pixels, other) == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_frames_are_where_the_boxes_are_and_the_hottest_is_the_most_attended(tmp_path: Path, channels: int) -> None:
+    pixels = drawn([entry(channels=channels)], tmp_path)
+    cell = pixels[sheet.HEAD + sheet.GAP :][: sheet.ROW, sheet.MARGIN :][:, : sheet.IMAGE_SIDE]
+    zoom = sheet.IMAGE_SIDE / SIZE.width
+    top = (sheet.ROW - SIZE.height * zoom) / 2
+    y, x = np.nonzero((cell == sheet.COLD_TO_HOT[-1]).all(axis=-1))
+    left, upper, side, _ = BOXES[1]
+    assert (x.min(), x.max() + 1) == pytest.approx((left * zoom, (left + side) * zoom), abs=1.5)
+    assert (y.min(), y.max() + 1) == pytest.approx((top + upper * zoom, top + (upper + side) * zoom), abs=1.5)
+    # Boxes that reach over the border keep a visible frame on it.
+    for left, upper, *_ in (BOXES[2], BOXES[3]):
+        inside = cell[int(top + upper * zoom) + 1 : int(top + 2000 * zoom) - 1]
+        edge = inside[:, 0] if left < 0 else inside[:, -1]
+        assert (np.abs(edge.astype(int) - 128) > 20).any(axis=-1).all()
+
+
+def test_patches_come_by_attention_the_highest_first(tmp_path: Path) -> None:
+    pixels = drawn([entry()], tmp_path)
+    row = pixels[sheet.HEAD + sheet.GAP + sheet.PATCH_SIDE // 2]
+    middles = [sheet.PATCHES_LEFT + i * (sheet.PATCH_SIDE + sheet.PATCH_GAP) + sheet.PATCH_SIDE // 2 for i in range(4)]
+    assert [int(row[x, 0]) for x in middles] == [40, 60, 20, 80]
+
+
+def test_no_text_leaves_its_column_however_long(tmp_path: Path) -> None:
+    entries = [
+        entry(logits=(0, 9, 0), truth=LONG, name="/".join(["very-long-folder-name"] * 20) + "/x.svs"),
+        entry(logits=(0, 9, 0), truth="adenoma", name="two\nlines\t\x1b[31m"),
+    ]
+    pixels = drawn(entries, tmp_path, title="W" * 5000)
+    body = pixels[sheet.HEAD + 1 :]
+    lines = (body[:, sheet.MARGIN : -sheet.MARGIN] == sheet.LINE).all(axis=(1, 2))
+    assert lines.sum() == 1
+    for left, width in (
+        (0, sheet.MARGIN),
+        (sheet.MARGIN + sheet.IMAGE_SIDE, sheet.GAP),
+        (sheet.PATCHES_LEFT - sheet.GAP, sheet.GAP),
+        (sheet.WIDTH - sheet.MARGIN, sheet.MARGIN),
+    ):
+        assert (body[~lines, left : left + width] == 255).all()
+    assert (pixels[:, -sheet.MARGIN :] == 255).all(), "the title neither"
+
+
+@given(text=st.text(max_size=80), width=st.integers(20, 300), keep_end=st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_a_cut_text_fits_and_an_uncut_one_is_whole(text: str, width: int, keep_end: bool) -> None:
+    text = " ".join(text.split())
+    font = sheet._font(16)
+    fitted = sheet._fitted(text, font, width, keep_end)
+    assert font.getlength(fitted) <= width
+    assert fitted == text or font.getlength(text) > width
+
+
+def test_a_cut_name_keeps_its_suffix() -> None:
+    assert sheet._fitted("a/very/long/path/" * 9 + "x.svs", sheet._font(18), 200, keep_end=True).endswith("x.svs")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (480, 3), (3, 480), (2000, 900)])
+def test_thumbnails_of_any_shape_and_few_patches_are_drawn(tmp_path: Path, shape: tuple[int, int]) -> None:
+    few = entry(attention=(1.0,), patches=1, thumbnail=shape)
+    none = entry(attention=(0.0,) * 20 + (1.0,), patches=0, thumbnail=shape)
+    assert drawn([few, none], tmp_path).shape[1] == sheet.WIDTH
+
+
+def test_the_same_entries_give_the_same_bytes(tmp_path: Path) -> None:
+    first = contact_sheet([entry()], tmp_path / "a.png").read_bytes()
+    assert first == contact_sheet([entry()], tmp_path / "b.png").read_bytes()
+
+
+def test_a_sheet_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one entry"):
+        contact_sheet([], tmp_path / "a.png")
+
+
+def test_shares_are_never_rounded_to_all_or_nothing() -> None:
+    assert [sheet._percent(p) for p in (0.0, 0.0004, 0.5, 0.9996, 1.0)] == [
+        "0.0 %",
+        "< 0.1 %",
+        "50.0 %",
+        "> 99.9 %",
+        "100 %",
+    ]

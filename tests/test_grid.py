@@ -1,0 +1,270 @@
+"""Laws of the grid: every pixel is covered, all descriptions of a patch agree, and reading is slicing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keyhole.errors import ConfigError, ImageError
+from keyhole.grid import PatchGrid
+from keyhole.images import ArrayImage, Box, Image, Level, Size
+from keyhole.images.pixels import Pixels
+
+laws = settings(max_examples=60, deadline=None)
+
+
+class Pyramid(Image):
+    """An image in memory with smaller levels, which counts what is read."""
+
+    def __init__(self, levels: list[Pixels], downsamples: list[float], mpp: float | None = None) -> None:
+        self.path = Path("pyramid.tif")
+        self.size = Size(levels[0].shape[1], levels[0].shape[0])
+        sizes = (Size(pixels.shape[1], pixels.shape[0]) for pixels in levels)
+        self.levels = tuple(Level(size, downsample) for size, downsample in zip(sizes, downsamples, strict=True))
+        self.mpp = mpp
+        self.channels = levels[0].shape[2]
+        self.boxes: list[tuple[int, Box]] = []
+        self._levels = levels
+
+    @classmethod
+    def sniff(cls, path: Path, head: bytes) -> bool:
+        return False
+
+    def _read(self, box: Box, level: int) -> Pixels:
+        self.boxes.append((level, box))
+        return self._levels[level][box.y : box.y + box.height, box.x : box.x + box.width]
+
+
+def noise(width: int, height: int, channels: int = 1, seed: int = 0) -> Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def gradient(width: int, height: int) -> Pixels:
+    """Grey value rising from left to right and from top to bottom."""
+    x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    return np.rint(250 * (x / width + y / height) / 2).astype(np.uint8)[:, :, None]
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> PatchGrid:
+    width, height, size = draw(st.integers(1, 60)), draw(st.integers(1, 60)), draw(st.integers(1, 20))
+    size = min(size, width, height)
+    stride = draw(st.integers(1, 30))
+    offset = draw(st.integers(-25, 0)), draw(st.integers(-25, 0))
+    mask = None
+    if draw(st.booleans()):
+        rng = np.random.default_rng(draw(st.integers(0, 99)))
+        mask = rng.random((draw(st.integers(1, 70)), draw(st.integers(1, 70)))) < 0.4
+        mask[rng.integers(mask.shape[0]), rng.integers(mask.shape[1])] = True
+        stride = min(stride, size)  # a gap could hold the mask's only pixel
+        offset = (0, 0)
+    return PatchGrid(ArrayImage(noise(width, height)), size, stride, offset=offset, mask=mask)
+
+
+def by_slicing(grid: PatchGrid, boxes: np.ndarray) -> Pixels:
+    """The patches of a level-0 grid, cut from the whole picture with a wide border."""
+    assert isinstance(grid.image, ArrayImage)
+    border = 64
+    whole = np.pad(grid.image.pixels, ((border, border), (border, border), (0, 0)), constant_values=255)
+    return np.stack([whole[y + border : y + border + h, x + border : x + border + w] for x, y, w, h in boxes])
+
+
+@laws
+@given(grids())
+def test_reading_is_slicing_the_padded_picture(grid: PatchGrid) -> None:
+    np.testing.assert_array_equal(grid.read(slice(None)), by_slicing(grid, grid.boxes(slice(None))))
+
+
+@laws
+@given(grids(), st.data())
+def test_a_patch_does_not_depend_on_what_it_is_read_with(grid: PatchGrid, data: st.DataObject) -> None:
+    index = data.draw(st.lists(st.integers(0, len(grid) - 1), min_size=1, max_size=30))
+    np.testing.assert_array_equal(grid.read(index), grid.read(slice(None))[index])
+
+
+@laws
+@given(grids())
+def test_boxes_centers_and_cells_agree(grid: PatchGrid) -> None:
+    boxes, centers, cells = (of(slice(None)) for of in (grid.boxes, grid.centers, grid.cells))
+    assert len(boxes) == len(centers) == len(cells) == len(grid)
+    np.testing.assert_array_equal(centers, boxes[:, :2] + boxes[:, 2:] / 2)
+    np.testing.assert_array_equal(boxes[:, 0], grid.offset[0] + cells[:, 1] * grid.stride)
+    np.testing.assert_array_equal(boxes[:, 1], grid.offset[1] + cells[:, 0] * grid.stride)
+    raster = cells[:, 0] * grid.columns + cells[:, 1]
+    assert (np.diff(raster) > 0).all()
+    assert (cells >= 0).all()
+    assert (cells < (grid.rows, grid.columns)).all()
+
+
+@laws
+@given(grids())
+def test_every_pixel_is_covered_and_no_patch_lies_outside(grid: PatchGrid) -> None:
+    width, height = grid.image.size
+    covered = np.zeros((height, width), bool)
+    for x, y, w, h in PatchGrid(grid.image, grid.size, grid.stride, offset=grid.offset).boxes(slice(None)):
+        assert x < width
+        assert y < height
+        assert x + w > 0
+        assert y + h > 0
+        covered[max(y, 0) : y + h, max(x, 0) : x + w] = True
+    if grid.stride <= grid.size:
+        assert covered.all()
+
+
+@laws
+@given(st.integers(3, 40), st.integers(3, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 99))
+def test_a_patch_is_in_the_grid_if_more_than_the_share_of_the_mask_under_it_is_set(
+    width: int, height: int, rows: int, columns: int, seed: int
+) -> None:
+    mask = np.random.default_rng(seed).random((rows, columns)) < 0.5
+    mask[0, 0] = True
+    image = ArrayImage(noise(width, height))
+    for share in (0.0, 0.3):
+        expected = []
+        full = PatchGrid(image, 3, 2)
+        for i, (x, y, w, h) in enumerate(full.boxes(slice(None)).tolist()):
+            left, right = x * columns // width, -(-(x + w) * columns // width)
+            top, bottom = y * rows // height, -(-(y + h) * rows // height)
+            if mask[top:bottom, left:right].mean() > share:
+                expected.append(i)
+        if expected:
+            grid = PatchGrid(image, 3, 2, mask=mask, mask_share=share)
+            np.testing.assert_array_equal(grid.boxes(slice(None)), full.boxes(expected))
+
+
+def test_pixels_outside_are_background() -> None:
+    image = ArrayImage(np.full((10, 10, 3), 7, np.uint8))
+    grid = PatchGrid(image, 8, offset=(-3, 0))
+    first = grid.read([0])[0]
+    assert (first[:, :3] == image.background).all()
+    assert (first[:, 3:] == 7).all()
+    last = grid.read([len(grid) - 1])[0]
+    assert (last[:2, :5] == 7).all()
+    assert (last[2:] == image.background).all()
+    assert (last[:, 5:] == image.background).all()
+
+
+def test_neighbours_are_read_with_one_access() -> None:
+    image = Pyramid([noise(640, 640)], [1.0])
+    grid = PatchGrid(image, 64)
+    grid.read(np.arange(10))
+    grid.read(np.arange(20, 40))
+    assert image.boxes == [(0, Box(0, 0, 640, 64)), (0, Box(0, 128, 640, 128))]
+
+
+def test_far_patches_are_not_read_with_what_lies_between() -> None:
+    image = Pyramid([noise(640, 640)], [1.0])
+    grid = PatchGrid(image, 32)
+    grid.read([0, 19, 399])
+    assert sum(box.width * box.height for _, box in image.boxes) == 3 * 32 * 32
+
+
+def test_a_level_is_read_in_its_own_pixels() -> None:
+    small = noise(50, 40, 3, seed=1)
+    image = Pyramid([noise(100, 80, 3), small], [1.0, 2.0])
+    grid = PatchGrid(image, 10, level=1)
+    assert (grid.columns, grid.rows, grid.scale) == (5, 4, 2.0)
+    stitched = grid.read(slice(None)).reshape(4, 5, 10, 10, 3).transpose(0, 2, 1, 3, 4).reshape(40, 50, 3)
+    np.testing.assert_array_equal(stitched, small)
+    assert grid.boxes([6]).tolist() == [[20, 20, 20, 20]]
+    assert grid.centers([6]).tolist() == [[30.0, 30.0]]
+
+
+def test_microns_per_pixel_choose_the_best_level() -> None:
+    levels = [noise(400, 400), noise(100, 100), noise(25, 25)]
+    image = Pyramid(levels, [1.0, 4.0, 16.0], mpp=0.25)
+    for mpp, level in ((0.1, 0), (0.25, 0), (0.9, 0), (1.0, 1), (0.9995, 1), (3.9, 1), (4.0, 2)):
+        assert PatchGrid(image, 4, mpp=mpp).level == level, mpp
+    grid = PatchGrid(image, 5, mpp=1.0)
+    np.testing.assert_array_equal(grid.read([0, 21]), PatchGrid(image, 5, level=1).read([0, 21]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.3, 6.0), st.integers(0, 30), st.integers(4, 30), st.booleans())
+def test_resampling_keeps_a_gradient_at_the_centres(scale: float, shift: int, size: int, pyramid: bool) -> None:
+    width, height = 400, 300
+    levels = [gradient(width, height), gradient(width // 2, height // 2)] if pyramid else [gradient(width, height)]
+    image = Pyramid(levels, [1.0, 2.0][: len(levels)], mpp=1.0)
+    grid = PatchGrid(image, size, mpp=scale, offset=(-shift % size, -shift % size))
+    block = grid.read(slice(None))[..., 0].astype(float)
+    x0, y0 = ((grid.centers(slice(None)).T / grid.scale) - size / 2)[:, :, None, None]
+    step = np.arange(size) + 0.5
+    l0_x, l0_y = (x0 + step) * grid.scale, (y0 + step[:, None]) * grid.scale
+    expected = 250 * (l0_x / width + l0_y / height) / 2
+    margin = 3 * max(scale, 2.0)  # where the filter reaches the border, which is repeated
+    inside = (l0_x > margin) & (l0_x < width - margin) & (l0_y > margin) & (l0_y < height - margin)
+    assert np.abs(block - expected)[inside].max(initial=0) <= 1
+    border = (l0_x < width) & (l0_y < height) & ~inside
+    assert np.abs(block - expected)[border].max(initial=0) <= 1 + 250 * margin / height
+
+
+def test_resampled_patches_have_no_background_inside_and_only_background_outside() -> None:
+    image = ArrayImage(np.full((101, 203, 3), 7, np.uint8), mpp=0.5)
+    grid = PatchGrid(image, 16, mpp=1.3, offset=(-5, -9))
+    l0 = grid.scale
+    for i in range(len(grid)):
+        x, y = np.rint(grid.centers([i])[0] / l0 - 8).astype(int)
+        columns, rows = x + np.arange(16), y + np.arange(16)
+        inside = ((rows >= 0) & (rows * l0 < 101))[:, None] & ((columns >= 0) & (columns * l0 < 203))
+        patch = grid.read([i])[0]
+        assert (patch[inside] == 7).all()
+        assert (patch[~inside] == 255).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.4, 5.0), st.integers(-20, 0), st.data())
+def test_a_resampled_patch_does_not_depend_on_what_it_is_read_with(
+    scale: float, offset: int, data: st.DataObject
+) -> None:
+    grid = PatchGrid(ArrayImage(noise(120, 90, 3), mpp=1.0), 12, 8, mpp=scale, offset=(offset, offset))
+    index = data.draw(st.lists(st.integers(0, len(grid) - 1), min_size=1, max_size=20))
+    alone = np.concatenate([grid.read([i]) for i in index])
+    np.testing.assert_array_equal(grid.read(index), alone)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"size": 51}, r"the patch \(51 x 51 px\) is larger than the image \(100 x 50 px\)"),
+        ({"size": 30, "mpp": 1.0}, r"larger than the image \(50 x 25 px at 1/2 of its resolution\)"),
+        ({"size": 10, "level": 1}, r"patch.level \(=1\) must be one of the image's levels 0 ... 0"),
+        ({"size": 10, "mask": np.zeros((5, 5), bool)}, "no patches: the foreground mask leaves none of 50"),
+        ({"size": 10, "offset": (0, 50)}, "outside the image"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_one_line_that_names_the_image(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        PatchGrid(ArrayImage(noise(100, 50), "a.png", mpp=0.5), **options)  # type: ignore[arg-type]
+    assert str(caught.value).startswith("a.png: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_microns_per_pixel_need_those_of_the_image() -> None:
+    with pytest.raises(ConfigError, match=r"a\.png: .*`mpp`"):
+        PatchGrid(ArrayImage(noise(100, 50), "a.png"), 10, mpp=0.5)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        PatchGrid(ArrayImage(noise(100, 50), "a.png", mpp=1.0), 10, mpp=0.5, level=0)
+
+
+def test_an_index_outside_or_not_of_integers_is_refused() -> None:
+    grid = PatchGrid(ArrayImage(noise(100, 50)), 10)
+    for index in ([50], [-1]):
+        with pytest.raises(IndexError):
+            grid.read(index)
+    for wrong in ([0.5], [[1]], [True]):
+        with pytest.raises(ValueError):
+            grid.read(wrong)
+    assert grid.read([]).shape == (0, 10, 10, 1)
+
+
+def test_damage_is_reported_not_swallowed() -> None:
+    class Damaged(Pyramid):
+        def _read(self, box: Box, level: int) -> Pixels:
+            raise ImageError(self.path, "damaged")
+
+    with pytest.raises(ImageError, match="damaged"):
+        PatchGrid(Damaged([noise(20, 20)], [1.0]), 10).read([0])

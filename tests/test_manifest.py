@@ -1,0 +1,412 @@
+"""Reading data sets: what counts, what is left out and listed, and one clear line for what cannot be used."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from keyhole.config import DataConfig
+from keyhole.data.hashes import hash_files
+from keyhole.data.manifest import Manifest, expand_images, read_for_tasks, read_manifest
+from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, StalledRead
+from keyhole.tasks import Task
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Files that stand for images: the manifest never looks into them."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def write(path: Path, text: str, images: int = 12) -> Path:
+    """A CSV and, beside it, images 0.png, 1.png, ..."""
+    path.write_text(text, encoding="utf-8")
+    touch(path.parent, *(f"{i}.png" for i in range(images)))
+    return path
+
+
+def table(header: str, *rows: str) -> str:
+    return "\n".join([header, *rows]) + "\n"
+
+
+TWELVE = table("image,grade", *(f"{i}.png,{'ab'[i % 2]}" for i in range(12)))
+
+
+def read(path: Path, **settings: object) -> Manifest:
+    return read_manifest(DataConfig(path=path, **settings))  # type: ignore[arg-type]
+
+
+def left(manifest: Manifest) -> dict[str, str]:
+    return {item.name: item.reason for item in manifest.left_out}
+
+
+# Folders
+
+
+def test_a_folder_of_classes_is_one_task_and_everything_else_is_listed(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{c}/{i}.PNG" for c in ("cat", "dog") for i in range(5)), "cat/deep/er/5.tiff")
+    touch(tmp_path, "loose.png", "cat/notes.txt", "cat/.DS_Store", "dog/._0.png", ".git/x.png", "dog/README")
+    touch(tmp_path, "dog/slide.mrxs", "dog/slide/Data0001.dat")
+    (tmp_path / "empty").mkdir()
+    manifest = read(tmp_path)
+    assert manifest.tasks == (Task("label", "binary", ("cat", "dog")),)
+    assert len(manifest.items) == 12
+    assert [item.name for item in manifest.items] == sorted(item.name for item in manifest.items)
+    deep = next(item for item in manifest.items if item.name == "cat/deep/er/5.tiff")
+    assert (deep.labels, deep.image) == ({"label": "cat"}, tmp_path / "cat/deep/er/5.tiff")
+    assert left(manifest) == {
+        "loose.png": "not in a class folder",
+        "cat/notes.txt": "not an image (suffix .txt)",
+        "cat/.DS_Store": "not an image",
+        "dog/._0.png": "hidden file",
+        "dog/README": "not an image (no suffix)",
+        ".git/": "hidden folder",
+        "dog/slide/": "part of slide.mrxs",
+        "empty/": "class folder without images",
+    }
+
+
+def test_folders_named_train_val_test_are_splits_where_they_hold_class_folders(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        *(f"{s}/{c}/{i}.png" for s in ("train", "val", "test") for c in "ab" for i in range(2)),
+        "other/c/0.png",
+    )
+    manifest = read(tmp_path)
+    assert Counter(item.split for item in manifest.items) == {"train": 4, "val": 4, "test": 4}
+    assert all(item.split == item.name.split("/")[0] for item in manifest.items)
+    assert manifest.tasks[0].classes == ("a", "b")
+    assert left(manifest) == {"other/c/0.png": "not under train, val or test"}
+
+
+def test_classes_may_be_called_train_and_test(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{c}/{i}.png" for c in ("train", "test") for i in range(5)))
+    assert read(tmp_path).tasks[0].classes == ("test", "train")
+
+
+def test_links_are_followed_and_a_circle_of_them_ends(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"data/{c}/{i}.png" for c in "ab" for i in range(3)))
+    touch(tmp_path, "elsewhere/9.png")
+    (tmp_path / "data/b/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "data/a/up").symlink_to(tmp_path / "data", target_is_directory=True)
+    manifest = read(tmp_path / "data")
+    assert len(manifest.items) == 7
+    assert left(manifest) == {"a/up/": "link to a folder that is already read"}
+
+
+def test_images_of_the_command_line_are_files_as_given_and_folders_in_order(tmp_path: Path) -> None:
+    touch(tmp_path, "b/2.png", "b/10.png", "b/sub/1.jpg", "b/x.txt", "odd.data")
+    images, left_out = expand_images([tmp_path / "odd.data", tmp_path / "b", tmp_path / "b/2.png"])
+    assert [image.relative_to(tmp_path).as_posix() for image in images] == [
+        "odd.data",
+        "b/10.png",
+        "b/2.png",
+        "b/sub/1.jpg",
+    ]
+    assert [item.name for item in left_out] == [str(tmp_path / "b/x.txt")]
+    for wrong in ([tmp_path / "none.png"], [], [tmp_path / "empty"]):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(DataError, match=r"no such file|no images"):
+            expand_images(wrong)
+
+
+# CSV
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_delimiter_byte_order_mark_and_line_ends_do_not_matter(
+    tmp_path: Path, delimiter: str, mark: str, end: str
+) -> None:
+    text = mark + TWELVE.replace(",", delimiter).replace("\n", end)
+    path = write(tmp_path / "labels.csv", "")
+    path.write_bytes(text.encode())
+    manifest = read(path)
+    assert [item.name for item in manifest.items] == [f"{i}.png" for i in range(12)]
+    assert manifest.tasks == (Task("grade", "binary", ("a", "b")),)
+
+
+def test_every_column_of_a_csv_arrives(tmp_path: Path) -> None:
+    touch(tmp_path / "scans", *(f"{i}.svs" for i in range(4)))
+    text = table(
+        "Image,name,grade,findings,age,Split,group,MPP",
+        '0.svs,"first, of all",low,a|b,61.5,train,p1,0.25',
+        "1.svs,,high,|,40,train,p2,",
+        "2.svs,,,b,,val,p3,0.5",
+        "3.svs,,high,a,70,test,p4,",
+    )
+    manifest = read_manifest(
+        DataConfig(
+            path=write(tmp_path / "l.csv", text), root=tmp_path / "scans", tasks=("grade", "findings", "age=regression")
+        )
+    )
+    first, second, third, _ = manifest.items
+    assert (first.name, first.image, first.group, first.mpp) == ("first, of all", tmp_path / "scans/0.svs", "p1", 0.25)
+    assert (second.name, second.group, second.mpp) == ("1.svs", "p2", None)
+    grade, findings, age = manifest.tasks
+    assert (grade.kind, findings.kind, age.kind) == ("binary", "multilabel", "regression")
+    assert manifest.target(first, grade) == 1
+    assert manifest.target(first, findings).tolist() == [1, 1]
+    assert manifest.target(second, findings).tolist() == [0, 0]
+    assert np.isnan(manifest.target(third, grade)).all()
+    assert np.isnan(manifest.target(third, age)).all()
+    # Of the training split alone.
+    assert (age.mean, age.std) == pytest.approx((50.75, 10.75))
+    assert [len(manifest.split(name)) for name in ("train", "val", "test")] == [2, 1, 1]
+
+
+def test_rows_without_a_label_repeated_rows_and_empty_rows_are_listed(tmp_path: Path) -> None:
+    text = TWELVE + table("0.png,a", "./1.png,b", "13.png,", ",", "")
+    manifest = read(write(tmp_path / "l.csv", text))
+    assert len(manifest.items) == 12
+    assert left(manifest) == {
+        "0.png": "line 14: same image as line 2",
+        "./1.png": "line 15: same image as line 3",
+        "13.png": "no label for grade",
+        "line 17": "empty row",
+    }
+    manifest.write_left_out(tmp_path / "left_out.csv")
+    with (tmp_path / "left_out.csv").open(newline="") as file:
+        assert {row["name"]: row["reason"] for row in csv.DictReader(file)} == left(manifest)
+
+
+def test_missing_files_end_the_run_or_are_left_out_as_the_user_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "l.csv", TWELVE + table(*(f"gone{i}.png,a" for i in range(5)), f"{'x' * 300}.png,a"))
+    with pytest.raises(DataError, match=r"6 of 18 image files .*gone0.png, .*gone2.png, \.\.\. \(6 in all\)") as error:
+        read(path)
+    assert "keyhole check" in str(error.value)
+    manifest = read(path, on_bad_image="skip")
+    assert len(manifest.items) == 12
+    assert {name: left(manifest)[name] for name in left(manifest) if "gone" in name} == dict.fromkeys(
+        (f"gone{i}.png" for i in range(5)), "no such file"
+    )
+
+
+def test_a_val_split_is_made_out_of_training_where_it_is_lacking(tmp_path: Path) -> None:
+    rows = [f"{i}.png,{'ab'[i % 2]},{'test' if i < 4 else 'train'}" for i in range(24)]
+    manifest = read(write(tmp_path / "l.csv", table("image,grade,split", *rows), 24))
+    assert Counter(item.split for item in manifest.items) == {"train": 17, "val": 3, "test": 4}
+    assert all(item.split == "test" for item in manifest.items[:4])
+    assert any("became val" in note for note in manifest.notes)
+    assert not read(tmp_path / "l.csv", val=0.0).split("val")
+
+
+def test_splits_that_are_made_follow_names_and_seed_not_rows_or_place(tmp_path: Path) -> None:
+    rows = [f"{i}.png,{'ab'[i % 2]},p{i // 3}" for i in range(30)]
+    made = []
+    for number, order in enumerate((rows, rows[::-1])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        manifest = read(write(folder / "l.csv", table("image,grade,group", *order), 30))
+        made.append({item.name: item.split for item in manifest.items})
+        sides = {(item.group, item.split) for item in manifest.items}
+        assert len(sides) == 10
+    assert made[0] == made[1]
+    other = read_manifest(DataConfig(path=tmp_path / "0/l.csv"), seed=1)
+    assert {item.name: item.split for item in other.items} != made[0]
+
+
+def test_a_group_on_two_given_sides_is_noted(tmp_path: Path) -> None:
+    rows = [f"{i}.png,{'ab'[i % 2]},{'train' if i < 8 else 'val'},p{i % 3}" for i in range(12)]
+    manifest = read(write(tmp_path / "l.csv", table("image,grade,split,group", *rows)))
+    assert "3 groups have images in more than one split: p0, p1, p2" in manifest.notes
+
+
+def test_a_multilabel_data_set_is_split_with_every_label_in_training(tmp_path: Path) -> None:
+    rows = [f"{i}.png,{'|'.join('abc'[k] for k in range(3) if i % (k + 2) == 0) or '|'}" for i in range(40)]
+    rows[1] = "1.png,rare|a"
+    manifest = read(write(tmp_path / "l.csv", table("image,findings", *rows), 40))
+    assert Counter(item.split for item in manifest.items) == {"train": 28, "val": 6, "test": 6}
+    assert manifest.items[1].split == "train"
+
+
+def test_leaving_images_out_later_is_refused_once_training_loses_a_class(tmp_path: Path) -> None:
+    manifest = read(write(tmp_path / "l.csv", TWELVE))
+    one = manifest.split("train")[0]
+    fewer = manifest.without({one.name: "damaged"})
+    assert len(fewer.items) == 11
+    assert left(fewer)[one.name] == "damaged"
+    with pytest.raises(DataError, match="only 'b'"):
+        manifest.without({item.name: "damaged" for item in manifest.items if item.labels["grade"] == "a"})
+
+
+# A manifest as a file
+
+
+def test_a_written_manifest_reads_as_the_same_items_and_tasks(tmp_path: Path) -> None:
+    rows = [f'"sub/../{i}.png",{"ab"[i % 2]},{i / 7},"x, ""y""|z",p{i},{0.1 + i}' for i in range(12)]
+    manifest = read(
+        write(tmp_path / "l.csv", table("image,grade,age,findings,group,mpp", *rows)),
+    )
+    (tmp_path / "run").mkdir()
+    written = manifest.write(tmp_path / "run/manifest.csv", hash_files(manifest.items))
+    again = read_manifest(DataConfig(path=written), seed=5)
+    assert (again.items, again.tasks, again.left_out) == (manifest.items, manifest.tasks, ())
+    with written.open(newline="") as file:
+        row = next(csv.DictReader(file))
+    content = (tmp_path / "0.png").read_bytes()
+    assert (row["sha256"], row["bytes"]) == (hashlib.sha256(content).hexdigest(), str(len(content)))
+
+
+def test_a_folder_written_as_a_manifest_reads_as_the_same_items(tmp_path: Path) -> None:
+    touch(tmp_path / "data", *(f"{c}/{i}.png" for c in ("1", "2", "10") for i in range(5)))
+    manifest = read(tmp_path / "data")
+    again = read(manifest.write(tmp_path / "manifest.csv"))
+    assert (again.items, again.tasks) == (manifest.items, manifest.tasks)
+    assert manifest.tasks[0].classes == ("1", "2", "10")
+
+
+# Hashes
+
+
+def test_hashes_are_those_of_the_bytes_and_name_a_file_that_is_gone(tmp_path: Path) -> None:
+    manifest = read(write(tmp_path / "l.csv", TWELVE))
+    (tmp_path / "3.png").write_bytes(os.urandom(20_000_000))
+    hashes = hash_files(manifest.items, threads=2)
+    for item in manifest.items:
+        assert hashes[item.name].sha256 == hashlib.sha256(item.image.read_bytes()).hexdigest()
+        assert hashes[item.name].bytes == item.image.stat().st_size
+    (tmp_path / "5.png").unlink()
+    with pytest.raises(ImageError, match=r"5\.png"):
+        hash_files(manifest.items)
+    assert hash_files([]) == {}
+
+
+def test_hashing_a_file_that_gives_nothing_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read(write(tmp_path / "l.csv", TWELVE))
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    (tmp_path / "7.png").unlink()
+    (tmp_path / "pipe").rename(tmp_path / "7.png")
+    with pytest.raises(StalledRead, match=r"7\.png: no data for 0.2 s"):
+        hash_files(manifest.items, threads=3, stall=0.2)
+
+
+# A trained model's tasks
+
+
+def test_data_for_a_trained_model_are_read_by_its_tasks(tmp_path: Path) -> None:
+    tasks = (Task("grade", "multiclass", ("a", "b", "c")), Task("age", "regression", (), 50.0, 10.0))
+    path = write(tmp_path / "l.csv", table("image,grade", "0.png,a", "1.png,a", "2.png,"))
+    manifest = read_for_tasks(DataConfig(path=path), tasks)
+    assert [item.split for item in manifest.items] == ["test", "test"]
+    assert manifest.tasks == tasks
+    assert np.isnan(manifest.target(manifest.items[0], tasks[1])).all()
+    assert left(manifest) == {"2.png": "no label for grade"}
+    write(path, table("image,grade", "0.png,a", "1.png,d"))
+    with pytest.raises(DataError, match=r"line 3: grade: unknown class 'd'"):
+        read_for_tasks(DataConfig(path=path), tasks)
+    write(path, table("image,tumour", "0.png,a"))
+    with pytest.raises(DataError, match="the model predicts grade, age, but the columns with labels are tumour"):
+        read_for_tasks(DataConfig(path=path), tasks)
+
+
+# Bad input
+
+
+BAD: dict[str, tuple[str | bytes, tuple[str, ...], str]] = {
+    "no image column": (TWELVE.replace("image", "img"), (), r"no column `image` \(did you mean 'img'\?\)"),
+    "no task column": ("image,split\n0.png,train\n", (), "no task column"),
+    "unknown split": (
+        "image,grade,split\n0.png,a,trian\n",
+        (),
+        r"line 2: unknown split 'trian' \(did you mean 'train'\?\)",
+    ),
+    "a split for some": ("image,grade,split\n0.png,a,train\n1.png,b,\n", (), "line 3: no split, but line 2 has one"),
+    "no training split": ("image,grade,split\n0.png,a,test\n1.png,b,test\n", (), "no row with a label has split train"),
+    "one class": (TWELVE.replace(",b", ",a"), (), "grade: all labels are 'a'"),
+    "one class in training": (
+        "image,grade,split\n0.png,a,train\n1.png,a,train\n2.png,b,val\n3.png,a,val\n",
+        (),
+        "grade: the training split has only 'a', other splits have 'b'",
+    ),
+    "a class outside training": (
+        "image,grade,split\n0.png,a,train\n1.png,b,train\n2.png,c,val\n3.png,c,val\n",
+        (),
+        "grade: the training split has no 'c'",
+    ),
+    "two labels": (TWELVE + "0.png,b\n", (), r"line 14: 0.png has grade 'b', but 'a' in line 2"),
+    "two labels under two spellings": (TWELVE + "./0.png,b\n", (), r"line 14: ./0.png has grade 'b'"),
+    "two splits": (
+        "image,grade,split\n0.png,a,train\n0.png,a,test\n",
+        (),
+        "0.png has split 'test', but 'train' in line 2",
+    ),
+    "a name twice": ("image,name,grade\n0.png,x,a\n1.png,x,b\n", (), "line 3: name 'x' is taken by line 2"),
+    "empty": ("", (), "the file is empty"),
+    "only a mark": (b"\xef\xbb\xbf\n", (), "the file is empty"),
+    "only a header": ("image,grade\n", (), "no rows below the header"),
+    "no label at all": ("image,grade\n0.png,\n1.png,\n", (), "no row has a label for grade"),
+    "binary junk": (bytes(range(256)), (), r"not UTF-8 text \(byte 128 is 0x80\)"),
+    "zero bytes": (b"image,grade\n0.png,a\x00\n", (), "zero bytes"),
+    "UTF-16": (TWELVE.encode("utf-16"), (), "not UTF-8 text"),
+    "Latin-1": ("image,grade\n0.png,größer\n".encode("latin-1"), (), "CSV UTF-8"),
+    "unknown task": (TWELVE, ("grad",), r"no column 'grad' \(did you mean 'grade'\?\)"),
+    "a column that is no task": (TWELVE, ("image",), "no column 'image'|is no task"),
+    "unknown kind": (TWELVE, ("grade=multilable",), r"grade=multilable: no such kind; did you mean 'multilabel'\?"),
+    "a task twice": (TWELVE, ("grade", "grade=binary"), "names 'grade' twice"),
+    "columns of one name": ("image,grade,grade\n0.png,a,b\n", (), "the header names grade more than once"),
+    "two image columns": ("image,Image,grade\n0.png,1.png,b\n", (), "the header names image more than once"),
+    "too many fields": (TWELVE + "0.png,a,b\n", (), "line 14: 3 fields where the header has 2"),
+    "too few fields": (TWELVE + "0.png\n", (), "line 14: 1 fields where the header has 2"),
+    "an open quote": (TWELVE + '"0.png,a\n', (), "line 14: not valid CSV"),
+    "no number": (TWELVE, ("grade=regression",), "line 2: grade: 'a' is not a finite number"),
+    "not a finite number": ("image,age\n0.png,1\n1.png,inf\n", ("age=regression",), "line 3: age: 'inf'"),
+    "too many classes for binary": ("image,g\n0.png,a\n1.png,b\n2.png,c\n", ("g=binary",), "3 classes"),
+    "an identifier": (table("image,id", *(f"{i}.png,id{i}" for i in range(12))), (), "id differs in every row"),
+    "mpp of zero": ("image,grade,mpp\n0.png,a,0\n", (), "line 2: mpp is '0'"),
+    "mpp in words": ("image,grade,mpp\n0.png,a,40x\n", (), "line 2: mpp is '40x'"),
+    "no image": ("image,grade\n,a\n", (), "line 2: the image column is empty"),
+    "no file at all": ("image,grade\nx.png,a\ny.png,b\n", (), r"all 2 image files are not there: .*x\.png"),
+    "one image": ("image,grade\n0.png,1.5\n", (), "1 image cannot be shared out"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_csv_ends_with_one_line_that_names_it(case: str, tmp_path: Path) -> None:
+    content, tasks, message = BAD[case]
+    path = write(tmp_path / "labels.csv", "")
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises((DataError, ConfigError), match=message) as error:
+        read_manifest(DataConfig(path=path, tasks=tasks))
+    assert "\n" not in str(error.value)
+    if isinstance(error.value, DataError):
+        assert str(path) in str(error.value)
+
+
+def test_data_that_are_not_there_or_no_data_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path, "flat/0.png", "flat/1.png", "one/a/0.png", "one/a/1.png")
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in {
+        None: "no data given",
+        tmp_path / "gone": "no such file or folder",
+        tmp_path / "empty": "no images in class folders",
+        tmp_path / "flat": "no images in class folders",
+        tmp_path / "one": "all labels are 'a'",
+        tmp_path / "pipe": "not a regular file",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            read_manifest(DataConfig(path=path))
+    with pytest.raises(KeyholeError, match=re.escape("data.val (=0.5) and data.test (=0.5) leave nothing")):
+        read_manifest(DataConfig(path=write(tmp_path / "l.csv", TWELVE), val=0.5, test=0.5))
+
+
+def test_a_file_name_that_is_not_text_is_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(3)))
+    odd = os.fsencode(tmp_path / "a") + b"/\xff.png"
+    with open(odd, "wb"):  # noqa: PTH123 - a Path cannot hold these bytes on every system
+        pass
+    manifest = read(tmp_path)
+    assert len(manifest.items) == 6
+    manifest.write_left_out(tmp_path / "left_out.csv")
+    assert "name is not UTF-8" in (tmp_path / "left_out.csv").read_text()

@@ -1,0 +1,125 @@
+"""Progress: plain lines where there is no terminal, a bar where there is one."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from keyhole.progress import Progress, peak_memory
+
+
+def test_without_a_terminal_it_prints_a_line_per_interval_and_one_at_the_end() -> None:
+    stream = io.StringIO()
+    with Progress(10, "epoch 1/2", stream, interval=0) as progress:
+        for _ in range(5):
+            progress.update(images=2, patches=100)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 6
+    assert [re.search(r"(\d+)/10 images", line).group(1) for line in lines] == ["2", "4", "6", "8", "10", "10"]  # type: ignore[union-attr]
+    assert all(line.startswith("epoch 1/2: ") for line in lines)
+    assert all("left" in line for line in lines[:4])
+    assert lines[-1].endswith("taken")
+
+
+def test_within_an_interval_only_the_end_is_printed() -> None:
+    stream = io.StringIO()
+    with Progress(10, "epoch 1/2", stream, interval=1e6) as progress:
+        for _ in range(10):
+            progress.update(images=1)
+    assert len(stream.getvalue().splitlines()) == 1
+
+
+def test_a_line_says_rate_waiting_memory_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("keyhole.progress.time.monotonic", lambda: now[0])
+    progress = Progress(40, "reading", io.StringIO())
+    with progress:
+        now[0] = 110.0
+        progress.update(images=10, patches=20_000, waited=2.5, text="loss 0.31", device_bytes=3_200_000_000)
+        assert progress.status() == (
+            "reading: 10/40 images, 2,000 patches/s, 25% waiting for reading, "
+            f"peak {peak_memory() / 1e9:.1f} GB and 3.2 GB on the device, loss 0.31, 0:00:30 left"
+        )
+
+
+def test_an_error_is_not_followed_by_a_line_that_says_done() -> None:
+    stream = io.StringIO()
+    with pytest.raises(ZeroDivisionError), Progress(2, "epoch", stream):
+        raise ZeroDivisionError
+    assert stream.getvalue() == ""
+
+
+def test_a_permanent_line_is_printed_as_it_is() -> None:
+    stream = io.StringIO()
+    with Progress(2, "epoch", stream) as progress:
+        progress.line("[bold]kept 3 of 4[/bold]")
+    assert stream.getvalue().splitlines()[0] == "[bold]kept 3 of 4[/bold]"
+
+
+def test_updates_of_several_threads_are_all_counted() -> None:
+    progress = Progress(4000, "reading", io.StringIO())
+
+    def work() -> None:
+        for _ in range(1000):
+            progress.update(images=1, patches=2, waited=0.5)
+
+    with progress:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (progress.images, progress.patches, progress.waited) == (4000, 8000, 2000.0)
+
+
+SCRIPT = """
+from keyhole.progress import Progress
+with Progress(4, "epoch 1/2") as progress:
+    for number in range(4):
+        progress.update(images=1, patches=50, waited=0.0, text="loss 0.5")
+        if number == 1:
+            progress.line("a line that stays")
+"""
+
+
+def test_on_a_terminal_it_shows_a_bar() -> None:
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "160"}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT], stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:  # Linux: the other side is closed
+                break
+            if not part:
+                break
+            shown += part
+        assert process.wait(60) == 0
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "4/4" in text
+    assert "patches/s" in text
+    assert "waiting for reading" in text
+    assert "loss 0.5" in text
+    assert "a line that stays" in text
+    assert b"\x1b[" in shown  # it redraws
+
+
+def test_into_a_file_it_leaves_no_control_characters(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    with file.open("w") as stream:
+        subprocess.run([sys.executable, "-c", SCRIPT], stderr=stream, check=True, timeout=60)
+    lines = file.read_text().splitlines()
+    assert lines[0] == "a line that stays"
+    assert lines[1].startswith("epoch 1/2: 4/4 images")
+    assert "\x1b" not in file.read_text()
