@@ -3,10 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+COLORS = {"green": (40, 220, 40), "red": (220, 40, 40)}
+
+# the smallest settings that train: patches of 16 px, one narrow encoder, seconds on one core
+SMALL: dict[str, dict[str, Any]] = {
+    "patch": {"size": 16},
+    "model": {"width": 8, "heads": 2},
+    "select": {"m": 4, "chunk": 16},
+    "train": {"epochs": 2, "batch": 4, "lr": 3e-3},
+    "run": {"threads": 2},
+}
+
+
+def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """SMALL with some values changed, section by section."""
+    return {name: SMALL.get(name, {}) | sections.get(name, {}) for name in SMALL | sections}
+
+
+def write_toy(folder: Path, count: int = 12, side: int = 64, seed: int = 0) -> Path:
+    """A folder of two classes: noise with one 16 px square of the class's colour."""
+    rng = np.random.default_rng(seed)
+    for name, color in COLORS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 90, (side, side, 3), dtype=np.uint8)
+            x, y = rng.integers(0, side - 16, 2)
+            pixels[y : y + 16, x : x + 16] = color
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +46,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the folder `shared` with real data is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images of each of two classes; do not change them."""
+    return write_toy(tmp_path_factory.mktemp("toy") / "toy")
+
+
+@pytest.fixture(scope="session")
+def toy_run(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the toy images; do not change it."""
+    import keyhole
+
+    return keyhole.train(toy, tmp_path_factory.mktemp("runs") / "toy", **SMALL).path

@@ -175,10 +175,9 @@ def write_broken(folder: Path) -> dict[str, Path]:
 def _write_odd_tiffs(folder: Path) -> dict[str, Path]:
     """Sound TIFFs of kinds that are refused, and hostile ones."""
     floats, stack, lying = folder / "float.tif", folder / "channels.ome.tif", folder / "lying-tile.tif"
-    tifffile.imwrite(floats, np.zeros((16, 16), np.float32))
-    tifffile.imwrite(
-        stack, np.zeros((3, 16, 16), np.uint8), ome=True, photometric="minisblack", metadata={"axes": "CYX"}
-    )
+    tifffile.imwrite(floats, np.zeros((16, 16), np.float32), tile=(16, 16))
+    options: dict[str, Any] = {"photometric": "minisblack", "tile": (16, 16), "metadata": {"axes": "CYX"}}
+    tifffile.imwrite(stack, np.zeros((3, 16, 16), np.uint8), ome=True, **options)
     # A tile of 16 x 16 that holds a JPEG of another size: decoding it would cost what the JPEG says.
     write_tiff(lying, picture(3, 16, 16), tile=(16, 16), compression="jpeg")
     with tifffile.TiffFile(lying, mode="r+") as tif:

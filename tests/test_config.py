@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 from keyhole.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainConfig
 from keyhole.config_check import check_value, describe, leaves, validate
 from keyhole.config_file import build, dump_config, load_config, read_config, recipes, resolve
+from keyhole.data.item import Item
+from keyhole.data.manifest import Manifest
 from keyhole.errors import ConfigError
+from keyhole.images import Size
+from keyhole.init_config import Measured, propose
+from keyhole.tasks import Task
 
 # --- any configuration, made from the types of the dataclasses -------------------------------------------------------
 
@@ -254,3 +259,53 @@ def test_every_option_can_be_described_and_takes_its_default() -> None:
     for path, kind, value in leaves(Config()):
         assert describe(kind)
         assert check_value(kind, value, path) == value
+
+
+# --- keyhole init ----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def measurements(draw: st.DrawFn) -> Measured:
+    side = st.integers(1, 100_000)
+    sizes = draw(st.lists(st.builds(Size, side, side), min_size=1, max_size=5))
+    mpp = draw(st.lists(st.floats(0.1, 2), min_size=len(sizes), max_size=len(sizes)) | st.just([None] * len(sizes)))
+    counts = draw(st.tuples(st.integers(1, 300), st.integers(1, 300)))
+    items = [
+        Item(f"{label}{number}", Path(f"{label}{number}"), {"label": label}, "train")
+        for label, count in zip("ab", counts, strict=True)
+        for number in range(count)
+    ]
+    manifest = Manifest(tuple(items), (Task("label", "binary", ("a", "b")),))
+    return Measured(manifest, tuple(sizes), tuple(mpp), grey=draw(st.booleans()), pyramids=draw(st.booleans()))
+
+
+@settings(deadline=None, max_examples=60)
+@given(measurements())
+def test_what_init_proposes_is_valid_fits_every_image_and_is_explained(measured: Measured) -> None:
+    proposal = propose(Config(), measured)
+    config = validate(proposal.config)
+    for size, mpp in zip(measured.sizes, measured.mpp, strict=True):
+        scale = mpp / config.patch.mpp if config.patch.mpp is not None and mpp is not None else 1.0
+        assert scale <= 1.001  # never enlarged
+        assert config.patch.size <= max(1, min(size) * scale)
+    assert config.model.channels == (1 if measured.grey else 3)
+    smaller, larger = sorted(len([i for i in measured.manifest.items if i.labels["label"] == c]) for c in "ab")
+    assert config.train.balance == ("loss" if larger >= 2 * smaller else "none")
+    defaults = {path: value for path, _, value in leaves(Config())}
+    changed = {path for path, _, value in leaves(config) if value != defaults[path]}
+    assert changed <= {*proposal.reasons, "train.warmup"}
+
+
+def test_settings_given_in_python_are_checked_like_those_in_a_file() -> None:
+    config = build(
+        Config(), {"patch": {"size": 50}, "data": {"tasks": ["a"], "path": "d.csv"}, "run": RunConfig(ahead=2)}
+    )
+    assert (config.patch.size, config.data.tasks, config.data.path, config.run.ahead) == (50, ("a",), Path("d.csv"), 2)
+    for wrong, message in (
+        ({"patch": {"siz": 50}}, r"settings: unknown key `patch\.siz` \(did you mean `patch\.size`\?\)"),
+        ({"epochs": 3}, "settings: unknown key `epochs`"),
+        ({"patch": 50}, "settings: patch: expected a section"),
+        ({"patch": {"size": "50"}}, r"settings: patch\.size: expected a whole number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(Config(), wrong)

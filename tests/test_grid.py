@@ -190,16 +190,17 @@ def test_resampling_keeps_a_gradient_at_the_centres(scale: float, shift: int, si
     levels = [gradient(width, height), gradient(width // 2, height // 2)] if pyramid else [gradient(width, height)]
     image = Pyramid(levels, [1.0, 2.0][: len(levels)], mpp=1.0)
     grid = PatchGrid(image, size, mpp=scale, offset=(-shift % size, -shift % size))
-    block = grid.read(slice(None))[..., 0].astype(float)
-    x0, y0 = ((grid.centers(slice(None)).T / grid.scale) - size / 2)[:, :, None, None]
+    index = np.unique(np.linspace(0, len(grid) - 1, 40).astype(int))
+    block = grid.read(index)[..., 0].astype(float)
+    x0, y0 = ((grid.centers(index).T / grid.scale) - size / 2)[:, :, None, None]
     step = np.arange(size) + 0.5
     l0_x, l0_y = (x0 + step) * grid.scale, (y0 + step[:, None]) * grid.scale
     expected = 250 * (l0_x / width + l0_y / height) / 2
     margin = 3 * max(scale, 2.0)  # where the filter reaches the border, which is repeated
     inside = (l0_x > margin) & (l0_x < width - margin) & (l0_y > margin) & (l0_y < height - margin)
-    assert np.abs(block - expected)[inside].max(initial=0) <= 1
+    assert np.abs(block - expected)[inside].max(initial=0) <= 1.5  # 1 of rounding in and out, 0.5 between two passes
     border = (l0_x < width) & (l0_y < height) & ~inside
-    assert np.abs(block - expected)[border].max(initial=0) <= 1 + 250 * margin / height
+    assert np.abs(block - expected)[border].max(initial=0) <= 1.5 + 250 * margin / height
 
 
 def test_resampled_patches_have_no_background_inside_and_only_background_outside() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from keyhole.config import DataConfig
 from keyhole.data.hashes import hash_files
@@ -381,6 +383,29 @@ def test_a_bad_csv_ends_with_one_line_that_names_it(case: str, tmp_path: Path) -
     assert "\n" not in str(error.value)
     if isinstance(error.value, DataError):
         assert str(path) in str(error.value)
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.text(alphabet="ab01.,;|\"'\n\r\t \x00\ufeff", max_size=60).map(
+            lambda text: f"image,grade,split\n{text}".encode()
+        ),
+        st.lists(
+            st.tuples(*[st.sampled_from(["0.png", "1.png", "a", "b", "train", "val", "0.5", "|", ""])] * 4), max_size=12
+        ).map(lambda rows: "\n".join(["image,grade,split,mpp", *map(",".join, rows)]).encode()),
+    )
+)
+def test_whatever_a_csv_holds_it_is_read_or_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path / "labels.csv", "", 2)
+    path.write_bytes(content)
+    try:
+        manifest = read(path)
+    except KeyholeError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017 - either outcome is right
+    else:
+        assert manifest.split("train")
 
 
 def test_data_that_are_not_there_or_no_data_are_refused(tmp_path: Path) -> None:

@@ -115,6 +115,16 @@ def test_on_a_terminal_it_shows_a_bar() -> None:
     assert b"\x1b[" in shown  # it redraws
 
 
+def test_a_bar_does_not_take_what_is_printed_into_a_pipe() -> None:
+    ours, theirs = pty.openpty()
+    script = SCRIPT.replace("progress.line(", "print(")
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, stderr=theirs, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    os.close(theirs)
+    os.close(ours)
+    assert done.stdout == "a line that stays\n"
+
+
 def test_into_a_file_it_leaves_no_control_characters(tmp_path: Path) -> None:
     file = tmp_path / "log"
     with file.open("w") as stream:

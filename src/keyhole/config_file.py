@@ -37,7 +37,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases (*) are not taken", problem_mark=self.peek_event().start_mark)
+            mark = self.get_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases (*) are not taken", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -234,7 +235,7 @@ def _reasons() -> dict[str, str]:
     tree = ast.parse(inspect.getsource(keyhole.config))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     sections = {Config.__name__: ""} | {
-        kind.__name__: name for name, kind in get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
+        _as_type(kind).__name__: name for name, kind in get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
     }
     found = {}
     for kind, section in sections.items():

@@ -12,7 +12,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from functools import partial
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,11 +121,15 @@ def _gpu() -> str:
 def readers(folder: Path) -> Iterator[Finding]:
     """Writes a picture in every format and reads it back: lossless ones exactly, JPEG and its like nearly."""
     for entry in entry_points(group="keyhole.images"):
-        yield _try(f"reader {entry.name}", lambda entry=entry: str(entry.load().__name__))
+        yield _try(f"reader {entry.name}", partial(_load, entry))
     for name, suffix, write, tolerance in _formats():
         path = folder / f"image-{name.replace(' ', '-')}.{suffix}"
-        yield _try(f"{suffix} {name}", lambda p=path, w=write, t=tolerance: _read_back(p, w, t))
+        yield _try(f"{suffix} {name}", partial(_read_back, path, write, tolerance))
     yield _try("whole-slide file by OpenSlide", lambda: _read_by_openslide(folder / "slide.tiff"))
+
+
+def _load(entry: EntryPoint) -> str:
+    return str(entry.load().__name__)
 
 
 Writer = Callable[[Path, Pixels], None]

@@ -55,13 +55,16 @@ def _not_one_color(image: Image, level: int, block: int) -> NDArray[np.bool_]:
     low, high = np.split(extremes, 2, axis=-1)
     for axis in (0, 1):  # an edge may run exactly between two blocks
         low, high = np.minimum(low, _next(low, axis)), np.maximum(high, _next(high, axis))
-    mask: NDArray[np.bool_] = (high.astype(np.int16) - low > ONE_COLOR).any(axis=-1)
-    return mask
+    spread: NDArray[np.int16] = (high.astype(np.int16) - low).max(axis=-1)
+    return spread > ONE_COLOR
 
 
 def _next(grid: NDArray[np.uint8], axis: int) -> NDArray[np.uint8]:
     """Each cell's neighbour beside or below it; the last has itself."""
-    return np.take(grid, np.minimum(np.arange(grid.shape[axis]) + 1, grid.shape[axis] - 1), axis)
+    neighbour: NDArray[np.uint8] = np.take(
+        grid, np.minimum(np.arange(grid.shape[axis]) + 1, grid.shape[axis] - 1), axis
+    )
+    return neighbour
 
 
 def _saturated(image: Image, level: int, block: int) -> NDArray[np.bool_]:
@@ -70,7 +73,8 @@ def _saturated(image: Image, level: int, block: int) -> NDArray[np.bool_]:
     saturation = brightest - mean.min(axis=-1)
     colored = brightest >= NEARLY_BLACK
     threshold = max(otsu(saturation[colored]), LEAST_SATURATION)
-    return colored & (saturation > threshold)
+    mask: NDArray[np.bool_] = colored & (saturation > threshold)
+    return mask
 
 
 def otsu(values: NDArray[np.uint8]) -> int:

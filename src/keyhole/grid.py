@@ -33,8 +33,10 @@ SUPPORT = 2.0
 Index = NDArray[np.int64]
 
 
-def reading_level(image: Image, mpp: float | None, level: int | None) -> tuple[int, float]:
-    """The level to read, and the level-0 pixels per output pixel.
+def reading_level(
+    image: Image, mpp: float | None, level: int | None, image_mpp: float | None = None
+) -> tuple[int, float]:
+    """The level to read, and the level-0 pixels per output pixel. `image_mpp` takes the place of the image's own.
 
     Raises:
         ConfigError: the level or the microns per pixel cannot be had from this image.
@@ -48,12 +50,13 @@ def reading_level(image: Image, mpp: float | None, level: int | None) -> tuple[i
         return level, image.levels[level].downsample
     if level is not None:
         raise ConfigError(f"patch.level (={level}) and patch.mpp (={mpp:g}) exclude each other; give one of them")
-    if image.mpp is None:
+    image_mpp = image.mpp if image_mpp is None else image_mpp
+    if image_mpp is None:
         raise ConfigError(
             f"{image.path}: patch.mpp (={mpp:g}) needs the image's microns per pixel, which the file does not say; "
             "give a column `mpp`, or leave patch.mpp out"
         )
-    scale = mpp / image.mpp
+    scale = mpp / image_mpp
     level = max(i for i, lv in enumerate(image.levels) if i == 0 or lv.downsample <= scale * (1 + SAME))
     downsample = image.levels[level].downsample
     return level, downsample if abs(scale / downsample - 1) <= SAME else scale
@@ -115,10 +118,8 @@ class PatchGrid:
                 f"{image.path}: the patch ({size} x {size} px) is larger than the image "
                 f"({self._extent.width} x {self._extent.height} px{at}); choose a smaller patch.size"
             )
-        # A patch that begins a whole size before the border shows nothing of the image: start at the first that does.
-        x, y = (o + max(0, -((o + size - 1) // stride)) * stride for o in offset)
-        self.offset = (x, y)
-        self.columns, self.rows = self._steps(x, self._extent.width), self._steps(y, self._extent.height)
+        self.offset = (self._first(offset[0], self._extent.width), self._first(offset[1], self._extent.height))
+        self.columns, self.rows = map(self._steps, self.offset, self._extent)
         self._kept = None if mask is None else self._masked(mask, mask_share)
         if len(self) == 0:
             raise ConfigError(
@@ -126,9 +127,15 @@ class PatchGrid:
                 "choose another patch.foreground (`all` takes every patch)"
             )
 
+    def _first(self, offset: int, extent: int) -> int:
+        """Where the first patch that shows some of the image begins."""
+        if offset >= extent:
+            raise ConfigError(f"{self.image.path}: the grid starts at {offset} px, outside the image ({extent} px)")
+        unseen = max(0, -((offset + self.size - 1) // self.stride))
+        start = offset + unseen * self.stride
+        return start if start < extent else extent - self.size  # the whole image lies between two patches
+
     def _steps(self, start: int, extent: int) -> int:
-        if start >= extent:
-            raise ConfigError(f"{self.image.path}: the grid starts at {start} px, outside the image ({extent} px)")
         covering = -((start + self.size - extent) // self.stride) + 1
         touching = -((start - extent) // self.stride)  # fewer than `covering` only where the stride exceeds the size
         return max(1, min(covering, touching))

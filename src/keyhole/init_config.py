@@ -6,10 +6,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 from keyhole.config import Config
+from keyhole.data.item import SPLITS
 from keyhole.data.manifest import Manifest, read_manifest
+from keyhole.errors import DataError, ImageError
 from keyhole.images import open_image
 from keyhole.images.geometry import Size
 from keyhole.reading import Reader
@@ -17,7 +20,7 @@ from keyhole.reading import Reader
 SAMPLE = 100
 """Images opened to measure sizes; more would not move the medians."""
 SLIDE_MPP = 0.5
-"""Microns per pixel to read slides at: 20x, where nuclei are still seen and patches are a quarter of those at 40x."""
+"""Microns per pixel to read microscopy at: 20x, where nuclei are still seen, with a quarter of the patches of 40x."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,16 @@ class Measured:
     Attributes:
         manifest: the data, as training would read it.
         sizes: level-0 sizes of the images opened.
-        mpp: microns per pixel of those that say it, from the CSV or the file.
+        mpp: microns per pixel of each, from the CSV or the file; None where neither says it.
         grey: whether all are grey.
         pyramids: whether all have more than one level.
     """
 
     manifest: Manifest
     sizes: tuple[Size, ...]
-    mpp: tuple[float, ...]
+    mpp: tuple[float | None, ...]
     grey: bool
     pyramids: bool
-
-    @property
-    def typical(self) -> Size:
-        """Median width and median height."""
-        return Size(*(round(median(sides)) for sides in zip(*self.sizes, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,19 @@ def measure(config: Config) -> Measured:
     sizes, mpp, grey, pyramids = [], [], [], []
     with Reader(threads=1, stall=config.run.stall) as reader:
         for item in manifest.items[::step]:
-            with reader.run(str(item.image), lambda path=item.image: open_image(path)) as image:
+            try:
+                image = reader.run(str(item.image), partial(open_image, item.image))
+            except ImageError:
+                if config.data.on_bad_image == "fail":
+                    raise
+                continue
+            with image:
                 sizes.append(image.size)
                 grey.append(image.channels == 1)
                 pyramids.append(len(image.levels) > 1)
-                known = item.mpp if item.mpp is not None else image.mpp
-                mpp += [known] if known is not None else []
+                mpp.append(item.mpp if item.mpp is not None else image.mpp)
+    if not sizes:
+        raise DataError(f"{config.data.path}: none of the images opened can be read; keyhole check says why")
     return Measured(manifest, tuple(sizes), tuple(mpp), all(grey), all(pyramids))
 
 
@@ -79,20 +84,21 @@ def propose(config: Config, measured: Measured) -> Proposal:
     The rules are rough on purpose: they give a run that fits on small machines and learns; tuning follows.
     """
     reasons: dict[str, str] = {}
-    slides = bool(measured.mpp) and len(measured.mpp) == len(measured.sizes) and measured.pyramids
-    mpp = SLIDE_MPP if slides and median(measured.mpp) < SLIDE_MPP * 1.5 else None
-    zoom = mpp / median(measured.mpp) if mpp else 1.0
-    if mpp:
-        reasons["patch.mpp"] = f"all images are pyramids with a scale, median {median(measured.mpp):.3g} um per pixel"
-    width, height = (side / zoom for side in measured.typical)
-    shortest = int(min(min(size) for size in measured.sizes) / zoom)
-    size = _patch_size(min(width, height), shortest)
-    reasons["patch.size"] = f"about a sixteenth of the median shorter side, {min(width, height):,.0f} px, at most 224"
-    patches = -(-width // size) * -(-height // size)
+    mpp = _common_mpp(measured, reasons)
+    # Pixels of an image at the scale to be read, shorter side.
+    sides = [
+        min(size) * (own / mpp if mpp is not None and own is not None else 1.0)
+        for size, own in zip(measured.sizes, measured.mpp, strict=True)
+    ]
+    shorter, aspect = median(sides), median(max(size) / min(size) for size in measured.sizes)
+    size = _patch_size(shorter, int(min(sides)))
+    reasons["patch.size"] = f"about a sixteenth of the median shorter side, {shorter:,.0f} px, from 32 to 224"
+    patches = -(-shorter // size) * -(-shorter * aspect // size)
+    slides = measured.pyramids and None not in measured.mpp
     m = max(4, min(256, _power_of_two(patches / 8), int(patches)))
     reasons["select.m"] = f"about an eighth of the {patches:,.0f} patches of a typical image, from 4 to 256"
     chunk = min(1024, _power_of_two(64 * (224 / size) ** 2))
-    reasons["select.chunk"] = f"the pixels of 64 patches of 224 px, in patches of {size} px"
+    reasons["select.chunk"] = f"the pixels of 64 patches of 224 px, in patches of {size} px; at most 1,024"
     if slides:
         reasons["patch.foreground"] = "slides are mostly glass"
     if measured.grey:
@@ -128,6 +134,20 @@ def propose(config: Config, measured: Measured) -> Proposal:
     )
 
 
+def _common_mpp(measured: Measured, reasons: dict[str, str]) -> float | None:
+    """Microns per pixel to read all at, if they say it and it would otherwise be finer than needed, or differ."""
+    known = [mpp for mpp in measured.mpp if mpp is not None]
+    if len(known) < len(measured.sizes):
+        return None
+    if max(known) / min(known) > 1.1:
+        reasons["patch.mpp"] = f"the images differ, from {min(known):.3g} to {max(known):.3g}; never enlarged"
+    elif median(known) < 0.8 * SLIDE_MPP:
+        reasons["patch.mpp"] = f"the images have {median(known):.3g}, which costs time and memory; lower it for detail"
+    else:
+        return None
+    return round(max(SLIDE_MPP, *known), 4)
+
+
 def _patch_size(side: float, shortest: int) -> int:
     """A sixteenth of the side, to whole 16 px, from 32 to 224 px, and not larger than the smallest image."""
     size = max(32, min(224, round(side / 16 / 16) * 16))
@@ -151,22 +171,24 @@ def _imbalance(manifest: Manifest) -> float:
 
 def _summary(measured: Measured) -> list[str]:
     manifest = measured.manifest
-    lines = [f"{len(manifest.items)} images" + (f", {len(manifest.left_out)} left out" if manifest.left_out else "")]
-    lines += [f"{name}: {len(manifest.split(name))}" for name in ("train", "val", "test")]
+    splits = ", ".join(f"{name} {len(manifest.split(name))}" for name in SPLITS)
+    left_out = f"; {len(manifest.left_out)} left out" if manifest.left_out else ""
+    lines = [f"{len(manifest.items)} images: {splits}{left_out}"]
     for task in manifest.tasks:
         labels = [item.labels.get(task.name, "") for item in manifest.items]
         known = sum(label != "" for label in labels)
         text = f"task {task.name}: {task.kind}, {known} images labelled"
         if task.kind in ("multiclass", "binary"):
-            counts = Counter(labels)
-            text += ", " + ", ".join(f"{name} {counts[name]}" for name in task.classes[:10])
+            number = Counter(labels)
+            text += ", " + ", ".join(f"{name} {number[name]}" for name in task.classes[:10])
             text += f" and {len(task.classes) - 10} more classes" if len(task.classes) > 10 else ""
         lines.append(text)
     lines.append(
         f"size: {_span([size[0] for size in measured.sizes])} x {_span([size[1] for size in measured.sizes])} px"
     )
-    if measured.mpp:
-        lines.append(f"microns per pixel: {_span(measured.mpp)} ({len(measured.mpp)} of {len(measured.sizes)} say it)")
+    if scales := [mpp for mpp in measured.mpp if mpp is not None]:
+        said = f"{len(scales)} of the {len(measured.sizes)} images opened say it"
+        lines.append(f"microns per pixel: {_span(scales)} ({said})")
     return lines
 
 

@@ -270,6 +270,4 @@ class FileOpener:
             raise
 
     def _level(self, image: Image) -> int:
-        if self.image_mpp is not None:
-            image.mpp = self.image_mpp
-        return reading_level(image, self.mpp, self.level)[0]
+        return reading_level(image, self.mpp, self.level, self.image_mpp)[0]

@@ -96,7 +96,8 @@ class Predictor:
             name = str(info["name"])
         except KeyError as error:
             raise RunError(f"{folder}/model.safetensors: its description lacks {error}; was it made by keyhole?") from error
-        model = build_classifier(config.model, tasks, config.patch.size, precision, pretrained=False)
+        with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; a caller's random state is not ours
+            model = build_classifier(config.model, tasks, config.patch.size, precision, pretrained=False)
         load_weights(model, weights, folder / "model.safetensors")
         return cls(model.to(chosen), config, tasks, name)
 

@@ -1,6 +1,6 @@
 """How far the work is: a bar on a terminal, one plain line per interval elsewhere.
 
-    epoch 3/30  ███████░░░  112/160 images  1,830 patches/s  12 % waiting for reading  peak 1.2 GB  0:00:41 left
+    epoch 3/30 ━━━━━━━━━╺━━ 112/160 00:41 1,830 patches/s, 12% waiting for reading, peak 1.2 GB, loss 0.3123
 
 Torch-free: memory of a device comes in as a number.
 """
@@ -143,13 +143,15 @@ def _bar(stream: TextIO) -> Bar:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
 
     return Bar(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}", markup=False),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        BarColumn(bar_width=12, table_column=Column(no_wrap=True)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+        # The only column that may wrap, so that a narrow terminal loses nothing.
+        TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=False)),
         console=Console(file=stream),
         refresh_per_second=4,
         # rich would send what is printed to our stream, also where standard output goes to a file

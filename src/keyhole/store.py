@@ -138,7 +138,7 @@ class ImageStore:
         with self._lock_of(path):
             held = self._resident[path]
             known = next(iter(held.values()), None)
-            wanted = level if isinstance(level, int) else None if known is None else level(known.copy())
+            wanted = level if isinstance(level, int) else None if known is None else level(known)
             if wanted not in held:
                 with open_image(path) as image:
                     wanted = level if isinstance(level, int) else level(image)

@@ -33,7 +33,7 @@ class ConfigOptions(Config):
     source: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     """Folder of classes, or CSV with `image` and one column per task; the same as --data.path."""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Settings that come with keyhole, under --config and flags: small, traffic, megapixel-mnist."""
+    """Settings that come with keyhole, under --config and flags: small, demo, traffic, megapixel-mnist."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """YAML file with settings, such as `keyhole init` writes; flags go over it."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

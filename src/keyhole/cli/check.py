@@ -85,4 +85,4 @@ def show_report(report: CheckReport, stream: TextIO) -> None:
     if len(report.left_out) > LISTED:
         console.print(f"... {len(report.left_out)} left out in all; --json FILE lists them")
     wrong = sum(finding.severity == "error" for finding in report.findings)
-    console.print(f"{report.images} images can be used; " + (f"{wrong} errors" if wrong else "nothing is wrong"))
+    console.print(f"{report.images} images can be used; " + (f"errors: {wrong}" if wrong else "nothing is wrong"))

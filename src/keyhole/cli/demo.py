@@ -29,9 +29,9 @@ class DemoOptions:
 
 def run(argv: list[str]) -> int:
     options = parse(DemoOptions, argv, "keyhole demo")
-    from keyhole import demo
+    from keyhole.demo import demo, demo_config
 
     if options.print_config:
-        return print_config(demo.demo_config(options.out, options.seed))
-    demo.demo(options.out, seed=options.seed)
+        return print_config(demo_config(options.out, options.seed))
+    demo(options.out, seed=options.seed)
     return 0

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 `check` or `doctor` found something wrong, 2 a mistake in 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -33,15 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; `argv` defaults to the process's own arguments."""
     debug, arguments = _without_debug(list(sys.argv[1:] if argv is None else argv))
     try:
-        code = _dispatch(arguments)
+        try:
+            code = _dispatch(arguments)
+        except SystemExit as stop:  # --help has been printed
+            code = stop.code if isinstance(stop.code, int) else 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Whoever read our output has gone (`keyhole check | head`). Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has gone, as in `keyhole check | head`
         return 128 + signal.SIGPIPE
-    except SystemExit as stop:  # --help has been printed
-        return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         if debug:
             raise
@@ -103,6 +104,10 @@ def _explain(error: Exception) -> int:
         return _say(str(error), USAGE_ERROR)
     if isinstance(error, OSError) and error.errno is not None:
         # A full disk, a missing permission, a lost network share: the machine's state, not our fault.
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         place = f"{error.filename}: " if error.filename else ""
         return _say(f"{place}{error.strerror or error}", USAGE_ERROR)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -112,8 +117,14 @@ def _explain(error: Exception) -> int:
     return _say(f"{what} (--debug shows the traceback)", INTERNAL_ERROR, kind="internal error: ")
 
 
+def _drop_output() -> None:
+    """Lets go of what could not be written to standard output; else Python tries again at exit, and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _say(message: str, code: int, kind: str = "error: ") -> int:
-    print(f"keyhole: {kind}{' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # standard error may be a file on the disk that is full
+        print(f"keyhole: {kind}{' '.join(message.split())}", file=sys.stderr)
     return code
 
 

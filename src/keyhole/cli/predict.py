@@ -80,7 +80,7 @@ def run(argv: list[str]) -> int:
     write_atomic(out / "left_out.csv", text.getvalue())
     for name, reason in skipped.items():
         print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
-    print(f"{len(images) + len(others) - len(skipped)} images predicted, {len(skipped)} left out: {out}")
+    print(f"predicted: {len(images) + len(others) - len(skipped)}, left out: {len(skipped)}; in {out}")
     return 0
 
 

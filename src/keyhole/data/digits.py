@@ -42,7 +42,7 @@ STROKES = (6, 12)
 LARGEST_SHARE = 0.01
 """The digits of an image, by their boxes, cover less than this share of it."""
 SMALLEST_SIDE = 1500
-"""Below this, five digits would not stay under the share."""
+"""Below this, eight digits would not stay under the share."""
 QUALITY = 90
 """JPEG: a 1536 px page is 0.3 MB and decodes in 4 ms; as PNG, its grain makes that 1.3 MB and 15 ms."""
 
@@ -320,8 +320,8 @@ def _check(
         raise ConfigError(f"side: must be at least {SMALLEST_SIDE} pixels, not {side}, for digits to stay under 1 %.")
     if len(set(classes)) != len(classes) or len(classes) < 2 or not set(classes) <= set(range(10)):
         raise ConfigError(f"classes: expected two or more different digits out of 0 ... 9, not {tuple(classes)}.")
-    if not 1 <= copies[0] <= copies[1] <= 5:
-        raise ConfigError(f"copies: expected fewest and most within 1 ... 5, not {copies}; more could exceed 1 %.")
+    if not 1 <= copies[0] <= copies[1] <= 8:
+        raise ConfigError(f"copies: expected fewest and most within 1 ... 8, not {copies}; more could exceed 1 %.")
     if not 0 <= clutter[0] <= clutter[1]:
         raise ConfigError(f"clutter: expected fewest and most, 0 or more, not {clutter}.")
 

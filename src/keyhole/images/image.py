@@ -21,7 +21,7 @@ import numpy as np
 from keyhole.errors import ConfigError, ImageError
 from keyhole.images.faults import one_line
 from keyhole.images.geometry import Box, Level, Size
-from keyhole.images.pixels import Pixels
+from keyhole.images.pixels import Pixels as Pixels
 
 GROUP = "keyhole.images"
 """Entry-point group that readers register under."""

@@ -13,7 +13,7 @@ from keyhole.images.faults import faults_of, one_line
 from keyhole.images.geometry import Box, Level, Size, downsample_of
 from keyhole.images.image import Image, Pixels
 from keyhole.images.pixels import on_white
-from keyhole.images.tiff_checks import check_tiles, is_tiff
+from keyhole.images.tiff_checks import check_tiles, is_tiff, vendor_of
 
 if TYPE_CHECKING:
     from openslide import OpenSlide
@@ -51,7 +51,9 @@ class OpenSlideImage(Image):
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
-        return bool(head) and (is_tiff(head) or path.suffix.lower() in _SUFFIXES)
+        if is_tiff(head):  # of plain TIFF, what TiffImage refuses would come out wrong here, not better
+            return vendor_of(path) is not None
+        return bool(head) and path.suffix.lower() in _SUFFIXES
 
     def _open(self) -> OpenSlide:
         import openslide

@@ -80,7 +80,7 @@ class PillowImage(Image):
 
         try:
             return PIL.Image.open(self.path, formats=self._formats)
-        except PIL.Image.DecompressionBombError as error:
+        except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
             pixels = "".join(str(error).split("(")[-1:]).split()[0]
             raise self._too_large(f"{int(pixels):,}" if pixels.isdigit() else "too many") from error
         except PIL.UnidentifiedImageError as error:

@@ -74,4 +74,5 @@ def on_white(pixels: Pixels, associated: bool = False) -> Pixels:
     share = color.astype(np.uint16) * 255 if associated else color.astype(np.uint16) * alpha
     # The sum stays below 2**16 for colours <= alpha; damaged associated colours are clipped.
     mixed = (share.astype(np.uint32) + np.uint32(255) * (255 - alpha) + 127) // 255
-    return np.minimum(mixed, 255).astype(np.uint8)
+    composited: Pixels = np.minimum(mixed, 255).astype(np.uint8)
+    return composited

@@ -176,8 +176,11 @@ def _picture_size(data: bytes) -> Size:
     """Width and height of a JPEG 2000 or WebP segment, from its header."""
     import PIL.Image
 
-    with PIL.Image.open(io.BytesIO(data), formats=("JPEG2000", "WEBP")) as picture:
-        return Size(*picture.size)
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=("JPEG2000", "WEBP")) as picture:
+            return Size(*picture.size)
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
 
 
 class _Recent:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ from numpy.typing import NDArray
 from keyhole.errors import ImageError
 from keyhole.images.faults import ends_early, faults_of
 from keyhole.images.geometry import Size
+
+# numpy's remarks on the odd numbers of a damaged file, where tifffile computes with them.
+warnings.filterwarnings("ignore", module=r"tifffile\.")
 
 MAX_PAGES = 4096
 """More pages than any slide has; a file with more is a film or damaged."""
@@ -53,7 +57,7 @@ def vendor_of(path: Path) -> str | None:
                 return "Leica"
             if isinstance(xmp, bytes) and b"<iScan" in xmp:
                 return "Ventana"
-            if page.is_svs and page.compression in _JPEG2000_APERIO:
+            if page.is_svs and any(page.compression in _JPEG2000_APERIO for page in tif.pages):
                 return "Aperio JPEG 2000"
     except ImageError:
         return None  # damaged: opening it says how

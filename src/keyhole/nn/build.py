@@ -48,7 +48,7 @@ def build_classifier(
         if model.position == "1d":
             position = IndexPosition(dim)
         elif model.position == "2d":
-            position = CenterPosition(dim, unit=patch_size)
+            position = CenterPosition(dim, unit=float(patch_size))
     except ValueError as error:
         raise ConfigError(f"--model: {error}") from error
     heads = {task.name: nn.Linear(dim, task.outputs) for task in tasks}

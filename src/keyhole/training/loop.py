@@ -10,6 +10,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ from keyhole.training.score import is_better, metric_value
 from keyhole.training.setup import learning_rate, targets
 
 
-def train(data: str | Path, out: str | Path | None = None, **settings: Any) -> Run:
+def train(data: str | Path | Mapping[str, Any], out: str | Path | None = None, **settings: Any) -> Run:
     """Trains a classifier and returns its run.
 
     Args:
-        data: folder of classes, or CSV with `image` and one column per task.
+        data: folder of classes, or CSV with `image` and one column per task; or the section `data` of the
+            configuration as a mapping with `path`.
         out: run folder to create; default `runs/<data>-<time>`.
-        **settings: sections of `keyhole.Config` as mappings, such as `patch={"size": 100}, select={"m": 10}`;
+        **settings: other sections of `keyhole.Config` as mappings, such as `patch={"size": 100}, select={"m": 10}`;
             `recipe="traffic"` and `config="file.yaml"` are taken first.
 
     Returns:
@@ -51,8 +53,9 @@ def train(data: str | Path, out: str | Path | None = None, **settings: Any) -> R
     Raises:
         KeyholeError: a setting, the data or the output is not as it must be; one clear line.
     """
-    config = build(resolve(settings.pop("recipe", None), settings.pop("config", None)), settings)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=Path(data)))
+    section = dict(data) if isinstance(data, Mapping) else {"path": str(data)}
+    base = resolve(settings.pop("recipe", None), settings.pop("config", None))
+    config = build(base, {**settings, "data": section})
     return train_config(validate(config if out is None else dataclasses.replace(config, out=Path(out))))
 
 
@@ -279,7 +282,10 @@ class Loop:
         figures = ", ".join(f"{name} {figure:.4g}" for name, figure in row.items() if name.startswith(("train", "val")))
         best = " (best so far)" if state.best_epoch == state.epoch + 1 else ""
         job.log(f"epoch {state.epoch + 1}: {figures}{best}")
-        _say(f"  {figures}{best}")
+        shown = f"validation loss {loss:.4f}" if math.isfinite(loss) else "no validation split"
+        if math.isfinite(value) and state.metric != "loss":
+            shown += f", {state.metric} {value:.4f}"
+        _say(f"  {shown}{best}")
         state.epoch, state.batch, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0
         if state.stopped:
             job.log(f"stopped early: no better {state.metric} for {state.waiting} epochs")

@@ -122,6 +122,7 @@ def environment(device: str) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
+    versions["torch"] = torch.__version__  # with the build, which the package's version does not name
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

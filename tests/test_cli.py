@@ -1,0 +1,471 @@
+"""The command line: every verb, every mistake one line, exit codes as documented."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from keyhole.cli.arguments import _one_line
+from keyhole.cli.main import VERBS, main
+from keyhole.config import Config
+from keyhole.config_check import leaves
+from keyhole.config_file import load_config, recipes
+from keyhole.errors import Interrupted
+
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
+    """Runs a command line in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two classes, dark and light, of twelve grey and noisy images each."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for label, brightness in (("dark", 40), ("light", 210)):
+        (folder / label).mkdir()
+        for number in range(12 if label == "dark" else 5):
+            noise = random.integers(-30, 30, (128, 96))
+            Image.fromarray((brightness + noise).astype(np.uint8)).save(folder / label / f"{number}.png")
+    return folder
+
+
+SMALL = [
+    "--patch.size=32",
+    "--select.m=2",
+    "--model.width=8",
+    "--train.epochs=1",
+    "--run.threads=1",
+    "--run.device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, made by the real command."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    done = keyhole("train", str(images), "--out", str(out), *SMALL)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def keyhole(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "keyhole.cli.main", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, **options)
+
+
+# --- finding the verb ------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_verb_and_every_verb_has_help(say: Say) -> None:
+    code, out, _ = say("--help")
+    assert code == 0
+    for verb, what in VERBS.items():
+        assert f"  {verb} " in out
+        assert what in out
+        code, text, _ = say(verb, "--help")
+        assert code == 0
+        assert f"usage: keyhole {verb}" in text
+        assert "--print-config" in text
+
+
+def test_help_of_train_says_every_option_and_every_recipe(say: Say) -> None:
+    _, out, _ = say("train", "--help")
+    for path, _, _ in leaves(Config()):
+        assert f"--{path.replace('_', '-')}" in out, path
+    for name in recipes():
+        assert name in out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    for verb in ([], ["train"], ["init"], ["check"], ["doctor"], ["demo"], ["predict"], ["evaluate"], ["resume"]):
+        code = (
+            "import sys; from keyhole.cli.main import main; main(sys.argv[1:]); "
+            "print(sorted({'torch', 'numpy', 'timm', 'sklearn', 'pydantic', 'yaml', 'rich'} & set(sys.modules)))"
+        )
+        command = [sys.executable, "-c", code, *verb, "--help"]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        assert out.splitlines()[-1] == "[]", verb
+
+
+def test_version_and_no_verb(say: Say) -> None:
+    from keyhole import __version__
+
+    assert say("--version") == (0, f"keyhole {__version__}\n", "")
+    code, out, _ = say()
+    assert (code, out.split()[0]) == (2, "usage:")
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "trian": ["there is no verb `trian` (did you mean `train`?)"],
+    "--verison": ["there is no option `--verison` (did you mean `--version`?)"],
+    "train x --patch.siz 3": ["unknown option `--patch.siz` (did you mean `--patch.size`?)"],
+    "train x --size 3": ["unknown option `--size` (did you mean `--patch.size`?)"],
+    "train x --qqqqq": ["unknown option `--qqqqq`", "keyhole train --help"],
+    "train x -o y": ["unknown option `-o`"],
+    "train x --patch.size 0": ["--patch.size: expected a whole number above 0, got '0'"],
+    "train x --patch.size=-3": ["--patch.size: expected a whole number above 0, got '-3'"],
+    "train x --patch.size ten": ["--patch.size: expected a whole number above 0, got 'ten'"],
+    "train x --patch.size 1.5": ["--patch.size: expected a whole number above 0, got '1.5'"],
+    "train x --patch.size": ["--patch.size: a value is missing, expected a whole number above 0"],
+    "train x --patch.size --select.m 3": ["--patch.size: a value is missing"],
+    "train x --patch.stride 0": ["--patch.stride: expected a whole number above 0"],
+    "train x --data.val 1": ["--data.val: expected a number of at least 0 below 1, got '1'"],
+    "train x --train.lr nan": ["--train.lr: expected a number above 0 that is finite, got 'nan'"],
+    "train x --model.channels 2": ["--model.channels: expected one of 1, 3, got '2'"],
+    "train x --select.rule gobal": [
+        "--select.rule: expected one of global, streaming, got 'gobal' (did you mean global?)"
+    ],
+    "train x --run.log tensorbord": ["--run.log: expected one of tensorboard, wandb, got 'tensorbord'"],
+    "train x --augment.flip=yes": ["--augment.flip: takes no value, got 'yes'"],
+    "train x --patch.level 1 --patch.mpp 1": ["--patch.level (=1) and --patch.mpp (=1.0) exclude each other"],
+    "train x --data.val .5 --data.test .5": ["--data.val (=0.5) and --data.test (=0.5)"],
+    "train x --run.device gpu": ["--run.device: expected auto, cpu, cuda or cuda:1"],
+    "train x --recipe trafic": ["no recipe 'trafic' (did you mean `traffic`?)", "megapixel-mnist, small, traffic"],
+    "train x --config nope.yaml": ["nope.yaml: no such configuration file"],
+    "train x y": ["unexpected argument `y`"],
+    "train": ["no data given: keyhole train DATA"],
+    "check": ["no data given: keyhole check DATA"],
+    "init": ["no data given: keyhole init DATA"],
+    "train nowhere": ["nowhere: no such"],
+    "resume": ["RUN is missing"],
+    "resume nowhere": ["nowhere"],
+    "evaluate nowhere": ["nowhere"],
+    "evaluate nowhere --device gpu": ["--device: expected auto, cpu, cuda"],
+    "evaluate nowhere --on-bad-image ignore": ["--on-bad-image: expected one of fail, skip, got 'ignore'"],
+    "predict": ["RUN is missing"],
+    "predict nowhere": ["no images given"],
+    "predict nowhere a.png": ["--out is missing"],
+    "predict nowhere a.png --out o": ["a.png: no such file"],
+    "demo --seed -1": ["--seed: expected a whole number of at least 0, got '-1'"],
+    "doctor x": ["unexpected argument `x`"],
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_on_standard_error_and_exit_code_2(line: str, say: Say) -> None:
+    code, out, err = say(*line.split())
+    assert code == 2
+    assert out == ""
+    assert err.startswith("keyhole: error: ")
+    assert err.count("\n") == 1
+    for part in MISTAKES[line]:
+        assert part in err
+
+
+def test_a_mistake_in_a_process_of_its_own_prints_no_traceback_and_debug_does() -> None:
+    plain = keyhole("train", "--patch.siz", "3")
+    assert (plain.returncode, plain.stdout, plain.stderr.count("\n")) == (2, "", 1)
+    for words in (["--debug", "train", "--patch.siz", "3"], ["train", "--patch.siz", "3", "--debug"]):
+        shown = keyhole(*words)
+        assert shown.returncode == 1
+        assert "Traceback" in shown.stderr
+        assert "ConfigError: unknown option `--patch.siz`" in shown.stderr
+
+
+def test_a_box_of_tyro_becomes_its_first_paragraph() -> None:
+    box = [
+        "╭─ Value error ──╮",
+        "│ Error parsing --a: too  │",
+        "│ long   │",
+        "│ ──────── │",
+        "│ For help, see x │",
+        "╰───╯",
+    ]
+    assert _one_line("\n".join(box)) == "Error parsing --a: too long"
+
+
+# --- errors of the work itself ---------------------------------------------------------------------------------------
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's, which the command line must know without importing torch."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            Interrupted("stopped; go on with: keyhole resume r", 15),
+            143,
+            "keyhole: stopped; go on with: keyhole resume r",
+        ),
+        (KeyboardInterrupt(), 130, "keyhole: interrupted"),
+        (OSError(28, "No space left on device", "runs/a"), 2, "keyhole: error: runs/a: No space left on device"),
+        (OSError(28, "No space left on device"), 2, "keyhole: error: No space left on device"),
+        (OutOfMemoryError("tried 2 GB"), 2, "keyhole: error: out of memory (tried 2 GB): lower --select.chunk"),
+        (MemoryError(), 2, "keyhole: error: out of memory: lower"),
+        (ZeroDivisionError("by\nzero"), 70, "keyhole: internal error: ZeroDivisionError: by zero (--debug shows"),
+        (AssertionError(), 70, "keyhole: internal error: AssertionError (--debug shows the traceback)"),
+    ],
+)
+def test_every_kind_of_error_has_its_line_and_exit_code(
+    error: BaseException, code: int, line: str, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(argv: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr("keyhole.cli.doctor.run", fail)
+    got, _, err = say("doctor")
+    assert got == code
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+    with pytest.raises(type(error)):
+        main(["doctor", "--debug"])
+
+
+def test_words_after_a_double_dash_are_file_names(say: Say) -> None:
+    _, _, err = say("predict", "r", "--out", "o", "--", "--debug")
+    assert "--debug: no such file" in err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    for words in ("--help", "train --help", "train --print-config"):
+        command = f"{sys.executable} -m keyhole.cli.main {words} | true; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert done.returncode in (0, 141)  # 0 if the pipe took it all before it was closed
+        assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_standard_output_on_a_full_disk_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "keyhole.cli.main", "train", "--print-config"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "keyhole: error: No space left on device\n")
+
+
+def test_a_file_that_does_not_fit_leaves_nothing_behind(images: Path, tmp_path: Path) -> None:
+    words = f"init {images} --out {tmp_path / 'full.yaml'}"
+    command = f"ulimit -f 1; exec {sys.executable} -m keyhole.cli.main {words}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "full.yaml: could not be written (File too large)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def printed(say: Say, *words: str | Path) -> dict[str, Any]:
+    code, out, err = say(*words, "--print-config")
+    assert (code, err) == (0, "")
+    config: dict[str, Any] = yaml.safe_load(out)
+    return config
+
+
+def test_default_is_under_recipe_is_under_file_is_under_flags(say: Say) -> None:
+    Path("c.yaml").write_text("select: {m: 7, chunk: 8}\nrun: {ahead: 9}\n")
+    words = ["train", "data", "--select.m", "5", "--config", "c.yaml", "--recipe", "traffic"]
+    config = printed(say, *words)
+    assert config["select"] == {"m": 5, "chunk": 8, "rule": "streaming"}  # flag, file, recipe
+    assert (config["run"]["ahead"], config["run"]["stall"]) == (9, 120.0)  # file, default
+    assert config["data"]["path"] == "data"
+    assert printed(say, "train", "--select.m", "32", "--recipe", "traffic")["select"]["m"] == 32  # a default as a flag
+
+
+def test_flags_of_every_type_arrive(say: Say) -> None:
+    line = (
+        "train d.csv --out r --data.tasks a b=binary --patch.stride None --patch.mpp 0.5 --augment.no-flip "
+        "--data.on_bad_image skip --train.lr=1e-4 --model.channels 1 --run.log wandb tensorboard"
+    )
+    config = printed(say, *line.split())
+    assert config["out"] == "r"
+    assert config["data"] | {"path": "d.csv", "tasks": ["a", "b=binary"], "on_bad_image": "skip"} == config["data"]
+    assert config["patch"] | {"stride": None, "mpp": 0.5, "level": None} == config["patch"]
+    assert (config["augment"]["flip"], config["augment"]["rotate"]) == (False, True)
+    assert (config["train"]["lr"], config["model"]["channels"]) == (1e-4, 1)
+    assert config["run"]["log"] == ["wandb", "tensorboard"]
+
+
+def test_what_is_printed_is_a_configuration_that_prints_the_same(say: Say) -> None:
+    for recipe in recipes():
+        _, first, _ = say("train", "data", "--recipe", recipe, "--out", "r", "--print-config")
+        Path("c.yaml").write_text(first)
+        _, again, _ = say("train", "--config", "c.yaml", "--print-config")
+        assert again == first
+
+
+def test_every_verb_prints_its_configuration(say: Say, images: Path, run: Path) -> None:
+    assert printed(say, "check", images, "--select.m", "3")["select"]["m"] == 3
+    assert printed(say, "doctor")["train"]["epochs"] == 1
+    assert printed(say, "resume", run)["data"]["path"] == str(images)
+    assert printed(say, "evaluate", run, "--split", "val") | {"run": str(run), "split": "val"} == printed(
+        say, "evaluate", run, "--split", "val"
+    )
+    assert printed(say, "predict", run, "a.png", "b.png")["images"] == ["a.png", "b.png"]
+    assert printed(say, "init", images)["data"]["path"] == str(images)
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------------
+
+
+def test_check_reports_what_is_there_and_what_is_wrong(say: Say, images: Path, tmp_path: Path) -> None:
+    code, out, _ = say("check", images, "--patch.size", "32", "--json", "report.json")
+    assert code == 0
+    assert "dark" in out
+    assert "light" in out
+    assert json.loads(Path("report.json").read_text())["ok"] is True
+
+    bad = tmp_path / "bad"
+    for label in ("dark", "light"):
+        (bad / label).mkdir(parents=True)
+        for source in (images / label).iterdir():
+            (bad / label / source.name).write_bytes(source.read_bytes())
+    (bad / "dark" / "0.png").write_bytes(b"")
+    code, out, err = say("check", bad, "--patch.size", "32", "--json", "-")
+    assert code == 1
+    report = json.loads(out)
+    assert report["ok"] is False
+    assert "0.png" in err
+    assert "fix: " in err
+
+
+def test_init_writes_a_configuration_that_fits_and_never_overwrites(say: Say, images: Path) -> None:
+    code, out, _ = say("init", images)
+    assert code == 0
+    assert "keyhole train --config keyhole.yaml" in out
+    config = load_config("keyhole.yaml")
+    assert config.data.path == images
+    assert config.out is None
+    assert (config.model.channels, config.train.balance) == (1, "loss")  # grey; 12 and 5 images
+    assert config.patch.size <= 96
+    text = Path("keyhole.yaml").read_text()
+    assert "# -> all images are grey" in text
+    assert "dark 12, light 5" in text
+    code, _, err = say("init", images)
+    assert code == 2
+    assert "keyhole.yaml: is there already" in err
+    assert Path("keyhole.yaml").read_text() == text
+    assert say("check", "--config", "keyhole.yaml")[0] == 0
+
+
+def test_what_the_user_says_goes_over_what_init_measures(say: Say, images: Path) -> None:
+    Path("c.yaml").write_text("select: {chunk: 9}")
+    assert say("init", images, "--out", "a.yaml", "--config", "c.yaml", "--patch.size", "48")[0] == 0
+    config = load_config("a.yaml")
+    assert (config.patch.size, config.select.chunk, config.model.channels) == (48, 9, 1)
+    lines = Path("a.yaml").read_text().splitlines()
+    assert "-> " not in lines[lines.index("  size: 48") - 1]  # the reason is the user's, not the data's
+
+
+def test_train_writes_a_run_whose_configuration_is_the_one_given(run: Path, images: Path) -> None:
+    config = load_config(run / "config.yaml")
+    assert (config.patch.size, config.select.m, config.model.width, config.train.epochs) == (32, 2, 8, 1)
+    assert config.data.path == images
+
+
+def test_a_run_folder_that_exists_is_refused(say: Say, run: Path, images: Path) -> None:
+    code, _, err = say("train", images, "--out", run, *SMALL)
+    assert code == 2
+    assert str(run) in err
+    assert "exists" in err
+
+
+def test_a_finished_run_can_be_resumed_without_harm(say: Say, run: Path) -> None:
+    before = (run / "best" / "model.safetensors").read_bytes()
+    code, out, _ = say("resume", run)
+    assert code == 0
+    assert str(run) in out
+    assert (run / "best" / "model.safetensors").read_bytes() == before
+
+
+def test_evaluate_prints_metrics_with_intervals(say: Say, run: Path) -> None:
+    code, out, _ = say("evaluate", run, "--out", "e", "--device", "cpu")
+    assert code == 0
+    assert "accuracy" in out
+    assert "[" in out
+    assert any(Path("e").iterdir())
+
+
+def test_predict_writes_a_table_and_a_folder_per_image(say: Say, run: Path, images: Path) -> None:
+    dark, light = images / "dark", images / "light" / "1.png"
+    code, out, _ = say("predict", run, dark, light, "--out", "p", "--device", "cpu")
+    assert code == 0
+    with Path("p/predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 13
+    assert len(out.splitlines()) == 14
+    folders = [path for path in Path("p").iterdir() if path.is_dir()]
+    assert len(folders) == 13  # two images are called 1.png
+    assert all((folder / "prediction.json").is_file() for folder in folders)
+
+
+def test_an_image_that_cannot_be_read_ends_predict_or_is_listed(say: Say, run: Path, images: Path) -> None:
+    Path("empty.png").write_bytes(b"")
+    good = images / "dark" / "1.png"
+    code, _, err = say("predict", run, good, "empty.png", "--out", "p", "--device", "cpu")
+    assert code == 2
+    assert "empty.png" in err.splitlines()[-1]
+    code, out, err = say("predict", run, good, "empty.png", "--out", "q", "--on-bad-image", "skip", "--device", "cpu")
+    assert code == 0
+    assert "predicted: 1, left out: 1" in out
+    assert "empty.png" in Path("q/left_out.csv").read_text()
+    assert "left out: " in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_one_line(say: Say, run: Path, images: Path) -> None:
+    Path("locked").mkdir(mode=0o500)
+    code, _, err = say("predict", run, images / "dark", "--out", "locked/p", "--device", "cpu")
+    assert code == 2
+    assert "locked/p: cannot write here" in err
+
+
+def test_an_output_that_is_a_file_is_one_line(say: Say, run: Path, images: Path) -> None:
+    Path("file").write_text("")
+    code, _, err = say("predict", run, images / "dark", "--out", "file/p", "--device", "cpu")
+    assert code == 2
+    assert "file/p: cannot write here" in err
+
+
+def test_demo_is_given_its_folder_and_seed(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("keyhole.demo.demo", lambda out, seed: given.append((out, seed)))
+    assert say("demo", "--seed", "2", "--out", "d")[0] == 0
+    assert given == [(Path("d"), 2)]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_training_that_is_stopped_says_how_to_go_on(number: int, code: int, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    words = ["train", str(images), "--out", str(out), *SMALL, "--train.epochs=1000"]
+    command = [sys.executable, "-m", "keyhole.cli.main", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epoch 1/"):
+                break
+        process.send_signal(number)
+        rest = process.stderr.read()
+        assert process.wait(60) == code
+    assert f"keyhole resume {out}" in rest.splitlines()[-1]
+    assert "Traceback" not in rest

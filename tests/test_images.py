@@ -1,0 +1,426 @@
+"""Readers: the same picture gives the same pixels, whatever the file, the level and the box."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_images import Stored, picture, pyramid, squeeze, write_pictures, write_pyramids, write_tiff, write_tiffs
+from numpy.typing import NDArray
+
+from keyhole.errors import ImageError
+from keyhole.images import ArrayImage, Box, Image, Level, Size, open_image
+from keyhole.images.image import readers
+from keyhole.images.openslide import OpenSlideImage
+from keyhole.images.pillow import PillowImage
+from keyhole.images.pixels import on_white
+from keyhole.images.tiff import TiffImage
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
+    folder = tmp_path_factory.mktemp("images")
+    return {**write_pictures(folder), **write_tiffs(folder), **write_pyramids(folder)}
+
+
+def padded(pixels: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
+    """What a box must give, worked out the slow way."""
+    out = np.full((box.height, box.width, pixels.shape[2]), 255, np.uint8)
+    for y in range(box.height):
+        for x in range(box.width):
+            if 0 <= box.y + y < pixels.shape[0] and 0 <= box.x + x < pixels.shape[1]:
+                out[y, x] = pixels[box.y + y, box.x + x]
+    return out
+
+
+boxes = st.builds(Box, st.integers(-20, 150), st.integers(-20, 100), st.integers(1, 40), st.integers(1, 40))
+
+
+@settings(max_examples=15, deadline=None)
+@given(box=boxes)
+def test_every_lossless_file_gives_the_same_pixels_in_any_box(stored: dict[str, Stored], box: Box) -> None:
+    for name, file in stored.items():
+        with open_image(file.path) as image:
+            for level, pixels in enumerate(file.levels):
+                np.testing.assert_array_equal(image.read(box, level), padded(pixels, box), err_msg=f"{name} {level}")
+
+
+def test_size_levels_and_channels_are_those_of_the_picture(stored: dict[str, Stored]) -> None:
+    for file in stored.values():
+        with open_image(file.path) as image:
+            height, width, channels = file.levels[0].shape
+            assert (image.size, image.channels) == (Size(width, height), channels)
+            expected = [(Size(p.shape[1], p.shape[0]), 2.0**k) for k, p in enumerate(file.levels)]
+            assert [(level.size, level.downsample) for level in image.levels] == expected
+
+
+@settings(max_examples=15, deadline=None)
+@given(box=boxes)
+def test_openslide_and_tifffile_agree_on_a_tiled_pyramid(stored: dict[str, Stored], box: Box) -> None:
+    path = stored["chain.tif"].path
+    with OpenSlideImage(path) as slide, TiffImage(path) as tiff:
+        assert slide.levels == tiff.levels
+        for level in range(len(tiff.levels)):
+            np.testing.assert_array_equal(slide.read(box, level), tiff.read(box, level))
+
+
+def test_a_real_slide_is_the_same_through_both_readers(shared: Path) -> None:
+    path = shared / "data" / "slides" / "CMU-1-Small-Region.svs"
+    with OpenSlideImage(path) as slide, open_image(path) as tiff:
+        assert isinstance(tiff, TiffImage)
+        assert (slide.size, slide.levels, slide.mpp) == (tiff.size, tiff.levels, tiff.mpp)
+        assert tiff.size == (2220, 2967)
+        assert tiff.mpp == 0.499
+        for box in [Box(700, 900, 600, 500), Box(2100, 2900, 200, 100), Box(-30, -30, 64, 64)]:
+            difference = np.abs(slide.read(box).astype(int) - tiff.read(box))
+            assert difference.max() <= 2  # 0 with the decoders of today; both are JPEG decoders of their own
+
+
+def test_readers_are_chosen_by_content_not_by_name(tmp_path: Path) -> None:
+    pixels = picture()
+    PIL.Image.fromarray(pixels).save(tmp_path / "really.png")
+    (tmp_path / "really.png").rename(tmp_path / "named.jpg")
+    with open_image(str(tmp_path / "named.jpg")) as image:
+        assert isinstance(image, PillowImage)
+        np.testing.assert_array_equal(image.read((0, 0, *image.size)), pixels)
+
+
+@pytest.mark.parametrize("name", ["ünï cödé — 雪.tif", "with space.tif", "no-suffix", "a.b.c.TIFF", "-dash.tif"])
+def test_odd_names_are_read(tmp_path: Path, name: str) -> None:
+    write_tiff(tmp_path / name, picture(), tile=(32, 32))
+    with open_image(tmp_path / name) as image:
+        np.testing.assert_array_equal(image.read((0, 0, *image.size)), picture())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"software": "Philips DP v1.0"}, "a.tif"), ({"software": "MedScan 1"}, "a.tif"), ({}, "a.ndpi"), ({}, "a.SCN"),
+     ({"description": "Aperio Image Library|MPP = 0.5", "compression": 33005}, "a.svs"),
+     ({"extratags": [(700, 1, 12, b"<iScan mag='4", True)]}, "a.tif")],
+)  # fmt: skip
+def test_a_makers_own_tiff_is_openslides_and_every_other_is_not(
+    tmp_path: Path, options: dict[str, Any], name: str
+) -> None:
+    path = write_tiff(tmp_path / name, picture(), tile=(48, 48), **options)
+    plain = write_tiff(tmp_path / "plain.tif", picture(), tile=(48, 48))
+    for file, tiff in ((path, False), (plain, True)):
+        head = file.read_bytes()[:64]
+        assert TiffImage.sniff(file, head) is tiff
+        assert OpenSlideImage.sniff(file, head) is not tiff
+
+
+def test_jpeg2000_of_aperio_is_read_by_openslide(tmp_path: Path) -> None:
+    options = {"description": "Aperio Image Library|MPP = 0.5", "compression": 33005, "compressionargs": {"level": 0}}
+    write_tiff(tmp_path / "a.svs", picture(), tile=(48, 48), **options)
+    with open_image(tmp_path / "a.svs") as image:
+        assert isinstance(image, OpenSlideImage)
+        assert image.mpp == 0.5
+        np.testing.assert_array_equal(image.read((-3, 10, 100, 100)), padded(picture(), Box(-3, 10, 100, 100)))
+
+
+ORIENTED = {  # EXIF value -> the stored picture, given how it is to be seen
+    1: lambda seen: seen,
+    2: lambda seen: seen[:, ::-1],
+    3: lambda seen: seen[::-1, ::-1],
+    4: lambda seen: seen[::-1],
+    5: lambda seen: seen.swapaxes(0, 1),
+    6: lambda seen: np.rot90(seen, 1),
+    7: lambda seen: np.rot90(seen, 2).swapaxes(0, 1),
+    8: lambda seen: np.rot90(seen, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", sorted(ORIENTED))
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+def test_orientation_is_obeyed_at_every_box(tmp_path: Path, orientation: int, suffix: str) -> None:
+    seen, path = picture(), tmp_path / f"a.{suffix}"
+    stored = np.ascontiguousarray(ORIENTED[orientation](seen))
+    if suffix == "tif":
+        write_tiff(path, stored, tile=(32, 16), extratags=[(274, 3, 1, orientation, True)])
+    else:
+        exif = PIL.Image.Exif()
+        exif[0x0112] = orientation
+        PIL.Image.fromarray(stored).save(path, exif=exif, lossless=True)
+    with open_image(path) as image:
+        assert image.size == (seen.shape[1], seen.shape[0])
+        for box in [Box(0, 0, *image.size), Box(17, 40, 50, 30), Box(100, 60, 80, 80), Box(-5, -5, 20, 10)]:
+            np.testing.assert_array_equal(image.read(box), padded(seen, box))
+
+
+def test_orientation_behind_the_pixels_of_a_png_is_obeyed(tmp_path: Path) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.fromarray(picture()).save(tmp_path / "a.png", exif=exif)
+    data = (tmp_path / "a.png").read_bytes()
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    rest = data[:start] + data[start + len(chunk) :]
+    (tmp_path / "a.png").write_bytes(rest[:-12] + chunk + rest[-12:])
+    with open_image(tmp_path / "a.png") as image:
+        assert image.size == (96, 144)
+        np.testing.assert_array_equal(image.read((0, 0, *image.size)), np.rot90(picture(), -1))
+
+
+def whole(path: Path) -> NDArray[np.uint8]:
+    with open_image(path) as image:
+        return image.read((0, 0, *image.size))
+
+
+def test_sixteen_bits_become_the_highest_eight(tmp_path: Path) -> None:
+    deep = np.random.default_rng(0).integers(0, 2**16, (40, 50, 3)).astype(np.uint16)
+    PIL.Image.fromarray(deep[..., 0]).save(tmp_path / "grey.png")
+    write_tiff(tmp_path / "grey.tif", deep[..., 0], compression="zstd", predictor=True)
+    write_tiff(tmp_path / "color.tif", deep, tile=(16, 16))
+    for name, expected in [("grey.png", deep[..., :1]), ("grey.tif", deep[..., :1]), ("color.tif", deep)]:
+        np.testing.assert_array_equal(whole(tmp_path / name), expected >> 8, err_msg=name)
+
+
+def test_white_may_be_zero(tmp_path: Path) -> None:
+    grey = picture(1)
+    write_tiff(tmp_path / "a.tif", squeeze(255 - grey), photometric="miniswhite", tile=(32, 32))
+    write_tiff(tmp_path / "deep.tif", squeeze(65535 - grey.astype(np.uint16) * 257), photometric="miniswhite")
+    np.testing.assert_array_equal(whole(tmp_path / "a.tif"), grey)
+    np.testing.assert_array_equal(whole(tmp_path / "deep.tif"), grey)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_alpha_is_composited_onto_white_alike(tmp_path: Path, channels: int) -> None:
+    pixels = picture(channels + 1)
+    alpha = pixels[..., -1:].astype(float) / 255
+    expected = np.floor(pixels[..., :-1] * alpha + 255 * (1 - alpha) + 0.5)
+    PIL.Image.fromarray(pixels).save(tmp_path / "a.png")
+    write_tiff(tmp_path / "a.tif", pixels, photometric="rgb" if channels == 3 else "minisblack",
+               planarconfig="contig", extrasamples=["unassalpha"])  # fmt: skip
+    for name in ("a.png", "a.tif"):
+        np.testing.assert_allclose(whole(tmp_path / name), expected, atol=0.51, err_msg=name)
+    np.testing.assert_array_equal(whole(tmp_path / "a.png"), whole(tmp_path / "a.tif"))
+
+
+def test_colors_already_multiplied_by_alpha_are_not_multiplied_again(tmp_path: Path) -> None:
+    pixels = picture(4)
+    straight = on_white(pixels)
+    pixels[..., :3] = np.round(pixels[..., :3] * (pixels[..., 3:] / 255)).astype(np.uint8)
+    write_tiff(tmp_path / "a.tif", pixels, extrasamples=["assocalpha"])
+    np.testing.assert_allclose(whole(tmp_path / "a.tif").astype(int), straight, atol=1)
+
+
+def test_an_extra_channel_that_is_not_alpha_is_left_out(tmp_path: Path) -> None:
+    pixels = picture(4)
+    write_tiff(tmp_path / "a.tif", pixels, extrasamples=["unspecified"], tile=(32, 32))
+    np.testing.assert_array_equal(whole(tmp_path / "a.tif"), pixels[..., :3])
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "bmp", "tif"])
+def test_palettes_become_rgb(tmp_path: Path, suffix: str) -> None:
+    palette = PIL.Image.fromarray(picture()).quantize(40)
+    palette.save(tmp_path / f"a.{suffix}")
+    np.testing.assert_array_equal(whole(tmp_path / f"a.{suffix}"), np.asarray(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "group4"}, {"compression": "group3"}, {"compression": "packbits"}]
+)
+def test_black_and_white_becomes_0_and_255(tmp_path: Path, options: dict[str, str]) -> None:
+    bilevel = PIL.Image.fromarray(picture(1)[..., 0] > 127)
+    bilevel.save(tmp_path / "a.tif", **options)
+    bilevel.save(tmp_path / "a.png")
+    for name in ("a.tif", "a.png"):
+        np.testing.assert_array_equal(whole(tmp_path / name)[..., 0], np.asarray(bilevel) * np.uint8(255), err_msg=name)
+
+
+def test_cmyk_becomes_rgb_as_pillow_has_it(tmp_path: Path) -> None:
+    inks = PIL.Image.frombytes("CMYK", (144, 96), picture(4).tobytes())
+    inks.save(tmp_path / "a.tif", compression="tiff_lzw")
+    np.testing.assert_allclose(whole(tmp_path / "a.tif").astype(int), np.asarray(inks.convert("RGB")), atol=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_in_tiff_is_as_libtiff_decodes_it(tmp_path: Path, channels: int) -> None:
+    original = PIL.Image.fromarray(squeeze(picture(channels)))
+    original.save(tmp_path / "a.tif", compression="jpeg", quality=90)
+    with PIL.Image.open(tmp_path / "a.tif") as opened:
+        expected = np.asarray(opened).reshape(96, 144, channels).astype(int)
+    np.testing.assert_allclose(whole(tmp_path / "a.tif"), expected, atol=3)
+    original.save(tmp_path / "a.jpg", quality=90)
+    with PIL.Image.open(tmp_path / "a.jpg") as opened:
+        np.testing.assert_array_equal(whole(tmp_path / "a.jpg"), np.asarray(opened).reshape(96, 144, channels))
+
+
+@pytest.mark.parametrize(
+    ("resolution", "unit", "mpp"),
+    [((40000, 40000), 3, 0.25), ((50800, 50800), 2, 0.5), ((72, 72), 2, None), ((300, 300), 2, None),
+     ((40000, 40000), 1, None), ((40000, 20000), 3, None), ((0, 0), 3, None)],
+)  # fmt: skip
+def test_resolution_is_believed_only_where_it_can_be_a_microscopes(
+    tmp_path: Path, resolution: tuple[int, int], unit: int, mpp: float | None
+) -> None:
+    write_tiff(tmp_path / "a.tif", picture(), resolution=resolution, resolutionunit=unit)
+    with open_image(tmp_path / "a.tif") as image:
+        assert image.mpp == (mpp if mpp is None else pytest.approx(mpp))
+
+
+def test_mpp_comes_from_ome_and_aperio(stored: dict[str, Stored]) -> None:
+    for name, mpp in [("pyramid.ome.tif", 0.25), ("chain.tif", 0.5), ("miniature.svs", 0.499), ("tiles-3.tif", None)]:
+        with open_image(stored[name].path) as image:
+            assert image.mpp == mpp, name
+
+
+def test_of_a_stack_of_pictures_the_first_is_read(tmp_path: Path) -> None:
+    stack = np.stack([picture(seed=k) for k in range(3)])
+    write_tiff(tmp_path / "a.tif", stack, tile=(32, 32), photometric="rgb")
+    with open_image(tmp_path / "a.tif") as image:
+        assert len(image.levels) == 1
+        np.testing.assert_array_equal(image.read((0, 0, *image.size)), stack[0])
+
+
+def test_smaller_pages_of_other_proportions_are_no_levels(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for level in (picture(), picture(3, 72, 72), picture(3, 72, 48)):
+            writer.write(level, tile=(32, 32), subfiletype=1 if level.shape[1] < 144 else 0, metadata=None)
+    with open_image(tmp_path / "a.tif") as image:
+        assert [level.size for level in image.levels] == [(144, 96), (72, 48)]
+
+
+def test_missing_tiles_are_background(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", picture(), tile=(32, 32), compression="deflate")
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        tag = tif.pages.first.tags[325]
+        counts = list(tag.value)
+        counts[1] = 0
+        tag.overwrite(counts)
+    expected = picture()
+    expected[:32, 32:64] = 255
+    np.testing.assert_array_equal(whole(path), expected)
+
+
+@pytest.mark.parametrize("reader", [TiffImage, OpenSlideImage])
+def test_a_region_is_read_without_the_rest_of_the_file(tmp_path: Path, reader: type[Image]) -> None:
+    path = write_tiff(tmp_path / "a.tif", picture(), tile=(32, 32), compression="deflate")
+    with tifffile.TiffFile(path) as tif:
+        page = tif.pages.first
+        spans = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    data = bytearray(path.read_bytes())
+    for number, (offset, count) in enumerate(spans):
+        if number != 6:  # row 1, column 1
+            data[offset : offset + count] = b"\xff" * count
+    path.write_bytes(data)
+    with reader(path) as image:  # type: ignore[call-arg]
+        np.testing.assert_array_equal(image.read((32, 32, 32, 32)), picture()[32:64, 32:64])
+        with pytest.raises(ImageError, match="damaged at"):
+            image.read((31, 32, 32, 32))
+        # An error is final for a handle of OpenSlide: the good tile is still there, on a new one.
+        np.testing.assert_array_equal(image.read((32, 32, 32, 32)), picture()[32:64, 32:64])
+
+
+def test_a_strip_is_decoded_once_for_many_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiff(tmp_path / "a.tif", picture(), rowsperstrip=96, compression="zstd")
+    with TiffImage(tmp_path / "a.tif") as image:
+        decoded = []
+        decode = image._decode
+        monkeypatch.setattr(image, "_decode", lambda page, index: decoded.append(index) or decode(page, index))
+        for x in range(0, 128, 16):
+            np.testing.assert_array_equal(image.read((x, 8, 16, 16)), picture()[8:24, x : x + 16])
+        assert decoded == [0]
+
+
+@pytest.mark.parametrize("name", ["chain.tif", "lzw-strips-3.tif", "picture-3.png", "one-strip-1.tif"])
+def test_threads_read_one_image_at_a_time_and_get_what_one_thread_gets(stored: dict[str, Stored], name: str) -> None:
+    file = stored[name]
+    places = [Box(x, y, 30, 30) for x in range(-10, 140, 13) for y in range(-10, 90, 11)]
+    with open_image(file.path) as image, ThreadPoolExecutor(8) as pool:
+        for box, pixels in zip(places, pool.map(image.read, places), strict=True):
+            np.testing.assert_array_equal(pixels, padded(file.levels[0], box))
+
+
+def test_a_picture_is_decoded_at_the_first_read_not_at_opening(tmp_path: Path) -> None:
+    PIL.Image.fromarray(picture()).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
+    image = open_image(tmp_path / "a.png")
+    assert image.size == (144, 96)
+    with pytest.raises(ImageError, match="damaged"):
+        image.read((0, 0, 8, 8))
+
+
+def test_what_was_read_stays_and_later_reads_are_refused_after_closing(stored: dict[str, Stored]) -> None:
+    for name in ("picture-3.png", "tiles-3.tif", "one-strip-3.tif"):
+        image = open_image(stored[name].path)
+        pixels = image.read((0, 0, 8, 8))
+        image.close()
+        np.testing.assert_array_equal(pixels, picture()[:8, :8])
+        with pytest.raises(ImageError):
+            image.read((0, 0, 8, 8))
+
+
+def test_wrong_boxes_and_levels_are_a_programs_mistake(stored: dict[str, Stored]) -> None:
+    with open_image(stored["chain.tif"].path) as image:
+        with pytest.raises(ValueError, match="level"):
+            image.read((0, 0, 8, 8), 3)
+        with pytest.raises(ValueError, match="box"):
+            image.read((0, 0, 0, 8))
+
+
+def test_pixels_in_memory_are_an_image_too() -> None:
+    image = ArrayImage(picture(1)[..., 0], mpp=0.5)
+    assert image.levels == (Level(Size(144, 96), 1.0),)
+    np.testing.assert_array_equal(image.read((140, 90, 10, 10)), padded(picture(1), Box(140, 90, 10, 10)))
+
+
+def test_opening_a_picture_does_not_import_openslide_or_torch(stored: dict[str, Stored]) -> None:
+    code = (
+        "import sys; from keyhole.images import open_image; open_image(sys.argv[1]).read((0, 0, 4, 4)); "
+        "bad = {'torch', 'openslide'} & set(sys.modules); assert not bad, bad; "
+        "assert sys.argv[1].endswith('.tif') or 'tifffile' not in sys.modules"
+    )
+    for name in ("picture-3.png", "tiles-3.tif"):
+        subprocess.run([sys.executable, "-c", code, str(stored[name].path)], check=True, timeout=60)
+
+
+def test_readers_are_asked_highest_priority_first() -> None:
+    names = [reader.__name__ for reader in readers()]
+    assert names == ["TiffImage", "OpenSlideImage", "PillowImage"]
+
+
+def example_of(document: Path) -> str:
+    return document.read_text().split("```python\n")[1].split("```")[0]
+
+
+class _Entry:
+    """What importlib.metadata finds for an installed package's entry point."""
+
+    def __init__(self, name: str, loaded: type[Image]) -> None:
+        self.name, self.value, self._loaded = name, f"example:{loaded.__name__}", loaded
+
+    def load(self) -> type[Image]:
+        return self._loaded
+
+
+def test_the_documented_reader_works_as_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    namespace: dict[str, Any] = {"__name__": "example"}
+    document = Path(__file__).resolve().parents[1] / "docs" / "adding-a-reader.md"
+    exec(compile(example_of(document), str(document), "exec"), namespace)
+    installed = [_Entry("npy", namespace["NpyImage"]), *(_Entry(reader.__name__, reader) for reader in readers())]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: installed if group == "keyhole.images" else [])
+    readers.cache_clear()
+    try:
+        np.save(tmp_path / "a.npy", picture())
+        with open_image(tmp_path / "a.npy") as image:
+            assert type(image).__name__ == "NpyImage"
+            np.testing.assert_array_equal(image.read((130, 80, 30, 30)), padded(picture(), Box(130, 80, 30, 30)))
+        np.save(tmp_path / "b.npy", np.zeros((4, 4), np.float64))
+        with pytest.raises(ImageError, match=r"b\.npy: .*float64"):
+            open_image(tmp_path / "b.npy")
+        PIL.Image.fromarray(pyramid(picture())[1]).save(tmp_path / "a.png")
+        assert open_image(tmp_path / "a.png").size == (72, 48)
+    finally:
+        monkeypatch.undo()
+        readers.cache_clear()

@@ -1,0 +1,323 @@
+"""Laws 1, 3 and 5 of the method, and what the modules promise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from keyhole.config import ModelConfig
+from keyhole.errors import ConfigError
+from keyhole.nn import (
+    CenterPosition,
+    CrossAttentionPool,
+    IndexPosition,
+    IPSClassifier,
+    SmallEncoder,
+    TimmEncoder,
+    build_classifier,
+    task_loss,
+    total_loss,
+)
+from keyhole.nn.loss import class_weights
+from keyhole.nn.selection import Selector
+from keyhole.tasks import Task
+
+LAW = settings(max_examples=25, deadline=None)
+FEATURES, DIM = 12, 16
+
+
+def features_model(queries: int = 2, heads: int = 4, position: str = "none", seed: int = 0) -> IPSClassifier:
+    torch.manual_seed(seed)
+    pool = CrossAttentionPool(DIM, heads, queries)
+    with torch.no_grad():  # sharper attention than fresh weights give, so that the order is not decided by rounding
+        pool.key_proj.weight *= 4
+    code = {"none": None, "1d": IndexPosition(DIM), "2d": CenterPosition(DIM, unit=10.0)}[position]
+    encoder = nn.Sequential(nn.Linear(FEATURES, DIM), nn.BatchNorm1d(DIM), nn.Dropout(0.5))
+    heads_of = {f"task{t}": nn.Linear(DIM, 3) for t in range(queries)}
+    return IPSClassifier(encoder, pool, heads_of, code)
+
+
+def bag(n: int, seed: int, images: int = 1) -> Tensor:
+    return torch.randn(images, n, FEATURES, generator=torch.Generator().manual_seed(seed))
+
+
+def kept(model: IPSClassifier, patches: Tensor, m: int, chunk: int, **options: Any) -> list[set[int]]:
+    index = model.select(patches, m, chunk, **options).index
+    return [set(row[row >= 0].tolist()) for row in index]
+
+
+# Law 1: under "global" the kept set depends on the patches alone
+
+
+@LAW
+@given(st.integers(2, 60), st.integers(1, 20), st.integers(1, 70), st.integers(1, 70), st.integers(0, 99))
+def test_global_does_not_depend_on_the_chunk(n: int, m: int, chunk: int, other: int, seed: int) -> None:
+    model, patches = features_model(), bag(n, seed)
+    assert kept(model, patches, m, chunk) == kept(model, patches, m, other)
+
+
+@LAW
+@given(st.integers(2, 60), st.integers(1, 20), st.randoms(use_true_random=False), st.integers(0, 99))
+def test_global_does_not_depend_on_the_order(n: int, m: int, random: Any, seed: int) -> None:
+    model, patches = features_model(position="2d"), bag(n, seed)
+    centers = torch.rand(1, n, 2, generator=torch.Generator().manual_seed(seed)) * 1000
+    order = random.sample(range(n), n)
+    (straight,) = kept(model, patches, m, 16, position=centers)
+    (shuffled,) = kept(model, patches[:, order], m, 16, position=centers[:, order])
+    assert {order[place] for place in shuffled} == straight
+
+
+@LAW
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(1, 30), st.integers(0, 99))
+def test_global_does_not_depend_on_other_images_or_padding(a: int, b: int, m: int, chunk: int, seed: int) -> None:
+    model, first, second = features_model(position="1d"), bag(a, seed), bag(b, seed + 1000)
+    both = torch.full((2, max(a, b), FEATURES), torch.nan)  # whatever touches the padding spreads a NaN
+    both[0, :a], both[1, :b] = first[0], second[0]
+    mask = torch.zeros(2, max(a, b), dtype=torch.bool)
+    mask[0, :a] = mask[1, :b] = True
+    for rule in ("global", "streaming"):
+        alone = kept(model, first, m, chunk, rule=rule) + kept(model, second, m, chunk, rule=rule)
+        assert kept(model, both, m, chunk, rule=rule, mask=mask) == alone
+
+
+@LAW
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 30), st.integers(0, 99))
+def test_both_rules_agree_for_one_head_and_query(n: int, m: int, chunk: int, seed: int) -> None:
+    model, patches = features_model(queries=1, heads=1), bag(n, seed)
+    assert kept(model, patches, m, chunk, rule="streaming") == kept(model, patches, m, chunk, rule="global")
+
+
+@LAW
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 17), st.lists(st.integers(1, 25), min_size=1), st.data())
+def test_streaming_is_the_published_rule_whatever_sizes_arrive(
+    n: int, m: int, chunk: int, sizes: list[int], data: st.DataObject
+) -> None:
+    logits = torch.randn(n, 4, 2, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))) * 3
+    memory = torch.arange(min(m, n))
+    for start in range(m, n, chunk):  # the paper's loop, literally
+        candidates = torch.cat([memory, torch.arange(start, min(start + chunk, n))])
+        score = logits[candidates].softmax(dim=0).mean(dim=(1, 2))
+        memory = candidates[score.topk(m).indices]
+    selector, start = Selector(1, m, chunk, "streaming"), 0
+    while start < n:
+        for size in sizes:
+            part = torch.arange(start, min(start + size, n))
+            selector.add(torch.zeros_like(part), part, logits[part])
+            start += size
+            if start >= n:
+                break
+    assert set(selector.finish(0).index.tolist()) == set(memory.tolist())
+
+
+def test_all_patches_are_kept_where_there_are_no_more_than_m() -> None:
+    selection = features_model().select(bag(5, 0), m=9, chunk=2)
+    assert sorted(selection.index[0].tolist()) == [0, 1, 2, 3, 4]
+    assert selection.index.shape == (1, 5)
+
+
+def test_equal_patches_are_kept_in_their_order() -> None:
+    patches = bag(1, 0).expand(1, 10, FEATURES)
+    assert features_model().select(patches, m=4, chunk=10).index[0].tolist() == [0, 1, 2, 3]
+
+
+# Law 3: bags of different size share a batch
+
+
+@LAW
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 6), st.integers(0, 99))
+def test_padding_never_changes_an_output(a: int, b: int, extra: int, seed: int) -> None:
+    model, first, second = features_model(position="1d").eval(), bag(a, seed), bag(b, seed + 1000)
+    width = max(a, b) + extra
+    both, mask = torch.full((2, width, FEATURES), torch.nan), torch.zeros(2, width, dtype=torch.bool)
+    both[0, :a], both[1, :b], mask[0, :a], mask[1, :b] = first[0], second[0], True, True
+    position = torch.arange(width).expand(2, width)
+    together = model(both, position, mask)
+    for row, alone in enumerate((first, second)):
+        single = model(alone, torch.arange(alone.shape[1])[None])
+        for task, logits in single.items():
+            torch.testing.assert_close(together[task][row], logits[0])
+
+
+def test_padding_does_not_reach_batch_statistics_or_gradients() -> None:
+    model, patches = features_model().train(), bag(6, 0, images=2)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 2:] = False
+    padded = patches.clone()
+    padded[1, 2:] = torch.nan
+    model.encoder[2].p = 0.0
+    total = sum(logits.sum() for logits in model(padded, mask=mask).values())
+    assert isinstance(total, Tensor)
+    total.backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    expected = model.encoder[0](patches[mask]).mean(dim=0) * 0.1
+    torch.testing.assert_close(model.encoder[1].running_mean, expected.detach())
+
+
+# Law 5: selection leaves everything as it found it
+
+
+def state(model: nn.Module) -> tuple[dict[str, Tensor], list[bool], list[Tensor | None]]:
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return tensors, [part.training for part in model.modules()], [parameter.grad for parameter in model.parameters()]
+
+
+@LAW
+@given(st.lists(st.booleans(), min_size=30, max_size=30), st.sampled_from(["global", "streaming"]))
+def test_selection_leaves_everything_as_it_found_it(modes: list[bool], rule: Any) -> None:
+    model = features_model()
+    for part, mode in zip(model.modules(), modes, strict=False):
+        part.training = mode
+    before, random = state(model), torch.get_rng_state()
+    selection = model.select(bag(20, 0), 4, 6, rule)
+    after = state(model)
+    assert before[1:] == after[1:]
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert torch.equal(random, torch.get_rng_state())
+    assert not selection.score.requires_grad
+
+
+def test_modes_come_back_after_an_error() -> None:
+    model = features_model().train()
+    with pytest.raises(RuntimeError):
+        model.select(torch.randn(1, 5, FEATURES + 1), 2, 2)
+    assert all(part.training for part in model.modules())
+
+
+def test_what_a_user_froze_stays_frozen() -> None:
+    model = features_model()
+    model.encoder.requires_grad_(False)
+    model.train()
+    assert not any(part.training for part in model.encoder.modules())
+    assert model.pool.training
+    assert model.heads.training
+    before = model.encoder[1].running_mean.clone()
+    model(bag(8, 0))
+    assert torch.equal(before, model.encoder[1].running_mean)
+
+
+def test_selection_is_made_in_evaluation_mode() -> None:
+    model, patches = features_model(), bag(30, 0)
+    assert kept(model.train(), patches, 5, 7) == kept(model.eval(), patches, 5, 7)
+
+
+# Modules
+
+
+def test_folding_the_query_changes_nothing() -> None:
+    pool, embedding = CrossAttentionPool(DIM, 4, 3, key_dim=5, value_dim=6), torch.randn(2, 7, DIM)
+    query = pool.query_proj(pool.query).unflatten(1, (4, 5))
+    key = pool.key_proj(embedding).unflatten(2, (4, 5))
+    expected = torch.einsum("bnhk,thk->bnht", key, query) / 5**0.5
+    torch.testing.assert_close(pool.logits(embedding), expected)
+
+
+def test_pooling_attends_with_the_logits_it_scores_with() -> None:
+    pool = CrossAttentionPool(DIM, 2, 2, dropout=0.0, attention_dropout=0.0).eval()
+    embedding = torch.randn(1, 6, DIM)
+    attention = pool.logits(embedding).softmax(dim=1)
+    value = pool.value_proj(embedding).unflatten(2, (2, DIM // 2))
+    pooled = torch.einsum("bnht,bnhv->bthv", attention, value).flatten(2)
+    x = pool.attention_norm(pool.query + pool.out_proj(pooled))
+    torch.testing.assert_close(pool(embedding), pool.mlp_norm(x + pool.mlp(x)))
+
+
+def test_widths_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ValueError, match=r"`dim` \(=30\) must be divisible by `heads` \(=8\)"):
+        CrossAttentionPool(30)
+    with pytest.raises(ValueError, match="needs query 1"):
+        IPSClassifier(nn.Identity(), CrossAttentionPool(16), {"a": nn.Identity(), "b": nn.Identity()})
+
+
+def test_a_position_code_asks_for_positions() -> None:
+    with pytest.raises(ValueError, match="give `position`"):
+        features_model(position="1d")(bag(4, 0))
+
+
+@pytest.mark.parametrize("position", ["1d", "2d"])
+def test_positions_tell_equal_patches_apart(position: str) -> None:
+    model = features_model(position=position).eval()
+    patches = bag(1, 0).expand(1, 2, FEATURES)
+    where = torch.tensor([[0, 7]]) if position == "1d" else torch.tensor([[[0.0, 0.0], [70.0, 0.0]]])
+    logits = model.score(patches[0], where[0])
+    assert not torch.allclose(logits[0], logits[1])
+
+
+def test_centers_differ_along_both_axes() -> None:
+    code = CenterPosition(16, unit=32.0)(torch.tensor([[[0.0, 64.0], [64.0, 0.0], [64.0, 64.0]]]))[0]
+    assert torch.cdist(code, code).add(torch.eye(3)).min() > 0.1
+
+
+@pytest.mark.parametrize("size", [16, 50, 100])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_small_encoder_takes_any_patch(size: int, channels: int) -> None:
+    encoder = SmallEncoder(channels, width=8).eval()
+    assert encoder(torch.rand(2, channels, size, size)).shape == (2, encoder.dim)
+
+
+@pytest.mark.parametrize(("name", "stages", "dim"), [("resnet18", 2, 128), ("resnet18", None, 512)])
+def test_timm_encoders_can_be_cut(name: str, stages: int | None, dim: int) -> None:
+    encoder = TimmEncoder(name, channels=1, stages=stages).eval()
+    assert encoder.dim == dim
+    assert encoder(torch.rand(1, 1, 64, 64)).shape == (1, dim)
+
+
+def test_an_unknown_encoder_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'resnet18'"):
+        build_classifier(ModelConfig(encoder="resnet81"), [Task("a", "binary", ("n", "y"))], 32)
+
+
+def test_any_module_is_an_encoder() -> None:
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, DIM))
+    model = IPSClassifier(encoder, CrossAttentionPool(DIM, 4), {"label": nn.Linear(DIM, 2)})
+    patches = torch.randint(0, 256, (2, 9, 3, 8, 8), dtype=torch.uint8)
+    index = model.select(patches, 3, 4).index
+    kept_patches = torch.stack([image[rows] for image, rows in zip(patches, index, strict=True)])
+    assert model(kept_patches)["label"].shape == (2, 2)
+
+
+# Losses
+
+
+CASES = [
+    (Task("m", "multiclass", ("a", "b", "c")), [[0.0], [2.0], [1.0]], 3),
+    (Task("b", "binary", ("n", "y")), [[0.0], [1.0], [1.0]], 1),
+    (Task("l", "multilabel", ("a", "b")), [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], 2),
+    (Task("r", "regression", (), mean=5.0, std=2.0), [[5.0], [9.0], [3.0]], 1),
+]
+
+
+@pytest.mark.parametrize(("task", "target", "outputs"), CASES, ids=lambda value: getattr(value, "kind", None))
+def test_missing_labels_count_for_nothing(task: Task, target: list[list[float]], outputs: int) -> None:
+    logits, labels = torch.randn(3, outputs), torch.tensor(target)
+    missing = torch.full((1, labels.shape[1]), torch.nan)
+    some = torch.cat([labels, missing]), torch.cat([logits, torch.full((1, outputs), 50.0)])
+    torch.testing.assert_close(task_loss(task, some[1], some[0]), task_loss(task, logits, labels))
+    none = task_loss(task, logits.requires_grad_(), missing.expand(3, -1))
+    none.backward()
+    assert none.item() == 0
+
+
+def test_a_confident_error_keeps_its_gradient() -> None:
+    logits = torch.tensor([[40.0, 0.0, 0.0]], requires_grad=True)
+    task_loss(CASES[0][0], logits, torch.tensor([[1.0]])).backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max() > 0.9
+
+
+def test_the_loss_is_the_mean_over_tasks_with_labels() -> None:
+    tasks = [CASES[0][0], CASES[1][0]]
+    logits = {"m": torch.randn(2, 3), "b": torch.randn(2, 1)}
+    targets = {"m": torch.tensor([[0.0], [1.0]]), "b": torch.full((2, 1), torch.nan)}
+    torch.testing.assert_close(total_loss(tasks, logits, targets), task_loss(tasks[0], logits["m"], targets["m"]))
+
+
+def test_balancing_gives_every_class_the_same_weight() -> None:
+    targets = torch.tensor([[0.0]] * 6 + [[1.0]] * 3 + [[2.0]] + [[torch.nan]])
+    weight = class_weights(CASES[0][0], targets)
+    assert weight is not None
+    torch.testing.assert_close(weight * torch.tensor([6.0, 3.0, 1.0]), torch.full((3,), 10 / 3))

@@ -1,0 +1,193 @@
+"""Laws of patch sources, views and the store: a turned patch source is the source of the turned image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keyhole import store as store_module
+from keyhole.errors import ConfigError, ImageError
+from keyhole.grid import PatchGrid
+from keyhole.images import ArrayImage, Image, open_image
+from keyhole.images.pixels import Pixels
+from keyhole.patches import FileOpener, FilePatches, PatchSource, TensorPatches, View
+from keyhole.store import ImageStore, ResidentImage, decoded_bytes, fits
+
+laws = settings(max_examples=40, deadline=None)
+views = st.builds(View, st.booleans(), st.booleans(), st.integers(0, 3))
+
+
+def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def turned(view: View, picture: Pixels) -> Pixels:
+    """The whole picture flipped and turned, by numpy's own words."""
+    if view.flip_x:
+        picture = np.flip(picture, 1)
+    if view.flip_y:
+        picture = np.flip(picture, 0)
+    return np.rot90(picture, view.turns)
+
+
+@laws
+@given(views, st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3]), st.integers(2, 6))
+def test_a_turned_source_is_the_source_of_the_turned_image(
+    view: View, rows: int, columns: int, channels: int, size: int
+) -> None:
+    picture = noise(columns * size, rows * size, channels)
+    image = ArrayImage(picture)
+    source = FilePatches(image, PatchGrid(image, size), view)
+    twin_image = ArrayImage(np.ascontiguousarray(turned(view, picture)))
+    twin = FilePatches(twin_image, PatchGrid(twin_image, size))
+
+    everything = np.arange(len(source))
+    place = source.positions_1d(everything)
+    assert sorted(place) == list(everything)
+    np.testing.assert_array_equal(source.read(everything), twin.read(place))
+    np.testing.assert_allclose(source.positions_2d(everything), twin.positions_2d(place), atol=1e-9)
+    cells, shape = view.cells(source.grid.cells(everything), rows, columns)
+    assert shape == (twin.grid.rows, twin.grid.columns)
+    np.testing.assert_array_equal(cells, twin.grid.cells(place))
+
+
+@laws
+@given(views, st.integers(1, 20))
+def test_undo_is_the_inverse_of_pixels(view: View, seed: int) -> None:
+    block = noise(5, 20, 3, seed).reshape(4, 5, 5, 3)
+    np.testing.assert_array_equal(view.pixels(view.undo(block)), block)
+    np.testing.assert_array_equal(view.undo(view.pixels(block)), block)
+
+
+@laws
+@given(views, st.sampled_from([1, 3]), st.sampled_from([1, 3, None]), st.integers(1, 9), st.booleans())
+def test_all_ways_to_read_give_the_same_pixels(
+    view: View, have: int, want: int | None, chunk: int, overlap: bool
+) -> None:
+    image = ArrayImage(noise(37, 23, have))
+    source = FilePatches(image, PatchGrid(image, 7, 4 if overlap else None, offset=(-2, 0)), view, want)
+    whole = source.read(slice(None))
+    assert whole.shape == (len(source), *source.patch_shape)
+    assert whole.dtype == source.dtype
+    index, pixels = (np.concatenate(parts) for parts in zip(*source.chunks(chunk), strict=True))
+    np.testing.assert_array_equal(index, np.arange(len(source)))
+    np.testing.assert_array_equal(pixels, whole)
+    some = np.arange(len(source))[::-3]
+    np.testing.assert_array_equal(source.fetch(some), whole[some])
+    out = np.zeros((len(some), *source.patch_shape), np.uint8)
+    assert source.read(some, out=out) is out
+    np.testing.assert_array_equal(out, whole[some])
+
+
+def test_grey_is_pillows_grey_and_colour_of_grey_is_repeated() -> None:
+    picture = noise(20, 20, 3)
+    image = ArrayImage(picture)
+    grey = FilePatches(image, PatchGrid(image, 20), channels=1).read([0])[0, :, :, 0]
+    np.testing.assert_array_equal(grey, np.asarray(PIL.Image.fromarray(picture).convert("L")))
+    single = ArrayImage(picture[:, :, :1])
+    colour = FilePatches(single, PatchGrid(single, 20), channels=3).read([0])[0]
+    np.testing.assert_array_equal(colour, np.repeat(picture[:, :, :1], 3, axis=2))
+    with pytest.raises(ConfigError, match=r"channels \(=2\)"):
+        FilePatches(image, PatchGrid(image, 20), channels=2)
+
+
+@pytest.mark.parametrize("array", [noise(8, 40).reshape(5, 8, 8, 3), np.arange(35.0).reshape(7, 5)])
+def test_an_array_in_memory_is_a_source(array: np.ndarray) -> None:
+    source: PatchSource = TensorPatches(array, "features", centers=np.arange(2 * len(array)).reshape(-1, 2))
+    assert (source.patch_shape, source.dtype, len(source)) == (array.shape[1:], array.dtype, len(array))
+    np.testing.assert_array_equal(source.fetch([3, 1]), array[[3, 1]])
+    np.testing.assert_array_equal(np.concatenate([pixels for _, pixels in source.chunks(2)]), array)
+    assert source.positions_1d([3, 1]).tolist() == [3, 1]
+    assert source.positions_2d([3]).tolist() == [[6.0, 7.0]]
+    with pytest.raises(ConfigError, match="needs `centers`"):
+        TensorPatches(array).positions_2d([0])
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    PIL.Image.fromarray(noise(90, 70)).save(path)
+    return path
+
+
+def test_an_opener_opens_what_it_describes(picture: Path) -> None:
+    opener = FileOpener(picture, "the picture", 20, stride=10, channels=1, view=View(turns=1), offset=(-5, -5))
+    source = opener()
+    with open_image(picture) as image:
+        grid = PatchGrid(image, 20, 10, offset=(-5, -5))
+        expected = FilePatches(image, grid, View(turns=1), 1).read(slice(None))
+    np.testing.assert_array_equal(source.read(slice(None)), expected)
+    assert source.name == "the picture"
+    source.close()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_microns_per_pixel_of_the_manifest_take_the_files_place(picture: Path, keep: bool) -> None:
+    store = ImageStore(keep)
+    with pytest.raises(ConfigError, match="microns per pixel"):
+        FileOpener(picture, "p", 20, mpp=1.0, store=store)()
+    assert FileOpener(picture, "p", 20, mpp=1.0, store=store, image_mpp=0.5)().grid.scale == 2.0
+    assert FileOpener(picture, "p", 16, mpp=1.0, store=store, image_mpp=0.25)().grid.scale == 4.0
+    with pytest.raises(ConfigError, match="microns per pixel"):
+        FileOpener(picture, "p", 20, mpp=1.0, store=store)()
+
+
+def test_an_opener_that_fails_closes_the_file(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    original = Image.close
+
+    def spy(path: str | Path) -> Image:
+        image = open_image(path)
+        monkeypatch.setattr(image, "close", lambda: (closed.append(path), original(image)))
+        return image
+
+    monkeypatch.setattr(store_module, "open_image", spy)
+    with pytest.raises(ConfigError, match=r"picture\.png: the patch"):
+        FileOpener(picture, "p", 500)()
+    assert closed == [picture]
+
+
+def test_only_patches_on_the_foreground_are_in_the_source(tmp_path: Path) -> None:
+    pixels = np.full((400, 400, 3), 255, np.uint8)
+    pixels[200:300, 100:200] = noise(100, 100)
+    path = tmp_path / "blob.png"
+    PIL.Image.fromarray(pixels).save(path)
+    store = ImageStore(keep=False)
+    source = FileOpener(path, "blob", 100, foreground="non-empty", store=store)()
+    assert [2, 1] in source.grid.cells(slice(None)).tolist()
+    assert len(source) < 16
+    path.unlink()
+    assert store.foreground(path, "non-empty").any()  # made once: the file is not needed again
+
+
+def test_a_resident_image_is_the_image_without_its_file(picture: Path) -> None:
+    store = ImageStore(keep=True)
+    with open_image(picture) as file, store.open(picture) as image:
+        assert isinstance(image, ResidentImage)
+        for of in ("path", "size", "levels", "mpp", "channels", "background"):
+            assert getattr(image, of) == getattr(file, of), of
+        boxes = [(0, 0, 90, 70), (-3, 60, 20, 20), (33, 1, 1, 69)]
+        for box in boxes:
+            np.testing.assert_array_equal(image.read(box), file.read(box))
+    picture.unlink()
+    with store.open(picture) as again:
+        assert again.read((0, 0, 90, 70)).shape == (70, 90, 3)
+    with pytest.raises(ImageError):
+        ImageStore(keep=False).open(picture)
+
+
+def test_one_rule_decides_what_stays_in_memory(picture: Path) -> None:
+    assert decoded_bytes(open_image(picture)) == 90 * 70 * 3
+    assert fits(10**9, 1.0)[0]
+    assert not fits(10**9 + 1, 1.0)[0]
+    assert not fits(0, 0.0)[0]
+    keep, sentence = fits(10**18, None)
+    assert not keep
+    assert "1000000000.0 GB decoded, over the limit" in sentence
+    assert "a quarter of" in sentence
+    assert fits(1, None)[0]
