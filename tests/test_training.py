@@ -7,6 +7,7 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -231,8 +232,8 @@ def test_the_rate_warms_up_and_falls_to_its_end() -> None:
     rates = [learning_rate(config, step, 5) for step in range(50)]
     peak = rates.index(max(rates))
     assert 0 < rates[0] < rates[peak] <= 1
-    assert all(a < b for a, b in zip(rates[:peak], rates[1 : peak + 1], strict=True))
-    assert all(a > b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(rates[: peak + 1]))
+    assert all(a > b for a, b in pairwise(rates[peak:]))
     assert learning_rate(config, 50, 5) == pytest.approx(0.01)
 
 

@@ -81,9 +81,7 @@ def save_model(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
     write_atomic(folder / "model.json", json.dumps(info, indent=2) + "\n")
 
 
-def save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
-) -> None:
+def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> None:
     """Everything that a run needs to go on as if it had not stopped."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for number, entry in optimizer.state_dict()["state"].items():

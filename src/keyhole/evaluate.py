@@ -141,9 +141,7 @@ def _metrics(task: Task, manifest: Manifest, seen: Sequence[tuple[Item, dict[str
     return evaluate_task(task, targets, probabilities, [item.group for item, _ in seen])
 
 
-def _sheet(
-    predictor: Predictor, seen: Sequence[tuple[Item, dict[str, np.ndarray]]], path: Path, split: str
-) -> None:
+def _sheet(predictor: Predictor, seen: Sequence[tuple[Item, dict[str, np.ndarray]]], path: Path, split: str) -> None:
     """Wrong predictions first: they are what one wants to look at."""
     task = predictor.tasks[0]
 
@@ -164,7 +162,9 @@ def _sheet(
 def _confusion(result: TaskMetrics) -> str:
     assert result.confusion is not None
     header = ["true \\ predicted", *result.task.classes]
-    return _csv([header, *([name, *row] for name, row in zip(result.task.classes, result.confusion.tolist(), strict=True))])
+    return _csv(
+        [header, *([name, *row] for name, row in zip(result.task.classes, result.confusion.tolist(), strict=True))]
+    )
 
 
 def _csv(rows: Sequence[Sequence[object]]) -> str:

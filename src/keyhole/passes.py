@@ -99,7 +99,9 @@ def to_tensor(pixels: NDArray[np.generic], device: torch.device, color: Tensor |
     return mixed.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-def positions(model: IPSClassifier, source: PatchSource, index: NDArray[np.int64], device: torch.device) -> Tensor | None:
+def positions(
+    model: IPSClassifier, source: PatchSource, index: NDArray[np.int64], device: torch.device
+) -> Tensor | None:
     """Positions of patches as the model's code wants them: index, or centres in pixels of the patches' resolution."""
     if model.position is None:
         return None

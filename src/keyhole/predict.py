@@ -21,7 +21,7 @@ from keyhole.config import Config
 from keyhole.config_file import build
 from keyhole.data.item import Item
 from keyhole.device import choose_device, choose_precision
-from keyhole.errors import ImageError, RunError
+from keyhole.errors import KeyholeError, RunError
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.selection import Kept as KeptTensors
 from keyhole.passes import Inference, infer, open_reader, opener
@@ -95,7 +95,9 @@ class Predictor:
             precision = choose_precision(info["precision"], chosen)
             name = str(info["name"])
         except KeyError as error:
-            raise RunError(f"{folder}/model.safetensors: its description lacks {error}; was it made by keyhole?") from error
+            raise RunError(
+                f"{folder}/model.safetensors: its description lacks {error}; was it made by keyhole?"
+            ) from error
         with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; a caller's random state is not ours
             model = build_classifier(config.model, tasks, config.patch.size, precision, pretrained=False)
         load_weights(model, weights, folder / "model.safetensors")
@@ -132,7 +134,7 @@ class Predictor:
         """
         items = [Item(str(path), Path(path).absolute(), {}) for path in paths]
 
-        def tell(item: Item, error: ImageError) -> None:
+        def tell(item: Item, error: KeyholeError) -> None:
             if left_out is not None:
                 left_out(item.name, str(error))
 
@@ -146,7 +148,7 @@ class Predictor:
         reader: Reader | None = None,
         store: ImageStore | None = None,
         on_bad_image: Literal["fail", "skip"] = "fail",
-        left_out: Callable[[Item, ImageError], None] | None = None,
+        left_out: Callable[[Item, KeyholeError], None] | None = None,
         on_chunk: Callable[[int], None] | None = None,
         description: str = "predicting",
         quiet: bool = False,

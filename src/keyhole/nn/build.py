@@ -35,7 +35,7 @@ def build_classifier(
     """
     try:
         encoder = build_encoder(model, model.pretrained if pretrained is None else pretrained)
-        dim = int(encoder.dim)  # type: ignore[arg-type]
+        dim = encoder.dim
         pool = CrossAttentionPool(
             dim,
             model.heads,
@@ -58,7 +58,7 @@ def build_classifier(
     return classifier
 
 
-def build_encoder(model: ModelConfig, pretrained: bool) -> nn.Module:
+def build_encoder(model: ModelConfig, pretrained: bool) -> SmallEncoder | TimmEncoder:
     """`small` is ours, every other name timm's."""
     if model.encoder == "small":
         return SmallEncoder(model.channels, model.width, stages=model.stages or 2)

@@ -103,7 +103,9 @@ class IPSClassifier(nn.Module):
         if self.position is None:
             return embedding
         if position is None:
-            raise ValueError("this model has a position code: give `position`, the patch index (b m) or centres (b m 2)")
+            raise ValueError(
+                "this model has a position code: give `position`, the patch index (b m) or centres (b m 2)"
+            )
         return embedding + self.position(position)
 
     def score(

@@ -3,6 +3,7 @@
 Letters: k loose patches, c channels, d width, f features.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class SmallEncoder(nn.Module):
         super().__init__()
         widths = [width * 2**stage for stage in range(stages + 1)]
         layers: list[nn.Module] = [_block(channels, width, kernel=7, stride=4)]
-        layers += [_block(a, b, kernel=3, stride=2) for a, b in zip(widths, widths[1:], strict=False)]
+        layers += [_block(a, b, kernel=3, stride=2) for a, b in pairwise(widths)]
         self.body = nn.Sequential(*layers)
         self.dim = dim or 2 * widths[-1]
         self.project = nn.Sequential(nn.Linear(2 * widths[-1], self.dim), nn.LayerNorm(self.dim))
@@ -69,6 +70,7 @@ class TimmEncoder(nn.Module):
     ) -> None:
         super().__init__()
         import timm
+        from timm.data import resolve_data_config
 
         if not timm.is_model(name):
             import difflib
@@ -78,21 +80,20 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"timm {timm.__version__} has no model {name!r}.{hint}")
         options: dict[str, Any] = {"pretrained": pretrained, "in_chans": channels}
         if stages is None:
-            self.body = timm.create_model(name, num_classes=0, **options)
-            self.dim = int(self.body.num_features)
+            body: Any = timm.create_model(name, num_classes=0, **options)
+            self.dim = int(body.num_features)
         else:
             reductions = timm.create_model(name, features_only=True).feature_info
             # timm counts a stem without stages of its own as level 0 of most networks
             offset = len(reductions) - 4 if len(reductions) > 4 else 0
             if stages + offset > len(reductions):
                 raise ValueError(f"{name} has {len(reductions) - offset} stages, not {stages}")
-            self.body = timm.create_model(
-                name, features_only=True, out_indices=(stages + offset - 1,), **options
-            )
-            self.dim = int(self.body.feature_info.channels()[-1])
+            body = timm.create_model(name, features_only=True, out_indices=(stages + offset - 1,), **options)
+            self.dim = int(body.feature_info.channels()[-1])
+        self.body: nn.Module = body
         self.cut = stages is not None
         self.normalize = normalize
-        settings = timm.data.resolve_data_config({}, model=self.body)
+        settings = resolve_data_config({}, model=body)
         mean, std = (torch.tensor(settings[key][:3]) for key in ("mean", "std"))
         if channels != 3:
             mean, std = mean.mean().expand(channels), std.mean().expand(channels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Draw:
         color: (c c+1) affine change of the channels, or None.
     """
 
-    view: View = View()
+    view: View = field(default_factory=View)
     offset: tuple[int, int] = (0, 0)
     color: Tensor | None = None
 

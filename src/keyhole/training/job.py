@@ -23,7 +23,7 @@ from keyhole.data.hashes import hash_files
 from keyhole.data.manifest import LeftOut, Manifest, read_for_tasks, read_manifest
 from keyhole.device import choose_device
 from keyhole.errors import ConfigError, OutputError, RunError
-from keyhole.files import write_atomic, writable_folder
+from keyhole.files import writable_folder, write_atomic
 from keyhole.nn import IPSClassifier
 from keyhole.passes import open_reader
 from keyhole.reading import Reader
@@ -175,7 +175,8 @@ def _create_folder(
     writable_folder(out.parent)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        write_atomic(folder / "config.yaml", dump_config(config))
+        # without `out`: as a --config it makes another run, not this one again
+        write_atomic(folder / "config.yaml", dump_config(dataclasses.replace(config, out=None)))
         manifest.write(folder / "manifest.csv", hash_files(manifest.items, config.run.threads, config.run.stall))
         manifest.write_left_out(folder / "left_out.csv")
         write_atomic(folder / "environment.json", json.dumps(environment(str(device)), indent=2) + "\n")

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def train(data: str | Path | Mapping[str, Any], out: str | Path | None = None, *
 def train_config(config: Config) -> Run:
     """Trains as a configuration says; see `train`."""
     if config.out is None:
-        name = config.data.path.stem if config.data.path is not None else "run"
+        name = config.data.path.resolve().stem if config.data.path is not None else "run"
         config = dataclasses.replace(config, out=Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     with Interrupt() as interrupt:
         return Loop(start_job(config, _say), interrupt).run()
@@ -132,14 +132,17 @@ class Loop:
         batches = [items[start : start + size] for start in range(0, len(items), size)][state.batch :]
         stride = config.patch.stride or config.patch.size
         draws = [
-            [draw(config.augment, config.train.seed, state.epoch, item.name, stride, config.model.channels) for item in each]
+            [
+                draw(config.augment, config.train.seed, state.epoch, item.name, stride, config.model.channels)
+                for item in each
+            ]
             for each in batches
         ]
         openers = [
             [job.images.opener(item, change.view, change.offset) for item, change in zip(*both, strict=True)]
             for both in zip(batches, draws, strict=True)
         ]
-        rate, waited, counted = 0.0, job.reader.waited, job.reader.read_patches
+        waited, counted = job.reader.waited, job.reader.read_patches
         with Progress(sum(map(len, batches)), f"epoch {state.epoch + 1}/{config.train.epochs}") as progress:
 
             def on_chunk(patches: int) -> None:
@@ -148,11 +151,17 @@ class Loop:
                 progress.update(patches=patches, waited=job.reader.waited - waited, device_bytes=self.device_bytes())
                 waited = job.reader.waited
 
-            stream = job.reader.stream(openers, config.select.chunk, "raise" if self.strict else "skip")
+            stream = job.reader.stream(openers, config.select.chunk, self.on_error)
             for each, changes, batch in zip(batches, draws, stream, strict=True):
                 colors = stack_colors(changes)
                 kept = select_batch(
-                    job.model, batch, config.select.m, config.select.chunk, config.select.rule, colors, on_chunk=on_chunk
+                    job.model,
+                    batch,
+                    config.select.m,
+                    config.select.chunk,
+                    config.select.rule,
+                    colors,
+                    on_chunk=on_chunk,
                 )
                 bags, _ = fetch_kept(job.model, batch, kept, colors)
                 for row, error in batch.failed.items():
@@ -170,15 +179,15 @@ class Loop:
         return {
             "epoch": state.epoch + 1,
             "step": state.step,
-            "lr": rate,
+            "lr": learning_rate(config, max(0, state.step - 1), state.steps_per_epoch),
             "train.loss": state.loss_sum / state.loss_count if state.loss_count else math.nan,
             "patches": job.reader.read_patches - counted,
             "peak_gb": round(peak_memory() / 1e9, 3),
         }
 
     @property
-    def strict(self) -> bool:
-        return self.job.config.data.on_bad_image == "fail"
+    def on_error(self) -> Literal["raise", "skip"]:
+        return "raise" if self.job.config.data.on_bad_image == "fail" else "skip"
 
     def device_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.job.device) if self.job.device.type == "cuda" else None
@@ -245,18 +254,16 @@ class Loop:
         openers = [[job.images.opener(item) for item in each] for each in batches]
         seen: list[Item] = []
         logits: dict[str, list[torch.Tensor]] = {task.name: [] for task in job.tasks}
-        check, on_error = self.interrupt.check, "raise" if self.strict else "skip"
-        for each, done in zip(
-            batches, infer(job.model, job.reader, openers, select, on_error, on_chunk=check), strict=True
-        ):
-            for row, error in done.batch.failed.items():
-                job.leave_out(each[row].name, str(error))
-            seen += [each[row] for row in done.bags.rows]
-            for task, values in done.logits.items():
-                logits[task].append(values.cpu())
+        stream = infer(job.model, job.reader, openers, select, self.on_error, on_chunk=self.interrupt.check)
+        for each, done in zip(batches, stream, strict=True):
+            for place, error in done.batch.failed.items():
+                job.leave_out(each[place].name, str(error))
+            seen += [each[place] for place in done.bags.rows]
+            for name, values in done.logits.items():
+                logits[name].append(values.cpu())
         if not seen:
             raise DataError(f"{job.run.path}: every validation image has failed; see left_out.csv")
-        joined = {task: torch.cat(values) for task, values in logits.items()}
+        joined = {name: torch.cat(values) for name, values in logits.items()}
         labels = targets(job.manifest, seen)
         row = {"val.loss": total_loss(job.tasks, joined, labels, {k: v.cpu() for k, v in self.weights.items()}).item()}
         for task in job.tasks:

@@ -1,14 +1,14 @@
 """The run folder: what is in it, how it comes to be, how it is read.
 
-    RUN/config.yaml              resolved configuration, itself a valid --config
-        manifest.csv             images, splits and labels used, with size and SHA-256 of every file
-        left_out.csv             images left out, with the reason
-        environment.json         versions, machine, command
-        metrics.csv              one row per epoch
-        best/                    model.safetensors and model.json, loadable alone
-        last.safetensors         state to resume from
-        predictions/SPLIT.csv    one row per image, by the best model
-        log.txt
+RUN/config.yaml              resolved configuration, itself a valid --config
+    manifest.csv             images, splits and labels used, with size and SHA-256 of every file
+    left_out.csv             images left out, with the reason
+    environment.json         versions, machine, command
+    metrics.csv              one row per epoch
+    best/                    model.safetensors and model.json, loadable alone
+    last.safetensors         state to resume from
+    predictions/SPLIT.csv    one row per image, by the best model
+    log.txt
 """
 
 from __future__ import annotations
@@ -35,7 +35,17 @@ from keyhole.files import write_atomic
 if TYPE_CHECKING:
     from keyhole.predict import Predictor
 
-PACKAGES = ("keyhole", "torch", "timm", "numpy", "pillow", "tifffile", "imagecodecs", "openslide-python", "openslide-bin")
+PACKAGES = (
+    "keyhole",
+    "torch",
+    "timm",
+    "numpy",
+    "pillow",
+    "tifffile",
+    "imagecodecs",
+    "openslide-python",
+    "openslide-bin",
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,9 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, float]]:
         """One mapping per finished epoch; a value that is undefined on the data is NaN."""
-        return [{name: float(value or "nan") for name, value in row.items()} for row in read_rows(self.path / "metrics.csv")]
+        return [
+            {name: float(value or "nan") for name, value in row.items()} for row in read_rows(self.path / "metrics.csv")
+        ]
 
     @property
     def best(self) -> dict[str, Any]:
@@ -111,7 +123,9 @@ def check_new(out: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"{out}: cannot be created, {parent} is not a folder that can be written. Choose another --out.")
+        raise OutputError(
+            f"{out}: cannot be created, {parent} is not a folder that can be written. Choose another --out."
+        )
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keyhole.checkpoint import load_encoder
 from keyhole.config import Config
 from keyhole.data.manifest import Item, Manifest
-from keyhole.checkpoint import load_encoder
 from keyhole.device import choose_precision
 from keyhole.errors import ConfigError, DataError, ImageError
 from keyhole.nn import IPSClassifier, build_classifier
-from keyhole.patches import FileOpener, View
 from keyhole.passes import opener
+from keyhole.patches import FileOpener, View
 from keyhole.reading import Reader
 from keyhole.store import ImageStore, decoded_bytes, fits
 from keyhole.tasks import Task
