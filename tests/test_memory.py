@@ -22,10 +22,14 @@ CHILD = """
 import json, re, sys
 from pathlib import Path
 
-import numpy as np
+import torch
 
+from keyhole.config import ModelConfig
+from keyhole.nn import build_classifier
+from keyhole.passes import fetch_kept, select_batch
 from keyhole.patches import FileOpener
 from keyhole.reading import Reader
+from keyhole.tasks import Task
 
 
 def peak() -> int:
@@ -34,19 +38,18 @@ def peak() -> int:
 
 
 def child(path: Path, patches: int, size: int, heads: int, tasks: int) -> dict[str, int]:
-    logits = np.zeros((patches, heads, tasks), np.float32)
-    seen = 0
+    # both passes of the real model over one image: what training and prediction do with it
+    kinds = [Task(f"task{t}", "binary", ("no", "yes")) for t in range(tasks)]
+    model = build_classifier(ModelConfig(width=8, heads=heads), kinds, size).eval()
     with Reader(threads=2, ahead=4) as reader:
         for batch in reader.stream([[FileOpener(path, path.name, size)]], chunk=64):
-            for chunk in batch.chunks():
-                score = chunk.pixels[: chunk.count].mean(axis=(1, 2, 3), dtype=np.float32)
-                logits[chunk.index] = score[:, None, None]
-                seen += chunk.count
-            best = np.argsort(-logits[:, 0, 0])[:16]
-            (kept,) = batch.fetch([best])
-            assert (np.diff(kept.mean(axis=(1, 2, 3))) <= 1e-3).all()
-    assert seen == patches, (seen, patches)
-    return {"peak": peak(), "logits": logits.nbytes, "pixels": reader.read_patches}
+            (kept,) = select_batch(model, batch, m=16, chunk=64)
+            bags, _ = fetch_kept(model, batch, [kept])
+            with torch.no_grad():
+                model(bags.patches, bags.position, bags.mask)
+    assert kept.logits.shape == (patches, heads, tasks), kept.logits.shape
+    assert bags.patches.shape == (1, 16, 3, size, size)
+    return {"peak": peak(), "logits": kept.logits.nbytes, "pixels": reader.read_patches}
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_streaming_is_the_published_rule_whatever_sizes_arrive(
         candidates = torch.cat([memory, torch.arange(start, min(start + chunk, n))])
         score = logits[candidates].softmax(dim=0).mean(dim=(1, 2))
         memory = candidates[score.topk(m).indices]
-    selector, start = Selector(1, m, chunk, "streaming"), 0
+    selector, start = Selector([n], m, chunk, "streaming"), 0
     while start < n:
         for size in sizes:
             part = torch.arange(start, min(start + size, n))

@@ -87,19 +87,17 @@ def assert_same(whole: Path, run: Path) -> None:
         different = [key for key in expected if not torch.equal(expected[key], found[key])]
         assert not different, f"{name}: {different[:5]}"
     timeless = {"seconds", "peak_gb", "patches"}
-    for expected_row, found_row in zip(
-        read_rows(whole / "metrics.csv"), read_rows(run / "metrics.csv"), strict=True
-    ):
+    for expected_row, found_row in zip(read_rows(whole / "metrics.csv"), read_rows(run / "metrics.csv"), strict=True):
         assert {k: v for k, v in expected_row.items() if k not in timeless} == {
             k: v for k, v in found_row.items() if k not in timeless
         }
     for split in ("train", "val"):
-        assert (whole / "predictions" / f"{split}.csv").read_text() == (run / "predictions" / f"{split}.csv").read_text()
+        assert (whole / "predictions" / f"{split}.csv").read_text() == (
+            run / "predictions" / f"{split}.csv"
+        ).read_text()
 
 
-def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(
-    data: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(data: Path, whole: Path, tmp_path: Path) -> None:
     run, rng = tmp_path / "run", random.Random(0)
     last = step(whole)
     process = keyhole("train", data, "--out", run, *FLAGS)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from keyhole.errors import ConfigError
 from keyhole.images import Box, Image
+from keyhole.pool import beat
 
 ONE_COLOR = 10
 """Grey values by which pixels of one colour may differ: the noise of JPEG, not the contrast of a faint line."""
@@ -102,6 +103,7 @@ def _reduce(
             box = Box(left * block, top * block, min(wide * block, width - left * block), 0)
             box = box._replace(height=min(high * block, height - top * block))
             pixels = image.read(box, level)
+            beat()
             edge = (0, -box.height % block), (0, -box.width % block), (0, 0)
             pixels = np.pad(pixels, edge, mode="edge")
             shape = (pixels.shape[0] // block, block, pixels.shape[1] // block, block, image.channels)

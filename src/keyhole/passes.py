@@ -89,7 +89,7 @@ def to_tensor(pixels: NDArray[np.generic], device: torch.device, color: Tensor |
         device: where the model is.
         color: (k c c+1) affine colour change of each patch, or None.
     """
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+    tensor = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(device)
     if tensor.dtype != torch.uint8:
         return tensor.float()
     tensor = tensor.permute(0, 3, 1, 2).float().div_(255)
@@ -137,7 +137,8 @@ def select_batch(
         What each image keeps; None where the image could not be read.
     """
     device = next(model.parameters()).device
-    selector = Selector(len(batch.names), m, chunk, rule, keep_logits)
+    counts = [0 if source is None else len(source) for source in batch.sources]
+    selector = Selector(counts, m, chunk, rule, keep_logits)
     with evaluating(model):
         for part in batch.chunks():
             image, index, count = part.image[: part.count], part.index[: part.count], part.count

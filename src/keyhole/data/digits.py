@@ -33,9 +33,9 @@ Pixels = NDArray[np.uint8]
 
 CLASSES = (0, 2, 4, 6, 7)
 """Digits that are hard to confuse even at 8 x 8; guessing one of five gives 0.20."""
-COPIES = (3, 5)
+COPIES = (6, 8)
 """Fewest and most copies of its digit in an image."""
-CLUTTER = (50, 80)
+CLUTTER = (10, 30)
 """Fewest and most doodles on 1536 x 1536 pixels; other sizes in proportion to the area."""
 STROKES = (6, 12)
 """Fewest and most long strokes across an image."""
@@ -46,8 +46,8 @@ SMALLEST_SIDE = 1500
 QUALITY = 90
 """JPEG: a 1536 px page is 0.3 MB and decodes in 4 ms; as PNG, its grain makes that 1.3 MB and 15 ms."""
 
-SCALE = (6.0, 7.5)
-"""Pixels of the image per pixel of an 8 x 8 source: digits are 48 to 60 px high, and strokes 8 to 10 px wide."""
+SCALE = (5.0, 6.5)
+"""Pixels of the image per pixel of an 8 x 8 source: digits are 40 to 56 px high, and strokes 6 to 9 px wide."""
 TURN = 12.0
 """Largest rotation in degrees, either way: a digit stays what it is."""
 DIGIT_INK = (3.3, 5.3)
@@ -57,6 +57,8 @@ MARGIN = 6
 
 _DOODLES = {"line": 0.3, "strokes": 0.2, "arcs": 0.3, "dots": 0.1, "blob": 0.1}
 """Kinds of doodles and how often each comes."""
+
+_PURPOSES = ("image", "labels", "doodles")
 
 _SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.75), "test": (0.75, 1.0)}
 """Part of the handwriting samples, by their index, that each split draws from."""
@@ -103,18 +105,18 @@ def make_digits(
         ConfigError: an argument out of its range.
         OutputError: `out` cannot be written, or holds a data set already.
     """
-    _check(train, val, test, side, classes, copies, clutter)
+    _check(train, val, test, side, seed, classes, copies, clutter)
     out = Path(out)
     manifest = out / "manifest.csv"
     if manifest.exists():
         raise OutputError(f"{manifest}: there is a data set already. Choose another folder or delete this one.")
     writable_folder(out / "images")
     samples = handwriting(classes)
-    doodles = {split: scribbles(np.random.default_rng([seed, place])) for place, split in enumerate(_SHARES)}
+    doodles = {split: scribbles(_random(seed, split, "doodles")) for split in _SHARES}
 
     def write(job: tuple[str, int, int]) -> tuple[str, int, NDArray[np.int64]]:
         split, number, label = job
-        rng = np.random.default_rng([seed, list(_SHARES).index(split), number])
+        rng = _random(seed, split, "image", number)
         name = f"images/{split}-{number:04d}.jpg"
         pixels, boxes = render(rng, samples[split][label], doodles[split], side, copies=copies, clutter=clutter)
         file = io.BytesIO()
@@ -124,8 +126,8 @@ def make_digits(
 
     jobs = [
         (split, number, label)
-        for place, (split, count) in enumerate({"train": train, "val": val, "test": test}.items())
-        for number, label in enumerate(_labels(np.random.default_rng([seed, place]), count, classes))
+        for split, count in {"train": train, "val": val, "test": test}.items()
+        for number, label in enumerate(_labels(_random(seed, split, "labels"), count, classes))
     ]
     # Drawing, scaling, compressing and syncing to disk leave Python's lock, so threads are enough.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -287,6 +289,11 @@ def _on_paper(rng: np.random.Generator, ink: Pixels) -> Pixels:
     return np.asarray(page) + _GRAIN[rng.integers(0, 256, (side, side), dtype=np.uint8)]
 
 
+def _random(seed: int, split: str, purpose: str, number: int = 0) -> np.random.Generator:
+    """A stream of its own for every image and purpose, whichever thread draws it and however many images there are."""
+    return np.random.default_rng([number, list(_SHARES).index(split), _PURPOSES.index(purpose), seed])
+
+
 def _between(rng: np.random.Generator, ends: tuple[int, int]) -> int:
     return int(rng.integers(ends[0], ends[1] + 1))
 
@@ -310,6 +317,7 @@ def _check(
     val: int,
     test: int,
     side: int,
+    seed: int,
     classes: Sequence[int],
     copies: tuple[int, int],
     clutter: tuple[int, int],
@@ -318,6 +326,8 @@ def _check(
         raise ConfigError(f"train, val, test: expected counts of images, not {train}, {val}, {test}.")
     if side < SMALLEST_SIDE:
         raise ConfigError(f"side: must be at least {SMALLEST_SIDE} pixels, not {side}, for digits to stay under 1 %.")
+    if seed < 0:
+        raise ConfigError(f"seed: must be 0 or more, not {seed}.")
     if len(set(classes)) != len(classes) or len(classes) < 2 or not set(classes) <= set(range(10)):
         raise ConfigError(f"classes: expected two or more different digits out of 0 ... 9, not {tuple(classes)}.")
     if not 1 <= copies[0] <= copies[1] <= 8:

@@ -143,7 +143,7 @@ class IPSClassifier(nn.Module):
         if position is None and self.position is not None and not isinstance(self.position, CenterPosition):
             position = torch.arange(n, device=patches.device).expand(b, n)
         image, index = mask.cpu().nonzero(as_tuple=True)
-        selector = Selector(b, m, chunk, rule)
+        selector = Selector(mask.sum(dim=1).tolist(), m, chunk, rule)
         with evaluating(self):
             for start in range(0, len(image), chunk):
                 i, j = image[start : start + chunk], index[start : start + chunk]

@@ -9,7 +9,7 @@ Letters: b image, n patches, m kept, i chunk, t query, h head.
 A patch's logits do not depend on the others, so neither rule ever needs an embedding twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -57,38 +57,65 @@ def best(score: Float[Tensor, " n"], m: int) -> Int[Tensor, " m"]:
     return score.argsort(descending=True, stable=True)[:m]
 
 
-class GlobalRule:
-    """Collects the logits of all patches of an image, then keeps the m best."""
+class LogitStore:
+    """Logits of an image in one block made at the start: thousands of small tensors would fragment the memory.
 
-    def __init__(self, m: int) -> None:
-        self.m = m
-        self._index: list[Tensor] = []
-        self._logits: list[Tensor] = []
+    Args:
+        n: patches that will arrive.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n, self.count = n, 0
+        self._index: Tensor | None = None
+        self._logits: Tensor | None = None
 
     def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        self._index.append(index)
-        self._logits.append(logits)
+        if self._index is None or self._logits is None:
+            self._index, self._logits = index.new_empty(self.n), logits.new_empty(self.n, *logits.shape[1:])
+        rows = slice(self.count, self.count + len(index))
+        self._index[rows], self._logits[rows] = index, logits
+        self.count += len(index)
+
+    def all(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "n h t"]]:
+        assert self._index is not None, "an image without patches reached the selection"
+        assert self._logits is not None
+        assert self.count == self.n, f"{self.count} of {self.n} patches arrived"
+        return self._index, self._logits
+
+
+class GlobalRule:
+    """Collects the logits of all n patches of an image, then keeps the m best."""
+
+    def __init__(self, m: int, n: int) -> None:
+        self.m = m
+        self._store = LogitStore(n)
+
+    def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
+        self._store.add(index, logits)
 
     def finish(self) -> Kept:
-        index, logits = torch.cat(self._index), torch.cat(self._logits)
+        index, logits = self._store.all()
         score = scores(logits)
         kept = best(score, self.m)
         return Kept(index[kept], score[kept], logits)
 
 
 class StreamingRule:
-    """The published rule: the first m, then i at a time against the m at hand, whatever sizes arrive."""
+    """The published rule: the first m, then i at a time against the m at hand, whatever sizes arrive.
 
-    def __init__(self, m: int, chunk: int, keep_logits: bool = False) -> None:
-        self.m, self.chunk, self.keep_logits = m, chunk, keep_logits
+    Needs memory for m + i patches only, unless `store` keeps the logits of all.
+    """
+
+    def __init__(self, m: int, chunk: int, store: LogitStore | None = None) -> None:
+        self.m, self.chunk = m, chunk
         self._memory: tuple[Tensor, Tensor] | None = None
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._count = 0
-        self._logits: list[Tensor] = []
+        self._store = store
 
     def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        if self.keep_logits:
-            self._logits.append(logits)
+        if self._store is not None:
+            self._store.add(index, logits)
         while len(index):
             wanted = (self.m if self._memory is None else self.chunk) - self._count
             self._waiting.append((index[:wanted], logits[:wanted]))
@@ -111,27 +138,30 @@ class StreamingRule:
         index, logits = self._memory
         score = scores(logits)
         order = best(score, self.m)
-        return Kept(index[order], score[order], torch.cat(self._logits) if self.keep_logits else None)
+        return Kept(index[order], score[order], None if self._store is None else self._store.all()[1])
 
 
 class Selector:
     """Hands packed chunks, which may hold patches of several images, to one rule per image.
 
     Args:
-        images: images in the batch.
+        counts: patches of each image.
         m: patches to keep of each.
         chunk: i of the streaming rule.
         rule: "global" or "streaming".
         keep_logits: keep the logits of all patches under "streaming" too.
     """
 
-    def __init__(self, images: int, m: int, chunk: int, rule: Rule = "global", keep_logits: bool = False) -> None:
+    def __init__(
+        self, counts: Sequence[int], m: int, chunk: int, rule: Rule = "global", keep_logits: bool = False
+    ) -> None:
         if m < 1 or chunk < 1:
             raise ValueError(f"m (={m}) and chunk (={chunk}) must be at least 1")
         if rule not in ("global", "streaming"):
             raise ValueError(f"rule (={rule!r}) must be 'global' or 'streaming'")
         self._rules: list[GlobalRule | StreamingRule] = [
-            GlobalRule(m) if rule == "global" else StreamingRule(m, chunk, keep_logits) for _ in range(images)
+            GlobalRule(m, n) if rule == "global" else StreamingRule(m, chunk, LogitStore(n) if keep_logits else None)
+            for n in counts
         ]
 
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:

@@ -1,0 +1,164 @@
+"""What the documents say is so: their code runs, their links lead somewhere, the files they name exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import write_toy
+from safetensors import safe_open
+
+from keyhole.config import Config
+from keyhole.config_check import leaves
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+LONG = '"epochs": 30'  # what a reader should type, and a test has no time for
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def code(document: str) -> list[str]:
+    """The Python blocks of a document."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(blocks: list[str], where: str) -> dict[str, Any]:
+    """Runs blocks one after the other in one namespace, as a reader would, but for one epoch."""
+    space: dict[str, Any] = {"__name__": "__main__"}
+    for number, block in enumerate(blocks, start=1):
+        exec(compile(block.replace(LONG, '"epochs": 1'), f"{where}, block {number}", "exec"), space)
+    return space
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A reader's folder: `photos` with two classes in it."""
+    monkeypatch.chdir(tmp_path)
+    write_toy(tmp_path / "photos", count=8, side=96)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_python_of_the_readme_is_the_example_in_ten_lines_and_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = code("README.md")
+    example = (ROOT / "examples" / "ten_lines.py").read_text()
+    assert [line.split() for line in block.splitlines()] == [line.split() for line in example.splitlines()[2:]]
+    assert sum(bool(line.strip()) for line in block.splitlines()) <= 10
+    run([block], "README.md")
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_python_api_runs_as_written() -> None:
+    blocks = [block for block in code("docs/python-api.md") if "from_reference" not in block]
+    assert len(blocks) >= 8
+    space = run(blocks, "docs/python-api.md")
+    assert sorted(path.name for path in Path("answers").iterdir()) == [f"{n}.png" for n in range(8)]
+    assert space["selection"].index.shape == (2, 8)
+    assert space["logits"]["kind"].shape == (2, 4)
+    assert torch.isclose(torch.as_tensor(space["prediction"].kept.attention["label"].sum()), torch.tensor(1.0))
+
+
+def test_published_weights_are_loaded_as_written(photos: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with safe_open(shared / "golden" / "images.safetensors", "pt") as file:
+        state = {key.removeprefix("weight."): file.get_tensor(key) for key in file.keys() if key.startswith("weight.")}  # noqa: SIM118
+        config = json.loads(file.metadata()["config"])
+    torch.save(state, photos / "published.pt")
+    (photos / "published.yml").write_text(yaml.safe_dump(config))
+    (block,) = [block for block in code("docs/python-api.md") if "from_reference" in block]
+    space = run(["import torch\nfrom pathlib import Path\n", block], "docs/python-api.md")
+    assert not space["model"].training
+
+
+@pytest.mark.usefixtures("photos")
+def test_adding_an_encoder_runs_as_written() -> None:
+    space = run(code("docs/adding-an-encoder.md"), "docs/adding-an-encoder.md")
+    assert space["loss"].isfinite()
+    assert space["prediction"].scores.map().shape == (3, 3)
+    assert {path.name for path in Path("runs").iterdir()} == {"atto", "own", "frozen"}
+
+
+def test_the_example_of_modules_finds_what_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "modules.py"))
+    assert example["main"](60) >= 0.9
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_every_link_leads_to_a_file(document: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    missing = [
+        link
+        for link in links
+        if "://" not in link and not (document.parent / link.partition("#")[0]).resolve().exists()
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_every_file_of_the_package_and_every_test_that_is_named_exists(document: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    named = re.findall(r"`((?:[\w.-]+/)*\w+\.py)`", text)
+    places = (ROOT, ROOT / "src" / "keyhole", ROOT / "tests", document.parent)
+    assert not [file for file in named if not any((place / file).is_file() for place in places)]
+    tests = re.findall(r"`(test_\w+)`", text)
+    written = {
+        found
+        for path in (ROOT / "tests").glob("test_*.py")
+        for found in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert not [test for test in tests if test not in written]
+
+
+def test_every_arrow_of_the_picture_is_a_file_that_the_text_explains() -> None:
+    arrows = set(re.findall(r"[\w/]+\.py", (ROOT / "docs" / "flow.svg").read_text()))
+    assert len(arrows) >= 8
+    assert not [file for file in arrows if not (ROOT / "src" / "keyhole" / file).is_file()]
+    text = (ROOT / "docs" / "how-it-works.md").read_text()
+    assert not [file for file in arrows if f"`{file}`" not in text]
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    assert runpy.run_path(str(ROOT / "docs" / "draw_flow.py"))["svg"]() == (ROOT / "docs" / "flow.svg").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_every_setting_that_is_named_exists(document: Path) -> None:
+    known = {path for path, _, _ in leaves(Config())}
+    sections = {path.partition(".")[0] for path in known if "." in path}
+    pattern = rf"(?:--|`)((?:{'|'.join(sections)})\.[a-z][a-z_-]*)\b(?![.(])"
+    used = {found.replace("-", "_").replace(".no_", ".") for found in re.findall(pattern, document.read_text())}
+    files = {f"{section}.py" for section in sections}
+    assert not used - known - files
+
+
+def test_the_help_of_train_lists_every_setting() -> None:
+    """docs/command-line.md says that every setting is a flag and that `--help` gives its reason."""
+    done = subprocess.run(
+        [sys.executable, "-m", "keyhole", "train", "--help"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert not [path for path, _, _ in leaves(Config()) if f"--{path.replace('_', '-')}" not in done.stdout]
+
+
+def test_the_command_line_page_names_every_verb() -> None:
+    from keyhole.cli.main import VERBS
+
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    assert not [verb for verb in VERBS if f"### `keyhole {verb}" not in text]
+
+
+def test_the_changelog_has_the_version_of_the_package() -> None:
+    import keyhole
+
+    assert f"## {keyhole.__version__}" in (ROOT / "CHANGELOG.md").read_text()

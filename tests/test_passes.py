@@ -1,0 +1,154 @@
+"""Law 6: both passes see the same pixels; and what streams from files is what the modules see in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from keyhole.config import AugmentConfig, Config, ModelConfig, PatchConfig
+from keyhole.nn import IPSClassifier, build_classifier
+from keyhole.passes import fetch_kept, open_reader, opener, positions, select_batch, to_tensor
+from keyhole.patches import View
+from keyhole.reading import Batch
+from keyhole.store import ImageStore
+from keyhole.tasks import Task
+from keyhole.training.augment import Draw, draw, stack_colors
+
+SIZE = 16
+TASKS = [Task("a", "binary", ("no", "yes")), Task("b", "multiclass", ("x", "y", "z"))]
+CPU = torch.device("cpu")
+LAW = settings(max_examples=15, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three images of different size, the last one grey."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    paths = []
+    for number, shape in enumerate([(70, 50, 3), (33, 90, 3), (64, 64)]):
+        paths.append(folder / f"{number}.png")
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(paths[-1])
+    return paths
+
+
+def config(stride: int = SIZE, position: str = "none") -> Config:
+    return Config(
+        patch=PatchConfig(size=SIZE, stride=stride),
+        model=ModelConfig(width=4, heads=2, position=position),  # type: ignore[arg-type]
+    )
+
+
+def model_of(config: Config, seed: int = 0) -> IPSClassifier:
+    torch.manual_seed(seed)
+    return build_classifier(config.model, TASKS, SIZE).eval()
+
+
+def only_batch(config: Config, images: list[Path], draws: list[Draw], chunk: int) -> tuple[Batch, object, object]:
+    reader = open_reader(config.run, CPU)
+    store = ImageStore(keep=False)
+    openers = [
+        opener(config, store, path, path.name, None, each.view, each.offset)
+        for path, each in zip(images, draws, strict=True)
+    ]
+    stream = reader.stream([openers], chunk)
+    return next(iter(stream)), stream, reader
+
+
+@LAW
+@given(st.integers(0, 999), st.integers(0, 9), st.integers(1, 30), st.sampled_from([8, 16, 20]))
+def test_both_passes_see_the_same_pixels(images: list[Path], seed: int, epoch: int, chunk: int, stride: int) -> None:
+    conf = config(stride)
+    changes = [draw(AugmentConfig(color=0.5), seed, epoch, path.name, stride, 3) for path in images]
+    colors = stack_colors(changes)
+    assert colors is not None
+    batch, stream, reader = only_batch(conf, images, changes, chunk)
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    for part in batch.chunks():
+        rows = torch.from_numpy(part.image[: part.count])
+        tensors = to_tensor(part.pixels[: part.count], CPU, colors[rows])
+        for image, index, tensor in zip(part.image, part.index, tensors, strict=False):
+            seen[int(image), int(index)] = tensor
+    model, rng = model_of(conf), np.random.default_rng(seed)
+    wanted = [rng.permutation(len(source))[:5] for source in batch.sources if source is not None]
+
+    class Chosen:
+        def __init__(self, index: np.ndarray) -> None:
+            self.index = torch.from_numpy(index)
+
+    bags, _ = fetch_kept(model, batch, [Chosen(index) for index in wanted], colors)  # type: ignore[misc]
+    for row, index in enumerate(wanted):
+        for place, patch in enumerate(index):
+            torch.testing.assert_close(bags.patches[row, place], seen[row, int(patch)], rtol=0, atol=1e-6)
+    assert bags.mask.sum(dim=1).tolist() == [len(index) for index in wanted]
+    del stream, reader
+
+
+@LAW
+@given(
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.sampled_from(["global", "streaming"]),
+    st.sampled_from(["none", "1d", "2d"]),
+)
+def test_streaming_from_files_selects_what_the_modules_select_in_memory(
+    images: list[Path], chunk: int, m: int, rule: str, position: str
+) -> None:
+    conf = config(position=position)
+    model = model_of(conf)
+    batch, stream, reader = only_batch(conf, images, [Draw()] * 3, chunk)
+    kept = select_batch(model, batch, m, chunk, rule, keep_logits=True)  # type: ignore[arg-type]
+    for source, found in zip(batch.sources, kept, strict=True):
+        assert source is not None
+        assert found is not None
+        every = np.arange(len(source))
+        patches = to_tensor(source.read(every), CPU)[None]
+        where = positions(model, source, every, CPU)
+        expected = model.select(patches, m, chunk, rule, None if where is None else where[None])  # type: ignore[arg-type]
+        assert set(found.index.tolist()) == set(expected.index[0].tolist())
+        torch.testing.assert_close(found.score, expected.score[0], atol=1e-5, rtol=1e-4)
+    del stream, reader
+
+
+def test_colour_reaches_patches_as_one_affine_map() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), dtype=np.uint8)
+    torch.testing.assert_close(to_tensor(pixels, CPU), torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+    identity = torch.cat([torch.eye(3), torch.zeros(3, 1)], dim=1).expand(4, 3, 4)
+    torch.testing.assert_close(to_tensor(pixels, CPU, identity), to_tensor(pixels, CPU))
+    features = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
+    assert torch.equal(to_tensor(features, CPU), torch.from_numpy(features))
+
+
+def test_an_image_that_fails_between_the_passes_is_left_out_alone(images: list[Path], tmp_path: Path) -> None:
+    conf, broken = config(position="1d"), tmp_path / "broken.png"
+    broken.write_bytes(images[0].read_bytes()[:-3000])
+    reader, store = open_reader(conf.run, CPU), ImageStore(keep=False)
+    openers = [opener(conf, store, path, path.name) for path in (images[0], broken, images[1])]
+    model = model_of(conf)
+    for batch in reader.stream([openers], 8, "skip"):
+        kept = select_batch(model, batch, 4, 8)
+        bags, pixels = fetch_kept(model, batch, kept)
+        assert list(batch.failed) == [1]
+        assert "broken.png" in str(batch.failed[1])
+        assert bags.rows == [0, 2]
+        assert pixels[1] is None
+        assert bags.patches.shape[:2] == (2, 4)
+    reader.close()
+
+
+def test_positions_are_those_of_the_turned_image(images: list[Path]) -> None:
+    """A patch that a flip moves to the right has the position of the place it moves to."""
+    conf = config(position="2d")
+    model = model_of(conf)
+    batch, stream, reader = only_batch(conf, [images[2]], [Draw(view=View(flip_x=True))], 8)
+    source = batch.sources[0]
+    assert source is not None
+    where = positions(model, source, np.arange(len(source)), CPU)
+    assert where is not None
+    assert where[0].tolist() == [64 - SIZE / 2, SIZE / 2]
+    del stream, reader
