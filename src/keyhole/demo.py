@@ -43,7 +43,7 @@ def demo(out: str | Path = "demo", seed: int = 0) -> Evaluation:
         raise OutputError(f"{out}: is there already. Remove it, or choose another folder with --out.")
     start = time.monotonic()
     print(f"writing images of digits hidden among strokes to {out / 'images'}", flush=True)
-    make_digits(out / "images", seed=seed)
+    make_digits(out / "images", train=240, val=40, seed=seed)
     print(f"training (the same as: keyhole train {out / 'images' / 'manifest.csv'} --recipe demo)", flush=True)
     run = train_config(demo_config(out, seed))
     found = evaluate(run.path)

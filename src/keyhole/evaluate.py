@@ -16,7 +16,7 @@ import numpy as np
 import keyhole
 from keyhole.config import Config
 from keyhole.data.item import Item
-from keyhole.data.manifest import Manifest, read_for_tasks
+from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
 from keyhole.errors import DataError, KeyholeError, RunError
 from keyhole.files import writable_folder, write_atomic
 from keyhole.metrics import TaskMetrics, evaluate_task, evaluation_json, format_lines
@@ -80,14 +80,11 @@ def evaluate(
     """
     run = Path(run)
     predictor = Predictor.open(run, device)
-    manifest = _manifest(run, data, predictor.tasks, on_bad_image, root)
-    items = manifest.split(split)
-    if not items:
-        counts = {name: len(manifest.split(name)) for name in ("train", "val", "test") if manifest.split(name)}
-        raise DataError(f"{data or run}: no image in the split {split!r}; there are {counts}. Choose another --split.")
+    manifest = _manifest(run, data, predictor.tasks, split, on_bad_image, root)
+    items = manifest.items
     default = run / "evaluation" / (split if data is None else Path(data).stem)
     folder = writable_folder(default if out is None else out)
-    left_out = {left.name: left.reason for left in manifest.left_out} if data is not None else {}
+    left_out = {left.name: left.reason for left in manifest.left_out}
     seen: list[tuple[Item, dict[str, np.ndarray]]] = []
 
     def predictions() -> Iterator[Prediction]:
@@ -99,19 +96,20 @@ def evaluate(
         ):
             seen.append((item, {name: np.array(list(of.values())) for name, of in prediction.probability.items()}))
             yield prediction
+        if not seen:
+            first = next(iter(left_out.values()))
+            raise DataError(f"{data or run}: none of the {len(items)} {split} images can be used; the first: {first}")
 
     truth = {str(item.image): item.labels for item in items}
     write_table(predictions(), folder / "predictions.csv", lambda prediction: truth[str(prediction.image)])
     if data is None:
         writable_folder(run / "predictions")
         write_atomic(run / "predictions" / f"{split}.csv", (folder / "predictions.csv").read_bytes())
-    if not seen:
-        raise DataError(f"{data or run}: none of the {len(items)} images of the split {split!r} can be read")
     metrics = tuple(_metrics(task, manifest, seen) for task in predictor.tasks)
     about = {"keyhole": keyhole.__version__, "model": predictor.name, "data": str(data or run), "split": split}
     found = evaluation_json(metrics, **about, left_out=left_out)
     write_atomic(folder / "metrics.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
-    write_atomic(folder / "left_out.csv", _csv([["name", "reason"], *map(list, left_out.items())]))
+    write_left_out(folder / "left_out.csv", left_out.items())
     for result in metrics:
         if result.confusion is not None and result.task.kind != "multilabel":
             write_atomic(folder / f"confusion_{result.task.name}.csv", _confusion(result))
@@ -123,6 +121,7 @@ def _manifest(
     run: Path,
     data: str | Path | None,
     tasks: Sequence[Task],
+    split: str,
     on_bad_image: Literal["fail", "skip"],
     root: str | Path | None,
 ) -> Manifest:
@@ -132,7 +131,7 @@ def _manifest(
     config = dataclasses.replace(
         Config().data, path=path, root=None if root is None else Path(root), on_bad_image=on_bad_image
     )
-    return read_for_tasks(config, tasks)
+    return read_for_tasks(config, tasks, split)
 
 
 def _metrics(task: Task, manifest: Manifest, seen: Sequence[tuple[Item, dict[str, np.ndarray]]]) -> TaskMetrics:

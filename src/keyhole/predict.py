@@ -21,7 +21,7 @@ from keyhole.config import Config
 from keyhole.config_file import build
 from keyhole.data.item import Item
 from keyhole.device import choose_device, choose_precision
-from keyhole.errors import KeyholeError, RunError
+from keyhole.errors import ConfigError, KeyholeError, RunError
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.selection import Kept as KeptTensors
 from keyhole.passes import Inference, infer, open_reader, opener
@@ -94,9 +94,10 @@ class Predictor:
             config = build(Config(), {name: info[name] for name in SECTIONS} | {"train": {"batch": info["batch"]}})
             precision = choose_precision(info["precision"], chosen)
             name = str(info["name"])
-        except KeyError as error:
+        except (KeyError, TypeError, ConfigError, RunError) as error:
             raise RunError(
-                f"{folder}/model.safetensors: its description lacks {error}; was it made by keyhole?"
+                f"{folder}/model.safetensors: its description does not fit keyhole {keyhole.__version__} ({error}). "
+                "Was it made by another version?"
             ) from error
         with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; a caller's random state is not ours
             model = build_classifier(config.model, tasks, config.patch.size, precision, pretrained=False)
@@ -112,6 +113,7 @@ class Predictor:
 
         Raises:
             ImageError: the file cannot be read.
+            ConfigError: it is smaller than a patch, or has not the resolution that the model needs.
         """
         item = Item(str(path), Path(path).absolute(), {}, mpp=mpp)
         return next(prediction for _, prediction in self.predict_items([item], quiet=True))
@@ -130,7 +132,7 @@ class Predictor:
             left_out: told the name and the reason of each image skipped.
 
         Raises:
-            ImageError: a file cannot be read and `on_bad_image` is "fail".
+            ImageError, ConfigError: as `predict`, where `on_bad_image` is "fail".
         """
         items = [Item(str(path), Path(path).absolute(), {}) for path in paths]
 

@@ -43,7 +43,7 @@ class ConfigOptions(Config):
 def parse(kind: type[Options], argv: Sequence[str], prog: str, default: Options | None = None) -> Options:
     """`argv` as a `kind`, over `default` where given. Raises ConfigError with one line; `--help` ends the process."""
     if not {"-h", "--help"}.intersection(argv[: argv.index("--") if "--" in argv else None]):
-        _check(kind, argv, prog)
+        argv = _checked(kind, argv, prog)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -127,12 +127,17 @@ class _Option:
     required: bool = False
 
 
-def _check(kind: type, argv: Sequence[str], prog: str) -> None:
-    """Raises ConfigError for the first word that `kind` has no place for."""
+def _checked(kind: type, argv: Sequence[str], prog: str) -> list[str]:
+    """The words of `argv` with the positional ones together, since argparse takes them from one place only.
+
+    Raises:
+        ConfigError: the first word that `kind` has no place for.
+    """
     named = dict(_options(kind, ""))
     positional = {name: option for name, option in named.items() if not name.startswith("--")}
     words = list(argv)
     loose: list[str] = []
+    flags: list[str] = []
     while words:
         word = words.pop(0)
         if word == "--":
@@ -144,12 +149,13 @@ def _check(kind: type, argv: Sequence[str], prog: str) -> None:
         written, given, value = word.partition("=")
         option = named.get(written.replace("_", "-"))
         if option is None:
-            flags = [name for name in named if name.startswith("--")]
-            hint = _nearest_flag(written, flags) or f"; `{prog} --help` lists all"
+            known = [name for name in named if name.startswith("--")]
+            hint = _nearest_flag(written, known) or f"; `{prog} --help` lists all"
             raise ConfigError(f"unknown option `{written}`{hint}")
         if option.switch:
             if given:
                 raise ConfigError(f"{written}: takes no value, got {value!r}")
+            flags.append(word)
             continue
         values = [value] if given else []
         while not given and words and not _is_flag(words[0]) and words[0] != "--" and (option.many or not values):
@@ -158,11 +164,13 @@ def _check(kind: type, argv: Sequence[str], prog: str) -> None:
             raise ConfigError(f"{written}: a value is missing, expected {describe(option.kind)}")
         for text in values:
             check_text(option.kind, text, written)
+        flags += [word] if given else [word, *values]
     required = [name for name, option in positional.items() if option.required]
     if len(loose) < len(required):
         raise ConfigError(f"{required[len(loose)]} is missing: {prog} {' '.join(positional)}; see {prog} --help")
     if len(loose) > len(positional) and not any(option.many for option in positional.values()):
         raise ConfigError(f"unexpected argument `{loose[len(positional)]}`; see {prog} --help")
+    return [*flags, "--", *loose] if any(word.startswith("-") for word in loose) else [*loose, *flags]
 
 
 def _nearest_flag(written: str, flags: list[str]) -> str:

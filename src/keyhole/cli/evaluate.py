@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from keyhole.cli.arguments import check_device, parse, print_options
+from keyhole.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,18 @@ def run(argv: list[str]) -> int:
 
     from keyhole.evaluate import evaluate
 
-    evaluation = evaluate(
-        options.run,
-        data=options.data,
-        root=options.root,
-        split=options.split,
-        out=options.out,
-        device=options.device,
-        on_bad_image=options.on_bad_image,
-    )
+    try:
+        evaluation = evaluate(
+            options.run,
+            data=options.data,
+            root=options.root,
+            split=options.split,
+            out=options.out,
+            device=options.device,
+            on_bad_image=options.on_bad_image,
+        )
+    except DataError as error:  # which names the options of `keyhole train`
+        message = str(error).replace("--data.path PATH", "--data PATH").replace("--data.", "--")
+        raise DataError(message) from error
     print("\n".join(evaluation.lines()))
     return 0

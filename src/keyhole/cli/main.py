@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 `check` or `doctor` found something wrong, 2 a mistake in 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -33,6 +34,9 @@ USAGE_ERROR, INTERNAL_ERROR = 2, 70
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; `argv` defaults to the process's own arguments."""
     debug, arguments = _without_debug(list(sys.argv[1:] if argv is None else argv))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name need not be valid text
     try:
         try:
             code = _dispatch(arguments)
@@ -110,8 +114,10 @@ def _explain(error: Exception) -> int:
             _drop_output()
         place = f"{error.filename}: " if error.filename else ""
         return _say(f"{place}{error.strerror or error}", USAGE_ERROR)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        advice = "lower --select.chunk, --select.m, --train.batch or --patch.size"
+    # torch has a class of its own for it on a GPU, and on the CPU only words
+    out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if out or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        advice = "lower --select.chunk, --select.m, --train.batch, --patch.size or --model.width"
         return _say(f"out of memory ({error}): {advice}" if str(error) else f"out of memory: {advice}", USAGE_ERROR)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return _say(f"{what} (--debug shows the traceback)", INTERNAL_ERROR, kind="internal error: ")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import hashlib
-import io
 import os
 import sys
 from collections import Counter
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from keyhole.cli.arguments import check_device, parse, print_options
-from keyhole.errors import ConfigError
+from keyhole.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from keyhole.prediction import Prediction
@@ -55,31 +54,35 @@ def run(argv: list[str]) -> int:
         raise ConfigError("--out is missing: keyhole predict RUN IMAGES... --out DIR, a folder for the results")
 
     from keyhole.data.manifest import expand_images
-    from keyhole.files import writable_folder, write_atomic
 
-    images, others = expand_images(options.images)
+    images, others = expand_images(options.images, options.on_bad_image)
     skipped = {other.name: other.reason for other in others}
-    out = writable_folder(options.out)
 
+    from keyhole.data.manifest import write_left_out
+    from keyhole.files import writable_folder
     from keyhole.predict import load
     from keyhole.prediction import write_prediction, write_table
 
     predictor = load(options.run, device=options.device)
+    out = writable_folder(options.out)
     folders = _folder_names(images)
 
     def predictions() -> Iterator[Prediction]:
         """Written and shown as they come; none is held, since each has the score of every patch."""
+        done = 0
         for prediction in predictor.predict_many(images, options.on_bad_image, skipped.__setitem__):
             write_prediction(prediction, out / folders[prediction.image])
-            print(_line(prediction), flush=True)
+            with contextlib.suppress(OSError):  # whoever read the lines may have gone; the files are still wanted
+                print(_line(prediction), flush=True)
+            done += 1
             yield prediction
+        write_left_out(out / "left_out.csv", skipped.items())
+        for name, reason in skipped.items():
+            print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+        if not done:
+            raise DataError(f"none of the {len(images)} images can be predicted; see {out / 'left_out.csv'}")
 
     write_table(predictions(), out / "predictions.csv")
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([("name", "reason"), *skipped.items()])
-    write_atomic(out / "left_out.csv", text.getvalue())
-    for name, reason in skipped.items():
-        print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
     print(f"predicted: {len(images) + len(others) - len(skipped)}, left out: {len(skipped)}; in {out}")
     return 0
 

@@ -33,21 +33,22 @@ Pixels = NDArray[np.uint8]
 
 CLASSES = (0, 2, 4, 6, 7)
 """Digits that are hard to confuse even at 8 x 8; guessing one of five gives 0.20."""
-COPIES = (6, 8)
+COPIES = (9, 11)
 """Fewest and most copies of its digit in an image."""
-CLUTTER = (10, 30)
+MOST_COPIES = 11
+CLUTTER = (10, 18)
 """Fewest and most doodles on 1536 x 1536 pixels; other sizes in proportion to the area."""
-STROKES = (6, 12)
+STROKES = (3, 6)
 """Fewest and most long strokes across an image."""
 LARGEST_SHARE = 0.01
 """The digits of an image, by their boxes, cover less than this share of it."""
 SMALLEST_SIDE = 1500
-"""Below this, eight digits would not stay under the share."""
+"""Below this, so many digits would not stay under the share."""
 QUALITY = 90
 """JPEG: a 1536 px page is 0.3 MB and decodes in 4 ms; as PNG, its grain makes that 1.3 MB and 15 ms."""
 
-SCALE = (5.0, 6.5)
-"""Pixels of the image per pixel of an 8 x 8 source: digits are 40 to 56 px high, and strokes 6 to 9 px wide."""
+SCALE = (4.6, 5.4)
+"""Pixels of the image per pixel of an 8 x 8 source: digits are 37 to 43 px high, and strokes 5 to 8 px wide."""
 TURN = 12.0
 """Largest rotation in degrees, either way: a digit stays what it is."""
 DIGIT_INK = (3.3, 5.3)
@@ -285,7 +286,7 @@ def _on_paper(rng: np.random.Generator, ink: Pixels) -> Pixels:
     across, down = (np.interp(np.linspace(0, 5, side), range(6), rng.uniform(104, 116, 6)) for _ in range(2))
     page = Image.fromarray(np.add.outer(down.astype(np.uint8), across.astype(np.uint8)))
     page.paste(int(rng.integers(40, 80)), mask=Image.fromarray(ink))
-    # The page lies in 40 ... 232 and the grain in -12 ... 12, so that adding them as bytes never wraps around.
+    # The page lies in 40 ... 232 and the grain in -3 ... 3, so that adding them as bytes never wraps around.
     return np.asarray(page) + _GRAIN[rng.integers(0, 256, (side, side), dtype=np.uint8)]
 
 
@@ -330,8 +331,8 @@ def _check(
         raise ConfigError(f"seed: must be 0 or more, not {seed}.")
     if len(set(classes)) != len(classes) or len(classes) < 2 or not set(classes) <= set(range(10)):
         raise ConfigError(f"classes: expected two or more different digits out of 0 ... 9, not {tuple(classes)}.")
-    if not 1 <= copies[0] <= copies[1] <= 8:
-        raise ConfigError(f"copies: expected fewest and most within 1 ... 8, not {copies}; more could exceed 1 %.")
+    if not 1 <= copies[0] <= copies[1] <= MOST_COPIES:
+        raise ConfigError(f"copies: expected fewest and most within 1 ... {MOST_COPIES}, not {copies}; more could exceed 1 %.")
     if not 0 <= clutter[0] <= clutter[1]:
         raise ConfigError(f"clutter: expected fewest and most, 0 or more, not {clutter}.")
 
@@ -340,5 +341,5 @@ _STEP = np.clip((np.arange(256) / 255 - 0.25) / 0.4, 0, 1)
 _EDGE = np.round(255 * _STEP**2 * (3 - 2 * _STEP)).astype(np.uint8)
 """Ink from smoothed coverage: a soft step, so that an enlarged digit has a pen's edges and not a blur."""
 
-_GRAIN = np.clip(np.round(np.random.default_rng(0).normal(0, 3, 256)), -12, 12).astype(np.int8).view(np.uint8)
-"""Grain of the paper by a random byte: normal, standard deviation 3, as bytes modulo 256."""
+_GRAIN = np.clip(np.round(np.random.default_rng(0).normal(0, 1, 256)), -3, 3).astype(np.int8).view(np.uint8)
+"""Grain of the paper by a random byte: normal, standard deviation 1, as bytes modulo 256."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from keyhole.config import DataConfig
 from keyhole.data.hashes import FileHash
-from keyhole.data.item import Item, LeftOut, Row, Table, listed, nearest
+from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table, listed, nearest
 from keyhole.data.read_csv import read_csv
 from keyhole.data.read_folder import expand_images, read_folder
 from keyhole.data.settle import check_training, settle_splits
@@ -25,7 +26,7 @@ from keyhole.errors import ConfigError, DataError
 from keyhole.files import write_atomic
 from keyhole.tasks import Task, fit_regression, infer_task
 
-__all__ = ["Item", "LeftOut", "Manifest", "expand_images", "read_for_tasks", "read_manifest"]
+__all__ = ["Item", "LeftOut", "Manifest", "expand_images", "read_for_tasks", "read_manifest", "write_left_out"]
 
 MISSING_FILE = "no such file"
 
@@ -58,12 +59,16 @@ class Manifest:
         """Without the items named, which move to `left_out` with the reason given.
 
         Raises:
-            DataError: the training split thereby loses a class.
+            DataError: the training split thereby loses all its images, or a class.
         """
         left_out = tuple(LeftOut(item.name, reasons[item.name]) for item in self.items if item.name in reasons)
         items = tuple(item for item in self.items if item.name not in reasons)
-        if self.split("train"):
-            check_training("without the images left out", items, self.tasks)
+        train = self.split("train")
+        if train and all(item.name in reasons for item in train):
+            first = reasons[train[0].name]
+            raise DataError(f"none of the {len(train)} training images can be used; the first: {first}")
+        if train:
+            check_training(f"without the {len(left_out)} images left out", items, self.tasks)
         return replace(self, items=items, left_out=self.left_out + left_out)
 
     def write(self, path: str | Path, hashes: Mapping[str, FileHash] | None = None) -> Path:
@@ -95,7 +100,17 @@ class Manifest:
 
     def write_left_out(self, path: str | Path) -> Path:
         """Writes a CSV of what is not used: name, reason."""
-        return write_atomic(path, _csv([["name", "reason"], *([left.name, left.reason] for left in self.left_out)]))
+        return write_left_out(path, ((left.name, left.reason) for left in self.left_out))
+
+
+def write_left_out(path: str | Path, left_out: Iterable[tuple[str, str]]) -> Path:
+    """Writes a CSV of what is not used, from (name, reason).
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    # A file name need not be valid text; what cannot be encoded is written as an escape.
+    return write_atomic(path, _csv([["name", "reason"], *left_out]).encode("utf-8", "backslashreplace"))
 
 
 def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
@@ -117,13 +132,18 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
     return Manifest(tuple(items), tuple(tasks), tuple(left_out), (*table.notes, *notes))
 
 
-def read_for_tasks(data: DataConfig, tasks: Sequence[Task]) -> Manifest:
+def read_for_tasks(data: DataConfig, tasks: Sequence[Task], split: str | None = None) -> Manifest:
     """Reads labelled images for the tasks of a model that is already trained, to evaluate it on them.
 
     Every image without a split is in `test`; a task without a column has no labels.
 
+    Args:
+        data: where they are.
+        tasks: of the model.
+        split: read only this one, so that nothing is asked of the files of the others.
+
     Raises:
-        DataError: no column for any of the tasks, or a label that the model does not know.
+        DataError: no column for any of the tasks, a label that the model does not know, or no image in the split.
     """
     table, path = _read(data)
     names = [task.name for task in tasks]
@@ -133,6 +153,8 @@ def read_for_tasks(data: DataConfig, tasks: Sequence[Task]) -> Manifest:
             f"{path}: the model predicts {listed(names)}, but the columns with labels are "
             f"{listed(table.columns, 8) or 'none'}. Use data of the same tasks, or rename the column."
         )
+    if split is not None:
+        table = _only(path, table, split)
     rows, left_out = _usable(path, table, there, data)
     for row in rows:
         for task in tasks:
@@ -143,6 +165,16 @@ def read_for_tasks(data: DataConfig, tasks: Sequence[Task]) -> Manifest:
     items = [replace(row.item, split=row.item.split or "test") for row in rows]
     notes = [f"{path}: no column {name}, which the model predicts too" for name in names if name not in there]
     return Manifest(tuple(items), tuple(tasks), tuple(left_out), (*table.notes, *notes))
+
+
+def _only(path: Path, table: Table, split: str) -> Table:
+    """The rows of one split; those without a split are in `test`."""
+    rows = [row for row in table.rows if (row.item.split or "test") == split]
+    if not rows:
+        counts = Counter(row.item.split or "test" for row in table.rows)
+        there = ", ".join(f"{counts[name]} in {name}" for name in SPLITS if counts[name])
+        raise DataError(f"{path}: no image in the split {split!r}; there are {there}. Choose another --split.")
+    return replace(table, rows=rows)
 
 
 def _read(data: DataConfig) -> tuple[Table, Path]:
@@ -202,8 +234,9 @@ def _usable(path: Path, table: Table, names: Sequence[str], data: DataConfig) ->
             rows.append(row)
     if missing and (not rows or data.on_bad_image == "fail"):
         count = f"{len(missing)} of {len(first)} image files" if rows else f"all {len(missing)} image files"
+        names = [f"{item.image}{_unlike_missing(item.image)}" for item in missing]
         raise DataError(
-            f"{path}: {count} are not there: {listed(str(item.image) for item in missing)}. "
+            f"{path}: {count} are not there: {listed(names)}. "
             "Relative paths start from the CSV's folder or --data.root; `keyhole check` lists all, "
             "--data.on-bad-image skip leaves them out."
         )
@@ -218,6 +251,11 @@ def _why_unusable(image: Path) -> str:
     if image.is_symlink() and not image.exists():
         return f"{MISSING_FILE}: a link that leads nowhere"
     return "not a regular file"
+
+
+def _unlike_missing(image: Path) -> str:
+    reason = _why_unusable(image)
+    return "" if reason == MISSING_FILE else f" ({reason})"
 
 
 def _check_same(path: Path, first: Row, again: Row) -> None:
@@ -262,7 +300,7 @@ def _fitted(path: Path, items: Sequence[Item], task: Task) -> Task:
         raise DataError(f"{path}: {error}") from error
 
 
-def _csv(rows: Sequence[Sequence[str]]) -> str:
+def _csv(rows: Iterable[Sequence[str]]) -> str:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from keyhole.data.item import IMAGE_SUFFIXES, SPLITS, Item, LeftOut, Row, Table, absolute
 from keyhole.errors import DataError
@@ -54,11 +55,17 @@ def read_folder(path: Path) -> Table:
     return table
 
 
-def expand_images(paths: Sequence[str | Path]) -> tuple[list[Path], list[LeftOut]]:
+def expand_images(
+    paths: Sequence[str | Path], missing: Literal["fail", "skip"] = "fail"
+) -> tuple[list[Path], list[LeftOut]]:
     """Files as given, folders replaced by the images below them in order of name; each file once.
 
+    Args:
+        paths: files and folders.
+        missing: what a path that does not exist does: raise, or be left out.
+
     Returns:
-        absolute paths, and the files of the folders that are not images.
+        absolute paths, and what is not used: files of the folders that are not images, folders without any.
 
     Raises:
         DataError: a path that does not exist, a folder that cannot be listed, or no image at all.
@@ -70,8 +77,12 @@ def expand_images(paths: Sequence[str | Path]) -> tuple[list[Path], list[LeftOut
             files, others = list_images(path)
             found.update(dict.fromkeys(files))
             left_out += [LeftOut(str(path / other.name), other.reason) for other in others]
-        elif path.exists():
+            if not files:
+                left_out.append(LeftOut(str(path), "a folder without images"))
+        elif os.path.exists(path):  # noqa: PTH110 - Path.exists raises on a name too long for the system
             found[path] = None
+        elif missing == "skip":
+            left_out.append(LeftOut(str(path), "no such file or folder"))
         else:
             raise DataError(f"{path}: no such file or folder. Give image files or folders of them.")
     if not found:

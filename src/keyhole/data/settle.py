@@ -93,7 +93,10 @@ def check_training(where: str, items: Sequence[Item], tasks: Sequence[Task]) -> 
         lacking = [name for name in task.classes if name not in seen]
         if lacking:
             has = f"only {listed(map(repr, seen))}" if len(seen) == 1 else f"no {listed(map(repr, lacking))}"
+            others = {label for item in items if item.split != "train" for label in classes_of(task, item)}
+            elsewhere = [repr(name) for name in lacking if name in others]
             raise DataError(
-                f"{where}: {task.name}: the training split has {has}, other splits have {listed(map(repr, lacking))}. "
+                f"{where}: {task.name}: the training split has {has}"
+                f"{f', other splits have {listed(elsewhere)}' if elsewhere else ''}. "
                 "Give training an image of each class, or leave those rows out."
             )

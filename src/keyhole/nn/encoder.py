@@ -17,28 +17,28 @@ class SmallEncoder(nn.Module):
 
     The first convolution steps by 4, since most of the cost of a small network lies in its first
     full-resolution maps. Mean and maximum over the last map are joined: a small mark in a large patch
-    survives the maximum where the mean would dilute it.
+    survives the maximum where the mean would dilute it. The batch norm at the end spreads the embeddings of
+    different patches apart, so that attention has something to tell them by from the first step on; with a layer
+    norm in its place, a run from random weights stays at chance for far longer.
 
     Args:
         channels: c of the patches.
         width: channels of the first stage; each later one has twice as many.
         stages: convolutions after the first, each halving the map.
-        dim: d of the embedding; default the last stage's channels times 2.
     """
 
-    def __init__(self, channels: int = 3, width: int = 32, stages: int = 2, dim: int | None = None) -> None:
+    def __init__(self, channels: int = 3, width: int = 32, stages: int = 2) -> None:
         super().__init__()
         widths = [width * 2**stage for stage in range(stages + 1)]
         layers: list[nn.Module] = [_block(channels, width, kernel=7, stride=4)]
         layers += [_block(a, b, kernel=3, stride=2) for a, b in pairwise(widths)]
         self.body = nn.Sequential(*layers)
-        self.dim = dim or 2 * widths[-1]
-        self.project = nn.Sequential(nn.Linear(2 * widths[-1], self.dim), nn.LayerNorm(self.dim))
+        self.dim = 2 * widths[-1]
+        self.norm = nn.BatchNorm1d(self.dim)
 
     def forward(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
         features = self.body((patches - 0.5) * 2)
-        pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
-        return self.project(pooled)
+        return self.norm(torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1))
 
 
 def _block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:

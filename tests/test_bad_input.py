@@ -1,0 +1,582 @@
+"""Bad input on the real command line: one clear line and exit code 2, or left out and listed; no traceback, no hang."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import settings
+from PIL import Image
+from safetensors.torch import save_file
+
+from keyhole.checkpoint import read_tensors, write_tensors
+from keyhole.cli.main import main
+
+SETTINGS = settings(train={"epochs": 1})
+FLAGS = [
+    f"--{section}.{key.replace('_', '-')}={value}"
+    for section, values in SETTINGS.items()
+    for key, value in values.items()
+]
+
+
+class Said(NamedTuple):
+    """What a command line ended with."""
+
+    code: int
+    out: str
+    err: str
+
+    def refusal(self) -> str:
+        """The one line that says what is wrong; progress may stand before it."""
+        assert self.code == 2, self.err
+        assert "Traceback" not in self.err
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        assert sum(line.startswith("keyhole: ") for line in lines) == 1
+        assert lines[-1].startswith("keyhole: error: ")
+        return lines[-1]
+
+
+Say = Callable[..., Said]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Say]:
+    """Runs a command line in an empty folder; one that hangs fails."""
+    monkeypatch.chdir(tmp_path)
+
+    def too_long(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    def run(*words: str | Path) -> Said:
+        signal.alarm(60)
+        code = main([str(word) for word in words])
+        signal.alarm(0)
+        said = capsys.readouterr()
+        return Said(code, said.out, said.err)
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    yield run
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# Images
+
+FAULTS = {
+    "empty.png": r"empty \(0 bytes\)",
+    "truncated.png": r"damaged.*Copy the file again",
+    "text.png": r"holds text .* named \.png",
+    "document.tif": r"a PDF document, although it is named \.tif",
+    "flipped.png": "checksum",
+    "missing.png": "not there|no such file",
+    "folder.png": "not a regular file|no images there",
+    "pipe.png": "not a regular file",
+    "small.png": r"the patch \(16 x 16 px\) is larger than the image \(8 x 8 px\)",
+    "white.png": "no patches: the foreground mask leaves none of 16",
+    "huge.png": r"900,000,000 pixels, over the limit .*vips tiffsave huge\.png huge\.tif --tile --pyramid",
+}
+FOUND_LATER = ("truncated.png", "flipped.png")
+"""Their headers are whole, so that only decoding shows what is wrong."""
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG of some bytes that declares any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def faulty(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file for each of FAULTS."""
+    folder = tmp_path_factory.mktemp("faulty")
+    good = (toy / "red" / "0.png").read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 16
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "truncated.png").write_bytes(good[:-2000])
+    (folder / "text.png").write_text("a list of images, not an image\n")
+    (folder / "document.tif").write_bytes(b"%PDF-1.7\n" + good)
+    (folder / "flipped.png").write_bytes(flipped)
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    Image.new("RGB", (8, 8)).save(folder / "small.png")
+    Image.new("RGB", (64, 64), "white").save(folder / "white.png")
+    (folder / "huge.png").write_bytes(huge_png(30_000, 30_000))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of the toy run, as if it had been trained with `--patch.foreground non-empty`."""
+    folder = tmp_path_factory.mktemp("model")
+    weights, info = read_tensors(toy_run / "best" / "model.safetensors")
+    info["patch"]["foreground"] = "non-empty"
+    write_tensors(folder / "model.safetensors", weights, info)
+    return folder
+
+
+def labelled(toy: Path, path: Path, *more: Path, split: str = "train") -> Path:
+    """A CSV of six good images, four of them in `split`, and the images `more` in `split` too."""
+    lines = ["image,label,split"]
+    for color in ("red", "green"):
+        lines += [f"{toy / color / f'{n}.png'},{color},{split if n else 'val'}" for n in range(3)]
+    path.write_text("\n".join([*lines, *(f"{image},red,{split}" for image in more)]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_train_refuses_a_bad_image_or_leaves_it_out(name: str, say: Say, toy: Path, faulty: Path) -> None:
+    data = labelled(toy, Path("data.csv"), faulty / name)
+    flags = [*FLAGS, *(["--patch.foreground=non-empty"] if name == "white.png" else [])]
+    line = say("train", data, "--out=run", *flags).refusal()
+    assert name in line
+    assert_matches(FAULTS[name], line)
+    assert Path("run").exists() == (name in FOUND_LATER)
+    said = say("train", data, "--out=skipped", "--data.on-bad-image=skip", *flags)
+    assert said.code == 0, said.err
+    (left,) = rows(Path("skipped/left_out.csv"))
+    assert left["name"] == str(faulty / name)
+    assert_matches(FAULTS[name] + "|no such file", left["reason"])
+    assert len(rows(Path("skipped/predictions/train.csv"))) == 4
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_predict_refuses_a_bad_image_or_leaves_it_out(
+    name: str, say: Say, toy: Path, faulty: Path, model: Path
+) -> None:
+    line = say("predict", model, faulty / name, "--out=out").refusal()
+    assert name in line
+    assert_matches(FAULTS[name], line)
+    assert not Path("out/predictions.csv").exists()
+    good = toy / "red" / "0.png"
+    said = say("predict", model, good, faulty / name, good.with_name("1.png"), "--out=out", "--on-bad-image=skip")
+    assert said.code == 0, said.err
+    assert said.out.splitlines()[-1] == "predicted: 2, left out: 1; in out"
+    assert len(rows(Path("out/predictions.csv"))) == 2
+    (left,) = rows(Path("out/left_out.csv"))
+    assert left["name"] == str(faulty / name)
+    assert f"left out: {faulty / name}: " in said.err
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_evaluate_refuses_a_bad_image_or_leaves_it_out(
+    name: str, say: Say, toy: Path, faulty: Path, model: Path
+) -> None:
+    data = labelled(toy, Path("data.csv"), faulty / name, split="test")
+    words = ["evaluate", model, "--data", data, "--out=out"]
+    line = say(*words).refusal()
+    assert name in line
+    assert_matches(FAULTS[name], line)
+    assert not Path("out/predictions.csv").exists()
+    said = say(*words, "--on-bad-image=skip")
+    assert said.code == 0, said.err
+    assert "left out 1 images; they are listed in out/left_out.csv" in said.out
+    (left,) = rows(Path("out/left_out.csv"))
+    assert left["name"] == str(faulty / name)
+    assert len(rows(Path("out/predictions.csv"))) == 4
+
+
+def assert_matches(pattern: str, line: str) -> None:
+    with pytest.raises(ValueError, match=pattern):
+        raise ValueError(line)
+
+
+def test_where_every_image_is_bad_there_is_nothing_to_leave_out(say: Say, toy: Path, faulty: Path, model: Path) -> None:
+    bad = [faulty / "empty.png", faulty / "small.png"]
+    line = say("predict", model, *bad, "--out=out", "--on-bad-image=skip").refusal()
+    assert "none of the 2 images" in line
+    assert [left["name"] for left in rows(Path("out/left_out.csv"))] == list(map(str, bad))
+    Path("bad.csv").write_text("image,label\n" + "".join(f"{path},red\n" for path in bad))
+    line = say("evaluate", model, "--data=bad.csv", "--out=evaluation", "--on-bad-image=skip").refusal()
+    assert "none of the 2 test images" in line
+    assert "empty.png" in line
+    small = labelled(toy, Path("data.csv"))
+    line = say("train", small, "--out=run", "--data.on-bad-image=skip", *FLAGS, "--patch.size=100").refusal()
+    assert "none of the 4 training images can be used" in line
+    assert "larger than the image" in line
+    assert not Path("run").exists()
+
+
+def test_a_class_that_loses_all_its_images_is_named(say: Say, toy: Path, faulty: Path) -> None:
+    data = labelled(toy, Path("data.csv"))
+    data.write_text(data.read_text().replace(str(toy / "green"), str(faulty)) + f"{faulty / 'empty.png'},green,train\n")
+    line = say("train", data, "--out=run", "--data.on-bad-image=skip", *FLAGS).refusal()
+    assert "label: " in line
+    assert not Path("run").exists()
+
+
+def test_a_missing_image_of_another_split_does_not_stand_in_the_way(say: Say, toy: Path, toy_run: Path) -> None:
+    shutil.copytree(toy_run, "run")
+    manifest = Path("run/manifest.csv")
+    lines = manifest.read_text().splitlines()
+    gone = next(number for number, line in enumerate(lines) if ",train," in line)
+    manifest.write_text(
+        "\n".join(line.replace(str(toy), "/gone") if n == gone else line for n, line in enumerate(lines))
+    )
+    assert "/gone" in say("evaluate", "run", "--split=train").refusal()
+    assert say("evaluate", "run", "--split=test").code == 0
+    said = say("evaluate", "run", "--split=train", "--on-bad-image=skip")
+    assert said.code == 0, said.err
+    (left,) = rows(Path("run/evaluation/train/left_out.csv"))
+    assert left["reason"] == "no such file"
+
+
+def test_a_file_name_that_is_no_valid_text_is_no_trouble(say: Say, toy: Path, model: Path) -> None:
+    good, bad = (os.fsdecode(name) for name in (b"caf\xe9.png", b"th\xe9.png"))
+    shutil.copy(toy / "red" / "0.png", good)
+    Path(bad).write_bytes(b"")
+    said = say("predict", model, good, bad, "--out=out", "--on-bad-image=skip")
+    assert said.code == 0, said.err
+    assert "caf\\udce9.png" in said.out
+    (left,) = rows(Path("out/left_out.csv"))
+    assert left["name"].endswith("th\\udce9.png")
+
+
+# Data
+
+GOOD = "image,label,split\nred/0.png,red,train\nred/1.png,red,val\ngreen/0.png,green,train\ngreen/1.png,green,val\n"
+DATA = {
+    "no column image": (GOOD.replace("image,", "imgae,"), r"no column `image` \(did you mean 'imgae'\?\)"),
+    "no column of a task": ("image,split\nred/0.png,train\n", "no task column"),
+    "unknown split": (GOOD.replace("red,val", "red,vla"), r"line 3: unknown split 'vla' \(did you mean 'val'\?\)"),
+    "one class": (GOOD.replace(",green,", ",red,"), "label: all labels are 'red'"),
+    "one class in training": (GOOD.replace("green,train", "green,val"), "the training split has only 'red'"),
+    "two labels for one image": (GOOD + "red/0.png,green,train\n", "line 6: red/0.png has label 'green', but 'red'"),
+    "nothing": ("", "the file is empty"),
+    "a header alone": ("image,label\n", "no rows below the header"),
+    "no image file": (GOOD.replace("/", "_"), "all 4 image files are not there"),
+    "a field too many": (GOOD + "red/2.png,red,train,1\n", "line 6: 4 fields where the header has 3"),
+    "zero bytes": ("image,label\n\0\0", "not text"),
+    "no label": ("image,label\nred/0.png,\n", "no row has a label"),
+}
+
+
+@pytest.mark.parametrize("verb", ["train", "check", "init"])
+@pytest.mark.parametrize("case", DATA)
+def test_a_bad_csv_is_refused_by_every_verb_that_reads_it(case: str, verb: str, say: Say, toy: Path) -> None:
+    text, message = DATA[case]
+    Path("data.csv").write_text(text)
+    flags = [] if verb == "check" else ["--out=result"]
+    line = say(verb, "data.csv", "--data.root", toy, *flags).refusal()
+    assert "data.csv" in line
+    assert_matches(message, line)
+    assert not Path("result").exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "check", "init"])
+def test_data_that_are_not_there_or_not_data_are_refused(verb: str, say: Say, tmp_path: Path, faulty: Path) -> None:
+    Path("nothing").mkdir()
+    os.mkfifo("pipe.csv")
+    for path in ("nowhere", "nothing", "pipe.csv", str(faulty / "flipped.png")):
+        assert Path(path).name in say(verb, path).refusal()
+    assert not Path("runs").exists()
+
+
+OTHER = {
+    "another task": ("image,grade\nred/0.png,3\n", "the model predicts label, but the columns with labels are grade"),
+    "another class": (
+        "image,label\nred/0.png,blue\n",
+        "line 2: label: unknown class 'blue'; the classes are green, red",
+    ),
+    "no such split": ("image,label,split\nred/0.png,red,train\n", "no image in the split 'test'; there are 1 in train"),
+    "a missing file": ("image,label\nnone.png,red\n", "--root"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_a_model_of_other_tasks_is_not_evaluated(case: str, say: Say, toy: Path, toy_run: Path) -> None:
+    text, message = OTHER[case]
+    Path("data.csv").write_text(text)
+    line = say("evaluate", toy_run, "--data=data.csv", "--root", toy, "--out=out").refusal()
+    assert "data.csv" in line
+    assert message in line
+    assert "--data." not in line, "an option that evaluate does not have"
+    assert not Path("out").exists()
+
+
+# Settings
+
+YAML = {
+    "patch: {size: large}": ("patch.size", "expected a whole number above 0, got 'large'"),
+    "patch: {size: 16.5}": ("patch.size", "got 16.5"),
+    "patch: {size: 0}": ("patch.size", "got 0"),
+    "patch: 16": ("patch", "expected a section of keys, got 16"),
+    "train: {lr: -1.0}": ("train.lr", "expected a number above 0 that is finite, got -1"),
+    "train: {lr: [1]}": ("train.lr", "got the list"),
+    "data: {val: 1.5}": ("data.val", "below 1, got 1.5"),
+    "select: {rule: gobal}": ("select.rule", "expected one of global, streaming"),
+    "run: {log: [tensorbord]}": ("run.log", "each one of tensorboard, wandb"),
+    "patch: {siez: 16}": ("patch.siez", "did you mean `patch.size`?"),
+    "pach: {size: 16}": ("pach", "did you mean `patch`?"),
+    "- patch": ("settings.yaml", "got the list"),
+    "patch: {size: 16": ("settings.yaml, line", "not valid YAML"),
+    "a: !!python/object/apply:os.getcwd []": ("settings.yaml", "not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("verb", ["train", "check", "init"])
+@pytest.mark.parametrize("text", YAML)
+def test_a_bad_configuration_is_refused_by_every_verb_that_takes_one(text: str, verb: str, say: Say, toy: Path) -> None:
+    Path("settings.yaml").write_text(text)
+    flags = [] if verb == "check" else ["--out=result"]
+    line = say(verb, toy, "--config=settings.yaml", *flags).refusal()
+    assert "settings.yaml" in line
+    for part in YAML[text]:
+        assert part in line
+    assert not Path("result").exists()
+
+
+def test_a_configuration_that_is_no_file_is_refused(say: Say, toy: Path) -> None:
+    os.mkfifo("pipe.yaml")
+    for name in ("pipe.yaml", "nowhere.yaml", "."):
+        assert name in say("train", toy, f"--config={name}").refusal()
+
+
+SETTINGS_OF_THE_DATA = {
+    "--patch.level=3": "patch.level (=3) must be one of the image's levels 0 ... 0",
+    "--patch.mpp=0.5": "patch.mpp (=0.5) needs the image's microns per pixel",
+    "--patch.size=65": "the patch (65 x 65 px) is larger than the image (64 x 64 px)",
+    "--data.tasks=lable": "no column 'lable' (did you mean 'label'?)",
+    "--data.tasks=label=clas": "label=clas: no such kind",
+    "--train.metric=acuracy": "--train.metric acuracy: did you mean 'accuracy'?",
+    "--model.heads=3": "must be divisible by `heads` (=3)",
+    "--model.weights=nowhere.safetensors": "nowhere.safetensors: there is no such file",
+    "--model.encoder=resnet81": "Did you mean 'resnet18'?",
+    "--run.device=cuda:99": "--run.device cuda:99: not usable here",
+    "--patch.siez=16": "unknown option `--patch.siez` (did you mean `--patch.size`?)",
+    "--select.m=0": "--select.m: expected a whole number above 0, got '0'",
+}
+
+
+@pytest.mark.parametrize("flag", SETTINGS_OF_THE_DATA)
+def test_a_setting_that_the_data_or_the_model_do_not_allow_is_refused(flag: str, say: Say, toy: Path) -> None:
+    assert SETTINGS_OF_THE_DATA[flag] in say("train", toy, "--out=run", *FLAGS, flag).refusal()
+    assert not Path("run").exists()
+
+
+def test_more_memory_than_there_is_is_one_line(say: Say, toy: Path) -> None:
+    for flag in ("--select.chunk=1000000000000", "--model.width=1000000000"):
+        line = say("train", toy, f"--out=run{flag}", *FLAGS, flag).refusal()
+        assert "out of memory" in line
+        assert "lower" in line
+
+
+# Places to write
+
+OUTPUTS = {
+    "train": "TOY --out=file.txt/run",
+    "train, taken": "TOY --out=taken",
+    "train, a run": "TOY --out=RUN",
+    "predict": "RUN TOY --out=file.txt/out",
+    "predict, a file": "RUN TOY --out=file.txt",
+    "evaluate": "RUN --out=file.txt/out",
+    "init": "TOY --out=file.txt/keyhole.yaml",
+    "init, taken": "TOY --out=file.txt",
+    "check": "TOY --patch.size=16 --json=file.txt/check.json",
+    "demo": "--out=file.txt/demo",
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_a_place_that_cannot_be_written_or_is_taken_is_refused(case: str, say: Say, toy: Path, toy_run: Path) -> None:
+    Path("file.txt").write_text("mine")
+    Path("taken").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in toy_run.rglob("*")}
+    words = OUTPUTS[case].replace("TOY", str(toy)).replace("RUN", str(toy_run)).split()
+    flags = FLAGS if case.startswith("train") else []
+    line = say(case.partition(",")[0], *words, *flags).refusal()
+    assert words[-1].partition("=")[2] in line or "file.txt" in line
+    assert Path("file.txt").read_text() == "mine"
+    assert {path.name for path in Path().iterdir()} == {"file.txt", "taken"}
+    assert not list(Path("taken").iterdir())
+    assert before == {path: path.stat().st_mtime_ns for path in toy_run.rglob("*")}
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """As on a full disk: writing beyond `limit` bytes fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [100, 2_000, 20_000])
+def test_a_full_disk_ends_train_and_leaves_nothing(limit: int, say: Say, toy: Path) -> None:
+    with small_files(limit):
+        said = say("train", toy, "--out=runs/one", *FLAGS)
+    assert "could not be written" in said.refusal()
+    assert not list(Path("runs").iterdir())
+
+
+def test_a_disk_that_fills_during_training_loses_nothing(say: Say, toy: Path, toy_run: Path) -> None:
+    # At its start a run has no state of the optimizer, so that the first state is a third of the later ones.
+    with small_files((toy_run / "last.safetensors").stat().st_size // 2):
+        line = say("train", toy, "--out=run", *FLAGS).refusal()
+    assert "run/last.safetensors" in line
+    assert "could not be written" in line
+    assert not list(Path("run").rglob(".*")), "nothing temporary is left"
+    said = say("resume", "run")
+    assert said.code == 0, said.err
+    assert len(rows(Path("run/metrics.csv"))) == 1
+
+
+@pytest.mark.parametrize("verb", ["predict", "evaluate"])
+def test_a_full_disk_ends_predict_and_evaluate(verb: str, say: Say, toy: Path, model: Path) -> None:
+    given = [toy / "red"] if verb == "predict" else ["--data", toy]
+    with small_files(500):
+        line = say(verb, model, *given, "--out=out").refusal()
+    assert "could not be written" in line
+    assert not Path("out/predictions.csv").exists()
+    assert not list(Path("out").rglob(".*")), "nothing temporary is left"
+
+
+# Models and runs
+
+MODELS: dict[str, Callable[[bytes], bytes | None]] = {
+    "missing": lambda data: None,
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[:-5],
+    "header alone": lambda data: data[:200],
+    "flipped in its header": lambda data: data[:8] + b"x" + data[9:],
+    "a pickle": lambda data: pickle.dumps({"weights": [1.0, 2.0]}),
+    "text": lambda data: b"no weights at all\n" * 20,
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_damaged_model_is_refused_by_every_verb(case: str, say: Say, toy: Path, toy_run: Path) -> None:
+    shutil.copytree(toy_run, "run")
+    for name in ("best/model.safetensors", "last.safetensors"):
+        file = Path("run") / name
+        data = MODELS[case](file.read_bytes())
+        file.unlink()
+        if data is not None:
+            file.write_bytes(data)
+    for words in (["predict", "run", toy / "red", "--out=out"], ["evaluate", "run", "--out=out"]):
+        assert "model.safetensors" in say(*words).refusal()
+        assert not Path("out").exists()
+    assert "last.safetensors" in say("resume", "run").refusal()
+
+
+def test_a_pickle_in_the_place_of_a_model_is_not_run(say: Say, toy: Path, tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'attacked'}",)
+
+    Path("model").mkdir()
+    Path("model/model.safetensors").write_bytes(pickle.dumps(Attack()))
+    assert "model.safetensors" in say("predict", "model", toy / "red", "--out=out").refusal()
+    torch.save({"weights": Attack()}, "model/model.safetensors")
+    assert "model.safetensors" in say("predict", "model", toy / "red", "--out=out").refusal()
+    assert not Path("attacked").exists()
+
+
+def test_a_model_with_another_description_is_refused(say: Say, toy: Path, toy_run: Path) -> None:
+    weights, info = read_tensors(toy_run / "best" / "model.safetensors")
+    Path("model").mkdir()
+    file = Path("model/model.safetensors")
+    wider = {**info, "model": {**info["model"], "width": 16}}
+    nan = {name: torch.full_like(w, torch.nan) if w.is_floating_point() else w for name, w in weights.items()}
+    for tensors, told in (
+        (weights, {name: value for name, value in info.items() if name != "batch"}),
+        (weights, {**info, "tasks": 3}),
+        (weights, {**info, "tasks": [{"name": "label"}]}),
+        (weights, {**info, "patch": {"size": "large"}}),
+        (weights, {**info, "patch": {"newer": 1}}),
+        (weights, wider),
+        (dict(list(weights.items())[1:]), info),
+        (weights | {"more": torch.ones(1)}, info),
+    ):
+        write_tensors(file, tensors, told)
+        assert "model.safetensors" in say("predict", "model", toy / "red", "--out=out").refusal()
+        assert not Path("out").exists()
+    write_tensors(file, nan, info)
+    assert "no number" in say("predict", "model", toy / "red", "--out=out").refusal()
+    save_file(weights, file)
+    assert "no keyhole model" in say("predict", "model", toy / "red", "--out=out").refusal()
+
+
+def test_what_is_no_run_cannot_be_resumed(say: Say, toy: Path, toy_run: Path) -> None:
+    for path in (toy, "nowhere", toy_run / "best"):
+        assert str(path) in say("resume", path).refusal()
+    shutil.copytree(toy_run, "run")
+    Path("run/manifest.csv").write_text("image,label\n")
+    assert "manifest.csv" in say("resume", "run").refusal()
+    Path("run/config.yaml").write_text("patch: {size: large}")
+    assert "config.yaml" in say("resume", "run").refusal()
+
+
+# Files that would take the process down or hold it up for ever
+
+_LIMITED = """
+import contextlib, io, json, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+from keyhole.cli.main import main
+ends = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(words)
+    ends.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(ends))
+"""
+
+
+def in_a_process_that_may_die(*lines: list[str]) -> list[Said]:
+    """What each of the command lines ends with, one after the other, under limits of memory and time."""
+    command = [sys.executable, "-c", _LIMITED, json.dumps(lines)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return [Said(*end) for end in json.loads(done.stdout)]
+
+
+@pytest.mark.parametrize(("name", "problem"), [("page_loop.tif", "form a loop"), ("giant_tile.tif", "65,520 x 65,520")])
+def test_hostile_files_are_refused_or_left_out(
+    name: str, problem: str, shared: Path, toy: Path, toy_run: Path, tmp_path: Path
+) -> None:
+    file = shared / "data" / "hostile" / name
+    data = str(labelled(toy, tmp_path / "data.csv", file))
+    train = ["train", data, *FLAGS, f"--out={tmp_path / 'run'}"]
+    predict = ["predict", str(toy_run), str(file), f"--out={tmp_path / 'out'}"]
+    good, skip = str(toy / "red" / "0.png"), "--on-bad-image=skip"
+    refused, skipped, unpredicted, predicted = in_a_process_that_may_die(
+        train, [*train, "--data.on-bad-image=skip"], predict, [*predict, good, skip]
+    )
+    for said in (refused, unpredicted):
+        line = said.refusal()
+        assert str(file) in line
+        assert problem in line
+    for said, folder in ((skipped, "run"), (predicted, "out")):
+        assert said.code == 0, said.err
+        (left,) = rows(tmp_path / folder / "left_out.csv")
+        assert left["name"] == str(file)
+        assert problem in left["reason"]

@@ -1,0 +1,337 @@
+"""Prediction: what it looks at, that it needs its folder alone, and that all it writes says the same."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import settings
+from PIL import Image
+
+import keyhole
+from keyhole.cli.main import main
+from keyhole.config import Config, ModelConfig, PatchConfig, SelectConfig
+from keyhole.errors import KeyholeError
+from keyhole.evaluate import evaluate
+from keyhole.grid import PatchGrid
+from keyhole.images import open_image
+from keyhole.nn import build_classifier
+from keyhole.predict import Predictor
+from keyhole.prediction import Prediction, write_prediction
+from keyhole.reading import Reader
+from keyhole.tasks import Task
+
+COLOR = Task("color", "multiclass", ("red", "green", "blue"))
+AMOUNT = Task("amount", "regression", mean=10.0, std=2.0)
+TAGS = Task("tags", "multilabel", ("a", "b"))
+
+
+def random_predictor(patch: PatchConfig, select: SelectConfig, **model: Any) -> Predictor:
+    """A model of three tasks with fresh weights, whose queries look at different patches."""
+    tasks = (COLOR, AMOUNT, TAGS)
+    chosen = ModelConfig(**{"width": 8, "heads": 2, **model})
+    torch.manual_seed(0)
+    classifier = build_classifier(chosen, tasks, patch.size)
+    with torch.no_grad():
+        classifier.pool.query.mul_(50)
+    return Predictor(classifier, Config(patch=patch, model=chosen, select=select), tasks)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def predictor(toy_run: Path) -> Predictor:
+    return keyhole.load(toy_run)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Five images of noise with 1 to 54 patches of 16 px, also such that do not divide by 16."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    paths = []
+    for number, (width, height) in enumerate([(64, 64), (16, 16), (40, 100), (90, 130), (33, 17)]):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        paths.append(folder / f"{number}.png")
+    return paths
+
+
+def close(a: Prediction, b: Prediction, tolerance: float) -> bool:
+    """Whether two predictions of an image say the same, up to rounding."""
+    assert a.image == b.image
+    assert a.scores is not None
+    assert b.scores is not None
+    same = a.label == b.label and np.array_equal(a.kept.boxes, b.kept.boxes)
+    numbers = [(of[name], b.probability[task][name]) for task, of in a.probability.items() for name in of]
+    return (
+        same
+        and np.allclose(*zip(*numbers, strict=True), atol=tolerance)
+        and np.allclose(a.scores.map(), b.scores.map(), atol=tolerance, equal_nan=True)
+    )
+
+
+# What is looked at
+
+
+@pytest.mark.parametrize("rule", ["global", "streaming"])
+def test_each_patch_is_encoded_and_read_once_and_each_kept_one_once_more(rule: Any, images: list[Path]) -> None:
+    patch, select = PatchConfig(size=16), SelectConfig(m=6, chunk=7, rule=rule)
+    predictor = random_predictor(patch, select)
+    encoded = 0
+
+    def count(_: object, arguments: tuple[torch.Tensor]) -> None:
+        nonlocal encoded
+        encoded += len(arguments[0])
+
+    predictor.model.encoder.register_forward_pre_hook(count)
+    for path, n in zip(images, [16, 1, 21, 54, 6], strict=True):
+        encoded = 0
+        prediction = predictor.predict(path)
+        assert prediction.scores is not None
+        assert len(prediction.scores) == n
+        assert len(prediction.kept) == min(6, n)
+        assert encoded == n + min(6, n), "the score map is a by-product"
+    encoded = 0
+    reader = Reader(2)
+    items = [keyhole.predict.Item(path.name, path, {}) for path in images]
+    assert len(list(predictor.predict_items(items, reader=reader, quiet=True))) == 5
+    reader.close()
+    assert encoded == reader.read_patches == 98 + 6 + 1 + 6 + 6 + 6
+
+
+@pytest.mark.parametrize("position", ["none", "1d", "2d"])
+def test_scores_and_kept_patches_are_those_of_the_model_in_memory(position: Any, images: list[Path]) -> None:
+    predictor = random_predictor(PatchConfig(size=16, stride=11), SelectConfig(m=6, chunk=7), position=position)
+    for path in images:
+        prediction = predictor.predict(path)
+        with open_image(path) as image:
+            grid = PatchGrid(image, 16, 11)
+            patches = torch.from_numpy(grid.read(slice(None))).permute(0, 3, 1, 2)[None]
+            where = torch.from_numpy(grid.centers(slice(None))).float()[None] if position == "2d" else None
+            boxes = grid.boxes(prediction.kept.index)
+        selection = predictor.model.select(patches, 6, 64, "global", position=where)
+        assert selection.logits is not None
+        score = selection.logits[0].softmax(dim=0).mean(dim=1)  # n t
+        assert prediction.scores is not None
+        np.testing.assert_allclose(prediction.scores.score, score.mean(dim=1), atol=1e-5)
+        for query, task in enumerate(prediction.tasks):
+            np.testing.assert_allclose(prediction.scores.per_task[task.name], score[:, query], atol=1e-5)
+        np.testing.assert_array_equal(prediction.kept.index, selection.index[0])
+        np.testing.assert_array_equal(prediction.kept.boxes, boxes)
+        best = prediction.kept.index
+        np.testing.assert_allclose(prediction.kept.score, prediction.scores.score[best], atol=1e-6)
+        for query, task in enumerate(prediction.tasks):
+            share = selection.logits[0, best].softmax(dim=0).mean(dim=1)[:, query]
+            np.testing.assert_allclose(prediction.kept.attention[task.name], share, atol=1e-5)
+
+
+def test_the_answer_rests_on_the_kept_patches_alone(images: list[Path]) -> None:
+    predictor = random_predictor(PatchConfig(size=16), SelectConfig(m=3, chunk=7))
+    for path in images:
+        prediction = predictor.predict(path)
+        with open_image(path) as image:
+            kept = PatchGrid(image, 16).read(prediction.kept.index)
+        with torch.no_grad():
+            logits = predictor.model(torch.from_numpy(kept).permute(0, 3, 1, 2)[None])
+        for task in predictor.tasks:
+            expected = task.probability(logits[task.name][0].numpy())
+            found = list(prediction.probability[task.name].values())
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_shares_sum_to_one(predictor: Predictor, toy: Path, images: list[Path]) -> None:
+    several = random_predictor(PatchConfig(size=16), SelectConfig(m=4, chunk=16))
+    for prediction in [*predictor.predict_many(images), *several.predict_many(images)]:
+        for task in prediction.tasks:
+            if task.kind in ("binary", "multiclass"):
+                assert sum(prediction.probability[task.name].values()) == pytest.approx(1, abs=1e-6)
+            assert prediction.kept.attention[task.name].sum() == pytest.approx(1, abs=1e-5)
+            assert prediction.scores is not None
+            assert np.nansum(prediction.scores.map(task.name)) == pytest.approx(1, abs=1e-5)
+
+
+# The same from everywhere
+
+
+def test_an_image_is_predicted_the_same_alone_and_among_others(predictor: Predictor, images: list[Path]) -> None:
+    together = list(predictor.predict_many([*images, *images[::-1]]))
+    assert len(together) == 10
+    for path, prediction in zip([*images, *images[::-1]], together, strict=True):
+        assert close(prediction, predictor.predict(path), 1e-6)
+
+
+def test_evaluate_says_of_an_image_what_predict_says(predictor: Predictor, toy_run: Path, tmp_path: Path) -> None:
+    evaluate(toy_run, split="val", out=tmp_path)
+    table = rows(tmp_path / "predictions.csv")
+    assert table
+    written = {row["path"]: row for row in rows(toy_run / "predictions" / "val.csv")}
+    for row in table:
+        prediction = predictor.predict(row["path"])
+        assert row["label.predicted"] == prediction.label["label"]
+        for name, value in prediction.probability["label"].items():
+            assert float(row[f"label.probability.{name}"]) == pytest.approx(value, abs=2e-6)
+            assert float(written[row["path"]][f"label.probability.{name}"]) == pytest.approx(value, abs=2e-6)
+
+
+def test_a_model_predicts_from_its_folder_alone(toy_run: Path, toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_run, tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "best", tmp_path / "elsewhere" / "model")
+    shutil.rmtree(tmp_path / "run")
+    path = toy / "red" / "3.png"
+    before, after = keyhole.load(toy_run).predict(path), keyhole.load(tmp_path / "elsewhere" / "model").predict(path)
+    assert before.to_json() == after.to_json()
+    assert close(before, after, 0.0)
+    (tmp_path / "elsewhere" / "model" / "model.json").unlink()
+    assert close(before, keyhole.load(tmp_path / "elsewhere" / "model").predict(path), 0.0)
+
+
+def test_loading_and_predicting_leave_the_random_state_alone(toy_run: Path, images: list[Path]) -> None:
+    before = torch.get_rng_state()
+    keyhole.load(toy_run).predict(images[0])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# Files
+
+
+def test_all_files_of_a_prediction_say_the_same(toy_run: Path, toy: Path, tmp_path: Path) -> None:
+    path = toy / "green" / "5.png"
+    assert main(["predict", str(toy_run), str(path), "--out", str(tmp_path / "out")]) == 0
+    folder = tmp_path / "out" / "5.png"
+    prediction = keyhole.load(toy_run).predict(path)
+    told = json.loads((folder / "prediction.json").read_text())
+    features = json.loads((folder / "kept.geojson").read_text())["features"]
+    rings = [np.array(feature["geometry"]["coordinates"][0]) for feature in features]
+    boxes = prediction.kept.boxes.tolist()
+    assert [[int(row[side]) for side in ("x", "y", "width", "height")] for row in rows(folder / "kept.csv")] == boxes
+    assert [patch["box"] for patch in told["kept"]["patches"]] == boxes
+    assert [[*ring.min(axis=0), *np.ptp(ring, axis=0)] for ring in rings] == boxes
+    (row,) = rows(tmp_path / "out" / "predictions.csv")
+    assert row["label.predicted"] == told["tasks"]["label"]["label"] == prediction.label["label"]
+    for name, value in prediction.probability["label"].items():
+        assert told["tasks"]["label"]["probability"][name] == pytest.approx(value, abs=1e-6)
+        assert float(row[f"label.probability.{name}"]) == pytest.approx(value, abs=2e-6)
+    assert prediction.scores is not None
+    with np.load(folder / "scores.npz", allow_pickle=False) as stored:
+        np.testing.assert_allclose(stored["map"], prediction.scores.map(), atol=1e-6)
+        assert [int(row["index"]) for row in rows(folder / "scores.csv")] == stored["index"].tolist()
+
+
+@pytest.mark.parametrize(("mpp", "side"), [(None, 128), (1.0, 257)])
+def test_a_slide_is_predicted_in_level_0_pixels(mpp: float | None, side: int, shared: Path, tmp_path: Path) -> None:
+    path = shared / "data" / "slides" / "CMU-1-Small-Region.svs"
+    patch = PatchConfig(size=128, mpp=mpp, foreground="tissue")
+    prediction = random_predictor(patch, SelectConfig(m=8, chunk=32)).predict(path)
+    files = write_prediction(prediction, tmp_path)
+    assert set(files) == {"prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz"}
+    assert prediction.size == (2220, 2967)
+    with np.load(files["scores.npz"], allow_pickle=False) as stored:
+        assert set(stored) >= {"map", "index", "cells", "score", "map.color", "map.amount", "map.tags"}
+        assert stored["map"].shape == (-(-2967 // side), -(-2220 // side))
+        assert 8 < np.isfinite(stored["map"]).sum() == len(stored["index"]) < stored["map"].size, "tissue alone"
+    features = json.loads(files["kept.geojson"].read_text())["features"]
+    assert len(features) == 8
+    assert prediction.scores is not None
+    with open_image(path) as image:
+        grid = PatchGrid(image, 128, mpp=mpp)
+        for feature, index in zip(features, prediction.kept.index, strict=True):
+            ring = np.array(feature["geometry"]["coordinates"][0])
+            (x, y), (width, height) = ring.min(axis=0).tolist(), np.ptp(ring, axis=0).tolist()
+            assert max(abs(width - side), abs(height - side)) <= 1
+            assert 0 <= x < 2220
+            assert 0 <= y < 2967
+            g_row, g_column = prediction.scores.cells[index].tolist()
+            seen, shown = grid.read([g_row * grid.columns + g_column])[0], image.read((x, y, width, height))
+            np.testing.assert_allclose(seen.mean(axis=(0, 1)), shown.mean(axis=(0, 1)), atol=1.5)
+
+
+def test_predict_holds_a_few_predictions_at_a_time(
+    toy_run: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Prediction] = weakref.WeakSet()
+    most = 0
+
+    def counted(prediction: Prediction, folder: Path) -> None:
+        nonlocal most
+        alive.add(prediction)
+        most = max(most, len(alive))
+
+    monkeypatch.setattr("keyhole.prediction.write_prediction", counted)
+    assert main(["predict", str(toy_run), str(toy), "--out", str(tmp_path / "out")]) == 0
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == 24
+    assert most <= 3
+
+
+def test_options_may_stand_anywhere_on_the_line(toy_run: Path, toy: Path, tmp_path: Path) -> None:
+    first, second, run = str(toy / "red" / "0.png"), str(toy / "red" / "1.png"), str(toy_run)
+    for number, words in enumerate(
+        (
+            [run, first, second, "--out", "OUT"],
+            ["--out", "OUT", run, first, second],
+            [run, "--out", "OUT", first, "--device=cpu", second],
+            [run, "--out", "OUT", "--", first, second],
+        )
+    ):
+        out = tmp_path / str(number)
+        assert main(["predict", *(word.replace("OUT", str(out)) for word in words)]) == 0
+        assert [row["image"] for row in rows(out / "predictions.csv")] == [first, second]
+
+
+def test_the_files_are_whole_where_nobody_reads_the_lines(toy_run: Path, toy: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = ["predict", str(toy_run), str(toy / "red"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "keyhole", *words]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writing)
+    assert done.returncode == 141
+    assert "error" not in done.stderr
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == 12
+
+
+# Bad images
+
+
+def test_bad_images_are_told_and_left_out_or_raise(predictor: Predictor, images: list[Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(images[0].read_bytes()[:-500])
+    small = tmp_path / "small.png"
+    Image.new("RGB", (8, 30)).save(small)
+    told: dict[str, str] = {}
+    paths = [images[0], bad, images[2], small, images[3]]
+    found = list(predictor.predict_many(paths, "skip", told.__setitem__))
+    assert [prediction.image for prediction in found] == [images[0], images[2], images[3]]
+    assert list(told) == [str(bad), str(small)]
+    assert "damaged" in told[str(bad)]
+    assert "larger than the image" in told[str(small)]
+    for prediction in found:
+        assert close(prediction, predictor.predict(prediction.image), 1e-6), "the others are as without it"
+    with pytest.raises(KeyholeError, match=r"(bad|small)\.png"):
+        list(predictor.predict_many(paths))
+
+
+def test_a_model_of_several_tasks_survives_its_folder(toy: Path, tmp_path: Path) -> None:
+    lines = ["image,color,amount,tags"]
+    for number in range(8):
+        for color in ("red", "green"):
+            lines.append(f"{toy / color / f'{number}.png'},{color},{number * 1.5},{('a', 'b', 'a|b', '|')[number % 4]}")
+    (tmp_path / "data.csv").write_text("\n".join(lines))
+    run = keyhole.train(tmp_path / "data.csv", tmp_path / "run", **settings(train={"epochs": 1}))
+    prediction = run.predictor().predict(toy / "red" / "0.png")
+    assert [task.name for task in prediction.tasks] == ["color", "amount", "tags"]
+    assert set(prediction.probability["amount"]) == {"value"}
+    assert set(prediction.label["tags"].split("|")) <= {"a", "b", ""}
+    assert set(prediction.kept.attention) == {"color", "amount", "tags"}
