@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         RunError: missing, damaged, or not written by keyhole.
     """
     info = read_info(path)
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path}: damaged ({error}). Copy it again.") from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118 - not a mapping
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -61,17 +59,29 @@ def read_info(path: Path) -> dict[str, Any]:
     Raises:
         RunError: as `read_tensors`.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("keyhole")
-    except FileNotFoundError as error:
-        raise RunError(f"{path}: there is no such file. Give a run folder, or the folder of a model.") from error
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path}: damaged or not a safetensors file ({error}). Copy it again.") from error
+    with _opened(path) as file:
+        text = (file.metadata() or {}).get("keyhole")
     if text is None:
         raise RunError(f"{path}: holds weights, but no keyhole model. Use --model.weights for an encoder's weights.")
-    info: dict[str, Any] = json.loads(text)
+    try:
+        info: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise RunError(f"{path}: its description is damaged ({error}). Copy it again.") from error
     return info
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file; whatever is wrong with it is a RunError."""
+    if not path.exists():
+        raise RunError(f"{path}: there is no such file. Give a run folder, or the folder of a model.")
+    if not path.is_file():
+        raise RunError(f"{path}: not a regular file, expected a safetensors file")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path}: damaged or not a safetensors file ({error}). Copy it again.") from error
 
 
 def save_model(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
@@ -131,12 +141,7 @@ def load_encoder(encoder: nn.Module, path: Path) -> None:
     Raises:
         RunError: missing, damaged, or not this encoder's.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise RunError(f"{path}: there is no such file (--model.weights)") from error
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path}: not a safetensors file ({error}); convert it with safetensors.torch") from error
+    with _opened(path) as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     inner = getattr(encoder, "body", encoder) if not set(weights) & set(encoder.state_dict()) else encoder
     load_weights(inner, {name: weights[name] for name in weights if name in inner.state_dict()} or weights, path)

@@ -131,7 +131,7 @@ def _manifest(
     config = dataclasses.replace(
         Config().data, path=path, root=None if root is None else Path(root), on_bad_image=on_bad_image
     )
-    return read_for_tasks(config, tasks, split)
+    return read_for_tasks(config, tasks, (split,))
 
 
 def _metrics(task: Task, manifest: Manifest, seen: Sequence[tuple[Item, dict[str, np.ndarray]]]) -> TaskMetrics:

@@ -59,10 +59,12 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
             os.fsync(file.fileno())
         if check is not None:
             check(temporary)
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
         temporary = None
         _sync_folder(path.parent)
+    except BrokenPipeError:
+        raise  # whoever reads what the body prints has left; no fault of this file
     except OSError as error:
         raise OutputError(
             f"{path}: could not be written ({error.strerror or error}); what was there before is unchanged. "
@@ -73,7 +75,8 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
             temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's mask of permissions; there is no way to read it without setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -332,7 +332,9 @@ def _check(
     if len(set(classes)) != len(classes) or len(classes) < 2 or not set(classes) <= set(range(10)):
         raise ConfigError(f"classes: expected two or more different digits out of 0 ... 9, not {tuple(classes)}.")
     if not 1 <= copies[0] <= copies[1] <= MOST_COPIES:
-        raise ConfigError(f"copies: expected fewest and most within 1 ... {MOST_COPIES}, not {copies}; more could exceed 1 %.")
+        raise ConfigError(
+            f"copies: expected fewest and most within 1 ... {MOST_COPIES}, not {copies}; more could exceed 1 %."
+        )
     if not 0 <= clutter[0] <= clutter[1]:
         raise ConfigError(f"clutter: expected fewest and most, 0 or more, not {clutter}.")
 

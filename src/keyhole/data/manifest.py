@@ -132,7 +132,7 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
     return Manifest(tuple(items), tuple(tasks), tuple(left_out), (*table.notes, *notes))
 
 
-def read_for_tasks(data: DataConfig, tasks: Sequence[Task], split: str | None = None) -> Manifest:
+def read_for_tasks(data: DataConfig, tasks: Sequence[Task], splits: Sequence[str] | None = None) -> Manifest:
     """Reads labelled images for the tasks of a model that is already trained, to evaluate it on them.
 
     Every image without a split is in `test`; a task without a column has no labels.
@@ -140,7 +140,7 @@ def read_for_tasks(data: DataConfig, tasks: Sequence[Task], split: str | None = 
     Args:
         data: where they are.
         tasks: of the model.
-        split: read only this one, so that nothing is asked of the files of the others.
+        splits: read only these, so that nothing is asked of the files of the others.
 
     Raises:
         DataError: no column for any of the tasks, a label that the model does not know, or no image in the split.
@@ -153,8 +153,8 @@ def read_for_tasks(data: DataConfig, tasks: Sequence[Task], split: str | None = 
             f"{path}: the model predicts {listed(names)}, but the columns with labels are "
             f"{listed(table.columns, 8) or 'none'}. Use data of the same tasks, or rename the column."
         )
-    if split is not None:
-        table = _only(path, table, split)
+    if splits is not None:
+        table = _only(path, table, splits)
     rows, left_out = _usable(path, table, there, data)
     for row in rows:
         for task in tasks:
@@ -167,13 +167,15 @@ def read_for_tasks(data: DataConfig, tasks: Sequence[Task], split: str | None = 
     return Manifest(tuple(items), tuple(tasks), tuple(left_out), (*table.notes, *notes))
 
 
-def _only(path: Path, table: Table, split: str) -> Table:
-    """The rows of one split; those without a split are in `test`."""
-    rows = [row for row in table.rows if (row.item.split or "test") == split]
+def _only(path: Path, table: Table, splits: Sequence[str]) -> Table:
+    """The rows of some splits; those without a split are in `test`."""
+    rows = [row for row in table.rows if (row.item.split or "test") in splits]
     if not rows:
         counts = Counter(row.item.split or "test" for row in table.rows)
         there = ", ".join(f"{counts[name]} in {name}" for name in SPLITS if counts[name])
-        raise DataError(f"{path}: no image in the split {split!r}; there are {there}. Choose another --split.")
+        raise DataError(
+            f"{path}: no image in the split {listed(map(repr, splits))}; there are {there}. Choose another --split."
+        )
     return replace(table, rows=rows)
 
 

@@ -35,7 +35,7 @@ def build_classifier(
     """
     try:
         encoder = build_encoder(model, model.pretrained if pretrained is None else pretrained)
-        dim = encoder.dim
+        dim = embedding_width(encoder, model, patch_size)
         pool = CrossAttentionPool(
             dim,
             model.heads,
@@ -56,6 +56,31 @@ def build_classifier(
     if model.freeze:
         encoder.requires_grad_(False)
     return classifier
+
+
+def embedding_width(encoder: nn.Module, model: ModelConfig, patch_size: int) -> int:
+    """d of the embeddings, from a patch of zeros: what a model's attributes say is not always so.
+
+    Raises:
+        ConfigError: the encoder does not take patches of this size, or does not give one vector a patch.
+    """
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            embedding = encoder(torch.zeros(1, model.channels, patch_size, patch_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--model.encoder {model.encoder}: does not take patches of {patch_size} px ({first}). "
+            "Choose the patch.size it was made for, or another encoder."
+        ) from error
+    finally:
+        encoder.train()
+    if embedding.ndim != 2:
+        raise ConfigError(
+            f"--model.encoder {model.encoder}: gives {tuple(embedding.shape)} for a patch, expected one vector"
+        )
+    return int(embedding.shape[1])
 
 
 def build_encoder(model: ModelConfig, pretrained: bool) -> SmallEncoder | TimmEncoder:

@@ -81,7 +81,7 @@ class TimmEncoder(nn.Module):
         options: dict[str, Any] = {"pretrained": pretrained, "in_chans": channels}
         if stages is None:
             body: Any = timm.create_model(name, num_classes=0, **options)
-            self.dim = int(body.num_features)
+            self.dim = int(getattr(body, "head_hidden_size", None) or body.num_features)
         else:
             reductions = timm.create_model(name, features_only=True).feature_info
             # timm counts a stem without stages of its own as level 0 of most networks

@@ -39,7 +39,7 @@ class CenterPosition(nn.Module):
 
     Args:
         dim: width, divisible by 4.
-        unit: level-0 pixels that count as one step, usually the side of a patch at level 0.
+        unit: pixels that count as one step, usually the side of a patch; pixels of the resolution that patches have.
     """
 
     def __init__(self, dim: int, unit: float = 1.0) -> None:

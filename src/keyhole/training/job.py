@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from keyhole.checkpoint import load_state, read_info, save_state
 from keyhole.config import Config
 from keyhole.config_file import dump_config
 from keyhole.data.hashes import hash_files
-from keyhole.data.manifest import LeftOut, Manifest, read_for_tasks, read_manifest
+from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest, write_left_out
 from keyhole.device import choose_device
 from keyhole.errors import ConfigError, OutputError, RunError
-from keyhole.files import writable_folder, write_atomic
+from keyhole.files import umask, writable_folder, write_atomic
 from keyhole.nn import IPSClassifier
 from keyhole.passes import open_reader
 from keyhole.reading import Reader
@@ -71,10 +70,18 @@ class State:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> State:
-        best = data["best"]
-        left_out = {name: (int(epoch), reason) for name, (epoch, reason) in data["left_out"].items()}
-        return cls(**{**data, "best": None if best is None else (best[0], best[1]), "left_out": left_out})
+    def from_json(cls, data: dict[str, Any], path: Path) -> State:
+        """Of the file `path`.
+
+        Raises:
+            RunError: it describes no state of a run.
+        """
+        try:
+            best = data["best"]
+            left_out = {name: (int(epoch), reason) for name, (epoch, reason) in data["left_out"].items()}
+            return cls(**{**data, "best": None if best is None else (best[0], best[1]), "left_out": left_out})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(f"{path}: not the state of a run ({error!r}). Was another file copied over it?") from error
 
 
 @dataclass
@@ -106,13 +113,17 @@ class Job:
             return
         self.state.left_out[name] = (self.state.epoch, reason)
         self.log(f"left out: {reason}")
-        extra = tuple(LeftOut(each, why) for each, (_, why) in self.state.left_out.items())
-        dataclasses.replace(self.manifest, left_out=self.manifest.left_out + extra).write_left_out(
-            self.run.path / "left_out.csv"
-        )
+        add_left_out(self.run, {name: reason})
 
     def close(self) -> None:
         self.reader.close()
+
+
+def add_left_out(run: Run, reasons: Mapping[str, str]) -> None:
+    """Adds to the run's left_out.csv what is not in it yet."""
+    path = run.path / "left_out.csv"
+    known = {row["name"]: row["reason"] for row in read_rows(path)}
+    write_left_out(path, ({**reasons, **known}).items())
 
 
 def start_job(config: Config, say: Callable[[str], None]) -> Job:
@@ -181,21 +192,18 @@ def _create_folder(
         manifest.write_left_out(folder / "left_out.csv")
         write_atomic(folder / "environment.json", json.dumps(environment(str(device)), indent=2) + "\n")
         save_state(folder / "last.safetensors", model, optimizer, state.to_json())
-        folder.chmod(0o777 & ~_umask())
+        folder.chmod(0o777 & ~umask())
         try:
             folder.rename(out)
         except OSError as error:
             raise OutputError(f"{out}: cannot be created ({error.strerror}). Choose another --out.") from error
+    except OutputError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OutputError(str(error).replace(str(folder), str(out))) from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return Run(out)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _check_unchanged(run: Run) -> None:
@@ -218,9 +226,9 @@ def open_job(run: Run, say: Callable[[str], None]) -> Job:
     config = dataclasses.replace(run.config, out=run.path)
     device = choose_device(config.run.device)
     last = run.path / "last.safetensors"
-    state = State.from_json(read_info(last))
+    state = State.from_json(read_info(last), last)
     written = dataclasses.replace(config.data, path=run.path / "manifest.csv", root=None)
-    manifest = read_for_tasks(written, [Task.from_json(task) for task in state.tasks])
+    manifest = read_for_tasks(written, [Task.from_json(task) for task in state.tasks], ("train", "val"))
     _check_unchanged(run)
     reader = open_reader(config.run, device)
     try:
@@ -228,6 +236,7 @@ def open_job(run: Run, say: Callable[[str], None]) -> Job:
         optimizer = new_optimizer(config, model)
         load_state(last, model, optimizer)
         images, manifest, lines = scan(config, manifest, reader)
+        add_left_out(run, {left.name: left.reason for left in manifest.left_out})
         job = Job(run, config, manifest, images, reader, model, optimizer, state, Log(run.path / "log.txt"), device)
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"
         for text in (f"{line} (keyhole {keyhole.__version__})", *lines):

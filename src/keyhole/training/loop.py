@@ -106,6 +106,8 @@ class Loop:
                 for logger in loggers:
                     logger.log(row, job.state.epoch)
             self.predict_splits()
+            if job.state.left_out:
+                _say(f"left out {len(job.state.left_out)} images that failed; they are listed in left_out.csv")
         except StopRequested as stop:
             job.save()
             job.log("stopped by a signal; the state is saved")

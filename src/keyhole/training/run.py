@@ -117,8 +117,8 @@ def check_new(out: Path) -> None:
         OutputError: its parent cannot be written.
     """
     if out.exists() or out.is_symlink():
-        hint = f"keyhole resume {out} goes on with it" if (out / "last.safetensors").is_file() else "remove it"
-        raise RunError(f"{out}: the run folder exists. Choose another --out; {hint}.")
+        hint = f"; keyhole resume {out} goes on with it" if (out / "last.safetensors").is_file() else ""
+        raise RunError(f"{out}: the run folder exists. Choose another --out{hint}.")
     parent = out.parent
     while not parent.exists():
         parent = parent.parent
