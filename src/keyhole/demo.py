@@ -6,6 +6,7 @@ Everything goes through the code of `keyhole train` and `keyhole evaluate`; only
 from __future__ import annotations
 
 import csv
+import itertools
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +25,12 @@ def demo_config(out: Path, seed: int) -> Config:
     """The configuration the demo trains with: the recipe `demo`, its own images and run folder."""
     given = {"out": str(out / "run"), "data": {"path": str(out / "images" / "manifest.csv")}, "train": {"seed": seed}}
     return build(build(Config(), read_recipe("demo")), given)
+
+
+def free_folder(name: str = "demo") -> Path:
+    """`demo`, or `demo-2` and so on: a second demo does not lose the first."""
+    tries = (Path(name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    return next(path for path in tries if not path.exists())
 
 
 def demo(out: str | Path = "demo", seed: int = 0) -> Evaluation:

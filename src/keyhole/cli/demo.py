@@ -21,8 +21,8 @@ class DemoOptions:
 
     seed: Annotated[int, Ge(0)] = 0
     """Another seed gives other images and another model."""
-    out: Path = Path("demo")
-    """Folder for images, run and contact sheet."""
+    out: Path | None = None
+    """Folder for images, run and contact sheet; default is `demo`, or `demo-2` and so on where that is taken."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration that the demo trains with, as YAML, and end."""
 

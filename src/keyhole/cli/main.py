@@ -33,6 +33,9 @@ USAGE_ERROR, INTERNAL_ERROR = 2, 70
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; `argv` defaults to the process's own arguments."""
+    # Threads of arithmetic that spin while they wait take the cores from those that read and decode, and from whatever
+    # else runs on the machine; read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug, arguments = _without_debug(list(sys.argv[1:] if argv is None else argv))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -36,6 +36,7 @@ CLASSES = (0, 2, 4, 6, 7)
 COPIES = (9, 11)
 """Fewest and most copies of its digit in an image."""
 MOST_COPIES = 11
+"""So many of the largest digits still stay under LARGEST_SHARE."""
 CLUTTER = (10, 18)
 """Fewest and most doodles on 1536 x 1536 pixels; other sizes in proportion to the area."""
 STROKES = (3, 6)
