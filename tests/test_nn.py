@@ -17,9 +17,11 @@ from keyhole.nn import (
     CrossAttentionPool,
     IndexPosition,
     IPSClassifier,
+    Kept,
     SmallEncoder,
     TimmEncoder,
     build_classifier,
+    explore,
     task_loss,
     total_loss,
 )
@@ -321,3 +323,27 @@ def test_balancing_gives_every_class_the_same_weight() -> None:
     weight = class_weights(CASES[0][0], targets)
     assert weight is not None
     torch.testing.assert_close(weight * torch.tensor([6.0, 3.0, 1.0]), torch.full((3,), 10 / 3))
+
+
+# Exploring
+
+
+@LAW
+@given(st.integers(1, 40), st.integers(1, 20), st.floats(0, 1), st.integers(0, 99))
+def test_exploring_keeps_the_best_and_draws_the_rest_from_all_others(n: int, m: int, share: float, seed: int) -> None:
+    score = torch.rand(n, generator=torch.Generator().manual_seed(seed)).sort(descending=True).values
+    index = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    kept = Kept(index[:m], score[:m])
+    found = explore(kept, n, share, torch.Generator().manual_seed(seed))
+    again = explore(kept, n, share, torch.Generator().manual_seed(seed))
+    drawn = min(round(share * len(kept.index)), n - len(kept.index))
+    assert torch.equal(found.index, again.index)
+    assert len(set(found.index.tolist())) == len(kept.index)
+    assert found.index[: len(kept.index) - drawn].tolist() == kept.index[: len(kept.index) - drawn].tolist()
+    assert set(found.index.tolist()) <= set(range(n))
+
+
+def test_exploring_reaches_every_patch() -> None:
+    kept, generator = Kept(torch.arange(3), torch.ones(3)), torch.Generator().manual_seed(0)
+    seen = {patch for _ in range(200) for patch in explore(kept, 10, 1.0, generator).index.tolist()}
+    assert seen == set(range(10))

@@ -119,6 +119,9 @@ class TrainConfig:
     """Epochs of linear warm-up; selection is near random at first, so large first steps hurt."""
     final_lr: Fraction = 0.001
     """Rate at the end of the cosine, as a share of `lr`."""
+    explore: NotNegativeFloat = 0.0
+    """Epochs in which a share of the kept patches is drawn at random, falling from all to none; helps from random
+    weights, where scores mean nothing at first. 0 is the published method."""
     clip: NotNegativeFloat = 1.0
     """Largest norm of the gradient; 0 never clips."""
     balance: Literal["none", "loss"] = "none"

@@ -29,9 +29,10 @@ class DemoOptions:
 
 def run(argv: list[str]) -> int:
     options = parse(DemoOptions, argv, "keyhole demo")
-    from keyhole.demo import demo, demo_config
+    from keyhole.demo import demo, demo_config, free_folder
 
+    out = free_folder() if options.out is None else options.out
     if options.print_config:
-        return print_config(demo_config(options.out, options.seed))
-    demo(options.out, seed=options.seed)
+        return print_config(demo_config(out, options.seed))
+    demo(out, seed=options.seed)
     return 0

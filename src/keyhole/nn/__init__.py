@@ -7,7 +7,7 @@ from keyhole.nn.encoder import FeatureProjector, SmallEncoder, TimmEncoder
 from keyhole.nn.loss import class_weights, task_loss, total_loss
 from keyhole.nn.position import CenterPosition, IndexPosition
 from keyhole.nn.reference import from_reference, reference_tasks
-from keyhole.nn.selection import GlobalRule, Kept, Selection, Selector, StreamingRule, evaluating
+from keyhole.nn.selection import GlobalRule, Kept, Selection, Selector, StreamingRule, evaluating, explore
 
 __all__ = [
     "CenterPosition",
@@ -25,6 +25,7 @@ __all__ = [
     "build_classifier",
     "class_weights",
     "evaluating",
+    "explore",
     "from_reference",
     "reference_tasks",
     "task_loss",

@@ -57,6 +57,35 @@ def best(score: Float[Tensor, " n"], m: int) -> Int[Tensor, " m"]:
     return score.argsort(descending=True, stable=True)[:m]
 
 
+def explore(kept: Kept, n: int, share: float, generator: torch.Generator) -> Kept:
+    """Gives a share of the kept places to patches drawn at random from all others.
+
+    While scores mean nothing yet, they can settle on patches that tell nothing, and what is not kept is never learned
+    from. Drawing some at random in the first epochs of a training from random weights leads out of that; the published
+    method has no such thing.
+
+    Args:
+        kept: what one image keeps, best first.
+        n: patches of the image.
+        share: of the places, 0 ... 1.
+        generator: on the host; decides what is drawn.
+
+    Returns:
+        As many indices: the best ones, then those drawn, whose score is given as 0.
+    """
+    m = len(kept.index)
+    drawn = min(round(share * m), n - m)
+    if drawn <= 0:
+        return kept
+    best_index = kept.index[: m - drawn]
+    free = torch.ones(n, dtype=torch.bool)
+    free[best_index.cpu()] = False
+    others = free.nonzero()[:, 0]
+    chosen = others[torch.randperm(len(others), generator=generator)[:drawn]].to(kept.index.device)
+    score = torch.cat([kept.score[: m - drawn], kept.score.new_zeros(drawn)])
+    return Kept(torch.cat([best_index, chosen]), score, kept.logits)
+
+
 class LogitStore:
     """Logits of an image in one block made at the start: thousands of small tensors would fragment the memory.
 

@@ -23,11 +23,12 @@ from keyhole.config_file import build, resolve, validate
 from keyhole.data.manifest import Item
 from keyhole.errors import DataError, Interrupted, NonFiniteLoss
 from keyhole.metrics import point_metrics
-from keyhole.nn import class_weights, total_loss
+from keyhole.nn import Kept, class_weights, explore, total_loss
 from keyhole.passes import fetch_kept, infer, select_batch
 from keyhole.predict import Predictor, describe
 from keyhole.prediction import write_table
 from keyhole.progress import Progress, peak_memory
+from keyhole.reading import Batch
 from keyhole.training.augment import draw, stack_colors
 from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job, open_job, start_job
@@ -165,6 +166,7 @@ class Loop:
                     colors,
                     on_chunk=on_chunk,
                 )
+                kept = self.explore(kept, batch)
                 bags, _ = fetch_kept(job.model, batch, kept, colors)
                 for row, error in batch.failed.items():
                     job.leave_out(each[row].name, str(error))
@@ -186,6 +188,21 @@ class Loop:
             "patches": job.reader.read_patches - counted,
             "peak_gb": round(peak_memory() / 1e9, 3),
         }
+
+    def explore(self, kept: list[Kept | None], batch: Batch) -> list[Kept | None]:
+        """In the first `explore` epochs a falling share of what is kept is drawn at random instead."""
+        state, config = self.job.state, self.job.config.train
+        done = state.step / state.steps_per_epoch
+        if done >= config.explore:
+            return kept
+        seed = int(np.random.SeedSequence([config.seed, state.step, 1]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            image
+            if image is None or source is None
+            else explore(image, len(source), 1 - done / config.explore, generator)
+            for image, source in zip(kept, batch.sources, strict=True)
+        ]
 
     @property
     def on_error(self) -> Literal["raise", "skip"]:
