@@ -120,8 +120,8 @@ class TrainConfig:
     final_lr: Fraction = 0.001
     """Rate at the end of the cosine, as a share of `lr`."""
     explore: NotNegativeFloat = 0.0
-    """Epochs in which a share of the kept patches is drawn at random, falling from all to none; helps from random
-    weights, where scores mean nothing at first. 0 is the published method."""
+    """Epochs of exploring, for encoders that start from random weights: in the first half patches are kept at random
+    and attention is held uniform, in the second the random share falls to none. 0 is the published method."""
     clip: NotNegativeFloat = 1.0
     """Largest norm of the gradient; 0 never clips."""
     balance: Literal["none", "loss"] = "none"

@@ -39,8 +39,8 @@ PACKAGES = (
     "tyro",
 )
 OPTIONAL = {
-    "tensorboard": "curves in TensorBoard with --run.log tensorboard; install keyhole[tensorboard]",
-    "wandb": "curves in Weights & Biases with --run.log wandb; install keyhole[wandb]",
+    "tensorboard": "curves in TensorBoard with --run.log tensorboard; pip install tensorboard",
+    "wandb": "curves in Weights & Biases with --run.log wandb; pip install wandb",
 }
 SIDE = 96
 """Pixels of a test image's side."""

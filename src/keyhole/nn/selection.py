@@ -60,10 +60,6 @@ def best(score: Float[Tensor, " n"], m: int) -> Int[Tensor, " m"]:
 def explore(kept: Kept, n: int, share: float, generator: torch.Generator) -> Kept:
     """Gives a share of the kept places to patches drawn at random from all others.
 
-    While scores mean nothing yet, they can settle on patches that tell nothing, and what is not kept is never learned
-    from. Drawing some at random in the first epochs of a training from random weights leads out of that; the published
-    method has no such thing.
-
     Args:
         kept: what one image keeps, best first.
         n: patches of the image.

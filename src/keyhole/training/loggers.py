@@ -57,7 +57,7 @@ def check_loggers(names: Sequence[str]) -> None:
     """
     for name in names:
         if find_spec(name) is None:
-            raise ConfigError(f"--run.log {name}: not installed; pip install 'keyhole[{name}]'")
+            raise ConfigError(f"--run.log {name}: not installed; pip install {name}")
 
 
 def open_loggers(names: Sequence[str], run: Path) -> list[Logger]:

@@ -190,17 +190,24 @@ class Loop:
         }
 
     def explore(self, kept: list[Kept | None], batch: Batch) -> list[Kept | None]:
-        """In the first `explore` epochs a falling share of what is kept is drawn at random instead."""
+        """In the first `explore` epochs, keeps patches drawn at random in the place of some or all of the best.
+
+        In the first half all are, and attention is held uniform (its key projection stays at zero): encoder and heads
+        learn from what there is. Then attention learns too, and the share falls to none. Without this, scores that
+        mean nothing yet can settle on patches that tell nothing, and what is not kept is never learned from.
+        """
         state, config = self.job.state, self.job.config.train
-        done = state.step / state.steps_per_epoch
-        if done >= config.explore:
+        if not config.explore:
+            return kept
+        done = state.step / state.steps_per_epoch / config.explore
+        self.job.model.pool.key_proj.requires_grad_(done >= 0.5)
+        if done >= 1:
             return kept
         seed = int(np.random.SeedSequence([config.seed, state.step, 1]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(seed)
+        share = min(1.0, 2 * (1 - done))
         return [
-            image
-            if image is None or source is None
-            else explore(image, len(source), 1 - done / config.explore, generator)
+            image if image is None or source is None else explore(image, len(source), share, generator)
             for image, source in zip(kept, batch.sources, strict=True)
         ]
 

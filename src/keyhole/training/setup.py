@@ -118,6 +118,8 @@ def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh
             choose_precision(config.train.precision, device),
             pretrained=None if fresh else False,
         )
+    if fresh and config.train.explore:
+        torch.nn.init.zeros_(model.pool.key_proj.weight)  # attention starts uniform
     if fresh and config.model.weights is not None:
         load_encoder(model.encoder, config.model.weights)
     return model.to(device)
