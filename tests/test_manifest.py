@@ -354,7 +354,7 @@ BAD: dict[str, tuple[str | bytes, tuple[str, ...], str]] = {
     "Latin-1": ("image,grade\n0.png,größer\n".encode("latin-1"), (), "CSV UTF-8"),
     "unknown task": (TWELVE, ("grad",), r"no column 'grad' \(did you mean 'grade'\?\)"),
     "a column that is no task": (TWELVE, ("image",), "no column 'image'|is no task"),
-    "unknown kind": (TWELVE, ("grade=multilable",), r"grade=multilable: no such kind; did you mean 'multilabel'\?"),
+    "unknown kind": (TWELVE, ("grade=multilable",), r"grade=multilable: no such kind \(did you mean 'multilabel'\?\)"),
     "a task twice": (TWELVE, ("grade", "grade=binary"), "names 'grade' twice"),
     "columns of one name": ("image,grade,grade\n0.png,a,b\n", (), "the header names grade more than once"),
     "two image columns": ("image,Image,grade\n0.png,1.png,b\n", (), "the header names image more than once"),

@@ -26,7 +26,7 @@ from keyhole.training.run import read_rows
 
 FLAGS = (
     "--patch.size 16 --model.width 8 --model.heads 2 --select.m 4 --select.chunk 16 --train.epochs 4 --train.batch 2 "
-    "--train.lr 0.003 --run.threads 2 --run.save-minutes 0.00001"
+    "--train.lr 0.003 --train.explore 2 --run.threads 2 --run.save-minutes 0.00001"
 ).split()
 TIMEOUT = 120
 

@@ -105,7 +105,9 @@ def test_labels_that_pose_no_task_are_refused_in_one_line(texts: list[str], kind
 def test_unknown_kind_and_class_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'multilabel'"):
         infer_task("x", ["a", "b"], "multilable")
-    with pytest.raises(DataError, match=r"unknown class 'Pearr'; did you mean 'pear'\?; the classes are apple, pear"):
+    with pytest.raises(
+        DataError, match=r"unknown class 'Pearr' \(did you mean 'pear'\?\); the classes are apple, pear"
+    ):
         FRUIT.encode("Pearr")
     with pytest.raises(DataError, match="tags: unknown class 'rock'; the classes are bird, fish, horse"):
         TAGS.encode("bird|rock")

@@ -170,6 +170,14 @@ def test_a_frozen_encoder_stays_as_it_was(toy: Path, tmp_path: Path) -> None:
     assert not torch.equal(start["pool.query"], after["pool.query"])
 
 
+def test_exploring_holds_attention_uniform_first_and_lets_it_learn_then(toy: Path, tmp_path: Path) -> None:
+    name = "model.pool.key_proj.weight"
+    first = keyhole.train(toy, tmp_path / "first", **settings(train={"explore": 8}))
+    assert not weights(first.path)[name].any()
+    then = keyhole.train(toy, tmp_path / "then", **settings(train={"explore": 2}))
+    assert weights(then.path)[name].any()
+
+
 def started(toy: Path, out: Path, **model: Any) -> dict[str, torch.Tensor]:
     """The weights a run begins with: those of a run with a rate of next to nothing."""
     run = keyhole.train(toy, out, **settings(model=model, train={"lr": 1e-30, "weight_decay": 0.0, "epochs": 1}))

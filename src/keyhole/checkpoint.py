@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from keyhole.errors import OutputError, RunError
 from keyhole.files import atomic_file, write_atomic
+from keyhole.nn.weights import misfits
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -122,14 +123,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
     Raises:
         RunError: naming the file and what does not fit.
     """
-    target = model.state_dict()
-    problems = [f"{name} is missing" for name in target if name not in weights]
-    problems += [f"{name} is left over" for name in weights if name not in target]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(target[name].shape)}"
-        for name in target
-        if name in weights and weights[name].shape != target[name].shape
-    ]
+    problems = misfits(model.state_dict(), weights)
     if problems:
         raise RunError(f"{path}: the weights do not fit the model: {'; '.join(problems[:4])} ({len(problems)} in all)")
     model.load_state_dict(dict(weights))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,6 +14,7 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from keyhole.config import Config
 from keyhole.errors import ConfigError
+from keyhole.wording import nearest
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -179,10 +179,3 @@ def got(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"the list {list(value)!r}"[:80]
     return str(value)[:60]
-
-
-def nearest(wrong: str, known: Iterable[str], prefix: str = "", quote: str = "`") -> str:
-    """` (did you mean X?)`, or nothing where no name is near."""
-    lower = {name.lower().replace("-", "_"): name for name in known}
-    close = difflib.get_close_matches(wrong.lower().replace("-", "_"), lower, n=1, cutoff=0.5)
-    return f" (did you mean {quote}{prefix}{lower[close[0]]}{quote}?)" if close else ""

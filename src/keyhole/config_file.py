@@ -20,8 +20,9 @@ import yaml
 
 import keyhole.config
 from keyhole.config import Config
-from keyhole.config_check import check_value, got, leaves, nearest, validate
+from keyhole.config_check import check_value, got, leaves, validate
 from keyhole.errors import ConfigError
+from keyhole.wording import nearest
 
 __all__ = ["build", "dump_config", "load_config", "read_config", "read_recipe", "recipes", "resolve", "validate"]
 
@@ -131,7 +132,9 @@ def read_recipe(name: str) -> dict[str, Any]:
     """The values that a recipe gives. Raises ConfigError naming the nearest recipe if there is none of this name."""
     names = recipes()
     if name not in names:
-        raise ConfigError(f"--recipe: there is no recipe {name!r}{nearest(name, names)}; there are {', '.join(names)}")
+        raise ConfigError(
+            f"--recipe: there is no recipe {name!r}{nearest(name, names, quote='`')}; there are {', '.join(names)}"
+        )
     text = (resources.files("keyhole.recipes") / f"{name}.yaml").read_text("utf-8")
     return _section(Config, _parse(text, f"recipe {name}"), f"recipe {name}", "")
 
@@ -171,7 +174,7 @@ def _section(kind: type, raw: Mapping[Any, Any], source: str, prefix: str) -> di
     for key, value in raw.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            raise ConfigError(f"{source}: unknown key `{name}`{nearest(str(key), hints, prefix)}")
+            raise ConfigError(f"{source}: unknown key `{name}`{nearest(str(key), hints, prefix, quote='`')}")
         if not dataclasses.is_dataclass(hints[key]):
             checked[key] = check_value(hints[key], value, f"{source}: {name}")
         elif isinstance(value, _as_type(hints[key])):

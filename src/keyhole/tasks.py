@@ -5,7 +5,6 @@ Torch-free, so that reading a manifest needs no torch; the losses are in `nn/los
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from keyhole.errors import ConfigError, DataError, RunError
+from keyhole.wording import listed, nearest
 
 Kind = Literal["multiclass", "binary", "multilabel", "regression"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -146,8 +146,8 @@ class Task:
         try:
             return self.classes.index(label)
         except ValueError:
-            known = f"the classes are {_listed(self.classes)}"
-            raise DataError(f"{self.name}: unknown class {label!r}{_nearest(label, self.classes)}; {known}") from None
+            known = f"the classes are {listed(self.classes, 10)}"
+            raise DataError(f"{self.name}: unknown class {label!r}{nearest(label, self.classes)}; {known}") from None
 
 
 def infer_task(name: str, texts: Iterable[str], kind: str | None = None) -> Task:
@@ -162,7 +162,7 @@ def infer_task(name: str, texts: Iterable[str], kind: str | None = None) -> Task
         DataError: no label, only one class, or labels that do not fit the kind.
     """
     if kind is not None and kind not in KINDS:
-        raise ConfigError(f"{name}={kind}: no such kind{_nearest(kind, KINDS)}; the kinds are {', '.join(KINDS)}")
+        raise ConfigError(f"{name}={kind}: no such kind{nearest(kind, KINDS)}; the kinds are {', '.join(KINDS)}")
     distinct = sorted({text.strip() for text in texts} - {""})
     if not distinct:
         raise DataError(f"{name}: no image has a label. Fill the column or choose other tasks.")
@@ -178,7 +178,9 @@ def infer_task(name: str, texts: Iterable[str], kind: str | None = None) -> Task
     elif len(distinct) == 1:
         raise DataError(f"{name}: all labels are {distinct[0]!r}; at least two classes are needed to learn.")
     elif chosen == "binary" and len(distinct) > 2:
-        raise DataError(f"{name}: binary, but there are {len(distinct)} classes ({_listed(distinct)}). Use multiclass.")
+        raise DataError(
+            f"{name}: binary, but there are {len(distinct)} classes ({listed(distinct, 10)}). Use multiclass."
+        )
     if all(map(_is_number, distinct)):
         distinct.sort(key=float)
     return Task(name, chosen, tuple(distinct))
@@ -220,7 +222,7 @@ def _inferred_kind(name: str, distinct: list[str]) -> Kind:
         twice = next(text for text in numbers if sum(float(other) == float(text) for other in numbers) > 1)
         alike = [text for text in numbers if float(text) == float(twice)]
         raise DataError(
-            f"{name}: {_listed(alike)} are one number written differently. "
+            f"{name}: {listed(alike, 10)} are one number written differently. "
             f"Write them alike, or say {name}=multiclass if they are different classes."
         )
     return "binary" if len(distinct) == 2 else "multiclass"
@@ -246,16 +248,3 @@ def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
     # From the side on which the power cannot overflow.
     power = np.exp(-np.abs(x))
     return np.asarray(np.where(x >= 0, 1.0, power) / (1.0 + power))
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'tumour'?`, or nothing where no known word is near."""
-    by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
-
-
-def _listed(names: Iterable[str], most: int = 10) -> str:
-    names = list(names)
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -19,8 +19,9 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 from keyhole.config import Config, RunConfig
-from keyhole.config_check import check_text, describe, nearest, validate
+from keyhole.config_check import check_text, describe, validate
 from keyhole.errors import ConfigError
+from keyhole.wording import nearest
 
 Options = TypeVar("Options")
 Configured = TypeVar("Configured", bound="ConfigOptions")
@@ -176,7 +177,7 @@ def _checked(kind: type, argv: Sequence[str], prog: str) -> list[str]:
 def _nearest_flag(written: str, flags: list[str]) -> str:
     """The nearest flag; `--size` is near `--patch.size`, since the last part is what people remember."""
     last = [flag for flag in flags if flag.rpartition(".")[2] == written.lstrip("-").replace("_", "-")]
-    return f" (did you mean `{last[0]}`?)" if last else nearest(written, flags)
+    return f" (did you mean `{last[0]}`?)" if last else nearest(written, flags, quote="`")
 
 
 def _is_flag(word: str) -> bool:

@@ -71,11 +71,13 @@ def _dispatch(arguments: list[str]) -> int:
     if first in ("", "-h", "--help"):
         print(_help())
         return 0 if first else USAGE_ERROR
-    from keyhole.config_check import nearest
+    from keyhole.wording import nearest
 
     known = ["--help", "--version"] if first.startswith("-") else list(VERBS)
     kind = "option" if first.startswith("-") else "verb"
-    raise ConfigError(f"there is no {kind} `{first}`{nearest(first, known)}; `keyhole --help` lists what there is")
+    raise ConfigError(
+        f"there is no {kind} `{first}`{nearest(first, known, quote='`')}; `keyhole --help` lists what there is"
+    )
 
 
 def _help() -> str:

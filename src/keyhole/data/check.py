@@ -14,12 +14,13 @@ from typing import Any, Literal
 from keyhole.config import Config
 from keyhole.data.check_worker import Failed, ImageProbe, Probed, Trouble
 from keyhole.data.hashes import hash_files
-from keyhole.data.item import SPLITS, Item, LeftOut, listed
+from keyhole.data.item import SPLITS, Item, LeftOut
 from keyhole.data.manifest import MISSING_FILE, Manifest, read_manifest
 from keyhole.data.settle import classes_of
 from keyhole.data.splits import leaking_groups
 from keyhole.errors import ImageError
 from keyhole.store import fits
+from keyhole.wording import listed
 
 PROCESSES = 4
 """At a time, at most: each may hold a tile or a thumbnail of gigapixels in memory."""

@@ -1,9 +1,9 @@
 """A generated data set: handwritten digits hidden among strokes and clutter, as large image files.
 
-Every image carries a few copies of one digit, each from another handwriting sample, and the digit is the class. The
+Every image carries some copies of one digit, each from another handwriting sample, and the digit is the class. The
 digits cover under 1 % of the image. Everything else is drawn to look alike: doodles (lines, arcs, loops left open,
 dots, blobs) that are made as the digits were made, 32 x 32 bitmaps counted down to 8 x 8, and enlarged by the same
-code; long strokes of the same width and darkness; paper with uneven light and grain. So neither a thumbnail nor an
+code; long strokes of the same darkness; paper with uneven light and grain. So neither a thumbnail nor an
 amount of ink tells the class, and a model has to find the digits and to look at them closely.
 
 The digits are scikit-learn's bundled 8 x 8 ones (Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits",
@@ -33,13 +33,13 @@ Pixels = NDArray[np.uint8]
 
 CLASSES = (0, 2, 4, 6, 7)
 """Digits that are hard to confuse even at 8 x 8; guessing one of five gives 0.20."""
-COPIES = (9, 11)
+COPIES = (13, 16)
 """Fewest and most copies of its digit in an image."""
-MOST_COPIES = 11
+MOST_COPIES = 18
 """So many of the largest digits still stay under LARGEST_SHARE."""
-CLUTTER = (10, 18)
+CLUTTER = (8, 14)
 """Fewest and most doodles on 1536 x 1536 pixels; other sizes in proportion to the area."""
-STROKES = (3, 6)
+STROKES = (2, 4)
 """Fewest and most long strokes across an image."""
 LARGEST_SHARE = 0.01
 """The digits of an image, by their boxes, cover less than this share of it."""
@@ -48,8 +48,8 @@ SMALLEST_SIDE = 1500
 QUALITY = 90
 """JPEG: a 1536 px page is 0.3 MB and decodes in 4 ms; as PNG, its grain makes that 1.3 MB and 15 ms."""
 
-SCALE = (4.6, 5.4)
-"""Pixels of the image per pixel of an 8 x 8 source: digits are 37 to 43 px high, and strokes 5 to 8 px wide."""
+SCALE = (3.6, 4.2)
+"""Pixels of the image per pixel of an 8 x 8 source: digits are 29 to 34 px high, and strokes 4 to 6 px wide."""
 TURN = 12.0
 """Largest rotation in degrees, either way: a digit stays what it is."""
 DIGIT_INK = (3.3, 5.3)
@@ -255,7 +255,7 @@ def _doodle(rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def _long_strokes(rng: np.random.Generator, side: int, count: int) -> Pixels:
-    """Ink (side, side) of `count` smooth strokes of a digit's stroke width, each some hundred pixels long."""
+    """Ink (side, side) of `count` smooth strokes as dark as the digits, each some hundred pixels long."""
     bitmap = Image.new("L", (side, side))
     pen = ImageDraw.Draw(bitmap)
     t = np.linspace(0, 1, 24)[:, None]

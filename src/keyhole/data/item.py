@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,20 +58,6 @@ class Table:
     rows: list[Row]
     left_out: list[LeftOut]
     notes: list[str]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'val'?)`, or nothing where no known word is near."""
-    by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=1)
-    return f" (did you mean {by_lower[near[0]]!r}?)" if near else ""
-
-
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first names, and how many there are where some are not shown."""
-    names = list(names)
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def absolute(path: str | Path) -> Path:

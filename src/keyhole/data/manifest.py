@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from keyhole.config import DataConfig
 from keyhole.data.hashes import FileHash
-from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table, listed, nearest
+from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table
 from keyhole.data.read_csv import read_csv
 from keyhole.data.read_folder import expand_images, read_folder
 from keyhole.data.settle import check_training, settle_splits
 from keyhole.errors import ConfigError, DataError
 from keyhole.files import write_atomic
 from keyhole.tasks import Task, fit_regression, infer_task
+from keyhole.wording import listed, nearest
 
 __all__ = ["Item", "LeftOut", "Manifest", "expand_images", "read_for_tasks", "read_manifest", "write_left_out"]
 

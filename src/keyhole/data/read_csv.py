@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table, absolute, listed, nearest
+from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table, absolute
 from keyhole.errors import DataError
+from keyhole.wording import listed, nearest
 
 RESERVED = ("image", "name", "split", "group", "mpp", "sha256", "bytes")
 """Columns with a meaning of their own, in any case of letters; every other column is a task."""

@@ -16,6 +16,7 @@ from keyhole.nn.attention import CrossAttentionPool
 from keyhole.nn.classifier import IPSClassifier
 from keyhole.nn.encoder import FeatureProjector, TimmEncoder
 from keyhole.nn.position import IndexPosition
+from keyhole.nn.weights import misfits
 from keyhole.tasks import Task
 
 _POOL = {
@@ -141,13 +142,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str
     for name in target:
         if name.endswith("num_batches_tracked") and name not in renamed:
             renamed[name] = torch.zeros_like(target[name])
-    problems = [f"{name} is missing" for name in target if name not in renamed]
-    problems += [f"{name} is left over" for name in renamed if name not in target]
-    problems += [
-        f"{name} is {tuple(renamed[name].shape)}, expected {tuple(target[name].shape)}"
-        for name in target
-        if name in renamed and renamed[name].shape != target[name].shape
-    ]
+    problems = misfits(target, renamed)
     if problems:
         raise ValueError(f"the published weights do not fit the configuration: {'; '.join(problems[:8])}")
     model.load_state_dict(renamed)

@@ -1,0 +1,27 @@
+"""Words that error messages share: the name that was probably meant, and lists that do not run on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(wrong: str, known: Iterable[str], prefix: str = "", quote: str = "'") -> str:
+    """` (did you mean 'val'?)`, or nothing where no known name is near; upper case and `-` for `_` do not matter.
+
+    Args:
+        wrong: what was written.
+        known: what could have been meant.
+        prefix: shown before the name, such as `--`.
+        quote: shown around it.
+    """
+    by_plain = {name.lower().replace("-", "_"): name for name in known}
+    near = difflib.get_close_matches(wrong.lower().replace("-", "_"), by_plain, n=1, cutoff=0.5)
+    return f" (did you mean {quote}{prefix}{by_plain[near[0]]}{quote}?)" if near else ""
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first names, and how many there are where some are not shown."""
+    names = list(names)
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
