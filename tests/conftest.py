@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,17 @@ def write_toy(folder: Path, count: int = 12, side: int = 64, seed: int = 0) -> P
             pixels[y : y + 16, x : x + 16] = color
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
     return folder
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """As on a full disk: writing beyond `limit` bytes fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import struct
@@ -14,13 +13,12 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import settings
+from conftest import settings, small_files
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -415,17 +413,6 @@ def test_a_place_that_cannot_be_written_or_is_taken_is_refused(case: str, say: S
     assert {path.name for path in Path().iterdir()} == {"file.txt", "taken"}
     assert not list(Path("taken").iterdir())
     assert before == {path: path.stat().st_mtime_ns for path in toy_run.rglob("*")}
-
-
-@contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """As on a full disk: writing beyond `limit` bytes fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("limit", [100, 2_000, 20_000])

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, settings, write_toy
+from conftest import SMALL, settings, small_files, write_toy
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -311,17 +308,6 @@ def test_early_stopping_ends_the_learning(toy: Path, tmp_path: Path) -> None:
 
 
 # Files that fail
-
-
-@contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """As on a full disk: writing beyond `limit` bytes fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_the_old_state(tmp_path: Path) -> None:

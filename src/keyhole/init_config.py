@@ -126,7 +126,7 @@ def propose(config: Config, measured: Measured) -> Proposal:
                 batch=batch,
                 lr=1e-3,
                 warmup=max(1.0, epochs / 10),
-                explore=round(epochs / 3, 1),
+                explore=round(epochs / 2, 1),
                 balance="loss" if imbalance >= 2 else "none",
             ),
         ),

@@ -6,6 +6,7 @@ from a file, so that opening can happen later, on a reading thread.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,14 +101,14 @@ class PatchSource(Protocol):
         """Give back what is open. Reading afterwards is an error."""
 
 
-class _Chunked:
+class _Chunked(ABC):
     """The unthreaded passes, in terms of `read`."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
-        raise NotImplementedError
+    @abstractmethod
+    def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array: ...
 
     def chunks(self, size: int) -> Iterator[tuple[Index, Array]]:
         for start in range(0, len(self), size):
