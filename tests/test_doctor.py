@@ -79,7 +79,7 @@ def test_training_that_fails_and_a_package_that_is_missing_are_failures(
     found = doctor.training(tmp_path)
     assert (found.state, found.detail) == ("FAIL", "RuntimeError: no kernel for this device")
 
-    monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
+    monkeypatch.setattr("keyhole.training.run.PACKAGES", ("no-such-package",))
     states = {finding.name: finding.state for finding in doctor.machine()}
     assert states["no-such-package"] == "FAIL"
 

@@ -24,20 +24,6 @@ from keyhole.config import Config, DataConfig, ModelConfig, PatchConfig, RunConf
 
 Pixels = NDArray[np.uint8]
 
-PACKAGES = (
-    "torch",
-    "timm",
-    "numpy",
-    "pillow",
-    "tifffile",
-    "imagecodecs",
-    "openslide-python",
-    "openslide-bin",
-    "safetensors",
-    "scikit-learn",
-    "pydantic",
-    "tyro",
-)
 OPTIONAL = {
     "tensorboard": "curves in TensorBoard with --run.log tensorboard; pip install tensorboard",
     "wandb": "curves in Weights & Biases with --run.log wandb; pip install wandb",
@@ -79,6 +65,8 @@ def examine() -> Iterator[Finding]:
 def machine() -> Iterator[Finding]:
     """Versions, cores, memory, temporary space and GPU."""
     yield Finding("python", "info", f"{platform.python_version()} on {platform.platform()}")
+    from keyhole.training.run import PACKAGES
+
     for package in PACKAGES:
         try:
             yield Finding(package, "info", version(package))

@@ -45,7 +45,12 @@ PACKAGES = (
     "imagecodecs",
     "openslide-python",
     "openslide-bin",
+    "safetensors",
+    "scikit-learn",
+    "pydantic",
+    "tyro",
 )
+"""What a run's figures and a machine's health may depend on."""
 
 
 @dataclass(frozen=True)
