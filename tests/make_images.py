@@ -5,6 +5,7 @@ Tests import the functions; `python tests/make_images.py FOLDER` writes all of i
 
 from __future__ import annotations
 
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,32 @@ def write_pyramids(folder: Path) -> dict[str, Stored]:
     return {path.name: Stored(path, levels) for path in (ome, chain, svs)}
 
 
+def write_many_tiles(path: Path, columns: int, rows: int, tile: int = 64, kinds: int = 20) -> Path:
+    """A BigTIFF of JPEG tiles that share the bytes of a few: 250,000 tiles in 3 MB, nearly all of it their tables."""
+    rng = np.random.default_rng(0)
+    out = bytearray(b"II+\0" + struct.pack("<HHQ", 8, 0, 0))
+    places = []
+    for kind in range(kinds):
+        data = imagecodecs.jpeg8_encode(picture(3, tile, tile, seed=kind), level=80, subsampling="444")
+        places.append((len(out), len(data)))
+        out += data
+    chosen = np.array(places)[rng.integers(0, kinds, columns * rows)]
+    offsets = len(out)
+    out += chosen[:, 0].astype("<u8").tobytes()
+    counts = len(out)
+    out += chosen[:, 1].astype("<u4").tobytes()
+    number = columns * rows
+    entries = [
+        (256, 4, 1, columns * tile), (257, 4, 1, rows * tile), (258, 3, 3, 8 * (1 + 2**16 + 2**32)), (259, 3, 1, 7),
+        (262, 3, 1, 6), (277, 3, 1, 3), (322, 4, 1, tile), (323, 4, 1, tile), (324, 16, number, offsets),
+        (325, 4, number, counts), (530, 3, 2, 1 + 2**16),
+    ]  # fmt: skip
+    struct.pack_into("<Q", out, 8, len(out))
+    out += struct.pack("<Q", len(entries)) + b"".join(struct.pack("<HHQQ", *entry) for entry in entries) + bytes(8)
+    path.write_bytes(out)
+    return path
+
+
 def write_broken(folder: Path) -> dict[str, Path]:
     """Files that must not be read, by what is wrong with them."""
     pixels = picture()
@@ -207,7 +234,7 @@ def _flip(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # make_zarr.py and make_dicom.py have the formats that need their own packages
     target = Path(sys.argv[1])
     for write in (write_pictures, write_tiffs, write_pyramids, write_broken):
         subfolder = target / write.__name__.removeprefix("write_")

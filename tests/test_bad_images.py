@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tifffile
+from make_dicom import write_dicom
 from make_images import picture, write_broken, write_pictures, write_pyramids, write_tiff, write_tiffs
 
 from keyhole.errors import ConfigError, ImageError
@@ -191,6 +192,12 @@ def test_a_strip_of_gigabytes_is_refused(tmp_path: Path) -> None:
     for line in in_a_process_that_may_die(path):
         assert "60,000 x 60,000" in line
         assert "vips tiffsave" in line
+
+
+def test_a_tile_of_gigabytes_in_dicom_is_refused(tmp_path: Path) -> None:
+    path, _ = write_dicom(tmp_path, [picture(3, 32, 32)], declared=30_000)
+    for line in in_a_process_that_may_die(path):
+        assert "30,000 x 30,000" in line
 
 
 def test_a_truncated_slide_is_refused_by_openslide_too(broken: dict[str, Path]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,16 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openslide
 import PIL.Image
 import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_images import Stored, picture, pyramid, squeeze, write_pictures, write_pyramids, write_tiff, write_tiffs
+from make_dicom import write_dicom
+from make_images import (
+    Stored,
+    picture,
+    pyramid,
+    squeeze,
+    write_many_tiles,
+    write_pictures,
+    write_pyramids,
+    write_tiff,
+    write_tiffs,
+)
+from make_slides import write_vendors
 from numpy.typing import NDArray
 
-from keyhole.errors import ImageError
+from keyhole.errors import ImageError, ImageLost
 from keyhole.images import ArrayImage, Box, Image, Level, Size, open_image
+from keyhole.images.faults import check_reachable, faults_of
+from keyhole.images.geometry import same_shape
 from keyhole.images.image import readers
 from keyhole.images.openslide import OpenSlideImage
 from keyhole.images.pillow import PillowImage
@@ -268,6 +287,57 @@ def test_resolution_is_believed_only_where_it_can_be_a_microscopes(
         assert image.mpp == (mpp if mpp is None else pytest.approx(mpp))
 
 
+NOTES: dict[str, tuple[dict[str, Any], float | None, str]] = {
+    "not square": ({"resolution": (40000, 20000), "resolutionunit": 3}, None, "its resolution tag says 0.25 x 0.5 um per pixel: pixels that are not square"),
+    "photograph": ({"resolution": (300, 300), "resolutionunit": 2}, None, "its resolution tag says 84.67 um per pixel, outside 0.05 ... 20"),
+    "no unit": ({"resolution": (40000, 40000), "resolutionunit": 1}, None, ""),
+    "nothing": ({}, None, ""),
+    "aperio": ({"description": "Aperio Image Library|MPP = 0.25|x = 1"}, 0.25, ""),
+    "aperio agrees": ({"description": "Aperio Image Library|MPP = 0.2501", "resolution": (40000, 40000), "resolutionunit": 3}, 0.2501, ""),
+    "aperio contradicts": ({"description": "Aperio Image Library|MPP = 0.25", "resolution": (20000, 20000), "resolutionunit": 3}, None,
+                           "the file's description says 0.25, its resolution tag 0.5 um per pixel"),
+    "aperio and 72 dpi": ({"description": "Aperio Image Library|MPP = 0.25", "resolution": (72, 72), "resolutionunit": 2}, 0.25, ""),
+    "aperio comma": ({"description": "Aperio Image Library|MPP = 0,25"}, 0.25, ""),
+    "aperio words": ({"description": "Aperio Image Library|MPP = ?"}, None, "its description says ? x ? um per pixel, which are not two numbers"),
+    "aperio zero": ({"description": "Aperio Image Library|MPP = 0", "resolution": (40000, 40000), "resolutionunit": 3}, None, "its description says 0 um per pixel, outside 0.02 ... 100"),
+    "aperio huge": ({"description": "Aperio Image Library|MPP = 500"}, None, "its description says 500 um per pixel, outside 0.02 ... 100"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_scale_that_is_not_believed_is_none_and_says_why(tmp_path: Path, name: str) -> None:
+    options, mpp, note = NOTES[name]
+    write_tiff(tmp_path / "a.tif", picture(), tile=(48, 48), **options)
+    write_tiff(tmp_path / "a.svs", picture(), tile=(48, 48), compression=33005, compressionargs={"level": 0}, **options)
+    with open_image(tmp_path / "a.tif") as image:
+        assert (image.mpp, image.mpp_note) == (mpp if mpp is None else pytest.approx(mpp), note)
+    if name.startswith("aperio"):
+        with open_image(tmp_path / "a.svs") as image:
+            assert isinstance(image, OpenSlideImage)
+            assert image.mpp == mpp
+            assert (image.mpp_note == "") == (note == "" or name == "aperio words")  # OpenSlide leaves those out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mpp", "note"),
+    [({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}, 0.5, ""),  # µm by the schema
+     ({"PhysicalSizeX": 500, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.5, "PhysicalSizeYUnit": "µm"}, 0.5, ""),
+     ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "pixel", "PhysicalSizeY": 0.5}, None, "'pixel', which is no unit of length"),
+     ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25}, None, "its OME-XML says 0.5 x 0.25 um per pixel: pixels that are not square"),
+     ({"PhysicalSizeX": 0.5}, None, "its OME-XML says 0.5 x nothing um per pixel"),
+     ({"PhysicalSizeX": 500, "PhysicalSizeY": 500}, None, "outside"), ({}, None, "")],
+)  # fmt: skip
+def test_an_ome_scale_needs_a_unit_of_length_and_square_pixels(
+    tmp_path: Path, sizes: dict[str, Any], mpp: float | None, note: str
+) -> None:
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, picture(), ome=True, photometric="rgb", tile=(32, 32), metadata={"axes": "YXS", **sizes})
+    with open_image(path) as image:
+        assert image.mpp == mpp
+        assert note in image.mpp_note
+        assert (image.mpp_note == "") == (note == "")
+
+
 def test_mpp_comes_from_ome_and_aperio(stored: dict[str, Stored]) -> None:
     for name, mpp in [("pyramid.ome.tif", 0.25), ("chain.tif", 0.5), ("miniature.svs", 0.499), ("tiles-3.tif", None)]:
         with open_image(stored[name].path) as image:
@@ -286,8 +356,30 @@ def test_smaller_pages_of_other_proportions_are_no_levels(tmp_path: Path) -> Non
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
         for level in (picture(), picture(3, 72, 72), picture(3, 72, 48)):
             writer.write(level, tile=(32, 32), subfiletype=1 if level.shape[1] < 144 else 0, metadata=None)
-    with open_image(tmp_path / "a.tif") as image:
-        assert [level.size for level in image.levels] == [(144, 96), (72, 48)]
+    for reader in (TiffImage, OpenSlideImage):
+        with reader(tmp_path / "a.tif") as image:
+            assert [level.size for level in image.levels] == [(144, 96), (72, 48)]
+
+
+@settings(max_examples=200)
+@given(
+    width=st.integers(2, 200_000),
+    height=st.integers(2, 200_000),
+    down=st.floats(1.2, 64),
+    up=st.tuples(st.booleans(), st.booleans()),
+)
+def test_levels_are_told_from_other_pictures_by_their_size(
+    width: int, height: int, down: float, up: tuple[bool, bool]
+) -> None:
+    level = Size(
+        *(
+            max(1, int(np.ceil(side / down) if ceil else side // down))
+            for side, ceil in zip((width, height), up, strict=True)
+        )
+    )
+    assert same_shape(Size(width, height), level) or level.width == width
+    wider = Size(int(level.width * 1.02) + 2, level.height)
+    assert min(level) < 200 or wider.width >= width or not same_shape(Size(width, height), wider)
 
 
 def test_missing_tiles_are_background(tmp_path: Path) -> None:
@@ -321,12 +413,161 @@ def test_a_region_is_read_without_the_rest_of_the_file(tmp_path: Path, reader: t
         np.testing.assert_array_equal(image.read((32, 32, 32, 32)), picture()[32:64, 32:64])
 
 
+def overwrite_tile(path: Path, number: int) -> Box:
+    """Harms one tile of level 0; returns where it is."""
+    with tifffile.TiffFile(path) as tif:
+        page = tif.pages.first
+        offset, count = page.dataoffsets[number], page.databytecounts[number]
+        row, column = divmod(number, -(-page.imagewidth // page.tilewidth))
+        place = Box(column * page.tilewidth, row * page.tilelength, page.tilewidth, page.tilelength)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\x55" * count)
+    return place
+
+
+@pytest.mark.parametrize("reader", [TiffImage, OpenSlideImage])
+def test_one_damaged_tile_of_a_slide_spoils_no_other_for_any_thread(
+    shared: Path, tmp_path: Path, reader: type[Image]
+) -> None:
+    source = shared / "data" / "slides" / "CMU-1-Small-Region.svs"
+    path = Path(shutil.copy(source, tmp_path / "a.svs"))
+    path.chmod(0o600)
+    harmed = [overwrite_tile(path, number) for number in (31, 47, 48)]
+    places = [Box(x, y, 120, 120) for y in range(0, 1440, 120) for x in range(0, 2160, 120)]
+    bad = [any(h.x <= box.x < h.x + h.width and h.y <= box.y < h.y + h.height for h in harmed) for box in places]
+
+    def outcome(box: Box) -> NDArray[np.uint8] | ImageError:
+        try:
+            return image.read(box)
+        except ImageError as error:
+            return error
+
+    with reader(path) as image, reader(source) as sound, ThreadPoolExecutor(8) as pool:  # type: ignore[call-arg]
+        for box, damaged, got in zip(places, bad, pool.map(outcome, places), strict=True):
+            assert isinstance(got, ImageError) is damaged
+            if isinstance(got, ImageError):
+                assert f"damaged at {tuple(box)} of level 0" in str(got)
+                assert not isinstance(got, ImageLost)
+            else:
+                np.testing.assert_array_equal(got, sound.read(box))
+    assert sum(bad) == 12
+
+
+def test_a_tile_outside_the_cut_end_is_still_read(tmp_path: Path) -> None:
+    path = write_many_tiles(tmp_path / "a.tif", 50, 50)
+    with open_image(path) as image:
+        first, last = image.read((0, 0, 64, 64)), Box(49 * 64, 49 * 64, 64, 64)
+        os.truncate(path, path.stat().st_size - 2500 * 4)  # into the tables
+        with pytest.raises(ImageError, match="ends early") as caught:
+            image.read(last)
+        assert not isinstance(caught.value, ImageLost)
+        np.testing.assert_array_equal(image.read((0, 0, 64, 64)), first)
+
+
+def test_a_file_of_many_tiles_is_read_as_tifffile_reads_it(tmp_path: Path) -> None:
+    path = write_many_tiles(tmp_path / "a.tif", 60, 40, tile=16)
+    pixels = tifffile.imread(path)
+    with open_image(path) as image:
+        np.testing.assert_array_equal(image.read((0, 0, *image.size)), pixels)
+    with open_image(path) as image:
+        for x, y in [(900, 600), (0, 0), (512, 300)]:
+            np.testing.assert_array_equal(image.read((x, y, 30, 30)), pixels[y : y + 30, x : x + 30])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rowsperstrip": 1}, {"rowsperstrip": 1, "byteorder": ">"}, {"rowsperstrip": 1, "bigtiff": True, "compression": "zstd"},
+     {"rowsperstrip": 2, "planarconfig": "separate"}, {"tile": (16, 16), "compression": "lzw", "bigtiff": True, "byteorder": ">"}],
+)  # fmt: skip
+def test_tables_that_stay_in_the_file_are_those_that_tifffile_reads(tmp_path: Path, options: dict[str, Any]) -> None:
+    pixels = picture(3, 96, 2900)
+    path = write_tiff(tmp_path / "a.tif", pixels, **options)
+    with TiffImage(path) as image:
+        assert all(table.values is None for table in (image._stored[0].offsets, image._stored[0].counts))
+        np.testing.assert_array_equal(image.read((0, 0, 96, 2900)), pixels)
+        np.testing.assert_array_equal(image.read((50, 2800, 20, 20)), pixels[2800:2820, 50:70])
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "svs", "zarr"])
+def test_a_file_that_is_not_there_is_lost_not_damaged(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(ImageLost, match="no such file"):
+        open_image(tmp_path / f"a.{suffix}")
+    for reader in (TiffImage, OpenSlideImage, PillowImage):
+        with pytest.raises(ImageLost, match="no such file"):
+            reader(tmp_path / f"a.{suffix}")
+
+
+def test_a_file_that_goes_while_it_is_open_is_lost_and_may_come_back(tmp_path: Path) -> None:
+    PIL.Image.fromarray(picture()).save(tmp_path / "a.png")
+    svs = {"description": "Aperio Image Library|MPP = 0.5", "compression": 33005, "compressionargs": {"level": 0}}
+    write_tiff(tmp_path / "a.svs", picture(), tile=(48, 48), **svs)
+    for name in ("a.png", "a.svs"):
+        with open_image(tmp_path / name) as image:
+            (tmp_path / name).rename(tmp_path / "elsewhere")
+            with pytest.raises(ImageLost, match="no such file"):
+                image.read((0, 0, 64, 64))
+            (tmp_path / "elsewhere").rename(tmp_path / name)
+            np.testing.assert_array_equal(image.read((0, 0, 64, 64)), picture()[:64, :64])
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOENT, errno.ETIMEDOUT, errno.EINVAL, errno.EACCES])
+def test_what_the_system_says_tells_a_lost_file_from_a_damaged_one(tmp_path: Path, number: int) -> None:
+    with pytest.raises(ImageError) as caught, faults_of(tmp_path / "a.tif", "damaged"):
+        raise OSError(number, os.strerror(number))
+    assert isinstance(caught.value, ImageLost) is (number not in (errno.EINVAL, errno.EACCES))
+    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
+    assert (type(again), str(again)) == (type(caught.value), str(caught.value))
+    (tmp_path / "a.tif").touch()
+    if number == errno.EIO:  # libraries that give only text
+        with pytest.raises(ImageLost):
+            check_reachable(tmp_path / "a.tif", "Couldn't read tile: Input/output error")
+    check_reachable(tmp_path / "a.tif", "Corrupt JPEG data")
+
+
+@pytest.mark.parametrize("maker", ["philips", "trestle", "leica"])
+def test_a_makers_slide_is_read_by_its_driver_of_openslide(tmp_path: Path, maker: str) -> None:
+    path, levels = (slide := write_vendors(tmp_path)[maker]).path, slide.levels
+    with open_image(path) as image:
+        assert isinstance(image, OpenSlideImage)
+        assert openslide.OpenSlide.detect_format(path) == maker
+        assert (image.mpp, image.mpp_note) == (pytest.approx(0.5), "")
+        assert image.levels == tuple(Level(Size(p.shape[1], p.shape[0]), 2.0**k) for k, p in enumerate(levels))
+        for level, pixels in enumerate(levels):
+            for box in [Box(0, 0, *image.levels[level].size), Box(16, 10, 40, 30), Box(-5, -5, 30, 30)]:
+                np.testing.assert_array_equal(image.read(box, level), padded(pixels, box))
+
+
+def test_dicom_is_read_level_by_level(tmp_path: Path) -> None:
+    pixels = picture(3, 192, 128)
+    path, stored = write_dicom(tmp_path, [pixels, np.ascontiguousarray(pixels[::2, ::2])])
+    with open_image(path) as image:
+        assert isinstance(image, OpenSlideImage)
+        assert (image.size, image.mpp, image.mpp_note) == ((192, 128), 0.5, "")
+        assert image.levels == (Level(Size(192, 128), 1.0), Level(Size(96, 64), 2.0))
+        for level, expected in enumerate(stored):
+            for box in [Box(0, 0, *image.levels[level].size), Box(20, 10, 50, 50), Box(-9, 40, 64, 64)]:
+                difference = np.abs(image.read(box, level).astype(int) - padded(expected, box))
+                assert difference.max() <= 2  # 0 today; two JPEG decoders
+
+
+def test_dicom_pixels_that_are_not_square_have_no_scale(tmp_path: Path) -> None:
+    path, _ = write_dicom(tmp_path, [picture(3, 64, 64)], um=(0.25, 0.5))
+    with open_image(path) as image:
+        assert (image.mpp, image.mpp_note) == (
+            None,
+            "the file says 0.25 x 0.5 um per pixel: pixels that are not square",
+        )
+
+
 def test_a_strip_is_decoded_once_for_many_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiff(tmp_path / "a.tif", picture(), rowsperstrip=96, compression="zstd")
     with TiffImage(tmp_path / "a.tif") as image:
         decoded = []
         decode = image._decode
-        monkeypatch.setattr(image, "_decode", lambda page, index: decoded.append(index) or decode(page, index))
+        monkeypatch.setattr(
+            image, "_decode", lambda page, level, index: decoded.append(index) or decode(page, level, index)
+        )
         for x in range(0, 128, 16):
             np.testing.assert_array_equal(image.read((x, 8, 16, 16)), picture()[8:24, x : x + 16])
         assert decoded == [0]
@@ -387,7 +628,7 @@ def test_opening_a_picture_does_not_import_openslide_or_torch(stored: dict[str, 
 
 def test_readers_are_asked_highest_priority_first() -> None:
     names = [reader.__name__ for reader in readers()]
-    assert names == ["TiffImage", "OpenSlideImage", "PillowImage"]
+    assert names == ["TiffImage", "ZarrImage", "OpenSlideImage", "PillowImage"]
 
 
 def example_of(document: Path) -> str:

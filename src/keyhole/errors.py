@@ -25,6 +25,10 @@ class ImageError(KeyholeError):
         return type(self), (self.path, self.problem)
 
 
+class ImageLost(ImageError):  # noqa: N818 - names the event
+    """The file cannot be reached (any more): gone, or its disk or share does not answer. Worth another try."""
+
+
 class StalledRead(ImageError):  # noqa: N818 - names the event, as TimeoutError does
     """A read that gave nothing within the stated time."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from keyhole.errors import ImageError
+from keyhole.errors import ImageError, ImageLost
 
 FAULTS: tuple[type[Exception], ...] = (
     # tifffile and Pillow let nearly everything through on a damaged file; each of these was seen.
@@ -28,6 +30,15 @@ FAULTS: tuple[type[Exception], ...] = (
     zlib.error,
 )
 
+_LOST_NAMES = (
+    # Gone, or the disk or share does not answer; and what passes: too many open files, an interrupted call.
+    *("ENOENT", "EIO", "ESTALE", "ENXIO", "ENODEV", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN"),
+    *("ENETUNREACH", "ENETRESET", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "ESHUTDOWN", "EREMOTEIO", "ENOLINK"),
+    *("ECOMM", "EPROTO", "ENOMEDIUM", "EAGAIN", "EBUSY", "EINTR", "EMFILE", "ENFILE", "EBADFD"),
+)
+LOST = frozenset(getattr(errno, name) for name in _LOST_NAMES if hasattr(errno, name))
+"""Numbers of system errors after which the same read may work again later. All others say what the file is."""
+
 
 def one_line(error: BaseException, limit: int = 160) -> str:
     """The message of `error` on one line, at most `limit` characters; its type where it has no message."""
@@ -37,11 +48,51 @@ def one_line(error: BaseException, limit: int = 160) -> str:
 
 @contextmanager
 def faults_of(path: Path, what: str) -> Iterator[None]:
-    """Raises ImageError(path, "`what` (reason). Copy it again ...") for whatever a decoder raises inside."""
+    """Raises ImageError(path, "`what` (reason). Copy it again ...") for whatever a decoder raises inside.
+
+    What the system raises because the file cannot be reached becomes ImageLost.
+    """
     try:
         yield
     except FAULTS as error:
+        if isinstance(error, OSError) and is_lost(path, error):
+            raise lost(path, error) from error
         raise ImageError(path, f"{what} ({one_line(error)}). Copy the file again, or export it anew.") from error
+
+
+def is_lost(path: Path, error: OSError) -> bool:
+    """Whether the system, or a library that looked for it, says that the file cannot be reached."""
+    return error.errno in LOST or (isinstance(error, FileNotFoundError) and not os.path.lexists(path))
+
+
+def lost(path: Path, error: OSError) -> ImageLost:
+    """The error for a file that the system cannot reach."""
+    if isinstance(error, FileNotFoundError):
+        return ImageLost(path, "no such file. Check the path.")
+    return ImageLost(path, f"cannot be reached ({error.strerror or one_line(error)}). Is its disk or share there?")
+
+
+def check_reachable(path: Path, problem: str) -> None:
+    """Tells a lost file from a damaged one where a library gives only text: looks for the system's words, then asks.
+
+    Args:
+        problem: what the library said.
+
+    Raises:
+        ImageLost: the file or folder is gone, or does not answer.
+    """
+    try:
+        for number in LOST - {errno.ENOENT}:
+            if os.strerror(number).lower() in problem.lower():
+                raise OSError(number, os.strerror(number))
+        if not path.is_dir():
+            with path.open("rb", buffering=0) as file:
+                file.read(1)
+        else:
+            os.scandir(path).close()
+    except OSError as error:
+        if is_lost(path, error):
+            raise lost(path, error) from error
 
 
 def ends_early(path: Path, there: int, needed: int) -> ImageError:

@@ -42,9 +42,13 @@ def downsample_of(l0_size: Size, lv_size: Size) -> float:
 
 
 def same_shape(l0_size: Size, lv_size: Size) -> bool:
-    """Whether the second can be a smaller copy of the first: equal proportions, up to rounding to whole pixels."""
-    if lv_size.width >= l0_size.width or lv_size.height > l0_size.height:
+    """Whether the second can be a level of the first: smaller, by one factor in both directions.
+
+    Each side may be off by less than a pixel, however the writer rounded. A picture of other proportions is a label,
+    a macro picture or a level that would put patches in wrong places.
+    """
+    if lv_size.width >= l0_size.width or lv_size.height > l0_size.height or min(lv_size) < 1:
         return False
-    expected = l0_size.height * lv_size.width / l0_size.width
-    slack = 1 + l0_size.height / l0_size.width
-    return abs(lv_size.height - expected) <= max(slack, 0.01 * expected)
+    lowest = max(l0 / (lv + 1) for l0, lv in zip(l0_size, lv_size, strict=True))
+    highest = min(l0 / (lv - 1) if lv > 1 else float("inf") for l0, lv in zip(l0_size, lv_size, strict=True))
+    return lowest < highest

@@ -18,8 +18,8 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from keyhole.errors import ConfigError, ImageError
-from keyhole.images.faults import one_line
+from keyhole.errors import ConfigError, ImageError, ImageLost
+from keyhole.images.faults import is_lost, lost, one_line
 from keyhole.images.geometry import Box, Level, Size
 from keyhole.images.pixels import Pixels as Pixels
 
@@ -34,7 +34,8 @@ class Image(ABC):
         path: the file, or a name for pixels in memory.
         size: (width, height) of level 0 in pixels, orientation obeyed.
         levels: level 0 first, then ever smaller ones; each with size and downsample.
-        mpp: microns per level-0 pixel, or None where the file does not say.
+        mpp: microns per level-0 pixel, or None where the file does not say, or says what is not to be believed.
+        mpp_note: "", or why `mpp` is None although the file says something: "the file says 0.25 x 0.5 um per pixel".
         channels: 1 (grey) or 3 (RGB).
         background: value of pixels outside the image.
     """
@@ -46,6 +47,7 @@ class Image(ABC):
     size: Size
     levels: tuple[Level, ...]
     mpp: float | None = None
+    mpp_note: str = ""
     channels: int = 3
     background: int = 255
 
@@ -64,7 +66,8 @@ class Image(ABC):
         Pixels outside the image have the value `background`.
 
         Raises:
-            ImageError: the file is damaged there.
+            ImageError: the file is damaged there. Every other box can still be read.
+            ImageLost: the file cannot be reached; the same box may be read later.
             ValueError: no such level, or a box without area.
         """
         box = Box(*box)
@@ -132,7 +135,8 @@ def open_image(path: str | Path) -> Image:
     Readers are asked by `sniff`, highest `priority` first; the first that opens the file reads it.
 
     Raises:
-        ImageError: no such file, not a regular file, empty, not readable, damaged, or of a kind that no reader knows.
+        ImageLost: no such file, or its disk or share does not answer.
+        ImageError: not a regular file, empty, no permission, damaged, or of a kind that no reader knows.
     """
     path = Path(path)
     head = _head(path)
@@ -141,9 +145,13 @@ def open_image(path: str | Path) -> Image:
         if reader.sniff(path, head):
             try:
                 return reader(path)  # type: ignore[call-arg]
+            except ImageLost:
+                raise
             except ImageError as error:
                 first = first or error
             except OSError as error:
+                if is_lost(path, error):
+                    raise lost(path, error) from error
                 first = first or ImageError(path, f"cannot be read ({one_line(error)})")
     raise first or ImageError(path, _nobody_reads(path, head))
 
@@ -179,17 +187,17 @@ def _head(path: Path) -> bytes:
             raise ImageError(path, "the file is empty (0 bytes). Copy it again.")
         with path.open("rb") as file:
             return file.read(64)
-    except FileNotFoundError as error:
-        raise ImageError(path, "no such file. Check the path.") from error
     except PermissionError as error:
         raise ImageError(path, "no permission to read it. Change its permissions or owner.") from error
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_lost(path, error):
+            raise lost(path, error) from error
         raise ImageError(path, f"cannot be read ({one_line(error)})") from error
 
 
 _KINDS = {
     b"%PDF": "a PDF document",
-    b"PK\x03\x04": "a ZIP archive",
+    b"PK\x03\x04": "a ZIP archive (of a zipped OME-Zarr, unpack the folder)",
     b"\x1f\x8b": "gzip data",
     b"7z\xbc\xaf": "a 7-Zip archive",
     b"\x89HDF": "an HDF5 file",
@@ -205,7 +213,7 @@ def _nobody_reads(path: Path, head: bytes) -> str:
     """What was found in a file that no reader claims, and what to do."""
     names = ", ".join(sorted({reader.__name__ for reader in readers()})) or "none: install keyhole with pip"
     if not head:
-        return f"a folder, not an image file. Name the file inside (readers: {names})."
+        return f"a folder, neither an image file nor OME-Zarr. Name the file inside (readers: {names})."
     kind = next((kind for magic, kind in _KINDS.items() if head.lower().startswith(magic.lower())), None)
     if kind is None and all(byte in b"\t\n\r" or byte >= 32 for byte in head) and b"\x7f" not in head:
         kind = f"text ({' '.join(head.decode(errors='replace').split())[:24]!r} ...)"

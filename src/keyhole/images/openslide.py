@@ -2,52 +2,72 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from keyhole.errors import ImageError
-from keyhole.images.faults import faults_of, one_line
-from keyhole.images.geometry import Box, Level, Size, downsample_of
+from keyhole.images.faults import check_reachable, faults_of, one_line
+from keyhole.images.geometry import Box, Level, Size, downsample_of, same_shape
 from keyhole.images.image import Image, Pixels
 from keyhole.images.pixels import on_white
-from keyhole.images.tiff_checks import check_tiles, is_tiff, vendor_of
+from keyhole.images.scale import Scale, agreed, believed
+from keyhole.images.tiff_checks import check_segment, check_tiles, is_tiff, vendor_of
+from keyhole.images.tiff_scale import per_length
 
 if TYPE_CHECKING:
-    from openslide import OpenSlide
+    from openslide import OpenSlide, OpenSlideCache
 
+CACHE_BYTES = 32 * 2**20
+"""Decoded tiles that OpenSlide keeps: what it would keep by itself for each handle, here for all of the process."""
 _SUFFIXES = frozenset({".mrxs", ".vms", ".vmu", ".svslide", ".czi", ".dcm"})
 
 
 class OpenSlideImage(Image):
     """Every format of OpenSlide: Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, DICOM, Aperio.
 
+    Of the files that tifffile reads too, plain TIFF, OME-TIFF and Aperio SVS (JPEG) go to `TiffImage`: it gives the
+    same pixels about three times as fast, and its errors are not final for a handle. Of TIFFs, OpenSlide gets those
+    whose pixels are more than their tiles: Hamamatsu (NDPI), Leica (SCN), Philips, Trestle, Ventana (BIF) with their
+    own layouts and overlaps, and Aperio's JPEG 2000, whose colours only OpenSlide knows.
+
     Transparent parts, where the scanner saw nothing, become white. Where a level's downsample is not a whole number,
-    OpenSlide places a region to the nearest level-0 pixel and blends: at most half a level-0 pixel off.
+    OpenSlide places a region to the nearest level-0 pixel and blends: at most half a level-0 pixel off. Levels whose
+    size is not level 0's by one factor are left out. Microns per pixel are the maker's; None, and `mpp_note` says why,
+    where pixels are not square, the value is outside 0.02 ... 100, or Aperio's description contradicts the TIFF's tags.
 
     Raises:
         ImageError: not a slide that OpenSlide reads, damaged, or with a tile of more than 64 Mpx.
+        ImageLost: the file is gone, or its disk or share does not answer.
     """
 
     priority: ClassVar[int] = 10
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
+        with faults_of(path, "damaged slide"), path.open("rb") as file:
             head = file.read(64)
         if is_tiff(head):
             check_tiles(path)  # libopenslide ends the process where an allocation fails
         self._lock = threading.Lock()
-        self._slide: OpenSlide | None = self._open()
+        slide = self._open()
         with faults_of(path, "damaged slide"):
-            sizes = [Size(*size) for size in self._slide.level_dimensions]
-            self._downsamples = tuple(self._slide.level_downsamples)
-            self.mpp = _mpp(self._slide.properties.get("openslide.mpp-x"))
+            properties = dict(slide.properties)
+            sizes = [Size(*size) for size in slide.level_dimensions]
+            downsamples = slide.level_downsamples
+            _check_declared(path, properties, len(sizes))
+            self.mpp, self.mpp_note = _scale(properties)
+        kept = [k for k, size in enumerate(sizes) if k == 0 or same_shape(sizes[0], size)]
+        self._numbers = tuple(kept)  # OpenSlide's own of the levels
+        self._downsamples = tuple(downsamples[k] for k in kept)
         self.size = sizes[0]
-        self.levels = tuple(Level(size, downsample_of(sizes[0], size)) for size in sizes)
+        self.levels = tuple(Level(sizes[k], downsample_of(sizes[0], sizes[k])) for k in kept)
         self.channels = 3
+        self._slide: OpenSlide | None = slide
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
@@ -59,46 +79,79 @@ class OpenSlideImage(Image):
         import openslide
 
         try:
-            return openslide.OpenSlide(self.path)
+            slide = openslide.OpenSlide(self.path)
+            slide.set_cache(_cache())
         except openslide.OpenSlideUnsupportedFormatError as error:
+            check_reachable(self.path, str(error))
             raise ImageError(self.path, "not a slide that OpenSlide reads. Export it as a pyramidal TIFF.") from error
         except openslide.OpenSlideError as error:
+            check_reachable(self.path, str(error))
             raise ImageError(self.path, f"damaged slide ({one_line(error)}). Copy it again.") from error
+        return slide
 
     def _read(self, box: Box, level: int) -> Pixels:
         import openslide
 
-        l0_place = round(box.x * self._downsamples[level]), round(box.y * self._downsamples[level])
-        # An error is final for a handle, also for other threads that share it: each tries once more on a new one.
-        for last in (False, True):
-            slide = self._slide
-            if slide is None:
-                raise ImageError(self.path, "read after it was closed")
-            try:
-                with faults_of(self.path, f"damaged at {tuple(box)} of level {level}"):
-                    region = slide.read_region(l0_place, level, (box.width, box.height))
-                    return on_white(np.asarray(region))
-            except openslide.OpenSlideError as error:
-                self._replace(slide)
-                if last:
-                    problem = f"damaged at {tuple(box)} of level {level} ({one_line(error)}). Copy it again."
-                    raise ImageError(self.path, problem) from error
-        raise AssertionError("not reached")
+        shared = self._slide
+        if shared is None:
+            raise ImageError(self.path, "read after it was closed")
+        try:
+            return self._region(shared, box, level)
+        except openslide.OpenSlideError:
+            # Final for this handle, and perhaps another thread's fault: asked again of one that nobody shares.
+            own = self._open()
+        try:
+            pixels = self._region(own, box, level)
+        except openslide.OpenSlideError as error:
+            own.close()
+            self._replace(shared, None)
+            check_reachable(self.path, str(error))
+            problem = f"damaged at {tuple(box)} of level {level} ({one_line(error)}). Copy it again."
+            raise ImageError(self.path, problem) from error
+        self._replace(shared, own)
+        return pixels
 
-    def _replace(self, failed: OpenSlide) -> None:
-        """A new handle in place of a failed one, which is closed once the last thread has left it."""
+    def _region(self, slide: OpenSlide, box: Box, level: int) -> Pixels:
+        l0_place = round(box.x * self._downsamples[level]), round(box.y * self._downsamples[level])
+        with faults_of(self.path, f"damaged at {tuple(box)} of level {level}"):
+            region = slide.read_region(l0_place, self._numbers[level], (box.width, box.height))
+            return on_white(np.asarray(region))
+
+    def _replace(self, failed: OpenSlide, sound: OpenSlide | None) -> None:
+        """A sound handle in place of a failed one, which is closed once the last thread has left it."""
         with self._lock:
             if self._slide is failed:
-                self._slide = self._open()
+                self._slide = sound if sound is not None else self._open()
 
     def close(self) -> None:
         with self._lock:
             self._slide = None  # closed when the last thread has left it
 
 
-def _mpp(text: str | None) -> float | None:
+@functools.cache
+def _cache() -> OpenSlideCache:
+    """The one cache of the process: by itself each handle has one, and the number of open slides decides the memory."""
+    import openslide
+
+    return openslide.OpenSlideCache(CACHE_BYTES)
+
+
+def _check_declared(path: Path, properties: Mapping[str, str], levels: int) -> None:
+    """The tiles that a slide declares, TIFF or not, before one is decoded."""
+    for level in range(levels):
+        sides = [properties.get(f"openslide.level[{level}].tile-{side}", "") for side in ("width", "height")]
+        if all(side.isdigit() for side in sides):
+            check_segment(path, Size(int(sides[0]), int(sides[1])))
+
+
+def _scale(properties: Mapping[str, str]) -> Scale:
+    """What the maker's metadata says; Aperio's only where the TIFF's own tags do not contradict it."""
+    scale = believed(properties.get("openslide.mpp-x"), properties.get("openslide.mpp-y"))
+    if properties.get("openslide.vendor") != "aperio":
+        return scale
+    unit = {"inch": 2, "centimeter": 3}.get(properties.get("tiff.ResolutionUnit", "inch"), 0)
     try:
-        value = float(text or "nan")
-    except ValueError:
-        return None
-    return value if 0 < value < float("inf") else None
+        x, y = (float(properties[f"tiff.{axis}Resolution"]) for axis in "XY")
+    except (KeyError, ValueError):
+        return scale
+    return agreed(scale, per_length(unit, x, y))

@@ -44,13 +44,16 @@ def _plugins(head: bytes) -> tuple[str, ...]:
 
 
 class PillowImage(Image):
-    """A picture that Pillow reads. Opening reads the header; the first read decodes all of it and keeps it.
+    """A picture that Pillow reads. Opening reads the header; the first read decodes all of it and keeps it until it is
+    closed: up to 268 MB for each picture that is open and read, by the limit below.
 
     EXIF orientation is obeyed. Grey stays one channel, all else becomes RGB: palettes are applied, transparency is
-    composited onto white, 16 bits become 8 (value >> 8). CRC sums of a PNG are checked.
+    composited onto white, 16 bits become 8 (value >> 8). CRC sums of a PNG are checked. The resolution in such a file
+    says nothing of what it shows: `mpp` is None.
 
     Raises:
         ImageError: damaged, an animation, or more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ImageLost: the file is gone, or its disk or share does not answer.
     """
 
     priority: ClassVar[int] = 0

@@ -7,6 +7,7 @@ from PIL import Image as Picture
 
 from keyhole.images.geometry import Box
 from keyhole.images.image import Image, Pixels
+from keyhole.pool import beat
 
 _BAND_BYTES = 32 * 2**20
 
@@ -32,6 +33,7 @@ def thumbnail(image: Image, side: int = 512) -> tuple[Pixels, float]:
     for y in range(0, lv_height, band):
         pixels = image.read(Box(0, y, lv_width, min(band, lv_height - y)), level)
         bands.append(_averaged(pixels, step))
+        beat()
     small = np.concatenate(bands)
     factor = min(1.0, side / max(small.shape[:2]))
     width, height = (max(1, round(extent * factor)) for extent in (small.shape[1], small.shape[0]))

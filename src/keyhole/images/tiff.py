@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections import OrderedDict
-from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,12 +16,10 @@ from keyhole.images.faults import ends_early, faults_of
 from keyhole.images.geometry import Box, Level, Size, downsample_of
 from keyhole.images.image import Image, Pixels
 from keyhole.images.pixels import eight_bit, make_upright, on_white, stored_box, upright_size
+from keyhole.images.recent import LARGE, RECENT
 from keyhole.images.tiff_checks import CONVERT, MAX_SEGMENT_PIXELS, is_tiff, vendor_of
 from keyhole.images.tiff_layout import TiffLevel, read_layout
-
-_CACHE_BYTES = 16 * 2**20
-_LARGE = 2**20
-"""Decoded bytes from which a tile is worth keeping, and decoded by one thread at a time."""
+from keyhole.images.tiff_tables import BLOCK
 
 
 class TiffImage(Image):
@@ -33,10 +29,17 @@ class TiffImage(Image):
     CMYK and palette of 1 to 8 bits, grey and RGB of up to 16, of which the highest eight are kept (value >> 8).
     Alpha is composited onto white; other extra samples are left out. The orientation tag is obeyed. A region costs the
     tiles or strips it touches, decoded in the calling thread; a missing tile is background.
-    Of a file with several pictures the first is read.
+    Of a file with several pictures the first is read. Levels are the smaller pages whose size is level 0's by one
+    factor.
+
+    Microns per pixel come from OME-XML (in µm where no unit is written: so its schema has it), from Aperio's
+    description or from the resolution tags, if those can be a microscope's. They are None, and `mpp_note` says why,
+    where pixels are not square, the unit is none of length, the value is outside 0.02 ... 100, or two statements differ
+    by more than 1 %.
 
     Raises:
         ImageError: damaged, cut off, a tile of more than 64 Mpx, or a kind not listed here.
+        ImageLost: the file is gone, or its disk or share does not answer.
     """
 
     priority: ClassVar[int] = 20
@@ -44,7 +47,7 @@ class TiffImage(Image):
     def __init__(self, path: Path) -> None:
         layout = read_layout(path)
         self.path = path
-        self.mpp = layout.mpp
+        self.mpp, self.mpp_note = layout.scale
         self.channels = layout.levels[0].channels
         self._stored, self._orientation = layout.levels, layout.orientation
         self.size = upright_size(layout.levels[0].size, layout.orientation)
@@ -52,16 +55,15 @@ class TiffImage(Image):
         self.levels = tuple(Level(size, downsample_of(self.size, size)) for size in sizes)
         self._file = path.open("rb", buffering=0)
         self._file_lock = threading.Lock()
-        self._large_lock = threading.Lock()
-        self._recent = _Recent()
+        self._owner = RECENT.owner()
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
         return is_tiff(head) and vendor_of(path) is None
 
     def close(self) -> None:
-        self._recent.clear()
         self._file.close()
+        RECENT.drop(self._owner)
 
     def _read(self, box: Box, level: int) -> Pixels:
         inside = stored_box(box, self.levels[level].size, self._orientation)
@@ -90,23 +92,17 @@ class TiffImage(Image):
 
     def _segment(self, page: TiffLevel, level: int, index: int) -> Pixels | None:
         """One tile or strip as (h, w, channels) uint8; None where the file has none."""
-        large = page.segment.width * page.segment.height * self.channels >= _LARGE
-        if page.tiled and not large:
-            return self._decode(page, index)
-        with self._large_lock if large else nullcontext():  # 16 threads must not each decode the same 200 MB
-            pixels = self._recent.get((level, index))
-            if pixels is None:
-                pixels = self._decode(page, index)
-                if pixels is not None:
-                    self._recent.put((level, index), pixels)
-            return pixels
+        decoded_bytes = page.segment.width * page.segment.height * self.channels
+        if page.tiled and decoded_bytes < LARGE:
+            return self._decode(page, level, index)
+        return RECENT.once(self._owner, (level, index), decoded_bytes, lambda: self._decode(page, level, index))
 
-    def _decode(self, page: TiffLevel, index: int) -> Pixels | None:
+    def _decode(self, page: TiffLevel, level: int, index: int) -> Pixels | None:
         columns, rows = page.grid
         parts = []
         for plane in range(page.planes):
             number = plane * columns * rows + index
-            data = self._bytes(int(page.offsets[number]), int(page.counts[number]))
+            data = self._bytes(*self._place(page, level, number))
             if not data:
                 return None
             self._check_coded(page, data)
@@ -114,20 +110,39 @@ class TiffImage(Image):
         values = parts[0] if page.planes == 1 else np.concatenate(parts, axis=-1)
         return to_pixels(values, page)
 
+    def _place(self, page: TiffLevel, level: int, number: int) -> tuple[int, int]:
+        """Where the bytes of a segment lie: (offset, count)."""
+        if page.offsets.values is not None and page.counts.values is not None:
+            return int(page.offsets.values[number]), int(page.counts.values[number])
+        block, entry = divmod(number, BLOCK)
+        places = RECENT.get(self._owner, ("places", level, block))
+        if places is None:
+            start = block * BLOCK
+            tables = [table.read(self._pread, start, start + BLOCK) for table in (page.offsets, page.counts)]
+            length = min(map(len, tables))
+            if entry >= length:
+                raise ends_early(self.path, self.path.stat().st_size, max(page.offsets.end, page.counts.end))
+            places = np.stack([table[:length] for table in tables])
+            RECENT.put(self._owner, ("places", level, block), places)
+        return int(places[0, entry]), int(places[1, entry])
+
     def _bytes(self, offset: int, count: int) -> bytes:
         if count == 0 or offset == 0:
             return b""
         if count > 8 * MAX_SEGMENT_PIXELS:
             raise ImageError(self.path, f"one tile or strip of {count:,} bytes. {CONVERT}")
-        if hasattr(os, "pread"):
-            data = os.pread(self._file.fileno(), count, offset)
-        else:
-            with self._file_lock:
-                self._file.seek(offset)
-                data = self._file.read(count) or b""
+        data = self._pread(count, offset)
         if len(data) < count:
             raise ends_early(self.path, offset + len(data), offset + count)
         return data
+
+    def _pread(self, count: int, offset: int) -> bytes:
+        """Bytes of the file, fewer at its end."""
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), count, offset)
+        with self._file_lock:
+            self._file.seek(offset)
+            return self._file.read(count) or b""
 
     def _check_coded(self, page: TiffLevel, data: bytes) -> None:
         """A tile that is a picture of its own may declare another size than the page does: checked before decoding."""
@@ -181,31 +196,3 @@ def _picture_size(data: bytes) -> Size:
             return Size(*picture.size)
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
-
-
-class _Recent:
-    """The last decoded segments, to 16 MB or one segment: overlapping patches do not decode a strip anew each."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[int, int]) -> Pixels | None:
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-            return self._kept.get(key)
-
-    def put(self, key: tuple[int, int], pixels: Pixels) -> None:
-        with self._lock:
-            if key not in self._kept:
-                self._kept[key] = pixels
-                self._bytes += pixels.nbytes
-            while self._bytes > _CACHE_BYTES and len(self._kept) > 1:
-                self._bytes -= self._kept.popitem(last=False)[1].nbytes
-
-    def clear(self) -> None:
-        with self._lock:
-            self._kept.clear()
-            self._bytes = 0

@@ -11,15 +11,14 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
 from keyhole.images.faults import ends_early, faults_of
 from keyhole.images.geometry import Size
+from keyhole.images.tiff_tables import COUNTS, OFFSETS, Pread, ShortTables, Table, scan
 
 # numpy's remarks on the odd numbers of a damaged file, where tifffile computes with them.
 warnings.filterwarnings("ignore", module=r"tifffile\.")
@@ -44,7 +43,7 @@ def vendor_of(path: Path) -> str | None:
     if path.suffix.lower() in (".ndpi", ".bif", ".scn"):
         return path.suffix.lower()
     try:
-        with open_pages(path) as tif:
+        with open_pages(path) as (tif, _):
             page = tif.pages.first
             xmp = page.tags.valueof(700)
             if page.is_ndpi:
@@ -65,16 +64,24 @@ def vendor_of(path: Path) -> str | None:
 
 
 @contextmanager
-def open_pages(path: Path) -> Iterator[Any]:
-    """A tifffile.TiffFile whose chain of pages is sound, closed at the end. All its faults become ImageError."""
+def open_pages(path: Path) -> Iterator[tuple[Any, ShortTables]]:
+    """A tifffile.TiffFile whose chain of pages is sound, closed at the end, and the file with its tables of tiles.
+
+    All faults inside become ImageError.
+    """
     import tifffile
 
     # Its remarks on odd tags have no handler and would go to stderr; what matters is checked here.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    with faults_of(path, "damaged TIFF structure"):
-        _walk_chain(path)
-        with tifffile.TiffFile(path) as tif:
-            yield tif
+    with faults_of(path, "damaged TIFF structure"), path.open("rb") as file:
+        pages, order, big = _walk_chain(path, file)
+        short = ShortTables(file, order, big)
+        if path.suffix.lower() != ".ndpi":  # Hamamatsu: offsets of more than 32 bits, which tifffile puts together
+            for page in pages:
+                short.shorten(page)
+        file.seek(0)
+        with tifffile.TiffFile(short, name=path.name) as tif:
+            yield tif, short
 
 
 def check_tiles(path: Path) -> None:
@@ -83,49 +90,53 @@ def check_tiles(path: Path) -> None:
     Raises:
         ImageError: with the reason.
     """
-    with open_pages(path) as tif:
+    with open_pages(path) as (tif, short):
         for page in tif.pages:
             if page.is_tiled:
                 check_segment(path, Size(page.tilewidth, page.tilelength))
             elif not page.is_ndpi:  # a Hamamatsu page is one strip with restart marks inside
                 check_segment(path, Size(page.imagewidth, min(page.rowsperstrip or page.imagelength, page.imagelength)))
-            check_end(path, np.asarray(page.dataoffsets, np.int64), np.asarray(page.databytecounts, np.int64))
+            check_end(path, short.pread, *tables_of(page, short))
 
 
-def _walk_chain(path: Path) -> None:
-    """Follows the chain of pages once, without decoding a tag: it must end, inside the file, after a sane number."""
+def _walk_chain(path: Path, file: BufferedReader) -> tuple[list[int], str, bool]:
+    """Follows the chain of pages once, without decoding a tag: it must end, inside the file, after a sane number.
+
+    Returns:
+        where the pages begin; byte order; whether it is a BigTIFF.
+    """
     size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(16)
-        order = _MAGIC.get(head[:4])
-        if order is None or len(head) < 8:
-            raise ImageError(path, "not a TIFF: its first bytes are damaged. Copy it again.")
-        big = head[2:3] == b"+" or head[3:4] == b"+"
-        wide = big or path.suffix.lower() == ".ndpi"  # Hamamatsu: classic entries, but 64-bit offsets of pages
-        entry, count_format = (20, "Q") if big else (12, "H")
-        offset_format = "Q" if wide else "I"
-        start = 8 if big else 4
-        (offset,) = struct.unpack_from(order + offset_format, head.ljust(16, b"\0"), start)
-        seen: set[int] = set()
-        while offset:
-            if offset in seen:
-                raise ImageError(path, f"its pages form a loop (page {len(seen)} leads back). Copy or export it anew.")
-            if len(seen) == MAX_PAGES:
-                raise ImageError(path, f"more than {MAX_PAGES:,} pages; keyhole reads one picture per file")
-            seen.add(offset)
-            file.seek(offset)
-            raw = file.read(struct.calcsize(count_format))
-            if len(raw) < struct.calcsize(count_format):
-                raise ends_early(path, size, offset + 8)
-            (tags,) = struct.unpack(order + count_format, raw)
-            link = offset + len(raw) + tags * entry
-            file.seek(link)
-            raw = file.read(struct.calcsize(offset_format))
-            if len(raw) < struct.calcsize(offset_format):
-                raise ends_early(path, size, link + struct.calcsize(offset_format))
-            (offset,) = struct.unpack(order + offset_format, raw)
-        if not seen:
-            raise ImageError(path, "a TIFF without a page. Copy or export it anew.")
+    head = file.read(16)
+    order = _MAGIC.get(head[:4])
+    if order is None or len(head) < 8:
+        raise ImageError(path, "not a TIFF: its first bytes are damaged. Copy it again.")
+    big = head[2:3] == b"+" or head[3:4] == b"+"
+    wide = big or path.suffix.lower() == ".ndpi"  # Hamamatsu: classic entries, but 64-bit offsets of pages
+    entry, count_format = (20, "Q") if big else (12, "H")
+    offset_format = "Q" if wide else "I"
+    start = 8 if big else 4
+    (offset,) = struct.unpack_from(order + offset_format, head.ljust(16, b"\0"), start)
+    seen: dict[int, None] = {}
+    while offset:
+        if offset in seen:
+            raise ImageError(path, f"its pages form a loop (page {len(seen)} leads back). Copy or export it anew.")
+        if len(seen) == MAX_PAGES:
+            raise ImageError(path, f"more than {MAX_PAGES:,} pages; keyhole reads one picture per file")
+        seen[offset] = None
+        file.seek(offset)
+        raw = file.read(struct.calcsize(count_format))
+        if len(raw) < struct.calcsize(count_format):
+            raise ends_early(path, size, offset + 8)
+        (tags,) = struct.unpack(order + count_format, raw)
+        link = offset + len(raw) + tags * entry
+        file.seek(link)
+        raw = file.read(struct.calcsize(offset_format))
+        if len(raw) < struct.calcsize(offset_format):
+            raise ends_early(path, size, link + struct.calcsize(offset_format))
+        (offset,) = struct.unpack(order + offset_format, raw)
+    if not seen:
+        raise ImageError(path, "a TIFF without a page. Copy or export it anew.")
+    return list(seen), order, big
 
 
 def page_size(page: Any) -> Size:
@@ -142,12 +153,19 @@ def check_segment(path: Path, segment: Size) -> None:
         )
 
 
-def check_end(path: Path, offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-    """Every segment must lie inside the file."""
-    number = min(len(offsets), len(counts))
-    offsets, counts = offsets[:number], counts[:number]
-    if number and (offsets.min() < 0 or counts.min() < 0):
-        raise ImageError(path, "a tile or strip lies before the file's start. Copy it again.")
-    needed = int((offsets + counts)[counts > 0].max(initial=0))
-    if needed > path.stat().st_size:
-        raise ends_early(path, path.stat().st_size, needed)
+def tables_of(page: Any, short: ShortTables) -> tuple[Table, Table]:
+    """Where the encoded segments of a tifffile page lie: (offsets, counts)."""
+    return short.table(page, OFFSETS, page.dataoffsets), short.table(page, COUNTS, page.databytecounts)
+
+
+def check_end(path: Path, pread: Pread, offsets: Table, counts: Table) -> None:
+    """Every segment, and the tables themselves, must lie inside the file."""
+    size, needed = path.stat().st_size, max(offsets.end, counts.end)
+    if needed > size:
+        raise ends_early(path, size, needed)
+    for some_offsets, some_counts in scan(pread, offsets, counts, min(offsets.count, counts.count)):
+        if some_offsets.min() < 0 or some_counts.min() < 0:
+            raise ImageError(path, "a tile or strip lies before the file's start. Copy it again.")
+        needed = max(needed, int((some_offsets + some_counts)[some_counts > 0].max(initial=0)))
+    if needed > size:
+        raise ends_early(path, size, needed)

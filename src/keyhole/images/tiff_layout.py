@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from keyhole.errors import ImageError
 from keyhole.images.geometry import Size, same_shape
 from keyhole.images.pixels import valid_orientation
-from keyhole.images.tiff_checks import check_end, check_segment, open_pages, page_size
-from keyhole.images.tiff_scale import aperio_mpp, check_ome, first_plane, ome_mpp, ome_pixels, resolution_mpp
+from keyhole.images.scale import Scale, agreed
+from keyhole.images.tiff_checks import check_end, check_segment, open_pages, page_size, tables_of
+from keyhole.images.tiff_scale import aperio_scale, check_ome, first_plane, ome_pixels, ome_scale, resolution_scale
+from keyhole.images.tiff_tables import ShortTables, Table
 
 _COMPRESSIONS = {
     # TIFF tag 259 -> whether a segment is a picture of its own, with a size of its own that must be checked.
@@ -43,7 +45,7 @@ class TiffLevel:
     Attributes:
         size: (width, height) as stored.
         segment: (width, height) of a tile or strip.
-        offsets, counts: where the encoded segments lie, int64; planes one after the other. A count of 0 is missing.
+        offsets, counts: where the encoded segments lie; planes one after the other. A count of 0 is missing.
         planes: 1, or the number of samples where each colour is stored by itself.
         decode: (bytes, index) -> (h, w, samples of a plane) of `bits` bits.
         coded: "" or how the segment's own header states its size: "JPEG", "picture".
@@ -54,8 +56,8 @@ class TiffLevel:
     size: Size
     segment: Size
     tiled: bool
-    offsets: NDArray[np.int64]
-    counts: NDArray[np.int64]
+    offsets: Table
+    counts: Table
     planes: int
     samples: int
     bits: int
@@ -80,7 +82,7 @@ class TiffLayout:
     """What an opened TIFF is: levels largest first, microns per pixel, orientation."""
 
     levels: tuple[TiffLevel, ...]
-    mpp: float | None
+    scale: Scale
     orientation: int
 
 
@@ -90,22 +92,22 @@ def read_layout(path: Path) -> TiffLayout:
     Raises:
         ImageError: damaged, cut off, hostile, or of a kind that is not read, with the way to convert it.
     """
-    with open_pages(path) as tif:
+    with open_pages(path) as (tif, short):
         description = tif.pages.first.description
         ome = ome_pixels(description) if tif.pages.first.is_ome else None
         if ome is not None:
             check_ome(path, ome, tif.pages.first)
         main = tif.pages[first_plane(ome) if ome is not None else 0]
-        pages = [main, *_reduced(tif, main)]
-        levels = tuple(_level(path, page) for page in pages)
+        pages = [main, *_reduced(tif, short, main)]
+        levels = tuple(_level(path, page, short) for page in pages)
         for level, page in zip(levels, pages, strict=True):
             if level.channels != levels[0].channels:
                 raise ImageError(path, f"page {page.index} has {level.channels} channels, level 0 has another number")
-        mpp = ome_mpp(ome) if ome is not None else aperio_mpp(description) or resolution_mpp(main)
-        return TiffLayout(levels, mpp, valid_orientation(main.tags.valueof(274, 1)))
+        scale = agreed(ome_scale(ome) if ome is not None else aperio_scale(description), resolution_scale(main))
+        return TiffLayout(levels, scale, valid_orientation(main.tags.valueof(274, 1)))
 
 
-def _reduced(tif: Any, main: Any) -> list[Any]:
+def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
     """The smaller copies of the page `main`, largest first: its SubIFDs, or else the pages behind it.
 
     Labels, macro pictures and thumbnails are no levels: they have other proportions, or (Aperio) are not tiled.
@@ -115,6 +117,7 @@ def _reduced(tif: Any, main: Any) -> list[Any]:
     candidates: list[Any] = []
     if main.subifds:
         for number, offset in enumerate(main.subifds[:64]):
+            short.shorten(offset)
             tif.filehandle.seek(offset)
             candidates.append(tifffile.TiffPage(tif, (main.index, number)))
     elif len(tif.pages) > 1 and main.index == 0:
@@ -131,7 +134,7 @@ def _reduced(tif: Any, main: Any) -> list[Any]:
     return found
 
 
-def _level(path: Path, page: Any) -> TiffLevel:
+def _level(path: Path, page: Any, short: ShortTables) -> TiffLevel:
     """A tifffile page as a `TiffLevel`, which needs neither the page nor its file any longer."""
     size = page_size(page)
     segment = Size(page.tilewidth, page.tilelength) if page.is_tiled else Size(size.width, page.rowsperstrip)
@@ -141,11 +144,12 @@ def _level(path: Path, page: Any) -> TiffLevel:
     color, alpha, used = _color(path, page)
     planes = page.samplesperpixel if page.planarconfig == 2 and page.samplesperpixel > 1 else 1
     coded = _COMPRESSIONS[int(page.compression)]
-    offsets, counts = np.asarray(page.dataoffsets, np.int64), np.asarray(page.databytecounts, np.int64)
+    offsets, counts = tables_of(page, short)
     expected = math.ceil(size.width / segment.width) * math.ceil(size.height / segment.height) * planes
-    if min(len(offsets), len(counts)) < expected:
-        raise ImageError(path, f"page {page.index} lists {len(offsets)} of {expected} tiles or strips. Copy it again.")
-    check_end(path, offsets, counts)
+    listed = min(offsets.count, counts.count)
+    if listed < expected:
+        raise ImageError(path, f"page {page.index} lists {listed} of {expected} tiles or strips. Copy it again.")
+    check_end(path, short.pread, offsets, counts)
     options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression == 7 else {}
     decode_page, bits = page.decode, page.bitspersample
 
@@ -159,8 +163,8 @@ def _level(path: Path, page: Any) -> TiffLevel:
         size=size,
         segment=segment,
         tiled=bool(page.is_tiled),
-        offsets=offsets[:expected],
-        counts=counts[:expected],
+        offsets=offsets,
+        counts=counts,
         planes=planes,
         samples=used,
         bits=bits,

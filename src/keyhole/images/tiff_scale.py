@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from keyhole.errors import ImageError
+from keyhole.images.scale import TO_MICRONS, Scale, believed
 
-_TO_MICRONS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
+_PHOTOGRAPH = 0.05, 20.0
+"""Resolution tags outside say nothing of the picture: 72 or 300 dpi are what any program writes."""
 
 
 def ome_pixels(description: str) -> ElementTree.Element | None:
@@ -38,25 +39,39 @@ def first_plane(pixels: ElementTree.Element) -> int:
     return int(data.get("IFD", "0")) if data is not None else 0
 
 
-def ome_mpp(pixels: ElementTree.Element) -> float | None:
-    factor = _TO_MICRONS.get(pixels.get("PhysicalSizeXUnit", "µm"))
-    return _positive(float(pixels.get("PhysicalSizeX", "nan")) * factor) if factor else None
+def ome_scale(pixels: ElementTree.Element) -> Scale:
+    """PhysicalSizeX and Y. Their unit is µm where none is written: so says the schema, and writers rely on it."""
+    sizes: list[float | None] = []
+    for axis in ("X", "Y"):
+        size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
+        if size is not None and unit not in TO_MICRONS:
+            return Scale(None, f"its OME-XML gives the size of a pixel in {unit!r}, which is no unit of length")
+        try:
+            sizes.append(None if size is None else float(size) * TO_MICRONS[unit])
+        except ValueError:
+            return Scale(None, f"its OME-XML gives {size!r:.20} as the size of a pixel")
+    return believed(sizes[0], sizes[1], "its OME-XML")
 
 
-def aperio_mpp(description: str) -> float | None:
-    found = re.search(r"\|\s*MPP\s*=\s*([0-9.]+)", description) if description.startswith("Aperio") else None
-    return _positive(float(found[1])) if found else None
+def aperio_scale(description: str) -> Scale:
+    found = re.search(r"\|\s*MPP\s*=\s*([^|]*)", description) if description.startswith("Aperio") else None
+    if found is None:
+        return Scale()
+    um = found[1].strip().replace(",", ".")  # as OpenSlide reads it
+    return believed(um, um, "its description")
 
 
-def resolution_mpp(page: Any) -> float | None:
-    """From pixels per inch or cm, but only where it can be a microscope's: 72 or 300 dpi say nothing of the picture."""
-    micron = {2: 25400.0, 3: 10000.0}.get(page.tags.valueof(296, 2) if 282 in page.tags else 0)
+def resolution_scale(page: Any) -> Scale:
+    """From the resolution tags of a tifffile page."""
     x, y = page.tags.valueof(282), page.tags.valueof(283)
-    if micron is None or x is None or y is None or not (x[0] and x[1] and y[0] and y[1]):
-        return None
-    um_x, um_y = micron * x[1] / x[0], micron * y[1] / y[0]
-    return um_x if 0.05 <= um_x <= 20 and abs(um_x / um_y - 1) < 0.01 else None
+    if x is None or y is None or not (x[1] and y[1]):
+        return Scale()
+    return per_length(page.tags.valueof(296, 2), x[0] / x[1], y[0] / y[1])
 
 
-def _positive(value: float) -> float | None:
-    return value if math.isfinite(value) and value > 0 else None
+def per_length(unit: object, x: float, y: float) -> Scale:
+    """From pixels per inch (2) or cm (3), but only where that can be a microscope's."""
+    micron = {2: 25400.0, 3: 10000.0}.get(unit) if isinstance(unit, int) else None
+    if micron is None or not (x > 0 and y > 0):
+        return Scale()
+    return believed(micron / x, micron / y, "its resolution tag", *_PHOTOGRAPH)

@@ -1,0 +1,157 @@
+"""What the metadata of OME-Zarr says: which arrays are the levels of one picture, their axes and scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keyhole.errors import ImageError
+from keyhole.images.geometry import Size
+from keyhole.images.scale import TO_MICRONS, Scale, believed
+
+METADATA = ("zarr.json", ".zgroup", ".zarray")
+"""Files of which a zarr folder has one."""
+_OLD_AXES = "tczyx"
+_RGB = ("FF0000", "00FF00", "0000FF")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Arrays of one picture, largest first.
+
+    Attributes:
+        axes: one letter for each dimension, "y" and "x" among them.
+        channels: 1 or 3.
+    """
+
+    arrays: tuple[Any, ...]
+    axes: str
+    channels: int
+    scale: Scale
+
+    def size(self, array: Any) -> Size:
+        return Size(array.shape[self.axes.index("x")], array.shape[self.axes.index("y")])
+
+
+def picture_of(path: Path, store: Any) -> Picture:
+    """The picture in a zarr folder.
+
+    Raises:
+        ImageError: plates, label images, stacks, several channels, or metadata that is missing.
+    """
+    import zarr
+
+    node = zarr.open(store=store, mode="r")
+    if isinstance(node, zarr.Array):
+        axes = _array_axes(path, node)
+        return Picture((node,), axes, _channels(path, node, axes), Scale())
+    ome = _ome(node)
+    if "multiscales" not in ome and "bioformats2raw.layout" in ome:
+        node = node[_first_series(node)]
+        ome = _ome(node)
+    if "plate" in ome or "well" in ome:
+        raise ImageError(path, "a plate of wells, not one picture. Name one field of it, as in plate.zarr/A/1/0.")
+    if "image-label" in ome:
+        raise ImageError(path, "a label image: numbers of objects, not a picture. Name the image it belongs to.")
+    if not ome.get("multiscales"):
+        raise ImageError(
+            path, "a zarr group without `multiscales` of OME-Zarr. Name the image or array in it, or export it anew."
+        )
+    return _multiscale(path, node, ome)
+
+
+def _ome(node: Any) -> dict[str, Any]:
+    """OME's part of the attributes: under `ome` since 0.5."""
+    attributes = node.attrs.asdict()
+    ome = attributes.get("ome", attributes)
+    return ome if isinstance(ome, dict) else {}
+
+
+def _first_series(node: Any) -> str:
+    """Name of the first picture in a bioformats2raw folder."""
+    series = _ome(node["OME"]).get("series") if "OME" in node else None
+    return str(series[0]) if series else "0"
+
+
+def _multiscale(path: Path, node: Any, ome: dict[str, Any]) -> Picture:
+    first = ome["multiscales"][0]
+    arrays = [node[str(dataset["path"])] for dataset in first["datasets"]]
+    if not arrays or any(not hasattr(array, "chunks") for array in arrays):
+        raise ImageError(path, "its `multiscales` names no arrays. Export it anew.")
+    named = first.get("axes", list(_OLD_AXES) if first.get("version") in ("0.1", "0.2") else None)
+    if not isinstance(named, list):
+        raise ImageError(path, "its `multiscales` has no axes. Export it as OME-Zarr 0.4 or 0.5.")
+    axes = "".join(str(axis["name"] if isinstance(axis, dict) else axis).lower() for axis in named)
+    if len(axes) != len(named):
+        raise ImageError(path, f"axes {named} are not read. Export it with axes among t, c, z, y and x.")
+    scale = _scale(axes, named, first, first["datasets"][0])
+    channels = [_channels(path, array, axes) for array in arrays]
+    if len(set(channels)) > 1:
+        raise ImageError(path, f"its levels have {channels} channels. Export it anew.")
+    if channels[0] == 3:
+        _check_rgb(path, ome)
+    picture = Picture(tuple(arrays), axes, channels[0], scale)
+    if picture.size(arrays[0]) != max(map(picture.size, arrays)):
+        raise ImageError(path, "its first level is not its largest. Export it anew.")
+    return picture
+
+
+def _channels(path: Path, array: Any, axes: str) -> int:
+    """1 or 3; refuses stacks and everything that has no width and height."""
+    if len(axes) != array.ndim or sorted(axes) != sorted(set(axes)) or not {"x", "y"} <= set(axes):
+        raise ImageError(path, f"axes {axes!r} for an array of {array.shape}; expected y and x, and each once.")
+    lengths = dict(zip(axes, array.shape, strict=True))
+    if min(array.shape) < 1:
+        raise ImageError(path, f"an array of {array.shape} has no pixels. Export it anew.")
+    many = [f"{length} along {axis}" for axis, length in lengths.items() if axis not in "cyx" and length != 1]
+    if many:
+        raise ImageError(path, f"a stack of pictures ({', '.join(many)}); one is read. Export the one you want.")
+    channels = int(lengths.get("c", 1))
+    if channels not in (1, 3):
+        raise ImageError(path, f"{channels} channels; one or RGB is read. Export one, or merge them to RGB.")
+    return channels
+
+
+def _check_rgb(path: Path, ome: dict[str, Any]) -> None:
+    """Three channels that are displayed in other colours than red, green and blue are stains, not a picture."""
+    channels = (ome.get("omero") or {}).get("channels", [])
+    colors = [str(channel.get("color", "")).upper().lstrip("#") for channel in channels]
+    if len(colors) == 3 and all(colors) and tuple(colors) != _RGB:
+        raise ImageError(
+            path, f"3 channels of the colours {', '.join(colors)}, not red, green and blue. Export one, or merge them."
+        )
+
+
+def _scale(axes: str, named: list[Any], first: dict[str, Any], dataset: dict[str, Any]) -> Scale:
+    """Microns per pixel of the largest level: its scale times that of all levels, in the units of the axes."""
+    sizes: list[float | None] = []
+    for axis in "xy":
+        at = axes.index(axis) if axis in axes else -1
+        factors = [
+            float(step["scale"][at])
+            for holder in (dataset, first)
+            for step in holder.get("coordinateTransformations") or []
+            if step.get("type") == "scale" and "scale" in step
+        ]
+        if not factors:
+            return Scale()
+        unit = named[at].get("unit") if isinstance(named[at], dict) else None
+        product = factors[0] * (factors[1] if len(factors) > 1 else 1.0)
+        if unit not in TO_MICRONS:
+            what = "without a unit" if unit is None else f"in {unit!r}, which is no unit of length"
+            return Scale(None, f"its OME-Zarr gives {product:g} as the size of a pixel, {what}")
+        sizes.append(product * TO_MICRONS[unit])
+    return believed(sizes[0], sizes[1], "its OME-Zarr")
+
+
+def _array_axes(path: Path, array: Any) -> str:
+    """Axes of an array by itself: as it names them, else by its shape where that leaves no doubt."""
+    names = getattr(array.metadata, "dimension_names", None) or array.attrs.asdict().get("_ARRAY_DIMENSIONS")
+    if names and all(isinstance(name, str) and len(name) == 1 for name in names):
+        return "".join(names).lower()
+    if array.ndim == 2:
+        return "yx"
+    if array.ndim == 3 and (array.shape[2] in (1, 3)) != (array.shape[0] in (1, 3)):
+        return "yxc" if array.shape[2] in (1, 3) else "cyx"
+    raise ImageError(path, f"an array of {array.shape} that does not name its axes. Export it as OME-Zarr.")
