@@ -10,20 +10,32 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
+from keyhole.cli.check import run as run_check
 from keyhole.config import Config, DataConfig, PatchConfig, SelectConfig
 from keyhole.data import check as check_module
 from keyhole.data.check import CheckReport, Finding, check
-from keyhole.data.check_worker import Failed, ImageProbe, Probed, probe_here
-from keyhole.errors import DataError
+from keyhole.data.check_worker import Failed, ImageProbe, Probed, Request, probe_here
+from keyhole.errors import DataError, OutputError
+from keyhole.grid import PatchGrid
+from keyhole.images import ArrayImage, open_image
+from keyhole.report import mask_preview
+from keyhole.report.mask_preview import preview_names
 
 PATCH = {"size": 32, "stride": None, "level": None, "mpp": None, "foreground": "all"}
+
+
+def request(path: Path, **options: Any) -> Request:
+    return Request(str(path), options.pop("patch", PATCH), **options)
 
 
 def picture(path: Path, width: int = 100, height: int = 80, mode: str = "RGB", seed: int = 0) -> Path:
@@ -157,13 +169,214 @@ def test_a_data_set_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
         check(config(tmp_path / "l.csv"))
 
 
+# Foreground: previews, masks, resolutions
+
+
+def slides(folder: Path) -> Path:
+    """Three pictures of slides, the last one empty glass, and a CSV of them; names that must not collide."""
+    rng = np.random.default_rng(0)
+    names = ["a/slide 1.png", "a_slide_1.png", "b.png"]
+    for name in names:
+        pixels = rng.integers(236, 244, (300, 400, 3), dtype=np.uint8)
+        if name != "b.png":
+            pixels[100:200, 100:300] = (190, 100, 160)
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(pixels).save(folder / name)
+    path = folder / "labels.csv"
+    path.write_text("image,grade,split\n" + "".join(f"{n},{g},train\n" for n, g in zip(names, "abb", strict=True)))
+    return path
+
+
+def page(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The slide of 400 x 300 in a preview, and what is written below it."""
+    with Image.open(path) as opened:
+        pixels = np.asarray(opened.convert("RGB"))
+    left = (pixels.shape[1] - 400) // 2
+    return pixels[16 : 16 + 300, left : left + 400], pixels[16 + 300 :]
+
+
+def shows(pixels: np.ndarray, color: tuple[int, int, int]) -> bool:
+    return bool((pixels == color).all(axis=-1).any())
+
+
+GREEN, BLUE, RED = (0, 150, 60), (30, 90, 220), (200, 30, 38)
+
+
+def test_a_preview_of_every_slide_is_written_also_where_no_patch_is_left(tmp_path: Path) -> None:
+    settings = replace(config(slides(tmp_path)), patch=PatchConfig(size=50, foreground="tissue", min_foreground=0.5))
+    report = check(settings, previews=tmp_path / "pictures")
+    assert report.previews == str(tmp_path / "pictures")
+    found = by_name(report)["b.png"]
+    assert found.severity == "error"
+    assert found.problem.startswith("no patches: the foreground mask (tissue) leaves none of 48")
+    assert str(tmp_path / "pictures" / "b.png") in found.problem
+    assert "--patch.foreground" in found.fix
+    assert report.spreads["patches"].total == 2 * 8
+    pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert pictures == ["a_slide_1-2.png", "a_slide_1.png", "b.png"]
+    for name in pictures:
+        slide, caption = page(tmp_path / "pictures" / name)
+        assert shows(slide, GREEN) == shows(slide, BLUE) == (name != "b.png")
+        assert shows(caption, RED) == (name == "b.png")
+
+
+def test_the_patches_of_a_preview_are_where_the_grid_has_them(tmp_path: Path) -> None:
+    settings = replace(config(slides(tmp_path)), patch=PatchConfig(size=50, foreground="tissue", min_foreground=0.5))
+    check(settings, previews=tmp_path / "pictures")
+    drawn, _ = page(tmp_path / "pictures" / "a_slide_1.png")
+    y, x = np.nonzero((drawn == BLUE).all(axis=-1))
+    assert (y.min(), y.max(), x.min(), x.max()) == (100, 199, 100, 299)
+    # Outside the patches the contrast is lower.
+    assert drawn[20:80, 20:80].min() > 240
+
+
+def test_no_preview_is_made_unless_asked_for_and_a_place_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
+    settings = replace(config(slides(tmp_path)), patch=PatchConfig(size=50, foreground="tissue"))
+    before = sorted(tmp_path.rglob("*"))
+    assert check(settings).previews is None
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(OutputError, match=r"labels\.csv"):
+        check(settings, previews=tmp_path / "labels.csv")
+    (tmp_path / "pictures" / "b.png").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"b\.png"):
+        check(settings, previews=tmp_path / "pictures")
+
+
+@pytest.mark.parametrize("size", [4, 16, 60])
+@pytest.mark.parametrize("stride", [3, 16, 90])
+def test_the_area_under_patches_is_what_their_boxes_cover(size: int, stride: int) -> None:
+    mask = np.random.default_rng(0).random((30, 40)) < 0.1
+    image = ArrayImage(np.zeros((300, 400, 3), np.uint8))
+    grid = PatchGrid(image, size, stride, offset=(-5, -2), mask=mask)
+    expected = np.zeros((300, 400), bool)
+    for x, y, width, height in grid.boxes(slice(None)).tolist():
+        expected[max(y, 0) : y + height, max(x, 0) : x + width] = True
+    np.testing.assert_array_equal(mask_preview._covered(grid, (300, 400), 1.0), expected)
+
+
+def test_previews_have_safe_names_of_which_no_two_are_alike() -> None:
+    names = ["a/b.svs", "a_b.svs", "A/B.svs", "../../etc/passwd", "ö\n.png", "x" * 500 + "1", "x" * 500 + "2", "", "/"]
+    found = preview_names(names)
+    assert len({name.lower() for name in found}) == len(names)
+    for name in found:
+        assert name.endswith(".png")
+        assert len(name) < 140
+        assert not name.startswith(".")
+        assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._")
+
+
+def test_the_command_makes_previews_by_default_only_where_there_is_a_foreground(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    slides(tmp_path)
+    (tmp_path / "labels.csv").write_text("image,grade\na/slide 1.png,a\na_slide_1.png,b\n")
+    line = ["labels.csv", "--data.val", "0", "--data.test", "0", "--patch.size", "50", "--select.m", "2"]
+    assert run_check(line) == 0
+    assert run_check([*line, "--patch.foreground", "tissue", "--previews", "none"]) == 0
+    assert not (tmp_path / "keyhole-check").exists()
+    assert "to look at" not in capsys.readouterr().out
+    assert run_check([*line, "--patch.foreground", "tissue"]) == 0
+    assert len(list((tmp_path / "keyhole-check").iterdir())) == 2
+    assert "foreground masks and patches to look at: keyhole-check" in capsys.readouterr().out
+    assert run_check([*line, "--previews", "other"]) == 0
+    assert len(list((tmp_path / "other").iterdir())) == 2
+
+
+def test_masks_are_looked_at_and_their_faults_name_the_mask(tmp_path: Path, probe: ImageProbe) -> None:
+    path, mask = picture(tmp_path / "a.png", 100, 80), tmp_path / "mask.png"
+    Image.fromarray(np.pad(np.full((1, 1), 255, np.uint8), 1)[:, :2]).resize((50, 40), 0).save(mask)
+    patch = {**PATCH, "size": 20, "foreground": "mask", "min_foreground": 0.01}
+    found = probe.probe(request(path, patch=patch, mask=str(mask)))
+    assert isinstance(found, Probed)
+    assert 0 < found.patches < 20
+    mask.write_bytes(mask.read_bytes()[:-20])
+    found = probe.probe(request(path, patch=patch, mask=str(mask)))
+    assert isinstance(found, Failed)
+    assert found.trouble == "image"
+    assert found.problem.startswith(f"{mask}: this mask is damaged")
+    found = probe.probe(request(path, patch=patch))
+    assert isinstance(found, Failed)
+    assert found.trouble == "settings"
+    assert "--data.masks" in found.problem
+
+
+def test_resolutions_of_csv_and_file_that_differ_are_named(tmp_path: Path) -> None:
+    rows = []
+    for number, (mpp, x, y) in enumerate([("", 20000, 20000), ("0.51", 20000, 20000), ("0.6", 20000, 20000)]):
+        tifffile.imwrite(
+            tmp_path / f"{number}.tif",
+            np.random.default_rng(number).integers(0, 255, (80, 100, 3), np.uint8),
+            photometric="rgb",
+            tile=(32, 32),
+            resolution=(x, y),
+            resolutionunit=3,
+        )
+        rows.append(f"{number}.tif,{'ab'[number % 2]},train,{mpp}")
+    path = tmp_path / "labels.csv"
+    path.write_text("image,grade,split,mpp\n" + "\n".join(rows) + "\n")
+    findings = by_name(check(config(path)))
+    assert "0.6 microns per pixel in the CSV, 0.5 in the file; the CSV's is used" in findings["2.tif"].problem
+    assert findings["2.tif"].severity == "warning"
+    assert not {"0.tif", "1.tif"} & set(findings)
+
+
+def test_a_resolution_that_is_not_believed_is_a_warning_and_an_error_where_it_is_needed(tmp_path: Path) -> None:
+    for number in range(2):
+        tifffile.imwrite(
+            tmp_path / f"{number}.tif",
+            np.random.default_rng(number).integers(0, 255, (80, 100, 3), np.uint8),
+            photometric="rgb",
+            tile=(32, 32),
+            resolution=(20000, 40000),
+            resolutionunit=3,
+        )
+    path = tmp_path / "labels.csv"
+    path.write_text("image,grade\n0.tif,a\n1.tif,b\n")
+    whole = config(path, val=0.0, test=0.0)
+    with open_image(tmp_path / "0.tif") as image:
+        assert image.mpp is None
+        note = image.mpp_note
+    assert note
+    found = by_name(check(whole))["2 images"]
+    assert found.problem == f"microns per pixel are not known ({note}): 0.tif, 1.tif"
+    report = check(replace(whole, patch=PatchConfig(size=32, mpp=1.0)))
+    wrong = by_name(report)["0.tif"]
+    assert wrong.severity == "error"
+    assert note in wrong.problem
+    assert "column `mpp`" in wrong.fix
+    assert "--patch.mpp none" in wrong.fix
+
+
+def test_stored_features_are_looked_at_in_the_place_of_images(tmp_path: Path) -> None:
+    for number, width in enumerate([8, 8, 6]):
+        with h5py.File(tmp_path / f"{number}.h5", "w") as file:
+            file["features"] = np.random.default_rng(number).random((5 + number, width), np.float32)
+            file["coords"] = np.stack([np.arange(5 + number) * 256, np.zeros(5 + number)], axis=1).astype(np.int64)
+    path = tmp_path / "labels.csv"
+    path.write_text("image,grade\n0.h5,a\n1.h5,b\n")
+    whole = config(path, val=0.0, test=0.0)
+    report = check(whole, previews=tmp_path / "pictures")
+    assert report.ok
+    assert report.images == 2
+    assert report.spreads["patches"].total == 5 + 6
+    assert set(report.spreads) == {"feature width", "patches"}
+    assert not list((tmp_path / "pictures").iterdir())
+    path.write_text("image,grade\n0.h5,a\n1.h5,b\n2.h5,b\n")
+    found = by_name(check(whole))["all images"]
+    assert found.severity == "error"
+    assert found.problem == "stored features of different widths: 6 in 2.h5; 8 in 0.h5, 1.h5"
+    (tmp_path / "2.h5").write_bytes(b"nothing of the kind")
+    assert by_name(check(whole))["2.h5"].severity == "error"
+
+
 # The process that may die
 
 
 def test_the_other_process_sees_what_we_see(tmp_path: Path, probe: ImageProbe) -> None:
     path = picture(tmp_path / "a b\nö.png", 90, 70, "L")
-    found = probe.probe(path, 0.25, PATCH)
-    assert found == probe_here(str(path), 0.25, PATCH)
+    found = probe.probe(request(path, image_mpp=0.25))
+    assert found == probe_here(request(path, image_mpp=0.25))
     assert found == Probed(size=(90, 70), levels=1, mpp=0.25, channels=1, patches=9, level_bytes=6300)  # type: ignore[arg-type]
 
 
@@ -174,11 +387,11 @@ def test_an_image_that_kills_the_process_is_named_and_the_next_one_is_read(
     with_reader(tmp_path, monkeypatch, "print('out of range', file=sys.stderr, flush=True); os.abort()")
     probe = ImageProbe(stall=20)
     try:
-        died = probe.probe(bad, None, PATCH)
+        died = probe.probe(request(bad))
         assert isinstance(died, Failed)
         assert died.trouble == "died"
         assert died.problem == "reading it ended the process (signal 6), saying: out of range"
-        assert isinstance(probe.probe(good, None, PATCH), Probed)
+        assert isinstance(probe.probe(request(good)), Probed)
     finally:
         probe.close()
 
@@ -190,8 +403,20 @@ def test_an_image_that_stalls_is_given_up_and_the_next_one_is_read(
     with_reader(tmp_path, monkeypatch, "time.sleep(1000)")
     probe = ImageProbe(stall=3)
     try:
-        assert probe.probe(bad, None, PATCH) == Failed("no data for 3 s", "stalled")
-        assert isinstance(probe.probe(good, None, PATCH), Probed)
+        assert probe.probe(request(bad)) == Failed("no data for 3 s", "stalled")
+        assert isinstance(probe.probe(request(good)), Probed)
+    finally:
+        probe.close()
+
+
+def test_an_image_that_takes_long_but_gives_data_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = picture(tmp_path / "bad.png")
+    with_reader(tmp_path, monkeypatch, "[(time.sleep(0.5), pool.beat()) for _ in range(9)]")
+    probe = ImageProbe(stall=3)
+    try:
+        assert isinstance(probe.probe(request(slow)), Probed)
     finally:
         probe.close()
 
@@ -200,7 +425,7 @@ def with_reader(folder: Path, monkeypatch: pytest.MonkeyPatch, action: str) -> N
     """Makes processes started from here do `action` when they open a file called bad.png."""
     (folder / "site").mkdir()
     (folder / "site/sitecustomize.py").write_text(
-        "import os, sys, time, keyhole.images.image as image\n"
+        "import os, sys, time, keyhole.images.image as image, keyhole.pool as pool\n"
         "opened = image.open_image\n"
         "def open_image(path):\n"
         f"    if str(path).endswith('bad.png'): {action}\n"
@@ -221,10 +446,10 @@ def test_the_known_hostile_files_are_findings(name: str, shared: Path, tmp_path:
 
 def test_the_process_ends_with_its_input_and_never_imports_torch() -> None:
     code = "import sys, keyhole.data.check_worker as worker; worker.main(); assert 'torch' not in sys.modules"
-    request = json.dumps({"path": "none.png", "image_mpp": None, "limit": 5, **PATCH})
+    line = json.dumps({"limit": 5, **asdict(request(Path("none.png")))})
     done = subprocess.run(
         [sys.executable, "-c", code],
-        input=f"{{}}\n{request}\n",
+        input=f"{{}}\n{line}\n",
         capture_output=True,
         text=True,
         timeout=60,
@@ -238,12 +463,12 @@ def test_the_process_ends_with_its_input_and_never_imports_torch() -> None:
 
 def test_a_killed_probe_lets_its_waiter_go(tmp_path: Path) -> None:
     probe = ImageProbe(stall=60)
-    assert isinstance(probe.probe(picture(tmp_path / "good.png"), None, PATCH), Probed)
+    assert isinstance(probe.probe(request(picture(tmp_path / "good.png"))), Probed)
     process = probe._process
     assert process is not None
     os.kill(process.pid, signal.SIGSTOP)
     threading.Timer(0.3, probe.kill).start()
-    failed = probe.probe(tmp_path / "good.png", None, PATCH)
+    failed = probe.probe(request(tmp_path / "good.png"))
     assert isinstance(failed, Failed)
     assert failed.trouble == "died"
     probe.close()

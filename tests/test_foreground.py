@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import drawn_slides
 import numpy as np
 import pytest
+from drawn_slides import Slide, draw_slide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from keyhole import foreground as module
+from keyhole import tissue
 from keyhole.errors import ConfigError
-from keyhole.foreground import foreground, otsu
+from keyhole.foreground import foreground
+from keyhole.grid import PatchGrid
 from keyhole.images import ArrayImage, Box, Image, Level, Size, open_image
+from keyhole.tissue import find_tissue, otsu
 
 
 def blank(width: int, height: int, channels: int = 1, value: int = 0) -> NDArray[np.uint8]:
@@ -131,15 +137,126 @@ class _Pyramid(Image):
         return self._small[box.y : box.y + box.height, box.x : box.x + box.width]
 
 
-def test_the_smallest_level_that_is_large_enough_is_read() -> None:
-    mask = foreground(_Pyramid(slide()), "tissue", downsample_to=512)
-    np.testing.assert_array_equal(mask, foreground(ArrayImage(slide()), "tissue", downsample_to=512))
+def test_the_smallest_level_that_is_large_enough_is_read_and_its_pixels_may_be_cells() -> None:
+    mask = foreground(_Pyramid(slide()), "tissue", downsample_to=800)
+    assert mask.shape == (600, 800)
+    assert mask[202:398, 162:478].all()
+    assert mask.sum() == 200 * 320
+    assert foreground(_Pyramid(slide()), "tissue", downsample_to=512).shape == (300, 400)
+    assert foreground(_Pyramid(slide()), "non-empty", downsample_to=512).shape == (75, 100)
+
+
+# Tissue on drawn slides whose truth is known: what a patch of 64 pixels, at least 1 % tissue, shows
+
+
+SIDE = 64
+
+
+def kept_patches(slide: Slide) -> NDArray[np.bool_]:
+    """Patches (rows, cols) that lie wholly in the image and are in the grid."""
+    image = ArrayImage(slide.pixels)
+    mask = foreground(image, "tissue")
+    rows, columns = (side // SIDE for side in slide.tissue.shape)
+    kept = np.zeros((rows + 1, columns + 1), bool)
+    if mask.any():
+        kept[tuple(PatchGrid(image, SIDE, mask=mask, mask_share=0.01).cells(slice(None)).T)] = True
+    return kept[:rows, :columns]
+
+
+def shares(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Share of each patch that is True."""
+    rows, columns = (side // SIDE for side in mask.shape)
+    cut = mask[: rows * SIDE, : columns * SIDE]
+    return cut.reshape(rows, SIDE, columns, SIDE).mean(axis=(1, 3), dtype=np.float64)
+
+
+@pytest.mark.parametrize("stain", ["he", "ihc"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"black": 0.6},
+        {"glass": (245, 240, 224), "noise": 6.0},
+        {"fall_off": 30.0, "seed": 1},
+        {"tissue": 0.1, "seed": 1},
+        {"density": 0.7},
+        {"tissue": 20.0, "pens": ()},
+        {"tissue": 0.0, "black": 0.1},
+    ],
+    ids=["plain", "black", "tinted", "gradient", "small", "pale", "nothing-else", "empty"],
+)
+def test_patches_of_tissue_are_found_and_those_of_pen_glass_and_black_are_not(
+    stain: str, options: dict[str, Any]
+) -> None:
+    drawn = draw_slide(stain, **options)
+    kept = kept_patches(drawn)
+    tissue, pen = shares(drawn.tissue), shares(drawn.pen)
+    clear = (tissue >= 0.05) & (pen == 0)
+    assert kept[clear].sum() >= 0.98 * clear.sum()
+    beside_pen = tissue >= 0.05  # the pale edge of a stroke takes a sliver of tissue with it
+    assert kept[beside_pen].sum() >= 0.95 * beside_pen.sum()
+    only_pen = (tissue == 0) & (pen > 0.02)
+    assert kept[only_pen].sum() <= 0.02 * only_pen.sum()
+    assert not kept[(tissue == 0) & (pen == 0)].any()
+
+
+@pytest.mark.parametrize(("stain", "least"), [("he", 0.93), ("ihc", 0.9)])
+def test_the_mask_is_the_tissue(stain: str, least: float) -> None:
+    drawn = draw_slide(stain)
+    mask = foreground(ArrayImage(drawn.pixels), "tissue").repeat(8, 0).repeat(8, 1)
+    off_pen = ~drawn.pen
+    assert (mask & drawn.tissue).sum() / ((mask | drawn.tissue) & off_pen).sum() > least
+
+
+INKS = {"light blue": (70, 130, 220), "dark green": (10, 70, 40), "dark red": (150, 20, 40), "thin black": (70, 65, 80)}
+
+
+@pytest.mark.parametrize("ink", INKS)
+def test_pens_of_other_shades_are_no_tissue(ink: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(drawn_slides.PENS, ink, INKS[ink])
+    drawn = draw_slide(tissue=0.0, pens=(ink,))
+    assert drawn.pen.any()
+    assert not foreground(ArrayImage(drawn.pixels), "tissue").any()
+
+
+def test_dense_stain_does_not_make_pale_stain_glass() -> None:
+    mean = np.full((100, 100, 3), 243, np.uint8)
+    mean[10:15], mean[20:25] = (236, 216, 228), (110, 50, 120)
+    expected = np.zeros((100, 100), bool)
+    expected[10:15] = expected[20:25] = True
+    np.testing.assert_array_equal(find_tissue(mean, mean.max(axis=-1) - mean.min(axis=-1)), expected)
+
+
+def test_what_is_nearly_black_is_no_tissue_whatever_its_tint() -> None:
+    mean = np.full((100, 100, 3), 243, np.uint8)
+    mean[:, :60], mean[40:60, 70:90] = (45, 5, 25), (190, 100, 160)
+    expected = np.zeros((100, 100), bool)
+    expected[40:60, 70:90] = True
+    np.testing.assert_array_equal(find_tissue(mean, mean.max(axis=-1) - mean.min(axis=-1)), expected)
+
+
+def test_specks_of_one_or_two_cells_are_dust_and_three_are_a_biopsy() -> None:
+    mean = np.full((50, 50, 3), 243, np.uint8)
+    for cells_of_it in ([(5, 5)], [(10, 10), (10, 11)], [(20, 20), (20, 21), (21, 20)]):
+        mean[tuple(np.transpose(cells_of_it))] = (200, 100, 160)
+    found = np.argwhere(find_tissue(mean, mean.max(axis=-1) - mean.min(axis=-1)))
+    assert found.tolist() == [[20, 20], [20, 21], [21, 20]]
+
+
+def test_bands_of_cells_do_not_change_the_tissue(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = ArrayImage(draw_slide("ihc", black=0.1, width=800, height=600).pixels)
+    whole = foreground(image, "tissue")
+    assert whole.any()
+    monkeypatch.setattr(tissue, "_BAND", 250)
+    np.testing.assert_array_equal(foreground(image, "tissue"), whole)
 
 
 def test_a_real_slide_is_part_tissue_part_glass(shared: Path) -> None:
     with open_image(shared / "data" / "slides" / "CMU-1-Small-Region.svs") as image:
         mask = foreground(image, "tissue")
     assert mask.shape == (371, 278)
-    assert 0.2 < mask.mean() < 0.5
-    assert mask[200:360, 110:140].mean() > 0.6
+    assert 0.3 < mask.mean() < 0.4
+    assert mask[200:360, 110:140].mean() > 0.95
+    assert mask[330:370, 75:200].mean() > 0.95  # pale connective tissue beside dense
     assert mask[:, 250:].mean() < 0.02
+    assert not mask[20:120, :90].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyhole.errors import ConfigError, ImageError
-from keyhole.grid import PatchGrid
+from keyhole.grid import NoPatches, PatchGrid
 from keyhole.images import ArrayImage, Box, Image, Level, Size
 from keyhole.images.pixels import Pixels
 
@@ -117,23 +118,59 @@ def test_every_pixel_is_covered_and_no_patch_lies_outside(grid: PatchGrid) -> No
 
 @laws
 @given(st.integers(3, 40), st.integers(3, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 99))
-def test_a_patch_is_in_the_grid_if_more_than_the_share_of_the_mask_under_it_is_set(
+def test_a_patch_is_in_the_grid_if_at_least_the_share_of_the_mask_under_it_is_set(
     width: int, height: int, rows: int, columns: int, seed: int
 ) -> None:
     mask = np.random.default_rng(seed).random((rows, columns)) < 0.5
     mask[0, 0] = True
     image = ArrayImage(noise(width, height))
-    for share in (0.0, 0.3):
+    for share in (0.0, 0.25, 0.3, 1.0):
         expected = []
         full = PatchGrid(image, 3, 2)
         for i, (x, y, w, h) in enumerate(full.boxes(slice(None)).tolist()):
             left, right = x * columns // width, -(-(x + w) * columns // width)
             top, bottom = y * rows // height, -(-(y + h) * rows // height)
-            if mask[top:bottom, left:right].mean() > share:
+            cells = mask[top:bottom, left:right]
+            if cells.any() and cells.mean() >= share:
                 expected.append(i)
         if expected:
             grid = PatchGrid(image, 3, 2, mask=mask, mask_share=share)
             np.testing.assert_array_equal(grid.boxes(slice(None)), full.boxes(expected))
+
+
+def test_one_percent_is_enough_and_less_is_not() -> None:
+    mask = np.zeros((10, 20), bool)
+    mask[3, 4] = True
+    image = ArrayImage(noise(200, 100))
+    assert PatchGrid(image, 100, mask=mask, mask_share=0.01).cells(slice(None)).tolist() == [[0, 0]]
+    with pytest.raises(NoPatches):
+        PatchGrid(image, 100, mask=mask, mask_share=0.011)
+
+
+class Huge(ArrayImage):
+    """An image that is only a size."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__(np.zeros((1, 1), np.uint8), "huge.tif")
+        self.size = Size(side, side)
+        self.levels = (Level(self.size, 1.0),)
+
+
+@pytest.mark.parametrize("stride", [128, 16])
+def test_a_million_masked_patches_take_four_bytes_each_and_no_more_while_they_are_found(stride: int) -> None:
+    image, mask = Huge(128 * 1000), np.ones((2048, 2048), bool)
+    if stride < 128:
+        mask[64:] = False  # patches that overlap eight times, on a part of the image
+    tracemalloc.start()
+    grid = PatchGrid(image, 128, stride, mask=mask, mask_share=0.01)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(grid) >= 10**6
+    assert held <= 4.1 * len(grid) + 2**16
+    assert peak <= 8.5 * len(grid) + 2**20
+    last = grid.cells([len(grid) - 1])
+    assert last.dtype == np.int64
+    assert grid.boxes([len(grid) - 1]).tolist() == [[last[0, 1] * stride, last[0, 0] * stride, 128, 128]]
 
 
 def test_pixels_outside_are_background() -> None:
@@ -233,7 +270,10 @@ def test_a_resampled_patch_does_not_depend_on_what_it_is_read_with(
         ({"size": 51}, r"the patch \(51 x 51 px\) is larger than the image \(100 x 50 px\)"),
         ({"size": 30, "mpp": 1.0}, r"larger than the image \(50 x 25 px at 1/2 of its resolution\)"),
         ({"size": 10, "level": 1}, r"patch.level \(=1\) must be one of the image's levels 0 ... 0"),
-        ({"size": 10, "mask": np.zeros((5, 5), bool)}, "no patches: the foreground mask leaves none of 50"),
+        (
+            {"size": 2, "stride": 1, "mask": np.zeros((5, 5), bool), "mask_name": "foreground mask (tissue)"},
+            r"no patches: the foreground mask \(tissue\) leaves none of 4,851. Look at it: keyhole check .* --previews",
+        ),
         ({"size": 10, "offset": (0, 50)}, "outside the image"),
     ],
 )
@@ -245,8 +285,13 @@ def test_a_grid_that_cannot_be_is_one_line_that_names_the_image(options: dict[st
 
 
 def test_microns_per_pixel_need_those_of_the_image() -> None:
-    with pytest.raises(ConfigError, match=r"a\.png: .*`mpp`"):
+    with pytest.raises(ConfigError, match=r"a\.png: .*the file does not say.*`mpp`.*--patch\.mpp none"):
         PatchGrid(ArrayImage(noise(100, 50), "a.png"), 10, mpp=0.5)
+    odd = ArrayImage(noise(100, 50), "a.png")
+    odd.mpp_note = "the file says 0.25 x 0.5 um per pixel"
+    with pytest.raises(ConfigError, match=r"not known \(the file says 0.25 x 0.5 um per pixel\)\. Give a column `mpp`"):
+        PatchGrid(odd, 10, mpp=0.5)
+    assert PatchGrid(odd, 10).scale == 1
     with pytest.raises(ConfigError, match="exclude each other"):
         PatchGrid(ArrayImage(noise(100, 50), "a.png", mpp=1.0), 10, mpp=0.5, level=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 
 from keyhole import store as store_module
 from keyhole.errors import ConfigError, ImageError
-from keyhole.grid import PatchGrid
+from keyhole.grid import NoPatches, PatchGrid
 from keyhole.images import ArrayImage, Image, open_image
 from keyhole.images.pixels import Pixels
 from keyhole.patches import FileOpener, FilePatches, PatchSource, TensorPatches, View
-from keyhole.store import ImageStore, ResidentImage, decoded_bytes, fits
+from keyhole.store import ImageStore, Masks, ResidentImage, decoded_bytes, fits
 
 laws = settings(max_examples=40, deadline=None)
 views = st.builds(View, st.booleans(), st.booleans(), st.integers(0, 3))
@@ -163,6 +164,93 @@ def test_only_patches_on_the_foreground_are_in_the_source(tmp_path: Path) -> Non
     assert len(source) < 16
     path.unlink()
     assert store.foreground(path, "non-empty").any()  # made once: the file is not needed again
+
+
+def speck(folder: Path) -> tuple[Path, Path]:
+    """An image of 400 x 300 and a mask of it with one cell of 10 x 10 pixels, at x, y = 90, 190."""
+    image, mask = folder / "slide.png", folder / "mask.png"
+    PIL.Image.fromarray(noise(400, 300)).save(image)
+    cells = np.zeros((30, 40), np.uint8)
+    cells[19, 9] = 1
+    PIL.Image.fromarray(cells).save(mask)
+    return image, mask
+
+
+def test_the_patches_on_a_mask_file_are_those_with_the_least_share_of_it(tmp_path: Path) -> None:
+    image, mask = speck(tmp_path)
+    options: dict[str, Any] = {"foreground": "mask", "mask": mask, "min_foreground": 0.01}
+    assert FileOpener(image, "s", 100, **options)().grid.cells(slice(None)).tolist() == [[1, 0]]
+    assert FileOpener(image, "s", 50, stride=25, **options)().grid.boxes(slice(None))[:, :2].tolist() == [
+        [50, 150],
+        [75, 150],
+        [50, 175],
+        [75, 175],
+    ]
+    assert len(FileOpener(image, "s", 100, foreground="all", mask=mask)()) == 12
+    with pytest.raises(
+        NoPatches, match=r"slide\.png: no patches: the foreground mask \(.*mask\.png\) leaves none of 12"
+    ):
+        FileOpener(image, "s", 100, **{**options, "min_foreground": 0.02})()
+
+
+def test_a_mask_that_is_asked_for_and_not_given_is_one_line_that_says_how(picture: Path) -> None:
+    with pytest.raises(ConfigError, match=r"picture\.png: .*Give a column `mask`.*--data\.masks DIR"):
+        FileOpener(picture, "p", 20, foreground="mask")()
+
+
+def test_a_shifted_grid_whose_patches_miss_the_least_share_falls_back_to_the_unshifted_one(tmp_path: Path) -> None:
+    image, mask = speck(tmp_path)
+    options: dict[str, Any] = {"foreground": "mask", "mask": mask, "min_foreground": 0.04}
+    plain = FileOpener(image, "s", 50, **options)()
+    np.testing.assert_array_equal(plain.grid.boxes(slice(None)), [[50, 150, 50, 50]])
+    # At (-5, -5) the speck lies on the corner of four patches, of which none has 4 % of it.
+    shifted = FileOpener(image, "s", 50, offset=(-5, -5), **options)()
+    np.testing.assert_array_equal(shifted.grid.boxes(slice(None)), [[50, 150, 50, 50]])
+    moved = FileOpener(image, "s", 50, offset=(-20, -20), **options)()
+    np.testing.assert_array_equal(moved.grid.boxes(slice(None)), [[80, 180, 50, 50]])
+
+
+def test_a_mask_is_the_same_under_every_view_and_is_made_once_for_two_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    original = store_module.foreground
+    monkeypatch.setattr(store_module, "foreground", lambda *given: made.append(given) or original(*given))
+    path = tmp_path / "slide.png"
+    pixels = np.full((300, 400, 3), 245, np.uint8)
+    pixels[100:200, 100:300] = (190, 100, 160)
+    PIL.Image.fromarray(pixels).save(path)
+    probe = ImageStore(keep=False)
+    store = ImageStore(keep=True, masks=probe.masks)
+    expected = [[100, 100], [150, 100], [200, 100], [250, 100], [100, 150], [150, 150], [200, 150], [250, 150]]
+    for view in (View(), View(True, False, 1), View(True, True, 3)):
+        for each in (probe, store):
+            source = FileOpener(path, "s", 50, foreground="tissue", min_foreground=0.5, view=view, store=each)()
+            assert source.grid.boxes(slice(None))[:, :2].tolist() == expected
+    assert len(made) == 1
+
+
+@laws
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 99))
+def test_a_packed_mask_is_the_mask(rows: int, columns: int, seed: int) -> None:
+    mask = np.random.default_rng(seed).random((rows, columns)) < 0.5
+    masks = Masks()
+    key = (Path("a.svs"), "tissue", None)
+    assert key not in masks
+    masks[key] = mask
+    assert key in masks
+    assert masks[key].dtype == bool
+    np.testing.assert_array_equal(masks[key], mask)
+
+
+def test_masks_of_a_thousand_slides_take_little() -> None:
+    masks = Masks()
+    y, x = np.mgrid[:2048, :2048]
+    blobs = np.sin(x / 90) * np.sin(y / 70) + 0.2 * np.sin(x / 7) * np.sin(y / 9) > 0.3
+    masks[Path("blobs"), "tissue", None] = blobs
+    assert masks.nbytes < 100_000
+    masks[Path("noise"), "tissue", None] = np.random.default_rng(0).random((2048, 2048)) < 0.5
+    assert masks.nbytes < 700_000
 
 
 def test_a_resident_image_is_the_image_without_its_file(picture: Path) -> None:

@@ -33,6 +33,10 @@ SUPPORT = 2.0
 Index = NDArray[np.int64]
 
 
+class NoPatches(ConfigError):  # noqa: N818 - says what came out
+    """The foreground mask leaves no patch of an image."""
+
+
 def reading_level(
     image: Image, mpp: float | None, level: int | None, image_mpp: float | None = None
 ) -> tuple[int, float]:
@@ -52,9 +56,10 @@ def reading_level(
         raise ConfigError(f"patch.level (={level}) and patch.mpp (={mpp:g}) exclude each other; give one of them")
     image_mpp = image.mpp if image_mpp is None else image_mpp
     if image_mpp is None:
+        why = f"are not known ({image.mpp_note})" if image.mpp_note else "the file does not say"
         raise ConfigError(
-            f"{image.path}: patch.mpp (={mpp:g}) needs the image's microns per pixel, which the file does not say; "
-            "give a column `mpp`, or leave patch.mpp out"
+            f"{image.path}: patch.mpp (={mpp:g}) needs the image's microns per pixel, which {why}. "
+            "Give a column `mpp`, or read pixels as they are: --patch.mpp none"
         )
     scale = mpp / image_mpp
     level = max(i for i, lv in enumerate(image.levels) if i == 0 or lv.downsample <= scale * (1 + SAME))
@@ -76,7 +81,9 @@ class PatchGrid:
         offset: (x, y) of the first patch, in output pixels.
         mask: bool (rows, columns) of any resolution, covering the whole image; only patches on it are in the grid.
         level: pyramid level whose pixels are the output pixels; default 0.
-        mask_share: a patch is in the grid if more than this share of the mask under it is True.
+        mask_share: a patch is in the grid if at least this share of the mask's cells under it is True, and at least
+            one cell. A cell that is partly under a patch counts whole, one beyond the image's border not at all.
+        mask_name: what the mask is, for the message where it leaves nothing.
 
     Attributes:
         rows, columns: of the full grid, mask or not.
@@ -85,7 +92,8 @@ class PatchGrid:
         scale: level-0 pixels per output pixel.
 
     Raises:
-        ConfigError: a patch larger than the image, no patch left by the mask, or a resolution that is not there.
+        NoPatches: the mask leaves none.
+        ConfigError: a patch larger than the image, or a resolution that is not there.
     """
 
     def __init__(
@@ -99,6 +107,7 @@ class PatchGrid:
         *,
         level: int | None = None,
         mask_share: float = 0.0,
+        mask_name: str = "foreground mask",
     ) -> None:
         stride = size if stride is None else stride
         if size < 1 or stride < 1:
@@ -122,9 +131,10 @@ class PatchGrid:
         self.columns, self.rows = map(self._steps, self.offset, self._extent)
         self._kept = None if mask is None else self._masked(mask, mask_share)
         if len(self) == 0:
-            raise ConfigError(
-                f"{image.path}: no patches: the foreground mask leaves none of {self.rows * self.columns}; "
-                "choose another patch.foreground (`all` takes every patch)"
+            raise NoPatches(
+                f"{image.path}: no patches: the {mask_name} leaves none of {self.rows * self.columns:,}. "
+                "Look at it: keyhole check DATA --previews DIR; or choose another --patch.foreground "
+                "(`all` takes every patch)"
             )
 
     def _first(self, offset: int, extent: int) -> int:
@@ -140,16 +150,25 @@ class PatchGrid:
         touching = -((start - extent) // self.stride)  # fewer than `covering` only where the stride exceeds the size
         return max(1, min(covering, touching))
 
-    def _masked(self, mask: NDArray[np.bool_], share: float) -> Index:
-        """Raster indices of the patches on the mask, by its summed-area table, a row of patches at a time."""
-        table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int64)
-        table[1:, 1:] = np.cumsum(np.cumsum(mask, axis=0, dtype=np.int64), axis=1)
+    def _masked(self, mask: NDArray[np.bool_], share: float) -> NDArray[np.integer[Any]]:
+        """Raster indices of the patches on the mask: 4 bytes each unless there are billions.
+
+        A row of patches at a time, from the sums of the mask's columns over the rows above its upper and its lower
+        edge, so that every cell is added twice however much the patches overlap.
+        """
+        small = np.int32 if self.rows * self.columns < 2**31 else np.int64
         left, right = self._mask_span(self.offset[0], self.columns, self.image.size.width, mask.shape[1])
         top, bottom = self._mask_span(self.offset[1], self.rows, self.image.size.height, mask.shape[0])
+        above, below = np.zeros((2, mask.shape[1]), np.int64)
+        row_above = row_below = 0
         kept = []
         for g_row, (y0, y1) in enumerate(zip(top.tolist(), bottom.tolist(), strict=True)):
-            hits = table[y1, right] - table[y1, left] - table[y0, right] + table[y0, left]
-            kept.append(np.flatnonzero(hits > share * (right - left) * (y1 - y0)) + g_row * self.columns)
+            above += mask[row_above:y0].sum(axis=0)
+            below += mask[row_below:y1].sum(axis=0)
+            row_above, row_below = y0, y1
+            across = np.concatenate([[0], np.cumsum(below - above)])
+            needed = np.maximum(np.ceil(share * (right - left) * (y1 - y0) - 1e-6), 1)
+            kept.append((np.flatnonzero(across[right] - across[left] >= needed) + g_row * self.columns).astype(small))
         return np.concatenate(kept)
 
     def _mask_span(self, start: int, steps: int, l0_extent: int, cells: int) -> tuple[Index, Index]:
@@ -174,7 +193,7 @@ class PatchGrid:
             flat = flat.astype(np.int64)
         if flat.size and not (flat.min() >= 0 and flat.max() < len(self)):
             raise IndexError(f"patch index {flat.min()} ... {flat.max()} outside 0 ... {len(self) - 1}")
-        return flat if self._kept is None else self._kept[flat]
+        return flat if self._kept is None else self._kept[flat].astype(np.int64, copy=False)
 
     def _corners(self, raster: Index) -> tuple[Index, Index]:
         """Left and top in output pixels."""

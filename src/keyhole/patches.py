@@ -17,7 +17,7 @@ import PIL.Image
 from numpy.typing import ArrayLike, NDArray
 
 from keyhole.errors import ConfigError
-from keyhole.grid import Index, PatchGrid, reading_level
+from keyhole.grid import Index, NoPatches, PatchGrid, reading_level
 from keyhole.images.geometry import Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
@@ -232,7 +232,8 @@ class FileOpener:
     Attributes:
         path: the file.
         name: for messages; as the manifest writes it.
-        size, stride, level, mpp, foreground: as in `config.PatchConfig`.
+        size, stride, level, mpp, foreground, min_foreground: as in `config.PatchConfig`.
+        mask: PNG or GeoJSON, for the foreground `mask`.
         channels: 1 or 3; None as in the file.
         view, offset: the geometric augmentation of this image in this epoch.
         store: opens the file, or has it in memory.
@@ -245,7 +246,9 @@ class FileOpener:
     stride: int | None = None
     level: int | None = None
     mpp: float | None = None
-    foreground: Literal["all", "non-empty", "tissue"] = "all"
+    foreground: Literal["all", "non-empty", "tissue", "mask"] = "all"
+    min_foreground: float = 0.01
+    mask: Path | None = None
     channels: int | None = None
     view: View = View()
     offset: tuple[int, int] = (0, 0)
@@ -256,19 +259,56 @@ class FileOpener:
         """Open the file and lay the grid.
 
         Raises:
-            ImageError: the file is broken.
-            ConfigError: its size or resolution does not allow the patches asked for.
+            ImageError: the file, or its mask, is broken.
+            ConfigError: its size or resolution does not allow the patches asked for, or the foreground leaves none.
         """
         image = self.store.open(self.path, self._level)
         try:
-            if self.image_mpp is not None:
-                image.mpp = self.image_mpp
-            mask = None if self.foreground == "all" else self.store.foreground(self.path, self.foreground)
-            grid = PatchGrid(image, self.size, self.stride, self.mpp, self.offset, mask, level=self.level)
-            return FilePatches(image, grid, self.view, self.channels, self.name)
+            return FilePatches(image, self.grid(image), self.view, self.channels, self.name)
         except BaseException:
             image.close()
             raise
+
+    def grid(self, image: Image) -> PatchGrid:
+        """The grid over the opened image, which from now on has the resolution of `image_mpp`."""
+        if self.image_mpp is not None:
+            image.mpp = self.image_mpp
+        mask = self.foreground_mask()
+        try:
+            return self._grid(image, mask, self.offset)
+        except NoPatches:
+            if self.offset == (0, 0):
+                raise
+            # A speck of foreground may have the least share of a patch in one place of the grid and not in another.
+            return self._grid(image, mask, (0, 0))
+
+    def foreground_mask(self) -> NDArray[np.bool_] | None:
+        """The mask (rows, cols) that says which patches are in the grid; None where all are.
+
+        Raises:
+            ImageError, ConfigError: as for `__call__`.
+        """
+        if self.foreground == "all":
+            return None
+        if self.foreground == "mask" and self.mask is None:
+            raise ConfigError(
+                f"{self.path}: patch.foreground (=mask) needs a mask of this image. Give a column `mask` (PNG or "
+                "GeoJSON), or a folder of masks with the images' names: --data.masks DIR"
+            )
+        return self.store.foreground(self.path, self.foreground, self.mask if self.foreground == "mask" else None)
+
+    def _grid(self, image: Image, mask: NDArray[np.bool_] | None, offset: tuple[int, int]) -> PatchGrid:
+        return PatchGrid(
+            image,
+            self.size,
+            self.stride,
+            self.mpp,
+            offset,
+            mask,
+            level=self.level,
+            mask_share=0.0 if self.foreground == "non-empty" else self.min_foreground,
+            mask_name=f"foreground mask ({self.mask if self.foreground == 'mask' else self.foreground})",
+        )
 
     def _level(self, image: Image) -> int:
         return reading_level(image, self.mpp, self.level, self.image_mpp)[0]

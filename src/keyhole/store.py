@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from keyhole.errors import ImageError, ImageLost
 from keyhole.foreground import foreground
 from keyhole.images.geometry import Box
 from keyhole.images.image import Image, open_image
 from keyhole.images.pixels import Pixels
+from keyhole.masks import read_mask
 from keyhole.pool import beat
 
 BAND_PIXELS = 2**22
@@ -83,7 +86,7 @@ class ResidentImage(Image):
 
     def __init__(self, image: Image, level: int) -> None:
         self.path, self.size, self.levels, self.mpp = image.path, image.size, image.levels, image.mpp
-        self.channels, self.background = image.channels, image.background
+        self.channels, self.background, self.mpp_note = image.channels, image.background, image.mpp_note
         self.level = level
         width, height = image.levels[level].size
         self._pixels = np.empty((height, width, image.channels), np.uint8)
@@ -110,18 +113,53 @@ class ResidentImage(Image):
         return self._pixels[box.y : box.y + box.height, box.x : box.x + box.width]
 
 
+Key = tuple[Path, str, Path | None]
+"""Of a mask: the image, the kind, and the mask's own file where it has one."""
+
+
+class Masks:
+    """Foreground masks by file and kind, each made once; packed, so that those of a thousand slides may stay.
+
+    A mask of 2048 x 2048 cells takes 4 MB as an array, and 5 to 60 kB here (at worst 0.5 MB); unpacking it takes some
+    milliseconds, once each time its image is opened.
+    """
+
+    def __init__(self) -> None:
+        self._packed: dict[Key, tuple[tuple[int, int], bytes]] = {}
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._packed
+
+    def __getitem__(self, key: Key) -> NDArray[np.bool_]:
+        shape, packed = self._packed[key]
+        bits = np.frombuffer(zlib.decompress(packed), np.uint8)
+        return np.unpackbits(bits, count=shape[0] * shape[1]).view(bool).reshape(shape)
+
+    def __setitem__(self, key: Key, mask: NDArray[np.bool_]) -> None:
+        rows, columns = mask.shape
+        self._packed[key] = (rows, columns), zlib.compress(np.packbits(mask).tobytes(), level=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the masks take."""
+        return sum(len(packed) for _, packed in self._packed.values())
+
+
 class ImageStore:
     """Opens images, from their files each time or, with `keep`, once and then from memory. Thread-safe.
 
-    Foreground masks are small and are kept in either case.
+    Args:
+        keep: whether decoded images stay in memory.
+        masks: those of another store, so that no mask is made twice in a run; they are kept in either case.
     """
 
-    def __init__(self, keep: bool) -> None:
+    def __init__(self, keep: bool, masks: Masks | None = None) -> None:
         self.keep = keep
+        self.masks = Masks() if masks is None else masks
         self._lock = threading.Lock()
         self._locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+        self._damaged: set[Path] = set()
         self._resident: defaultdict[Path, dict[int, ResidentImage]] = defaultdict(dict)
-        self._masks: dict[tuple[Path, str], NDArray[np.bool_]] = {}
 
     def open(self, path: Path, level: int | Callable[[Image], int] = 0) -> Image:
         """An image for the caller to close.
@@ -131,9 +169,10 @@ class ImageStore:
             level: the level that will be read, or a function that tells it from the image.
 
         Raises:
-            ImageError: the file cannot be opened, or with `keep` not be read.
+            ImageError: the file cannot be opened. One that is damaged somewhere is not kept, so that what is not
+                damaged can be read from it.
         """
-        if not self.keep:
+        if not self.keep or path in self._damaged:
             return open_image(path)
         with self._lock_of(path):
             held = self._resident[path]
@@ -142,20 +181,38 @@ class ImageStore:
             if wanted not in held:
                 with open_image(path) as image:
                     wanted = level if isinstance(level, int) else level(image)
-                    held[wanted] = ResidentImage(image, wanted)
+                    try:
+                        held[wanted] = ResidentImage(image, wanted)
+                    except ImageLost:
+                        raise
+                    except ImageError:
+                        self._damaged.add(path)
+                        return open_image(path)
             return held[wanted].copy()
 
-    def foreground(self, path: Path, kind: Literal["non-empty", "tissue"]) -> NDArray[np.bool_]:
-        """The foreground mask of a file, made at the first call.
+    def foreground(
+        self, path: Path, kind: Literal["non-empty", "tissue", "mask"], mask: Path | None = None
+    ) -> NDArray[np.bool_]:
+        """The foreground mask (rows, cols) of an image, made at the first call; later ones read no file.
+
+        Args:
+            path: the image.
+            kind: as in `config.PatchConfig`.
+            mask: the file of the mask, for the kind `mask` and no other.
 
         Raises:
-            ImageError: the file cannot be opened or read.
+            ImageError: the image or the mask cannot be opened or read.
         """
+        key = path, kind, mask
         with self._lock_of(path):
-            if (path, kind) not in self._masks:
+            if key not in self.masks:
                 with open_image(path) as image:
-                    self._masks[path, kind] = foreground(image, kind)
-            return self._masks[path, kind]
+                    if kind == "mask":
+                        assert mask is not None
+                        self.masks[key] = read_mask(mask, image.size)
+                    else:
+                        self.masks[key] = foreground(image, kind)
+            return self.masks[key]
 
     def _lock_of(self, path: Path) -> threading.Lock:
         """One image is read once, and a file that hangs holds up nobody who wants another."""

@@ -13,8 +13,11 @@ import tyro
 from keyhole.cli.arguments import ConfigOptions, config_with_data, parse_config, print_config
 
 if TYPE_CHECKING:
+    from keyhole.config import Config
     from keyhole.data.check import CheckReport
 
+PREVIEWS = "keyhole-check"
+"""Folder for previews where none is named."""
 LISTED = 20
 """Left-out files shown; the JSON has all."""
 
@@ -28,6 +31,9 @@ class CheckOptions(ConfigOptions):
 
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the report as JSON to a file, or `-` for standard output."""
+    previews: Annotated[str, tyro.conf.arg(metavar="DIR")] = "auto"
+    """Folder for a PNG per image with its foreground mask and patches; `auto` is keyhole-check where patch.foreground
+    is not `all`, `none` makes none."""
     deep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also compare the contents of files of equal size, to find the same image twice under two names."""
 
@@ -48,7 +54,7 @@ def run(argv: list[str]) -> int:
             progress.total_images = total
             progress.update(images=done - progress.images)
 
-        report = check(config, deep=options.deep, progress=show)
+        report = check(config, deep=options.deep, previews=_previews(options.previews, config), progress=show)
     as_json = json.dumps(report.to_json(), indent=2) + "\n"
     to_stdout = options.json == Path("-")
     show_report(report, sys.stderr if to_stdout else sys.stdout)
@@ -57,6 +63,12 @@ def run(argv: list[str]) -> int:
     elif options.json is not None:
         write_atomic(options.json, as_json)
     return 0 if report.ok else 1
+
+
+def _previews(folder: str, config: Config) -> Path | None:
+    if folder == "auto":
+        return None if config.patch.foreground == "all" else Path(PREVIEWS)
+    return None if folder.lower() == "none" else Path(folder).expanduser()
 
 
 def show_report(report: CheckReport, stream: TextIO) -> None:
@@ -76,6 +88,8 @@ def show_report(report: CheckReport, stream: TextIO) -> None:
         console.print(table)
     for line in (*report.notes, report.memory):
         console.print(line)
+    if report.previews is not None:
+        console.print(f"foreground masks and patches to look at: {report.previews}")
     for finding in report.findings:
         style = "bold red" if finding.severity == "error" else "yellow"
         console.print(f"{finding.severity}: {finding.name}: {finding.problem}", style=style)

@@ -1,7 +1,8 @@
 """Opens images in a process of its own, which a broken file may take down or hold up without harm to ours.
 
 Decoders written in C can abort the whole process on a broken file, and a read can hang for ever. `ImageProbe` is our
-end; `main` is the other end, which answers one JSON line for each on its standard input. It never imports torch.
+end; `main` is the other end, which answers one JSON line for each on its standard input, and sends empty lines while
+data come, for a gigapixel image without smaller levels takes minutes to look at. It never imports torch.
 """
 
 from __future__ import annotations
@@ -9,22 +10,31 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from keyhole.errors import ConfigError, ImageError, KeyholeError
+from keyhole.errors import ConfigError, ImageError, KeyholeError, OutputError
 from keyhole.images.geometry import Size
+
+if TYPE_CHECKING:
+    from keyhole.grid import PatchGrid
+    from keyhole.images import Image
+    from keyhole.patches import FileOpener
 
 START_SECONDS = 120.0
 """For the process to start: importing from a cold network disk is slow and says nothing about the image."""
-Trouble = Literal["image", "settings", "died", "stalled", "unexpected"]
+BEAT_SECONDS = 1.0
+"""Between signs of life at least."""
+Trouble = Literal["image", "settings", "died", "stalled", "unexpected", "output"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +42,15 @@ class Probed:
     """What an image turned out to be.
 
     Attributes:
-        size: width and height at level 0.
+        size: width and height at level 0; 0 x 0 for stored features.
         levels: how many resolutions.
         mpp: microns per level-0 pixel, or None.
-        channels: 1 or 3.
+        channels: 1 or 3; the width of stored features.
         patches: how many the grid has, after the foreground mask.
         level_bytes: of the decoded pixels at the level that is read.
+        file_mpp: `mpp` as the file says, whatever the CSV does.
+        mpp_note: what the file says of its resolution that is not to be believed.
+        preview_problem: why there is no preview although one was asked for.
     """
 
     size: Size
@@ -46,21 +59,48 @@ class Probed:
     channels: int
     patches: int
     level_bytes: int
+    file_mpp: float | None = None
+    mpp_note: str = ""
+    preview_problem: str = ""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Why an image cannot be used, one line without the image's name."""
+    """Why an image cannot be used, one line without the image's name, and whether its preview was made all the same."""
 
     problem: str
     trouble: Trouble
+    previewed: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be looked at.
+
+    Attributes:
+        path: the image, or the file of features.
+        patch: size, stride, level, mpp, foreground and min_foreground, as `FileOpener` takes them.
+        image_mpp: microns per pixel over the file's own.
+        mask: PNG or GeoJSON of the foreground.
+        features: whether `path` holds stored features.
+        name: of the image, for the preview.
+        preview: PNG to make of the foreground and the grid.
+    """
+
+    path: str
+    patch: dict[str, Any]
+    image_mpp: float | None = None
+    mask: str | None = None
+    features: bool = False
+    name: str = ""
+    preview: str | None = None
 
 
 class ImageProbe:
     """A process that opens images one after the other, started again after it died.
 
     Args:
-        stall: seconds that one image may take.
+        stall: seconds that may pass without anything being read from an image.
     """
 
     def __init__(self, stall: float) -> None:
@@ -69,13 +109,8 @@ class ImageProbe:
         self._killed = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the probe
 
-    def probe(self, path: Path, image_mpp: float | None, patch: dict[str, Any]) -> Probed | Failed:
-        """Opens an image, lays the grid and reads its first and last patch.
-
-        Args:
-            path: the file.
-            image_mpp: microns per pixel over the file's own.
-            patch: size, stride, level, mpp and foreground, as `FileOpener` takes them.
+    def probe(self, request: Request) -> Probed | Failed:
+        """Opens an image, lays the grid, reads its first and last patch, and draws a preview if asked for one.
 
         Raises:
             KeyholeError: the process cannot be started at all.
@@ -84,8 +119,7 @@ class ImageProbe:
             return Failed("not looked at any more", "stalled")
         if self._process is None:
             self._start()
-        request = {"path": str(path), "image_mpp": image_mpp, "limit": self.stall, **patch}
-        reply, stalled = self._ask(json.dumps(request), self.stall)
+        reply, stalled = self._ask(json.dumps({"limit": self.stall, **asdict(request)}), self.stall)
         if reply:
             answer = json.loads(reply)
             if "problem" in answer:
@@ -142,17 +176,20 @@ class ImageProbe:
             late.set()
             process.kill()
 
-        timer = threading.Timer(seconds, end)
-        timer.daemon = True
-        timer.start()
         try:
             process.stdin.write(line + "\n")
             process.stdin.flush()
-            reply = process.stdout.readline()
+            reply = "\n"
+            while reply == "\n":  # a sign of life
+                timer = threading.Timer(seconds, end)
+                timer.daemon = True
+                timer.start()
+                try:
+                    reply = process.stdout.readline()
+                finally:
+                    timer.cancel()
         except BrokenPipeError:
             reply = ""
-        finally:
-            timer.cancel()
         return (reply if reply.endswith("\n") else ""), late.is_set()
 
     def _end(self) -> int:
@@ -179,44 +216,108 @@ class ImageProbe:
         return f", saying: {said[-1][:160]}" if said else ""
 
 
-def probe_here(path: str, image_mpp: float | None, patch: dict[str, Any]) -> Probed | Failed:
+def probe_here(request: Request) -> Probed | Failed:
     """What the other process does: opens one image, reads its first and last patch."""
-    from keyhole.patches import FileOpener
-    from keyhole.store import decoded_bytes
-
+    path = Path(request.path)
     try:
-        source = FileOpener(path=Path(path), name=path, image_mpp=image_mpp, **patch)()
-        try:
-            source.read([0, len(source) - 1])
-            image = source.image
-            size = decoded_bytes(image, source.grid.level)
-            return Probed(image.size, len(image.levels), image.mpp, image.channels, len(source), size)
-        finally:
-            source.close()
+        return _probe_features(path, request.name) if request.features else _probe_image(path, request)
     except ImageError as error:
-        return Failed(error.problem, "image")
+        return Failed(error.problem if error.path == request.path else str(error), "image")
     except ConfigError as error:
         return Failed(str(error).removeprefix(f"{path}: "), "settings")
+    except OutputError as error:
+        return Failed(str(error), "output")
     except Exception as error:  # noqa: BLE001 - reported; a fault of one reader must not hide the other images
         return Failed(f"{type(error).__name__}: {' '.join(str(error).split())}", "unexpected")
 
 
+def _probe_image(path: Path, request: Request) -> Probed | Failed:
+    from keyhole.grid import NoPatches
+    from keyhole.images.image import open_image
+    from keyhole.patches import FileOpener
+    from keyhole.store import decoded_bytes
+
+    mask = None if request.mask is None else Path(request.mask)
+    opener = FileOpener(path=path, name=request.path, image_mpp=request.image_mpp, mask=mask, **request.patch)
+    with open_image(path) as image:
+        file_mpp, problem = image.mpp, ""
+        try:
+            grid: PatchGrid | None = opener.grid(image)
+        except NoPatches as error:
+            grid, nothing = None, str(error).removeprefix(f"{path}: ")
+        if request.preview is not None:
+            try:
+                _preview(opener, image, grid, request, Path(request.preview))
+            except ImageError as error:  # at a level that a run does not read
+                problem = error.problem
+        if grid is None:
+            return Failed(nothing, "settings", previewed=request.preview is not None and not problem)
+        grid.read([0, len(grid) - 1])
+        size = decoded_bytes(image, grid.level)
+        shape = image.size, len(image.levels), image.mpp, image.channels
+        return Probed(*shape, len(grid), size, file_mpp, image.mpp_note, problem)
+
+
+def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, request: Request, path: Path) -> None:
+    from keyhole.report.mask_preview import mask_preview
+
+    full = replace(opener, foreground="all").grid(image)
+    mpp = "unknown microns per pixel" if image.mpp is None else f"{image.mpp:.4g} microns per pixel"
+    at = f"level {full.level}" if opener.mpp is None else f"{opener.mpp:g} microns per pixel"
+    step = f", stride {full.stride}" if full.stride != full.size else ""
+    least = (
+        f", at least {100 * opener.min_foreground:.3g} % of a patch" if opener.foreground in ("tissue", "mask") else ""
+    )
+    caption = [
+        request.name or request.path,
+        f"{image.size.width:,} x {image.size.height:,} pixels, {mpp}",
+        f"patches of {full.size} px{step} at {at}; foreground {opener.foreground}{least}",
+    ]
+    mask_preview(image, full, grid, opener.foreground_mask(), caption, path)
+
+
+def _probe_features(path: Path, name: str) -> Probed:
+    from keyhole.features import FeatureOpener
+
+    source = FeatureOpener(path, name)()
+    try:
+        source.read([0, len(source) - 1])
+        return Probed(Size(0, 0), 1, None, source.patch_shape[0], len(source), 0)
+    finally:
+        source.close()
+
+
 def main() -> None:
     """Answers requests until the input ends."""
+    from keyhole.pool import Pool
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; ours ends this one
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a decoder prints must not be taken for an answer
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request:
-            # Should our end be killed meanwhile, nobody else would end a read that hangs.
-            faulthandler.dump_traceback_later(request.pop("limit") + 60, exit=True)
-            reply = asdict(probe_here(request.pop("path"), request.pop("image_mpp"), request))
-            faulthandler.cancel_dump_traceback_later()
-        else:
-            reply = {}
-        answers.write(json.dumps(reply) + "\n")
+
+    def answer(reply: str) -> None:
+        answers.write(reply + "\n")
         answers.flush()
+
+    pool = Pool(1, stall=math.inf)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if not asked:
+            answer("{}")
+            continue
+        limit = asked.pop("limit")
+        task = pool.submit(asked["path"], partial(probe_here, Request(**asked)))
+        last = None
+        while not task.done:
+            if task.since != last:
+                # Should our end be killed meanwhile, nobody else would end a read that hangs.
+                faulthandler.dump_traceback_later(limit + 60, exit=True)
+                if last is not None:
+                    answer("")
+                last = task.since
+            pool.pause(BEAT_SECONDS, partial(getattr, task, "done"))
+        faulthandler.cancel_dump_traceback_later()
+        answer(json.dumps(asdict(task.value())))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,164 @@
+"""What `keyhole check` has to say about images that can be opened: labels, sizes, resolutions, equal contents."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from keyhole.config import Config
+from keyhole.data.check_worker import Probed
+from keyhole.data.hashes import hash_files
+from keyhole.data.item import SPLITS, Item
+from keyhole.data.manifest import Manifest
+from keyhole.data.settle import classes_of
+from keyhole.data.splits import leaking_groups
+from keyhole.errors import ImageError
+from keyhole.wording import listed
+
+IMBALANCE = 10
+"""A class this many times larger than another is worth a word."""
+
+MPP_DIFFERS = 0.05
+"""Share by which the microns per pixel of the CSV and of the file may differ: rounding, and what scanners calibrate."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that would go wrong (error) or is worth knowing (warning), and what to do about it."""
+
+    name: str
+    problem: str
+    fix: str
+    severity: Literal["error", "warning"] = "error"
+
+
+def count_classes(manifest: Manifest) -> dict[str, dict[str, dict[str, int]]]:
+    """Labels per task, class and split; a regression has the one class `value`."""
+    classes: dict[str, dict[str, dict[str, int]]] = {}
+    for task in manifest.tasks:
+        names = task.classes or ("value",)
+        counts = Counter(
+            (name, item.split)
+            for item in manifest.items
+            for name in (classes_of(task, item) if task.classes else names if item.labels[task.name] else ())
+        )
+        classes[task.name] = {name: {split: counts[name, split] for split in SPLITS} for name in names}
+    return classes
+
+
+def about_labels(manifest: Manifest, config: Config) -> list[Finding]:
+    """Of the images that could be opened: classes that lack or are rare, and groups on two sides."""
+    found = []
+    for task, classes in count_classes(manifest).items():
+        train = {name: count["train"] for name, count in classes.items()}
+        largest, smallest = max(train, key=lambda name: train[name]), min(train, key=lambda name: train[name])
+        if train[smallest] == 0:
+            problem = f"no usable training image of class {smallest!r}"
+            found.append(Finding(task, problem, "Repair the images of that class, or take the class out."))
+        elif train[largest] >= IMBALANCE * train[smallest] and config.train.balance == "none":
+            problem = f"{train[largest]} training images of {largest!r}, but {train[smallest]} of {smallest!r}"
+            found.append(Finding(task, problem, "Weigh the classes: --train.balance loss.", "warning"))
+        for split in ("val", "test"):
+            lacking = [name for name, count in classes.items() if not count[split]]
+            if manifest.split(split) and lacking:
+                problem = f"no {split} image of {listed(map(repr, lacking))}: its figures will be missing"
+                found.append(Finding(task, problem, "Give more images, or a `split` column.", "warning"))
+    leaking = leaking_groups([item.group for item in manifest.items], [item.split for item in manifest.items])
+    for group in leaking:
+        problem = "group with images in more than one split: what is held out is partly known from training"
+        found.append(Finding(group, problem, "Put the whole group into one split.", "warning"))
+    return found
+
+
+def about_images(items: Sequence[Item], probed: Mapping[str, Probed], config: Config) -> list[Finding]:
+    """Of `items`, all of which could be opened: what is odd about their patches, resolutions and colours."""
+    found = []
+    most = max((image.patches for image in probed.values()), default=0)
+    if probed and config.select.m >= most:
+        problem = f"select.m (={config.select.m}) keeps every patch (at most {most} per image): selection does nothing"
+        found.append(Finding("all images", problem, "Use a smaller --select.m, or smaller patches.", "warning"))
+    if any(item.features is not None for item in items):
+        return found + _about_features(probed)
+    found += _about_resolution(items, probed, config)
+    if len({image.channels for image in probed.values()}) > 1:
+        grey = [name for name, image in probed.items() if image.channels == 1]
+        problem = f"{len(grey)} grey images among colour ones: {listed(grey)}"
+        fix = "Make sure that colour does not tell the classes apart; --model.channels 1 reads all as grey."
+        found.append(Finding("all images", problem, fix, "warning"))
+    for name, image in probed.items():
+        if image.preview_problem:
+            fix = "A run does not read that resolution; other programs may fail on the file."
+            found.append(Finding(name, f"no preview: {image.preview_problem.partition('. ')[0]}", fix, "warning"))
+    return found
+
+
+def _about_resolution(items: Sequence[Item], probed: Mapping[str, Probed], config: Config) -> list[Finding]:
+    """Microns per pixel that differ between images, between CSV and file, or that a file does not say credibly."""
+    found = []
+    mpps = [image.mpp for image in probed.values() if image.mpp is not None]
+    if mpps and config.patch.mpp is None and max(mpps) > 1.5 * min(mpps):
+        problem = f"from {min(mpps):g} to {max(mpps):g} microns per pixel: patches show areas of different size"
+        found.append(Finding("all images", problem, f"Read at one resolution: --patch.mpp {max(mpps):g}.", "warning"))
+    noted = defaultdict(list)
+    for item in items:
+        image = probed[item.name]
+        if item.mpp is not None and image.file_mpp is not None:
+            if abs(item.mpp / image.file_mpp - 1) > MPP_DIFFERS:
+                problem = (
+                    f"{item.mpp:g} microns per pixel in the CSV, {image.file_mpp:.4g} in the file; the CSV's is used"
+                )
+                found.append(
+                    Finding(item.name, problem, "Correct the column `mpp`, or leave it empty there.", "warning")
+                )
+        elif item.mpp is None and image.mpp_note:
+            noted[image.mpp_note].append(item.name)
+    for note, names in noted.items():
+        name = names[0] if len(names) == 1 else f"{len(names)} images"
+        which = "" if len(names) == 1 else f": {listed(names)}"
+        fix = "Give the right value in a column `mpp`; it matters where --patch.mpp is set."
+        found.append(Finding(name, f"microns per pixel are not known ({note}){which}", fix, "warning"))
+    return found
+
+
+def _about_features(probed: Mapping[str, Probed]) -> list[Finding]:
+    by_width = defaultdict(list)
+    for name, image in probed.items():
+        by_width[image.channels].append(name)
+    if len(by_width) < 2:
+        return []
+    problem = "stored features of different widths: " + "; ".join(
+        f"{width} in {listed(names)}" for width, names in sorted(by_width.items())
+    )
+    return [Finding("all images", problem, "Use features of one encoder for all images.")]
+
+
+def about_content(items: Sequence[Item], manifest: Manifest, config: Config) -> list[Finding]:
+    """Files that are the same byte for byte: worst where they are on two sides or have two labels."""
+    by_size = defaultdict(list)
+    for item in items:
+        item = replace(item, image=item.source)
+        try:
+            if not item.image.is_dir():
+                by_size[item.image.stat().st_size].append(item)
+        except OSError as error:
+            raise ImageError(item.image, f"was there a moment ago ({error.strerror}). Run the check again.") from error
+    alike = [item for group in by_size.values() if len(group) > 1 for item in group]
+    hashes = hash_files(alike, config.run.threads, config.run.stall)
+    same = defaultdict(list)
+    for item in alike:
+        same[hashes[item.name].sha256].append(item)
+    found = []
+    for copies in same.values():
+        if len(copies) < 2:
+            continue
+        problem = f"same content as {listed(copy.name for copy in copies[1:])}"
+        differ = [task.name for task in manifest.tasks if len({copy.labels[task.name] for copy in copies}) > 1]
+        splits = sorted({copy.split for copy in copies}, key=SPLITS.index)
+        if differ:
+            problem += f", with another {' and '.join(differ)}"
+        if len(splits) > 1:
+            problem += f", in {' and '.join(splits)}"
+        found.append(Finding(copies[0].name, problem, "Keep one of them, or give them one group.", "warning"))
+    return found

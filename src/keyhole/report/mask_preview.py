@@ -1,0 +1,163 @@
+"""A PNG that shows what a foreground mask takes and leaves: the slide, the mask's outline, and the patches in the grid.
+
+Patches are outlined where they are large enough to be seen, else the area they cover is. What no patch covers is faded.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Picture
+from PIL import ImageDraw, ImageFont
+
+from keyhole.files import write_atomic
+from keyhole.grid import PatchGrid
+from keyhole.images.image import Image
+from keyhole.images.thumbnail import thumbnail
+
+SIDE = 1024
+"""Longest side of the picture of the slide."""
+LEAST_WIDTH = 720
+"""Of the whole picture, so that the caption of a narrow slide can be read."""
+VISIBLE = 7
+"""Pixels of the picture from patch to patch, from which on each is outlined by itself."""
+MASK, PATCH, WRONG = (0, 150, 60), (30, 90, 220), (200, 30, 38)
+INK, GREY, WHITE = (28, 30, 33), (110, 115, 122), (255, 255, 255)
+MARGIN, LINE = 16, 26
+LONGEST_NAME = 120
+"""Characters; the end of a path says more than its beginning."""
+FADED = 0.45
+"""What is left of the contrast where no patch is."""
+
+Colors = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+Steps = NDArray[np.int64]
+
+
+def mask_preview(
+    image: Image, full: PatchGrid, kept: PatchGrid | None, mask: Mask | None, caption: Sequence[str], path: Path
+) -> Path:
+    """Writes the picture.
+
+    Args:
+        image: open.
+        full: the grid without the mask.
+        kept: the grid with it, of the same size, stride and offset; None where no patch is left.
+        mask: (rows, cols) over the whole image; None where there is none.
+        caption: lines under the picture; one more is added with the number of patches.
+        path: the PNG; overwritten.
+
+    Raises:
+        ImageError: the image is damaged.
+        OutputError: the PNG cannot be written.
+    """
+    pixels, downsample = thumbnail(image, SIDE)
+    colors = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels.copy()
+    covered = np.zeros(colors.shape[:2], bool) if kept is None else _covered(kept, colors.shape[:2], downsample)
+    colors[~covered] = (255 - FADED * (255.0 - colors[~covered])).astype(np.uint8)
+    if mask is not None:
+        colors[_outline(_stretched(mask, colors.shape[:2]))] = MASK
+    apart = kept is not None and min(kept.size, kept.stride) * kept.scale / downsample >= VISIBLE
+    if not apart:
+        colors[_outline(covered)] = PATCH
+    picture = Picture.fromarray(colors)
+    if kept is not None and apart:
+        _outline_patches(picture, kept, downsample)
+    count = 0 if kept is None else len(kept)
+    said = f"{count:,} of {len(full):,} patches" if count else f"no patches: none of {len(full):,} is left"
+    data = io.BytesIO()
+    _with_caption(picture, [*caption, said], mask is not None, bool(count)).save(data, "PNG")
+    return write_atomic(path, data.getvalue())
+
+
+def _covered(grid: PatchGrid, shape: tuple[int, int], downsample: float) -> Mask:
+    """Pixels of the picture whose middle lies under a patch."""
+    starts = np.zeros((grid.rows + 1, grid.columns + 1), np.int32)  # patches that begin above and left of a cell
+    for first in range(0, len(grid), 2**16):
+        cells = grid.cells(slice(first, first + 2**16))
+        starts[cells[:, 0] + 1, cells[:, 1] + 1] = 1
+    np.cumsum(starts, axis=0, out=starts)
+    np.cumsum(starts, axis=1, out=starts)
+    (top, bottom), (left, right) = (
+        _steps_over(grid, axis, extent, downsample) for axis, extent in ((1, shape[0]), (0, shape[1]))
+    )
+    below, above = starts[bottom], starts[top]
+    covered: Mask = below[:, right] - below[:, left] - above[:, right] + above[:, left] > 0
+    return covered
+
+
+def _steps_over(grid: PatchGrid, axis: int, extent: int, downsample: float) -> tuple[Steps, Steps]:
+    """First grid column (axis 0) or row (axis 1) of the patches over each pixel, and the one after the last."""
+    at = (np.arange(extent) + 0.5) * downsample / grid.scale - grid.offset[axis]
+    count = grid.rows if axis else grid.columns
+    first, last = np.floor((at - grid.size) / grid.stride) + 1, np.floor(at / grid.stride) + 1
+    low = first.clip(0, count).astype(np.int64)
+    return low, np.maximum(last.clip(0, count).astype(np.int64), low)
+
+
+def _stretched(mask: Mask, shape: tuple[int, int]) -> Mask:
+    """A mask at the picture's resolution, by its nearest cell; a cell smaller than a pixel is not lost."""
+    rows, columns = mask.shape
+    if rows > shape[0] and columns > shape[1]:
+        top, left = (-(-np.arange(side) * cells // side) for side, cells in zip(shape, mask.shape, strict=True))
+        found: Mask = np.logical_or.reduceat(np.logical_or.reduceat(mask, top, axis=0), left, axis=1)
+        return found
+    row, column = ((np.arange(side) * cells // side) for side, cells in zip(shape, mask.shape, strict=True))
+    nearest: Mask = mask[row[:, None], column]
+    return nearest
+
+
+def _outline(mask: Mask) -> Mask:
+    """Pixels of the mask with a neighbour that is not in it."""
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner
+
+
+def _outline_patches(picture: Picture.Image, grid: PatchGrid, downsample: float) -> None:
+    draw = ImageDraw.Draw(picture)
+    for x, y, width, height in (grid.boxes(slice(None)) / downsample).tolist():
+        draw.rectangle([round(x), round(y), round(x + width) - 1, round(y + height) - 1], outline=PATCH)
+
+
+def _with_caption(picture: Picture.Image, lines: Sequence[str], masked: bool, any_left: bool) -> Picture.Image:
+    width = max(picture.width + 2 * MARGIN, LEAST_WIDTH)
+    height = picture.height + (len(lines) + 1) * LINE + 3 * MARGIN
+    page = Picture.new("RGB", (width, height), WHITE)
+    page.paste(picture, ((width - picture.width) // 2, MARGIN))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(16)
+    y = picture.height + 2 * MARGIN
+    for number, line in enumerate(lines):
+        color = INK if number == 0 else WRONG if number == len(lines) - 1 and not any_left else GREY
+        text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+        while font.getlength(text) > width - 2 * MARGIN:
+            text = "\N{HORIZONTAL ELLIPSIS}" + text[2:]  # the end of a path says more than its beginning
+        draw.text((MARGIN, y), text, fill=color, font=font)
+        y += LINE
+    for shown, name, color in ((masked, "foreground mask", MASK), (any_left, "patches", PATCH)):
+        if shown:
+            x = MARGIN if name == "foreground mask" or not masked else MARGIN + 190
+            draw.rectangle([x, y + 4, x + 18, y + 14], outline=color, width=2)
+            draw.text((x + 26, y), name, fill=color, font=font)
+    return page
+
+
+def preview_names(names: Sequence[str]) -> list[str]:
+    """A file name for the preview of each image: its name without suffix, safe on every file system, no two alike."""
+    found: list[str] = []
+    taken: set[str] = set()
+    for name in names:
+        stem = name.removesuffix(PurePath(name).suffix)
+        plain = "".join(char if (char.isalnum() and char.isascii()) or char in "-." else "_" for char in stem)
+        plain = plain.strip("._")[-LONGEST_NAME:] or "image"
+        number, unique = 1, plain
+        while unique.lower() in taken:
+            number += 1
+            unique = f"{plain}-{number}"
+        taken.add(unique.lower())
+        found.append(f"{unique}.png")
+    return found
