@@ -368,7 +368,8 @@ def test_a_stalled_read_is_an_error_that_names_the_file(stuck: Stuck, where: str
             stuck.gate.wait()
         return patches(stuck)
 
-    with Reader(2, stall=0.05) as reader, pytest.raises(StalledRead, match=r"share/slide\.svs: no data for 0\.05 s"):
+    match = r"share/slide\.svs: no data for 0\.05 s"
+    with Reader(2, stall=0.05, retry_wait=0.01) as reader, pytest.raises(StalledRead, match=match):
         read_all(reader, [[Opener("share/slide.svs", make)]])
 
 
@@ -383,7 +384,7 @@ def test_other_images_go_on_when_one_stalls(stuck: Stuck, where: str) -> None:
     lists = [[Opener("stuck", make), Opener("good", lambda: patches(good))]] + [
         [Opener("good", lambda: patches(good))] for _ in range(3)
     ]
-    with Reader(1, ahead=2, stall=1.0) as reader:
+    with Reader(1, ahead=2, stall=1.0, retries=0) as reader:
         seen = 0
         for i, batch in enumerate(reader.stream(lists, 24, on_error="skip")):
             for chunk in batch.chunks():

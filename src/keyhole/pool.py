@@ -27,6 +27,15 @@ def beat() -> None:
         task.since = time.monotonic()
 
 
+def given_up() -> bool:
+    """Whether the task on this thread has been given up meanwhile, so that nobody will take what it returns.
+
+    Call it under the pool's lock to decide by it.
+    """
+    task = getattr(_here, "task", None)
+    return task is not None and task.lost
+
+
 def default_threads() -> int:
     """One thread per core that this process may use, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -100,6 +109,13 @@ class Pool:
                     # A task that starts while we sleep cannot be late before `stall` from now.
                     oldest = min((running.since or now for running in self._running), default=now)
                     self.changed.wait(max(oldest + self.stall - now, 0.001))
+
+    def pause(self, seconds: float, stop: Callable[[], bool]) -> None:
+        """Let time pass on the calling thread, until `stop()` is true, which is looked at after each change."""
+        end = time.monotonic() + seconds
+        with self.lock:
+            while not (stop() or self.closed) and (left := end - time.monotonic()) > 0:
+                self.changed.wait(left)
 
     def close(self) -> None:
         """Forget what is queued and let the threads end. Does not wait: one may be stuck in a read."""
