@@ -127,6 +127,103 @@ def test_equal_patches_are_kept_in_their_order() -> None:
     assert features_model().select(patches, m=4, chunk=10).index[0].tolist() == [0, 1, 2, 3]
 
 
+# Patches that never arrive, in any order
+
+
+Holes = st.integers(1, 50).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1), max_size=n)))
+
+
+def arrive(selector: Selector, order: list[int], logits: Tensor, size: int, image: int = 0) -> None:
+    for start in range(0, len(order), size):
+        index = torch.tensor(order[start : start + size])
+        selector.add(torch.full_like(index, image), index, logits[index])
+
+
+@LAW
+@given(Holes, st.integers(1, 12), st.integers(1, 17), st.randoms(use_true_random=False), st.booleans())
+def test_global_keeps_the_best_of_those_that_arrive_in_any_order(
+    holes: tuple[int, set[int]], m: int, size: int, random: Any, told: bool
+) -> None:
+    n, missing = holes
+    logits = torch.randn(n, 4, 2, generator=torch.Generator().manual_seed(n)) * 3
+    there = [index for index in range(n) if index not in missing]
+    selector = Selector([n], m, 5, keep_logits=True)
+    if told:
+        selector.skip(torch.zeros(len(missing), dtype=torch.long))
+    arrive(selector, random.sample(there, len(there)), logits, size)
+    found = selector.finish(0)
+    score = torch.zeros(n)
+    score[there] = logits[there].softmax(dim=0).mean(dim=(1, 2))
+    assert len(found.index) == min(m, len(there))
+    assert set(found.index.tolist()) <= set(there)
+    if there:
+        best = score[there].sort(descending=True).values[:m]
+        torch.testing.assert_close(found.score, best)
+        torch.testing.assert_close(found.score, score[found.index])
+        assert found.logits is not None
+        assert torch.equal(found.logits[there], logits[there])
+        assert found.logits[sorted(missing)].isneginf().all()
+    if missing:
+        assert found.arrived is not None
+        assert found.arrived.nonzero()[:, 0].tolist() == there
+    else:
+        assert found.arrived is None
+
+
+@LAW
+@given(Holes, st.integers(1, 12), st.integers(1, 17), st.integers(1, 9))
+def test_streaming_keeps_what_it_would_without_the_patches_that_do_not_arrive(
+    holes: tuple[int, set[int]], m: int, size: int, chunk: int
+) -> None:
+    n, missing = holes
+    logits = torch.randn(n, 4, 2, generator=torch.Generator().manual_seed(n)) * 3
+    there = [index for index in range(n) if index not in missing]
+    selector, dense = (
+        Selector([n], m, chunk, "streaming", keep_logits=True),
+        Selector([len(there)], m, chunk, "streaming"),
+    )
+    arrive(selector, there, logits, size)
+    arrive(dense, list(range(len(there))), logits[there], size)
+    found, expected = selector.finish(0), dense.finish(0)
+    assert found.index.tolist() == [there[place] for place in expected.index.tolist()]
+    torch.testing.assert_close(found.score, expected.score)
+    assert expected.logits is None
+    if there:
+        assert found.logits is not None
+        assert torch.equal(found.logits[there], logits[there])
+
+
+def test_a_score_of_zero_is_kept_before_a_patch_that_never_arrived() -> None:
+    logits = torch.tensor([0.0, 0.0, 500.0, -500.0]).reshape(4, 1, 1)  # softmax of the last underflows
+    selector = Selector([4], 3, 2)
+    arrive(selector, [2, 3], logits, 2)
+    found = selector.finish(0)
+    assert found.index.tolist() == [2, 3]
+    assert found.score.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("rule", ["global", "streaming"])
+def test_an_image_of_which_nothing_arrives_keeps_nothing(rule: Any) -> None:
+    selector = Selector([5, 0, 3], 2, 2, rule, keep_logits=True)
+    selector.skip(torch.tensor([0, 0, 2, 0]))
+    arrive(selector, [0, 2], torch.randn(3, 4, 2), 1, image=2)
+    for image, kept_patches in enumerate([0, 0, 2]):
+        found = selector.finish(image)
+        assert found.index.dtype == torch.long
+        assert len(found.index) == len(found.score) == kept_patches
+    drawn = explore(selector.finish(0), 5, 1.0, torch.Generator().manual_seed(0))
+    assert len(drawn.index) == 0
+
+
+def test_the_logits_of_one_image_are_held_at_a_time() -> None:
+    selector, blocks = Selector([30] * 4, 2, 5), []
+    for image in range(4):
+        arrive(selector, list(range(30)), torch.randn(30, 4, 2), 7, image)
+        blocks += [each.rule.store.logits for each in selector._images if each.rule is not None]
+        assert selector.finish(image).logits is None
+    assert all(block is None for block in blocks)
+
+
 # Law 3: bags of different size share a batch
 
 
@@ -341,6 +438,21 @@ def test_exploring_keeps_the_best_and_draws_the_rest_from_all_others(n: int, m: 
     assert len(set(found.index.tolist())) == len(kept.index)
     assert found.index[: len(kept.index) - drawn].tolist() == kept.index[: len(kept.index) - drawn].tolist()
     assert set(found.index.tolist()) <= set(range(n))
+
+
+@LAW
+@given(Holes, st.integers(1, 12), st.floats(0, 1), st.integers(0, 99))
+def test_exploring_draws_only_patches_that_arrived(
+    holes: tuple[int, set[int]], m: int, share: float, seed: int
+) -> None:
+    n, missing = holes
+    there = [index for index in range(n) if index not in missing]
+    selector = Selector([n], m, 5)
+    arrive(selector, there, torch.randn(n, 4, 2, generator=torch.Generator().manual_seed(seed)), 7)
+    kept_patches = selector.finish(0)
+    found = explore(kept_patches, n, share, torch.Generator().manual_seed(seed))
+    assert set(found.index.tolist()) <= set(there)
+    assert len(set(found.index.tolist())) == min(m, len(there))
 
 
 def test_exploring_reaches_every_patch() -> None:

@@ -8,6 +8,7 @@ from keyhole.nn.loss import class_weights, task_loss, total_loss
 from keyhole.nn.position import CenterPosition, IndexPosition
 from keyhole.nn.reference import from_reference, reference_tasks
 from keyhole.nn.selection import GlobalRule, Kept, Selection, Selector, StreamingRule, evaluating, explore
+from keyhole.nn.split import parts, split_backward
 
 __all__ = [
     "CenterPosition",
@@ -27,7 +28,9 @@ __all__ = [
     "evaluating",
     "explore",
     "from_reference",
+    "parts",
     "reference_tasks",
+    "split_backward",
     "task_loss",
     "total_loss",
 ]

@@ -9,7 +9,7 @@ from keyhole.config import ModelConfig
 from keyhole.errors import ConfigError
 from keyhole.nn.attention import CrossAttentionPool
 from keyhole.nn.classifier import IPSClassifier
-from keyhole.nn.encoder import SmallEncoder, TimmEncoder
+from keyhole.nn.encoder import FeatureProjector, SmallEncoder, TimmEncoder
 from keyhole.nn.position import CenterPosition, IndexPosition
 from keyhole.tasks import Task
 
@@ -24,7 +24,7 @@ def build_classifier(
     """The classifier of a configuration, with fresh weights.
 
     Args:
-        model: encoder, pool and position code.
+        model: encoder, pool and position code; with `feature_width` a projector of stored features is the encoder.
         tasks: one query and one linear head each.
         patch_size: side of a patch in pixels; unit of the 2-D position code.
         precision: arithmetic of the encoder.
@@ -34,8 +34,12 @@ def build_classifier(
         ConfigError: timm does not know the encoder, or the widths do not fit.
     """
     try:
-        encoder = build_encoder(model, model.pretrained if pretrained is None else pretrained)
-        dim = embedding_width(encoder, model, patch_size)
+        encoder: nn.Module
+        if model.feature_width is not None:
+            encoder, dim = FeatureProjector(model.feature_width, model.dim), model.dim
+        else:
+            encoder = build_encoder(model, model.pretrained if pretrained is None else pretrained)
+            dim = embedding_width(encoder, model, patch_size)
         pool = CrossAttentionPool(
             dim,
             model.heads,

@@ -143,17 +143,18 @@ class IPSClassifier(nn.Module):
         if position is None and self.position is not None and not isinstance(self.position, CenterPosition):
             position = torch.arange(n, device=patches.device).expand(b, n)
         image, index = mask.cpu().nonzero(as_tuple=True)
-        selector = Selector(mask.sum(dim=1).tolist(), m, chunk, rule)
+        selector = Selector([n] * b, m, chunk, rule, keep_logits=rule == "global")
+        selector.skip((~mask.cpu()).nonzero(as_tuple=True)[0])
         with evaluating(self):
             for start in range(0, len(image), chunk):
                 i, j = image[start : start + chunk], index[start : start + chunk]
                 where = None if position is None else position[i, j]
                 selector.add(i, j, self.score(patches[i, j], where))
-        return self._collect(selector, b, n, m, mask, rule)
+        return self._collect(selector, b, n, m, rule)
 
-    def _collect(self, selector: Selector, b: int, n: int, m: int, mask: Tensor, rule: Rule) -> Selection:
+    def _collect(self, selector: Selector, b: int, n: int, m: int, rule: Rule) -> Selection:
         kept = [selector.finish(image) for image in range(b)]
-        device = kept[0].index.device
+        device = self.pool.query.device
         width = min(m, n)
         index = torch.full((b, width), -1, dtype=torch.long, device=device)
         score = torch.zeros(b, width, device=device)
@@ -162,7 +163,7 @@ class IPSClassifier(nn.Module):
             index[row, : len(image.index)] = image.index
             score[row, : len(image.index)] = image.score
             if image.logits is not None:
-                logits[row, mask[row].to(device)] = image.logits
+                logits[row] = image.logits
         return Selection(index, score, index >= 0, logits if rule == "global" else None)
 
     def train(self, mode: bool = True) -> "IPSClassifier":

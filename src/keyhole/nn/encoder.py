@@ -110,7 +110,14 @@ class TimmEncoder(nn.Module):
 
 
 class FeatureProjector(nn.Module):
-    """Stored features -> embeddings, as published for CAMELYON16: LayerNorm, Linear, BatchNorm, ReLU."""
+    """Stored features -> embeddings, as published for CAMELYON16: LayerNorm, Linear, BatchNorm, ReLU.
+
+    The layer norm has no weights of its own, the linear layer behind it would undo them.
+
+    Args:
+        features: f of a stored feature.
+        dim: d of the embedding; 512 as published.
+    """
 
     def __init__(self, features: int, dim: int) -> None:
         super().__init__()

@@ -11,11 +11,11 @@ A patch's logits do not depend on the others, so neither rule ever needs an embe
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Rule = Literal["global", "streaming"]
@@ -40,11 +40,19 @@ class Selection:
 
 @dataclass(frozen=True)
 class Kept:
-    """What one image keeps: index (m,) best first, score (m,), and logits (n h t) in order of arrival or None."""
+    """What one image keeps; nothing where no patch of it arrived.
+
+    Attributes:
+        index: (m,) patch indices, best first.
+        score: (m,) their scores.
+        logits: (n h t) of all patches by their index, -inf where a patch never arrived; None unless asked for.
+        arrived: (n,) on the host, False where a patch never arrived (it could not be read); None if all did.
+    """
 
     index: Int[Tensor, " m"]
     score: Float[Tensor, " m"]
-    logits: Tensor | None = None
+    logits: Float[Tensor, "n h t"] | None = None
+    arrived: Bool[Tensor, " n"] | None = None
 
 
 def scores(logits: Float[Tensor, "n h t"]) -> Float[Tensor, " n"]:
@@ -57,7 +65,14 @@ def best(score: Float[Tensor, " n"], m: int) -> Int[Tensor, " m"]:
     return score.argsort(descending=True, stable=True)[:m]
 
 
-def explore(kept: Kept, n: int, share: float, generator: torch.Generator) -> Kept:
+def explore(
+    kept: Kept,
+    n: int,
+    share: float,
+    generator: torch.Generator,
+    available: Tensor | None = None,
+    places: int | None = None,
+) -> Kept:
     """Gives a share of the kept places to patches drawn at random from all others.
 
     Args:
@@ -65,82 +80,85 @@ def explore(kept: Kept, n: int, share: float, generator: torch.Generator) -> Kep
         n: patches of the image.
         share: of the places, 0 ... 1.
         generator: on the host; decides what is drawn.
+        available: (n,) False where a patch must not be drawn; default `kept.arrived`.
+        places: to fill; default as many as are kept.
 
     Returns:
         As many indices: the best ones, then those drawn, whose score is given as 0.
     """
-    m = len(kept.index)
-    drawn = min(round(share * m), n - m)
+    available = kept.arrived if available is None else available
+    free = torch.ones(n, dtype=torch.bool) if available is None else available.cpu().clone()
+    m = len(kept.index) if places is None else places
+    drawn = min(round(share * m), int(free.sum()) - m) if places is None else min(m, int(free.sum()))
     if drawn <= 0:
         return kept
     best_index = kept.index[: m - drawn]
-    free = torch.ones(n, dtype=torch.bool)
     free[best_index.cpu()] = False
     others = free.nonzero()[:, 0]
     chosen = others[torch.randperm(len(others), generator=generator)[:drawn]].to(kept.index.device)
     score = torch.cat([kept.score[: m - drawn], kept.score.new_zeros(drawn)])
-    return Kept(torch.cat([best_index, chosen]), score, kept.logits)
+    return replace(kept, index=torch.cat([best_index, chosen]), score=score)
 
 
 class LogitStore:
-    """Logits of an image in one block made at the start: thousands of small tensors would fragment the memory.
+    """Logits of an image by patch index, in one block: thousands of small tensors would fragment the memory.
+
+    The block is made when the first patch arrives, so that images that wait for their turn take none.
 
     Args:
-        n: patches that will arrive.
+        n: patches of the image.
     """
 
     def __init__(self, n: int) -> None:
-        self.n, self.count = n, 0
-        self._index: Tensor | None = None
-        self._logits: Tensor | None = None
+        self.n = n
+        self.logits: Tensor | None = None
 
     def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        if self._index is None or self._logits is None:
-            self._index, self._logits = index.new_empty(self.n), logits.new_empty(self.n, *logits.shape[1:])
-        rows = slice(self.count, self.count + len(index))
-        self._index[rows], self._logits[rows] = index, logits
-        self.count += len(index)
-
-    def all(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "n h t"]]:
-        assert self._index is not None, "an image without patches reached the selection"
-        assert self._logits is not None
-        assert self.count == self.n, f"{self.count} of {self.n} patches arrived"
-        return self._index, self._logits
+        if self.logits is None:
+            self.logits = logits.new_full((self.n, *logits.shape[1:]), -torch.inf)
+        self.logits[index.to(logits.device)] = logits
 
 
 class GlobalRule:
-    """Collects the logits of all n patches of an image, then keeps the m best."""
+    """Collects the logits of an image's patches, in any order, then keeps the m best of those that arrived."""
 
     def __init__(self, m: int, n: int) -> None:
         self.m = m
-        self._store = LogitStore(n)
+        self.store = LogitStore(n)
 
     def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        self._store.add(index, logits)
+        self.store.add(index, logits)
 
-    def finish(self) -> Kept:
-        index, logits = self._store.all()
-        score = scores(logits)
-        kept = best(score, self.m)
-        return Kept(index[kept], score[kept], logits)
+    def finish(self, arrived: Bool[Tensor, " n"] | None) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
+        """Index and score of the kept.
+
+        Args:
+            arrived: on the host, False where a patch never came; None if all did.
+        """
+        assert self.store.logits is not None
+        score = scores(self.store.logits)
+        if arrived is None:
+            index = best(score, self.m)
+        else:  # a score that underflows to 0 is still better than none
+            ranked = score.masked_fill(~arrived.to(score.device), -1.0)
+            index = best(ranked, min(self.m, int(arrived.sum())))
+        return index, score[index]
 
 
 class StreamingRule:
     """The published rule: the first m, then i at a time against the m at hand, whatever sizes arrive.
 
-    Needs memory for m + i patches only, unless `store` keeps the logits of all.
+    Needs memory for m + i patches only.
     """
 
-    def __init__(self, m: int, chunk: int, store: LogitStore | None = None) -> None:
+    def __init__(self, m: int, chunk: int) -> None:
         self.m, self.chunk = m, chunk
         self._memory: tuple[Tensor, Tensor] | None = None
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._count = 0
-        self._store = store
 
     def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        if self._store is not None:
-            self._store.add(index, logits)
+        index = index.to(logits.device)
         while len(index):
             wanted = (self.m if self._memory is None else self.chunk) - self._count
             self._waiting.append((index[:wanted], logits[:wanted]))
@@ -156,25 +174,29 @@ class StreamingRule:
         kept = best(scores(logits), self.m)
         self._memory, self._waiting, self._count = (index[kept], logits[kept]), [], 0
 
-    def finish(self) -> Kept:
+    def finish(self, arrived: Bool[Tensor, " n"] | None) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
+        """Index and score of the kept; a patch that never came has never been a candidate."""
         if self._waiting:
             self._step()
-        assert self._memory is not None, "an image without patches reached the selection"
+        assert self._memory is not None
         index, logits = self._memory
         score = scores(logits)
         order = best(score, self.m)
-        return Kept(index[order], score[order], None if self._store is None else self._store.all()[1])
+        return index[order], score[order]
 
 
 class Selector:
     """Hands packed chunks, which may hold patches of several images, to one rule per image.
+
+    An image is finished when its last patch has arrived or been skipped, and its logits are dropped then: a batch
+    whose images arrive one after the other needs the logits of one, whatever its size.
 
     Args:
         counts: patches of each image.
         m: patches to keep of each.
         chunk: i of the streaming rule.
         rule: "global" or "streaming".
-        keep_logits: keep the logits of all patches under "streaming" too.
+        keep_logits: `Kept.logits` holds those of all patches; else None.
     """
 
     def __init__(
@@ -184,22 +206,77 @@ class Selector:
             raise ValueError(f"m (={m}) and chunk (={chunk}) must be at least 1")
         if rule not in ("global", "streaming"):
             raise ValueError(f"rule (={rule!r}) must be 'global' or 'streaming'")
-        self._rules: list[GlobalRule | StreamingRule] = [
-            GlobalRule(m, n) if rule == "global" else StreamingRule(m, chunk, LogitStore(n) if keep_logits else None)
-            for n in counts
-        ]
+        self._images = [_Image(n, m, chunk, rule, keep_logits) for n in counts]
 
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
         """Takes the logits of k patches; `image` and `index` live on the host, in order of arrival."""
         start = 0
         owners, counts = torch.unique_consecutive(image, return_counts=True)
         for owner, count in zip(owners.tolist(), counts.tolist(), strict=True):
-            self._rules[owner].add(index[start : start + count].to(logits.device), logits[start : start + count])
+            self._images[owner].add(index[start : start + count], logits[start : start + count])
             start += count
 
+    def skip(self, image: Int[Tensor, " k"]) -> None:
+        """Notes that k patches, whose images these are, will never arrive.
+
+        Patches need not be skipped, but an image that lacks some is then finished, and its logits dropped, by
+        `finish` only.
+        """
+        owners, counts = image.unique(return_counts=True)
+        for owner, count in zip(owners.tolist(), counts.tolist(), strict=True):
+            self._images[owner].count(count)
+
+    def finished(self, image: int) -> bool:
+        """Whether the last patch of image number `image` has arrived or been skipped."""
+        return self._images[image].kept is not None
+
     def finish(self, image: int) -> Kept:
-        """What image number `image` keeps."""
-        return self._rules[image].finish()
+        """What image number `image` keeps of the patches that have arrived; none may be added afterwards."""
+        return self._images[image].finish()
+
+
+class _Image:
+    """One image on its way through the selection: which of its patches have come, and its rule until it is finished."""
+
+    def __init__(self, n: int, m: int, chunk: int, rule: Rule, keep_logits: bool) -> None:
+        self.n = self.left = n
+        self.arrived: Tensor | None = None
+        self.rule: GlobalRule | StreamingRule | None = GlobalRule(m, n) if rule == "global" else StreamingRule(m, chunk)
+        self.store: LogitStore | None = None
+        if keep_logits:
+            self.store = self.rule.store if isinstance(self.rule, GlobalRule) else LogitStore(n)
+        self.kept: Kept | None = None
+
+    def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
+        assert self.rule is not None, "a patch arrived after its image was finished"
+        if self.arrived is None:
+            self.arrived = torch.zeros(self.n, dtype=torch.bool)
+        assert not self.arrived[index].any(), "a patch arrived twice"
+        self.arrived[index] = True
+        self.rule.add(index, logits)
+        if isinstance(self.rule, StreamingRule) and self.store is not None:
+            self.store.add(index, logits)
+        self.count(len(index))
+
+    def count(self, patches: int) -> None:
+        """So many fewer are still to come."""
+        self.left -= patches
+        assert self.left >= 0, "more patches arrived or were skipped than the image has"
+        if self.left == 0:
+            self.finish()
+
+    def finish(self) -> Kept:
+        if self.kept is None:
+            if self.arrived is None:
+                nothing = torch.zeros(self.n, dtype=torch.bool) if self.n else None
+                self.kept = Kept(torch.empty(0, dtype=torch.long), torch.empty(0), None, nothing)
+            else:
+                assert self.rule is not None
+                arrived = None if bool(self.arrived.all()) else self.arrived
+                index, score = self.rule.finish(arrived)
+                self.kept = Kept(index, score, None if self.store is None else self.store.logits, arrived)
+            self.rule = self.store = self.arrived = None
+        return self.kept
 
 
 @contextmanager

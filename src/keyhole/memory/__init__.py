@@ -1,0 +1,1 @@
+"""A budget of memory that is kept: measured, planned, capped, and followed."""

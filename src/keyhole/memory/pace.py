@@ -1,0 +1,68 @@
+"""The memory plan at work: where the device runs out all the same, the chunk is halved and the piece repeated."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from keyhole.config import SelectConfig
+from keyhole.errors import ConfigError
+from keyhole.memory.budget import out_of_memory
+from keyhole.memory.plan import Plan, Step
+
+T = TypeVar("T")
+
+
+class Pace:
+    """Runs pieces of work under a plan.
+
+    Args:
+        plan: to begin with.
+        warn: told in one sentence when the plan had to become smaller.
+
+    Attributes:
+        plan: that is followed now.
+    """
+
+    def __init__(self, plan: Plan, warn: Callable[[str], None]) -> None:
+        self.plan, self.warn = plan, warn
+
+    def run(self, step: Step, work: Callable[[Plan], T], again: Callable[[], None] | None = None) -> T:
+        """The result of `work` under the plan, repeated under ever smaller ones while the device runs out of memory.
+
+        Args:
+            step: which pass it is; the other keeps its size.
+            work: leaves nothing behind where it fails, but for what `again` undoes.
+            again: called before each repetition.
+
+        Raises:
+            ConfigError: even the smallest plan does not fit.
+        """
+        while True:
+            try:
+                return work(self.plan)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                smaller = self.plan.halved(step)
+                if smaller is None:
+                    raise ConfigError(
+                        f"out of memory even with the smallest plan ({self.plan.describe()}): raise --memory, or lower "
+                        "--patch.size, --select.m or the encoder's size"
+                    ) from error
+            self.warn(f"out of memory; going on with less at a time ({smaller.describe()})")
+            self.plan = smaller
+            gc.collect()  # what the failed attempt held
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if again is not None:
+                again()
+
+
+def unlimited(select: SelectConfig) -> Pace:
+    """For callers who know what fits: chunks as configured, and no limit."""
+    return Pace(Plan(chunk=select.chunk or 64), lambda text: warnings.warn(text, stacklevel=2))

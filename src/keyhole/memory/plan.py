@@ -1,0 +1,238 @@
+"""The memory plan: how many patches at a time the two passes take, so that a run stays within its budget.
+
+    --memory 5GB  ->  select I patches at a time; learn from the B x M kept ones at once, or in chunks
+
+A probe measures what a patch costs in each pass; the rest is counted. The largest chunks that fit are taken.
+
+Letters: b image, m kept, h head, t query, n patches of an image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from keyhole.errors import ConfigError
+from keyhole.memory.bill import HELD_BYTES, Bill, power_below, powers
+from keyhole.memory.budget import memory_text, out_of_memory
+from keyhole.memory.cap import cap
+from keyhole.memory.meter import steady_heap, taken
+from keyhole.memory.probe import SMALLEST, probe
+from keyhole.nn import IPSClassifier
+from keyhole.store import available_bytes
+
+__all__ = ["Plan", "cap", "make_plan"]
+
+CPU_CHUNK = 64
+"""More patches at a time are not faster on a CPU, and results should not depend on the memory of the moment."""
+GPU_CHUNK, GPU_CHUNK_BYTES = 1024, 2**26
+"""Most patches at a time on a GPU, and most bytes of them: as many as that wait in the host's pinned buffers, each."""
+SHARE = 0.8
+"""Of what is free, for `auto`: others want some too."""
+RESERVE = 2**28
+"""Bytes of a GPU that `auto` leaves at least, for libraries that allocate beside torch."""
+GAPS = 1.25
+"""Resident memory over memory in use, where malloc keeps what is freed in a heap."""
+LATER = 24 * 2**20
+"""What the first steps leave in a process on the CPU for good: pages of code, plans of kernels, small caches."""
+
+Step = Literal["select", "learn", "both"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How memory is used.
+
+    Attributes:
+        chunk: I, patches of the pass without gradients at a time.
+        split: kept patches of the gradient step at a time; None is all at once.
+        kept: B x M, the most a gradient step learns from; 0 where nothing is learned.
+        budget: bytes; on the CPU of the whole process, on CUDA of torch's allocator.
+        source: where the budget comes from.
+        named: the user gave the budget.
+        peak: bytes predicted.
+        steady: memory is so scarce that freed blocks are given back at once, at some cost in speed; see `steady_heap`.
+    """
+
+    chunk: int = 64
+    split: int | None = None
+    kept: int = 0
+    budget: int = 0
+    source: str = ""
+    named: bool = False
+    peak: int = 0
+    steady: bool = False
+
+    def describe(self) -> str:
+        """One line for people."""
+        said = [f"memory: {memory_text(self.budget)} ({self.source})", f"selecting {self.chunk:,} patches at a time"]
+        if self.kept:
+            how = "at once" if self.split is None else f"in chunks of {self.split:,}"
+            said[1] += f", learning from {self.kept:,} kept patches {how}"
+        return "; ".join([*said, f"predicted peak {memory_text(self.peak)}"])
+
+    def halved(self, step: Step = "both") -> Plan | None:
+        """The plan for when a step ran out of memory all the same; None where it cannot be smaller.
+
+        Args:
+            step: which pass it was; the other keeps its size.
+        """
+        chunk, split = self.chunk, self.split
+        if step != "learn":
+            chunk = max(1, chunk // 2)
+        if step != "select" and self.kept > 3:
+            split = power_below(self.kept) if split is None else max(2, split // 2)
+        smaller = dataclasses.replace(self, chunk=chunk, split=split)
+        return None if smaller == self else smaller
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        return cls(**data)
+
+
+def make_plan(
+    model: IPSClassifier,
+    *,
+    patch_shape: Sequence[int],
+    m: int,
+    batch: int,
+    device: torch.device,
+    memory: int | None,
+    chunk: int | None = None,
+    host_buffers: int = 0,
+    largest_bag: int,
+    learn: bool,
+    ahead: int = 4,
+    color: bool = True,
+    keep_logits: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Plan:
+    """Probes the model and chooses. The model is left as it was.
+
+    Args:
+        model: on `device`.
+        patch_shape: of one patch as it is read: (s, s, c) uint8, or (f,) float32.
+        m: patches to keep of an image.
+        batch: images of a step (B).
+        device: where the model is.
+        memory: budget in bytes, see `parse_memory`; None takes what is free.
+        chunk: patches at a time in the pass without gradients, where the user has fixed them.
+        host_buffers: bytes that the host will hold besides what follows from the other arguments, such as decoded
+            images that stay in memory; they count on the CPU.
+        largest_bag: patches of the largest image.
+        learn: whether there is a gradient step; else only selection and a forward of the kept.
+        ahead: chunks read ahead.
+        color: whether training changes colours.
+        keep_logits: whether the logits of all images of a batch are kept, as a prediction does.
+        optimizer: if it has a state already (a resumed run), that is not counted twice.
+
+    Raises:
+        ConfigError: not even the smallest plan fits; the message says what would.
+    """
+    budget, source = _budget(memory, device)
+    cpu, named = device.type == "cpu", memory is not None
+    patch_bytes = math.prod(patch_shape) * (1 if len(patch_shape) > 1 else 4)
+    most = chunk or (CPU_CHUNK if cpu else min(GPU_CHUNK, power_below(max(2, GPU_CHUNK_BYTES // patch_bytes) + 1)))
+    chunks = [chunk] if chunk else powers(most)
+    if cpu:
+        steady_heap()
+    try:
+        kept, changed = min(m, largest_bag), learn and color
+        costs = probe(
+            model,
+            patch_shape,
+            images=batch,
+            m=kept,
+            chunk=most,
+            learn=learn,
+            color=changed,
+            room=budget - taken(device),
+        )
+        now = taken(device) + (LATER if cpu else 0)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"--memory: {memory_text(budget)} ({source}) does not hold the model and {SMALLEST} patches of "
+            f"{'x'.join(map(str, patch_shape))}. Choose a smaller --model.encoder or a smaller --patch.size."
+        ) from error
+    finally:
+        if cpu:
+            steady_heap(False)
+    trained = [parameter for parameter in model.parameters() if learn and parameter.requires_grad]
+    weights = sum(parameter.nbytes for parameter in trained)
+    gradients = sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
+    logits = 4 * model.pool.heads * model.pool.queries * largest_bag
+    bill = Bill(
+        costs=costs,
+        now=now,
+        training=max(0, 3 * weights - gradients - _state_bytes(optimizer)),
+        stepping=weights,
+        patch=patch_bytes if cpu else 0,
+        buffers=ahead + 2,
+        host=host_buffers if cpu else 0,
+        logits=logits,
+        finishing=logits + 32 * largest_bag,
+        images=batch if keep_logits else 1,
+        m=kept,
+        kept=batch * kept,
+        learn=learn,
+        gaps=GAPS if cpu else 1.0,
+    )
+    # with a budget of the user's, a heap with gaps is for plans that lack nothing
+    sizes = bill.best(budget, [most] if cpu and named else chunks)
+    steady = cpu and named and (sizes is None or sizes[1] is not None)
+    if steady:
+        bill = dataclasses.replace(bill, gaps=1.0)
+        sizes = bill.best(budget, chunks)
+    if sizes is None:
+        given = memory_text(budget) if named else f"{memory_text(budget)} ({source})"
+        raise _too_little(given, bill, chunk)
+    return Plan(*sizes, bill.kept if learn else 0, budget, source, named, bill.peak(*sizes), steady)
+
+
+def _budget(memory: int | None, device: torch.device) -> tuple[int, str]:
+    if memory is not None:
+        return memory, "--memory"
+    if device.type == "cuda":
+        taken(device)  # what torch holds back counts as free
+        free = torch.cuda.mem_get_info(device)[0]
+        budget = free - max(RESERVE, free // 20) + torch.cuda.memory_reserved(device)
+        return budget, f"auto, {memory_text(free)} free on {torch.cuda.get_device_name(device)}"
+    free = available_bytes()
+    return taken(device) + round(SHARE * free), f"auto, {SHARE:.0%} of {memory_text(free)} free"
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
+    if optimizer is None:
+        return 0
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(int(value.nbytes) for value in values if isinstance(value, torch.Tensor))
+
+
+def _too_little(given: str, bill: Bill, chunk: int | None) -> ConfigError:
+    """What would fit, and what to lower, the largest share first."""
+    need = bill.wanted(chunk or 1, bill.splits()[1] if len(bill.splits()) > 1 else None)
+    embeddings = bill.costs.pool(bill.m) + 8 * bill.kept * bill.costs.dim
+    shares = {
+        "--model.encoder": bill.training + bill.stepping,
+        "--patch.size": bill.costs.learn(3) if bill.learn else bill.costs.score(chunk or 1),
+        "--select.m and --train.batch": embeddings + min(HELD_BYTES, bill.patch * bill.kept),
+        "--data.cache": bill.host,
+    }
+    if chunk is not None:
+        shares["--select.chunk"] = bill.costs.score(chunk) + bill.buffers * chunk * bill.patch
+    first, second = sorted(shares, key=lambda name: shares[name], reverse=True)[:2]
+    return ConfigError(
+        f"--memory: {given} is too little for these settings even in the smallest steps; give --memory "
+        f"{memory_text(need, up=True)} or more ({memory_text(bill.now)} are taken before the first step), or a smaller "
+        f"{first}, then {second}"
+    )
