@@ -435,3 +435,157 @@ def test_a_file_name_that_is_not_text_is_left_out(tmp_path: Path) -> None:
     assert len(manifest.items) == 6
     manifest.write_left_out(tmp_path / "left_out.csv")
     assert "name is not UTF-8" in (tmp_path / "left_out.csv").read_text()
+
+
+# Stored features, masks, annotations, and images that are folders
+
+
+def features(folder: Path, *names: str) -> Path:
+    touch(folder, *names)
+    return folder
+
+
+def test_files_beside_an_image_arrive_and_are_written_and_read_again(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"masks/{i}.png" for i in range(12)), "lesions/0.xml", *(f"f/{i}.h5" for i in range(12)))
+    rows = [f"{i}.png,{'ab'[i % 2]},masks/{i}.png,{'lesions/0.xml' if i == 0 else ''},f/{i}.h5" for i in range(12)]
+    text = table("image,grade,Mask,annotation,FEATURES", *rows)
+    manifest = read(write(tmp_path / "l.csv", text, 0))
+    assert manifest.tasks == (Task("grade", "binary", ("a", "b")),)
+    first, second = manifest.items[:2]
+    assert (first.mask, first.annotation) == (tmp_path / "masks/0.png", tmp_path / "lesions/0.xml")
+    assert (first.features, first.source) == (tmp_path / "f/0.h5", tmp_path / "f/0.h5")
+    assert second.annotation is None
+    hashes = hash_files(manifest.items)
+    assert hashes["0.png"].sha256 == hashlib.sha256(b"f/0.h5").hexdigest(), "of what is read"
+    again = read_manifest(DataConfig(path=manifest.write(tmp_path / "run.csv", hashes)))
+    assert (again.items, again.tasks) == (manifest.items, manifest.tasks)
+    (tmp_path / "masks/3.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 12 feature files are not there: .*masks/3\.png"):
+        read(tmp_path / "l.csv")
+    assert left(read(tmp_path / "l.csv", on_bad_image="skip")) == {"3.png": f"no such file: {tmp_path}/masks/3.png"}
+
+
+def test_a_manifest_has_columns_for_files_only_where_there_are_any(tmp_path: Path) -> None:
+    manifest = read(write(tmp_path / "l.csv", TWELVE))
+    header = manifest.write(tmp_path / "run.csv").read_text().splitlines()[0]
+    assert header == "image,name,sha256,bytes,split,group,mpp,grade"
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["{}.h5"], "{}.h5"),
+        (["{}.svs.h5"], "{}.svs.h5"),
+        (["h5_files/{}.h5", "pt_files/{}.pt"], "h5_files/{}.h5"),
+        (["pt_files/{}.pt"], "pt_files/{}.pt"),
+        (["{}.pt", "h5_files/{}.h5"], "h5_files/{}.h5"),
+        (["{}.hdf5", "{}.pt"], "{}.hdf5"),
+        (["slides/{}.svs.h5", "{}.h5"], "slides/{}.svs.h5"),
+        (["{}.h5", "0.1.h5"], "{}.h5"),
+    ],
+)
+def test_a_folder_of_features_is_searched_as_the_tools_lay_it_out(names: list[str], found: str, tmp_path: Path) -> None:
+    folder = features(tmp_path / "archive", *(name.format(i) for name in names for i in range(12)))
+    rows = [f"slides/{i}.svs,{'ab'[i % 2]}" for i in range(12)]  # the slides themselves are elsewhere
+    manifest = read(write(tmp_path / "l.csv", table("image,grade", *rows), 0), features=folder)
+    assert [item.features for item in manifest.items] == [folder / found.format(i) for i in range(12)]
+
+
+def test_clams_own_list_and_archive_work_at_once(tmp_path: Path) -> None:
+    slides = [f"TCGA-{i // 2}-01Z-00-DX{i % 2}.F6E9A5DF-D8FB-45CF-B4BD-C6B76294C29{i}" for i in range(8)]
+    folder = features(tmp_path / "archive", *(f"h5_files/{slide}.h5" for slide in slides))
+    touch(folder, *(f"pt_files/{slide}.pt" for slide in slides))
+    rows = [f"p{i // 2},{slide},{'tumour' if i < 4 else 'normal'}" for i, slide in enumerate(slides)]
+    path = write(tmp_path / "l.csv", table("case_id,slide_id,label", *rows), 0)
+    manifest = read(path, features=folder)
+    assert manifest.tasks == (Task("label", "binary", ("normal", "tumour")),)
+    assert [item.features for item in manifest.items] == [folder / f"h5_files/{slide}.h5" for slide in slides]
+    assert [(item.name, item.group) for item in manifest.items] == [
+        (slide, f"p{i // 2}") for i, slide in enumerate(slides)
+    ]
+    assert f"{path}: `slide_id` as image and `case_id` as group" in manifest.notes
+    with pytest.raises(DataError, match=r"only `slide_id`.* --data\.features DIR"):
+        read(path)
+    again = read_manifest(DataConfig(path=manifest.write(tmp_path / "run.csv"), features=folder))
+    assert again.items == manifest.items
+
+
+def test_missing_features_are_told_like_missing_images(tmp_path: Path) -> None:
+    folder = features(tmp_path / "f", *(f"{i}.h5" for i in range(1, 12)))
+    path = write(tmp_path / "l.csv", TWELVE, 0)
+    with pytest.raises(DataError, match=r"1 of 12 feature files are not there: .*f/0\.h5"):
+        read(path, features=folder)
+    manifest = read(path, features=folder, on_bad_image="skip")
+    assert len(manifest.items) == 11
+    assert left(manifest) == {"0.png": f"no such file: {folder}/0.h5"}
+    with pytest.raises(DataError, match=r"none: no such folder\. --data\.features names a folder"):
+        read(path, features=tmp_path / "none")
+
+
+def test_images_and_features_do_not_mix_and_no_two_images_share_features(tmp_path: Path) -> None:
+    touch(tmp_path, "f/1.h5")
+    rows = [f"{i}.png,{'ab'[i % 2]},{'f/1.h5' if i == 1 else ''}" for i in range(12)]
+    path = write(tmp_path / "l.csv", table("image,grade,features", *rows))
+    with pytest.raises(DataError, match=r"0\.png is an image, but 1\.png has stored features"):
+        read(path)
+    touch(tmp_path, *(f"f/{i}.h5" for i in range(12)))
+    rows = [f"{'cat' if i < 6 else 'dog'}/{i % 6}.png,{'ab'[i % 2]}" for i in range(12)]
+    path = write(tmp_path / "l.csv", table("image,grade", *rows))
+    with pytest.raises(DataError, match=r"cat/0\.png \(line 2\) and dog/0\.png \(line 8\) would both read .*f/0\.h5"):
+        read(path, features=tmp_path / "f")
+
+
+def test_a_folder_of_classes_may_hold_features(tmp_path: Path) -> None:
+    touch(
+        tmp_path / "data",
+        *(
+            f"{c}/{part}/{i}.{s}"
+            for c in "ab"
+            for i in range(6)
+            for part, s in [("h5_files", "h5"), ("pt_files", "pt")]
+        ),
+    )
+    manifest = read(tmp_path / "data")
+    assert len(manifest.items) == 12
+    assert all(item.features == item.image and item.image.suffix == ".h5" for item in manifest.items)
+    assert set(left(manifest).values()) == {"features that an .h5 file holds too"}
+    images, _ = expand_images([tmp_path / "data"])
+    assert images == [item.image for item in manifest.items]
+    touch(tmp_path / "data", "a/0.png", "b/0.png", "a/1.png", "b/1.png")
+    manifest = read(tmp_path / "data")
+    assert len(manifest.items) == 4
+    assert list(left(manifest).values()).count("stored features beside images") == 24
+
+
+def test_masks_are_found_by_name_and_lacking_ones_are_counted(tmp_path: Path) -> None:
+    folder = features(tmp_path / "masks", "0.png", "1.geojson", "2.png.png", "2.geojson")
+    manifest = read(write(tmp_path / "l.csv", TWELVE), masks=folder)
+    assert [item.mask for item in manifest.items[:4]] == [
+        folder / "0.png",
+        folder / "1.geojson",
+        folder / "2.png.png",
+        None,
+    ]
+    assert any("no mask for 9 of 12 images" in note for note in manifest.notes)
+
+
+def test_a_zarr_folder_is_one_image(tmp_path: Path) -> None:
+    for c in "ab":
+        for i in range(5):
+            touch(
+                tmp_path / "data", f"{c}/{i}.ome.zarr/0/c/0/0", f"{c}/{i}.ome.zarr/zarr.json", f"{c}/{i}.ome.zarr/x.png"
+            )
+    manifest = read(tmp_path / "data")
+    assert [item.name for item in manifest.items] == [f"{c}/{i}.ome.zarr" for c in "ab" for i in range(5)]
+    assert manifest.left_out == ()
+    assert expand_images([tmp_path / "data/a/0.ome.zarr"])[0] == [tmp_path / "data/a/0.ome.zarr"]
+    assert expand_images([tmp_path / "data/a"])[0] == [item.image for item in manifest.items[:5]]
+    before = hash_files(manifest.items)
+    one = manifest.items[0].image
+    assert before["a/0.ome.zarr"].bytes == sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
+    again = read_manifest(DataConfig(path=manifest.write(tmp_path / "run.csv", before)))
+    assert again.items == manifest.items
+    (one / "0/c/0/0").rename(one / "0/c/0/1")
+    (manifest.items[1].image / "x.png").write_bytes(b"other")
+    after = hash_files(manifest.items)
+    assert {name for name in before if before[name].sha256 != after[name].sha256} == {"a/0.ome.zarr", "a/1.ome.zarr"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import keyhole
 from keyhole.errors import OutputError, RunError
 from keyhole.images.geometry import Size
 from keyhole.prediction import Kept, Prediction, Scores, by_class, write_prediction, write_table
+from keyhole.report.geojson import kept_geojson
 from keyhole.tasks import Task
 
 DIGIT = Task("digit", "multiclass", ("0", "1", "2"))
@@ -254,3 +256,48 @@ def test_attention_that_is_no_share_is_refused() -> None:
         Kept(kept.index, kept.boxes, kept.score, {"digit": kept.score * 0})
     with pytest.raises(RunError, match="digit: the model gives attention that is no number"):
         Kept(kept.index, kept.boxes, kept.score, {"digit": kept.score * np.float32("nan")})
+
+
+# Patches that could not be read, and features that are on no grid
+
+
+def test_patches_that_could_not_be_read_are_counted_where_there_are_any(tmp_path: Path) -> None:
+    whole = [predicted(seed=1, name="a.png"), predicted(seed=2, name="b.png")]
+    damaged = replace(whole[1], unreadable=boxes(np.array([3, 9])))
+    plain = read_csv(write_table(whole, tmp_path / "plain.csv"))
+    assert "unreadable" not in plain[0]
+    table = read_csv(write_table([whole[0], damaged], tmp_path / "damaged.csv"))
+    assert [row["unreadable"] for row in table] == ["0", "2"]
+    assert [{**row, "unreadable": None} for row in table] == [{**row, "unreadable": None} for row in plain]
+    for prediction, listed in ((whole[0], []), (damaged, boxes(np.array([3, 9])).tolist())):
+        assert read_json(write_prediction(prediction, tmp_path)["prediction.json"])["unreadable"] == listed
+
+
+def test_a_patch_without_a_score_is_zero_in_the_list_and_nothing_on_the_map(tmp_path: Path) -> None:
+    prediction = predicted()
+    scores = prediction.scores
+    assert scores is not None
+    arrived = np.ones(len(scores), bool)
+    arrived[[0, 5]] = False
+    zero = np.where(arrived, scores.score, np.float32(0))
+    partial = replace(scores, score=zero, per_task={"digit": zero}, arrived=arrived)
+    paths = write_prediction(replace(prediction, scores=partial), tmp_path)
+    with np.load(paths["scores.npz"], allow_pickle=False) as stored:
+        assert np.isfinite(stored["map"]).sum() == len(scores) - 2
+        np.testing.assert_array_equal(stored["arrived"], arrived)
+    assert [float(row["score"]) for row in read_csv(paths["scores.csv"])][5] == 0
+
+
+def test_of_several_patches_in_one_cell_the_map_shows_the_highest_score() -> None:
+    scores = predicted().scores
+    assert scores is not None
+    order = np.random.default_rng(0).permutation(len(scores))
+    one = replace(scores, cells=np.zeros_like(scores.cells), score=scores.score[order])
+    assert one.map()[0, 0] == scores.score.max()
+    assert np.isfinite(one.map()).sum() == 1
+
+
+def test_patches_without_a_place_are_not_in_the_geojson() -> None:
+    prediction = predicted()
+    nowhere = replace(prediction, kept=replace(prediction.kept, boxes=np.zeros_like(prediction.kept.boxes)))
+    assert kept_geojson(nowhere)["features"] == []

@@ -9,29 +9,45 @@ Everything in a prediction comes from its one selection pass: the score map is w
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 import keyhole
 from keyhole.checkpoint import load_weights, read_tensors
 from keyhole.config import Config
 from keyhole.config_file import build
-from keyhole.data.item import Item
+from keyhole.data.companions import mask_of
+from keyhole.data.item import FEATURE_SUFFIXES, Item
 from keyhole.device import choose_device, choose_precision
-from keyhole.errors import ConfigError, KeyholeError, RunError
+from keyhole.errors import ConfigError, ImageError, KeyholeError, RunError
+from keyhole.features import FeaturePatches
+from keyhole.images import open_image
+from keyhole.images.geometry import Size
+from keyhole.memory.budget import parse_memory
+from keyhole.memory.cap import cap
+from keyhole.memory.pace import Pace, unlimited
+from keyhole.memory.plan import make_plan
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.selection import Kept as KeptTensors
 from keyhole.passes import Inference, infer, open_reader, opener
-from keyhole.patches import FilePatches
+from keyhole.patches import FilePatches, PatchSource
 from keyhole.prediction import Kept, Prediction, Scores, by_class
 from keyhole.progress import Progress
 from keyhole.reading import Reader
+from keyhole.reading.unreadable import Ledger, parse_share
 from keyhole.store import ImageStore
 from keyhole.tasks import Task
 
+LARGE = 250_000
+"""Patches of an image that a plan for predicting has room for."""
 SECTIONS = ("patch", "model", "select")
 """Sections of the configuration that a model carries with it."""
 
@@ -52,17 +68,20 @@ def describe(config: Config, tasks: Sequence[Task], **about: Any) -> dict[str, A
     }
 
 
-def load(run: str | Path, device: str = "auto") -> Predictor:
+def load(run: str | Path, device: str = "auto", memory: str = "auto", unreadable: str = "1%") -> Predictor:
     """The best model of a run, or a model copied out of one.
 
     Args:
         run: a run folder, or a folder with model.safetensors.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        memory: budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free.
+        unreadable: share of an image's patches that may be unreadable, such as `1%`.
 
     Raises:
         RunError: there is no model, or it is damaged.
+        ConfigError: a device, budget or share that is none.
     """
-    return Predictor.open(run, device)
+    return Predictor.open(run, device, memory, unreadable)
 
 
 class Predictor:
@@ -78,11 +97,14 @@ class Predictor:
     def __init__(self, model: IPSClassifier, config: Config, tasks: Sequence[Task], name: str = "model") -> None:
         self.model, self.config, self.tasks, self.name = model.eval(), config, tuple(tasks), name
         self.device = next(model.parameters()).device
+        self._pace: Pace | None = None
 
     @classmethod
-    def open(cls, path: str | Path, device: str = "auto") -> Predictor:
+    def open(cls, path: str | Path, device: str = "auto", memory: str = "auto", unreadable: str = "1%") -> Predictor:
         """See `load`."""
         path = Path(path)
+        parse_memory(memory)
+        parse_share(unreadable)
         folder = path / "best" if (path / "best").is_dir() else path
         if not folder.is_dir() or not (folder / "model.safetensors").is_file():
             hint = "its first epoch is not finished" if (path / "last.safetensors").is_file() else "give a run folder"
@@ -91,7 +113,8 @@ class Predictor:
         chosen = choose_device(device)
         try:
             tasks = [Task.from_json(task) for task in info["tasks"]]
-            config = build(Config(), {name: info[name] for name in SECTIONS} | {"train": {"batch": info["batch"]}})
+            given = {name: info[name] for name in SECTIONS} | {"train": {"batch": info["batch"]}}
+            config = build(Config(memory=memory, unreadable=unreadable), given)
             precision = choose_precision(info["precision"], chosen)
             name = str(info["name"])
         except (KeyError, TypeError, ConfigError, RunError) as error:
@@ -104,18 +127,20 @@ class Predictor:
         load_weights(model, weights, folder / "model.safetensors")
         return cls(model.to(chosen), config, tasks, name)
 
-    def predict(self, path: str | Path, mpp: float | None = None) -> Prediction:
+    def predict(self, path: str | Path, mpp: float | None = None, mask: str | Path | None = None) -> Prediction:
         """Label, probabilities, kept patches and the score of every patch of one image.
 
         Args:
-            path: an image or slide file.
+            path: an image or slide file; for a model of stored features a file of these.
             mpp: microns per level-0 pixel, where the file does not say or is wrong.
+            mask: PNG or GeoJSON of the foreground, for a model of `patch.foreground mask`.
 
         Raises:
             ImageError: the file cannot be read.
+            TooMuchUnreadable: more of its patches than `Config.unreadable` allows.
             ConfigError: it is smaller than a patch, or has not the resolution that the model needs.
         """
-        item = Item(str(path), Path(path).absolute(), {}, mpp=mpp)
+        item = replace(_item(path), mpp=mpp, mask=None if mask is None else Path(mask).absolute())
         return next(prediction for _, prediction in self.predict_items([item], quiet=True))
 
     def predict_many(
@@ -123,18 +148,23 @@ class Predictor:
         paths: Sequence[str | Path],
         on_bad_image: Literal["fail", "skip"] = "fail",
         left_out: Callable[[str, str], None] | None = None,
+        masks: str | Path | None = None,
     ) -> Iterator[Prediction]:
         """Predictions in the order of the paths.
 
         Args:
-            paths: image files.
-            on_bad_image: "fail" raises at the first that cannot be read, "skip" goes on without it.
+            paths: image files, or files of stored features.
+            on_bad_image: "fail" raises at the first that cannot be read, "skip" goes on without it. An image may have
+                a few unreadable patches (`Config.unreadable`); they are in `Prediction.unreadable`.
             left_out: told the name and the reason of each image skipped.
+            masks: folder of masks by the images' names, for a model of `patch.foreground mask`.
 
         Raises:
-            ImageError, ConfigError: as `predict`, where `on_bad_image` is "fail".
+            ImageError, ConfigError, TooMuchUnreadable: as `predict`, where `on_bad_image` is "fail".
         """
-        items = [Item(str(path), Path(path).absolute(), {}) for path in paths]
+        items = [_item(path) for path in paths]
+        if masks is not None:
+            items = [replace(item, mask=mask_of(Path(masks), item)) for item in items]
 
         def tell(item: Item, error: KeyholeError) -> None:
             if left_out is not None:
@@ -154,6 +184,7 @@ class Predictor:
         on_chunk: Callable[[int], None] | None = None,
         description: str = "predicting",
         quiet: bool = False,
+        pace: Pace | None = None,
     ) -> Iterator[tuple[Item, Prediction]]:
         """As `predict_many`, for rows of a manifest.
 
@@ -166,13 +197,58 @@ class Predictor:
             on_chunk: called after each chunk; may raise to stop.
             description: for the progress line.
             quiet: show no progress.
+            pace: the memory plan to follow; default its own.
         """
+        with nullcontext(pace) if pace is not None else self._own_pace() as followed:
+            yield from self._predict_items(
+                items, reader, store, on_bad_image, left_out, on_chunk, description, quiet, followed
+            )
+
+    @contextmanager
+    def _own_pace(self) -> Iterator[Pace]:
+        """A plan of its own within the budget; a model is measured once, and only where that matters."""
+        if self._pace is None:
+            plan = unlimited(self.config.select).plan
+            memory = parse_memory(self.config.memory)
+            if memory is not None or self.device.type == "cuda":
+                model = self.config.model
+                pixels = (self.config.patch.size, self.config.patch.size, model.channels)
+                plan = make_plan(
+                    self.model,
+                    patch_shape=pixels if model.feature_width is None else (model.feature_width,),
+                    m=self.config.select.m,
+                    batch=self.config.train.batch,
+                    device=self.device,
+                    memory=memory,
+                    chunk=self.config.select.chunk,
+                    largest_bag=LARGE,
+                    learn=False,
+                    ahead=self.config.run.ahead,
+                    keep_logits=True,
+                )
+            self._pace = Pace(plan, lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
+        with cap(self._pace.plan, self.device):
+            yield self._pace
+
+    def _predict_items(
+        self,
+        items: Sequence[Item],
+        reader: Reader | None,
+        store: ImageStore | None,
+        on_bad_image: Literal["fail", "skip"],
+        left_out: Callable[[Item, KeyholeError], None] | None,
+        on_chunk: Callable[[int], None] | None,
+        description: str,
+        quiet: bool,
+        pace: Pace,
+    ) -> Iterator[tuple[Item, Prediction]]:
         own = open_reader(self.config.run, self.device) if reader is None else None
         reader, store = reader or own, store or ImageStore(keep=False)
         assert reader is not None
+        self._check_kind(items)
         size = self.config.train.batch
         batches = [items[start : start + size] for start in range(0, len(items), size)]
-        openers = [[opener(self.config, store, item.image, item.name, item.mpp) for item in each] for each in batches]
+        openers = [[opener(self.config, store, item) for item in each] for each in batches]
         progress, waited = None if quiet else Progress(len(items), description), reader.waited
 
         def chunk(patches: int) -> None:
@@ -183,17 +259,29 @@ class Predictor:
                 progress.update(patches=patches, waited=reader.waited - waited)
             waited = reader.waited
 
-        on_error: Literal["raise", "skip"] = "raise" if on_bad_image == "fail" else "skip"
         try:
             if progress is not None:
                 progress.__enter__()
-            stream = infer(self.model, reader, openers, self.config.select, on_error, keep_logits=True, on_chunk=chunk)
+            stream = infer(
+                self.model,
+                reader,
+                openers,
+                self.config.select,
+                "mask",
+                keep_logits=True,
+                on_chunk=chunk,
+                pace=pace,
+            )
             for each, done in zip(batches, stream, strict=True):
-                for row, error in sorted(done.batch.failed.items()):
+                failed = dict(done.batch.failed) | self._too_damaged(done)
+                for row, error in sorted(failed.items()):
+                    if on_bad_image == "fail":
+                        raise error
                     if left_out is not None:
                         left_out(each[row], error)
                 for place, row in enumerate(done.bags.rows):
-                    yield each[row], self._prediction(each[row], done, place, row)
+                    if row not in failed:
+                        yield each[row], self._prediction(each[row], done, place, row, reader)
                 if progress is not None:
                     progress.update(images=len(each))
         finally:
@@ -202,32 +290,56 @@ class Predictor:
             if own is not None:
                 own.close()
 
-    def _prediction(self, item: Item, done: Inference, place: int, row: int) -> Prediction:
+    def _check_kind(self, items: Sequence[Item]) -> None:
+        """A model is of images or of stored features, and says nothing of the others."""
+        width = self.config.model.feature_width
+        for item in items:
+            if width is None and item.features is not None:
+                raise ConfigError(
+                    f"{item.name}: the model {self.name} is of images, not of stored features. Give the image itself."
+                )
+            if width is not None and item.features is None:
+                raise ConfigError(
+                    f"{item.name}: the model {self.name} is of stored features of {width} numbers, not of images. Give "
+                    "their .h5 or .pt file, as `keyhole embed` writes it with the encoder of the training data."
+                )
+
+    def _too_damaged(self, done: Inference) -> dict[int, KeyholeError]:
+        """The images of which more patches are unreadable than one may do without."""
+        found: dict[int, KeyholeError] = {}
+        for row, reasons in done.batch.unreadable.items():
+            source = done.batch.sources[row]
+            assert source is not None
+            ledger = Ledger(len(source), parse_share(self.config.unreadable))
+            index = list(reasons)
+            ledger.add(done.batch.names[row], _places(source)(index), index, list(reasons.values()))
+            try:
+                ledger.check()
+            except KeyholeError as error:
+                found[row] = error
+        return found
+
+    def _prediction(self, item: Item, done: Inference, place: int, row: int, reader: Reader) -> Prediction:
         kept, source = done.kept[row], done.batch.sources[row]
         assert kept is not None
-        assert kept.logits is not None
-        assert isinstance(source, FilePatches)
+        assert isinstance(source, FilePatches | FeaturePatches)
         index, grid = kept.index.cpu().numpy(), source.grid
         probability = {
             task.name: task.probability(done.logits[task.name][place].float().cpu().numpy()) for task in self.tasks
         }
+        unreadable = np.array(sorted(done.batch.unreadable.get(row, ())), np.int64)
         return Prediction(
             name=item.name,
             image=item.image,
-            size=source.image.size,
+            size=source.image.size if isinstance(source, FilePatches) else _slide_size(item, source, reader),
             tasks=self.tasks,
             probability={task.name: by_class(task, probability[task.name]) for task in self.tasks},
             label={task.name: task.label(probability[task.name]) for task in self.tasks},
             kept=Kept(index, grid.boxes(index), kept.score.float().cpu().numpy(), self._attention(kept)),
             scores=self._scores(kept, source),
-            patch={
-                "size": grid.size,
-                "stride": grid.stride,
-                "level": grid.level,
-                "mpp": source.image.mpp * grid.scale if source.image.mpp is not None else None,
-                "scale": grid.scale,
-            },
+            patch=_geometry(source),
             model=self.name,
+            unreadable=grid.boxes(unreadable) if len(unreadable) else None,
         )
 
     def _attention(self, kept: KeptTensors) -> dict[str, Any]:
@@ -236,7 +348,7 @@ class Predictor:
         weights = kept.logits[kept.index].softmax(dim=0).mean(dim=1).cpu().numpy()
         return {task.name: weights[:, self.model.queries[task.name]] for task in self.tasks}
 
-    def _scores(self, kept: KeptTensors, source: FilePatches) -> Scores:
+    def _scores(self, kept: KeptTensors, source: FilePatches | FeaturePatches) -> Scores:
         """Every patch's share of the attention over all patches, per task: softmax over n, mean over heads."""
         assert kept.logits is not None
         score = kept.logits.softmax(dim=0).mean(dim=1)
@@ -250,4 +362,48 @@ class Predictor:
             score=score.mean(dim=1).cpu().numpy(),
             per_task={task.name: score[:, self.model.queries[task.name]].cpu().numpy() for task in self.tasks},
             boxes=grid.boxes,
+            arrived=None if kept.arrived is None else kept.arrived.numpy(),
         )
+
+
+def _item(path: str | Path) -> Item:
+    """A file given by its path alone, features by their suffix."""
+    absolute = Path(path).absolute()
+    stored = absolute.suffix.lower() in FEATURE_SUFFIXES
+    return Item(str(path), absolute, {}, features=absolute if stored else None)
+
+
+def _geometry(source: FilePatches | FeaturePatches) -> dict[str, Any]:
+    """`Prediction.patch` of a source."""
+    grid = source.grid
+    about: dict[str, Any] = {"size": grid.size, "stride": grid.stride, "level": grid.level}
+    if isinstance(source, FeaturePatches):
+        return about | {
+            "mpp": source.grid.mpp,
+            "scale": grid.scale,
+            "features": str(source.file.path),
+            "size_known": source.grid.known,
+        }
+    mpp = source.image.mpp
+    return about | {"mpp": None if mpp is None else mpp * grid.scale, "scale": grid.scale}
+
+
+def _slide_size(item: Item, source: FeaturePatches, reader: Reader) -> Size:
+    """Level 0 of the slide that features are from: as they say, else as the slide does, else what holds them all."""
+    if source.grid.l0_size is not None:
+        return source.grid.l0_size
+    if item.image != item.features and os.path.exists(item.image):  # noqa: PTH110 - raises nothing on a long name
+
+        def look() -> Size:
+            with open_image(item.image) as image:
+                return image.size
+
+        with suppress(ImageError):  # its features are what was asked for
+            return reader.run(item.name, look)
+    return source.grid.extent
+
+
+def _places(source: PatchSource) -> Callable[[Sequence[int]], Any]:
+    """Patch indices to their boxes; to None where they have no place."""
+    grid = getattr(source, "grid", None)
+    return lambda index: None if grid is None else grid.boxes(index)

@@ -10,7 +10,6 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +86,7 @@ class Scores:
         score: (n,) mean over the tasks.
         per_task: by task, (n,).
         boxes: patch indices (k,) to level-0 boxes (k, 4); `PatchGrid.boxes`.
+        arrived: (n,) False where a patch could not be read, which has score 0; None if all could.
     """
 
     rows: int
@@ -96,20 +96,27 @@ class Scores:
     score: NDArray[np.float32]
     per_task: Mapping[str, NDArray[np.float32]]
     boxes: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+    arrived: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.index)
         assert self.cells.shape == (n, 2), self.cells.shape
         assert self.score.shape == (n,), self.score.shape
         assert all(score.shape == (n,) for score in self.per_task.values())
+        assert self.arrived is None or self.arrived.shape == (n,)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def map(self, task: str | None = None) -> NDArray[np.float32]:
-        """Scores (rows, columns) on the full grid, of one task or their mean; NaN where there is no patch."""
+        """Scores (rows, columns) on the full grid, of one task or their mean; NaN where no patch was looked at.
+
+        Stored features need not lie on one grid: of several in one cell the highest score is shown.
+        """
         out = np.full((self.rows, self.columns), np.nan, np.float32)
-        out[self.cells[:, 0], self.cells[:, 1]] = self.score if task is None else self.per_task[task]
+        seen = slice(None) if self.arrived is None else self.arrived
+        row, column = self.cells[seen].T
+        np.fmax.at(out, (row, column), (self.score if task is None else self.per_task[task])[seen])
         return out
 
 
@@ -120,15 +127,17 @@ class Prediction:
     Attributes:
         name: the image as the user wrote it.
         image: the file.
-        size: width and height of level 0 in pixels.
+        size: width and height of level 0 in pixels; of stored features whose slide is not known, what holds them all.
         tasks: what was predicted.
         probability: by task and class; {"value": x} for regression.
         label: by task; labels of a multilabel task joined by `|`.
         kept: the patches that the prediction was made from.
         scores: of every patch; None where they were not asked for.
         patch: geometry of the grid: size and stride in pixels of what was read, level, mpp, and scale (level-0
-            pixels per pixel read).
+            pixels per pixel read). Of stored features also `features`, the file, and `size_known`, False where the
+            size is told from the coordinates.
         model: which model said so.
+        unreadable: (k, 4) boxes of the patches that could not be read; None if all could.
     """
 
     name: str
@@ -141,6 +150,7 @@ class Prediction:
     scores: Scores | None
     patch: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""
+    unreadable: NDArray[np.int64] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the score of every patch, as a plain dict."""
@@ -160,6 +170,7 @@ class Prediction:
                 for task in self.tasks
             },
             "patch": dict(self.patch),
+            "unreadable": [] if self.unreadable is None else self.unreadable.tolist(),
             "kept": {"box_order": list(BOX), "box_unit": "level-0 pixels", "patches": list(self.kept.rows())},
             "scores": None
             if self.scores is None
@@ -176,7 +187,8 @@ def by_class(task: Task, probability: ArrayLike) -> dict[str, float]:
 def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Path]:
     """Writes prediction.json, kept.csv, kept.geojson and, where there are scores, scores.csv and scores.npz.
 
-    scores.npz holds `index`, `cells`, `score` and `map`, and `score.TASK` and `map.TASK` per task.
+    scores.npz holds `index`, `cells`, `score` and `map`, `score.TASK` and `map.TASK` per task, and `arrived` where
+    patches could not be read.
 
     Returns:
         The paths by file name.
@@ -199,44 +211,57 @@ def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Pa
     return paths
 
 
+@dataclass(frozen=True)
+class TableRow:
+    """One image's row of predictions.csv: names of the columns, what stands in them, and how many patches failed."""
+
+    header: list[str]
+    cells: list[str]
+    unreadable: int
+
+
+def table_row(prediction: Prediction, known: Mapping[str, str] | None = None) -> TableRow:
+    """The row of a prediction; with `known` labels by task, these too, empty where unknown."""
+    header = ["image", "path", "width", "height"]
+    cells = [prediction.name, str(prediction.image), *map(str, prediction.size)]
+    for task in prediction.tasks:
+        header += [] if known is None else [f"{task.name}.true"]
+        cells += [] if known is None else [known.get(task.name, "")]
+        header += [f"{task.name}.predicted", *(f"{task.name}.probability.{name}" for name in task.classes)]
+        cells += [prediction.label[task.name]]
+        cells += [f"{prediction.probability[task.name][name]:.6g}" for name in task.classes]
+    return TableRow(header, cells, 0 if prediction.unreadable is None else len(prediction.unreadable))
+
+
 def write_table(
-    predictions: Iterable[Prediction],
+    predictions: Iterable[Prediction | TableRow],
     path: str | Path,
     truth: Callable[[Prediction], Mapping[str, str]] | None = None,
 ) -> Path:
     """One CSV row per image: image, path, width, height, then per task TASK.predicted and TASK.probability.CLASS.
 
+    Where patches of any image could not be read, the last column `unreadable` says how many.
+
     Args:
         predictions: of the same tasks, in the order of the rows; taken one at a time, so that they need not all be
-            in memory.
+            in memory. Or their rows.
         path: the CSV.
         truth: the known labels of an image by task; adds TASK.true, empty where unknown.
 
     Raises:
         OutputError: it cannot be written; nothing of it is left then.
     """
-    return _write_lines(Path(path), _table_lines(predictions, truth))
-
-
-def _table_lines(
-    predictions: Iterable[Prediction], truth: Callable[[Prediction], Mapping[str, str]] | None
-) -> Iterator[str]:
-    predictions = iter(predictions)
-    first = list(islice(predictions, 1))
-    tasks = first[0].tasks if first else ()
-    header = ["image", "path", "width", "height"]
-    for task in tasks:
-        header += [] if truth is None else [f"{task.name}.true"]
-        header += [f"{task.name}.predicted", *(f"{task.name}.probability.{name}" for name in task.classes)]
-    yield _line(header)
-    for prediction in chain(first, predictions):
-        known = {} if truth is None else truth(prediction)
-        row: list[object] = [prediction.name, prediction.image, *prediction.size]
-        for task in tasks:
-            row += [] if truth is None else [known.get(task.name, "")]
-            row += [prediction.label[task.name]]
-            row += [f"{prediction.probability[task.name][name]:.6g}" for name in task.classes]
-        yield _line(row)
+    rows: list[TableRow] = []
+    with atomic_file(path) as file:  # open from the start, so that a place that cannot be written shows at once
+        for each in predictions:
+            row = each if isinstance(each, TableRow) else table_row(each, None if truth is None else truth(each))
+            rows.append(row)
+        counted = any(row.unreadable for row in rows)
+        header = rows[0].header if rows else ["image", "path", "width", "height"]
+        file.write(_bytes(_line([*header, *(["unreadable"] if counted else [])])))
+        for row in rows:
+            file.write(_bytes(_line([*row.cells, *([row.unreadable] if counted else [])])))
+    return Path(path)
 
 
 def _kept_lines(prediction: Prediction) -> Iterator[str]:
@@ -259,6 +284,8 @@ def _score_lines(scores: Scores) -> Iterator[str]:
 
 def _write_scores(path: Path, scores: Scores) -> Path:
     arrays = {"index": scores.index, "cells": scores.cells, "score": scores.score, "map": scores.map()}
+    if scores.arrived is not None:
+        arrays["arrived"] = scores.arrived
     for task, score in scores.per_task.items():
         arrays |= {f"score.{task}": score, f"map.{task}": scores.map(task)}
     with atomic_file(path) as file:

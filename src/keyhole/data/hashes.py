@@ -1,4 +1,4 @@
-"""Size and SHA-256 of image files: most damage to an image decodes without an error, and only this tells."""
+"""Size and SHA-256 of what images are read from: most damage decodes without an error, and only this tells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from keyhole.data.item import Item
+from keyhole.data.item import ZARR_SUFFIX, Item
 from keyhole.errors import ImageError, StalledRead
 
 PIECE = 8 << 20
@@ -19,7 +19,7 @@ PIECE = 8 << 20
 
 @dataclass(frozen=True)
 class FileHash:
-    """What a file held when it was used."""
+    """What a file held when it was used; of an image that is a folder, what its files held and were called."""
 
     sha256: str
     bytes: int
@@ -54,7 +54,7 @@ def hash_files(
     def work() -> None:
         while (item := todo.get()) is not None and not stop.is_set():
             try:
-                found: FileHash | Exception = _hash(item.image, lambda: events.put(None))
+                found: FileHash | Exception = _hash(item.source, lambda: events.put(None))
             except Exception as error:  # noqa: BLE001 - raised again below
                 found = error
             events.put((item, found))
@@ -71,7 +71,7 @@ def hash_files(
                 event = events.get(timeout=stall)
             except queue.Empty:
                 open_item = next(item for item in items if item.name not in hashes)
-                raise StalledRead(open_item.image, f"no data for {stall:g} s; is the disk or share there?") from None
+                raise StalledRead(open_item.source, f"no data for {stall:g} s; is the disk or share there?") from None
             if event is None:
                 continue
             item, found = event
@@ -87,14 +87,33 @@ def hash_files(
 
 def _hash(path: Path, piece_read: Callable[[], None]) -> FileHash:
     try:
+        if path.is_dir() and path.suffix.lower() == ZARR_SUFFIX:
+            return _hash_folder(path, piece_read)
         if not path.is_file():
             raise ImageError(path, "not a regular file, so it has no hash.")
-        digest, size = hashlib.sha256(), 0
-        with path.open("rb", buffering=0) as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
-                size += len(piece)
-                piece_read()
+        digest = hashlib.sha256()
+        size = _feed(digest, path, piece_read)
     except OSError as error:
         raise ImageError(path, f"cannot be read ({error.strerror or error}).") from error
     return FileHash(digest.hexdigest(), size)
+
+
+def _hash_folder(folder: Path, piece_read: Callable[[], None]) -> FileHash:
+    """Of the names in the folder, sorted, each with the hash of its file; the bytes of all files."""
+    digest, size = hashlib.sha256(), 0
+    for path in sorted(Path(place) / name for place, _, names in os.walk(folder) for name in names):
+        inner = hashlib.sha256()
+        size += _feed(inner, path, piece_read)
+        digest.update(os.fsencode(path.relative_to(folder).as_posix()) + b"\0" + inner.digest())
+    return FileHash(digest.hexdigest(), size)
+
+
+def _feed(digest: hashlib._Hash, path: Path, piece_read: Callable[[], None]) -> int:
+    """The bytes of a file into `digest`; their number."""
+    size = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            size += len(piece)
+            piece_read()
+    return size

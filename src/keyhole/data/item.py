@@ -8,9 +8,13 @@ from pathlib import Path
 
 SPLITS = ("train", "val", "test")
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm", ".svslide")
-IMAGE_SUFFIXES = frozenset(PHOTO_SUFFIXES + SLIDE_SUFFIXES)
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm", ".svslide", ".czi")
+ZARR_SUFFIX = ".zarr"
+"""Of a folder that is one image."""
+IMAGE_SUFFIXES = frozenset((*PHOTO_SUFFIXES, *SLIDE_SUFFIXES, ZARR_SUFFIX))
 """What counts as an image in a folder. A CSV may name files of any suffix: there the content decides."""
+FEATURE_SUFFIXES = frozenset({".h5", ".hdf5", ".pt"})
+"""What counts as a file of stored features in the place of an image."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class Item:
         split: `train`, `val` or `test`; empty only while it is not settled.
         group: images of one group (a patient, a place) stay in one split; None: the image stands for itself.
         mpp: microns per level-0 pixel as the CSV says, over what the file says.
+        mask: PNG or GeoJSON of the foreground, absolute.
+        annotation: GeoJSON or ASAP XML of what is looked for, such as lesions; never read in training.
+        features: file of stored features that is read in the image's place; `image` need not exist then.
     """
 
     name: str
@@ -32,6 +39,14 @@ class Item:
     split: str = ""
     group: str | None = None
     mpp: float | None = None
+    mask: Path | None = None
+    annotation: Path | None = None
+    features: Path | None = None
+
+    @property
+    def source(self) -> Path:
+        """What is opened for its patches."""
+        return self.image if self.features is None else self.features
 
 
 @dataclass(frozen=True)

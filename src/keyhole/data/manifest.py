@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.config import DataConfig
+from keyhole.data.companions import with_companions
 from keyhole.data.hashes import FileHash
-from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table
-from keyhole.data.read_csv import read_csv
+from keyhole.data.item import SPLITS, ZARR_SUFFIX, Item, LeftOut, Row, Table
+from keyhole.data.read_csv import FILES, read_csv
 from keyhole.data.read_folder import expand_images, read_folder
 from keyhole.data.settle import check_training, settle_splits
 from keyhole.errors import ConfigError, DataError
@@ -73,7 +74,7 @@ class Manifest:
         return replace(self, items=items, left_out=self.left_out + left_out)
 
     def write(self, path: str | Path, hashes: Mapping[str, FileHash] | None = None) -> Path:
-        """Writes a CSV that `read_manifest` reads again as the same items.
+        """Writes a CSV that `read_manifest` reads again as the same items, with the columns of files that any has.
 
         Args:
             path: the file.
@@ -82,7 +83,9 @@ class Manifest:
         Raises:
             OutputError: it cannot be written.
         """
-        rows = [["image", "name", "sha256", "bytes", "split", "group", "mpp", *(task.name for task in self.tasks)]]
+        files = [name for name in FILES if any(getattr(item, name) is not None for item in self.items)]
+        facts = ["image", "name", "sha256", "bytes", "split", "group", "mpp", *files]
+        rows = [[*facts, *(task.name for task in self.tasks)]]
         for item in self.items:
             known = (hashes or {}).get(item.name)
             rows.append(
@@ -94,6 +97,7 @@ class Manifest:
                     item.split,
                     item.group or "",
                     "" if item.mpp is None else repr(item.mpp),
+                    *("" if getattr(item, name) is None else str(getattr(item, name)) for name in files),
                     *(item.labels.get(task.name, "") for task in self.tasks),
                 ]
             )
@@ -186,10 +190,12 @@ def _read(data: DataConfig) -> tuple[Table, Path]:
     if not data.path.exists():
         raise DataError(f"{data.path}: no such file or folder. Name a folder of classes or a CSV: --data.path PATH.")
     if data.path.is_dir():
-        return read_folder(data.path), data.path
-    if not data.path.is_file():
+        table = read_folder(data.path)
+    elif data.path.is_file():
+        table = read_csv(data.path, data.root, slides=data.features is not None)
+    else:
         raise DataError(f"{data.path}: not a regular file. Name a folder of classes or a CSV: --data.path PATH.")
-    return read_csv(data.path, data.root), data.path
+    return with_companions(data.path, table, data), data.path
 
 
 def _wanted_tasks(path: Path, columns: Sequence[str], asked: Sequence[str]) -> dict[str, str | None]:
@@ -215,7 +221,7 @@ def _usable(path: Path, table: Table, names: Sequence[str], data: DataConfig) ->
     left_out = list(table.left_out)
     first: dict[Path, Row] = {}
     by_name: dict[str, Row] = {}
-    missing: list[Item] = []
+    missing: list[str] = []
     for row in table.rows:
         item = replace(row.item, labels={name: row.item.labels[name] for name in names})
         row = replace(row, item=item)
@@ -230,16 +236,17 @@ def _usable(path: Path, table: Table, names: Sequence[str], data: DataConfig) ->
         by_name[item.name] = row
         if not any(item.labels.values()):
             left_out.append(LeftOut(item.name, f"no label for {' or '.join(names)}"))
-        elif not os.path.isfile(item.image):  # noqa: PTH113 - Path.is_file raises on a name too long for the system
-            missing.append(item)
-            left_out.append(LeftOut(item.name, _why_unusable(item.image)))
+        elif (lacking := _lacking(item)) is not None:
+            file, reason = lacking
+            missing.append(str(file) if reason == MISSING_FILE else f"{file} ({reason})")
+            left_out.append(LeftOut(item.name, reason if file == item.image else f"{reason}: {file}"))
         else:
             rows.append(row)
     if missing and (not rows or data.on_bad_image == "fail"):
-        count = f"{len(missing)} of {len(first)} image files" if rows else f"all {len(missing)} image files"
-        names = [f"{item.image}{_unlike_missing(item.image)}" for item in missing]
+        kind = "feature" if any(row.item.features is not None for row in table.rows) else "image"
+        count = f"{len(missing)} of {len(first)} {kind} files" if rows else f"all {len(missing)} {kind} files"
         raise DataError(
-            f"{path}: {count} are not there: {listed(names)}. "
+            f"{path}: {count} are not there: {listed(missing)}. "
             "Relative paths start from the CSV's folder or --data.root; `keyhole check` lists all, "
             "--data.on-bad-image skip leaves them out."
         )
@@ -248,29 +255,40 @@ def _usable(path: Path, table: Table, names: Sequence[str], data: DataConfig) ->
     return rows, left_out
 
 
-def _why_unusable(image: Path) -> str:
-    if not os.path.lexists(image):
+def _lacking(item: Item) -> tuple[Path, str] | None:
+    """The first file that an item needs and that cannot be used, and why. With features its image need not be there."""
+    for file in (item.source, item.mask, item.annotation):
+        # Path.is_file raises on a name too long for the system
+        if file is None or os.path.isfile(file):  # noqa: PTH113
+            continue
+        if not (file.suffix.lower() == ZARR_SUFFIX and os.path.isdir(file)):  # noqa: PTH112
+            return file, _why_unusable(file)
+    return None
+
+
+def _why_unusable(file: Path) -> str:
+    if not os.path.lexists(file):
         return MISSING_FILE
-    if image.is_symlink() and not image.exists():
+    if file.is_symlink() and not file.exists():
         return f"{MISSING_FILE}: a link that leads nowhere"
     return "not a regular file"
-
-
-def _unlike_missing(image: Path) -> str:
-    reason = _why_unusable(image)
-    return "" if reason == MISSING_FILE else f" ({reason})"
 
 
 def _check_same(path: Path, first: Row, again: Row) -> None:
     """Two rows for one image must not contradict each other: neither would be right to choose."""
     facts = [(name, first.item.labels[name], again.item.labels[name]) for name in first.item.labels]
-    facts += [(name, getattr(first.item, name), getattr(again.item, name)) for name in ("split", "group", "mpp")]
+    others = ("split", "group", "mpp", *FILES)
+    facts += [(name, getattr(first.item, name), getattr(again.item, name)) for name in others]
     for name, before, now in facts:
         if before != now:
             raise DataError(
-                f"{path}, {again.where}: {again.item.name} has {name} {now or ''!r}, "
-                f"but {before or ''!r} in {first.where}. Keep one row per image."
+                f"{path}, {again.where}: {again.item.name} has {name} {_written(now)}, "
+                f"but {_written(before)} in {first.where}. Keep one row per image."
             )
+
+
+def _written(value: object) -> str:
+    return repr(str(value) if isinstance(value, Path) else value or "")
 
 
 def _task(path: Path, rows: Sequence[Row], name: str, kind: str | None) -> Task:

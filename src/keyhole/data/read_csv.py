@@ -1,4 +1,4 @@
-"""CSV -> table: one row per image, its labels, and optionally its split, group, microns per pixel and name."""
+"""CSV -> table: one row per image, its labels, and optionally what else is known of it and the files beside it."""
 
 from __future__ import annotations
 
@@ -12,29 +12,35 @@ from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table, absolute
 from keyhole.errors import DataError
 from keyhole.wording import listed, nearest
 
-RESERVED = ("image", "name", "split", "group", "mpp", "sha256", "bytes")
+FILES = ("mask", "annotation", "features")
+"""Columns that name a file beside the image, with paths as those of images."""
+RESERVED = ("image", "name", "split", "group", "mpp", *FILES, "sha256", "bytes")
 """Columns with a meaning of their own, in any case of letters; every other column is a task."""
+SLIDES = {"slide_id": "image", "case_id": "group"}
+"""Columns of CLAM's lists of labels, which name the features of a slide and not its file."""
 DELIMITERS = ",;\t"
 LARGEST_FILE = 1 << 30
 """Bytes; a million rows are a tenth of this, so that a larger file is something else."""
 
 
-def read_csv(path: Path, root: Path | None = None) -> Table:
+def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> Table:
     """Reads a CSV in UTF-8 with a header line; comma, semicolon or tab between the fields.
 
     Args:
         path: the file.
-        root: what relative image paths start from; default is the CSV's folder.
+        root: what relative paths start from; default is the CSV's folder.
+        slides: take CLAM's `slide_id` for `image`, and `case_id` for `group`, where there is no `image`.
 
     Raises:
         DataError: the file or line, what is wrong there and what to do.
     """
     header, records = _parse(path, _text(path))
+    header, notes = _of_slides(path, header) if slides else (header, [])
     place = _columns(path, header)
     tasks = {index: name for index, name in enumerate(header) if name and name.lower() not in RESERVED}
     unnamed = [str(index + 1) for index, name in enumerate(header) if not name]
     base = absolute(path.parent if root is None else root)
-    table = Table(tuple(tasks.values()), [], [], [])
+    table = Table(tuple(tasks.values()), [], [], notes)
     if unnamed:
         table.notes.append(f"{path}: column {', '.join(unnamed)} has no name and was not read")
 
@@ -58,6 +64,7 @@ def read_csv(path: Path, root: Path | None = None) -> Table:
             split=_split(path, where, cell.get("split", "")),
             group=cell.get("group") or None,
             mpp=_mpp(path, where, cell.get("mpp", "")),
+            **{name: absolute(base / cell[name]) for name in FILES if cell.get(name)},
         )
         table.rows.append(Row(item, where))
     if not table.rows:
@@ -89,9 +96,11 @@ def _text(path: Path) -> str:
 def _parse(path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """Header and (line number, fields) of every row that is not blank; fields without blanks around them."""
     first = next(line for line in text.splitlines() if line.strip())
-    # The delimiter that splits off a column named image, else the one that splits most: names may hold the others.
+    # The delimiter that splits off a column that names images, else the one that splits most: names may hold others.
     headers = {mark: [name.strip().strip('"').strip().lower() for name in first.split(mark)] for mark in DELIMITERS}
-    delimiter = max(DELIMITERS, key=lambda mark: ("image" in headers[mark], len(headers[mark])))
+    delimiter = max(
+        DELIMITERS, key=lambda mark: (not {"image", "slide_id"}.isdisjoint(headers[mark]), len(headers[mark]))
+    )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
 
     def records() -> Iterator[tuple[int, list[str]]]:
@@ -111,6 +120,16 @@ def _parse(path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, list[s
     return header, rows
 
 
+def _of_slides(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
+    """The header with CLAM's columns under our names, and what to tell of it."""
+    lower = [name.lower() for name in header]
+    if "image" in lower or "slide_id" not in lower:
+        return header, []
+    ours = {theirs: name for theirs, name in SLIDES.items() if theirs in lower and name not in lower}
+    said = " and ".join(f"`{theirs}` as {name}" for theirs, name in ours.items())
+    return [ours.get(low, name) for name, low in zip(header, lower, strict=True)], [f"{path}: {said}"]
+
+
 def _columns(path: Path, header: list[str]) -> dict[str, int]:
     """Where the columns with a meaning of their own stand."""
     lower = [name.lower() for name in header]
@@ -119,6 +138,11 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
     if twice:
         raise DataError(f"{path}: the header names {listed(twice)} more than once. Rename or delete one of each.")
     if "image" not in lower:
+        if "slide_id" in lower:
+            raise DataError(
+                f"{path}: no column `image`, only `slide_id`. For stored features of these slides name their folder: "
+                "--data.features DIR; else name the column with the image paths `image`."
+            )
         raise DataError(
             f"{path}: no column `image`{nearest('image', header)}; the columns are {listed(header, 8)}. "
             "Name the column with the image paths `image`."

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from keyhole.data.item import IMAGE_SUFFIXES, SPLITS, Item, LeftOut, Row, Table, absolute
+from keyhole.data.companions import FEATURE_FOLDERS, FEATURE_ORDER
+from keyhole.data.item import FEATURE_SUFFIXES, IMAGE_SUFFIXES, SPLITS, ZARR_SUFFIX, Item, LeftOut, Row, Table, absolute
 from keyhole.errors import DataError
 
 FOLDER_TASK = "label"
@@ -61,7 +62,7 @@ def expand_images(
     """Files as given, folders replaced by the images below them in order of name; each file once.
 
     Args:
-        paths: files and folders.
+        paths: files and folders; a folder `x.zarr` is an image.
         missing: what a path that does not exist does: raise, or be left out.
 
     Returns:
@@ -73,7 +74,7 @@ def expand_images(
     found: dict[Path, None] = {}
     left_out: list[LeftOut] = []
     for path in map(absolute, paths):
-        if path.is_dir():
+        if path.is_dir() and path.suffix.lower() != ZARR_SUFFIX:
             files, others = list_images(path)
             found.update(dict.fromkeys(files))
             left_out += [LeftOut(str(path / other.name), other.reason) for other in others]
@@ -95,13 +96,17 @@ def expand_images(
 def list_images(path: Path) -> tuple[list[Path], list[LeftOut]]:
     """The images below a folder in order of name, and every other file with the reason it is not one.
 
-    Links are followed, each folder once. The folder beside a MIRAX slide of the same name holds the slide's own data.
+    Where there is no image, files of stored features are taken in their place, one a slide. Links are followed, each
+    folder once. The folder beside a MIRAX slide of the same name holds the slide's own data, and a folder `x.zarr` is
+    itself an image.
 
     Raises:
         DataError: a folder that cannot be listed.
     """
     path = absolute(path)
-    images, left_out = [], []
+    images: list[Path] = []
+    stored: list[Path] = []
+    left_out: list[LeftOut] = []
     for folder, names, others in _walk(path):
         left_out += others
         for name in names:
@@ -111,12 +116,28 @@ def list_images(path: Path) -> tuple[list[Path], list[LeftOut]]:
                 shown = file.relative_to(path).as_posix().encode(errors="backslashreplace").decode()
                 left_out.append(LeftOut(shown, reason))
             else:
-                images.append(file)
+                (stored if file.suffix.lower() in FEATURE_SUFFIXES else images).append(file)
+    if images:
+        left_out += [LeftOut(file.relative_to(path).as_posix(), "stored features beside images") for file in stored]
+    else:
+        images, doubles = _one_a_slide(path, stored)
+        left_out += doubles
     return sorted(images, key=lambda file: file.relative_to(path).as_posix()), left_out
 
 
+def _one_a_slide(path: Path, stored: list[Path]) -> tuple[list[Path], list[LeftOut]]:
+    """Of files of features that differ in suffix alone, or in CLAM's folder for it, the one that says most."""
+    best: dict[Path, Path] = {}
+    for file in sorted(stored, key=lambda file: (FEATURE_ORDER.index(file.suffix.lower()), file)):
+        inside = [part for part in file.relative_to(path).parts if part not in FEATURE_FOLDERS]
+        best.setdefault(Path(*inside).with_suffix(""), file)
+    chosen = set(best.values())
+    names = [file.relative_to(path).as_posix() for file in stored if file not in chosen]
+    return list(chosen), [LeftOut(name, "features that an .h5 file holds too") for name in names]
+
+
 def _walk(path: Path) -> Iterator[tuple[Path, list[str], list[LeftOut]]]:
-    """Each folder with its sorted file names and the folders that were not entered."""
+    """Each folder with the sorted names of its files and of images that are folders, and what was not entered."""
 
     def unlistable(error: OSError) -> None:
         raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}).") from error
@@ -124,6 +145,8 @@ def _walk(path: Path) -> Iterator[tuple[Path, list[str], list[LeftOut]]]:
     seen = {_identity(path)}
     for folder_name, folders, names in os.walk(path, onerror=unlistable, followlinks=True):
         folder, skipped = Path(folder_name), []
+        whole = [name for name in folders if name.lower().endswith(ZARR_SUFFIX) and not name.startswith(".")]
+        folders[:] = [name for name in folders if name not in whole]
         for name in sorted(folders):
             identity = _identity(folder / name)
             if name.startswith("."):
@@ -138,7 +161,7 @@ def _walk(path: Path) -> Iterator[tuple[Path, list[str], list[LeftOut]]]:
             folders.remove(name)
             skipped.append(LeftOut(f"{(folder / name).relative_to(path).as_posix()}/", reason))
         folders.sort()
-        yield folder, sorted(names), skipped
+        yield folder, sorted([*names, *whole]), skipped
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -157,7 +180,7 @@ def _why_not(file: Path) -> str:
         return "not an image"
     if file.name.startswith("."):
         return "hidden file"
-    if suffix not in IMAGE_SUFFIXES:
+    if suffix not in IMAGE_SUFFIXES | FEATURE_SUFFIXES:
         return f"not an image (suffix {suffix})" if suffix else "not an image (no suffix)"
     return ""
 
@@ -171,4 +194,8 @@ def _has_splits(path: Path, files: list[Path]) -> bool:
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(
+        entry
+        for entry in path.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".") and entry.suffix.lower() != ZARR_SUFFIX
+    )

@@ -44,8 +44,9 @@ class SheetEntry:
         prediction: what was said.
         truth: the known label of the task shown, as written in the CSV; None or empty where unknown.
         thumbnail: (h, w, c) uint8 of the whole image, c = 1 or 3; some 480 pixels or more on the long side look best.
+            Where there is no image, its `score_picture`.
         downsample: level-0 pixels per pixel of the thumbnail.
-        patches: (k, s, s, c) uint8, pixels of the first k kept patches in their order.
+        patches: (k, s, s, c) uint8, pixels of the first k kept patches in their order; none where there is no image.
     """
 
     prediction: Prediction
@@ -85,6 +86,19 @@ def contact_sheet(
     data = io.BytesIO()
     sheet.save(data, "PNG")
     return write_atomic(path, data.getvalue())
+
+
+def score_picture(scores: NDArray[np.float32], zoom: int) -> NDArray[np.uint8]:
+    """Scores (rows, columns) as a picture (rows zoom, columns zoom, 3), relative to the highest; grey where NaN.
+
+    By the square root: attention is often on a few patches, and the others would all look alike.
+    """
+    highest = np.nanmax(scores, initial=0.0)
+    shares = np.sqrt(np.nan_to_num(scores) / max(float(highest), 1e-12))
+    steps = np.array([_heat(step / 255) for step in range(256)], np.uint8)
+    colors: NDArray[np.uint8] = steps[np.rint(shares * 255).astype(np.int64).clip(0, 255)]
+    colors[np.isnan(scores)] = LINE
+    return colors.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
 def _draw_head(draw: ImageDraw.ImageDraw, title: str) -> None:
@@ -134,6 +148,8 @@ def _outlined(entry: SheetEntry, heat: NDArray[np.float32]) -> Picture.Image:
     draw = ImageDraw.Draw(picture)
     scale = zoom / entry.downsample
     for i in np.argsort(heat, kind="stable"):
+        if not entry.prediction.kept.boxes[i, 2:].any():
+            continue  # features without coordinates
         x, y, width, height = (entry.prediction.kept.boxes[i] * scale).tolist()
         # A frame that the border of the image would hide is moved onto it.
         left, top = min(max(x, 0), size[0] - 2), min(max(y, 0), size[1] - 2)

@@ -30,6 +30,8 @@ PALETTE = (
 def kept_geojson(prediction: Prediction) -> dict[str, Any]:
     """A FeatureCollection with one polygon per kept patch, best first, classified as the first task's label.
 
+    Patches without a place, as of stored features without coordinates, are not in it.
+
     Every polygon carries its rank (1 is best), its selection score and its attention weight per task as measurements,
     by which QuPath can filter and colour.
     """
@@ -41,6 +43,8 @@ def kept_geojson(prediction: Prediction) -> dict[str, Any]:
     features = []
     for rank, patch in enumerate(prediction.kept.rows(), start=1):
         x, y, width, height = patch["box"]
+        if not width * height:
+            continue
         # Exterior rings turn counter-clockwise in the axes of the RFC and end where they begin.
         ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
         features.append(

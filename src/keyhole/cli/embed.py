@@ -1,0 +1,111 @@
+"""`keyhole embed`: every patch of every image through an encoder once, into one file of features for each."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from keyhole.cli.arguments import check_device, parse, print_options
+from keyhole.config import Config, ModelConfig, PatchConfig, Positive, Quantity, RunConfig
+from keyhole.config_check import validate
+from keyhole.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """Embed the patches of every image, and write one HDF5 file of features for each, as CLAM and TRIDENT do.
+
+    `keyhole train DATA --data.features DIR` learns from them. The same line again goes on where it was stopped.
+    """
+
+    data: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
+    """CSV with `image` (labels are not needed), folder of classes, or any folder of images."""
+    out: Path | None = None
+    """Folder for the files; created if it is not there."""
+    encoder: str = "resnet50"
+    """Any timm name, or `small`."""
+    pretrained: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Download timm's pretrained weights. Nothing is downloaded without being asked for."""
+    weights: Path | None = None
+    """Safetensors file with weights for the encoder."""
+    stages: Positive | None = None
+    """Keep only the first stages of a timm encoder; for `small`, halvings after the first convolution."""
+    width: Positive = 32
+    """Channels of the first stage of the `small` encoder."""
+    channels: Literal[1, 3] = 3
+    """Channels the encoder sees."""
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    root: Path | None = None
+    """Folder that relative image paths of a CSV start from; default is the CSV's own folder."""
+    masks: Path | None = None
+    """Folder of masks (.png, .geojson), one an image by its name without suffix, for `--patch.foreground mask`."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the stored features; float16 halves the files."""
+    precision: Literal["auto", "float32", "bf16"] = "float32"
+    """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it. Features outlive the machine, hence float32."""
+    chunk: Positive = 64
+    """Patches that are encoded at once."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    threads: Positive | None = None
+    """Threads that read and decode; default is one per core, at most 16."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """What an unreadable image does: end the run, or be left out, counted and listed."""
+    unreadable: Quantity = "1%"
+    """Share of an image's patches that may be unreadable; they are left out of its features, and counted."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print these options as they result, and end."""
+
+
+def run(argv: list[str]) -> int:
+    options = parse(EmbedOptions, argv, "keyhole embed")
+    _check(options)
+    if options.print_config:
+        return print_options(options)
+    if options.data is None:
+        raise ConfigError("no data given: keyhole embed DATA --out DIR, where DATA is a CSV or a folder of images")
+    if options.out is None:
+        raise ConfigError("--out is missing: keyhole embed DATA --out DIR, a folder for the files of features")
+
+    from keyhole.embed import embed
+
+    done = embed(
+        options.data.expanduser(),
+        options.out.expanduser(),
+        encoder=options.encoder,
+        pretrained=options.pretrained,
+        weights=None if options.weights is None else options.weights.expanduser(),
+        stages=options.stages,
+        width=options.width,
+        channels=options.channels,
+        patch=options.patch,
+        root=None if options.root is None else options.root.expanduser(),
+        masks=options.masks,
+        dtype=options.dtype,
+        precision=options.precision,
+        chunk=options.chunk,
+        device=options.device,
+        threads=options.threads,
+        on_bad_image=options.on_bad_image,
+        unreadable=options.unreadable,
+    )
+    for name, reason in done.left_out.items():
+        print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+    for line in done.lines():
+        print(line)
+    return 0
+
+
+def _check(options: EmbedOptions) -> None:
+    """Raises ConfigError for options that do not fit each other, under the names they have here."""
+    check_device(options.device)
+    model = ModelConfig(options.encoder, stages=options.stages, pretrained=options.pretrained, weights=options.weights)
+    config = Config(patch=options.patch, model=model, run=RunConfig(), unreadable=options.unreadable)
+    try:
+        validate(config, flags=True)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--model.", "--")) from error

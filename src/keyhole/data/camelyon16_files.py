@@ -1,0 +1,153 @@
+"""Which files of CAMELYON16 lie where: by their names, wherever they are.
+
+So the tree of the challenge (training/normal, training/tumor, testing/images, lesion_annotations) and that of the AWS
+copy (images/, annotations/, evaluation/) are read alike, in any case of letters.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from keyhole.data.item import FEATURE_SUFFIXES
+from keyhole.errors import DataError
+
+IGNORED_FOLDERS = frozenset({"masks", "mask", "evaluation_masks", "background_tissue", "__macosx"})
+"""Folders that hold TIFFs of the same names which are no slides. In lower case."""
+MASK_FOLDERS = frozenset({"foreground", "tissue", "tissue_masks"})
+"""Folders whose PNG or GeoJSON files are foreground. `masks` is not: in the official copies it holds lesions."""
+MASK_SUFFIXES = frozenset({".png", ".geojson"})
+SLIDE_SUFFIXES = frozenset({".tif", ".tiff"})
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+_NAME = re.compile(r"(normal|tumor|test)_?(\d{1,3})", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it should be: the file or slide, and what is wrong with it."""
+
+    name: str
+    what: str
+
+
+@dataclass
+class Found:
+    """Files by the name of their slide, and problems as they turn up."""
+
+    slides: dict[str, Path] = field(default_factory=dict)
+    annotations: dict[str, Path] = field(default_factory=dict)
+    masks: dict[str, Path] = field(default_factory=dict)
+    features: dict[str, Path] = field(default_factory=dict)
+    references: list[Path] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def problem(self, name: str | Path, what: str) -> None:
+        self.problems.append(Problem(str(name), what))
+
+    def add(self, to: dict[str, Path], name: str, path: Path) -> None:
+        if name in to:
+            self.problem(path, f"there is another file of {name}, which is used instead: {to[name]}")
+        else:
+            to[name] = path
+
+
+def find_files(root: Path) -> Found:
+    """Slides, outlines, masks and references under a folder. Of every slide four bytes are read."""
+    found = Found()
+    for path in _files(root, found):
+        suffix, folder = path.suffix.lower(), path.parent.name.lower()
+        name = slide_name(path.stem)
+        if path.name.lower() == "reference.csv":
+            found.references.append(path)
+        elif suffix == ".zip" and "annotation" in path.stem.lower():
+            _say_zipped(found, path)
+        elif name is None:
+            continue
+        elif suffix in MASK_SUFFIXES and folder in MASK_FOLDERS:
+            found.add(found.masks, name, path)
+        elif suffix == ".xml":
+            found.add(found.annotations, name, path)
+        elif suffix in SLIDE_SUFFIXES and (fault := _fault(path, name)):
+            found.problem(path, fault)
+        elif suffix in SLIDE_SUFFIXES:
+            found.add(found.slides, name, path)
+    return found
+
+
+def _files(root: Path, found: Found) -> Iterator[Path]:
+    """In order of their paths; links to folders are followed, each folder once."""
+    seen: set[str] = set()
+
+    def cannot(error: OSError) -> None:
+        found.problem(error.filename, f"a folder that cannot be listed ({error.strerror}); not used")
+
+    for folder, folders, names in os.walk(root, onerror=cannot, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = sorted(name for name in folders if name.lower() not in IGNORED_FOLDERS and name[0] != ".")
+        if real in seen:
+            folders[:] = []
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in sorted(names) if name[0] != ".")
+
+
+def slide_name(text: str) -> str | None:
+    """`Tumor_001` as `tumor_001`; None where it is the name of no slide, such as `tumor_001_mask`."""
+    match = _NAME.fullmatch(text)
+    return None if match is None else f"{match[1].lower()}_{int(match[2]):03d}"
+
+
+def _fault(path: Path, name: str) -> str | None:
+    """What is wrong with the file of a slide, as far as its first bytes and its folder tell."""
+    folder = path.parent.name.lower()
+    if folder in ("normal", "tumor") and not name.startswith(folder):
+        return f"its name says {name.partition('_')[0]}, its folder {folder}; not used"
+    if not path.is_file():
+        return "a link that leads nowhere, or no regular file; not used"
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error}); not used"
+    if not start:
+        return "an empty file; not used. Download it again"
+    return None if start in TIFF_STARTS else "not a TIFF; not used. Download it again"
+
+
+def _say_zipped(found: Found, path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            outlines = sum(name.lower().endswith(".xml") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile) as error:
+        found.problem(path, f"no archive that can be read ({error}). Download it again")
+        return
+    found.notes.append(f"{path}: {outlines} lesion outlines are still zipped; unzip it, and they are found")
+
+
+def find_features(folder: Path, found: Found) -> None:
+    """Notes the feature files of the slides; they may lie in a folder inside, as CLAM writes them.
+
+    Raises:
+        DataError: no such folder, or none in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder. Give the one with the feature files (.h5, .pt) of the slides.")
+    for place in (folder, folder / "h5_files", folder / "pt_files"):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            name = slide_name(path.stem)
+            if name is None or path.suffix.lower() not in FEATURE_SUFFIXES:
+                continue
+            if name not in found.features or path.suffix == found.features[name].suffix:  # .h5 goes over .pt
+                found.add(found.features, name, path)
+        if found.features:
+            return
+    raise DataError(
+        f"{folder}: no feature file of a slide in it. Expected such as tumor_001.h5 or tumor_001.pt, here or in "
+        "h5_files or pt_files."
+    )

@@ -1,0 +1,140 @@
+"""Files that belong to an image by its name: stored features that are read in its place, and masks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+from keyhole.config import DataConfig
+from keyhole.data.item import FEATURE_SUFFIXES, IMAGE_SUFFIXES, Item, Row, Table, absolute
+from keyhole.errors import DataError
+from keyhole.wording import listed
+
+FEATURE_ORDER = (".h5", ".hdf5", ".pt")
+"""Where a slide has several: HDF5 has coordinates."""
+FEATURE_FOLDERS = ("", "h5_files", "pt_files")
+"""The folder itself, and those of CLAM in it."""
+MASK_ORDER = (".png", ".geojson")
+
+
+def with_companions(path: Path, table: Table, data: DataConfig) -> Table:
+    """The table with features and masks of every row: its own, else those found by name in the folders of `data`.
+
+    Where a file of features should be and is not, the row names it nevertheless, so that it is missed.
+
+    Args:
+        path: of the table, for messages.
+        table: as read from a CSV or a folder.
+        data: `features` and `masks` are looked at.
+
+    Raises:
+        DataError: no such folder, images and features in one table, or one file of features for two images.
+    """
+    features = None if data.features is None else Companions(data.features, "features", FEATURE_ORDER, FEATURE_FOLDERS)
+    masks = None if data.masks is None else Companions(data.masks, "masks", MASK_ORDER)
+    rows, unmasked = [], 0
+    for row in table.rows:
+        item = row.item
+        if item.features is None and item.image.suffix.lower() in FEATURE_SUFFIXES:
+            item = replace(item, features=item.image)
+        if item.features is None and features is not None:
+            item = replace(item, features=features.find(item.name, item.image) or features.expected(item.image))
+        if item.mask is None and masks is not None:
+            item = replace(item, mask=masks.find(item.name, item.image))
+            unmasked += item.mask is None
+        rows.append(Row(item, row.where))
+    _check_alike(path, rows)
+    notes = [f"{data.masks}: no mask for {unmasked} of {len(rows)} images"] if unmasked else []
+    return replace(table, rows=rows, notes=[*table.notes, *notes])
+
+
+@cache
+def _masks_in(folder: Path) -> Companions:
+    return Companions(folder, "masks", MASK_ORDER)
+
+
+def mask_of(folder: Path, item: Item) -> Path | None:
+    """The mask of an image in a folder of masks; None where there is none.
+
+    Raises:
+        DataError: no such folder.
+    """
+    return _masks_in(folder).find(item.name, item.image)
+
+
+def _check_alike(path: Path, rows: Iterable[Row]) -> None:
+    stored: dict[Path, Row] = {}
+    first: dict[bool, Row] = {}
+    for row in rows:
+        item = row.item
+        first.setdefault(item.features is None, row)
+        if item.features is not None:
+            before = stored.setdefault(item.features, row)
+            if before.item.image != item.image:
+                raise DataError(
+                    f"{path}: {before.item.name} ({before.where}) and {item.name} ({row.where}) would both read "
+                    f"{item.features}. Give each image its own in a column `features`."
+                )
+    if len(first) == 2:
+        raise DataError(
+            f"{path}: {first[True].item.name} is an image, but {first[False].item.name} has stored features "
+            f"({first[False].item.features}); one data set is of one kind. Give all of them features, or none."
+        )
+
+
+class Companions:
+    """A folder of files named after images, listed once.
+
+    Args:
+        folder: the folder.
+        option: its name in `DataConfig`, for messages.
+        order: suffixes, the best first.
+        subfolders: where in the folder they may be.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path, option: str, order: tuple[str, ...], subfolders: tuple[str, ...] = ("",)) -> None:
+        self.folder, self.order = absolute(folder.expanduser()), order
+        if not self.folder.is_dir():
+            raise DataError(f"{folder}: no such folder. --data.{option} names a folder with {listed(order)} files.")
+        self.folders = [self.folder / name for name in subfolders]
+        self._names = cache(_names)
+
+    def find(self, name: str, image: Path) -> Path | None:
+        """The file of an image: by its name in the data, folders included, then by the file's name alone."""
+        written = PurePosixPath(name)
+        inside = not written.is_absolute() and ".." not in written.parts and len(written.parts) > 1
+        for stem in dict.fromkeys([*(_stems(written.as_posix()) if inside else []), *_stems(image.name)]):
+            for suffix in self.order:
+                for folder in self.folders:
+                    *parents, last = f"{stem}{suffix}".split("/")
+                    if last in self._names(place := folder.joinpath(*parents)):
+                        return place / last
+        return None
+
+    def expected(self, image: Path) -> Path:
+        """Where the file of an image was looked for."""
+        return self.folder / f"{_stems(image.name)[-1]}{self.order[0]}"
+
+
+def _stems(name: str) -> list[str]:
+    """`a.ome.tif`, `a.ome`, `a`: what a file that belongs to an image may be called, before its own suffix."""
+    suffix = PurePosixPath(name).suffix
+    # What follows the last dot of a slide's number is no suffix.
+    if suffix.lower() not in IMAGE_SUFFIXES and not (suffix[1:].isalpha() and len(suffix) <= 7):
+        return [name]
+    bare = name.removesuffix(suffix)
+    return [name, bare, bare[: -len(".ome")]] if bare.lower().endswith(".ome") else [name, bare]
+
+
+def _names(folder: Path) -> frozenset[str]:
+    """The files of a folder; none where there is no such folder."""
+    if not folder.is_dir():
+        return frozenset()
+    with os.scandir(folder) as entries:
+        return frozenset(entry.name for entry in entries if entry.is_file())

@@ -1,0 +1,6 @@
+"""Stored features in the place of pixels: files as CLAM, TRIDENT and `keyhole embed` write them."""
+
+from keyhole.features.source import FeatureOpener as FeatureOpener
+from keyhole.features.source import FeaturePatches as FeaturePatches
+from keyhole.features.source import check_features_config as check_features_config
+from keyhole.features.source import feature_width as feature_width
