@@ -6,10 +6,10 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
 from keyhole.errors import DataError, KeyholeError, RunError
 from keyhole.files import writable_folder, write_atomic
+from keyhole.lesions import Judged, Lesions, check_annotations, judge, lesion_means, lesion_table
 from keyhole.metrics import TaskMetrics, evaluate_task, evaluation_json, format_lines
 from keyhole.predict import Predictor
 from keyhole.prediction import Prediction, write_table
@@ -35,20 +36,25 @@ class Evaluation:
     """Where an evaluation was written, and what it found.
 
     Attributes:
-        path: folder with metrics.json, predictions.csv, confusion_TASK.csv, left_out.csv and contact_sheet.png.
+        path: folder with metrics.json, predictions.csv, confusion_TASK.csv, left_out.csv, contact_sheet.png, and
+            lesions.csv where images are annotated.
         metrics: one per task.
         left_out: images that could not be read, with the reason.
         notes: what a reader of the figures should know.
+        lesions: how much of the attention lies in annotated lesions; None where no image has an annotation.
     """
 
     path: Path
     metrics: tuple[TaskMetrics, ...]
     left_out: dict[str, str]
     notes: tuple[str, ...] = ()
+    lesions: Lesions | None = None
 
     def lines(self) -> list[str]:
         """The figures, as `accuracy 0.935 [0.900 0.965]`, and where the files are."""
         lines = [*self.notes, *format_lines(self.metrics)]
+        if self.lesions is not None:
+            lines += self.lesions.lines()
         if self.left_out:
             lines.append(f"left out {len(self.left_out)} images; they are listed in {self.path / 'left_out.csv'}")
         return [*lines, f"contact sheet: {self.path / 'contact_sheet.png'}", f"all files: {self.path}"]
@@ -62,6 +68,10 @@ def evaluate(
     device: str = "auto",
     on_bad_image: Literal["fail", "skip"] = "fail",
     root: str | Path | None = None,
+    memory: str = "auto",
+    unreadable: str = "1%",
+    features: str | Path | None = None,
+    masks: str | Path | None = None,
 ) -> Evaluation:
     """Evaluates the best model of a run.
 
@@ -71,21 +81,30 @@ def evaluate(
         split: `train`, `val` or `test`; other data without splits count as `test`.
         out: folder to write to; default RUN/evaluation/SPLIT, or RUN/evaluation/NAME for other data.
         device: where to compute.
-        on_bad_image: what an unreadable image does.
+        on_bad_image: what an unreadable image or annotation does. With "skip" a broken annotation is listed in
+            lesions.csv, and its image still counts for the metrics.
         root: folder that relative paths of a CSV start from.
+        memory, unreadable: as in `keyhole.load`.
+        features, masks: folders for `data`, as `data.features` and `data.masks` of a run.
 
     Raises:
         RunError: no model, no such split, or data of other tasks.
         ImageError: an image cannot be read and `on_bad_image` is "fail".
+        DataError: likewise an annotation.
     """
     run = Path(run)
-    predictor = Predictor.open(run, device)
-    manifest = _manifest(run, data, predictor.tasks, split, on_bad_image, root)
+    predictor = Predictor.open(run, device, memory, unreadable)
+    given = {"root": root, "features": features, "masks": masks}
+    folders = {name: None if path is None else Path(path) for name, path in given.items()}
+    manifest = _manifest(run, data, predictor.tasks, split, on_bad_image, folders)
     items = manifest.items
     default = run / "evaluation" / (split if data is None else Path(data).stem)
     folder = writable_folder(default if out is None else out)
     left_out = {left.name: left.reason for left in manifest.left_out}
     seen: list[tuple[Item, dict[str, np.ndarray]]] = []
+    if on_bad_image == "fail":
+        check_annotations(items)
+    judged: dict[str, Judged] = {}
 
     def predictions() -> Iterator[Prediction]:
         def tell(item: Item, error: KeyholeError) -> None:
@@ -95,6 +114,8 @@ def evaluate(
             items, on_bad_image=on_bad_image, left_out=tell, description=f"evaluating {split}"
         ):
             seen.append((item, {name: np.array(list(of.values())) for name, of in prediction.probability.items()}))
+            if item.annotation is not None:
+                judged[item.name] = judge(prediction, item.annotation, on_bad_image)
             yield prediction
         if not seen:
             first = next(iter(left_out.values()))
@@ -106,15 +127,21 @@ def evaluate(
         writable_folder(run / "predictions")
         write_atomic(run / "predictions" / f"{split}.csv", (folder / "predictions.csv").read_bytes())
     metrics = tuple(_metrics(task, manifest, seen) for task in predictor.tasks)
-    about = {"keyhole": keyhole.__version__, "model": predictor.name, "data": str(data or run), "split": split}
-    found = evaluation_json(metrics, **about, left_out=left_out)
+    lesions = None
+    if judged:
+        names = [task.name for task in predictor.tasks]
+        lesions = lesion_means(judged, {item.name: item.group for item, _ in seen}, names)
+        write_atomic(folder / "lesions.csv", lesion_table(judged, names))
+    about: dict[str, Any] = {"keyhole": keyhole.__version__, "model": predictor.name, "data": str(data or run)}
+    about |= {"split": split, "left_out": left_out} | ({} if lesions is None else {"lesions": lesions.to_json()})
+    found = evaluation_json(metrics, **about)
     write_atomic(folder / "metrics.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
     write_left_out(folder / "left_out.csv", left_out.items())
     for result in metrics:
         if result.confusion is not None and result.task.kind != "multilabel":
             write_atomic(folder / f"confusion_{result.task.name}.csv", _confusion(result))
     _sheet(predictor, seen, folder / "contact_sheet.png", split)
-    return Evaluation(folder, metrics, left_out, manifest.notes if data is not None else ())
+    return Evaluation(folder, metrics, left_out, manifest.notes if data is not None else (), lesions)
 
 
 def _manifest(
@@ -123,14 +150,13 @@ def _manifest(
     tasks: Sequence[Task],
     split: str,
     on_bad_image: Literal["fail", "skip"],
-    root: str | Path | None,
+    folders: Mapping[str, Path | None],
 ) -> Manifest:
     path = run / "manifest.csv" if data is None else Path(data)
     if data is None and not path.is_file():
         raise RunError(f"{run}: no manifest.csv in it, so the images to evaluate are not known. Give --data.")
-    config = dataclasses.replace(
-        Config().data, path=path, root=None if root is None else Path(root), on_bad_image=on_bad_image
-    )
+    given: dict[str, Any] = {"path": path, "on_bad_image": on_bad_image, **folders}
+    config = dataclasses.replace(Config().data, **given)
     return read_for_tasks(config, tasks, (split,))
 
 

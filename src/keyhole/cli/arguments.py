@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 from keyhole.config import Config, RunConfig
-from keyhole.config_check import check_text, describe, validate
+from keyhole.config_check import check_text, describe, is_none, validate
 from keyhole.errors import ConfigError
 from keyhole.wording import nearest
 
@@ -34,7 +34,8 @@ class ConfigOptions(Config):
     source: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     """Folder of classes, or CSV with `image` and one column per task; the same as --data.path."""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Settings that come with keyhole, under --config and flags: small, demo, traffic, megapixel-mnist."""
+    """Settings that come with keyhole, under --config and flags: small, demo, slides, traffic, megapixel-mnist,
+    camelyon16, camelyon16-features."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """YAML file with settings, such as `keyhole init` writes; flags go over it."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -165,6 +166,8 @@ def _checked(kind: type, argv: Sequence[str], prog: str) -> list[str]:
             raise ConfigError(f"{written}: a value is missing, expected {describe(option.kind)}")
         for text in values:
             check_text(option.kind, text, written)
+        if is_none(option.kind, values):  # tyro knows the word as Python writes it
+            given, word, values = "", written, ["None"]
         flags += [word] if given else [word, *values]
     required = [name for name, option in positional.items() if option.required]
     if len(loose) < len(required):

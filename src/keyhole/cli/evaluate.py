@@ -14,7 +14,11 @@ from keyhole.errors import DataError
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Metrics of a run's best model with 95 % bootstrap intervals, and one CSV row per image."""
+    """Metrics of a run's best model with 95 % bootstrap intervals, and one CSV row per image.
+
+    Where the data have a column `annotation` (GeoJSON of QuPath, XML of ASAP), also how much of the attention lies in
+    what it outlines.
+    """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder of `keyhole train`."""
@@ -28,8 +32,16 @@ class EvaluateOptions:
     """Folder for metrics, table and contact sheet; default is in the run folder, under evaluation."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    features: Path | None = None
+    """Folder of feature files of the images given with --data."""
+    masks: Path | None = None
+    """Folder of masks of the images given with --data."""
+    memory: str = "auto"
+    """Budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free."""
+    unreadable: str = "1%"
+    """Share of an image's patches that may be unreadable."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """What an unreadable image does: end the evaluation, or be left out, counted and listed."""
+    """What an unreadable image or annotation does: end the evaluation, or be left out, counted and listed."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print these options as they result, as YAML, and end."""
 
@@ -51,6 +63,10 @@ def run(argv: list[str]) -> int:
             out=options.out,
             device=options.device,
             on_bad_image=options.on_bad_image,
+            memory=options.memory,
+            unreadable=options.unreadable,
+            features=options.features,
+            masks=options.masks,
         )
     except DataError as error:  # which names the options of `keyhole train`
         message = str(error).replace("--data.path PATH", "--data PATH").replace("--data.", "--")

@@ -16,6 +16,7 @@ from importlib import import_module
 
 import keyhole
 from keyhole.errors import ConfigError, Interrupted, KeyholeError
+from keyhole.memory.budget import out_of_memory
 
 VERBS = {
     "demo": "write images with small digits in them, train, evaluate: everything once, in minutes",
@@ -24,7 +25,9 @@ VERBS = {
     "train": "learn from a folder of classes or a CSV, into a run folder",
     "resume": "go on with a run that was stopped",
     "evaluate": "metrics of a run with intervals, on its test split or on other data",
+    "embed": "every patch of every image through an encoder once, into files of features to train on",
     "predict": "labels of images, and what they rest on",
+    "data": "write slides of generated tissue to try keyhole on, or read in a published data set",
     "doctor": "try every reader and one training step on this machine",
 }
 
@@ -119,10 +122,8 @@ def _explain(error: Exception) -> int:
             _drop_output()
         place = f"{error.filename}: " if error.filename else ""
         return _say(f"{place}{error.strerror or error}", USAGE_ERROR)
-    # torch has a class of its own for it on a GPU, and on the CPU only words
-    out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if out or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
-        advice = "lower --select.chunk, --select.m, --train.batch, --patch.size or --model.width"
+    if out_of_memory(error):
+        advice = "give a budget with --memory, or lower --select.chunk, --select.m, --train.batch, --patch.size or --model.width"
         return _say(f"out of memory ({error}): {advice}" if str(error) else f"out of memory: {advice}", USAGE_ERROR)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return _say(f"{what} (--debug shows the traceback)", INTERNAL_ERROR, kind="internal error: ")

@@ -37,6 +37,12 @@ class PredictOptions:
     """Folder to write to; created if it is not there."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    masks: Path | None = None
+    """Folder of masks by the images' names, for a model of `patch.foreground mask`."""
+    memory: str = "auto"
+    """Budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free."""
+    unreadable: str = "1%"
+    """Share of an image's patches that may be unreadable."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What an unreadable image does: end the prediction, or be left out, counted and listed."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -63,14 +69,14 @@ def run(argv: list[str]) -> int:
     from keyhole.predict import load
     from keyhole.prediction import write_prediction, write_table
 
-    predictor = load(options.run, device=options.device)
+    predictor = load(options.run, options.device, options.memory, options.unreadable)
     out = writable_folder(options.out)
     folders = _folder_names(images)
 
     def predictions() -> Iterator[Prediction]:
         """Written and shown as they come; none is held, since each has the score of every patch."""
         done = 0
-        for prediction in predictor.predict_many(images, options.on_bad_image, skipped.__setitem__):
+        for prediction in predictor.predict_many(images, options.on_bad_image, skipped.__setitem__, options.masks):
             write_prediction(prediction, out / folders[prediction.image])
             with contextlib.suppress(OSError):  # whoever read the lines may have gone; the files are still wanted
                 print(_line(prediction), flush=True)

@@ -1,0 +1,198 @@
+"""How much of the kept attention lies in annotated lesions: figures by hand, and `keyhole evaluate` over a CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from keyhole.errors import DataError
+from keyhole.images.geometry import Size
+from keyhole.lesions import LesionShare, judge, lesion_means, lesion_share, lesion_table
+from keyhole.prediction import Kept, Prediction, Scores
+from keyhole.regions import Region
+from keyhole.tasks import Task
+
+TASKS = (Task("label", "binary", ("normal", "tumor")), Task("grade", "binary", ("1", "2")))
+SIDE, COLUMNS = 16, 10
+
+
+def boxes(index: np.ndarray) -> np.ndarray:
+    """Patches of 16 px on a grid of 10 columns."""
+    row, column = np.divmod(np.asarray(index), COLUMNS)
+    return np.stack([column * SIDE, row * SIDE, np.full_like(row, SIDE), np.full_like(row, SIDE)], axis=1)
+
+
+def prediction(kept: list[int], label: list[float], grade: list[float], scores: bool = True) -> Prediction:
+    index = np.array(kept)
+    attention = {"label": np.array(label, np.float32), "grade": np.array(grade, np.float32)}
+    every = np.arange(100)
+    score = np.full(100, 0.01, np.float32)
+    return Prediction(
+        name="a",
+        image=Path("a.tif"),
+        size=Size(160, 160),
+        tasks=TASKS,
+        probability={},
+        label={},
+        kept=Kept(index, boxes(index), np.ones(len(index), np.float32), attention),
+        scores=Scores(10, 10, every, np.stack(np.divmod(every, 10), axis=1), score, {}, boxes) if scores else None,
+    )
+
+
+def square(x: float, y: float, side: float) -> Region:
+    return Region((np.array([[x, y], [x + side, y], [x + side, y + side], [x, y + side]], np.float64),))
+
+
+def test_attention_counts_by_the_area_of_a_patch_inside_and_touching_by_any_of_it() -> None:
+    # the lesion is patch 0 whole, and the left half of patch 1
+    regions = [square(0, 0, 16), Region((np.array([[16, 0], [24, 0], [24, 16], [16, 16]], np.float64),))]
+
+    share = lesion_share(prediction([0, 1, 50, 51], [0.4, 0.2, 0.2, 0.2], [0.0, 0.0, 0.5, 0.5]), regions)
+
+    assert share.attention == pytest.approx({"label": 0.4 + 0.2 / 2, "grade": 0})
+    assert share.kept == 0.5
+    assert share.looked_at == 0.02
+    assert share.regions == 2
+
+
+def test_without_scores_it_is_not_known_what_was_looked_at() -> None:
+    share = lesion_share(prediction([0], [1.0], [1.0], scores=False), [square(0, 0, 16)])
+    assert share.looked_at is None
+    means = lesion_means({"a": share, "b": share}, {}, ["label"])
+    assert means.looked_at.value is None
+    assert means.attention["label"].value == 1.0
+    assert "undefined (the scores of the patches were not kept)" in means.lines()[-1]
+
+
+def test_patches_without_a_place_say_nothing_of_lesions(tmp_path: Path) -> None:
+    nowhere = prediction([0], [1.0], [1.0])
+    nowhere.kept.boxes[:] = 0  # as of stored features without coordinates
+
+    said = judge(nowhere, outline(tmp_path / "a.geojson", (0, 0)))
+
+    assert isinstance(said, str)
+    assert "without coordinates" in said
+    assert lesion_means({"a": said}, {}, ["label"]).left_out == {"a": said}
+
+
+def test_means_are_over_images_with_a_lesion_and_what_does_not_count_is_listed() -> None:
+    judged = {
+        "one": LesionShare(1, {"label": 0.2, "grade": 0.0}, 0.5, 0.1),
+        "two": LesionShare(3, {"label": 0.6, "grade": 1.0}, 0.7, 0.3),
+        "none": LesionShare(0, {"label": 0.0, "grade": 0.0}, 0.0, 0.0),
+        "broken": "broken.xml: not XML",
+    }
+
+    means = lesion_means(judged, dict.fromkeys(judged), ["label", "grade"])
+
+    assert (means.images, means.empty, means.left_out) == (2, ("none",), {"broken": "broken.xml: not XML"})
+    assert means.attention["label"].value == pytest.approx(0.4)
+    assert (means.attention["label"].low, means.attention["label"].high) == pytest.approx((0.2, 0.6))
+    assert (means.kept.value, means.looked_at.value) == pytest.approx((0.6, 0.2))
+    assert means.lines() == [
+        "label attention in lesions 0.400 [0.200 0.600], mean of 2 annotated images",
+        "grade attention in lesions 0.500 [0.000 1.000], mean of 2 annotated images",
+        "kept patches that touch a lesion 0.600 [0.500 0.700]; of all looked at 0.200 [0.100 0.300]",
+        "1 annotation outlines nothing and does not count; see lesions.csv",
+        "1 annotation cannot be used and does not count; see lesions.csv",
+    ]
+    assert json.loads(json.dumps(means.to_json(), allow_nan=False))["images"] == 2
+    table = list(csv.DictReader(lesion_table(judged, ["label", "grade"]).splitlines()))
+    assert [row["image"] for row in table] == list(judged)
+    assert table[1]["attention label"] == "0.600000"
+    assert [bool(row["problem"]) for row in table] == [False, False, True, True]
+
+
+def test_images_of_one_group_are_drawn_together() -> None:
+    judged = {str(i): LesionShare(1, {"label": float(i % 2)}, 0.5, 0.1) for i in range(4)}
+
+    apart = lesion_means(judged, {}, ["label"]).attention["label"]
+    together = lesion_means(judged, dict.fromkeys(judged, "patient"), ["label"]).attention["label"]
+
+    assert apart.low == 0.0
+    assert together.low is None
+    assert together.note == "there is only one group"
+
+
+def test_no_lesion_at_all_is_said_and_not_zero() -> None:
+    means = lesion_means({"a": LesionShare(0, {"label": 0.0}, 0.0, 0.0)}, {}, ["label"])
+    assert means.attention["label"].value is None
+    assert "undefined (no image has an annotated lesion)" in means.lines()[0]
+
+
+# --- keyhole evaluate ------------------------------------------------------------------------------------------------
+
+
+def outline(path: Path, *corners: tuple[int, int]) -> Path:
+    """A QuPath file with a square of 16 px at each corner."""
+    rings = [[[x, y], [x + 16, y], [x + 16, y + 16], [x, y + 16], [x, y]] for x, y in corners]
+    geometry = {"type": "MultiPolygon", "coordinates": [[ring] for ring in rings]}
+    feature = {"type": "Feature", "geometry": geometry, "properties": {"objectType": "annotation"}}
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": [feature] if corners else []}))
+    return path
+
+
+@pytest.fixture
+def annotated(toy: Path, tmp_path: Path) -> Path:
+    """The toy images as a CSV; four of them with an annotation of the whole image, one with an empty one."""
+    rows = [["image", "label", "annotation"]]
+    for number, image in enumerate(sorted(toy.rglob("*.png"))[::2]):
+        everywhere = [(x, y) for x in range(0, 64, 16) for y in range(0, 64, 16)]
+        name = f"{number}.geojson" if number < 5 else ""
+        if name:
+            outline(tmp_path / name, *(everywhere if number < 4 else []))
+        rows.append([str(image), image.parent.name, name])
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return tmp_path / "data.csv"
+
+
+def test_all_attention_lies_in_a_lesion_that_is_everywhere(toy_run: Path, annotated: Path, tmp_path: Path) -> None:
+    from keyhole.evaluate import evaluate
+
+    evaluation = evaluate(toy_run, annotated, out=tmp_path / "out")
+
+    lesions = json.loads((tmp_path / "out" / "metrics.json").read_text())["lesions"]
+    assert lesions["images"] == 4
+    assert lesions["attention_in_lesions"]["label"]["value"] == pytest.approx(1)
+    assert lesions["kept_touching_a_lesion"]["value"] == lesions["looked_at_touching_a_lesion"]["value"] == 1
+    assert len(lesions["without_region"]) == 1
+    assert any(line.startswith("attention in lesions 1.000 [1.000 1.000]") for line in evaluation.lines())
+    rows = list(csv.DictReader((tmp_path / "out" / "lesions.csv").read_text().splitlines()))
+    assert [row["regions"] for row in rows] == ["16"] * 4 + ["0"]
+
+
+def test_a_broken_annotation_ends_it_at_once_or_is_left_out_and_listed(
+    toy_run: Path, annotated: Path, tmp_path: Path
+) -> None:
+    from keyhole.evaluate import evaluate
+
+    (tmp_path / "1.geojson").write_text("{")
+    (tmp_path / "2.geojson").write_text("")
+
+    with pytest.raises(DataError, match=r"1\.geojson: not JSON"):
+        evaluate(toy_run, annotated, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+    evaluation = evaluate(toy_run, annotated, out=tmp_path / "out", on_bad_image="skip")
+
+    assert evaluation.lesions is not None
+    assert evaluation.lesions.images == 2
+    assert len(evaluation.lesions.left_out) == 2
+    assert evaluation.metrics[0].n == 12  # the images themselves still count
+    assert not evaluation.left_out
+    problems = [row["problem"] for row in csv.DictReader((tmp_path / "out" / "lesions.csv").read_text().splitlines())]
+    assert sum("geojson" in problem for problem in problems) == 2
+
+
+def test_without_annotations_nothing_is_said_of_lesions(toy_run: Path, tmp_path: Path) -> None:
+    from keyhole.evaluate import evaluate
+
+    evaluation = evaluate(toy_run, out=tmp_path / "out")
+
+    assert evaluation.lesions is None
+    assert "lesions" not in json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert not (tmp_path / "out" / "lesions.csv").exists()
