@@ -91,7 +91,7 @@ FAULTS = {
     "folder.png": "not a regular file|no images there",
     "pipe.png": "not a regular file",
     "small.png": r"the patch \(16 x 16 px\) is larger than the image \(8 x 8 px\)",
-    "white.png": "no patches: the foreground mask leaves none of 16",
+    "white.png": r"no patches: the foreground mask \(non-empty\) leaves none of 16",
     "huge.png": r"900,000,000 pixels, over the limit .*vips tiffsave huge\.png huge\.tif --tile --pyramid",
 }
 FOUND_LATER = ("truncated.png", "flipped.png")
@@ -380,8 +380,8 @@ def test_a_setting_that_the_data_or_the_model_do_not_allow_is_refused(flag: str,
 def test_more_memory_than_there_is_is_one_line(say: Say, toy: Path) -> None:
     for flag in ("--select.chunk=1000000000000", "--model.width=1000000000"):
         line = say("train", toy, f"--out=run{flag}", *FLAGS, flag).refusal()
-        assert "out of memory" in line
-        assert "lower" in line
+        assert "memory" in line
+        assert "--select.chunk" in line or "smaller" in line
 
 
 # Places to write

@@ -221,7 +221,7 @@ class OutOfMemoryError(RuntimeError):
         (KeyboardInterrupt(), 130, "keyhole: interrupted"),
         (OSError(28, "No space left on device", "runs/a"), 2, "keyhole: error: runs/a: No space left on device"),
         (OSError(28, "No space left on device"), 2, "keyhole: error: No space left on device"),
-        (OutOfMemoryError("tried 2 GB"), 2, "keyhole: error: out of memory (tried 2 GB): lower --select.chunk"),
+        (OutOfMemoryError("tried 2 GB"), 2, "keyhole: error: out of memory (tried 2 GB): give a budget with --memory"),
         (MemoryError(), 2, "keyhole: error: out of memory: lower"),
         (ZeroDivisionError("by\nzero"), 70, "keyhole: internal error: ZeroDivisionError: by zero (--debug shows"),
         (AssertionError(), 70, "keyhole: internal error: AssertionError (--debug shows the traceback)"),

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Gt, Interval, MinLen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,6 +59,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
             assert rule.ge == 0 or rule.gt == 0
             high = 1e30 if rule.le is None and (rule.lt or 0) > 1 else 1.0
             return st.floats(0, high, exclude_min=rule.ge is None, exclude_max=rule.le is None)
+        if isinstance(rule, MinLen):
+            return TEXT.filter(bool)
         assert isinstance(rule, Gt | Ge)
         return st.integers(1 if isinstance(rule, Gt) else 0, 10**12)
     if inner:
@@ -118,7 +120,7 @@ def test_a_commented_dump_gives_the_reason_of_every_option_and_the_notes() -> No
         assert all(lines[number - 1].strip().startswith("#") for number in at), path
     assert "  # -> measured so\n  size: 224\n" in text
     assert yaml.safe_load(text)["patch"] == {
-        "size": 224, "stride": None, "level": None, "mpp": None, "foreground": "all"
+        "size": 224, "stride": None, "level": None, "mpp": None, "foreground": "all", "min_foreground": 0.01
     }  # fmt: skip
 
 

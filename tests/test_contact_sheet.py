@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +179,25 @@ def test_shares_are_never_rounded_to_all_or_nothing() -> None:
         "> 99.9 %",
         "100 %",
     ]
+
+
+def test_scores_are_a_picture_where_there_is_no_image(tmp_path: Path) -> None:
+    scores = np.array([[0.0, 0.25, np.nan], [1.0, 0.0625, 0.0]], np.float32)
+    picture = sheet.score_picture(scores, 5)
+    assert picture.shape == (10, 15, 3)
+    cells = picture[2::5, 2::5]
+    assert tuple(cells[1, 0]) == sheet.COLD_TO_HOT[-1]
+    assert tuple(cells[0, 0]) == tuple(cells[1, 2]) == sheet.COLD_TO_HOT[0]
+    assert tuple(cells[0, 2]) == sheet.LINE
+    bare = replace(entry(), thumbnail=picture, downsample=SIZE.width / 15, patches=np.empty((0, 8, 8, 3), np.uint8))
+    pixels = drawn([bare], tmp_path)
+    assert (pixels[:, sheet.PATCHES_LEFT : sheet.WIDTH - sheet.MARGIN][sheet.HEAD + sheet.GAP :] == 255).all()
+
+
+def test_patches_without_a_place_are_not_outlined(tmp_path: Path) -> None:
+    placed = entry()
+    kept = replace(placed.prediction.kept, boxes=np.zeros((4, 4), np.int64))
+    nowhere = replace(placed, prediction=replace(placed.prediction, kept=kept))
+    here = slice(sheet.MARGIN, sheet.MARGIN + sheet.IMAGE_SIDE)
+    assert count(drawn([placed], tmp_path)[sheet.HEAD :, here], sheet.COLD_TO_HOT[-1]) > 0
+    assert count(drawn([nowhere], tmp_path)[sheet.HEAD :, here], sheet.COLD_TO_HOT[-1]) == 0

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -16,8 +20,15 @@ import yaml
 from conftest import write_toy
 from safetensors import safe_open
 
+from keyhole.cli.arguments import parse
+from keyhole.cli.data import KINDS
+from keyhole.cli.main import VERBS
 from keyhole.config import Config
 from keyhole.config_check import leaves
+from keyhole.config_file import recipes
+from keyhole.errors import ConfigError
+from keyhole.memory.budget import parse_memory
+from keyhole.reading.unreadable import parse_share
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -143,6 +154,114 @@ def test_every_setting_that_is_named_exists(document: Path) -> None:
     assert not used - known - files
 
 
+def command_lines(text: str) -> Iterator[tuple[str, bool]]:
+    """Every `keyhole ...` of a document, without comments and pipes; whether it is a line to type, not one in prose."""
+    text = re.sub(r"\\\n\s*", "", text)
+    for line in re.findall(r"^(?: {4}|```\w*\n)(?:\$ )?(?:\.venv/bin/)?keyhole (.*)$", text, re.MULTILINE):
+        yield re.split(r"\s(?:#|\|)", line)[0].strip(), True
+    for span in re.findall(r"`keyhole ([^`]+)`", text):
+        yield " ".join(span.split()), False
+
+
+def options_of(verb: str) -> type:
+    """The dataclass that a verb's options make."""
+    module = import_module(f"keyhole.cli.{verb}")
+    (kind,) = (
+        found
+        for name, found in vars(module).items()
+        if name.endswith("Options") and found.__module__ == module.__name__
+    )
+    assert isinstance(kind, type)
+    return kind
+
+
+def wrong_with(line: str, typed: bool) -> str | None:
+    """What a command line has that keyhole does not know; nothing is run."""
+    verb, *words = shlex.split(re.sub(r"[\[\]]|(?<=\w)\.\.\.", "", line))
+    if verb == "VERB" or verb.startswith("--"):
+        return None
+    if verb == "data" and words and words[0] != "KIND":
+        verb, words = f"data_{words[0]}", words[1:]
+    if verb not in VERBS and verb not in {f"data_{kind}" for kind in KINDS}:
+        return f"no verb {verb}"
+    if "--help" in words or verb == "data":
+        return None
+    try:
+        options: Any = parse(options_of(verb), words, f"keyhole {verb}")
+    except ConfigError as error:
+        return None if not typed and "is missing" in str(error) else str(error)
+    if hasattr(options, "memory"):
+        parse_memory(options.memory)
+    if hasattr(options, "unreadable"):
+        parse_share(options.unreadable)
+    recipe = getattr(options, "recipe", None)
+    return None if recipe in (None, "NAME", *recipes()) else f"no recipe {recipe}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_every_command_line_names_a_verb_options_and_values_that_exist(document: Path) -> None:
+    lines = dict(command_lines(document.read_text()))
+    found = {line: wrong for line, typed in lines.items() if (wrong := wrong_with(line, typed)) is not None}
+    assert not found
+    if document.name in ("README.md", "whole-slides.md", "command-line.md", "first-run.md"):
+        assert len(lines) >= 5, "the lines are not recognised any more"
+
+
+def test_a_command_line_that_would_not_work_is_found() -> None:
+    text = "    keyhole train photos --patch.size 64  # typed\n\nand `keyhole predict RUN\n--out DIR`\n"
+    assert dict(command_lines(text)) == {"train photos --patch.size 64": True, "predict RUN --out DIR": False}
+    for line in (
+        "trian photos",
+        "train photos --patch.sise 64",
+        "train photos --patch.size big",
+        "train photos --recipe nothing",
+        "evaluate",
+        "data slide practice",
+    ):
+        assert wrong_with(line, True), line
+    assert wrong_with("evaluate", False) is None
+
+
+def flags(kind: type, prefix: str = "") -> Iterator[str]:
+    """Every option of a verb."""
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from flags(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield from (f"--{prefix}{no}{field.name}".replace("_", "-") for no in ("", "no-"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_every_option_that_is_named_by_itself_exists_for_some_verb(document: Path) -> None:
+    verbs = [*(verb for verb in VERBS if verb != "data"), *(f"data_{kind}" for kind in KINDS)]
+    known = {flag for verb in verbs for flag in flags(options_of(verb))} | {
+        "--help",
+        "--debug",
+        "--version",
+        "--section.name",
+    }
+    named = set(re.findall(r"`(--[a-z][\w.-]*)[^`]*`", document.read_text()))
+    assert not {flag for flag in named if flag.replace("_", "-") not in known}
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f"](docs/{page.name})" not in text]
+
+
+def test_every_column_with_a_meaning_of_its_own_is_explained() -> None:
+    from keyhole.data.read_csv import RESERVED
+
+    text = (ROOT / "docs" / "data.md").read_text()
+    assert not [column for column in RESERVED if not re.search(rf"^\|[^|]*`{column}`", text, re.MULTILINE)]
+
+
+def test_every_recipe_is_in_the_list_of_recipes() -> None:
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    assert not [recipe for recipe in recipes() if f"| `{recipe}` |" not in text]
+
+
 def test_the_help_of_train_lists_every_setting() -> None:
     """docs/command-line.md says that every setting is a flag and that `--help` gives its reason."""
     done = subprocess.run(
@@ -152,10 +271,9 @@ def test_the_help_of_train_lists_every_setting() -> None:
 
 
 def test_the_command_line_page_names_every_verb() -> None:
-    from keyhole.cli.main import VERBS
-
     text = (ROOT / "docs" / "command-line.md").read_text()
-    assert not [verb for verb in VERBS if f"### `keyhole {verb}" not in text]
+    named = [*(verb for verb in VERBS if verb != "data"), *(f"data {kind}" for kind in KINDS)]
+    assert not [verb for verb in named if f"### `keyhole {verb}" not in text]
 
 
 def test_the_changelog_has_the_version_of_the_package() -> None:

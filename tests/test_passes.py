@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from keyhole.config import AugmentConfig, Config, ModelConfig, PatchConfig
-from keyhole.nn import IPSClassifier, build_classifier
-from keyhole.passes import fetch_kept, open_reader, opener, positions, select_batch, to_tensor
+from keyhole.config import AugmentConfig, Config, ModelConfig, PatchConfig, SelectConfig
+from keyhole.data.item import Item
+from keyhole.nn import IPSClassifier, Kept, build_classifier
+from keyhole.passes import fetch_kept, open_reader, opener, positions, select_batch
 from keyhole.patches import View
 from keyhole.reading import Batch
 from keyhole.store import ImageStore
 from keyhole.tasks import Task
+from keyhole.tensors import to_tensor
 from keyhole.training.augment import Draw, draw, stack_colors
 
 SIZE = 16
@@ -53,7 +55,7 @@ def only_batch(config: Config, images: list[Path], draws: list[Draw], chunk: int
     reader = open_reader(config.run, CPU)
     store = ImageStore(keep=False)
     openers = [
-        opener(config, store, path, path.name, None, each.view, each.offset)
+        opener(config, store, Item(path.name, path, {}), each.view, each.offset)
         for path, each in zip(images, draws, strict=True)
     ]
     stream = reader.stream([openers], chunk)
@@ -61,8 +63,16 @@ def only_batch(config: Config, images: list[Path], draws: list[Draw], chunk: int
 
 
 @LAW
-@given(st.integers(0, 999), st.integers(0, 9), st.integers(1, 30), st.sampled_from([8, 16, 20]))
-def test_both_passes_see_the_same_pixels(images: list[Path], seed: int, epoch: int, chunk: int, stride: int) -> None:
+@given(
+    st.integers(0, 999),
+    st.integers(0, 9),
+    st.integers(1, 30),
+    st.sampled_from([8, 16, 20]),
+    st.sampled_from([0, 2**30]),
+)
+def test_both_passes_see_the_same_pixels(
+    images: list[Path], seed: int, epoch: int, chunk: int, stride: int, hold: int
+) -> None:
     conf = config(stride)
     changes = [draw(AugmentConfig(color=0.5), seed, epoch, path.name, stride, 3) for path in images]
     colors = stack_colors(changes)
@@ -77,14 +87,12 @@ def test_both_passes_see_the_same_pixels(images: list[Path], seed: int, epoch: i
     model, rng = model_of(conf), np.random.default_rng(seed)
     wanted = [rng.permutation(len(source))[:5] for source in batch.sources if source is not None]
 
-    class Chosen:
-        def __init__(self, index: np.ndarray) -> None:
-            self.index = torch.from_numpy(index)
-
-    bags, _ = fetch_kept(model, batch, [Chosen(index) for index in wanted], colors)  # type: ignore[misc]
+    kept = [Kept(torch.from_numpy(index), torch.zeros(len(index))) for index in wanted]
+    bags, _, _ = fetch_kept(model, batch, kept, colors, hold)
+    patches = bags.patches()
     for row, index in enumerate(wanted):
         for place, patch in enumerate(index):
-            torch.testing.assert_close(bags.patches[row, place], seen[row, int(patch)], rtol=0, atol=1e-6)
+            torch.testing.assert_close(patches[row, place], seen[row, int(patch)], rtol=0, atol=1e-6)
     assert bags.mask.sum(dim=1).tolist() == [len(index) for index in wanted]
     del stream, reader
 
@@ -102,7 +110,7 @@ def test_streaming_from_files_selects_what_the_modules_select_in_memory(
     conf = config(position=position)
     model = model_of(conf)
     batch, stream, reader = only_batch(conf, images, [Draw()] * 3, chunk)
-    kept = select_batch(model, batch, m, chunk, rule, keep_logits=True)  # type: ignore[arg-type]
+    kept = select_batch(model, batch, SelectConfig(m, chunk, rule), keep_logits=True)  # type: ignore[arg-type]
     for source, found in zip(batch.sources, kept, strict=True):
         assert source is not None
         assert found is not None
@@ -128,16 +136,16 @@ def test_an_image_that_fails_between_the_passes_is_left_out_alone(images: list[P
     conf, broken = config(position="1d"), tmp_path / "broken.png"
     broken.write_bytes(images[0].read_bytes()[:-3000])
     reader, store = open_reader(conf.run, CPU), ImageStore(keep=False)
-    openers = [opener(conf, store, path, path.name) for path in (images[0], broken, images[1])]
+    openers = [opener(conf, store, Item(path.name, path, {})) for path in (images[0], broken, images[1])]
     model = model_of(conf)
     for batch in reader.stream([openers], 8, "skip"):
-        kept = select_batch(model, batch, 4, 8)
-        bags, pixels = fetch_kept(model, batch, kept)
+        kept = select_batch(model, batch, SelectConfig(4, 8))
+        bags, _, pixels = fetch_kept(model, batch, kept)
         assert list(batch.failed) == [1]
         assert "broken.png" in str(batch.failed[1])
         assert bags.rows == [0, 2]
         assert pixels[1] is None
-        assert bags.patches.shape[:2] == (2, 4)
+        assert bags.patches().shape[:2] == (2, 4)
     reader.close()
 
 

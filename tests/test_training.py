@@ -21,6 +21,7 @@ from keyhole.config import AugmentConfig, Config, TrainConfig
 from keyhole.config_file import load_config
 from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, NonFiniteLoss, OutputError, RunError
 from keyhole.evaluate import evaluate
+from keyhole.reading.unreadable import TooMuchUnreadable
 from keyhole.tasks import Task
 from keyhole.training.augment import color_matrix, draw
 from keyhole.training.score import choose_metric, is_better
@@ -218,7 +219,7 @@ def truncated(tmp_path: Path) -> Path:
 
 
 def test_a_broken_image_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"2\.png"):
+    with pytest.raises(TooMuchUnreadable, match=r"2\.png \(whole\)"):
         keyhole.train(truncated(tmp_path), tmp_path / "run", **SMALL)
 
 

@@ -60,7 +60,7 @@ def read_info(path: Path) -> dict[str, Any]:
     Raises:
         RunError: as `read_tensors`.
     """
-    with _opened(path) as file:
+    with _opened(path, "np") as file:  # torch would map the file a second time, by when it may be another
         text = (file.metadata() or {}).get("keyhole")
     if text is None:
         raise RunError(f"{path}: holds weights, but no keyhole model. Use --model.weights for an encoder's weights.")
@@ -72,14 +72,14 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, framework: str = "pt") -> Iterator[Any]:
     """An open safetensors file; whatever is wrong with it is a RunError."""
     if not path.exists():
         raise RunError(f"{path}: there is no such file. Give a run folder, or the folder of a model.")
     if not path.is_file():
         raise RunError(f"{path}: not a regular file, expected a safetensors file")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, framework) as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path}: damaged or not a safetensors file ({error}). Copy it again.") from error

@@ -12,7 +12,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Gt, Interval, MinLen
 
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 Rate = Annotated[float, Interval(ge=0, lt=1)]
@@ -20,6 +20,8 @@ Positive = Annotated[int, Gt(0)]
 NotNegative = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Interval(gt=0, lt=inf)]
 NotNegativeFloat = Annotated[float, Interval(ge=0, lt=inf)]
+Quantity = Annotated[str, MinLen(1)]
+"""A number with or without a unit, such as 5GB or 1%."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,14 @@ class DataConfig:
     """Share of the images never looked at in training, where no `split` is given."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What an unreadable image does: end the run, or be left out, counted and listed."""
+    features: Path | None = None
+    """Folder of feature files (.h5, .pt), one an image by its name without suffix, as CLAM, TRIDENT and `keyhole embed`
+    write them; they are read in the images' place."""
+    masks: Path | None = None
+    """Folder of masks (.png, .geojson), one an image by its name without suffix, for `patch.foreground mask`; a
+    column `mask` of the CSV goes over it."""
+    hash_gb: NotNegativeFloat = 50.0
+    """GB of files up to which the manifest holds their SHA-256; the files of larger data are told by their size."""
     cache: NotNegativeFloat | None = None
     """GB of decoded pixels that may stay in memory; default is a quarter of the memory free at the start, 0 never."""
 
@@ -53,9 +63,12 @@ class PatchConfig:
     level: NotNegative | None = None
     """Pyramid level to read; default 0. Excludes `mpp`."""
     mpp: PositiveFloat | None = None
-    """Microns per pixel to read at, from the best level, resampled. Excludes `level`."""
-    foreground: Literal["all", "non-empty", "tissue"] = "all"
-    """Patches to look at: all, those not of one colour, or those with stained tissue (Otsu on a thumbnail)."""
+    """Microns per pixel to read at, from the best level, resampled; none reads pixels as they are. Excludes `level`."""
+    foreground: Literal["all", "non-empty", "tissue", "mask"] = "all"
+    """Patches to look at: all, those not of one colour, those with stained tissue (Otsu on a thumbnail), or those on a
+    mask file (column `mask`, or `data.masks`)."""
+    min_foreground: Fraction = 0.01
+    """Least share of a patch that must be `tissue` or on the `mask`. The paper's rule for CAMELYON16 is 1 %."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,12 @@ class ModelConfig:
     """Encoder, attention pool and position code."""
 
     encoder: str = "small"
-    """`small` (ours, fast on small machines) or any timm name, such as `resnet18` or `tf_efficientnet_lite0`."""
+    """`small` (ours, fast on small machines) or any timm name, such as `resnet18` or `tf_efficientnet_lite0`. Stored
+    features need none: they are projected to `dim`."""
+    dim: Positive = 512
+    """Width that stored features are projected to (LayerNorm, Linear, BatchNorm, ReLU), as published for CAMELYON16."""
+    feature_width: Positive | None = None
+    """Numbers of a stored feature; default is what the files hold."""
     channels: Literal[1, 3] = 3
     """Channels the encoder sees; grey images are repeated or colour turned to grey as needed."""
     width: Positive = 32
@@ -95,8 +113,9 @@ class SelectConfig:
 
     m: Positive = 32
     """Patches kept per image (M). Memory and time of the learning pass grow with it."""
-    chunk: Positive = 64
-    """Patches looked at per step of the pass without gradients (I). Larger is faster, up to the device's memory."""
+    chunk: Positive | None = None
+    """Patches looked at per step of the pass without gradients (I); default is what `--memory` allows. Part of the
+    method under `streaming`, where it must be given; under `global` the result does not depend on it."""
     rule: Literal["global", "streaming"] = "global"
     """`global` does not depend on order or chunk size; `streaming` is the published rule."""
 
@@ -162,7 +181,9 @@ class RunConfig:
     ahead: Positive = 4
     """Chunks read ahead of the device; host memory grows with it."""
     stall: PositiveFloat = 120.0
-    """Seconds a single read may take before it is an error that names the file."""
+    """Seconds a single read may take before it is given up and tried again."""
+    retries: NotNegative = 3
+    """Times a file that cannot be reached or stalls is tried again, after 1, 4, 16 ... seconds."""
     save_minutes: PositiveFloat = 5.0
     """The state is saved at the end of each epoch, and at the first step after so many minutes."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -175,6 +196,10 @@ class Config:
 
     out: Path | None = None
     """Run folder to create; must not exist yet."""
+    memory: Quantity = "auto"
+    """Budget of device memory such as `5GB`, kept by choosing chunks; `auto` is what is free. On CPU: the process."""
+    unreadable: Quantity = "1%"
+    """Share of all patches that may be unreadable before training ends with an error; for each image in predicting."""
     data: DataConfig = field(default_factory=DataConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from keyhole.config import Config
+from keyhole.config import Config, Quantity
 from keyhole.errors import ConfigError
 from keyhole.wording import nearest
 
@@ -27,6 +27,8 @@ def check_value(kind: Any, value: Any, name: str) -> Any:
         converted: Any = tuple(value)
     elif isinstance(value, str) and inner is Path:
         converted = Path(value)
+    elif kind is Quantity and isinstance(value, int | float) and not isinstance(value, bool):
+        converted = f"{value:g}"
     else:
         converted = value
     try:
@@ -39,12 +41,17 @@ def check_value(kind: Any, value: Any, name: str) -> Any:
         raise ConfigError(f"{name}: expected {describe(kind)}, got {got(value)}") from error
 
 
+def is_none(kind: Any, words: Sequence[str]) -> bool:
+    """Whether the words of an option on the command line say that it has no value."""
+    return _unwrap(kind)[1] and list(words) in (["none"], ["None"])
+
+
 def check_text(kind: Any, text: str, name: str) -> None:
     """Raises ConfigError if `text`, as written on the command line, is not a `kind`."""
     inner, optional = _unwrap(kind)
     if get_origin(inner) is tuple:
         inner = get_args(inner)[0]
-    if optional and text == "None":
+    if optional and text in ("None", "none"):
         return
     if get_origin(inner) is Literal:
         wrong = text not in map(str, get_args(inner))
@@ -104,6 +111,11 @@ def _contradictions(config: Config, name: Callable[[str], str]) -> Iterator[str]
         )
     if model.pretrained and model.weights is not None:
         yield f"{name('model.pretrained')} and {name('model.weights')} exclude each other: drop one"
+    if config.select.rule == "streaming" and config.select.chunk is None:
+        yield (
+            f"{name('select.rule')} streaming keeps other patches with other chunks: give {name('select.chunk')}, "
+            "the I of the published method"
+        )
     if train.warmup > train.epochs:
         yield (
             f"{name('train.warmup')} (={train.warmup:g}) must not exceed {name('train.epochs')} (={train.epochs}): "
@@ -125,6 +137,8 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 def describe(kind: Any) -> str:
     """What a type takes, in words: `a whole number above 0`."""
     inner, optional = _unwrap(kind)
+    if kind is Quantity:
+        return "a number, with a unit where it has one"
     if optional:
         return f"{describe(inner)} or none"
     limits = ""

@@ -91,3 +91,10 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; symbolic links are followed."""
+    if path.is_dir():
+        return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+    return path.stat().st_size

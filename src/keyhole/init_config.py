@@ -97,8 +97,6 @@ def propose(config: Config, measured: Measured) -> Proposal:
     slides = measured.pyramids and None not in measured.mpp
     m = max(4, min(256, _power_of_two(patches / 8), int(patches)))
     reasons["select.m"] = f"about an eighth of the {patches:,.0f} patches of a typical image, from 4 to 256"
-    chunk = min(1024, _power_of_two(64 * (224 / size) ** 2))
-    reasons["select.chunk"] = f"the pixels of 64 patches of 224 px, in patches of {size} px; at most 1,024"
     if slides:
         reasons["patch.foreground"] = "slides are mostly glass"
     if measured.grey:
@@ -119,7 +117,7 @@ def propose(config: Config, measured: Measured) -> Proposal:
             config,
             patch=replace(config.patch, size=size, mpp=mpp, foreground="tissue" if slides else "all"),
             model=replace(config.model, channels=1 if measured.grey else 3),
-            select=replace(config.select, m=m, chunk=chunk),
+            select=replace(config.select, m=m),
             train=replace(
                 config.train,
                 epochs=epochs,

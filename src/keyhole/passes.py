@@ -8,10 +8,11 @@ learned from is what was selected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,54 +20,69 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keyhole.config import Config, RunConfig, SelectConfig
+from keyhole.data.item import Item
+from keyhole.errors import ImageError
+from keyhole.features import FeatureOpener, FeaturePatches
+from keyhole.memory.bill import HELD_BYTES
+from keyhole.memory.pace import Pace, unlimited
+from keyhole.memory.plan import Plan
 from keyhole.nn import CenterPosition, IPSClassifier, Kept, Selector, evaluating
-from keyhole.nn.selection import Rule
 from keyhole.patches import FileOpener, FilePatches, PatchSource, View
 from keyhole.reading import Batch, Opener, Reader
 from keyhole.store import ImageStore
+from keyhole.tensors import to_tensor
 
 
 @dataclass(frozen=True)
 class Bags:
-    """Kept patches of a batch, ready for `IPSClassifier.forward`.
+    """Kept patches of a batch: their pixels stay on the host and come to the device a part at a time.
 
     Attributes:
-        patches: (b m c h w), zeros at padding.
         position: (b m) or (b m 2), or None where the model has no position code.
         mask: (b m) True where there is a patch.
         rows: which images of the batch these are; the others could not be read.
+        part: start, stop -> loose patches (stop - start c h w) on the device, in the order of `mask`.
     """
 
-    patches: Tensor
     position: Tensor | None
     mask: Tensor
     rows: list[int]
+    part: Callable[[int, int], Tensor]
+
+    def __len__(self) -> int:
+        """How many patches there are."""
+        return int(self.mask.sum())
+
+    def patches(self) -> Tensor:
+        """All at once on the device, as `IPSClassifier.forward` takes them: (b m c h w), zeros at padding."""
+        loose = self.part(0, len(self))
+        whole = loose.new_zeros(*self.mask.shape, *loose.shape[1:])
+        whole[self.mask] = loose
+        return whole
 
 
 def opener(
-    config: Config,
-    store: ImageStore,
-    image: Path,
-    name: str,
-    mpp: float | None = None,
-    view: View | None = None,
-    offset: tuple[int, int] = (0, 0),
-) -> FileOpener:
-    """What a reading thread calls to get the patches of the file `image` under a configuration's patch settings."""
+    config: Config, store: ImageStore, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)
+) -> Opener:
+    """What a reading thread calls to get the patches of `item` under a configuration's patch settings."""
+    if item.features is not None:
+        return FeatureOpener(path=item.features, name=item.name, width=config.model.feature_width)
     patch = config.patch
     return FileOpener(
-        path=image,
-        name=name,
+        path=item.image,
+        name=item.name,
         size=patch.size,
         stride=patch.stride,
         level=patch.level,
         mpp=patch.mpp,
         foreground=patch.foreground,
+        min_foreground=patch.min_foreground,
+        mask=item.mask,
         channels=config.model.channels,
         view=view or View(),
         offset=offset,
         store=store,
-        image_mpp=mpp,
+        image_mpp=item.mpp,
     )
 
 
@@ -77,26 +93,11 @@ def open_reader(run: RunConfig, device: torch.device) -> Reader:
         empty = torch.from_numpy(np.empty(0, dtype)).dtype
         return torch.empty(shape, dtype=empty, pin_memory=True).numpy()
 
-    allocate = {"allocate": pinned} if device.type == "cuda" else {}
-    return Reader(run.threads, run.ahead, run.stall, **allocate)
+    def tell(name: str, reason: str) -> None:
+        print(f"{name}: {reason}", file=sys.stderr, flush=True)
 
-
-def to_tensor(pixels: NDArray[np.generic], device: torch.device, color: Tensor | None = None) -> Tensor:
-    """Patches (k h w c) uint8 from the host -> (k c h w) float32 in 0 ... 1 on the device; features (k f) unchanged.
-
-    Args:
-        pixels: uint8 until here, so that a quarter of the bytes is copied.
-        device: where the model is.
-        color: (k c c+1) affine colour change of each patch, or None.
-    """
-    tensor = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(device)
-    if tensor.dtype != torch.uint8:
-        return tensor.float()
-    tensor = tensor.permute(0, 3, 1, 2).float().div_(255)
-    if color is None:
-        return tensor
-    mixed = torch.einsum("kdc,kchw->kdhw", color[:, :, :-1], tensor) + color[:, :, -1, None, None]
-    return mixed.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
+    allocate = pinned if device.type == "cuda" else np.empty
+    return Reader(run.threads, run.ahead, run.stall, allocate, retries=run.retries, on_retry=tell)
 
 
 def positions(
@@ -106,7 +107,7 @@ def positions(
     if model.position is None:
         return None
     if isinstance(model.position, CenterPosition):
-        scale = source.grid.scale if isinstance(source, FilePatches) else 1.0
+        scale = source.grid.scale if isinstance(source, FilePatches | FeaturePatches) else 1.0
         return torch.from_numpy(source.positions_2d(index) / scale).float().to(device)
     return torch.from_numpy(source.positions_1d(index)).to(device)
 
@@ -114,41 +115,77 @@ def positions(
 def select_batch(
     model: IPSClassifier,
     batch: Batch,
-    m: int,
-    chunk: int,
-    rule: Rule = "global",
+    select: SelectConfig,
     color: Tensor | None = None,
     keep_logits: bool = False,
     on_chunk: Callable[[int], None] | None = None,
+    known: Mapping[int, Kept] | None = None,
+    on_image: Callable[[int, Kept], None] | None = None,
+    pace: Pace | None = None,
 ) -> list[Kept | None]:
     """First pass: looks at every patch of the batch without gradients, keeps the best m of each image.
 
     Args:
         model: on its device; its modes are left as they were.
         batch: streamed chunks, packed across the images.
-        m: patches to keep.
-        chunk: i of the streaming rule.
-        rule: "global" or "streaming".
+        select: how many to keep, by which rule.
         color: (b c c+1) colour change per image.
-        keep_logits: keep the logits of all patches under "streaming" too.
+        keep_logits: keep the logits of all patches.
         on_chunk: called with the number of patches after each chunk; may raise to stop.
+        known: what images keep of which the pass was made before; their patches are not streamed.
+        on_image: called with an image's place and what it keeps, as soon as its last patch has been seen.
+        pace: how many patches are encoded at once; by default a chunk as it comes.
 
     Returns:
         What each image keeps; None where the image could not be read.
     """
     device = next(model.parameters()).device
+    known, pace = known or {}, pace or unlimited(select)
     counts = [0 if source is None else len(source) for source in batch.sources]
-    selector = Selector(counts, m, chunk, rule, keep_logits)
+    selector = Selector(counts, select.m, select.chunk or pace.plan.chunk, select.rule, keep_logits)
+    reported, unread = set(known), dict.fromkeys(range(len(batch.names)), 0)
     with evaluating(model):
         for part in batch.chunks():
             image, index, count = part.image[: part.count], part.index[: part.count], part.count
-            each = None if color is None else color[torch.from_numpy(image)].to(device)
             where = _packed_positions(model, batch.sources, image, index, device)
-            logits = model.score(to_tensor(part.pixels[:count], device, each), where)
+            each = None if color is None else color[torch.from_numpy(image)].to(device)
+            logits = _scored(model, part.pixels[:count], each, where, pace)
             selector.add(torch.from_numpy(image.copy()), torch.from_numpy(index.copy()), logits)
+            for number, reasons in batch.unreadable.items():
+                selector.skip(torch.full((len(reasons) - unread[number],), number))
+                unread[number] = len(reasons)
+            if on_image is not None:
+                for number in set(image.tolist()) - reported:
+                    if selector.finished(number):
+                        reported.add(number)
+                        on_image(number, selector.finish(number))
             if on_chunk is not None:
                 on_chunk(count)
-    return [None if number in batch.failed else selector.finish(number) for number in range(len(batch.names))]
+    kept: list[Kept | None] = []
+    for number in range(len(batch.names)):
+        found = None if number in batch.failed else known.get(number) or selector.finish(number)
+        kept.append(found if found is not None and len(found.index) else None)
+    return kept
+
+
+def _scored(
+    model: IPSClassifier, pixels: NDArray[np.generic], color: Tensor | None, where: Tensor | None, pace: Pace
+) -> Tensor:
+    """Logits (k h t) of a chunk, in as many goes as the plan says."""
+    rows: list[Tensor] = []
+    start = 0
+    while start < len(pixels):
+
+        def score(plan: Plan, start: int = start) -> Tensor:
+            go = slice(start, start + plan.chunk)
+            changed = None if color is None else color[go]
+            return model.score(
+                to_tensor(pixels[go], next(model.parameters()).device, changed), None if where is None else where[go]
+            )
+
+        rows.append(pace.run("select", score))
+        start += len(rows[-1])
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _packed_positions(
@@ -169,37 +206,105 @@ def _packed_positions(
 
 
 def fetch_kept(
-    model: IPSClassifier, batch: Batch, kept: Sequence[Kept | None], color: Tensor | None = None
-) -> tuple[Bags, list[NDArray[np.uint8] | None]]:
-    """Second pass's input: the pixels of the kept patches, padded to one width.
+    model: IPSClassifier,
+    batch: Batch,
+    kept: Sequence[Kept | None],
+    color: Tensor | None = None,
+    hold: int = HELD_BYTES,
+) -> tuple[Bags, list[Kept | None], list[NDArray[np.uint8] | None]]:
+    """Second pass's input: the kept patches, padded to one width.
+
+    Args:
+        model: on its device.
+        batch: still open.
+        kept: of each image; None where it could not be read.
+        color: (b c c+1) colour change per image.
+        hold: most bytes of pixels that stay in host memory; beyond that `Bags.part` reads them each time.
 
     Returns:
-        The bags, and the pixels as read for each image of the batch (None where it could not be read).
+        The bags; what each image really keeps, since a patch may have become unreadable after it was selected; and
+        the pixels as read for each image (None where it could not be read, or where they are not held).
     """
     device = next(model.parameters()).device
     wanted = [np.empty(0, np.int64) if image is None else image.index.cpu().numpy() for image in kept]
-    pixels = batch.fetch(wanted)
-    rows = [row for row in range(len(wanted)) if row not in batch.failed and pixels[row] is not None]
-    width = max((len(wanted[row]) for row in rows), default=0)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    tensors, wheres = [], []
-    for place, row in enumerate(rows):
+    total = sum(
+        len(index) * math.prod(source.patch_shape) * source.dtype.itemsize
+        for index, source in zip(wanted, batch.sources, strict=True)
+        if source is not None
+    )
+    pixels: list[NDArray[np.uint8] | None] = [None] * len(wanted)
+    if total <= hold:
+        pixels = batch.fetch(wanted)
+    found = list(kept)
+    for row, image in enumerate(kept):
+        good = _readable(wanted[row], batch.unreadable.get(row, {}))
+        if image is None or row in batch.failed or not good.any():
+            found[row], pixels[row] = None, None
+        elif not good.all():
+            rows = torch.from_numpy(good).to(image.index.device)
+            found[row] = replace(image, index=image.index[rows], score=image.score[rows])
+            block = pixels[row]
+            pixels[row] = None if block is None else block[good]
+            wanted[row] = wanted[row][good]
+    rows_in = [row for row, image in enumerate(found) if image is not None]
+    width = max((len(wanted[row]) for row in rows_in), default=0)
+    mask = torch.zeros(len(rows_in), width, dtype=torch.bool)
+    wheres = []
+    for place, row in enumerate(rows_in):
         mask[place, : len(wanted[row])] = True
-        each = None if color is None else color[row].to(device).expand(len(wanted[row]), -1, -1)
-        block, source = pixels[row], batch.sources[row]
-        assert block is not None
+        source = batch.sources[row]
         assert source is not None
-        tensors.append(_padded(to_tensor(block, device, each), width))
         where = positions(model, source, wanted[row], device)
         if where is not None:
             wheres.append(_padded(where, width))
-    bags = Bags(
-        torch.stack(tensors) if tensors else torch.empty(0),
-        torch.stack(wheres) if wheres else None,
-        mask.to(device),
-        rows,
-    )
-    return bags, pixels
+
+    def part(start: int, stop: int) -> Tensor:
+        return _part(batch, rows_in, wanted, pixels, color, device, start, stop)
+
+    return Bags(torch.stack(wheres) if wheres else None, mask.to(device), rows_in, part), found, pixels
+
+
+def _readable(index: NDArray[np.int64], unreadable: Mapping[int, str]) -> NDArray[np.bool_]:
+    return ~np.isin(index, list(unreadable))
+
+
+def _part(
+    batch: Batch,
+    rows: Sequence[int],
+    wanted: Sequence[NDArray[np.int64]],
+    pixels: Sequence[NDArray[np.uint8] | None],
+    color: Tensor | None,
+    device: torch.device,
+    start: int,
+    stop: int,
+) -> Tensor:
+    """Loose patches start ... stop of the bags, from host memory or else from the files."""
+    asked: list[NDArray[np.int64] | None] = [None] * len(wanted)
+    blocks: dict[int, NDArray[np.generic]] = {}
+    first = 0
+    for row in rows:
+        low, high = max(start - first, 0), min(stop - first, len(wanted[row]))
+        first += len(wanted[row])
+        if low < high:
+            held = pixels[row]
+            if held is not None:
+                blocks[row] = held[low:high]
+            else:
+                asked[row] = wanted[row][low:high]
+    if any(index is not None for index in asked):
+        read = batch.fetch([np.empty(0, np.int64) if one is None else one for one in asked])
+        for row, (index, block) in enumerate(zip(asked, read, strict=True)):
+            if index is None:
+                continue
+            if block is None or not _readable(index, batch.unreadable.get(row, {})).all():
+                reasons = [str(batch.failed.get(row, "")), *getattr(batch, "unreadable", {}).get(row, {}).values()]
+                raise ImageError(batch.names[row], f"a patch that was selected cannot be read again ({reasons[0]})")
+            blocks[row] = block
+    colors = None
+    if color is not None:
+        counts = torch.tensor([len(block) for _, block in sorted(blocks.items())])
+        colors = color[torch.tensor(sorted(blocks))].repeat_interleave(counts, dim=0).to(device)
+    return to_tensor(np.concatenate([block for _, block in sorted(blocks.items())]), device, colors)
 
 
 def _padded(tensor: Tensor, width: int) -> Tensor:
@@ -224,17 +329,37 @@ def infer(
     reader: Reader,
     batches: Sequence[Sequence[Opener]],
     select: SelectConfig,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: Any = "raise",
     keep_logits: bool = False,
     on_chunk: Callable[[int], None] | None = None,
+    pace: Pace | None = None,
 ) -> Iterator[Inference]:
     """Both passes in evaluation mode over many batches; used by validation, evaluation and prediction alike."""
-    for batch in reader.stream(batches, select.chunk, on_error):
-        kept = select_batch(model, batch, select.m, select.chunk, select.rule, None, keep_logits, on_chunk)
-        bags, pixels = fetch_kept(model, batch, kept)
-        with evaluating(model):
-            logits = {}
-            if bags.rows:
-                embedding = model.embed(bags.patches, bags.mask, select.chunk)
-                logits = model.classify(embedding, bags.position, bags.mask)
+    pace = pace or unlimited(select)
+    for batch in reader.stream(batches, pace.plan.chunk, on_error):
+        kept = select_batch(model, batch, select, None, keep_logits, on_chunk, pace=pace)
+        bags, kept, pixels = fetch_kept(model, batch, kept)
+        logits = {}
+        if bags.rows:
+            with evaluating(model):
+                embedding = torch.cat(list(_embedded(model, bags, pace)))
+                logits = model.classify(_spread(embedding, bags.mask), bags.position, bags.mask)
         yield Inference(batch, kept, bags, pixels, logits)
+
+
+def _spread(embedding: Tensor, mask: Tensor) -> Tensor:
+    """Loose embeddings (k d) to (b m d), zeros at padding."""
+    return embedding.new_zeros(*mask.shape, embedding.shape[-1]).masked_scatter(mask[..., None], embedding)
+
+
+def _embedded(model: IPSClassifier, bags: Bags, pace: Pace) -> Iterator[Tensor]:
+    """Embeddings of the kept patches, as many at a time as the plan says."""
+    start = 0
+    while start < len(bags):
+
+        def encode(plan: Plan, start: int = start) -> Tensor:
+            return model.encode(bags.part(start, min(start + plan.chunk, len(bags))))
+
+        embedding = pace.run("select", encode)
+        start += len(embedding)
+        yield embedding

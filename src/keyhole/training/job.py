@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,24 @@ import keyhole
 from keyhole.checkpoint import load_state, read_info, save_state
 from keyhole.config import Config
 from keyhole.config_file import dump_config
-from keyhole.data.hashes import hash_files
+from keyhole.data.hashes import FileHash, hash_files
+from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest, write_left_out
 from keyhole.device import choose_device
 from keyhole.errors import ConfigError, OutputError, RunError
-from keyhole.files import umask, writable_folder, write_atomic
+from keyhole.files import file_size, umask, writable_folder, write_atomic
+from keyhole.memory.budget import parse_memory
+from keyhole.memory.plan import Plan, make_plan
 from keyhole.nn import IPSClassifier
 from keyhole.passes import open_reader
-from keyhole.reading import Reader
+from keyhole.reading import Batch, Reader
+from keyhole.reading.unreadable import parse_share
 from keyhole.tasks import Task
+from keyhole.training.damage import Damage
 from keyhole.training.loggers import check_loggers
 from keyhole.training.run import Log, Run, check_new, environment, read_rows
 from keyhole.training.score import choose_metric
-from keyhole.training.setup import Images, absolute, new_model, new_optimizer, scan, targets
+from keyhole.training.setup import Images, absolute, new_model, new_optimizer, scan, targets, with_features
 
 
 @dataclass
@@ -48,6 +53,7 @@ class State:
         best_epoch: counted from 1.
         waiting: epochs since.
         stopped: early stopping has ended the learning.
+        plan: how memory is used; with another one the last bits of a resumed run could differ.
         left_out: image -> (epoch it failed in, reason); it is used no more from the next epoch on.
         tasks: as resolved at the start.
     """
@@ -64,6 +70,7 @@ class State:
     waiting: int = 0
     stopped: bool = False
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
     tasks: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -98,6 +105,8 @@ class Job:
     state: State
     log: Log
     device: torch.device
+    plan: Plan
+    damage: Damage
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -114,6 +123,26 @@ class Job:
         self.state.left_out[name] = (self.state.epoch, reason)
         self.log(f"left out: {reason}")
         add_left_out(self.run, {name: reason})
+
+    def note_unreadable(self, items: Sequence[Item], batch: Batch) -> None:
+        """Lists what could not be read of a batch.
+
+        Raises:
+            TooMuchUnreadable: more than `--unreadable` of the patches of this epoch.
+        """
+        self.damage.begin(self.state.epoch)
+        for row, item in enumerate(items):
+            source, error = batch.sources[row], batch.failed.get(row)
+            if error is not None and self.config.data.on_bad_image == "skip":
+                self.leave_out(item.name, str(error))
+            elif error is not None:
+                self.log(f"unreadable: {error}")
+                self.damage.lose(item.name, self.images.counts[item.name], str(error))
+            elif source is not None and batch.unreadable.get(row):
+                reasons = batch.unreadable[row]
+                self.log(f"unreadable: {item.name}: {len(reasons)} patches ({next(iter(reasons.values()))})")
+                self.damage.add(item.name, source, reasons)
+        self.damage.check()
 
     def close(self) -> None:
         self.reader.close()
@@ -139,21 +168,26 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     check_new(config.out)
     check_loggers(config.run.log)
     device = choose_device(config.run.device)
+    parse_share(config.unreadable)
     manifest = read_manifest(config.data, config.train.seed)
+    config, notes = with_features(config, manifest)
     reader = open_reader(config.run, device)
     try:
         images, manifest, lines = scan(config, manifest, reader)
         model = new_model(config, manifest.tasks, device)
         optimizer = new_optimizer(config, model)
+        plan = _plan(config, images, model, optimizer, device)
         val = manifest.split("val")
         state = State(
             steps_per_epoch=-(-len(manifest.split("train")) // config.train.batch),
             metric=choose_metric(config.train.metric, manifest.tasks, targets(manifest, val) if val else None),
             tasks=[task.to_json() for task in manifest.tasks],
+            plan=plan.to_json(),
         )
-        run = _create_folder(config, manifest, model, optimizer, state, device)
-        job = Job(run, config, manifest, images, reader, model, optimizer, state, Log(run.path / "log.txt"), device)
-        for line in (*manifest.notes, *lines, *_overview(job)):
+        hashes, hashed = _hashes(config, manifest)
+        run = _create_folder(config, manifest, hashes, model, optimizer, state, device)
+        job = _job(run, config, manifest, images, reader, model, optimizer, state, device)
+        for line in (*manifest.notes, *notes, *lines, *hashed, *_overview(job)):
             say(line)
             job.log(line)
     except BaseException:
@@ -162,9 +196,58 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     return job
 
 
+def _plan(
+    config: Config, images: Images, model: IPSClassifier, optimizer: torch.optim.Optimizer, device: torch.device
+) -> Plan:
+    """How the memory of the budget is used."""
+    return make_plan(
+        model,
+        patch_shape=images.patch_shape,
+        m=config.select.m,
+        batch=config.train.batch,
+        device=device,
+        memory=parse_memory(config.memory),
+        chunk=config.select.chunk,
+        host_buffers=images.held_bytes,
+        largest_bag=max(images.counts.values()),
+        learn=True,
+        ahead=config.run.ahead,
+        color=config.augment.color > 0,
+        optimizer=optimizer,
+    )
+
+
+def _job(
+    run: Run,
+    config: Config,
+    manifest: Manifest,
+    images: Images,
+    reader: Reader,
+    model: IPSClassifier,
+    optimizer: torch.optim.AdamW,
+    state: State,
+    device: torch.device,
+) -> Job:
+    plan = Plan.from_json(state.plan)
+    damage = Damage(run.path / "unreadable.csv", sum(images.counts.values()), config.unreadable, state.epoch)
+    log = Log(run.path / "log.txt")
+    return Job(run, config, manifest, images, reader, model, optimizer, state, log, device, plan, damage)
+
+
+def _hashes(config: Config, manifest: Manifest) -> tuple[dict[str, FileHash], list[str]]:
+    """What the files hold, for the manifest; of very much data the sizes alone, since reading it all takes hours."""
+    sizes = {item.name: file_size(item.source) for item in manifest.items}
+    total = sum(sizes.values())
+    if total <= config.data.hash_gb * 1e9:
+        return hash_files(manifest.items, config.run.threads, config.run.stall), []
+    line = f"{total / 1e9:,.0f} GB of files are listed by size, without SHA-256 (data.hash_gb {config.data.hash_gb:g})"
+    return {name: FileHash("", size) for name, size in sizes.items()}, [line]
+
+
 def _overview(job: Job) -> list[str]:
     splits = ", ".join(f"{len(job.manifest.split(name))} {name}" for name in ("train", "val", "test"))
     lines = [f"images: {splits}; tasks: {', '.join(f'{task.name} ({task.kind})' for task in job.tasks)}"]
+    lines.append(job.plan.describe())
     if job.manifest.left_out:
         lines.append(f"left out {len(job.manifest.left_out)} files or rows; they are listed in left_out.csv")
     best = f"best model by {job.state.metric} on the validation split" if job.state.metric else "the last epoch is kept"
@@ -175,6 +258,7 @@ def _overview(job: Job) -> list[str]:
 def _create_folder(
     config: Config,
     manifest: Manifest,
+    hashes: Mapping[str, FileHash],
     model: IPSClassifier,
     optimizer: torch.optim.AdamW,
     state: State,
@@ -188,7 +272,7 @@ def _create_folder(
     try:
         # without `out`: as a --config it makes another run, not this one again
         write_atomic(folder / "config.yaml", dump_config(dataclasses.replace(config, out=None)))
-        manifest.write(folder / "manifest.csv", hash_files(manifest.items, config.run.threads, config.run.stall))
+        manifest.write(folder / "manifest.csv", hashes)
         manifest.write_left_out(folder / "left_out.csv")
         write_atomic(folder / "environment.json", json.dumps(environment(str(device)), indent=2) + "\n")
         save_state(folder / "last.safetensors", model, optimizer, state.to_json())
@@ -209,10 +293,10 @@ def _create_folder(
 def _check_unchanged(run: Run) -> None:
     """The files must be those the run began with, or it would not end where it would have."""
     for row in read_rows(run.path / "manifest.csv"):
-        image, size = Path(row["image"]), row["bytes"]
-        if size and image.is_file() and image.stat().st_size != int(size):
+        image, size = Path(row.get("features") or row["image"]), row["bytes"]
+        if size and image.exists() and file_size(image) != int(size):
             raise RunError(
-                f"{image}: has {image.stat().st_size} bytes, {size} when the run began. "
+                f"{image}: has {file_size(image)} bytes, {size} when the run began. "
                 "Put the old file back, or train anew."
             )
 
@@ -237,7 +321,7 @@ def open_job(run: Run, say: Callable[[str], None]) -> Job:
         load_state(last, model, optimizer)
         images, manifest, lines = scan(config, manifest, reader)
         add_left_out(run, {left.name: left.reason for left in manifest.left_out})
-        job = Job(run, config, manifest, images, reader, model, optimizer, state, Log(run.path / "log.txt"), device)
+        job = _job(run, config, manifest, images, reader, model, optimizer, state, device)
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"
         for text in (f"{line} (keyhole {keyhole.__version__})", *lines):
             say(text)

@@ -10,9 +10,10 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +23,21 @@ from keyhole.config import Config
 from keyhole.config_file import build, resolve, validate
 from keyhole.data.manifest import Item
 from keyhole.errors import DataError, Interrupted, NonFiniteLoss
+from keyhole.memory.pace import Pace
+from keyhole.memory.plan import Plan, cap
 from keyhole.metrics import point_metrics
-from keyhole.nn import Kept, class_weights, explore, total_loss
-from keyhole.passes import fetch_kept, infer, select_batch
+from keyhole.nn import Kept, class_weights, split_backward, total_loss
+from keyhole.passes import Bags, fetch_kept, infer, select_batch
 from keyhole.predict import Predictor, describe
-from keyhole.prediction import write_table
+from keyhole.prediction import TableRow, table_row, write_table
 from keyhole.progress import Progress, peak_memory
-from keyhole.reading import Batch
+from keyhole.reading import Batch, FetchOnly, Opener
+from keyhole.reading.chunks import is_alone
 from keyhole.training.augment import draw, stack_colors
+from keyhole.training.exploration import Exploration
 from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job, open_job, start_job
+from keyhole.training.journal import RowJournal, SelectionJournal
 from keyhole.training.loggers import open_loggers
 from keyhole.training.run import Run, find_run, read_rows, write_rows
 from keyhole.training.score import is_better, metric_value
@@ -79,6 +85,10 @@ def resume(path: str | Path) -> Run:
         return Loop(open_job(find_run(path), _say), interrupt).run()
 
 
+MANY = 100_000
+"""Patches from which a piece of work is worth saving by itself."""
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -89,6 +99,10 @@ class Loop:
     def __init__(self, job: Job, interrupt: Interrupt) -> None:
         self.job, self.interrupt = job, interrupt
         self.saved = time.monotonic()
+        self.pace = Pace(job.plan, self.shrink)
+        self.journal = SelectionJournal(job.run.path / "selection.safetensors")
+        explore = job.config.train.explore
+        self.exploration = Exploration(explore, job.state.steps_per_epoch, job.config.train.seed)
         train = job.manifest.split("train")
         labels = targets(job.manifest, train, job.device)
         balance = job.config.train.balance == "loss"
@@ -96,6 +110,10 @@ class Loop:
         self.weights = {name: weight for name, weight in weights.items() if weight is not None}
 
     def run(self) -> Run:
+        with cap(self.job.plan, self.job.device):
+            return self._run()
+
+    def _run(self) -> Run:
         job, config = self.job, self.job.config
         loggers = open_loggers(config.run.log, job.run.path)
         try:
@@ -111,6 +129,7 @@ class Loop:
                 _say(f"left out {len(job.state.left_out)} images that failed; they are listed in left_out.csv")
         except StopRequested as stop:
             job.save()
+            self.journal.flush()
             job.log("stopped by a signal; the state is saved")
             assert self.interrupt.signal is not None
             raise Interrupted(
@@ -141,10 +160,16 @@ class Loop:
             ]
             for each in batches
         ]
-        openers = [
+        openers: list[list[Opener]] = [
             [job.images.opener(item, change.view, change.offset) for item, change in zip(*both, strict=True)]
             for both in zip(batches, draws, strict=True)
         ]
+        if batches:  # a run that was killed in the middle of a batch knows what some of its images keep
+            for row in self.journal.begin(state.step, [item.name for item in batches[0]]):
+                openers[0][row] = FetchOnly(openers[0][row])
+        for step, wanted in enumerate(openers, start=state.step):
+            if self.exploration.is_blind(step):
+                wanted[:] = [FetchOnly(one) for one in wanted]
         waited, counted = job.reader.waited, job.reader.read_patches
         with Progress(sum(map(len, batches)), f"epoch {state.epoch + 1}/{config.train.epochs}") as progress:
 
@@ -154,31 +179,23 @@ class Loop:
                 progress.update(patches=patches, waited=job.reader.waited - waited, device_bytes=self.device_bytes())
                 waited = job.reader.waited
 
-            stream = job.reader.stream(openers, config.select.chunk, self.on_error)
+            self.chunk = self.pace.plan.chunk
+            stream = job.reader.stream(openers, self.chunk, "mask")
             for each, changes, batch in zip(batches, draws, stream, strict=True):
                 colors = stack_colors(changes)
-                kept = select_batch(
-                    job.model,
-                    batch,
-                    config.select.m,
-                    config.select.chunk,
-                    config.select.rule,
-                    colors,
-                    on_chunk=on_chunk,
-                )
-                kept = self.explore(kept, batch)
-                bags, _ = fetch_kept(job.model, batch, kept, colors)
-                for row, error in batch.failed.items():
-                    job.leave_out(each[row].name, str(error))
+                kept = self.select(each, batch, colors, on_chunk)
+                bags, _, _ = fetch_kept(job.model, batch, kept, colors)
+                self.job.note_unreadable(each, batch)
                 if bags.rows:
                     rate = learning_rate(config, state.step, state.steps_per_epoch)
-                    loss = self.step([each[row] for row in bags.rows], bags.patches, bags.position, bags.mask, rate)
+                    loss = self.step([each[row] for row in bags.rows], bags, rate)
                     state.loss_sum += loss * len(bags.rows)
                     state.loss_count += len(bags.rows)
                 state.step += 1
                 state.batch += 1
                 progress.update(images=len(each), text=f"loss {state.loss_sum / max(1, state.loss_count):.4f}")
-                self.save_now_and_then()
+                self.save_now_and_then(sum(job.images.counts[item.name] for item in each))
+                self.journal.end()
                 self.interrupt.check()
         return {
             "epoch": state.epoch + 1,
@@ -189,31 +206,39 @@ class Loop:
             "peak_gb": round(peak_memory() / 1e9, 3),
         }
 
-    def explore(self, kept: list[Kept | None], batch: Batch) -> list[Kept | None]:
-        """In the first `explore` epochs, keeps patches drawn at random in the place of some or all of the best.
+    def select(
+        self, items: list[Item], batch: Batch, colors: torch.Tensor | None, on_chunk: Callable[[int], None]
+    ) -> list[Kept | None]:
+        """What the images of a batch keep for learning."""
+        job, step = self.job, self.job.state.step
+        job.model.pool.key_proj.requires_grad_(not self.exploration.is_blind(step))
+        known = self.journal.begin(step, [item.name for item in items])
+        if self.exploration.is_blind(step):
+            for _ in batch.chunks():  # there are none, but what cannot be opened shows
+                raise AssertionError("patches were streamed that nobody wants")
+            return self.exploration.draw(step, batch.sources, job.config.select.m)
+        kept = select_batch(
+            job.model,
+            batch,
+            job.config.select,
+            colors,
+            on_chunk=on_chunk,
+            known=known,
+            on_image=partial(self.note_image, batch),
+            pace=self.pace,
+        )
+        return self.exploration.mix(step, kept, batch.sources)
 
-        In the first half all are, and attention is held uniform (its key projection stays at zero): encoder and heads
-        learn from what there is. Then attention learns too, and the share falls to none. Without this, scores that
-        mean nothing yet can settle on patches that tell nothing, and what is not kept is never learned from.
-        """
-        state, config = self.job.state, self.job.config.train
-        if not config.explore:
-            return kept
-        done = state.step / state.steps_per_epoch / config.explore
-        self.job.model.pool.key_proj.requires_grad_(done >= 0.5)
-        if done >= 1:
-            return kept
-        seed = int(np.random.SeedSequence([config.seed, state.step, 1]).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(seed)
-        share = min(1.0, 2 * (1 - done))
-        return [
-            image if image is None or source is None else explore(image, len(source), share, generator)
-            for image, source in zip(kept, batch.sources, strict=True)
-        ]
+    def note_image(self, batch: Batch, row: int, kept: Kept) -> None:
+        """Writes down what an image keeps if it is large; a small one's last bits depend on its neighbours' chunks."""
+        source = batch.sources[row]
+        if source is not None and is_alone(len(source), self.chunk):
+            self.journal.add(row, kept)
 
-    @property
-    def on_error(self) -> Literal["raise", "skip"]:
-        return "raise" if self.job.config.data.on_bad_image == "fail" else "skip"
+    def shrink(self, text: str) -> None:
+        """Says that the plan had to become smaller."""
+        _say(f"warning: {text}")
+        self.job.log(f"warning: {text}")
 
     def device_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.job.device) if self.job.device.type == "cuda" else None
@@ -235,28 +260,37 @@ class Loop:
         failed = self.job.state.left_out.get(item.name)
         return failed is None or failed[0] >= self.job.state.epoch
 
-    def step(
-        self,
-        items: list[Item],
-        patches: torch.Tensor,
-        position: torch.Tensor | None,
-        mask: torch.Tensor,
-        rate: float,
-    ) -> float:
-        """The gradient step on the kept patches.
+    def step(self, items: list[Item], bags: Bags, rate: float) -> float:
+        """The gradient step on the kept patches, as many at a time as the plan says.
 
         Raises:
             NonFiniteLoss: the loss or the gradient is not a number; the weights are as they were.
         """
         job, config = self.job, self.job.config.train
-        with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-            torch.manual_seed(int(np.random.SeedSequence([config.seed, job.state.step]).generate_state(1)[0]))
-            job.model.train()
-            logits = job.model(patches, position, mask)
-            loss = total_loss(job.tasks, logits, targets(job.manifest, items, job.device), self.weights)
+        labels = targets(job.manifest, items, job.device)
+        seed = int(np.random.SeedSequence([config.seed, job.state.step]).generate_state(1)[0])
+        before = {name: buffer.clone() for name, buffer in job.model.named_buffers()}
+
+        def learn(plan: Plan) -> torch.Tensor:
+            torch.manual_seed(seed)
             job.optimizer.zero_grad(set_to_none=True)
-            if loss.isfinite():
-                loss.backward()
+            return split_backward(
+                job.model,
+                bags.part,
+                bags.position,
+                bags.mask,
+                lambda logits: total_loss(job.tasks, logits, labels, self.weights),
+                plan.split,
+            )
+
+        def again() -> None:
+            for name, buffer in job.model.named_buffers():
+                buffer.copy_(before[name])
+
+        job.model.train()
+        with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+            loss = self.pace.run("learn", learn, again)
+        job.state.plan = self.pace.plan.to_json()
         learned = [parameter for parameter in job.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(learned, config.clip or math.inf)
         if not loss.isfinite() or not norm.isfinite():
@@ -272,30 +306,54 @@ class Loop:
 
     def validate(self) -> dict[str, float]:
         """Loss and metrics on the validation split; nothing is learned, the test split is not touched."""
-        job, select, size = self.job, self.job.config.select, self.job.config.train.batch
+        job = self.job
         items = [item for item in job.manifest.split("val") if self.usable(item)]
         if not items:
             return {}
-        batches = [items[start : start + size] for start in range(0, len(items), size)]
-        openers = [[job.images.opener(item) for item in each] for each in batches]
-        seen: list[Item] = []
-        logits: dict[str, list[torch.Tensor]] = {task.name: [] for task in job.tasks}
-        stream = infer(job.model, job.reader, openers, select, self.on_error, on_chunk=self.interrupt.check)
-        for each, done in zip(batches, stream, strict=True):
-            for place, error in done.batch.failed.items():
-                job.leave_out(each[place].name, str(error))
-            seen += [each[place] for place in done.bags.rows]
-            for name, values in done.logits.items():
-                logits[name].append(values.cpu())
+        journal = RowJournal(job.run.path / "validation.jsonl", {"epoch": job.state.epoch})
+        done = {tuple(row["names"]): row for row in journal.read()}
+        batches = self.batches(items)
+        todo = [each for each in batches if tuple(item.name for item in each) not in done]
+        openers = [[job.images.opener(item) for item in each] for each in todo]
+        stream = infer(
+            job.model, job.reader, openers, job.config.select, "mask", on_chunk=self.interrupt.check, pace=self.pace
+        )
+        for each, found in zip(todo, stream, strict=True):
+            self.job.note_unreadable(each, found.batch)
+            result: dict[str, Any] = {
+                "names": [item.name for item in each],
+                "seen": list(found.bags.rows),
+                "logits": {name: values.tolist() for name, values in found.logits.items()},
+            }
+            done[tuple(result["names"])] = result
+            if sum(job.images.counts[item.name] for item in each) >= MANY:
+                journal.add(result)
+        rows = [done[tuple(item.name for item in each)] for each in batches]
+        seen = [each[place] for each, row in zip(batches, rows, strict=True) for place in row["seen"]]
         if not seen:
-            raise DataError(f"{job.run.path}: every validation image has failed; see left_out.csv")
-        joined = {name: torch.cat(values) for name, values in logits.items()}
+            raise DataError(f"{job.run.path}: every validation image has failed; see left_out.csv and unreadable.csv")
+        joined = {
+            task.name: torch.tensor([values for row in rows if row["seen"] for values in row["logits"][task.name]])
+            for task in job.tasks
+        }
         labels = targets(job.manifest, seen)
         row = {"val.loss": total_loss(job.tasks, joined, labels, {k: v.cpu() for k, v in self.weights.items()}).item()}
         for task in job.tasks:
-            found = point_metrics(task, labels[task.name].numpy(), task.probability(joined[task.name].numpy()))
-            row |= {f"val.{task.name}.{name}": value for name, value in found.items()}
+            metrics = point_metrics(task, labels[task.name].numpy(), task.probability(joined[task.name].numpy()))
+            row |= {f"val.{task.name}.{name}": value for name, value in metrics.items()}
         return row
+
+    def batches(self, items: list[Item]) -> list[list[Item]]:
+        """Images that are looked at together: a batch of small ones, or one of very many patches alone."""
+        found: list[list[Item]] = [[]]
+        for item in items:
+            alone = self.job.images.counts[item.name] >= MANY
+            if found[-1] and (alone or len(found[-1]) == self.job.config.train.batch):
+                found.append([])
+            found[-1].append(item)
+            if alone:
+                found.append([])
+        return [each for each in found if each]
 
     def end_epoch(self, row: dict[str, float]) -> None:
         """Keeps the best model, writes the metrics and the state; in this order, so that a kill loses no best model."""
@@ -324,33 +382,44 @@ class Loop:
             job.log(f"stopped early: no better {state.metric} for {state.waiting} epochs")
             _say(f"stopped early: no better {state.metric} for {state.waiting} epochs")
         job.save()
+        (job.run.path / "validation.jsonl").unlink(missing_ok=True)
         self.saved = time.monotonic()
 
-    def save_now_and_then(self) -> None:
-        if time.monotonic() - self.saved >= 60 * self.job.config.run.save_minutes:
+    def save_now_and_then(self, patches: int) -> None:
+        """After a step that took long in time, or that has looked at many patches."""
+        if patches >= MANY or time.monotonic() - self.saved >= 60 * self.job.config.run.save_minutes:
             self.job.save()
             self.saved = time.monotonic()
 
     def predict_splits(self) -> None:
-        """What the best model says of the training and validation images, one row each."""
+        """What the best model says of the training and validation images, one row each, from what can be read."""
         job = self.job
         predictor = Predictor.open(job.run.path, str(job.device))
+        predictor.config = dataclasses.replace(predictor.config, unreadable="100%")
         folder = job.run.path / "predictions"
         folder.mkdir(exist_ok=True)
         for split in ("train", "val"):
             items = [item for item in job.manifest.split(split) if item.name not in job.state.left_out]
             if not items or (folder / f"{split}.csv").is_file():
                 continue
+            journal = RowJournal(folder / f".{split}.jsonl", {"epoch": job.state.best_epoch})
+            done = {each["row"]["cells"][0]: TableRow(**each["row"]) for each in journal.read()}
             found = predictor.predict_items(
-                items,
+                [item for item in items if item.name not in done],
                 reader=job.reader,
                 store=job.images.store,
-                on_bad_image=job.config.data.on_bad_image,
+                on_bad_image="skip",
                 left_out=lambda item, error: job.leave_out(item.name, str(error)),
                 on_chunk=self.interrupt.check,
                 description=f"predicting {split}",
+                pace=self.pace,
             )
-            write_table((prediction for _, prediction in found), folder / f"{split}.csv")
+            for item, prediction in found:
+                done[item.name] = table_row(prediction)
+                if job.images.counts[item.name] >= MANY:
+                    journal.add({"row": dataclasses.asdict(done[item.name])})
+            write_table((done[item.name] for item in items if item.name in done), folder / f"{split}.csv")
+            journal.end()
 
 
 def _finite(value: float) -> float | None:

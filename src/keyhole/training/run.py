@@ -43,6 +43,8 @@ PACKAGES = (
     "pillow",
     "tifffile",
     "imagecodecs",
+    "zarr",
+    "h5py",
     "openslide-python",
     "openslide-bin",
     "safetensors",

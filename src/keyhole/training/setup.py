@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from keyhole.checkpoint import load_encoder
-from keyhole.config import Config
+from keyhole.config import AugmentConfig, Config
 from keyhole.data.manifest import Item, Manifest
 from keyhole.device import choose_precision
 from keyhole.errors import ConfigError, DataError, ImageError
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.passes import opener
-from keyhole.patches import FileOpener, View
-from keyhole.reading import Reader
+from keyhole.patches import FilePatches, View
+from keyhole.reading import Opener, Reader
 from keyhole.store import ImageStore, decoded_bytes, fits
 from keyhole.tasks import Task
 
@@ -32,22 +32,55 @@ def absolute(config: Config) -> Config:
     def each(path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
 
-    data = dataclasses.replace(config.data, path=each(config.data.path), root=each(config.data.root))
+    paths: dict[str, Any] = {name: each(getattr(config.data, name)) for name in ("path", "root", "features", "masks")}
+    data = dataclasses.replace(config.data, **paths)
     model = dataclasses.replace(config.model, weights=each(config.model.weights))
     return dataclasses.replace(config, out=each(config.out), data=data, model=model)
 
 
+def with_features(config: Config, manifest: Manifest) -> tuple[Config, list[str]]:
+    """The configuration for what the data are: where they are stored features, their width and no augmentation.
+
+    Raises:
+        ConfigError: an encoder is asked for, which stored features have behind them.
+        ImageError: the first file cannot be read.
+    """
+    first = next((item.features for item in manifest.items if item.features is not None), None)
+    if first is None:
+        if config.model.feature_width is not None:
+            raise ConfigError("model.feature_width is for stored features, but the data are images: leave it out")
+        return config, []
+    from keyhole.features import check_features_config, feature_width
+
+    check_features_config(config)
+    width = feature_width(first)
+    model = dataclasses.replace(config.model, feature_width=width)
+    still = AugmentConfig(flip=False, rotate=False, shift=False, color=0.0)
+    line = f"stored features of {width} numbers, projected to {config.model.dim}; they are not augmented"
+    return dataclasses.replace(config, model=model, augment=still), [line]
+
+
 @dataclass(frozen=True)
 class Images:
-    """How the images of a manifest are opened, and how many patches each has."""
+    """How the images of a manifest are opened, and how many patches each has.
+
+    Attributes:
+        config: of the run.
+        store: opens them.
+        counts: patches of each image of the training and validation splits, by name.
+        patch_shape: of one patch, such as (s, s, c), or (f,) of stored features.
+        held_bytes: of decoded images that stay in memory.
+    """
 
     config: Config
     store: ImageStore
     counts: Mapping[str, int]
+    patch_shape: tuple[int, ...]
+    held_bytes: int
 
-    def opener(self, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)) -> FileOpener:
+    def opener(self, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)) -> Opener:
         """What a reading thread calls to get the patches of `item`."""
-        return opener(self.config, self.store, item.image, item.name, item.mpp, view, offset)
+        return opener(self.config, self.store, item, view, offset)
 
 
 def scan(config: Config, manifest: Manifest, reader: Reader) -> tuple[Images, Manifest, list[str]]:
@@ -65,31 +98,38 @@ def scan(config: Config, manifest: Manifest, reader: Reader) -> tuple[Images, Ma
     probe = ImageStore(keep=False)
     counts: dict[str, int] = {}
     bad: dict[str, str] = {}
+    shape: tuple[int, ...] = ()
     total = 0
     for item in (*manifest.split("train"), *manifest.split("val")):
         try:
-            source = reader.run(item.name, opener(config, probe, item.image, item.name, item.mpp))
+            source = reader.run(item.name, opener(config, probe, item))
         except (ImageError, ConfigError) as error:
             if config.data.on_bad_image == "fail":
                 raise
             bad[item.name] = str(error)
             continue
         counts[item.name] = len(source)
-        total += decoded_bytes(source.image, source.grid.level)
+        shape = source.patch_shape
+        if isinstance(source, FilePatches):
+            total += decoded_bytes(source.image, source.grid.level)
         source.close()
     manifest = manifest.without(bad)
     if not manifest.split("train"):
         raise DataError(f"{config.data.path}: no image of the training split can be read; see keyhole check")
-    keep, sentence = fits(total, config.data.cache)
     patches = sorted(counts.values())
+    what = f"patches of {config.patch.size} px" if total else "stored features"
     lines = [
-        f"{len(counts)} images with {patches[0]} to {patches[-1]} patches of {config.patch.size} px, "
-        f"{sum(patches)} in all; {config.select.m} of each are kept",
-        sentence,
+        f"{len(counts)} images with {patches[0]} to {patches[-1]} {what}, "
+        f"{sum(patches)} in all; {config.select.m} of each are kept"
     ]
+    keep = False
+    if total:
+        keep, sentence = fits(total, config.data.cache)
+        lines.append(sentence)
     if bad:
         lines.append(f"left out {len(bad)} images that cannot be read; they are listed in left_out.csv")
-    return Images(config, ImageStore(keep=keep), counts), manifest, lines
+    images = Images(config, ImageStore(keep=keep, masks=probe.masks), counts, shape, total if keep else 0)
+    return images, manifest, lines
 
 
 def targets(manifest: Manifest, items: Sequence[Item], device: torch.device | None = None) -> dict[str, Tensor]:

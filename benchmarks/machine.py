@@ -1,0 +1,56 @@
+"""What every dated result names: the machine, the versions, the file it goes to."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The CPU's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe(device: str = "cpu") -> str:
+    """Processor, cores, accelerator where one is used, and versions."""
+    import torch
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("timm", "tifffile", "imagecodecs"))
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else ""
+    return (
+        f"{processor()}, {cores()} cores{gpu}, {platform.system()}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {packages}."
+    )
+
+
+def hardware(device: str = "cpu") -> str:
+    """Of a result's file name: `2cpu`, `h200`."""
+    if not device.startswith("cuda"):
+        return f"{cores()}cpu"
+    import torch
+
+    return torch.cuda.get_device_name(device).split()[-1].lower()
+
+
+def write_result(theme: str, title: str, lines: Sequence[str], device: str = "cpu") -> Path:
+    """`theme_hardware_date.md` beside this file."""
+    date = time.strftime("%Y-%m-%d")
+    text = [f"# {title}, {date}", "", *lines, "", describe(device), f"Made by `python benchmarks/{theme}.py`.", ""]
+    path = Path(__file__).parent / f"{theme}_{hardware(device)}_{date}.md"
+    path.write_text("\n".join(text))
+    return path
