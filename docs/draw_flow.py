@@ -89,7 +89,7 @@ def file_node(x: float, y: float) -> str:
     fold = f"M{right - 22} {y} V{y + 22} H{right}"
     kinds = "".join(
         text(x + PICTURE / 2, y + 48 + 19 * i, name, 14, GREY)
-        for i, name in enumerate((".svs .tif", ".jpg .png", "..."))
+        for i, name in enumerate((".svs .tif", ".zarr .png", "..."))
     )
     return f'<path d="{page}" fill="#f8fafc" stroke="#94a3b8"/><path d="{fold}" fill="none" stroke="#94a3b8"/>{kinds}'
 
@@ -219,7 +219,7 @@ def picture() -> str:
                 (lambda x, y: bars_node(x, y, 2, (0,)), "pooled", "one per task, D"),
                 (answer_node, "logits per task", "tasks.py: label, probability"),
             ),
-            (("nn/encoder.py",), ("nn/position.py", "nn/attention.py"), ("nn/classifier.py",)),
+            (("nn/split.py", "nn/encoder.py"), ("nn/position.py", "nn/attention.py"), ("nn/classifier.py",)),
         ),
     )
     for top, nodes, files in rows:
@@ -227,10 +227,11 @@ def picture() -> str:
             parts.append(draw(*corner(column, top)) + caption(column, top, name, detail))
         parts += [arrow(column, top, *names) for column, names in enumerate(files)]
     below = (COLUMN[1] + COLUMN[2]) / 2, first + PICTURE / 2 + 22
-    parts.append(text(*below, "foreground.py", 14, GREY, 'text-anchor="middle" class="code"'))
-    parts.append(text(below[0], below[1] + 18, "if asked", 13, GREY))
-    parts.append(turn(2, first, second, "patches.py  reading.py"))
-    parts.append(turn(3, second, third, "patches.py  reading.py"))
+    for line, words in enumerate(("foreground.py", "masks.py")):
+        parts.append(text(below[0], below[1] + 19 * line, words, 14, GREY, 'text-anchor="middle" class="code"'))
+    parts.append(text(below[0], below[1] + 37, "if asked", 13, GREY))
+    parts.append(turn(2, first, second, "patches.py  reading/"))
+    parts.append(turn(3, second, third, "patches.py  reading/"))
     return "\n".join(parts)
 
 
