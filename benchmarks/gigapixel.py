@@ -81,7 +81,7 @@ def write_slide(folder: Path, side: int) -> tuple[Path, float]:
 
 
 def write_links(scratch: Path, slide: Path, count: int) -> Path:
-    """A CSV of `count` slides that are one file under many names."""
+    """A CSV of `count` slides that are one file under many names; two at least, since there are two classes."""
     rows = ["image,label,split"]
     for number in range(max(2, count)):
         link = scratch / f"{number}.tif"
@@ -100,17 +100,20 @@ def run_steps(
         {
             "out": str(scratch / "run"),
             "memory": options.memory,
-            "data": {"path": str(data), "cache": 0.0},
+            "data": {"path": str(data), "cache": 0.0, "val": 0.0, "test": 0.0},
             "patch": {"size": 256},
             "model": GPU if cuda else CPU,
             "select": {"m": 64},
             "train": {"batch": batch, "epochs": 1, "warmup": 0.0, "precision": "bf16" if cuda else "float32"},
+            "augment": {"color": 0.0},  # none, as published for slides
             "run": {"device": "cuda" if cuda else "cpu"},
         },
     )
     job = start_job(config, lambda line: print(line, file=sys.stderr, flush=True))
     clock = Clock(job)
     loop = Loop(job, Interrupt())
+    items = list(job.manifest.split("train"))[: batch * options.steps]
+    loop.epoch_items = lambda: items  # type: ignore[method-assign]
     with cap(job.plan, job.device):
         if cuda:
             torch.cuda.reset_peak_memory_stats(job.device)
@@ -161,15 +164,16 @@ def report(
 ) -> None:
     patches = job.images.counts
     steps = int(row["step"])
-    looked_at = sum(patches.values())
+    looked_at = batch * steps * next(iter(patches.values()))
     shares = {"waiting for reading": job.reader.waited, **clock.seconds}
     shares["the rest (learning, scoring, bookkeeping)"] = seconds - sum(shares.values())
     device = str(job.device)
     peak = peak_rss()
     model = dataclasses.asdict(job.config.model)
     lines = [
-        f"{steps} training steps, each on {batch} slides of {options.side:,} x {options.side:,} pixels "
-        f"({options.side**2 / 1e9:.1f} gigapixels, {next(iter(patches.values())):,} patches of 256 px), "
+        f"{steps} training step{'s' * (steps > 1)} on {batch} slide{'s' * (batch > 1)} of "
+        f"{options.side:,} x {options.side:,} pixels ({options.side**2 / 1e9:.1f} gigapixels, "
+        f"{next(iter(patches.values())):,} patches of 256 px), "
         f"M = {job.config.select.m}, encoder {model['encoder']}"
         + (f" (width {model['width']}, {model['stages']} halvings)" if model["encoder"] == "small" else "")
         + f", {str(job.model.precision).removeprefix('torch.')}. Generated tissue without glass, a JPEG TIFF of "
