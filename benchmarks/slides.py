@@ -158,7 +158,8 @@ def report(rows: list[tuple[str, ...]], options: argparse.Namespace, versions: d
         "",
         f"{processor()}, {cores} cores, {platform.system()}; Python {versions['python']}, torch {versions['torch']}, "
         f"keyhole {keyhole.__version__}.",
-        f"Made by `python benchmarks/slides.py {' '.join(sys.argv[1:])}`".rstrip(" `") + "`.",
+        f"Made by `python benchmarks/slides.py --seeds {' '.join(map(str, options.seeds))} --train {options.train} "
+        f"--val {options.val} --test {options.test} --side {options.side}`.",
         "",
     ]
     path = Path(__file__).parent / f"slides_{cores}cpu_{date}.md"

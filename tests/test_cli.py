@@ -149,7 +149,10 @@ MISTAKES = {
     "train x --patch.level 1 --patch.mpp 1": ["--patch.level (=1) and --patch.mpp (=1.0) exclude each other"],
     "train x --data.val .5 --data.test .5": ["--data.val (=0.5) and --data.test (=0.5)"],
     "train x --run.device gpu": ["--run.device: expected auto, cpu, cuda or cuda:1"],
-    "train x --recipe trafic": ["no recipe 'trafic' (did you mean `traffic`?)", "megapixel-mnist, slides, small, traffic"],
+    "train x --recipe trafic": [
+        "no recipe 'trafic' (did you mean `traffic`?)",
+        "megapixel-mnist, slides, small, traffic",
+    ],
     "train x --config nope.yaml": ["nope.yaml: no such configuration file"],
     "train x y": ["unexpected argument `y`"],
     "train": ["no data given: keyhole train DATA"],

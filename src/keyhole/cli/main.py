@@ -123,7 +123,8 @@ def _explain(error: Exception) -> int:
         place = f"{error.filename}: " if error.filename else ""
         return _say(f"{place}{error.strerror or error}", USAGE_ERROR)
     if out_of_memory(error):
-        advice = "give a budget with --memory, or lower --select.chunk, --select.m, --train.batch, --patch.size or --model.width"
+        lower = "--select.chunk, --select.m, --train.batch, --patch.size or --model.width"
+        advice = f"give a budget with --memory, or lower {lower}"
         return _say(f"out of memory ({error}): {advice}" if str(error) else f"out of memory: {advice}", USAGE_ERROR)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return _say(f"{what} (--debug shows the traceback)", INTERNAL_ERROR, kind="internal error: ")

@@ -116,6 +116,11 @@ class Job:
         """The state, so that `keyhole resume` goes on from here."""
         save_state(self.run.path / "last.safetensors", self.model, self.optimizer, self.state.to_json())
 
+    def usable(self, item: Item) -> bool:
+        """Whether an image has not failed in an earlier epoch."""
+        failed = self.state.left_out.get(item.name)
+        return failed is None or failed[0] >= self.state.epoch
+
     def leave_out(self, name: str, reason: str) -> None:
         """Notes an image that failed while it was read; listed at once, unused from the next epoch on."""
         if name in self.state.left_out:

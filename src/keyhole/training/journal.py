@@ -20,6 +20,8 @@ from keyhole.checkpoint import read_tensors, write_tensors
 from keyhole.errors import OutputError, RunError
 from keyhole.nn import Kept
 
+MANY = 100_000
+"""Patches from which a piece of work is worth saving by itself."""
 SECONDS = 10.0
 """Between two writes, so that small images cost nothing: what is done again is one image's pass, or so much."""
 

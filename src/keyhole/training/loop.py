@@ -25,11 +25,9 @@ from keyhole.data.manifest import Item
 from keyhole.errors import DataError, Interrupted, NonFiniteLoss
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan, cap
-from keyhole.metrics import point_metrics
 from keyhole.nn import Kept, class_weights, split_backward, total_loss
-from keyhole.passes import Bags, fetch_kept, infer, select_batch
-from keyhole.predict import Predictor, describe
-from keyhole.prediction import TableRow, table_row, write_table
+from keyhole.passes import Bags, fetch_kept, select_batch
+from keyhole.predict import describe
 from keyhole.progress import Progress, peak_memory
 from keyhole.reading import Batch, FetchOnly, Opener
 from keyhole.reading.chunks import is_alone
@@ -37,11 +35,12 @@ from keyhole.training.augment import draw, stack_colors
 from keyhole.training.exploration import Exploration
 from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job, open_job, start_job
-from keyhole.training.journal import RowJournal, SelectionJournal
+from keyhole.training.journal import MANY, SelectionJournal
 from keyhole.training.loggers import open_loggers
 from keyhole.training.run import Run, find_run, read_rows, write_rows
 from keyhole.training.score import is_better, metric_value
 from keyhole.training.setup import learning_rate, targets
+from keyhole.training.validation import predict_splits, validate_epoch
 
 
 def train(data: str | Path | Mapping[str, Any], out: str | Path | None = None, **settings: Any) -> Run:
@@ -85,10 +84,6 @@ def resume(path: str | Path) -> Run:
         return Loop(open_job(find_run(path), _say), interrupt).run()
 
 
-MANY = 100_000
-"""Patches from which a piece of work is worth saving by itself."""
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -119,12 +114,12 @@ class Loop:
         try:
             while job.state.epoch < config.train.epochs and not job.state.stopped:
                 started = time.monotonic()
-                row = self.learn() | self.validate()
+                row = self.learn() | validate_epoch(job, self.pace, self.interrupt, self.weights)
                 row["seconds"] = round(time.monotonic() - started, 2)
                 self.end_epoch(row)
                 for logger in loggers:
                     logger.log(row, job.state.epoch)
-            self.predict_splits()
+            predict_splits(job, self.pace, self.interrupt)
             if job.state.left_out:
                 _say(f"left out {len(job.state.left_out)} images that failed; they are listed in left_out.csv")
         except StopRequested as stop:
@@ -250,15 +245,11 @@ class Loop:
             DataError: none is left.
         """
         state, seed = self.job.state, self.job.config.train.seed
-        usable = [item for item in self.job.manifest.split("train") if self.usable(item)]
+        usable = [item for item in self.job.manifest.split("train") if self.job.usable(item)]
         if not usable:
             raise DataError(f"{self.job.run.path}: every training image has failed; see left_out.csv")
         order = np.random.default_rng([seed, state.epoch]).permutation(len(usable))
         return [usable[place] for place in order]
-
-    def usable(self, item: Item) -> bool:
-        failed = self.job.state.left_out.get(item.name)
-        return failed is None or failed[0] >= self.job.state.epoch
 
     def step(self, items: list[Item], bags: Bags, rate: float) -> float:
         """The gradient step on the kept patches, as many at a time as the plan says.
@@ -269,7 +260,6 @@ class Loop:
         job, config = self.job, self.job.config.train
         labels = targets(job.manifest, items, job.device)
         seed = int(np.random.SeedSequence([config.seed, job.state.step]).generate_state(1)[0])
-        before = {name: buffer.clone() for name, buffer in job.model.named_buffers()}
 
         def learn(plan: Plan) -> torch.Tensor:
             torch.manual_seed(seed)
@@ -283,13 +273,9 @@ class Loop:
                 plan.split,
             )
 
-        def again() -> None:
-            for name, buffer in job.model.named_buffers():
-                buffer.copy_(before[name])
-
         job.model.train()
         with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-            loss = self.pace.run("learn", learn, again)
+            loss = self.pace.run("learn", learn)
         job.state.plan = self.pace.plan.to_json()
         learned = [parameter for parameter in job.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(learned, config.clip or math.inf)
@@ -303,57 +289,6 @@ class Loop:
             group["lr"] = rate * group["factor"]
         job.optimizer.step()
         return loss.item()
-
-    def validate(self) -> dict[str, float]:
-        """Loss and metrics on the validation split; nothing is learned, the test split is not touched."""
-        job = self.job
-        items = [item for item in job.manifest.split("val") if self.usable(item)]
-        if not items:
-            return {}
-        journal = RowJournal(job.run.path / "validation.jsonl", {"epoch": job.state.epoch})
-        done = {tuple(row["names"]): row for row in journal.read()}
-        batches = self.batches(items)
-        todo = [each for each in batches if tuple(item.name for item in each) not in done]
-        openers = [[job.images.opener(item) for item in each] for each in todo]
-        stream = infer(
-            job.model, job.reader, openers, job.config.select, "mask", on_chunk=self.interrupt.check, pace=self.pace
-        )
-        for each, found in zip(todo, stream, strict=True):
-            self.job.note_unreadable(each, found.batch)
-            result: dict[str, Any] = {
-                "names": [item.name for item in each],
-                "seen": list(found.bags.rows),
-                "logits": {name: values.tolist() for name, values in found.logits.items()},
-            }
-            done[tuple(result["names"])] = result
-            if sum(job.images.counts[item.name] for item in each) >= MANY:
-                journal.add(result)
-        rows = [done[tuple(item.name for item in each)] for each in batches]
-        seen = [each[place] for each, row in zip(batches, rows, strict=True) for place in row["seen"]]
-        if not seen:
-            raise DataError(f"{job.run.path}: every validation image has failed; see left_out.csv and unreadable.csv")
-        joined = {
-            task.name: torch.tensor([values for row in rows if row["seen"] for values in row["logits"][task.name]])
-            for task in job.tasks
-        }
-        labels = targets(job.manifest, seen)
-        row = {"val.loss": total_loss(job.tasks, joined, labels, {k: v.cpu() for k, v in self.weights.items()}).item()}
-        for task in job.tasks:
-            metrics = point_metrics(task, labels[task.name].numpy(), task.probability(joined[task.name].numpy()))
-            row |= {f"val.{task.name}.{name}": value for name, value in metrics.items()}
-        return row
-
-    def batches(self, items: list[Item]) -> list[list[Item]]:
-        """Images that are looked at together: a batch of small ones, or one of very many patches alone."""
-        found: list[list[Item]] = [[]]
-        for item in items:
-            alone = self.job.images.counts[item.name] >= MANY
-            if found[-1] and (alone or len(found[-1]) == self.job.config.train.batch):
-                found.append([])
-            found[-1].append(item)
-            if alone:
-                found.append([])
-        return [each for each in found if each]
 
     def end_epoch(self, row: dict[str, float]) -> None:
         """Keeps the best model, writes the metrics and the state; in this order, so that a kill loses no best model."""
@@ -390,36 +325,6 @@ class Loop:
         if patches >= MANY or time.monotonic() - self.saved >= 60 * self.job.config.run.save_minutes:
             self.job.save()
             self.saved = time.monotonic()
-
-    def predict_splits(self) -> None:
-        """What the best model says of the training and validation images, one row each, from what can be read."""
-        job = self.job
-        predictor = Predictor.open(job.run.path, str(job.device))
-        predictor.config = dataclasses.replace(predictor.config, unreadable="100%")
-        folder = job.run.path / "predictions"
-        folder.mkdir(exist_ok=True)
-        for split in ("train", "val"):
-            items = [item for item in job.manifest.split(split) if item.name not in job.state.left_out]
-            if not items or (folder / f"{split}.csv").is_file():
-                continue
-            journal = RowJournal(folder / f".{split}.jsonl", {"epoch": job.state.best_epoch})
-            done = {each["row"]["cells"][0]: TableRow(**each["row"]) for each in journal.read()}
-            found = predictor.predict_items(
-                [item for item in items if item.name not in done],
-                reader=job.reader,
-                store=job.images.store,
-                on_bad_image="skip",
-                left_out=lambda item, error: job.leave_out(item.name, str(error)),
-                on_chunk=self.interrupt.check,
-                description=f"predicting {split}",
-                pace=self.pace,
-            )
-            for item, prediction in found:
-                done[item.name] = table_row(prediction)
-                if job.images.counts[item.name] >= MANY:
-                    journal.add({"row": dataclasses.asdict(done[item.name])})
-            write_table((done[item.name] for item in items if item.name in done), folder / f"{split}.csv")
-            journal.end()
 
 
 def _finite(value: float) -> float | None:

@@ -1,0 +1,117 @@
+"""What a run's model makes of its own images: validation after each epoch, and at the end a row for every image.
+
+Both are written down as they go where an image has very many patches, so that a killed run does not look at it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keyhole.data.item import Item
+from keyhole.errors import DataError
+from keyhole.memory.pace import Pace
+from keyhole.metrics import point_metrics
+from keyhole.nn import total_loss
+from keyhole.passes import infer
+from keyhole.predict import Predictor
+from keyhole.prediction import TableRow, table_row, write_table
+from keyhole.training.interrupt import Interrupt
+from keyhole.training.job import Job
+from keyhole.training.journal import MANY, RowJournal
+from keyhole.training.setup import targets
+
+
+def validate_epoch(job: Job, pace: Pace, interrupt: Interrupt, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Loss and metrics on the validation split; nothing is learned, the test split is not touched.
+
+    Args:
+        job: at the end of an epoch.
+        pace: the memory plan to follow.
+        interrupt: asked after each chunk.
+        weights: of the classes, by task, where the loss is balanced.
+
+    Raises:
+        DataError: no validation image can be read.
+        TooMuchUnreadable: more of this epoch's patches than allowed.
+    """
+    items = [item for item in job.manifest.split("val") if job.usable(item)]
+    if not items:
+        return {}
+    journal = RowJournal(job.run.path / "validation.jsonl", {"epoch": job.state.epoch})
+    done = {tuple(row["names"]): row for row in journal.read()}
+    batches = _batches(job, items)
+    todo = [each for each in batches if tuple(item.name for item in each) not in done]
+    openers = [[job.images.opener(item) for item in each] for each in todo]
+    stream = infer(job.model, job.reader, openers, job.config.select, "mask", on_chunk=interrupt.check, pace=pace)
+    for each, found in zip(todo, stream, strict=True):
+        job.note_unreadable(each, found.batch)
+        result: dict[str, Any] = {
+            "names": [item.name for item in each],
+            "seen": list(found.bags.rows),
+            "logits": {name: values.tolist() for name, values in found.logits.items()},
+        }
+        done[tuple(result["names"])] = result
+        if sum(job.images.counts[item.name] for item in each) >= MANY:
+            journal.add(result)
+    rows = [done[tuple(item.name for item in each)] for each in batches]
+    seen = [each[place] for each, row in zip(batches, rows, strict=True) for place in row["seen"]]
+    if not seen:
+        raise DataError(f"{job.run.path}: every validation image has failed; see left_out.csv and unreadable.csv")
+    joined = {
+        task.name: torch.tensor([values for row in rows if row["seen"] for values in row["logits"][task.name]])
+        for task in job.tasks
+    }
+    labels = targets(job.manifest, seen)
+    row = {"val.loss": total_loss(job.tasks, joined, labels, {k: v.cpu() for k, v in weights.items()}).item()}
+    for task in job.tasks:
+        metrics = point_metrics(task, labels[task.name].numpy(), task.probability(joined[task.name].numpy()))
+        row |= {f"val.{task.name}.{name}": value for name, value in metrics.items()}
+    return row
+
+
+def _batches(job: Job, items: Sequence[Item]) -> list[list[Item]]:
+    """Images that are looked at together: a batch of small ones, or one of very many patches alone."""
+    found: list[list[Item]] = [[]]
+    for item in items:
+        alone = job.images.counts[item.name] >= MANY
+        if found[-1] and (alone or len(found[-1]) == job.config.train.batch):
+            found.append([])
+        found[-1].append(item)
+        if alone:
+            found.append([])
+    return [each for each in found if each]
+
+
+def predict_splits(job: Job, pace: Pace, interrupt: Interrupt) -> None:
+    """What the best model says of the training and validation images, one row each, from what can be read."""
+    predictor = Predictor.open(job.run.path, str(job.device))
+    predictor.config = dataclasses.replace(predictor.config, unreadable="100%")
+    folder = job.run.path / "predictions"
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        items = [item for item in job.manifest.split(split) if item.name not in job.state.left_out]
+        if not items or (folder / f"{split}.csv").is_file():
+            continue
+        journal = RowJournal(folder / f".{split}.jsonl", {"epoch": job.state.best_epoch})
+        done = {each["row"]["cells"][0]: TableRow(**each["row"]) for each in journal.read()}
+        found = predictor.predict_items(
+            [item for item in items if item.name not in done],
+            reader=job.reader,
+            store=job.images.store,
+            on_bad_image="skip",
+            left_out=lambda item, error: job.leave_out(item.name, str(error)),
+            on_chunk=interrupt.check,
+            description=f"predicting {split}",
+            pace=pace,
+        )
+        for item, prediction in found:
+            done[item.name] = table_row(prediction)
+            if job.images.counts[item.name] >= MANY:
+                journal.add({"row": dataclasses.asdict(done[item.name])})
+        write_table((done[item.name] for item in items if item.name in done), folder / f"{split}.csv")
+        journal.end()
