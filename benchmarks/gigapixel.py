@@ -191,7 +191,6 @@ def report(
         f"| time | {seconds:,.0f} s, {seconds / steps:,.0f} s a step |",
         f"| rate | {looked_at / seconds:,.0f} patches/s, {looked_at * 256**2 / seconds / 1e9:.2f} gigapixels/s |",
         *(f"| share of the time: {name} | {part / seconds:.0%} |" for name, part in shares.items()),
-        f"| loss of the last step's epoch | {row['train.loss']:.3f} |",
     ]
     if made:
         lines.append(f"| writing the slide | {made:,.0f} s, {options.side**2 / made / 1e6:,.0f} megapixels/s |")

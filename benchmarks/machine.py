@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -50,7 +51,8 @@ def hardware(device: str = "cpu") -> str:
 def write_result(theme: str, title: str, lines: Sequence[str], device: str = "cpu") -> Path:
     """`theme_hardware_date.md` beside this file."""
     date = time.strftime("%Y-%m-%d")
-    text = [f"# {title}, {date}", "", *lines, "", describe(device), f"Made by `python benchmarks/{theme}.py`.", ""]
+    command = " ".join([f"python benchmarks/{theme}.py", *(word for word in sys.argv[1:] if "/" not in word)])
+    text = [f"# {title}, {date}", "", *lines, "", describe(device), f"Made by `{command}`.", ""]
     path = Path(__file__).parent / f"{theme}_{hardware(device)}_{date}.md"
     path.write_text("\n".join(text))
     return path
