@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from machine import cores as count_cores
+from machine import processor
 
 
 def main() -> None:
@@ -42,7 +44,7 @@ def main() -> None:
             rows.append((seed, accuracy, f"{seconds:.0f} s", f"{peak:.1f} GB"))
             versions = json.loads((out / "run" / "environment.json").read_text())["versions"]
             print(seed, accuracy, f"{seconds:.0f} s", hits, sep="; ", flush=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = count_cores()
     date = time.strftime("%Y-%m-%d")
     text = [
         f"# `keyhole demo`, {cores} CPU cores, {date}",
@@ -62,17 +64,6 @@ def main() -> None:
     path = Path(__file__).parent / f"demo_{cores}cpu_{date}.md"
     path.write_text("\n".join(text))
     print(path)
-
-
-def processor() -> str:
-    """The CPU's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

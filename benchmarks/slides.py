@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -24,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from demo import processor
+from machine import cores as count_cores
+from machine import processor
 from numpy.typing import NDArray
 
 import keyhole
@@ -129,7 +129,7 @@ def on_nests(boxes: NDArray[np.int64], nests: NDArray[np.int64]) -> NDArray[np.b
 
 def report(rows: list[tuple[str, ...]], options: argparse.Namespace, versions: dict[str, str]) -> Path:
     """Writes the dated file."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = count_cores()
     date = time.strftime("%Y-%m-%d")
     head = (
         "seed",
