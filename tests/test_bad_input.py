@@ -83,7 +83,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 FAULTS = {
     "empty.png": r"empty \(0 bytes\)",
-    "truncated.png": r"damaged.*Copy the file again",
+    "truncated.png": r"damaged.*Copy (the file|these files) again",
     "text.png": r"holds text .* named \.png",
     "document.tif": r"a PDF document, although it is named \.tif",
     "flipped.png": "checksum",

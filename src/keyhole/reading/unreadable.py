@@ -109,7 +109,7 @@ class Ledger:
         raise TooMuchUnreadable(
             f"{self.count:,} of {self.total:,} patches cannot be read ({_percent(self.count / max(1, self.total))}), "
             f"but --unreadable allows {_percent(self.share)}: {', '.join(first)}{more}. "
-            f"The first: {found[0][1].rstrip('.')}.{where} "
+            f"The first: {found[0][1].partition('. ')[0].rstrip('.')}.{where} "
             "Copy these files again, or raise --unreadable"
         )
 
