@@ -521,3 +521,16 @@ def test_the_sheet_shows_the_slide_where_it_is_and_the_scores_where_it_is_not(tm
     assert bare.thumbnail.shape[0] * bare.downsample == pytest.approx(800, rel=0.05)
     nowhere = sheet_entry(patch, predictor().predict(write_pt(tmp_path / "b.pt")))
     assert contact_sheet([entry, bare, nowhere], tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+def test_init_says_that_features_have_nothing_to_measure(tmp_path: Path) -> None:
+    from keyhole.config import Config, DataConfig
+    from keyhole.init_config import measure
+
+    for name in "ab":
+        for number in range(3):
+            (tmp_path / name).mkdir(exist_ok=True)
+            with h5py.File(tmp_path / name / f"{number}.h5", "w") as file:
+                file["features"] = np.zeros((4, 8), np.float32)
+    with pytest.raises(ConfigError, match="stored features.*--recipe camelyon16-features"):
+        measure(Config(data=DataConfig(path=tmp_path)))

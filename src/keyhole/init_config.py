@@ -12,7 +12,7 @@ from statistics import median
 from keyhole.config import Config
 from keyhole.data.item import SPLITS
 from keyhole.data.manifest import Manifest, read_manifest
-from keyhole.errors import DataError, ImageError
+from keyhole.errors import ConfigError, DataError, ImageError
 from keyhole.images import open_image
 from keyhole.images.geometry import Size
 from keyhole.reading import Reader
@@ -56,8 +56,14 @@ def measure(config: Config) -> Measured:
 
     Raises:
         DataError, ImageError: as training would.
+        ConfigError: the data are stored features.
     """
     manifest = read_manifest(config.data, config.train.seed)
+    if any(item.features is not None for item in manifest.items):
+        raise ConfigError(
+            f"{config.data.path}: keyhole init measures images, and these are stored features, of which there is "
+            "little to measure. Begin with: keyhole train DATA --recipe camelyon16-features, and lower select.m"
+        )
     step = max(1, len(manifest.items) // SAMPLE)
     sizes, mpp, grey, pyramids = [], [], [], []
     with Reader(threads=1, stall=config.run.stall) as reader:
