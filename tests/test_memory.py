@@ -89,3 +89,52 @@ def test_a_selection_over_250_times_the_patches_takes_no_more_memory_but_for_the
     small, large = measure(script, tmp_path / "few.tif", few), measure(script, tmp_path / "many.tif", many)
     logits = 4 * HEADS * TASKS * many
     assert large["peak"] - small["peak"] < ALLOWED + logits, (small, large)
+
+
+EPOCHS = """
+import re, sys
+from pathlib import Path
+
+import keyhole
+from keyhole.training.loop import Loop
+
+resident = []
+end_epoch = Loop.end_epoch
+
+
+def noting(self, row):
+    end_epoch(self, row)
+    resident.append(int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
+
+
+Loop.end_epoch = noting
+keyhole.train(
+    {"path": sys.argv[1], "cache": 0.0},
+    sys.argv[2],
+    patch={"size": 32, "foreground": "non-empty"},
+    model={"width": 4, "heads": 2},
+    select={"m": 4},
+    train={"epochs": 6, "batch": 8},
+    run={"threads": 2},
+)
+print(*resident)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_epochs_over_200_files_take_no_more_memory_one_after_the_other(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(200):
+        place = tmp_path / "data" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (256, 256, 3), np.uint8)
+        tifffile.imwrite(place / f"{number}.tif", pixels, tile=(64, 64), photometric="rgb", compression="zlib")
+    script = tmp_path / "epochs.py"
+    script.write_text(EPOCHS)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "data", tmp_path / "run"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    resident = [int(word) for word in done.stdout.splitlines()[-1].split()]
+    assert len(resident) == 6
+    assert max(resident[2:]) - resident[1] < 20 * 2**20, resident

@@ -413,3 +413,14 @@ def test_the_cap_is_set_for_a_named_budget_only_and_taken_off_again() -> None:
     with cap(Plan(budget=8 * 10**9, named=True), CPU):
         assert 0 < resource.getrlimit(resource.RLIMIT_DATA)[0] < 10 * 10**9
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_images_that_stay_in_memory_get_a_quarter_of_a_budget_that_they_count_in() -> None:
+    from keyhole.config import Config, DataConfig
+    from keyhole.training.setup import cache_limit
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert cache_limit(Config(memory="2GB"), cpu) == 0.5
+    assert cache_limit(Config(memory="2GB"), cuda) is None  # a quarter of what is free on the host
+    assert cache_limit(Config(), cpu) is None
+    assert cache_limit(Config(memory="2GB", data=DataConfig(cache=3.0)), cpu) == 3.0

@@ -178,7 +178,7 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     config, notes = with_features(config, manifest)
     reader = open_reader(config.run, device)
     try:
-        images, manifest, lines = scan(config, manifest, reader)
+        images, manifest, lines = scan(config, manifest, reader, device)
         model = new_model(config, manifest.tasks, device)
         optimizer = new_optimizer(config, model)
         plan = _plan(config, images, model, optimizer, device)
@@ -324,7 +324,7 @@ def open_job(run: Run, say: Callable[[str], None]) -> Job:
         model = new_model(config, manifest.tasks, device, fresh=False)
         optimizer = new_optimizer(config, model)
         load_state(last, model, optimizer)
-        images, manifest, lines = scan(config, manifest, reader)
+        images, manifest, lines = scan(config, manifest, reader, device)
         add_left_out(run, {left.name: left.reason for left in manifest.left_out})
         job = _job(run, config, manifest, images, reader, model, optimizer, state, device)
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"

@@ -18,6 +18,7 @@ from keyhole.config import AugmentConfig, Config
 from keyhole.data.manifest import Item, Manifest
 from keyhole.device import choose_precision
 from keyhole.errors import ConfigError, DataError, ImageError
+from keyhole.memory.budget import parse_memory
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.passes import opener
 from keyhole.patches import FilePatches, View
@@ -83,7 +84,9 @@ class Images:
         return opener(self.config, self.store, item, view, offset)
 
 
-def scan(config: Config, manifest: Manifest, reader: Reader) -> tuple[Images, Manifest, list[str]]:
+def scan(
+    config: Config, manifest: Manifest, reader: Reader, device: torch.device
+) -> tuple[Images, Manifest, list[str]]:
     """Opens every image of the training and validation splits once: counts patches, weighs them against the memory.
 
     The test split is not touched.
@@ -124,12 +127,20 @@ def scan(config: Config, manifest: Manifest, reader: Reader) -> tuple[Images, Ma
     ]
     keep = False
     if total:
-        keep, sentence = fits(total, config.data.cache)
+        keep, sentence = fits(total, cache_limit(config, device))
         lines.append(sentence)
     if bad:
         lines.append(f"left out {len(bad)} images that cannot be read; they are listed in left_out.csv")
     images = Images(config, ImageStore(keep=keep, masks=probe.masks), counts, shape, total if keep else 0)
     return images, manifest, lines
+
+
+def cache_limit(config: Config, device: torch.device) -> float | None:
+    """GB of decoded images that may stay: on a CPU they are within the budget, of which they get a quarter."""
+    budget = parse_memory(config.memory)
+    if config.data.cache is not None or budget is None or device.type != "cpu":
+        return config.data.cache
+    return budget / 4 / 1e9
 
 
 def targets(manifest: Manifest, items: Sequence[Item], device: torch.device | None = None) -> dict[str, Tensor]:
