@@ -532,5 +532,5 @@ def test_init_says_that_features_have_nothing_to_measure(tmp_path: Path) -> None
             (tmp_path / name).mkdir(exist_ok=True)
             with h5py.File(tmp_path / name / f"{number}.h5", "w") as file:
                 file["features"] = np.zeros((4, 8), np.float32)
-    with pytest.raises(ConfigError, match="stored features.*--recipe camelyon16-features"):
+    with pytest.raises(ConfigError, match=r"stored features.*--recipe camelyon16-features"):
         measure(Config(data=DataConfig(path=tmp_path)))
