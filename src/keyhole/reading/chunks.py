@@ -235,6 +235,7 @@ class Ring:
         self._left = count  # that may still be made
         self._make = make
         self._free: list[Array] = []
+        self._closed = False
 
     def take(self, unwanted: Callable[[], bool]) -> Array | None:
         """A buffer, once there is one; None when `unwanted()` becomes true."""
@@ -253,9 +254,15 @@ class Ring:
         with self._pool.lock:
             if buffer is None:
                 self._left += 1
-            else:
+            elif not self._closed:
                 self._free.append(buffer)
             self._pool.changed.notify_all()
+
+    def close(self) -> None:
+        """Lets go of the buffers now: a stream that has ended waits in a cycle of references for the collector."""
+        with self._pool.lock:
+            self._closed = True
+            self._free.clear()
 
 
 ALONE = 16

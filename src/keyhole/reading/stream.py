@@ -255,5 +255,6 @@ class Stream:
             opened, self._opened = self._opened, set()
             self._ready.clear()
             self._shown.clear()
+            self._ring.close()
         for handle in opened:
             handle.close()
