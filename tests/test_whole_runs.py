@@ -182,10 +182,13 @@ def images_streamed(run: Path) -> int:
         return select(model, batch, *arguments, **options)
 
     loop.select_batch = counting
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes before: sums of another number of threads differ in the last bit
     try:
         resume(run)
     finally:
         loop.select_batch = select
+        torch.set_num_threads(threads)
     return counted
 
 
