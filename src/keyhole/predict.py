@@ -9,37 +9,32 @@ Everything in a prediction comes from its one selection pass: the score map is w
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 import keyhole
+from keyhole.answer import make_prediction
 from keyhole.checkpoint import load_weights, read_tensors
 from keyhole.config import Config
 from keyhole.config_file import build
 from keyhole.data.companions import mask_of
 from keyhole.data.item import FEATURE_SUFFIXES, Item
 from keyhole.device import choose_device, choose_precision
-from keyhole.errors import ConfigError, ImageError, KeyholeError, RunError
-from keyhole.features import FeaturePatches
-from keyhole.images import open_image
-from keyhole.images.geometry import Size
+from keyhole.errors import ConfigError, KeyholeError, RunError
 from keyhole.memory.budget import parse_memory
 from keyhole.memory.cap import cap
 from keyhole.memory.pace import Pace, unlimited
 from keyhole.memory.plan import make_plan
 from keyhole.nn import IPSClassifier, build_classifier
-from keyhole.nn.selection import Kept as KeptTensors
 from keyhole.passes import Inference, infer, open_reader, opener
-from keyhole.patches import FilePatches, PatchSource
-from keyhole.prediction import Kept, Prediction, Scores, by_class
+from keyhole.patches import PatchSource
+from keyhole.prediction import Prediction
 from keyhole.progress import Progress
 from keyhole.reading import Reader
 from keyhole.reading.unreadable import Ledger, parse_share
@@ -281,7 +276,10 @@ class Predictor:
                         left_out(each[row], error)
                 for place, row in enumerate(done.bags.rows):
                     if row not in failed:
-                        yield each[row], self._prediction(each[row], done, place, row, reader)
+                        yield (
+                            each[row],
+                            make_prediction(self.model, self.tasks, self.name, each[row], done, place, row, reader),
+                        )
                 if progress is not None:
                     progress.update(images=len(each))
         finally:
@@ -319,88 +317,12 @@ class Predictor:
                 found[row] = error
         return found
 
-    def _prediction(self, item: Item, done: Inference, place: int, row: int, reader: Reader) -> Prediction:
-        kept, source = done.kept[row], done.batch.sources[row]
-        assert kept is not None
-        assert isinstance(source, FilePatches | FeaturePatches)
-        index, grid = kept.index.cpu().numpy(), source.grid
-        probability = {
-            task.name: task.probability(done.logits[task.name][place].float().cpu().numpy()) for task in self.tasks
-        }
-        unreadable = np.array(sorted(done.batch.unreadable.get(row, ())), np.int64)
-        return Prediction(
-            name=item.name,
-            image=item.image,
-            size=source.image.size if isinstance(source, FilePatches) else _slide_size(item, source, reader),
-            tasks=self.tasks,
-            probability={task.name: by_class(task, probability[task.name]) for task in self.tasks},
-            label={task.name: task.label(probability[task.name]) for task in self.tasks},
-            kept=Kept(index, grid.boxes(index), kept.score.float().cpu().numpy(), self._attention(kept)),
-            scores=self._scores(kept, source),
-            patch=_geometry(source),
-            model=self.name,
-            unreadable=grid.boxes(unreadable) if len(unreadable) else None,
-        )
-
-    def _attention(self, kept: KeptTensors) -> dict[str, Any]:
-        """Weight of each kept patch in the pooled embedding, per task: softmax over the kept, mean over heads."""
-        assert kept.logits is not None
-        weights = kept.logits[kept.index].softmax(dim=0).mean(dim=1).cpu().numpy()
-        return {task.name: weights[:, self.model.queries[task.name]] for task in self.tasks}
-
-    def _scores(self, kept: KeptTensors, source: FilePatches | FeaturePatches) -> Scores:
-        """Every patch's share of the attention over all patches, per task: softmax over n, mean over heads."""
-        assert kept.logits is not None
-        score = kept.logits.softmax(dim=0).mean(dim=1)
-        index = torch.arange(len(score)).numpy()
-        grid = source.grid
-        return Scores(
-            rows=grid.rows,
-            columns=grid.columns,
-            index=index,
-            cells=grid.cells(index),
-            score=score.mean(dim=1).cpu().numpy(),
-            per_task={task.name: score[:, self.model.queries[task.name]].cpu().numpy() for task in self.tasks},
-            boxes=grid.boxes,
-            arrived=None if kept.arrived is None else kept.arrived.numpy(),
-        )
-
 
 def _item(path: str | Path) -> Item:
     """A file given by its path alone, features by their suffix."""
     absolute = Path(path).absolute()
     stored = absolute.suffix.lower() in FEATURE_SUFFIXES
     return Item(str(path), absolute, {}, features=absolute if stored else None)
-
-
-def _geometry(source: FilePatches | FeaturePatches) -> dict[str, Any]:
-    """`Prediction.patch` of a source."""
-    grid = source.grid
-    about: dict[str, Any] = {"size": grid.size, "stride": grid.stride, "level": grid.level}
-    if isinstance(source, FeaturePatches):
-        return about | {
-            "mpp": source.grid.mpp,
-            "scale": grid.scale,
-            "features": str(source.file.path),
-            "size_known": source.grid.known,
-        }
-    mpp = source.image.mpp
-    return about | {"mpp": None if mpp is None else mpp * grid.scale, "scale": grid.scale}
-
-
-def _slide_size(item: Item, source: FeaturePatches, reader: Reader) -> Size:
-    """Level 0 of the slide that features are from: as they say, else as the slide does, else what holds them all."""
-    if source.grid.l0_size is not None:
-        return source.grid.l0_size
-    if item.image != item.features and os.path.exists(item.image):  # noqa: PTH110 - raises nothing on a long name
-
-        def look() -> Size:
-            with open_image(item.image) as image:
-                return image.size
-
-        with suppress(ImageError):  # its features are what was asked for
-            return reader.run(item.name, look)
-    return source.grid.extent
 
 
 def _places(source: PatchSource) -> Callable[[Sequence[int]], Any]:

@@ -1,0 +1,124 @@
+"""Both passes over an image -> its `Prediction`: nothing is computed a second time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from keyhole.data.item import Item
+from keyhole.errors import ImageError
+from keyhole.features import FeaturePatches
+from keyhole.images import open_image
+from keyhole.images.geometry import Size
+from keyhole.nn import IPSClassifier
+from keyhole.nn.selection import Kept as KeptTensors
+from keyhole.passes import Inference
+from keyhole.patches import FilePatches
+from keyhole.prediction import Kept, Prediction, Scores, by_class
+from keyhole.reading import Reader
+from keyhole.tasks import Task
+
+
+def make_prediction(
+    model: IPSClassifier,
+    tasks: Sequence[Task],
+    name: str,
+    item: Item,
+    done: Inference,
+    place: int,
+    row: int,
+    reader: Reader,
+) -> Prediction:
+    """What a model says of one image of a batch.
+
+    Args:
+        model: that looked at it.
+        tasks: what it predicts.
+        name: what predictions call the model.
+        item: the image.
+        done: its batch after both passes, with the logits of all patches.
+        place: of the image in the bags.
+        row: of the image in the batch.
+        reader: for a look at the slide behind stored features.
+    """
+    kept, source = done.kept[row], done.batch.sources[row]
+    assert kept is not None
+    assert isinstance(source, FilePatches | FeaturePatches)
+    index, grid = kept.index.cpu().numpy(), source.grid
+    probability = {task.name: task.probability(done.logits[task.name][place].float().cpu().numpy()) for task in tasks}
+    unreadable = np.array(sorted(done.batch.unreadable.get(row, ())), np.int64)
+    return Prediction(
+        name=item.name,
+        image=item.image,
+        size=source.image.size if isinstance(source, FilePatches) else _slide_size(item, source, reader),
+        tasks=tuple(tasks),
+        probability={task.name: by_class(task, probability[task.name]) for task in tasks},
+        label={task.name: task.label(probability[task.name]) for task in tasks},
+        kept=Kept(index, grid.boxes(index), kept.score.float().cpu().numpy(), _attention(model, tasks, kept)),
+        scores=_scores(model, tasks, kept, source),
+        patch=_geometry(source),
+        model=name,
+        unreadable=grid.boxes(unreadable) if len(unreadable) else None,
+    )
+
+
+def _attention(model: IPSClassifier, tasks: Sequence[Task], kept: KeptTensors) -> dict[str, Any]:
+    """Weight of each kept patch in the pooled embedding, per task: softmax over the kept, mean over heads."""
+    assert kept.logits is not None
+    weights = kept.logits[kept.index].softmax(dim=0).mean(dim=1).cpu().numpy()
+    return {task.name: weights[:, model.queries[task.name]] for task in tasks}
+
+
+def _scores(
+    model: IPSClassifier, tasks: Sequence[Task], kept: KeptTensors, source: FilePatches | FeaturePatches
+) -> Scores:
+    """Every patch's share of the attention over all patches, per task: softmax over n, mean over heads."""
+    assert kept.logits is not None
+    score = kept.logits.softmax(dim=0).mean(dim=1)
+    index = torch.arange(len(score)).numpy()
+    grid = source.grid
+    return Scores(
+        rows=grid.rows,
+        columns=grid.columns,
+        index=index,
+        cells=grid.cells(index),
+        score=score.mean(dim=1).cpu().numpy(),
+        per_task={task.name: score[:, model.queries[task.name]].cpu().numpy() for task in tasks},
+        boxes=grid.boxes,
+        arrived=None if kept.arrived is None else kept.arrived.numpy(),
+    )
+
+
+def _geometry(source: FilePatches | FeaturePatches) -> dict[str, Any]:
+    """`Prediction.patch` of a source."""
+    grid = source.grid
+    about: dict[str, Any] = {"size": grid.size, "stride": grid.stride, "level": grid.level}
+    if isinstance(source, FeaturePatches):
+        return about | {
+            "mpp": source.grid.mpp,
+            "scale": grid.scale,
+            "features": str(source.file.path),
+            "size_known": source.grid.known,
+        }
+    mpp = source.image.mpp
+    return about | {"mpp": None if mpp is None else mpp * grid.scale, "scale": grid.scale}
+
+
+def _slide_size(item: Item, source: FeaturePatches, reader: Reader) -> Size:
+    """Level 0 of the slide that features are from: as they say, else as the slide does, else what holds them all."""
+    if source.grid.l0_size is not None:
+        return source.grid.l0_size
+    if item.image != item.features and os.path.exists(item.image):  # noqa: PTH110 - raises nothing on a long name
+
+        def look() -> Size:
+            with open_image(item.image) as image:
+                return image.size
+
+        with suppress(ImageError):  # its features are what was asked for
+            return reader.run(item.name, look)
+    return source.grid.extent
