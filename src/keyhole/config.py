@@ -146,7 +146,7 @@ class TrainConfig:
     balance: Literal["none", "loss"] = "none"
     """`loss` weighs classes by the inverse of their frequency in the training split."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it and float32 on CPU."""
+    """Arithmetic of the encoder; `auto` is bf16 where the GPU or the CPU has instructions for it, else float32."""
     metric: str = "auto"
     """Validation metric that names the best model: `loss`, `TASK.METRIC` or `METRIC` (mean over tasks); `auto` is
     `auroc` for classes and `mae` for regression."""
@@ -176,6 +176,8 @@ class RunConfig:
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the encoder for this machine; `auto` does where that pays back within the run, and says why."""
     threads: Positive | None = None
     """Threads that read and decode; default is one per core, at most 16."""
     ahead: Positive = 4

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from keyhole.checkpoint import load_encoder
 from keyhole.config import Config, ModelConfig, PatchConfig, RunConfig
@@ -29,6 +29,7 @@ from keyhole.device import choose_device, choose_precision
 from keyhole.errors import ConfigError, DataError, KeyholeError
 from keyhole.features.writer import BYTES, SETTINGS, already_there, feature_writer
 from keyhole.files import file_size, writable_folder
+from keyhole.nn import FastEncoder
 from keyhole.nn.build import build_encoder, embedding_width
 from keyhole.passes import open_reader, opener
 from keyhole.patches import FilePatches
@@ -36,7 +37,6 @@ from keyhole.progress import Progress
 from keyhole.reading import Batch
 from keyhole.reading.unreadable import Ledger, parse_share
 from keyhole.store import ImageStore
-from keyhole.tensors import to_tensor
 from keyhole.wording import listed
 
 
@@ -137,7 +137,7 @@ def embed(
     network = _encoder(config, chosen)
     arithmetic = choose_precision(precision, chosen)
     settings = _settings(config, network, dtype, arithmetic)
-    work = _Work(config, network, chosen, arithmetic, dtype, chunk, settings)
+    work = _Work(config, FastEncoder(network, arithmetic), chosen, dtype, chunk, settings)
     open_items = [
         item for item in items if not already_there(files[item.name], {**settings, **_own(item)}, _bytes(item))
     ]
@@ -165,9 +165,8 @@ class _Work:
     """What is the same for all images."""
 
     config: Config
-    encoder: nn.Module
+    encoder: FastEncoder
     device: torch.device
-    precision: torch.dtype
     dtype: str
     chunk: int
     settings: Mapping[str, Any]
@@ -199,7 +198,7 @@ class _Work:
         writable_folder(path.parent)
         with feature_writer(path, self.dtype) as writer:
             for part in batch.chunks():
-                features = self._encode(to_tensor(part.pixels[: part.count], self.device))
+                features = self.encoder(torch.from_numpy(part.pixels[: part.count]).to(self.device))
                 writer.add(features.cpu().numpy(), source.grid.boxes(part.index[: part.count])[:, :2], item.name)
                 if progress is not None:
                     progress.update(patches=part.count)
@@ -214,14 +213,6 @@ class _Work:
             }
             writer.describe(source, {**self._about(), **about})
         return len(missing)
-
-    def _encode(self, patches: Tensor) -> Tensor:
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32),
-        ):
-            features: Tensor = self.encoder(patches)
-        return features.float()
 
     def _check(self, item: Item, source: FilePatches, missing: Mapping[int, str]) -> None:
         ledger = Ledger(len(source), parse_share(self.config.unreadable))

@@ -23,12 +23,14 @@ from keyhole.config import Config, RunConfig, SelectConfig
 from keyhole.data.item import Item
 from keyhole.errors import ImageError
 from keyhole.features import FeatureOpener, FeaturePatches
+from keyhole.looking import Looker, on_device, timed
 from keyhole.memory.bill import HELD_BYTES
 from keyhole.memory.pace import Pace, unlimited
 from keyhole.memory.plan import Plan
-from keyhole.nn import CenterPosition, IPSClassifier, Kept, Selector, evaluating
+from keyhole.nn import CenterPosition, IPSClassifier, Kept, Selector
 from keyhole.patches import FileOpener, FilePatches, PatchSource, View
 from keyhole.reading import Batch, Opener, Reader
+from keyhole.staging import Stager, prefetched
 from keyhole.store import ImageStore
 from keyhole.tensors import to_tensor
 
@@ -108,8 +110,8 @@ def positions(
         return None
     if isinstance(model.position, CenterPosition):
         scale = source.grid.scale if isinstance(source, FilePatches | FeaturePatches) else 1.0
-        return torch.from_numpy(source.positions_2d(index) / scale).float().to(device)
-    return torch.from_numpy(source.positions_1d(index)).to(device)
+        return on_device((source.positions_2d(index) / scale).astype(np.float32), device)
+    return on_device(source.positions_1d(index), device)
 
 
 def select_batch(
@@ -122,6 +124,7 @@ def select_batch(
     known: Mapping[int, Kept] | None = None,
     on_image: Callable[[int, Kept], None] | None = None,
     pace: Pace | None = None,
+    stager: Stager | None = None,
 ) -> list[Kept | None]:
     """First pass: looks at every patch of the batch without gradients, keeps the best m of each image.
 
@@ -135,6 +138,7 @@ def select_batch(
         known: what images keep of which the pass was made before; their patches are not streamed.
         on_image: called with an image's place and what it keeps, as soon as its last patch has been seen.
         pace: how many patches are encoded at once; by default a chunk as it comes.
+        stager: takes the chunks to the device, and counts where the time goes; one for all batches.
 
     Returns:
         What each image keeps; None where the image could not be read.
@@ -144,12 +148,12 @@ def select_batch(
     counts = [0 if source is None else len(source) for source in batch.sources]
     selector = Selector(counts, select.m, select.chunk or pace.plan.chunk, select.rule, keep_logits)
     reported, unread = set(known), dict.fromkeys(range(len(batch.names)), 0)
-    with evaluating(model):
-        for part in batch.chunks():
+    stager = stager or Stager(device)
+    looker, shares = Looker(model, color, pace, stager.shares), stager.shares
+    with model.looking():
+        for part, pixels in prefetched(timed(batch.chunks(), shares), stager):
             image, index, count = part.image[: part.count], part.index[: part.count], part.count
-            where = _packed_positions(model, batch.sources, image, index, device)
-            each = None if color is None else color[torch.from_numpy(image)].to(device)
-            logits = _scored(model, part.pixels[:count], each, where, pace)
+            logits = looker.score(part, pixels, _packed_positions(model, batch.sources, image, index, device))
             selector.add(torch.from_numpy(image.copy()), torch.from_numpy(index.copy()), logits)
             for number, reasons in batch.unreadable.items():
                 selector.skip(torch.full((len(reasons) - unread[number],), number))
@@ -166,26 +170,6 @@ def select_batch(
         found = None if number in batch.failed else known.get(number) or selector.finish(number)
         kept.append(found if found is not None and len(found.index) else None)
     return kept
-
-
-def _scored(
-    model: IPSClassifier, pixels: NDArray[np.generic], color: Tensor | None, where: Tensor | None, pace: Pace
-) -> Tensor:
-    """Logits (k h t) of a chunk, in as many goes as the plan says."""
-    rows: list[Tensor] = []
-    start = 0
-    while start < len(pixels):
-
-        def score(plan: Plan, start: int = start) -> Tensor:
-            go = slice(start, start + plan.chunk)
-            changed = None if color is None else color[go]
-            return model.score(
-                to_tensor(pixels[go], next(model.parameters()).device, changed), None if where is None else where[go]
-            )
-
-        rows.append(pace.run("select", score))
-        start += len(rows[-1])
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _packed_positions(
@@ -333,15 +317,17 @@ def infer(
     keep_logits: bool = False,
     on_chunk: Callable[[int], None] | None = None,
     pace: Pace | None = None,
+    stager: Stager | None = None,
 ) -> Iterator[Inference]:
     """Both passes in evaluation mode over many batches; used by validation, evaluation and prediction alike."""
     pace = pace or unlimited(select)
-    for batch in reader.stream(batches, pace.plan.chunk, on_error):
-        kept = select_batch(model, batch, select, None, keep_logits, on_chunk, pace=pace)
+    stager = stager or Stager(next(model.parameters()).device)
+    for batch in reader.stream(batches, pace.plan.chunk, on_error, pace.plan.hold, stager.deliver):
+        kept = select_batch(model, batch, select, None, keep_logits, on_chunk, pace=pace, stager=stager)
         bags, kept, pixels = fetch_kept(model, batch, kept)
         logits = {}
         if bags.rows:
-            with evaluating(model):
+            with model.looking():
                 embedding = torch.cat(list(_embedded(model, bags, pace)))
                 logits = model.classify(_spread(embedding, bags.mask), bags.position, bags.mask)
         yield Inference(batch, kept, bags, pixels, logits)
@@ -358,7 +344,7 @@ def _embedded(model: IPSClassifier, bags: Bags, pace: Pace) -> Iterator[Tensor]:
     while start < len(bags):
 
         def encode(plan: Plan, start: int = start) -> Tensor:
-            return model.encode(bags.part(start, min(start + plan.chunk, len(bags))))
+            return model.look(bags.part(start, min(start + plan.chunk, len(bags))))
 
         embedding = pace.run("select", encode)
         start += len(embedding)

@@ -21,6 +21,7 @@ import torch
 import keyhole
 from keyhole.answer import make_prediction
 from keyhole.checkpoint import load_weights, read_tensors
+from keyhole.compiling import choose_compile
 from keyhole.config import Config
 from keyhole.config_file import build
 from keyhole.data.companions import mask_of
@@ -120,7 +121,8 @@ class Predictor:
         with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; a caller's random state is not ours
             model = build_classifier(config.model, tasks, config.patch.size, precision, pretrained=False)
         load_weights(model, weights, folder / "model.safetensors")
-        return cls(model.to(chosen), config, tasks, name)
+        model.to(chosen).accelerate()
+        return cls(model, config, tasks, name)
 
     def predict(self, path: str | Path, mpp: float | None = None, mask: str | Path | None = None) -> Prediction:
         """Label, probabilities, kept patches and the score of every patch of one image.
@@ -267,7 +269,9 @@ class Predictor:
                 on_chunk=chunk,
                 pace=pace,
             )
-            for each, done in zip(batches, stream, strict=True):
+            for number, (each, done) in enumerate(zip(batches, stream, strict=True), start=1):
+                if number == 1:
+                    self._compile(done, pace.plan.chunk, len(batches) - 1)
                 failed = dict(done.batch.failed) | self._too_damaged(done)
                 for row, error in sorted(failed.items()):
                     if on_bad_image == "fail":
@@ -287,6 +291,18 @@ class Predictor:
                 progress.__exit__(None, None, None)
             if own is not None:
                 own.close()
+
+    def _compile(self, done: Inference, chunk: int, batches: int) -> None:
+        """Compiles the encoder after the first batch where that pays back over the others, if they are like it."""
+        source = next((source for source in done.batch.sources if source is not None), None)
+        fast = self.model.fast
+        if not batches or source is None or fast is None or fast.compiled:
+            return
+        expected = batches * sum(len(each) for each in done.batch.sources if each is not None)
+        choice = choose_compile("auto", self.model, source.patch_shape, chunk, expected)
+        if choice.compile:
+            self.model.accelerate(compile=True)
+            print(f"encoder compiled: {choice.why}", file=sys.stderr, flush=True)
 
     def _check_kind(self, items: Sequence[Item]) -> None:
         """A model is of images or of stored features, and says nothing of the others."""

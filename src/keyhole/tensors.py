@@ -7,9 +7,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from keyhole.nn.pixels import prepare
+
 
 def to_tensor(pixels: NDArray[np.generic], device: torch.device, color: Tensor | None = None) -> Tensor:
-    """Patches (k h w c) uint8 from the host -> (k c h w) float32 in 0 ... 1 on the device; features (k f) unchanged.
+    """Patches (k h w c) uint8 from the host -> (k c h w) in 0 ... 1 on the device; features (k f) as float32.
 
     Args:
         pixels: uint8 until here, so that a quarter of the bytes is copied.
@@ -17,10 +19,4 @@ def to_tensor(pixels: NDArray[np.generic], device: torch.device, color: Tensor |
         color: (k c c+1) affine colour change of each patch, or None.
     """
     tensor = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(device)
-    if tensor.dtype != torch.uint8:
-        return tensor.float()
-    tensor = tensor.permute(0, 3, 1, 2).float().div_(255)
-    if color is None:
-        return tensor
-    mixed = torch.einsum("kdc,kchw->kdhw", color[:, :, :-1], tensor) + color[:, :, -1, None, None]
-    return mixed.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
+    return prepare(tensor, color) if tensor.dtype == torch.uint8 else tensor.float()

@@ -11,6 +11,7 @@ import torch
 
 from keyhole.config import SelectConfig
 from keyhole.errors import ConfigError
+from keyhole.memory.bill import HELD_BYTES
 from keyhole.memory.budget import out_of_memory
 from keyhole.memory.plan import Plan, Step
 
@@ -65,4 +66,4 @@ class Pace:
 
 def unlimited(select: SelectConfig) -> Pace:
     """For callers who know what fits: chunks as configured, and no limit."""
-    return Pace(Plan(chunk=select.chunk or 64), lambda text: warnings.warn(text, stacklevel=2))
+    return Pace(Plan(chunk=select.chunk or 64, hold=HELD_BYTES), lambda text: warnings.warn(text, stacklevel=2))

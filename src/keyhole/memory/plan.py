@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from keyhole.errors import ConfigError
-from keyhole.memory.bill import HELD_BYTES, Bill, power_below, powers
+from keyhole.memory.bill import HELD_BYTES, MARGIN, Bill, power_below, powers
 from keyhole.memory.budget import memory_text, out_of_memory
 from keyhole.memory.cap import cap
 from keyhole.memory.meter import steady_heap, taken
@@ -32,6 +32,8 @@ CPU_CHUNK = 64
 """More patches at a time are not faster on a CPU, and results should not depend on the memory of the moment."""
 GPU_CHUNK, GPU_CHUNK_BYTES = 1024, 2**26
 """Most patches at a time on a GPU, and most bytes of them: as many as that wait in the host's pinned buffers, each."""
+GPU_FEATURES = 16384
+"""Most stored features at a time on a GPU: the work on one is small, so that launching it would cost more."""
 SHARE = 0.8
 """Of what is free, for `auto`: others want some too."""
 RESERVE = 2**28
@@ -56,6 +58,8 @@ class Plan:
         source: where the budget comes from.
         named: the user gave the budget.
         peak: bytes predicted.
+        hold: bytes of pixels up to which a batch stays in host memory, so that what is kept of it is not read again;
+            the batch after it may hold as many.
         steady: memory is so scarce that freed blocks are given back at once, at some cost in speed; see `steady_heap`.
     """
 
@@ -66,6 +70,7 @@ class Plan:
     source: str = ""
     named: bool = False
     peak: int = 0
+    hold: int = 0
     steady: bool = False
 
     def describe(self) -> str:
@@ -140,7 +145,7 @@ def make_plan(
     budget, source = _budget(memory, device)
     cpu, named = device.type == "cpu", memory is not None
     patch_bytes = math.prod(patch_shape) * (1 if len(patch_shape) > 1 else 4)
-    most = chunk or (CPU_CHUNK if cpu else min(GPU_CHUNK, power_below(max(2, GPU_CHUNK_BYTES // patch_bytes) + 1)))
+    most = chunk or _most(cpu, len(patch_shape), patch_bytes)
     chunks = [chunk] if chunk else powers(most)
     if cpu:
         steady_heap()
@@ -196,7 +201,23 @@ def make_plan(
     if sizes is None:
         given = memory_text(budget) if named else f"{memory_text(budget)} ({source})"
         raise _too_little(given, bill, chunk)
-    return Plan(*sizes, bill.kept if learn else 0, budget, source, named, bill.peak(*sizes), steady)
+    left = budget - bill.wanted(*sizes) if cpu else round(SHARE * available_bytes())
+    # images that stay in memory decoded are not read again anyway
+    hold = 0 if host_buffers else _hold(batch * largest_bag * patch_bytes, left)
+    peak = bill.peak(*sizes) + (2 * hold if cpu else 0)
+    return Plan(*sizes, bill.kept if learn else 0, budget, source, named, peak, hold, steady)
+
+
+def _most(cpu: bool, axes: int, patch_bytes: int) -> int:
+    """Patches, or features where they have one axis, that are worth taking at a time."""
+    if cpu:
+        return CPU_CHUNK
+    return min(GPU_CHUNK if axes > 1 else GPU_FEATURES, power_below(max(2, GPU_CHUNK_BYTES // patch_bytes) + 1))
+
+
+def _hold(batch: int, left: int) -> int:
+    """`batch`, the bytes of one, where two of them fit into what is left; else nothing."""
+    return batch if batch <= HELD_BYTES and round(2 * batch * (1 + MARGIN)) <= left else 0
 
 
 def _budget(memory: int | None, device: torch.device) -> tuple[int, str]:

@@ -93,16 +93,20 @@ def probe(
             return rng.standard_normal((k, *patch_shape), np.float32)
         return rng.integers(0, 256, (k, *patch_shape), np.uint8)
 
+    def identity(k: int) -> Tensor:
+        channels = patch_shape[-1]
+        return torch.eye(channels, channels + 1, device=device).expand(k, -1, -1)
+
     def convert(pixels: NDArray[Any]) -> Tensor:
         if not color or pixels.dtype != np.uint8:
             return to_tensor(pixels, device)
-        channels = patch_shape[-1]
-        return to_tensor(pixels, device, torch.eye(channels, channels + 1, device=device).expand(len(pixels), -1, -1))
+        return to_tensor(pixels, device, identity(len(pixels)))
 
     def score(k: int) -> int:
         pixels, where = patches(k), _positions(model, (k,), device)
-        with evaluating(model):
-            return growth(device, lambda: model.score(convert(pixels), where), REPEATS)
+        colors = identity(k) if color and pixels.dtype == np.uint8 else None
+        with model.looking():
+            return growth(device, lambda: model.score(torch.from_numpy(pixels).to(device), where, colors), REPEATS)
 
     def encode(k: int) -> int:
         pixels = patches(k)

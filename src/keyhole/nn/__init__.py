@@ -3,7 +3,8 @@
 from keyhole.nn.attention import CrossAttentionPool
 from keyhole.nn.build import build_classifier
 from keyhole.nn.classifier import IPSClassifier
-from keyhole.nn.encoder import FeatureProjector, SmallEncoder, TimmEncoder
+from keyhole.nn.encoder import FeatureProjector, PixelEncoder, SmallEncoder, TimmEncoder
+from keyhole.nn.fast import FastEncoder
 from keyhole.nn.loss import class_weights, task_loss, total_loss
 from keyhole.nn.position import CenterPosition, IndexPosition
 from keyhole.nn.reference import from_reference, reference_tasks
@@ -13,11 +14,13 @@ from keyhole.nn.split import parts, split_backward
 __all__ = [
     "CenterPosition",
     "CrossAttentionPool",
+    "FastEncoder",
     "FeatureProjector",
     "GlobalRule",
     "IPSClassifier",
     "IndexPosition",
     "Kept",
+    "PixelEncoder",
     "Selection",
     "Selector",
     "SmallEncoder",

@@ -3,15 +3,23 @@
 Letters: b image, n patches, m kept, i chunk, t query, h head, d width, o outputs of a task.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from keyhole.nn.attention import CrossAttentionPool
+from keyhole.nn.fast import CompiledEncoder, FastEncoder
+from keyhole.nn.pixels import prepare
 from keyhole.nn.position import CenterPosition
 from keyhole.nn.selection import Rule, Selection, Selector, evaluating
+
+
+def _loose(tensor: Shaped[Tensor, "b n ..."], mask: Bool[Tensor, "b n"] | None) -> Shaped[Tensor, "k ..."]:
+    """One row a patch; without a mask no copy is made."""
+    return tensor.flatten(0, 1) if mask is None else tensor[mask.to(tensor.device)]
 
 
 class IPSClassifier(nn.Module):
@@ -24,6 +32,9 @@ class IPSClassifier(nn.Module):
         position: positions (b n) or (b n 2) -> codes (b n d), or None.
         queries: task -> query of the pool; default one each, in the order of `heads`.
         precision: arithmetic of the encoder (autocast); everything behind it is float32.
+
+    Attributes:
+        fast: what looks at patches without gradients in the encoder's place, see `accelerate`; None: the encoder.
 
     Raises:
         ValueError: a head's query does not exist in the pool.
@@ -43,6 +54,8 @@ class IPSClassifier(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self.queries = dict(queries) if queries is not None else {task: t for t, task in enumerate(heads)}
         self.precision = precision
+        self.fast: FastEncoder | None = None
+        self.learned: CompiledEncoder | None = None
         for task, t in self.queries.items():
             if not 0 <= t < pool.queries:
                 raise ValueError(f"task {task!r} needs query {t}, the pool has `queries` (={pool.queries})")
@@ -82,19 +95,43 @@ class IPSClassifier(nn.Module):
             mask: as in `forward`.
             chunk: patches to encode at once; default all. In evaluation mode the result is the same.
         """
-        loose = patches.flatten(0, 1) if mask is None else patches[mask]
+        loose = _loose(patches, mask)
         embedding = torch.cat([self.encode(part) for part in loose.split(chunk or max(1, len(loose)))])
         if mask is None:
             return embedding.unflatten(0, patches.shape[:2])
         return embedding.new_zeros(*mask.shape, embedding.shape[-1]).masked_scatter(mask[..., None], embedding)
 
+    def accelerate(self, compile: bool = False) -> FastEncoder:  # noqa: A002 - torch's word for it
+        """From now on a folded copy of the encoder in the model's precision looks at patches, see `FastEncoder`.
+
+        Args:
+            compile: `torch.compile` it, and the encoder where it learns.
+        """
+        self.fast = FastEncoder(self.encoder, self.precision, compile)
+        self.learned = CompiledEncoder(self.encoder) if compile else None
+        return self.fast
+
     def encode(self, patches: Shaped[Tensor, "k ..."]) -> Float[Tensor, "k d"]:
         """The encoder over loose patches, in the model's precision; the result is float32."""
         if patches.dtype == torch.uint8:
             patches = patches.to(torch.float32) / 255
+        encoder = self.encoder if self.learned is None or not self.training else self.learned
         with torch.autocast(patches.device.type, self.precision, enabled=self.precision != torch.float32):
-            embedding: Tensor = self.encoder(patches)
+            embedding: Tensor = encoder(patches)
         return embedding.float()
+
+    def look(
+        self, pixels: Shaped[Tensor, "k ..."], color: Float[Tensor, "k c c+1"] | None = None
+    ) -> Float[Tensor, "k d"]:
+        """Embeddings of loose patches, for use without gradients and in evaluation mode; see `looking`.
+
+        Args:
+            pixels: uint8 as read from files (k h w c), floats as the encoder takes them (k c h w), or features (k f).
+            color: affine colour change of each patch, of uint8 only.
+        """
+        if self.fast is not None:
+            return self.fast(pixels, color)
+        return self.encode(prepare(pixels, color) if pixels.dtype == torch.uint8 else pixels)
 
     def with_position(
         self, embedding: Float[Tensor, "b n d"], position: Shaped[Tensor, "b n ..."] | None
@@ -109,11 +146,19 @@ class IPSClassifier(nn.Module):
         return embedding + self.position(position)
 
     def score(
-        self, patches: Shaped[Tensor, "k ..."], position: Shaped[Tensor, "k ..."] | None = None
+        self,
+        pixels: Shaped[Tensor, "k ..."],
+        position: Shaped[Tensor, "k ..."] | None = None,
+        color: Float[Tensor, "k c c+1"] | None = None,
     ) -> Float[Tensor, "k h t"]:
-        """Attention logits of loose patches; what the selection runs over every chunk."""
-        embedding = self.encode(patches)[None]
-        return self.pool.logits(self.with_position(embedding, None if position is None else position[None]))[0]
+        """Attention logits of loose patches, given as to `look`; what the selection runs over every chunk."""
+        return self.score_embedding(self.look(pixels, color), position)
+
+    def score_embedding(
+        self, embedding: Float[Tensor, "k d"], position: Shaped[Tensor, "k ..."] | None = None
+    ) -> Float[Tensor, "k h t"]:
+        """Attention logits of loose patches, from their embeddings."""
+        return self.pool.logits(self.with_position(embedding[None], None if position is None else position[None]))[0]
 
     def select(
         self,
@@ -138,18 +183,20 @@ class IPSClassifier(nn.Module):
             Selection with `index` (b m) best first and, under "global", `logits` (b n h t).
         """
         b, n = patches.shape[:2]
-        if mask is None:
-            mask = torch.ones(b, n, dtype=torch.bool)
         if position is None and self.position is not None and not isinstance(self.position, CenterPosition):
             position = torch.arange(n, device=patches.device).expand(b, n)
-        image, index = mask.cpu().nonzero(as_tuple=True)
+        on_host = torch.ones(b, n, dtype=torch.bool) if mask is None else mask.cpu()
+        image, index = on_host.nonzero(as_tuple=True)
+        loose = _loose(patches, mask)
+        where = None if position is None else _loose(position, mask)
+        if loose.dtype == torch.uint8 and loose.ndim == 4:
+            loose = loose.permute(0, 2, 3, 1)  # as if read from files
         selector = Selector([n] * b, m, chunk, rule, keep_logits=rule == "global")
-        selector.skip((~mask.cpu()).nonzero(as_tuple=True)[0])
-        with evaluating(self):
+        selector.skip((~on_host).nonzero(as_tuple=True)[0])
+        with self.looking():
             for start in range(0, len(image), chunk):
-                i, j = image[start : start + chunk], index[start : start + chunk]
-                where = None if position is None else position[i, j]
-                selector.add(i, j, self.score(patches[i, j], where))
+                go = slice(start, start + chunk)
+                selector.add(image[go], index[go], self.score(loose[go], None if where is None else where[go]))
         return self._collect(selector, b, n, m, rule)
 
     def _collect(self, selector: Selector, b: int, n: int, m: int, rule: Rule) -> Selection:
@@ -165,6 +212,14 @@ class IPSClassifier(nn.Module):
             if image.logits is not None:
                 logits[row] = image.logits
         return Selection(index, score, index >= 0, logits if rule == "global" else None)
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Evaluation mode without gradients, and `fast` with the weights of now; afterwards all is as it was."""
+        with evaluating(self):
+            if self.fast is not None:
+                self.fast.refresh()
+            yield
 
     def train(self, mode: bool = True) -> "IPSClassifier":
         """Training mode, except for what is frozen: a part whose parameters all stay fixed keeps evaluating.

@@ -1,5 +1,8 @@
 """Patches -> embeddings: our small convolutional encoder, any timm model, or a projector of stored features.
 
+An encoder of pixels says how it normalizes them (`scale`, `shift`) apart from what it does with the result (`embed`),
+so that whoever turns pixels into numbers can do it in the same pass.
+
 Letters: k loose patches, c channels, d width, f features.
 """
 
@@ -12,7 +15,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class SmallEncoder(nn.Module):
+class PixelEncoder(nn.Module):
+    """An encoder of patches with values 0 ... 1, which it normalizes to `shift + scale * value` first.
+
+    Attributes:
+        dim: d.
+        scale, shift: (1 c 1 1), no part of the weights.
+    """
+
+    dim: int
+    scale: Tensor
+    shift: Tensor
+
+    def normalize_by(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
+        """Subtract `mean`, divide by `std`."""
+        self.register_buffer("scale", (1 / std).reshape(1, -1, 1, 1).clone(), persistent=False)
+        self.register_buffer("shift", (-mean / std).reshape(1, -1, 1, 1).clone(), persistent=False)
+
+    def forward(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
+        return self.embed(torch.addcmul(self.shift, patches, self.scale))
+
+    def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
+        """Embeddings of normalized patches."""
+        raise NotImplementedError
+
+
+class SmallEncoder(PixelEncoder):
     """A few strided convolutions for machines without a GPU; any patch of at least 16 px.
 
     The first convolution steps by 4, since most of the cost of a small network lies in its first
@@ -35,9 +63,10 @@ class SmallEncoder(nn.Module):
         self.body = nn.Sequential(*layers)
         self.dim = 2 * widths[-1]
         self.norm = nn.BatchNorm1d(self.dim)
+        self.normalize_by(torch.full((channels,), 0.5), torch.full((channels,), 0.5))
 
-    def forward(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
-        features = self.body((patches - 0.5) * 2)
+    def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
+        features = self.body(patches)
         return self.norm(torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1))
 
 
@@ -46,7 +75,7 @@ def _block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
-class TimmEncoder(nn.Module):
+class TimmEncoder(PixelEncoder):
     """A timm model without its classifier, global-average pooled.
 
     Args:
@@ -92,20 +121,16 @@ class TimmEncoder(nn.Module):
             self.dim = int(body.feature_info.channels()[-1])
         self.body: nn.Module = body
         self.cut = stages is not None
-        self.normalize = normalize
         settings = resolve_data_config({}, model=body)
         mean, std = (torch.tensor(settings[key][:3]) for key in ("mean", "std"))
         if channels != 3:
             mean, std = mean.mean().expand(channels), std.mean().expand(channels)
-        self.register_buffer("mean", mean.reshape(1, -1, 1, 1).clone(), persistent=False)
-        self.register_buffer("std", std.reshape(1, -1, 1, 1).clone(), persistent=False)
+        if not normalize:
+            mean, std = torch.zeros(channels), torch.ones(channels)
+        self.normalize_by(mean, std)
 
-    mean: Tensor
-    std: Tensor
-
-    def forward(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
-        x = (patches - self.mean) / self.std if self.normalize else patches
-        x = self.body(x)
+    def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
+        x = self.body(patches)
         return x[0].mean(dim=(2, 3)) if self.cut else x
 
 

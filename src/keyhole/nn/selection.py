@@ -100,6 +100,11 @@ def explore(
     return replace(kept, index=torch.cat([best_index, chosen]), score=score)
 
 
+def _on(index: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for what the device is at."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
+
+
 class LogitStore:
     """Logits of an image by patch index, in one block: thousands of small tensors would fragment the memory.
 
@@ -116,7 +121,11 @@ class LogitStore:
     def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
         if self.logits is None:
             self.logits = logits.new_full((self.n, *logits.shape[1:]), -torch.inf)
-        self.logits[index.to(logits.device)] = logits
+        first, last = int(index[0]), int(index[-1])
+        if last - first == len(index) - 1 and bool((index[1:] > index[:-1]).all()):
+            self.logits[first : last + 1] = logits  # patches mostly come in order: nothing has to reach the device
+        else:
+            self.logits[_on(index, logits.device)] = logits
 
 
 class GlobalRule:
@@ -158,7 +167,7 @@ class StreamingRule:
         self._count = 0
 
     def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        index = index.to(logits.device)
+        index = _on(index, logits.device)
         while len(index):
             wanted = (self.m if self._memory is None else self.chunk) - self._count
             self._waiting.append((index[:wanted], logits[:wanted]))

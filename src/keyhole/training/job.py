@@ -16,6 +16,7 @@ import torch
 
 import keyhole
 from keyhole.checkpoint import load_state, read_info, save_state
+from keyhole.compiling import choose_compile
 from keyhole.config import Config
 from keyhole.config_file import dump_config
 from keyhole.data.hashes import FileHash, hash_files
@@ -192,7 +193,7 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
         hashes, hashed = _hashes(config, manifest)
         run = _create_folder(config, manifest, hashes, model, optimizer, state, device)
         job = _job(run, config, manifest, images, reader, model, optimizer, state, device)
-        for line in (*manifest.notes, *notes, *lines, *hashed, *_overview(job)):
+        for line in (*manifest.notes, *notes, *lines, *hashed, *_overview(job), _compile(job)):
             say(line)
             job.log(line)
     except BaseException:
@@ -258,6 +259,17 @@ def _overview(job: Job) -> list[str]:
     best = f"best model by {job.state.metric} on the validation split" if job.state.metric else "the last epoch is kept"
     lines.append(f"{best}; computing on {job.device} in {str(job.model.precision).removeprefix('torch.')}")
     return lines
+
+
+def _compile(job: Job) -> str:
+    """Compiles the encoder where that pays back in what is left of the run; says what was chosen and why."""
+    left = max(1, job.config.train.epochs - job.state.epoch)
+    items = (item for split in ("train", "val") for item in job.manifest.split(split))
+    expected = left * sum(job.images.counts[item.name] for item in items)
+    choice = choose_compile(job.config.run.compile, job.model, job.images.patch_shape, job.plan.chunk, expected)
+    if choice.compile:
+        job.model.accelerate(compile=True)
+    return f"encoder {'compiled' if choice.compile else 'not compiled'}: {choice.why}"
 
 
 def _create_folder(
@@ -328,7 +340,7 @@ def open_job(run: Run, say: Callable[[str], None]) -> Job:
         add_left_out(run, {left.name: left.reason for left in manifest.left_out})
         job = _job(run, config, manifest, images, reader, model, optimizer, state, device)
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"
-        for text in (f"{line} (keyhole {keyhole.__version__})", *lines):
+        for text in (f"{line} (keyhole {keyhole.__version__})", *lines, _compile(job)):
             say(text)
             job.log(text)
     except BaseException:

@@ -23,6 +23,7 @@ from keyhole.config import Config
 from keyhole.config_file import build, resolve, validate
 from keyhole.data.manifest import Item
 from keyhole.errors import DataError, Interrupted, NonFiniteLoss
+from keyhole.looking import timed
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan, cap
 from keyhole.nn import Kept, class_weights, split_backward, total_loss
@@ -31,6 +32,8 @@ from keyhole.predict import describe
 from keyhole.progress import Progress, peak_memory
 from keyhole.reading import Batch, FetchOnly, Opener
 from keyhole.reading.chunks import is_alone
+from keyhole.shares import Shares
+from keyhole.staging import Stager
 from keyhole.training.augment import draw, stack_colors
 from keyhole.training.exploration import Exploration
 from keyhole.training.interrupt import Interrupt, StopRequested
@@ -95,6 +98,8 @@ class Loop:
         self.job, self.interrupt = job, interrupt
         self.saved = time.monotonic()
         self.pace = Pace(job.plan, self.shrink)
+        self.shares = Shares(job.device)
+        self.stager = Stager(job.device, self.shares)
         self.journal = SelectionJournal(job.run.path / "selection.safetensors")
         explore = job.config.train.explore
         self.exploration = Exploration(explore, job.state.steps_per_epoch, job.config.train.seed)
@@ -114,7 +119,7 @@ class Loop:
         try:
             while job.state.epoch < config.train.epochs and not job.state.stopped:
                 started = time.monotonic()
-                row = self.learn() | validate_epoch(job, self.pace, self.interrupt, self.weights)
+                row = self.learn() | validate_epoch(job, self.pace, self.interrupt, self.weights, self.stager)
                 row["seconds"] = round(time.monotonic() - started, 2)
                 self.end_epoch(row)
                 for logger in loggers:
@@ -165,25 +170,26 @@ class Loop:
         for step, wanted in enumerate(openers, start=state.step):
             if self.exploration.is_blind(step):
                 wanted[:] = [FetchOnly(one) for one in wanted]
-        waited, counted = job.reader.waited, job.reader.read_patches
+        counted = job.reader.read_patches
+        self.shares.reset()
         with Progress(sum(map(len, batches)), f"epoch {state.epoch + 1}/{config.train.epochs}") as progress:
 
             def on_chunk(patches: int) -> None:
                 self.interrupt.check()
-                nonlocal waited
-                progress.update(patches=patches, waited=job.reader.waited - waited, device_bytes=self.device_bytes())
-                waited = job.reader.waited
+                progress.update(patches=patches, shares=self.shares, device_bytes=self.device_bytes())
 
             self.chunk = self.pace.plan.chunk
-            stream = job.reader.stream(openers, self.chunk, "mask")
-            for each, changes, batch in zip(batches, draws, stream, strict=True):
+            stream = job.reader.stream(openers, self.chunk, "mask", self.pace.plan.hold, self.stager.deliver)
+            for each, changes, batch in zip(batches, draws, timed(stream, self.shares), strict=True):
                 colors = stack_colors(changes)
                 kept = self.select(each, batch, colors, on_chunk)
-                bags, _, _ = fetch_kept(job.model, batch, kept, colors)
+                with self.shares.part("reading"):
+                    bags, _, _ = fetch_kept(job.model, batch, kept, colors)
                 self.job.note_unreadable(each, batch)
                 if bags.rows:
                     rate = learning_rate(config, state.step, state.steps_per_epoch)
-                    loss = self.step([each[row] for row in bags.rows], bags, rate)
+                    with self.shares.part("learning"):
+                        loss = self.step([each[row] for row in bags.rows], bags, rate)
                     state.loss_sum += loss * len(bags.rows)
                     state.loss_count += len(bags.rows)
                 state.step += 1
@@ -221,6 +227,7 @@ class Loop:
             known=known,
             on_image=partial(self.note_image, batch),
             pace=self.pace,
+            stager=self.stager,
         )
         return self.exploration.mix(step, kept, batch.sources)
 

@@ -173,7 +173,8 @@ def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh
         torch.nn.init.zeros_(model.pool.key_proj.weight)  # attention starts uniform
     if fresh and config.model.weights is not None:
         load_encoder(model.encoder, config.model.weights)
-    return model.to(device)
+    model.to(device).accelerate()
+    return model
 
 
 def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:

@@ -20,13 +20,16 @@ from keyhole.nn import total_loss
 from keyhole.passes import infer
 from keyhole.predict import Predictor
 from keyhole.prediction import TableRow, table_row, write_table
+from keyhole.staging import Stager
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import Job
 from keyhole.training.journal import MANY, RowJournal
 from keyhole.training.setup import targets
 
 
-def validate_epoch(job: Job, pace: Pace, interrupt: Interrupt, weights: Mapping[str, Tensor]) -> dict[str, float]:
+def validate_epoch(
+    job: Job, pace: Pace, interrupt: Interrupt, weights: Mapping[str, Tensor], stager: Stager
+) -> dict[str, float]:
     """Loss and metrics on the validation split; nothing is learned, the test split is not touched.
 
     Args:
@@ -34,6 +37,7 @@ def validate_epoch(job: Job, pace: Pace, interrupt: Interrupt, weights: Mapping[
         pace: the memory plan to follow.
         interrupt: asked after each chunk.
         weights: of the classes, by task, where the loss is balanced.
+        stager: the run's.
 
     Raises:
         DataError: no validation image can be read.
@@ -47,7 +51,16 @@ def validate_epoch(job: Job, pace: Pace, interrupt: Interrupt, weights: Mapping[
     batches = _batches(job, items)
     todo = [each for each in batches if tuple(item.name for item in each) not in done]
     openers = [[job.images.opener(item) for item in each] for each in todo]
-    stream = infer(job.model, job.reader, openers, job.config.select, "mask", on_chunk=interrupt.check, pace=pace)
+    stream = infer(
+        job.model,
+        job.reader,
+        openers,
+        job.config.select,
+        "mask",
+        on_chunk=interrupt.check,
+        pace=pace,
+        stager=stager,
+    )
     for each, found in zip(todo, stream, strict=True):
         job.note_unreadable(each, found.batch)
         result: dict[str, Any] = {

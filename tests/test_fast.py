@@ -1,0 +1,161 @@
+"""Laws of the fast encoder: it computes what the encoder computes, and follows its weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from keyhole.nn import CrossAttentionPool, FastEncoder, FeatureProjector, IPSClassifier, SmallEncoder, TimmEncoder
+from keyhole.nn.fast import FOLDED_ERROR
+from keyhole.nn.pixels import prepare
+from keyhole.training.augment import color_matrix
+
+ENCODERS = {
+    "small": lambda: SmallEncoder(3, width=8),
+    "resnet18": lambda: TimmEncoder("resnet18", 3, stages=2),
+    "lite0": lambda: TimmEncoder("tf_efficientnet_lite0", 3),
+}
+
+
+def lived(encoder: nn.Module, seed: int = 0) -> nn.Module:
+    """With running statistics and affine weights as after some training, in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in encoder.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (part.weight.data, 0.5, 1.5),
+                (part.bias.data, -0.5, 0.5),
+                (part.running_mean, -0.2, 0.2),
+                (part.running_var, 0.5, 2.0),
+            ):
+                assert tensor is not None
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    return encoder.eval()
+
+
+def pixels(k: int = 6, size: int = 48, channels: int = 3) -> Tensor:
+    return torch.randint(0, 256, (k, size, size, channels), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+
+
+def plain(encoder: nn.Module, patches: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = encoder(patches.permute(0, 3, 1, 2).float() / 255)
+    return found
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["small", "resnet18", "lite0"])
+def test_it_computes_what_the_encoder_does(name: str) -> None:
+    encoder = lived(ENCODERS[name]())
+    expected = plain(encoder, pixels())
+    assert error(FastEncoder(encoder)(pixels()), expected) < 1e-5
+    assert error(FastEncoder(encoder, torch.bfloat16)(pixels()), expected) < 0.03
+
+
+@pytest.mark.parametrize(("name", "folded"), [("small", 3), ("resnet18", 10), ("lite0", 49)])
+def test_every_batch_norm_behind_a_convolution_is_folded(name: str, folded: int) -> None:
+    encoder = lived(ENCODERS[name]())
+    norms = [part for part in encoder.modules() if isinstance(part, nn.BatchNorm2d)]
+    fast = FastEncoder(encoder)
+    fast(pixels())
+    assert fast.folded == len(norms)
+    assert fast.folded == folded
+
+
+def test_the_encoder_stays_as_it_is() -> None:
+    encoder = lived(ENCODERS["resnet18"]()).train()
+    before = copy.deepcopy(encoder.state_dict())
+    fast = FastEncoder(encoder, torch.bfloat16)
+    fast(pixels())
+    fast.refresh()
+    assert encoder.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_refresh_follows_weights_and_statistics_without_building_anew() -> None:
+    encoder = lived(ENCODERS["lite0"]())
+    fast = FastEncoder(encoder)
+    fast(pixels())
+    built = fast._copy
+    addresses = [tensor.data_ptr() for tensor in built.parameters()]  # type: ignore[union-attr]
+    encoder.load_state_dict(lived(ENCODERS["lite0"](), seed=3).state_dict())
+    assert error(fast(pixels()), plain(encoder, pixels())) > 0.05, "the old weights, until it is told"
+    fast.refresh()
+    assert error(fast(pixels()), plain(encoder, pixels())) < 1e-5
+    assert fast._copy is built
+    assert [tensor.data_ptr() for tensor in built.parameters()] == addresses  # type: ignore[union-attr]
+
+
+class Branching(nn.Module):
+    """A convolution whose output a norm takes, and something else too: folding it would change the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        maps = self.convolution(patches)
+        found: Tensor = (self.norm(maps) + maps).mean(dim=(2, 3))
+        return found
+
+
+def test_what_cannot_be_folded_is_left_as_it_is() -> None:
+    encoder = lived(Branching())
+    fast = FastEncoder(encoder)
+    assert error(fast(pixels()), plain(encoder, pixels())) < FOLDED_ERROR / 10
+    assert fast.folded == 0
+
+
+def test_features_are_projected_with_the_norm_folded() -> None:
+    encoder = lived(FeatureProjector(32, 8))
+    features = torch.randn(5, 32)
+    fast = FastEncoder(encoder)
+    with torch.no_grad():
+        assert error(fast(features), encoder(features)) < 1e-5
+    assert fast.folded == 1
+
+
+def test_colours_change_as_in_the_second_pass() -> None:
+    encoder = lived(ENCODERS["small"]())
+    color = torch.stack([color_matrix(row, 3) for row in (torch.rand(3, 4).double().numpy() - 0.5) * 0.4])
+    color = color[[0, 0, 1, 1, 1, 2]]
+    with torch.no_grad():
+        expected = encoder(prepare(pixels(), color))
+    assert error(FastEncoder(encoder)(pixels(), color), expected) < 1e-5
+    mixed = (
+        torch.einsum("kdc,kchw->kdhw", color[..., :3], pixels().permute(0, 3, 1, 2) / 255) + color[..., 3, None, None]
+    )
+    assert torch.allclose(prepare(pixels(), color), mixed.clamp(0, 1), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same_and_is_not_compiled_again() -> None:
+    from torch._dynamo.utils import counters
+
+    encoder = lived(ENCODERS["small"]())
+    fast = FastEncoder(encoder, compile=True)
+    assert error(fast(pixels()), plain(encoder, pixels())) < 1e-5
+    graphs = counters["stats"]["unique_graphs"]
+    for seed in range(3):
+        encoder.load_state_dict(lived(ENCODERS["small"](), seed).state_dict())
+        fast.refresh()
+        for k in (6, 4, 1):
+            assert error(fast(pixels(k)), plain(encoder, pixels(k))) < 1e-5
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_bf16_keeps_nearly_the_same_patches() -> None:
+    encoder = lived(ENCODERS["resnet18"]())
+    model = IPSClassifier(encoder, CrossAttentionPool(128, 8), {"label": nn.Linear(128, 2)})
+    patches = torch.rand(2, 200, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact = model.select(patches, 40, 64)
+    model.precision = torch.bfloat16
+    model.accelerate()
+    fast = model.select(patches, 40, 64)
+    overlap = [len(set(a.tolist()) & set(b.tolist())) / 40 for a, b in zip(exact.index, fast.index, strict=True)]
+    assert min(overlap) >= 0.95
