@@ -566,7 +566,7 @@ def test_a_strip_is_decoded_once_for_many_boxes(tmp_path: Path, monkeypatch: pyt
         decoded = []
         decode = image._decode
         monkeypatch.setattr(
-            image, "_decode", lambda page, level, index: decoded.append(index) or decode(page, level, index)
+            image, "_decode", lambda page, level, index, data: decoded.append(index) or decode(page, level, index, data)
         )
         for x in range(0, 128, 16):
             np.testing.assert_array_equal(image.read((x, 8, 16, 16)), picture()[8:24, x : x + 16])

@@ -457,7 +457,7 @@ def test_a_process_with_a_stuck_read_ends(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_the_buffers_of_a_stream_go_when_it_ends_and_not_when_garbage_is_collected() -> None:
+def test_buffers_serve_the_next_stream_and_go_with_the_reader_and_not_when_garbage_is_collected() -> None:
     made: list[weakref.ref[np.ndarray]] = []
 
     def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -465,16 +465,44 @@ def test_the_buffers_of_a_stream_go_when_it_ends_and_not_when_garbage_is_collect
         made.append(weakref.ref(buffer))
         return buffer
 
+    def living() -> int:
+        return len([buffer for buffer in made if buffer() is not None])
+
     gc.collect()
     gc.disable()
     try:
         with Reader(threads=2, ahead=3, allocate=allocate) as reader:
-            for _ in range(3):
-                for batch in reader.stream([[Probe(f"p{number}", 40).opener() for number in range(2)]], 8):
+            for size, most in ((8, 5), (8, 5), (8, 5), (4, 10), (4, 10)):
+                for batch in reader.stream([[Probe(f"p{number}", 40).opener() for number in range(2)]], size):
                     for _chunk in batch.chunks():
                         pass
                 del batch, _chunk
-                assert not [buffer for buffer in made if buffer() is not None]
-            assert len(made) >= 9
+                assert len(made) <= most
+                assert living() <= 5, "buffers of another size stay when nobody wants them"
+            assert living() == 5
+        assert living() == 0
     finally:
         gc.enable()
+
+
+def test_one_chunk_after_another_is_read_ahead_while_the_consumer_is_busy_with_a_batch() -> None:
+    seen: list[int] = []
+
+    class Counted(Probe):
+        def read(self, index: object, out: np.ndarray | None = None) -> np.ndarray:
+            seen.extend(np.asarray(index).tolist())
+            return super().read(index, out)
+
+    ahead, size = 3, 16
+    first, second = Probe("first", n=40), Counted("second", n=400)
+    with Reader(2, ahead=ahead, stall=PATIENCE) as reader:
+        stream = reader.stream([openers(first), openers(second)], size)
+        batch = next(stream)
+        for _ in batch.chunks():
+            pass
+        # Every buffer but that of the last chunk, which the consumer may still be looking at.
+        assert eventually(lambda: sorted(seen) == list(range((ahead + 1) * size)))
+        assert not first.was_closed.is_set()
+        rows = batch.fetch([[0, 39]])[0]
+        assert rows is not None
+        assert len(seen) == (ahead + 1) * size

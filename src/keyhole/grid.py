@@ -6,19 +6,21 @@ without prefix, output pixels: those of the level or of the microns per pixel th
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 from numpy.typing import ArrayLike, NDArray
 
 from keyhole.errors import ConfigError
 from keyhole.images.geometry import Box, Size
 from keyhole.images.image import Image
-from keyhole.images.pixels import Pixels
+from keyhole.images.pixels import Pixels, place
+from keyhole.images.resample import inside, resample, spans
+from keyhole.images.tiles import TiledImage, Uses
 from keyhole.pool import beat
 
 SAME = 1e-3
@@ -27,8 +29,6 @@ WASTE = 1.5
 """Patches are read together while their common box has at most so many times their own pixels."""
 RUN_PATCHES, RUN_PIXELS = 64, 2**24
 """Most patches, and most level pixels, of one read (but at least one patch)."""
-SUPPORT = 2.0
-"""Pixels that Pillow's bicubic filter reaches to each side, at the coarser of the two scales."""
 
 Index = NDArray[np.int64]
 
@@ -230,15 +230,50 @@ class PatchGrid:
             out = np.empty((len(raster), self.size, self.size, self.channels), np.uint8)
         order = np.argsort(raster, kind="stable")
         x, y = self._corners(raster[order])
+        tiled = isinstance(self.image, TiledImage) and self.image.tiling(self.level) is not None
+        uses = self._uses if tiled and _is_pass(index) else None
         # A patch resampled from far below covers many level pixels; a run must stay within what a thread may hold.
         most = int(np.clip(RUN_PIXELS / (self.size * self._ratio) ** 2, 1, RUN_PATCHES))
         for first in range(0, len(order), most):
             block = slice(first, min(first + most, len(order)))
+            if tiled:
+                self._read_tiled(x[block], y[block], order[block].tolist(), out, uses)
+                beat()
+                continue
             for start, stop in self._runs(x[block], y[block]):
                 run = slice(first + start, first + stop)
                 self._read_run(x[run], y[run], order[run].tolist(), out)
                 beat()
         return out
+
+    def _read_tiled(self, x: Index, y: Index, rows: Sequence[int], out: Pixels, uses: Uses | None) -> None:
+        """Each tile of the file once, into all patches that it touches."""
+        assert isinstance(self.image, TiledImage)
+        if self._ratio == 1:
+            boxes = [Box(px, py, self.size, self.size) for px, py in zip(x.tolist(), y.tolist(), strict=True)]
+            self.image.read_boxes(boxes, self.level, [out[row] for row in rows], uses)
+            return
+        needed, boxes = self._needed(x, y)
+        crops = [np.empty((box.height, box.width, self.channels), np.uint8) for box in boxes]
+        self.image.read_boxes(boxes, self.level, crops, uses)
+        for row, px, py, under, box, crop in zip(rows, x.tolist(), y.tolist(), needed, boxes, crops, strict=True):
+            place(out[row], self._resampled(crop, box.x, box.y, under, px, py))
+
+    def _uses(self, left: Index, top: Index, right: Index, bottom: Index) -> Index:
+        """How many patches need something of boxes of level pixels; with a mask, at most so many."""
+        (starts_x, ends_x), (starts_y, ends_y) = self._spans
+        across = np.searchsorted(starts_x, right) - np.searchsorted(ends_x, left, side="right")
+        down = np.searchsorted(starts_y, bottom) - np.searchsorted(ends_y, top, side="right")
+        return across * down
+
+    @functools.cached_property
+    def _spans(self) -> list[tuple[Index, Index]]:
+        """First level pixel that each column of patches needs, and the one behind its last; then of each row."""
+        found = []
+        for start, steps in zip(self.offset, (self.columns, self.rows), strict=True):
+            places = start + np.arange(steps, dtype=np.int64) * self.stride
+            found.append((places, places + self.size) if self._ratio == 1 else spans(places, self.size, self._ratio))
+        return found
 
     def _runs(self, x: Index, y: Index) -> Iterator[tuple[int, int]]:
         """Cuts patches in raster order into runs whose common box is not much more than the patches."""
@@ -267,61 +302,42 @@ class PatchGrid:
         box = Box(left, top, int(x.max()) - left + self.size, int(y.max()) - top + self.size)
         region = self.image.read(box, self.level)
         for row, px, py in zip(rows, (x - left).tolist(), (y - top).tolist(), strict=True):
-            _place(out[row], region[py : py + self.size, px : px + self.size])
+            place(out[row], region[py : py + self.size, px : px + self.size])
 
     def _read_resampled(self, x: Index, y: Index, rows: Sequence[int], out: Pixels) -> None:
         """Each patch is resized alone, from the same level pixels whichever run it is in."""
-        reach = SUPPORT * max(self._ratio, 1.0)
-        spans = [[self._lv_span(int(start), reach) for start in corner] for corner in (x, y)]
-        lv_size = self.image.levels[self.level].size
-        lv_box = []
-        for axis, extent in zip(spans, lv_size, strict=True):
-            low = min(max(min(span[0] for span in axis), 0), extent - 1)
-            lv_box.append((low, max(min(max(span[1] for span in axis), extent), low + 1)))
-        (left, right), (top, bottom) = lv_box
+        needed, boxes = self._needed(x, y)
+        left, top = min(box.x for box in boxes), min(box.y for box in boxes)
+        right, bottom = max(box.x + box.width for box in boxes), max(box.y + box.height for box in boxes)
         region = self.image.read(Box(left, top, right - left, bottom - top), self.level)
-        for row, px, py, (x0, x1), (y0, y1) in zip(rows, x.tolist(), y.tolist(), *spans, strict=True):
-            # Outside the image its border pixels are repeated, so that no background bleeds into the edge.
-            columns, lines = (
-                np.arange(low, high).clip(0, extent - 1) - start
-                for low, high, extent, start in ((x0, x1, lv_size.width, left), (y0, y1, lv_size.height, top))
-            )
-            crop = region[lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
-            if crop.shape[:2] != (len(lines), len(columns)):
-                crop = region[lines[:, None], columns]
-            lv_x, lv_y, lv_side = px * self._ratio - x0, py * self._ratio - y0, self.size * self._ratio
-            patch = _resize(crop, (lv_x, lv_y, lv_x + lv_side, lv_y + lv_side), self.size)
-            width, height = self._extent
-            if px < 0 or py < 0 or px + self.size > width or py + self.size > height:
-                inside = slice(max(-py, 0), height - py), slice(max(-px, 0), width - px)
-                padded = np.full_like(patch, self.image.background)
-                padded[inside] = patch[inside]
-                patch = padded
-            _place(out[row], patch)
+        for row, px, py, under in zip(rows, x.tolist(), y.tolist(), needed, strict=True):
+            place(out[row], self._resampled(region, left, top, under, px, py))
 
-    def _lv_span(self, start: int, reach: float) -> tuple[int, int]:
-        """Level pixels that a patch starting at an output pixel needs along one axis, filter included."""
-        return (
-            math.floor(start * self._ratio - reach) - 1,
-            math.ceil((start + self.size) * self._ratio + reach) + 1,
-        )
+    def _needed(self, x: Index, y: Index) -> tuple[list[Box], list[Box]]:
+        """Boxes of level pixels that patches need, filter included, and what of them lies inside the level."""
+        lv = self.image.levels[self.level].size
+        (x0, x1), (y0, y1) = (spans(start, self.size, self._ratio) for start in (x, y))
+        (left, right), (top, bottom) = inside(x0, x1, lv.width), inside(y0, y1, lv.height)
+        needed = np.stack([x0, y0, x1 - x0, y1 - y0], axis=1).tolist()
+        boxes = np.stack([left, top, right - left, bottom - top], axis=1).tolist()
+        return [Box(*box) for box in needed], [Box(*box) for box in boxes]
+
+    def _resampled(self, region: Pixels, left: int, top: int, needed: Box, x: int, y: int) -> Pixels:
+        """The patch at output pixel (x, y) from level pixels around it; background outside the image."""
+        lv_size, lv_corner = self.image.levels[self.level].size, (x * self._ratio, y * self._ratio)
+        patch = resample(region, left, top, needed, lv_size, lv_corner, self.size * self._ratio, self.size)
+        width, height = self._extent
+        if x < 0 or y < 0 or x + self.size > width or y + self.size > height:
+            shown = slice(max(-y, 0), height - y), slice(max(-x, 0), width - x)
+            padded = np.full_like(patch, self.image.background)
+            padded[shown] = patch[shown]
+            return padded
+        return patch
 
 
-def _resize(pixels: Pixels, box: tuple[float, float, float, float], size: int) -> Pixels:
-    picture = PIL.Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
-    resized = np.asarray(picture.resize((size, size), PIL.Image.Resampling.BICUBIC, box=box))
-    return resized[:, :, None] if resized.ndim == 2 else resized
-
-
-_RGB: np.dtype[Any] = np.dtype("V3")
-
-
-def _place(out: Pixels, pixels: Pixels) -> None:
-    """`out[...] = pixels`, quickly where `out` is a mirrored or turned view (numpy walks those 3 bytes at a time)."""
-    if out.shape[2] != 3 or out.strides[1] == 3 or not out.strides[2] == pixels.strides[2] == 1:
-        out[...] = pixels
-    elif out.strides[1] == -3:  # mirrored: 5 times as fast a channel at a time
-        for channel in range(3):
-            out[:, :, channel] = pixels[:, :, channel]
-    else:  # turned: twice as fast in whole pixels
-        out.view(_RGB)[...] = pixels.view(_RGB)
+def _is_pass(index: ArrayLike | slice) -> bool:
+    """Whether these are patches that follow each other, so that others will want their tiles too."""
+    if isinstance(index, slice):
+        return index.step in (None, 1)
+    flat = np.asarray(index)
+    return len(flat) > 1 and bool((np.diff(flat) == 1).all())

@@ -21,6 +21,7 @@ from keyhole.grid import Index, NoPatches, PatchGrid, reading_level
 from keyhole.images.geometry import Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
+from keyhole.pool import beat
 from keyhole.store import ImageStore
 
 Array = NDArray[Any]
@@ -172,6 +173,34 @@ class FilePatches(_Chunked):
 
     def close(self) -> None:
         self.image.close()
+
+    def encoded(self, index: ArrayLike | slice, colors: frozenset[str]) -> list[bytes | None] | None:
+        """Patches as JPEG streams, taken from the file as they lie there; `view` is left to who decodes them.
+
+        Args:
+            index: of the patches.
+            colors: kinds of JPEG that are of use, of "grey", "rgb" and "ycbcr": what the samples mean.
+
+        Returns:
+            (k) one stream for each patch, None for one that is no whole JPEG tile; None where none can be.
+
+        Raises:
+            ImageError: the file is damaged or gone.
+        """
+        from keyhole.images.tiff_encoded import encoded_tiles
+
+        grid = self.grid
+        tiles = encoded_tiles(self.image, grid.level)
+        plain = self.channels == grid.channels and grid.scale == self.image.levels[grid.level].downsample
+        if tiles is None or not plain or tiles.size != (grid.size, grid.size):
+            return None
+        found: list[bytes | None] = []
+        for g_row, g_column in grid.cells(index).tolist():
+            column, x = divmod(grid.offset[0] + g_column * grid.stride, grid.size)
+            row, y = divmod(grid.offset[1] + g_row * grid.stride, grid.size)
+            found.append(tiles.tile(column, row, colors) if x == y == 0 else None)
+            beat()
+        return found
 
 
 def _grey(pixels: Pixels) -> Pixels:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -76,3 +78,17 @@ def on_white(pixels: Pixels, associated: bool = False) -> Pixels:
     mixed = (share.astype(np.uint32) + np.uint32(255) * (255 - alpha) + 127) // 255
     composited: Pixels = np.minimum(mixed, 255).astype(np.uint8)
     return composited
+
+
+_RGB: np.dtype[Any] = np.dtype("V3")
+
+
+def place(out: Pixels, pixels: Pixels) -> None:
+    """`out[...] = pixels`, quickly where `out` is a mirrored or turned view (numpy walks those 3 bytes at a time)."""
+    if out.shape[2] != 3 or out.strides[1] == 3 or not out.strides[2] == pixels.strides[2] == 1:
+        out[...] = pixels
+    elif out.strides[1] == -3:  # mirrored: 5 times as fast a channel at a time
+        for channel in range(3):
+            out[:, :, channel] = pixels[:, :, channel]
+    else:  # turned: twice as fast in whole pixels
+        out.view(_RGB)[...] = pixels.view(_RGB)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,15 +16,21 @@ from numpy.typing import NDArray
 from keyhole.errors import ImageError
 from keyhole.images.faults import ends_early, faults_of
 from keyhole.images.geometry import Box, Level, Size, downsample_of
-from keyhole.images.image import Image, Pixels
-from keyhole.images.pixels import eight_bit, make_upright, on_white, stored_box, upright_size
+from keyhole.images.pixels import Pixels, eight_bit, make_upright, on_white, stored_box, upright_size
 from keyhole.images.recent import LARGE, RECENT
 from keyhole.images.tiff_checks import CONVERT, MAX_SEGMENT_PIXELS, is_tiff, vendor_of
+from keyhole.images.tiff_jpeg import Coded, jpeg_size
 from keyhole.images.tiff_layout import TiffLevel, read_layout
 from keyhole.images.tiff_tables import BLOCK
+from keyhole.images.tiles import TiledImage
+
+GAP = 4096
+"""Bytes between two tiles that are read over: alignment, or another writer's marks."""
+TOGETHER = 2**20
+"""Encoded bytes that a thread reads at once."""
 
 
-class TiffImage(Image):
+class TiffImage(TiledImage):
     """TIFF and BigTIFF: tiled or striped, pyramids (SubIFDs or a chain of pages), OME-TIFF, Aperio SVS.
 
     Compression none, PackBits, LZW, Deflate, LZMA, Zstd, CCITT, JPEG, JPEG 2000 and WebP; grey (also inverted), RGB,
@@ -65,44 +73,43 @@ class TiffImage(Image):
         self._file.close()
         RECENT.drop(self._owner)
 
-    def _read(self, box: Box, level: int) -> Pixels:
-        inside = stored_box(box, self.levels[level].size, self._orientation)
-        with faults_of(self.path, f"damaged at {tuple(box)} of level {level}"):
-            return make_upright(self._stored_pixels(inside, level), self._orientation)
+    def tiling(self, level: int) -> Size | None:
+        return self._stored[level].segment if self._orientation == 1 else None
 
-    def _stored_pixels(self, box: Box, level: int) -> Pixels:
-        """Pixels of a box in stored coordinates, segment by segment."""
+    def _keeps_all(self, level: int) -> bool:
         page = self._stored[level]
-        wide, high = page.segment
-        columns, _ = page.grid
-        right, bottom = box.x + box.width, box.y + box.height
-        out = np.empty((box.height, box.width, self.channels), np.uint8)
-        for row in range(box.y // high, (bottom - 1) // high + 1):
-            top, below = max(box.y, row * high), min(bottom, (row + 1) * high)
-            for column in range(box.x // wide, (right - 1) // wide + 1):
-                left, beside = max(box.x, column * wide), min(right, (column + 1) * wide)
-                target = out[top - box.y : below - box.y, left - box.x : beside - box.x]
-                pixels = self._segment(page, level, row * columns + column)
-                if pixels is None:
-                    target[:] = self.background
-                else:
-                    x, y = left - column * wide, top - row * high
-                    target[:] = pixels[y : y + target.shape[0], x : x + target.shape[1]]
-        return out
+        return not page.tiled or page.segment.width * page.segment.height * self.channels >= LARGE
 
-    def _segment(self, page: TiffLevel, level: int, index: int) -> Pixels | None:
-        """One tile or strip as (h, w, channels) uint8; None where the file has none."""
-        decoded_bytes = page.segment.width * page.segment.height * self.channels
-        if page.tiled and decoded_bytes < LARGE:
-            return self._decode(page, level, index)
-        return RECENT.once(self._owner, (level, index), decoded_bytes, lambda: self._decode(page, level, index))
+    def _read(self, box: Box, level: int) -> Pixels:
+        if self._orientation == 1:
+            return super()._read(box, level)
+        page = self._stored[level]
+        stored = stored_box(box, self.levels[level].size, self._orientation)
+        out = np.empty((stored.height, stored.width, self.channels), np.uint8)
+        with faults_of(self.path, f"damaged at {tuple(box)} of level {level}"):
+            self._scatter([stored], level, [out], page.size, page.segment)
+        return make_upright(out, self._orientation)
 
-    def _decode(self, page: TiffLevel, level: int, index: int) -> Pixels | None:
+    def _coded(self, level: int, tiles: Sequence[int]) -> Iterator[Coded]:
+        page = self._stored[level]
+        if page.planes > 1 or not tiles:
+            return iter([b""] * len(tiles))
+        return self._many_bytes([self._place(page, level, tile) for tile in tiles])
+
+    def _decoded(self, level: int, tile: int, coded: Coded | None, out: Pixels | None) -> Pixels | None:
+        page = self._stored[level]
+        if page.decode_into is None or not coded:
+            return self._decode(page, level, tile, coded)
+        room = np.empty((page.segment.height, page.segment.width, self.channels), np.uint8) if out is None else out
+        return room if page.decode_into(coded, room) else self._decode(page, level, tile, coded)
+
+    def _decode(self, page: TiffLevel, level: int, index: int, coded: Coded | None = None) -> Pixels | None:
+        """One tile or strip as (h, w, channels) uint8; None where the file has none. Reads what is not `coded` yet."""
         columns, rows = page.grid
         parts = []
         for plane in range(page.planes):
             number = plane * columns * rows + index
-            data = self._bytes(*self._place(page, level, number))
+            data = bytes(coded) if coded else self._bytes(*self._place(page, level, number))
             if not data:
                 return None
             self._check_coded(page, data)
@@ -135,6 +142,18 @@ class TiffImage(Image):
         if len(data) < count:
             raise ends_early(self.path, offset + len(data), offset + count)
         return data
+
+    def _many_bytes(self, places: Sequence[tuple[int, int]]) -> Iterator[Coded]:
+        """Bytes of segments (offset, count), those that lie side by side with one read."""
+        for group in _side_by_side(places):
+            start, end = group[0][0], sum(group[-1])
+            together = memoryview(b"")
+            if len(group) > 1:
+                with suppress(OSError):  # it may be no fault of all: each is then read by itself, and says so
+                    together = memoryview(self._pread(end - start, start))
+            for offset, count in group:
+                data = together[offset - start : offset - start + count]
+                yield data if len(data) == count > 0 else self._bytes(offset, count)
 
     def _pread(self, count: int, offset: int) -> bytes:
         """Bytes of the file, fewer at its end."""
@@ -169,22 +188,18 @@ def to_pixels(values: NDArray[np.unsignedinteger | np.bool_], page: TiffLevel) -
     return on_white(pixels, associated=page.alpha == "associated") if page.alpha else pixels
 
 
-def jpeg_size(data: bytes) -> Size | None:
-    """Width and height from a JPEG stream's frame header; None where there is none (the decoder then says so)."""
-    at = 2
-    while at + 9 < len(data):
-        if data[at] != 0xFF:
-            return None
-        marker = data[at + 1]
-        if marker == 0xFF:
-            at += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
-            at += 2
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return Size(int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big"))
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
+def _side_by_side(places: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Cuts segments (offset, count) into groups that lie one behind the other in the file."""
+    group: list[tuple[int, int]] = []
+    for offset, count in places:
+        if group:
+            end = sum(group[-1])
+            if not (0 <= offset - end <= GAP and group[-1][1] and offset + count - group[0][0] <= TOGETHER):
+                yield group
+                group = []
+        group.append((offset, count))
+    if group:
+        yield group
 
 
 def _picture_size(data: bytes) -> Size:

@@ -16,6 +16,7 @@ from keyhole.images.geometry import Size, same_shape
 from keyhole.images.pixels import valid_orientation
 from keyhole.images.scale import Scale, agreed
 from keyhole.images.tiff_checks import check_end, check_segment, open_pages, page_size, tables_of
+from keyhole.images.tiff_jpeg import DecodeInto, jpeg_decoder
 from keyhole.images.tiff_scale import aperio_scale, check_ome, first_plane, ome_pixels, ome_scale, resolution_scale
 from keyhole.images.tiff_tables import ShortTables, Table
 
@@ -48,6 +49,7 @@ class TiffLevel:
         offsets, counts: where the encoded segments lie; planes one after the other. A count of 0 is missing.
         planes: 1, or the number of samples where each colour is stored by itself.
         decode: (bytes, index) -> (h, w, samples of a plane) of `bits` bits.
+        decode_into: quicker, for JPEG tiles of the usual kinds; None for all others.
         coded: "" or how the segment's own header states its size: "JPEG", "picture".
         color: "grey", "inverted", "rgb", "palette" or "cmyk".
         alpha: of the last sample used: None, "straight" or "associated".
@@ -66,6 +68,7 @@ class TiffLevel:
     palette: NDArray[np.uint8] | None
     coded: str
     decode: Callable[[bytes, int], NDArray[Any]]
+    decode_into: DecodeInto | None = None
 
     @property
     def channels(self) -> int:
@@ -173,6 +176,7 @@ def _level(path: Path, page: Any, short: ShortTables) -> TiffLevel:
         palette=_palette(path, page) if color == "palette" else None,
         coded="" if not coded else "JPEG" if page.compression == 7 else "picture",
         decode=decode,
+        decode_into=jpeg_decoder(page, segment, used) if page.compression == 7 and alpha is None else None,
     )
 
 

@@ -6,19 +6,22 @@ import math
 import os
 import threading
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
 from keyhole.images.faults import faults_of
-from keyhole.images.geometry import Box, Level, downsample_of, same_shape
-from keyhole.images.image import Image, Pixels
+from keyhole.images.geometry import Box, Level, Size, downsample_of, same_shape
 from keyhole.images.ome_zarr import METADATA, Picture, picture_of
-from keyhole.images.pixels import eight_bit
+from keyhole.images.pixels import Pixels, eight_bit
 from keyhole.images.recent import LARGE, RECENT
 from keyhole.images.tiff_checks import MAX_SEGMENT_PIXELS
+from keyhole.images.tiles import TiledImage
+from keyhole.images.zarr_direct import chunk_decoder, chunk_keys
 
 if TYPE_CHECKING:
     from keyhole.images.zarr_store import CheckedStore
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", module=r"zarr\.")
 
 
-class ZarrImage(Image):
+class ZarrImage(TiledImage):
     """OME-Zarr 0.4 (zarr v2) and 0.5 (zarr v3), the first series of a bioformats2raw folder, or one zarr array.
 
     Axes in any order; one time point and plane; one channel or three (red, green, blue); uint8, or uint16 of which the
@@ -63,6 +66,8 @@ class ZarrImage(Image):
         kept = [k for k, size in enumerate(sizes) if k == 0 or same_shape(sizes[0], size)]
         kept = [k for n, k in enumerate(kept) if n == 0 or sizes[k].width < sizes[kept[n - 1]].width]
         self._arrays = [picture.arrays[k] for k in kept]
+        with faults_of(path, "damaged zarr metadata"):
+            self._decoders = [chunk_decoder(array, self._store.rules[array.path]) for array in self._arrays]
         self.size = sizes[0]
         self.levels = tuple(Level(sizes[k], downsample_of(sizes[0], sizes[k])) for k in kept)
         self._owner = RECENT.owner()
@@ -87,51 +92,74 @@ class ZarrImage(Image):
                 "Save it anew in chunks of 256 to 1024 pixels a side.",
             )
 
-    def _read(self, box: Box, level: int) -> Pixels:
+    def _chunk(self, level: int) -> Size:
+        array = self._arrays[level]
+        return Size(*(array.chunks[self._axes.index(axis)] for axis in "xy"))
+
+    def tiling(self, level: int) -> Size | None:
         if self._closed.is_set():
             raise ImageError(self.path, "read after it was closed")
-        with faults_of(self.path, f"damaged at {tuple(box)} of level {level}"):
-            array = self._arrays[level]
-            high, wide = (array.chunks[self._axes.index(axis)] for axis in "yx")
-            if high * wide * self.channels * array.dtype.itemsize < LARGE:
-                return self._pixels(array, box)
-            out = np.empty((box.height, box.width, self.channels), np.uint8)
-            for row in range(box.y // high, (box.y + box.height - 1) // high + 1):
-                for column in range(box.x // wide, (box.x + box.width - 1) // wide + 1):
-                    self._copy_chunk(array, level, Box(column * wide, row * high, wide, high), box, out)
-            return out
+        return self._chunk(level) if self._decoders[level] is not None or self._keeps_all(level) else None
 
-    def _copy_chunk(self, array: Any, level: int, chunk: Box, box: Box, out: Pixels) -> None:
-        """What a large chunk, decoded once for the boxes it touches, has of `box`."""
+    def _keeps_all(self, level: int) -> bool:
+        wide, high = self._chunk(level)
+        return bool(high * wide * self.channels * self._arrays[level].dtype.itemsize >= LARGE)
+
+    def _read(self, box: Box, level: int) -> Pixels:
+        if self.tiling(level) is not None:
+            return super()._read(box, level)
+        with faults_of(self.path, f"damaged at {tuple(box)} of level {level}"):
+            return self._pixels(self._arrays[level], box)
+
+    def _coded(self, level: int, tiles: Sequence[int]) -> Iterator[list[bytes | None] | None]:
+        array = self._arrays[level]
+        columns = math.ceil(self.levels[level].size.width / self._chunk(level).width)
+        for tile in tiles:
+            keys = chunk_keys(array, self._axes, *divmod(tile, columns))
+            yield None if self._decoders[level] is None else [self._store.read(key) for key in keys]
+
+    def _decoded(self, level: int, tile: int, coded: list[bytes | None] | None, out: Pixels | None) -> Pixels | None:
+        array, decode, (wide, high) = self._arrays[level], self._decoders[level], self._chunk(level)
         size = self.levels[level].size
-        inside = Box(chunk.x, chunk.y, min(chunk.width, size.width - chunk.x), min(chunk.height, size.height - chunk.y))
-        decoded_bytes = chunk.width * chunk.height * self.channels * array.dtype.itemsize
-        key = level, inside.x, inside.y
-        pixels = RECENT.once(self._owner, key, decoded_bytes, lambda: self._pixels(array, inside))
-        assert pixels is not None
-        left, top = max(box.x, inside.x), max(box.y, inside.y)
-        right = min(box.x + box.width, inside.x + inside.width)
-        below = min(box.y + box.height, inside.y + inside.height)
-        out[top - box.y : below - box.y, left - box.x : right - box.x] = pixels[
-            top - inside.y : below - inside.y, left - inside.x : right - inside.x
-        ]
+        row, column = divmod(tile, math.ceil(size.width / wide))
+        box = Box(column * wide, row * high, min(wide, size.width - column * wide), min(high, size.height - row * high))
+        parts = [decode(data) for data in coded if data is not None] if coded and decode is not None else []
+        if not parts or len(parts) < len(coded or ()) or any(part is None for part in parts):
+            return self._pixels(array, box)
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self._axes.index("c"))  # type: ignore[arg-type]
+        assert values is not None
+        return self._as_pixels(self._cut(values, Box(0, 0, box.width, box.height)), out)
 
     def _pixels(self, array: Any, box: Box) -> Pixels:
-        """(h, w, c) uint8 of a box inside the array."""
-        spans = {"y": slice(box.y, box.y + box.height), "x": slice(box.x, box.x + box.width), "c": slice(None)}
-        values = np.asarray(array[tuple(spans.get(axis, 0) for axis in self._axes)])
-        left = "".join(axis for axis in self._axes if axis in spans)
-        values = eight_bit(values, 8 * array.dtype.itemsize)
+        """(h, w, c) uint8 of a box inside the array, by zarr."""
+        return self._as_pixels(self._cut(array, box), None)
+
+    def _cut(self, array: Any, box: Box) -> NDArray[Any]:
+        """Values of a box, with the axes y, x and, where there is one, c."""
+        spans = {
+            "y": slice(box.y, box.y + box.height),
+            "x": slice(box.x, box.x + box.width),
+            "c": slice(self.channels),
+        }
+        return np.asarray(array[tuple(spans.get(axis, 0) for axis in self._axes)])
+
+    def _as_pixels(self, values: NDArray[Any], out: Pixels | None) -> Pixels:
+        """Values as `_cut` gives them as (h, w, c) uint8; in `out` where that helps and fits."""
+        left = "".join(axis for axis in self._axes if axis in "yxc")
+        values = eight_bit(values, 8 * values.dtype.itemsize)
         if left == "yxc":
             return values
-        out = np.empty((box.height, box.width, self.channels), np.uint8)
         planes = values.transpose([left.index(axis) for axis in "cyx" if axis in left])
-        for channel, plane in enumerate(planes if "c" in left else planes[None]):
+        planes = planes if "c" in left else planes[None]
+        shape = (*planes.shape[1:], self.channels)
+        if out is None or out.shape != shape:
+            out = np.empty(shape, np.uint8)
+        for channel, plane in enumerate(planes):
             out[:, :, channel] = plane  # six times as fast as a copy of the transposed array
         return out
 
     def close(self) -> None:
         self._closed.set()
         RECENT.drop(self._owner)
-        self._arrays = []
+        self._arrays, self._decoders = [], []
         self._store.close()

@@ -41,7 +41,7 @@ class CheckedStore(LocalStore):
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        data = await _READERS.run(lambda: self._read(key, byte_range))
+        data = await _READERS.run(lambda: self.read(key, byte_range))
         return None if data is None else (prototype or default_buffer_prototype()).buffer.from_bytes(data)
 
     async def get_partial_values(
@@ -49,7 +49,7 @@ class CheckedStore(LocalStore):
     ) -> list[Buffer | None]:
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
-    def _read(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
+    def read(self, key: str, byte_range: ByteRequest | None = None) -> bytes | None:
         """Bytes of a file, None where there is none.
 
         Raises:

@@ -13,8 +13,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from keyhole.errors import ImageError, KeyholeError
+from keyhole.grid import Index
 from keyhole.patches import PatchSource
-from keyhole.reading.chunks import LOST, Array, Chunk, LeaveOut, Opener, OpenSource, Planned, Reading
+from keyhole.reading.chunks import Chunk, Opener
+from keyhole.reading.held import Held
+from keyhole.reading.readings import LOST, LeaveOut, OpenSource, Planned, Reading
+from keyhole.reading.ring import Array
 
 if TYPE_CHECKING:
     from keyhole.reading.stream import Stream
@@ -34,6 +38,7 @@ class Batch:
             came in earlier chunks are the consumer's to drop.
         unreadable: with "mask", the patches of the other images that could not be read: the reason by patch index,
             by position. Grows during `chunks` and `fetch`; an image that fails is taken out.
+        held: the pixels of all streamed images, where they fit what the stream may hold; None where they do not.
     """
 
     def __init__(self, stream: Stream, openers: Sequence[Opener]) -> None:
@@ -43,6 +48,7 @@ class Batch:
         self.unreadable: dict[int, dict[int, str]] = {}
         self.openers = list(openers)
         self.handles: list[OpenSource | None] = [None] * len(openers)
+        self.held: Held | None = None
         self.planned: deque[Planned] = deque()
         self.complete = False
         self.closed = False
@@ -76,7 +82,7 @@ class Batch:
                 self.fail(position, ImageError(self.names[position], problem))
 
     def fetch(self, indices: Sequence[ArrayLike | None]) -> list[Array | None]:
-        """Some patches of each image, read in parallel before anything that is read ahead.
+        """Some patches of each image: those held, and the others read in parallel before all that is read ahead.
 
         Args:
             indices: as many as `sources`, each (m,) integers in any order, of any number; ignored where failed.
@@ -92,24 +98,38 @@ class Batch:
         if self.closed:
             raise RuntimeError("the batch is closed; fetch before the next batch is asked for")
         out: list[Array | None] = [None] * len(indices)
-        readings: list[Reading] = []
+        parts: list[tuple[int, Index, list[Reading]]] = []
         for position, (handle, wanted) in enumerate(zip(self.handles, indices, strict=True)):
             if handle is None:
                 continue
             index = np.asarray(wanted)
             index = index.astype(np.int64) if index.size else np.empty(0, np.int64)
             rows = out[position] = np.empty((len(index), *handle.source.patch_shape), handle.source.dtype)
-            for start in range(0, len(index), SHORT_RUN):
-                run = slice(start, start + SHORT_RUN)
-                leave_out = self._stream.leave_out
-                readings.append(Reading(self, position, index[run], rows[run], self._pool, leave_out, urgent=True))
-        self._stream.reader.wait(lambda: self.finish(readings))
-        for position in {reading.position for reading in readings if reading.spoiled} - set(self.failed):
-            out[position] = np.concatenate([reading.out for reading in readings if reading.position == position])
+            held = np.zeros(len(index), np.bool_) if self.held is None else self.held.take(position, index, rows)
+            absent = np.flatnonzero(~held)
+            into = np.empty((len(absent), *rows.shape[1:]), rows.dtype) if held.any() else rows
+            parts.append((position, absent, self.read_now(position, index[absent], into)))
+        readings = [reading for _, _, part in parts for reading in part]
+        if readings:
+            self._stream.reader.wait(lambda: self.finish(readings))
+        for position, absent, part in parts:
+            found = out[position]
+            assert found is not None
+            if len(absent) < len(found):
+                found[absent] = np.concatenate([found[:0], *(reading.out for reading in part)])
+            elif any(reading.spoiled for reading in part):
+                out[position] = np.concatenate([reading.out for reading in part])
         for position in self.failed:
             out[position] = None
+        self._stream.reader.reread_patches += sum(len(reading.index) for reading in readings)
         self._stream.reader.read_patches += sum(len(rows) for rows in out if rows is not None)
         return out
+
+    def read_now(self, position: int, index: Index, out: Array) -> list[Reading]:
+        """Have some patches of an image read into `out`, in short runs, before all that is read ahead."""
+        runs = [slice(start, start + SHORT_RUN) for start in range(0, len(index), SHORT_RUN)]
+        leave_out = self._stream.leave_out
+        return [Reading(self, position, index[run], out[run], self._pool, leave_out, urgent=True) for run in runs]
 
     def close(self) -> None:
         """Close the sources; what is still being read is dropped."""
@@ -117,6 +137,7 @@ class Batch:
             self.closed = True
             while self.planned:
                 self._stream.recycle(self.planned.popleft())
+            self._stream.let_go(self)
         for handle in self.handles:
             if handle is not None:
                 self._stream.drop(handle)
@@ -131,7 +152,8 @@ class Batch:
                 break
             if error is not None:
                 self.fail(reading.position, error)
-            elif missing := reading.task.value():
+                continue
+            if missing := reading.task.value().unreadable:
                 self.unreadable.setdefault(reading.position, {}).update(missing)
         if self._stream.closed:
             raise RuntimeError("the reader was closed while it was read from")
@@ -143,6 +165,8 @@ class Batch:
         self.failed[position] = error
         self.unreadable.pop(position, None)
         self.sources[position] = None
+        if self.held is not None:
+            self.held.drop(position)
         handle, self.handles[position] = self.handles[position], None
         if handle is not None:
             self._stream.drop(handle)
@@ -175,7 +199,7 @@ class Batch:
             reading.again(leave_out)
             self._pool.wait(reading.task)
             error = reading.task.error
-            if leave_out == "lost" and error is None and reading.task.value():
+            if leave_out == "lost" and error is None and reading.task.value().unreadable:
                 self._worn_out.add(position)
         return error
 

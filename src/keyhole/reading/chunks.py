@@ -1,28 +1,14 @@
-"""What reading ahead is made of: openers, open sources, chunks, and the ring of buffers that bounds memory."""
+"""What reading ahead is asked for and gives: openers, chunks, and how chunks are cut."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from keyhole.errors import ImageError, ImageLost, StalledRead
 from keyhole.grid import Index
-from keyhole.patches import PatchSource
-from keyhole.pool import Pool, Task, beat, given_up
-
-Array = NDArray[Any]
-Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
-LeaveOut = Literal["nothing", "damaged", "lost"]
-"""Patches that a read may go without: none, those that are damaged, or also those that the disk does not give."""
-
-LOST = (ImageLost, StalledRead)
-"""What may be over in a while; every other error would come again."""
+from keyhole.patches import PatchSource, View
+from keyhole.reading.ring import Array, Copied
 
 
 class Opener(Protocol):
@@ -53,216 +39,62 @@ class FetchOnly:
         return self.opener()
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """Which patches come as the bytes of a JPEG instead of pixels, for a device that decodes them.
+
+    Attributes:
+        colors: kinds of JPEG that the device decodes, of "grey", "rgb" and "ycbcr"; see `FilePatches.encoded`.
+        always: all that can be; else only those that the consumer is already waiting for when a thread gets to them.
+            So host threads decode what they can in time and the device the rest, and neither waits for the other.
+            Which patches these are differs from run to run, and decoders differ in the last bit.
+    """
+
+    colors: frozenset[str]
+    always: bool = False
+
+
+class Coded(NamedTuple):
+    """A patch as JPEG, and how it is to be turned when it has been decoded."""
+
+    data: bytes
+    view: View
+
+
 @dataclass
 class Chunk:
     """Patches of the images of one batch, packed to one constant size.
 
     Attributes:
         pixels: (chunk, *patch_shape); rows from `count` on are zeros. Valid until the next chunk is asked for; not
-            overwritten before the one after that is, so that a copy to a device may still be under way.
+            overwritten before the one after that is, and not before `copied` has returned.
         count: rows in use; less than the size in the last chunk of a batch and where patches or images were
             unreadable.
         image: position in the batch, int64 (count,).
         index: patch index in that image's source, int64 (count,).
+        encoded: rows whose pixels mean nothing because they came as JPEG; empty unless `Delivery` asks for it.
+        copied: put here by who copies the pixels to a device: returns when that is done. Called on another thread.
+        again: reads the rows of `encoded` as pixels; None where there are none.
     """
 
     pixels: Array
     count: int
     image: Index
     index: Index
+    encoded: dict[int, Coded] = field(default_factory=dict)
+    copied: Copied | None = None
+    again: Callable[[Chunk], None] | None = None
 
+    def decode_on_host(self) -> None:
+        """Read the rows of `encoded` from their files instead, with all that belongs to reading.
 
-class OpenSource:
-    """An open source that is closed once nobody reads from it any more.
-
-    Attributes:
-        lost: why the file could not be reached. Nobody touches it through this source again.
-    """
-
-    def __init__(self, source: PatchSource) -> None:
-        self.source = source
-        self.lost: ImageError | None = None
-        self._lock = threading.RLock()
-        self._readers = 0
-        self._closing = False
-
-    def read(self, index: Index, out: Array, leave_out: LeaveOut = "nothing") -> dict[int, str]:
-        """Read into `out`.
-
-        Returns:
-            What was left out, as allowed: the reason by patch index. Its rows are zeros.
+        Rows that turn out to be unreadable go, and all of images that fail: `count`, `image` and `index` change.
 
         Raises:
-            ImageLost, StalledRead: the file cannot be reached, was not before, or the source is closed.
-            ImageError: something else is wrong with it, and "nothing" may be left out.
+            KeyholeError: an image failed and failures are raised.
         """
-        with self._lock:
-            if self.lost is not None or self._closing:
-                problem = "closed" if self.lost is None else self.lost.problem
-                raise ImageLost(self.source.name, problem)
-            self._readers += 1
-        try:
-            return self._read(index, out, leave_out)
-        except LOST as error:
-            self.lost = self.lost or error
-            raise
-        finally:
-            with self._lock:
-                self._readers -= 1
-                last = self._closing and self._readers == 0
-            if last:
-                self.source.close()
-
-    def _read(self, index: Index, out: Array, leave_out: LeaveOut) -> dict[int, str]:
-        try:
-            self.source.read(index, out=out)
-        except ImageError as error:
-            if not _may_lack(error, leave_out):
-                raise
-        else:
-            return {}
-        unreadable = {}
-        for row in range(len(index)):
-            if given_up():
-                break
-            try:
-                self.source.read(index[row : row + 1], out=out[row : row + 1])
-            except ImageError as error:
-                if not _may_lack(error, leave_out):
-                    raise
-                out[row] = 0
-                unreadable[int(index[row])] = error.problem
-            beat()  # an error is a sign of life too
-        return unreadable
-
-    def close(self) -> None:
-        """Close now or, while somebody reads, as soon as they have done so. Does not wait."""
-        with self._lock:
-            now = not self._closing and self._readers == 0
-            self._closing = True
-        if now:
-            self.source.close()
-
-
-def _may_lack(error: ImageError, leave_out: LeaveOut) -> bool:
-    return leave_out == "lost" or (leave_out == "damaged" and not isinstance(error, LOST))
-
-
-class Handles(Protocol):
-    """The images of a batch, as a reading sees them."""
-
-    names: list[str]
-    handles: list[OpenSource | None]
-    """None where the image has failed."""
-
-
-class Reading:
-    """Some patches of one image on their way into rows of a buffer.
-
-    Attributes:
-        position: of the image in its batch.
-        index: patches, int64 (k,).
-        out: (k, *patch_shape) that they are read into: rows of a buffer or, once a thread is stuck that may still
-            write there, memory of their own.
-        task: of the last try; its value says what could not be read.
-        spoiled: a stuck thread may still write into the buffer.
-    """
-
-    def __init__(
-        self,
-        batch: Handles,
-        position: int,
-        index: Index,
-        out: Array,
-        pool: Pool,
-        leave_out: LeaveOut,
-        urgent: bool = False,
-    ) -> None:
-        self.position, self.index, self.out = position, index, out
-        self.spoiled = False
-        self._batch, self._pool = batch, pool
-        self.task = self._submit(leave_out, urgent)
-
-    def _submit(self, leave_out: LeaveOut, urgent: bool) -> Task[dict[int, str]]:
-        self._used: list[OpenSource] = []
-        job = partial(self._read, self.out, self._used, leave_out)
-        return self._pool.submit(self._batch.names[self.position], job, urgent)
-
-    def again(self, leave_out: LeaveOut) -> None:
-        """Have it read once more, before all that is read ahead, from the source of the image that is open by then."""
-        if self.task.lost:
-            self.out, self.spoiled = np.empty_like(self.out), True
-        self.task = self._submit(leave_out, urgent=True)
-
-    def _read(self, out: Array, used: list[OpenSource], leave_out: LeaveOut) -> dict[int, str]:
-        handle = self._batch.handles[self.position]
-        if handle is None:  # the image has failed meanwhile
-            return {}
-        used.append(handle)
-        return handle.read(self.index, out, leave_out)
-
-    def is_stale(self) -> bool:
-        """Whether the image has been opened anew since this was read."""
-        return bool(self._used) and self._used[-1] is not self._batch.handles[self.position]
-
-    def readable(self) -> NDArray[np.bool_]:
-        """Which of the patches were read, bool (k,)."""
-        return ~np.isin(self.index, list(self.task.value()))
-
-    def finished(self) -> bool:
-        """Whether no thread can write into the buffer any more."""
-        return self.task.done and not (self.spoiled or self.task.lost)
-
-
-@dataclass
-class Planned:
-    """A chunk that is being read: its buffer, how many rows of it are used, and what fills them, in order."""
-
-    buffer: Array
-    rows: int
-    readings: list[Reading]
-
-    def finished(self) -> bool:
-        """Whether no thread can write into the buffer any more."""
-        return all(reading.finished() for reading in self.readings)
-
-
-class Ring:
-    """At most `count` buffers, handed out again and again. Its waiting and waking go through the pool's lock."""
-
-    def __init__(self, pool: Pool, count: int, make: Callable[[], Array]) -> None:
-        self._pool = pool
-        self._left = count  # that may still be made
-        self._make = make
-        self._free: list[Array] = []
-        self._closed = False
-
-    def take(self, unwanted: Callable[[], bool]) -> Array | None:
-        """A buffer, once there is one; None when `unwanted()` becomes true."""
-        with self._pool.lock:
-            while not (self._free or self._left or unwanted()):
-                self._pool.changed.wait()
-            if unwanted():
-                return None
-            if self._free:
-                return self._free.pop()
-            self._left -= 1
-        return self._make()
-
-    def give(self, buffer: Array | None) -> None:
-        """Back for the next; None in place of one that a stuck thread may still write to."""
-        with self._pool.lock:
-            if buffer is None:
-                self._left += 1
-            elif not self._closed:
-                self._free.append(buffer)
-            self._pool.changed.notify_all()
-
-    def close(self) -> None:
-        """Lets go of the buffers now: a stream that has ended waits in a cycle of references for the collector."""
-        with self._pool.lock:
-            self._closed = True
-            self._free.clear()
+        if self.encoded and self.again is not None:
+            self.again(self)
 
 
 ALONE = 16

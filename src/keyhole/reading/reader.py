@@ -7,8 +7,9 @@
             kept = batch.fetch(indices)           # the kept patches of each image; the next batch is being read
 
 A planning thread opens the sources of a batch, cuts their patches into chunks and hands the reading to the pool.
-A ring of buffers is what bounds it: host memory is (ahead + 2) chunks and what the tasks in flight hold. A batch is
-opened when the last chunk of the one before it has a buffer, so that of images of many chunks the sources of two
+A ring of buffers is what bounds it: host memory is (ahead + 2) chunks and what the tasks in flight hold, and twice
+`hold` where a stream holds pixels for `Batch.fetch`. The next stream of the same chunks uses the same buffers. A batch
+is opened when the last chunk of the one before it has a buffer, so that of images of many chunks the sources of two
 batches are open at most, and of images of few chunks those of at most ahead + 3.
 
 A file that cannot be reached is tried again with a new handle. The waiting for that is done by who would wait for its
@@ -28,10 +29,11 @@ import numpy as np
 
 from keyhole.pool import Pool
 from keyhole.reading.batch import Batch
-from keyhole.reading.chunks import Allocate, Chunk, FetchOnly, Opener
+from keyhole.reading.chunks import Chunk, Delivery, FetchOnly, Opener
+from keyhole.reading.ring import Allocate, Stock
 from keyhole.reading.stream import OnError, Retry, Stream
 
-__all__ = ["Batch", "Chunk", "FetchOnly", "OnError", "Opener", "Reader"]
+__all__ = ["Batch", "Chunk", "Delivery", "FetchOnly", "OnError", "Opener", "Reader"]
 
 T = TypeVar("T")
 
@@ -52,6 +54,8 @@ class Reader:
     Attributes:
         waited: seconds that the consumer has spent waiting for reading.
         read_patches: patches handed to the consumer.
+        reread_patches: those of them that `Batch.fetch` read from their files.
+        encoded_patches: those of them that came as JPEG.
     """
 
     def __init__(
@@ -65,14 +69,21 @@ class Reader:
         on_retry: Callable[[str, str], None] | None = None,
     ) -> None:
         self.ahead = ahead
-        self.allocate = allocate
         self.waited = 0.0
-        self.read_patches = 0
+        self.read_patches = self.reread_patches = self.encoded_patches = 0
         self.pool = Pool(threads, stall)
+        self.stock = Stock(self.pool, ahead + 2, allocate)
         self._retry = Retry(retries, retry_wait, on_retry)
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 
-    def stream(self, batches: Iterable[Sequence[Opener]], chunk: int, on_error: OnError = "raise") -> Iterator[Batch]:
+    def stream(
+        self,
+        batches: Iterable[Sequence[Opener]],
+        chunk: int,
+        on_error: OnError = "raise",
+        hold: int = 0,
+        deliver: Delivery | None = None,
+    ) -> Iterator[Batch]:
         """The batches in order, each with its sources open; leaving the loop in any way closes everything.
 
         A file that is lost is tried again first (`retries`). What then stays wrong
@@ -87,12 +98,15 @@ class Reader:
                 consumer, on another thread.
             chunk: patches of a chunk.
             on_error: what becomes of images or patches that cannot be read.
+            hold: bytes of decoded pixels up to which a batch keeps all that it streams, so that `Batch.fetch` reads no
+                file again; larger batches keep nothing. Two batches may hold that much: the consumer's and the next.
+            deliver: which patches may come as JPEG, in `Chunk.encoded`; by default none. `staging.Stager` decodes them.
 
         Raises:
             KeyholeError: an image failed and `on_error` is "raise".
             ConfigError: patches of different shapes.
         """
-        stream = Stream(self, batches, chunk, on_error, self._retry)
+        stream = Stream(self, batches, chunk, on_error, self._retry, hold, deliver)
         self._streams.add(stream)
         try:
             while (batch := stream.next_batch()) is not None:
@@ -124,6 +138,7 @@ class Reader:
         """Close all streams and let the threads end. Never waits: sources still being read close afterwards."""
         for stream in list(self._streams):
             stream.close()
+        self.stock.close()
         self.pool.close()
 
     def __enter__(self) -> Self:

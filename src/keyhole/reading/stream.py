@@ -14,8 +14,12 @@ import numpy as np
 
 from keyhole.errors import ConfigError, ImageError
 from keyhole.pool import given_up
+from keyhole.reading.assembled import assembled, encoded_rows, fill_in
 from keyhole.reading.batch import SHORT_RUN, Batch
-from keyhole.reading.chunks import LOST, Array, Chunk, LeaveOut, Opener, OpenSource, Planned, Reading, Ring, pack
+from keyhole.reading.chunks import Chunk, Delivery, Opener, pack
+from keyhole.reading.held import Held, held_bytes
+from keyhole.reading.readings import LOST, LeaveOut, Need, OpenSource, Planned, Reading
+from keyhole.reading.ring import Array, Ring
 
 if TYPE_CHECKING:
     from keyhole.reading import Reader
@@ -24,9 +28,6 @@ OnError = Literal["raise", "skip", "mask"]
 
 RUN = 32
 """Patches of one task: some tens, so that neighbours share tiles and handing over costs little (PAPER: 32)."""
-
-
-_NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,14 @@ class Stream:
     """One pass: the planning thread, the ring of buffers and what has been planned but not yet consumed."""
 
     def __init__(
-        self, reader: Reader, batches: Iterable[Sequence[Opener]], chunk: int, on_error: OnError, retry: Retry
+        self,
+        reader: Reader,
+        batches: Iterable[Sequence[Opener]],
+        chunk: int,
+        on_error: OnError,
+        retry: Retry,
+        hold: int,
+        deliver: Delivery | None,
     ) -> None:
         if chunk < 1:
             raise ConfigError(f"select.chunk (={chunk}) must be at least 1")
@@ -62,11 +70,13 @@ class Stream:
         self.on_error = on_error
         self.leave_out: LeaveOut = "damaged" if on_error == "mask" else "nothing"
         self.retry = retry
+        self.hold, self.deliver = hold, deliver
+        self._holding = 0  # bytes that open batches hold
         self._batches = batches
         self._run = int(np.clip(chunk * reader.ahead // (2 * self.pool.threads), SHORT_RUN, RUN))
         self._shape: tuple[tuple[int, ...], np.dtype[Any]] | None = None
-        self._ring = Ring(reader.pool, reader.ahead + 2, self._allocate)
-        self._shown: deque[Array] = deque()  # with the consumer, oldest first
+        self._ring = Ring(reader.pool, reader.ahead + 2, reader.stock, self._allocate)
+        self._shown: deque[Chunk] = deque()  # with the consumer, oldest first
         self._opened: set[OpenSource] = set()
         self._ready: deque[Batch | None] = deque()  # None: no more
         self._error: BaseException | None = None
@@ -156,8 +166,27 @@ class Stream:
             return None
         return handle
 
+    def _hold(self, batch: Batch, streamed: Sequence[int]) -> None:
+        """Make room for all pixels of a batch if they fit; waits while batches before it hold too much for that."""
+        if self._shape is None or not 0 < (size := held_bytes(streamed, *self._shape)) <= self.hold:
+            return
+        with self.pool.lock:
+            while self._holding + size > 2 * self.hold and not (self.closed or batch.closed):
+                self.pool.changed.wait()
+            if not (self.closed or batch.closed):
+                batch.held = Held(streamed, *self._shape)
+                self._holding += size
+
+    def let_go(self, batch: Batch) -> None:
+        """Of the pixels that a batch holds."""
+        if batch.held is not None:
+            self._holding -= batch.held.bytes
+            batch.held.clear()
+            batch.held = None
+
     def _plan_batch(self, batch: Batch) -> None:
         streamed = batch.lengths()
+        self._hold(batch, streamed)
         lengths = [0 if source is None else len(source) for source in batch.sources]
         for packed in pack(lengths, self.chunk):
             # Chunks are cut as if all were streamed, so that an image that is not changes no other's.
@@ -177,20 +206,32 @@ class Stream:
     def _allocate(self) -> Array:
         assert self._shape is not None
         shape, dtype = self._shape
-        return self.reader.allocate((self.chunk, *shape), dtype)
+        return self.reader.stock.take((self.chunk, *shape), dtype)
 
     def _submit(self, batch: Batch, segments: list[tuple[int, int, int]], buffer: Array) -> Planned:
         readings: list[Reading] = []
-        row = 0
+        need, row = Need(), 0
         for position, start, stop in segments:
             for first in range(start, stop, self._run):
                 index = np.arange(first, min(first + self._run, stop), dtype=np.int64)
                 rows = buffer[row : row + len(index)]
                 if batch.handles[position] is not None:  # else it has failed meanwhile
-                    readings.append(Reading(batch, position, index, rows, self.pool, self.leave_out))
+                    readings.append(
+                        Reading(
+                            batch,
+                            position,
+                            index,
+                            rows,
+                            self.pool,
+                            self.leave_out,
+                            deliver=self.deliver,
+                            need=need,
+                            held=batch.held,
+                        )
+                    )
                 row += len(index)
         buffer[row:] = 0
-        return Planned(buffer, row, readings)
+        return Planned(buffer, row, readings, need)
 
     # On the consumer's thread
 
@@ -201,7 +242,7 @@ class Stream:
 
     def next_planned(self, batch: Batch) -> Planned | None:
         while len(self._shown) > 1:
-            self._ring.give(self._shown.popleft())
+            self._give_back(self._shown.popleft())
         self.reader.wait(lambda: self._wait_for(lambda: bool(batch.planned) or batch.complete or batch.closed))
         with self.pool.lock:
             if self.closed and not batch.closed:  # what is planned may not be all
@@ -219,25 +260,39 @@ class Stream:
 
     def finish(self, batch: Batch, planned: Planned) -> Chunk:
         """Wait for a chunk's pixels, and take out what belongs to images that failed and what is unreadable."""
+        planned.need.now = True
         self.reader.wait(lambda: batch.finish(planned.readings))
-        kept = [reading for reading in planned.readings if reading.position not in batch.failed]
-        readable = [reading.readable() for reading in kept]
-        index = np.concatenate([_NONE, *(reading.index[rows] for reading, rows in zip(kept, readable, strict=True))])
-        counts = [int(rows.sum()) for rows in readable]
-        image = np.repeat(np.array([reading.position for reading in kept], np.int64), counts)
-        buffer = planned.buffer
-        if len(index) < planned.rows or any(reading.spoiled for reading in kept):
-            if not planned.finished():
-                # A stuck thread may still write into the old buffer one day, so that is never used again.
-                buffer = self._allocate()
-            row = 0
-            for reading, rows, count in zip(kept, readable, counts, strict=True):
-                buffer[row : row + count] = reading.out[rows]
-                row += count
-            buffer[row:] = 0
-        self._shown.append(buffer)
-        self.reader.read_patches += len(index)
-        return Chunk(buffer, len(index), image, index)
+        chunk = assembled(planned, batch.failed, self._allocate)
+        if chunk.encoded:
+            chunk.again = partial(self._decode_on_host, batch)
+        if batch.held is not None:
+            for reading in planned.readings:
+                if reading.position not in batch.failed:
+                    batch.held.confirm(reading.position, reading.as_pixels())
+        self._shown.append(chunk)
+        self.reader.read_patches += chunk.count
+        self.reader.encoded_patches += len(chunk.encoded)
+        return chunk
+
+    def _decode_on_host(self, batch: Batch, chunk: Chunk) -> None:
+        before, encoded = chunk.count, len(chunk.encoded)
+        pieces = [
+            (
+                rows,
+                batch.read_now(
+                    position, chunk.index[rows], np.empty_like(chunk.pixels, shape=(len(rows), *chunk.pixels.shape[1:]))
+                ),
+            )
+            for position, rows in encoded_rows(chunk)
+            if batch.handles[position] is not None
+        ]
+        self.reader.wait(lambda: batch.finish([reading for _, part in pieces for reading in part]))
+        fill_in(chunk, pieces, batch.failed)
+        self.reader.read_patches -= before - chunk.count
+        self.reader.encoded_patches -= encoded
+
+    def _give_back(self, chunk: Chunk) -> None:
+        self._ring.give(chunk.pixels, chunk.copied)
 
     def recycle(self, planned: Planned) -> None:
         """Give back the buffer of a chunk that nobody will see."""
@@ -254,7 +309,8 @@ class Stream:
             self.closed = True
             opened, self._opened = self._opened, set()
             self._ready.clear()
-            self._shown.clear()
+            while self._shown:
+                self._give_back(self._shown.popleft())
             self._ring.close()
         for handle in opened:
             handle.close()

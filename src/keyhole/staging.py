@@ -1,0 +1,184 @@
+"""Chunks from the reader -> pixels on the device, of one static shape, while the chunk before is encoded.
+
+    stager = Stager(device)
+    for batch in reader.stream(batches, chunk, deliver=stager.deliver):
+        for chunk, pixels in prefetched(batch.chunks(), stager):
+            ...                                   # pixels: all rows of the buffer; `chunk.count` of them are in use
+
+On a GPU copies have a stream of their own and two buffers. Nothing here waits for the encoder: the copy does, on the
+device, for who used its buffer last, and the encoder for the copy. The host waits for a copy only, that of two chunks
+ago, so that it is never more than some chunks ahead of the device; whoever is to fill a buffer of the host again waits
+for that buffer's copy, on the reader's thread.
+
+JPEG tiles are decoded on the device, in one call for all of a chunk. A tile that the decoder there refuses sends the
+encoded rows of its chunk back to the host's readers, which name what is wrong with it as they always do. What decoders
+make of a JPEG differs in the last bit, more where colours are upsampled, and which tiles the device decodes depends on
+time. Runs are the same to the bit on a CPU only, where nothing comes encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keyhole.decoding import Decoder, decodes
+from keyhole.patches import View
+from keyhole.reading.chunks import Chunk, Coded, Delivery
+from keyhole.shares import NO_SHARES, Shares
+
+T = TypeVar("T")
+
+
+class Stager:
+    """Puts one chunk after the other on a device. Make one for a run, not for each batch: it holds two buffers.
+
+    Args:
+        device: where the encoder is.
+        shares: counts the time of copies and decoding as "copying".
+        encoded: whether chunks may bring JPEG; by default on a GPU whose decoder can be had. On a CPU the readers
+            decode as well.
+
+    Attributes:
+        deliver: for `Reader.stream`: what may come as JPEG; None where nothing may.
+        note: why some or all kinds of JPEG are left to the host; "" where none is, or nothing was asked.
+        refused: chunks whose encoded rows went back to the host.
+    """
+
+    def __init__(self, device: torch.device, shares: Shares = NO_SHARES, encoded: bool | None = None) -> None:
+        self.device, self.shares = device, shares
+        self.deliver: Delivery | None = None
+        self.note, self.refused = "", 0
+        if device.type == "cuda" if encoded is None else encoded:
+            colors, self.note = decodes(device)
+            if colors:
+                self.deliver, self._decode = Delivery(colors), Decoder(device)
+        self._slots = _Slots(device) if device.type == "cuda" else None
+
+    def __call__(self, chunk: Chunk) -> Tensor:
+        """All rows of a chunk's buffer on the device: uint8 (size h w c) or float32 (size f), zeros from `count` on.
+
+        On a GPU, what uses the result must have been launched, on the stream that is current at the call, before the
+        next call, and the result must not be used afterwards. `chunk` may lose rows, as `Chunk.decode_on_host` says.
+
+        Raises:
+            KeyholeError: a patch that came encoded could not be read, and failures are raised.
+        """
+        return self._on_host(chunk) if self._slots is None else self._on_device(chunk, self._slots)
+
+    def _on_host(self, chunk: Chunk) -> Tensor:
+        decoded = self._decoded(chunk)
+        with self.shares.part("copying"):
+            pixels = _tensor(chunk)
+            for rows, block in decoded:
+                pixels[rows] = block
+            return pixels if pixels.dtype == torch.uint8 else pixels.float()
+
+    def _on_device(self, chunk: Chunk, slots: _Slots) -> Tensor:
+        source = _tensor(chunk)
+        pixels = slots.next(source)
+        with torch.cuda.stream(slots.stream), self.shares.part("copying"):
+            decoded = self._decoded(chunk)
+            for start, stop in _without(len(source), sorted(chunk.encoded)):
+                pixels[start:stop].copy_(source[start:stop], non_blocking=True)
+            for rows, block in decoded:
+                pixels.index_copy_(0, rows.pin_memory().to(self.device, non_blocking=True), block)
+            result = pixels if pixels.dtype == torch.uint8 else pixels.float()
+        chunk.copied = slots.copied(result)
+        return result
+
+    def _decoded(self, chunk: Chunk) -> list[tuple[Tensor, Tensor]]:
+        """Rows of a chunk and their pixels, for each way that patches are turned; none if the host decoded them."""
+        if not chunk.encoded:
+            return []
+        try:
+            return [
+                (torch.tensor(rows), _turned(self._decode(streams, chunk.pixels.shape[-1]), view))
+                for view, rows, streams in _by_view(chunk.encoded)
+            ]
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.refused += 1
+            chunk.decode_on_host()
+            return []
+
+
+class _Slots:
+    """Two buffers on a GPU and the stream that fills them.
+
+    A buffer is filled again two calls later. What reads it has been launched by the call between, and the event that is
+    recorded then is what the copy waits for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._buffers: list[Tensor] = []
+        self._used: list[torch.cuda.Event] = []  # of the last two calls: all that was launched before them
+        self._copies: list[torch.cuda.Event] = []
+
+    def next(self, like: Tensor) -> Tensor:
+        """The buffer to fill, once the copy of two calls ago is done; `stream` waits until nobody reads it."""
+        if len(self._copies) == 2:
+            self._copies.pop(0).synchronize()
+        now = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        now.record(torch.cuda.current_stream(self.device))
+        fresh = not self._buffers or self._buffers[0].shape != like.shape or self._buffers[0].dtype != like.dtype
+        if fresh:
+            self._buffers = [torch.empty_like(like, device=self.device, pin_memory=False) for _ in range(2)]
+            for buffer in self._buffers:
+                buffer.record_stream(self.stream)
+            self._used = [now]  # new memory may still be in use by what was launched before it was freed
+        self._used = [*self._used[-1:], now]
+        self.stream.wait_event(self._used[0])
+        self._buffers.reverse()
+        return self._buffers[0]
+
+    def copied(self, result: Tensor) -> Callable[[], None]:
+        """Let the current stream wait for what was put on `stream`; what is returned makes the host wait for it."""
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(self.stream)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(done)
+        result.record_stream(current)
+        self._copies.append(done)
+        return done.synchronize
+
+
+def prefetched(chunks: Iterable[Chunk], stage: Callable[[Chunk], T]) -> Iterator[tuple[Chunk, T]]:
+    """Chunks, and what `stage` (a `Stager`) makes of them.
+
+    The next chunk is staged as soon as the consumer asks for it, which is when it has launched its work on this one:
+    on a GPU the copy runs beside that work. A consumer that waits for the device in between keeps it from doing so.
+    """
+    for chunk in chunks:
+        yield chunk, stage(chunk)
+
+
+def _tensor(chunk: Chunk) -> Tensor:
+    return torch.from_numpy(np.require(chunk.pixels, requirements=["C", "W"]))
+
+
+def _by_view(encoded: dict[int, Coded]) -> Iterator[tuple[View, list[int], list[bytes]]]:
+    for view in dict.fromkeys(coded.view for coded in encoded.values()):
+        rows = [row for row, coded in encoded.items() if coded.view == view]
+        yield view, rows, [encoded[row].data for row in rows]
+
+
+def _turned(pixels: Tensor, view: View) -> Tensor:
+    """Patches (k h w c) turned as `View.pixels` turns them."""
+    axes = [axis for axis, flip in ((1, view.flip_y), (2, view.flip_x)) if flip]
+    return torch.rot90(pixels.flip(axes) if axes else pixels, view.turns, dims=(1, 2))
+
+
+def _without(size: int, rows: list[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of 0 ... size - 1 in which none of `rows` (sorted) lies."""
+    start = 0
+    for row in [*rows, size]:
+        if row > start:
+            yield start, row
+        start = row + 1

@@ -1,0 +1,185 @@
+"""Laws of pixels that stay with their batch: fetched without a file, the same as from it, gone with the batch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import weakref
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_images import picture, write_tiff
+from test_damage import COLUMNS, ROWS, Disk, MakePipe, damage, disk, pipe, read_chunks, whole
+from test_reading import PATIENCE, Opener, Probe, eventually, no_thread_is_left, openers, sources
+
+from keyhole.patches import FileOpener, FilePatches
+from keyhole.reading import Batch, FetchOnly, OnError, Reader
+
+__all__ = ["disk", "no_thread_is_left", "pipe", "whole"]  # fixtures that tests here use
+
+PLENTY = 2**24
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(sources(), max_size=4), max_size=4),
+    st.integers(1, 70),
+    st.integers(0, 30_000),
+    st.integers(1, 3),
+    st.integers(0, 99),
+)
+def test_what_is_fetched_does_not_depend_on_what_is_held(
+    batches: list[list[FilePatches]], size: int, hold: int, workers: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    with Reader(workers, ahead=2, stall=PATIENCE) as reader:
+        lists = [[Opener(f"{i}", lambda source=source: source) for i, source in enumerate(b)] for b in batches]
+        for sources_, batch in zip(batches, reader.stream(lists, size, hold=hold), strict=True):
+            for _ in batch.chunks():
+                pass
+            before = reader.reread_patches
+            kept = [rng.integers(0, len(source), rng.integers(0, 20)) for source in sources_]
+            for source, wanted, fetched in zip(sources_, kept, batch.fetch(kept), strict=True):
+                np.testing.assert_array_equal(fetched, source.read(wanted))
+            fits = sum(map(len, sources_)) * 4 * 4 * 3 <= hold
+            assert reader.reread_patches - before == (0 if fits else sum(map(len, kept)))
+
+
+def test_what_is_held_is_fetched_without_the_file(tmp_path: Path) -> None:
+    files = [write_tiff(tmp_path / f"{k}.tif", picture(3, 200, 136, k), tile=(32, 32)) for k in range(3)]
+    lists = [[FileOpener(path, path.name, 20) for path in files]] * 2
+    expected = []
+    for opener in lists[0]:
+        with closing(opener()) as source:
+            expected.append(source.read(slice(None)))
+    with Reader(2, stall=PATIENCE) as reader:
+        stream = reader.stream(lists, 16, hold=PLENTY)
+        for _ in next(stream).chunks():
+            pass
+        batch = next(stream)
+        for _ in batch.chunks():
+            pass
+        for path in files:
+            os.truncate(path, 0)
+        kept = [np.array([5, 0, 5, len(pixels) - 1]) for pixels in expected]
+        for wanted, pixels, rows in zip(kept, expected, batch.fetch(kept), strict=True):
+            np.testing.assert_array_equal(rows, pixels[wanted])
+        assert reader.reread_patches == 0
+
+
+def test_patches_that_have_not_come_yet_are_read() -> None:
+    probe = Probe(n=40)
+    with Reader(1, stall=PATIENCE) as reader:
+        stream = reader.stream([openers(probe)], 4, hold=PLENTY)
+        batch = next(stream)
+        next(batch.chunks())
+        (rows,) = batch.fetch([[39, 2, 17]])
+        np.testing.assert_array_equal(rows, probe.array[[39, 2, 17]])
+        assert reader.reread_patches == 2
+
+
+def test_images_that_were_not_streamed_are_read_and_the_others_are_not() -> None:
+    first, second = Probe("first"), Probe("second")
+    with Reader(1, stall=PATIENCE) as reader:
+        stream = reader.stream([[FetchOnly(first.opener()), second.opener()]], 4, hold=PLENTY)
+        batch = next(stream)
+        for _ in batch.chunks():
+            pass
+        rows = batch.fetch([[3, 1], [0, 2]])
+        np.testing.assert_array_equal(rows[0], first.array[[3, 1]])
+        np.testing.assert_array_equal(rows[1], second.array[[0, 2]])
+        assert reader.reread_patches == 2
+
+
+def test_two_batches_are_held_at_most_and_each_goes_with_its_batch() -> None:
+    probes = [Probe(f"{k}", n=20) for k in range(5)]
+    closed: list[Batch] = []
+    with Reader(2, ahead=30, stall=PATIENCE) as reader:
+        stream = reader.stream([openers(probe) for probe in probes], 4, hold=probes[0].array.nbytes)
+        for number, probe in enumerate(probes):
+            batch = next(stream)
+            for _ in batch.chunks():
+                pass
+            held = weakref.ref(batch.held)
+            assert batch.held is not None
+            if number + 1 < len(probes):
+                assert probes[number + 1].was_read.wait(PATIENCE)
+            assert not any(later.reading.is_set() for later in probes[number + 2 :])
+            (rows,) = batch.fetch([[7, 3]])
+            np.testing.assert_array_equal(rows, probe.array[[7, 3]])
+            assert not any(before.held for before in closed)
+            closed.append(batch)
+        assert reader.reread_patches == 0
+        with pytest.raises(StopIteration):
+            next(stream)
+        assert not any(before.held for before in closed)
+    assert eventually(lambda: held() is None)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.lists(st.integers(0, ROWS * COLUMNS - 1), max_size=4, unique=True), st.integers(20, 50), st.sampled_from([1, 9])
+)
+def test_unreadable_patches_and_failed_images_are_the_same_with_and_without(
+    whole: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, tiles: Sequence[int], size: int, chunk: int
+) -> None:
+    bad = damage(tmp_path_factory.mktemp("damaged") / "bad.tif", whole["deflate"], tiles)
+    lists = [[FileOpener(path, path.name, size) for path in (bad, whole["jpeg"])]]
+    lengths, found = [], []
+    for opener in lists[0]:
+        with closing(opener()) as source:
+            lengths.append(len(source))
+    for hold in (0, PLENTY):
+        with Reader(2, ahead=2, stall=PATIENCE) as reader:
+            for batch in reader.stream(lists, chunk, "mask", hold=hold):
+                read_chunks(batch)
+                rows = batch.fetch([np.arange(length)[::-2] for length in lengths])
+                found.append((batch.unreadable, list(batch.failed), rows))
+            assert hold == 0 or reader.reread_patches == 0
+    assert found[0][:2] == found[1][:2]
+    for without, with_ in zip(found[0][2], found[1][2], strict=True):
+        assert (without is None) == (with_ is None)
+        if without is not None and with_ is not None:
+            np.testing.assert_array_equal(without, with_)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "mask"])
+def test_what_a_stuck_thread_writes_late_is_not_fetched(disk: Disk, pipe: MakePipe, on_error: OnError) -> None:
+    opener = disk.write("a", 40)
+    stalled = pipe("a", 12)
+    with Reader(2, ahead=2, stall=0.5, retry_wait=0.01, on_retry=lambda *_: stalled.mend()) as reader:
+        for batch in reader.stream([[opener]], 16, on_error, hold=PLENTY):
+            disk.check(read_chunks(batch), 0, range(40))
+            stalled.let_go()
+            assert disk.opened[0].was_closed.wait(PATIENCE)
+            (rows,) = batch.fetch([range(40)])
+            assert rows is not None
+            for index, row in enumerate(rows):
+                np.testing.assert_array_equal(row, disk.pixels(index))
+
+
+def test_an_image_that_comes_back_keeps_what_was_held_of_it(disk: Disk) -> None:
+    opener = disk.write("a", 90)
+    back = disk.path / "a away"
+
+    def on_retry(name: str, reason: str) -> None:
+        if back.exists():
+            disk.put_back("a")
+
+    with Reader(1, ahead=1, stall=PATIENCE, retry_wait=0.01, on_retry=on_retry) as reader:
+        for batch in reader.stream([[opener]], 8, hold=PLENTY):
+            for number, _ in enumerate(batch.chunks()):
+                if number == 0:
+                    disk.take_away("a")
+            assert len(disk.opened) > 1
+            shutil.rmtree(disk.path / "a")
+            (rows,) = batch.fetch([range(90)])
+            assert rows is not None
+            for index, row in enumerate(rows):
+                np.testing.assert_array_equal(row, disk.pixels(index))
+        assert reader.reread_patches == 0
