@@ -42,7 +42,7 @@ class Looker:
     def __init__(self, model: IPSClassifier, color: Tensor | None, pace: Pace, shares: Shares = NO_SHARES) -> None:
         self.model, self.pace, self.shares = model, pace, shares
         self.device = next(model.parameters()).device
-        self.color = None if color is None else color.to(self.device)
+        self.color = None if color is None else on_device(color.numpy(), self.device)
         self.repeated = 0
         self._known: dict[tuple[int, bytes], Tensor] = {}
 

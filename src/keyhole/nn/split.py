@@ -146,17 +146,16 @@ def kept_buffers(module: nn.Module, on_error_only: bool = False) -> Iterator[Non
         module: with its submodules.
         on_error_only: keep what changed unless an exception leaves the block.
     """
-    found = [
-        (part, name, buffer, buffer.clone())
-        for part in module.modules()
-        for name, buffer in part.named_buffers(recurse=False)
-    ]
+    places = [(part, name, buffer) for part in module.modules() for name, buffer in part.named_buffers(recurse=False)]
+    copies = [torch.empty_like(buffer) for _, _, buffer in places]
+    if copies:
+        torch._foreach_copy_(copies, [buffer for _, _, buffer in places])
     done = False
     try:
         yield
         done = True
     finally:
         if not (done and on_error_only):
-            for part, name, buffer, before in found:
+            for (part, name, buffer), before in zip(places, copies, strict=True):
                 buffer.copy_(before)
                 setattr(part, name, buffer)  # in case it was replaced, not changed

@@ -1,0 +1,197 @@
+"""Laws of the first pass over one chunk: blank patches cost nothing, nothing waits for the device, nothing is rebuilt."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from keyhole.config import RunConfig, SelectConfig
+from keyhole.looking import Looker, blank_rows
+from keyhole.memory.pace import unlimited
+from keyhole.nn import CrossAttentionPool, IPSClassifier, SmallEncoder
+from keyhole.passes import open_reader, select_batch
+from keyhole.patches import TensorPatches
+from keyhole.reading import Chunk
+from keyhole.shares import Shares
+from keyhole.staging import Stager
+from keyhole.training.augment import color_matrix
+
+Array = NDArray[Any]
+
+
+class Counting(SmallEncoder):
+    """Counts the patches that it embeds."""
+
+    seen = 0
+
+    def embed(self, patches: Tensor) -> Tensor:
+        type(self).seen += len(patches)
+        return super().embed(patches)
+
+
+def model_of(seed: int = 0, channels: int = 3) -> IPSClassifier:
+    torch.manual_seed(seed)
+    encoder = Counting(channels, width=8)
+    return IPSClassifier(encoder, CrossAttentionPool(encoder.dim, 2), {"a": nn.Linear(encoder.dim, 2)}).eval()
+
+
+def patches_of(kinds: list[int], rng: np.random.Generator) -> Array:
+    """Patches of 24 px: noise for 0, else one colour everywhere."""
+    block = rng.integers(0, 256, (len(kinds), 24, 24, 3), np.uint8)
+    for row, kind in enumerate(kinds):
+        if kind:
+            block[row] = (kind * 40, 255 - kind * 30, kind)
+    return block
+
+
+def chunk_of(kinds: list[int], images: list[int], rng: np.random.Generator) -> Chunk:
+    pixels = patches_of(kinds, rng)
+    return Chunk(pixels, len(kinds), np.array(images), np.arange(len(kinds)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=24), st.booleans(), st.booleans())
+def test_patches_of_one_colour_are_encoded_once_and_get_what_they_would_get(
+    rows: list[tuple[int, int]], colored: bool, fast: bool
+) -> None:
+    kinds, images = [kind for kind, _ in rows], sorted(image for _, image in rows)
+    chunk = chunk_of(kinds, images, np.random.default_rng(0))
+    model = model_of()
+    if fast:
+        model.accelerate()
+        model.fast(torch.from_numpy(chunk.pixels))  # type: ignore[misc]  # built before counting
+    colors = torch.stack([color_matrix(np.full(4, 0.05 * image), 3) for image in range(3)]) if colored else None
+    looker = Looker(model, colors, unlimited(SelectConfig(m=2)))
+    with model.looking():
+        expected = model.score(
+            torch.from_numpy(chunk.pixels), None, None if colors is None else colors[torch.tensor(images)]
+        )
+        for repeat in range(2):  # in the second chunk every colour is known
+            Counting.seen = 0
+            found = looker.score(chunk, torch.from_numpy(chunk.pixels), None)
+            keys = {(kind, image if colored else 0) for kind, image in zip(kinds, images, strict=True) if kind}
+            assert Counting.seen == kinds.count(0) + (0 if repeat else len(keys))
+            assert torch.allclose(found, expected, atol=1e-5)
+            equal = [found[row] for row, key in enumerate(zip(kinds, images, strict=True)) if key == (1, 0)]
+            assert all(torch.equal(one, equal[0]) for one in equal), "equal patches have equal logits, to the bit"
+
+
+@given(st.integers(1, 30), st.integers(0, 2**32 - 1))
+def test_blank_is_one_colour_in_every_pixel(k: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    block = np.broadcast_to(rng.integers(0, 3, (k, 1, 1, 2), np.uint8), (k, 5, 5, 2)).copy()
+    changed = rng.random(k) < 0.5
+    for row in changed.nonzero()[0]:
+        block[row, rng.integers(5), rng.integers(5), rng.integers(2)] += 1
+    assert (blank_rows(block) == ~changed).all()
+    assert not blank_rows(np.zeros((k, 8), np.float32)).any(), "features are never blank"
+
+
+def opener_of(source: TensorPatches) -> Any:
+    class Opener:
+        name = source.name
+
+        def __call__(self) -> TensorPatches:
+            return source
+
+    return Opener()
+
+
+def sources(count: int, n: int) -> list[TensorPatches]:
+    rng = np.random.default_rng(1)
+    return [TensorPatches(rng.integers(0, 256, (n, 24, 24, 3), np.uint8), f"image {row}") for row in range(count)]
+
+
+@pytest.fixture
+def careful() -> Iterator[None]:
+    """Whatever waits for the device is an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    yield
+    torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rule", ["global", "streaming"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_waits_for_the_device_in_the_chunk_loop(careful: None, rule: Any, compiled: bool) -> None:
+    device = torch.device("cuda")
+    model = model_of().to(device)
+    model.precision = torch.bfloat16
+    model.accelerate(compile=compiled)
+    select = SelectConfig(m=4, chunk=32, rule=rule)
+    stager = Stager(device, Shares(device))
+    colors = torch.stack([color_matrix(np.full(4, 0.05), 3)] * 3)
+    with open_reader(RunConfig(threads=2), device) as reader:
+        batches = [[opener_of(source) for source in sources(3, 100)] for _ in range(2)]
+        for number, batch in enumerate(reader.stream(batches, 32)):
+            torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first builds and compiles
+            kept = select_batch(model, batch, select, colors, stager=stager)
+            torch.cuda.set_sync_debug_mode("default")
+            assert [len(image.index) for image in kept if image is not None] == [4, 4, 4]
+
+
+def test_what_is_kept_is_not_read_again_where_a_batch_fits() -> None:
+    from keyhole.passes import fetch_kept
+
+    model, select = model_of(), SelectConfig(m=5, chunk=16)
+    for hold, again in ((2**20, 0), (0, 10)):
+        with open_reader(RunConfig(threads=2), torch.device("cpu")) as reader:
+            batches = [[opener_of(source) for source in sources(2, 40)]]
+            for batch in reader.stream(batches, 16, hold=hold):
+                kept = select_batch(model, batch, select)
+                _, _, pixels = fetch_kept(model, batch, kept)
+            assert reader.reread_patches == again
+        for source, image, block in zip(sources(2, 40), kept, pixels, strict=True):
+            assert image is not None
+            assert block is not None
+            assert np.array_equal(block, source.array[image.index.numpy()])
+
+
+COMPILED_RUN = """
+import functools
+import sys
+import torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # traced and guarded alike, no C++ to wait for
+from torch._dynamo.utils import counters
+from keyhole.training.loop import Loop, train
+
+graphs, after = [], Loop.end_epoch
+
+def count(self, row):
+    after(self, row)
+    graphs.append(counters["stats"]["unique_graphs"])
+
+Loop.end_epoch = count
+train(sys.argv[1], sys.argv[2], patch={"size": 32}, model={"encoder": "small", "width": 4, "heads": 2},
+      select={"m": 2, "chunk": 16}, train={"epochs": 3, "batch": 3}, augment={"color": 0.1},
+      run={"compile": "on", "threads": 1})
+print("graphs", *graphs)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_nothing_is_compiled_after_the_first_epoch(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label in ("bright", "dark"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(7):  # not a multiple of the batch: the last batch of an epoch is smaller
+            pixels = rng.integers(0, 100, (64, 96, 3), np.uint8) + (100 if label == "bright" else 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / label / f"{number}.png")
+    # a process of its own: the tests' checks of shapes and the compiler do not go together
+    command = [sys.executable, "-c", COMPILED_RUN, str(tmp_path / "data"), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "encoder compiled: as asked for" in done.stderr
+    graphs = [int(word) for word in done.stdout.split("graphs ")[1].split()]
+    assert graphs[0] > 0
+    assert graphs == [graphs[0]] * 3
