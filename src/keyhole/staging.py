@@ -150,13 +150,15 @@ class _Slots:
 
 
 def prefetched(chunks: Iterable[Chunk], stage: Callable[[Chunk], T]) -> Iterator[tuple[Chunk, T]]:
-    """Chunks, and what `stage` (a `Stager`) makes of them.
+    """Chunks, and what `stage` (a `Stager`) makes of them; those that have lost all rows on the way are left out.
 
     The next chunk is staged as soon as the consumer asks for it, which is when it has launched its work on this one:
     on a GPU the copy runs beside that work. A consumer that waits for the device in between keeps it from doing so.
     """
     for chunk in chunks:
-        yield chunk, stage(chunk)
+        staged = stage(chunk)
+        if chunk.count:
+            yield chunk, staged
 
 
 def _tensor(chunk: Chunk) -> Tensor:

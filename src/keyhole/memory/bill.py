@@ -36,6 +36,7 @@ class Bill:
         m, kept: patches of an image and of a batch that are kept.
         learn: whether there is a gradient step.
         gaps: what measured costs are multiplied with.
+        staged: bytes of a patch in the device's own buffers, which chunks are copied to.
     """
 
     costs: Costs
@@ -52,6 +53,7 @@ class Bill:
     kept: int
     learn: bool
     gaps: float = 1.0
+    staged: int = 0
 
     def select(self, chunk: int) -> int:
         return self.images * self.logits + max(self.gap(self.costs.score(chunk)), self.finishing)
@@ -75,7 +77,7 @@ class Bill:
         steps = [self.select(chunk), self.second(chunk, split)]
         if self.learn:
             steps.append(self.stepping)
-        return self.host + self.buffers * chunk * self.patch + self.training + max(steps)
+        return self.host + (self.buffers * self.patch + self.staged) * chunk + self.training + max(steps)
 
     def peak(self, chunk: int, split: int | None) -> int:
         return self.now + self.added(chunk, split)

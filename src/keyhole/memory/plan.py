@@ -34,6 +34,8 @@ GPU_CHUNK, GPU_CHUNK_BYTES = 1024, 2**26
 """Most patches at a time on a GPU, and most bytes of them: as many as that wait in the host's pinned buffers, each."""
 GPU_FEATURES = 16384
 """Most stored features at a time on a GPU: the work on one is small, so that launching it would cost more."""
+STAGED = 4
+"""Copies of a chunk as read that a GPU holds: two buffers, and what its JPEG decoder gives for each."""
 SHARE = 0.8
 """Of what is free, for `auto`: others want some too."""
 RESERVE = 2**28
@@ -191,6 +193,7 @@ def make_plan(
         kept=batch * kept,
         learn=learn,
         gaps=GAPS if cpu else 1.0,
+        staged=0 if cpu else STAGED * patch_bytes,
     )
     # with a budget of the user's, a heap with gaps is for plans that lack nothing
     sizes = bill.best(budget, [most] if cpu and named else chunks)

@@ -216,19 +216,8 @@ class Stream:
                 index = np.arange(first, min(first + self._run, stop), dtype=np.int64)
                 rows = buffer[row : row + len(index)]
                 if batch.handles[position] is not None:  # else it has failed meanwhile
-                    readings.append(
-                        Reading(
-                            batch,
-                            position,
-                            index,
-                            rows,
-                            self.pool,
-                            self.leave_out,
-                            deliver=self.deliver,
-                            need=need,
-                            held=batch.held,
-                        )
-                    )
+                    what = batch, position, index, rows, self.pool, self.leave_out
+                    readings.append(Reading(*what, deliver=self.deliver, need=need, held=batch.held))
                 row += len(index)
         buffer[row:] = 0
         return Planned(buffer, row, readings, need)
@@ -276,16 +265,11 @@ class Stream:
 
     def _decode_on_host(self, batch: Batch, chunk: Chunk) -> None:
         before, encoded = chunk.count, len(chunk.encoded)
-        pieces = [
-            (
-                rows,
-                batch.read_now(
-                    position, chunk.index[rows], np.empty_like(chunk.pixels, shape=(len(rows), *chunk.pixels.shape[1:]))
-                ),
-            )
-            for position, rows in encoded_rows(chunk)
-            if batch.handles[position] is not None
-        ]
+        pieces = []
+        for position, rows in encoded_rows(chunk):
+            if batch.handles[position] is not None:
+                out = np.empty((len(rows), *chunk.pixels.shape[1:]), chunk.pixels.dtype)
+                pieces.append((rows, batch.read_now(position, chunk.index[rows], out)))
         self.reader.wait(lambda: batch.finish([reading for _, part in pieces for reading in part]))
         fill_in(chunk, pieces, batch.failed)
         self.reader.read_patches -= before - chunk.count

@@ -117,6 +117,8 @@ class Loop:
         job, config = self.job, self.job.config
         loggers = open_loggers(config.run.log, job.run.path)
         try:
+            if self.stager.note:
+                job.log(self.stager.note)
             while job.state.epoch < config.train.epochs and not job.state.stopped:
                 started = time.monotonic()
                 row = self.learn() | validate_epoch(job, self.pace, self.interrupt, self.weights, self.stager)

@@ -1,0 +1,224 @@
+"""Laws of chunks on their way to the device: the same pixels in order, in one shape, and no buffer used too early."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_images import picture, write_tiff
+from test_reading import PATIENCE, Opener, Probe, eventually, no_thread_is_left, openers
+from torch import Tensor
+
+from keyhole.config import RunConfig
+from keyhole.patches import FileOpener, TensorPatches, View
+from keyhole.reading import Delivery, Reader
+from keyhole.reading.chunks import Chunk, Coded
+from keyhole.staging import Stager, prefetched
+
+__all__ = ["no_thread_is_left"]  # a fixture that every test here uses
+
+CPU = torch.device("cpu")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_on_a_cpu_the_buffer_itself_is_what_is_encoded() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), dtype=np.uint8)
+    with Reader(1, stall=PATIENCE) as reader:
+        for batch in reader.stream([[Opener("a", lambda: TensorPatches(pixels))]], 4):
+            counts = []
+            for chunk, tensor in prefetched(batch.chunks(), Stager(CPU)):
+                assert tensor.data_ptr() == chunk.pixels.ctypes.data
+                assert (tensor.dtype, tensor.shape) == (torch.uint8, (4, 4, 4, 3))
+                np.testing.assert_array_equal(tensor[: chunk.count], pixels[chunk.index])
+                assert not tensor[chunk.count :].any()
+                counts.append(chunk.count)
+            assert counts == [4, 4, 1]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_features_become_float32(dtype: type) -> None:
+    features = np.random.default_rng(0).normal(size=(5, 7)).astype(dtype)
+    with Reader(1, stall=PATIENCE) as reader:
+        for batch in reader.stream([[Opener("a", lambda: TensorPatches(features))]], 5):
+            for _, tensor in prefetched(batch.chunks(), Stager(CPU)):
+                assert tensor.dtype == torch.float32
+                np.testing.assert_array_equal(tensor, features.astype(np.float32))
+
+
+def test_a_buffer_is_not_filled_again_before_its_copy_is_done() -> None:
+    waited_for, copied = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        waited_for.set()
+        assert copied.wait(PATIENCE)
+
+    with Reader(2, ahead=1, stall=PATIENCE) as reader:
+        probes = [Probe("a", n=40), Probe("b", n=40)]
+        index: list[int] = []
+        for batch in reader.stream([openers(probe) for probe in probes], 4):
+            for chunk in batch.chunks():
+                index += chunk.index.tolist()
+                if len(index) == 4:
+                    first, before = chunk.pixels, chunk.pixels.copy()
+                    chunk.copied = wait
+                elif len(index) == 12:  # the third of three buffers: the first is wanted again
+                    assert waited_for.wait(5)
+                    np.testing.assert_array_equal(first, before)
+                    copied.set()
+        assert index == [*range(40)] * 2
+        assert not np.array_equal(first, before), "it was used again in the end"
+
+
+def test_the_next_stream_waits_for_copies_of_the_last() -> None:
+    copied, taken = threading.Event(), []
+
+    def wait() -> None:
+        taken.append(1)
+        assert copied.wait(PATIENCE)
+
+    with Reader(1, ahead=1, stall=PATIENCE) as reader:
+        for batch in reader.stream([openers(Probe(n=12))], 4):
+            shown = []
+            for chunk in batch.chunks():
+                chunk.copied = wait
+                shown.append((chunk.pixels, chunk.pixels.copy()))
+        probe = Probe("next", n=12)
+        stream = reader.stream([openers(probe)], 4)
+        batch = next(stream)
+        assert eventually(lambda: bool(taken))
+        for pixels, before in shown:
+            np.testing.assert_array_equal(pixels, before)
+        copied.set()
+        assert sum(chunk.count for chunk in batch.chunks()) == 12
+
+
+def test_what_came_encoded_is_turned_on_the_device_as_the_reader_turns_it() -> None:
+    pytest.importorskip("torchvision")
+    import io
+
+    import PIL.Image
+
+    pixels, streams = [], []
+    for seed in range(16):
+        data = io.BytesIO()
+        PIL.Image.fromarray(picture(3, 16, 16, seed)).save(data, "JPEG", quality=95)
+        streams.append(data.getvalue())
+        pixels.append(np.asarray(PIL.Image.open(data)))
+    views = [View(bool(n & 1), bool(n & 2), n >> 2) for n in range(16)]
+    buffer = np.zeros((20, 16, 16, 3), np.uint8)
+    encoded = {row + 2: Coded(stream, view) for row, (stream, view) in enumerate(zip(streams, views, strict=True))}
+    buffer[:2] = 7
+    chunk = Chunk(buffer, 18, np.zeros(18, np.int64), np.arange(18), encoded)
+    for device in (CPU, torch.device("cuda")) if torch.cuda.is_available() else (CPU,):
+        tensor = Stager(device, encoded=True)(chunk).cpu().numpy().astype(int)
+        assert (tensor[:2] == 7).all()
+        assert not tensor[18:].any()
+        for row, (block, view) in enumerate(zip(pixels, views, strict=True)):
+            expected = view.pixels(block[None])[0].astype(int)
+            assert np.abs(tensor[row + 2] - expected).mean() <= (1 if device.type == "cpu" else 6)
+
+
+# On a GPU.
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device, but for events, is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def on_gpu(pixels: Tensor) -> Tensor:
+    """Work that takes the device far longer than copying does, and its result: a sum for each patch."""
+    for _ in range(20):
+        pixels.float().square().sum()
+    return pixels.flatten(1).sum(1)
+
+
+@gpu
+def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind(no_waiting: None) -> None:
+    from keyhole.passes import open_reader
+
+    device = torch.device("cuda")
+    arrays = [np.random.default_rng(n).integers(0, 256, (700, 64, 64, 3), dtype=np.uint8) for n in range(3)]
+    stager, sums, places = Stager(device), [], []
+    with open_reader(RunConfig(), device) as reader:
+        for _ in range(3):
+            lists = [[Opener(str(n), lambda array=array: TensorPatches(array))] for n, array in enumerate(arrays)]
+            for number, batch in enumerate(reader.stream(lists, 128)):
+                for chunk, pixels in prefetched(batch.chunks(), stager):
+                    assert pixels.shape == (128, 64, 64, 3)
+                    places.append(pixels.data_ptr())
+                    sums.append((number, chunk.index, on_gpu(pixels)))
+        assert len(set(places)) == 2, "two buffers for all batches and epochs"
+    torch.cuda.set_sync_debug_mode("default")
+    for number, index, result in sums:
+        expected = arrays[number][index].reshape(len(index), -1).sum(1, dtype=np.int64)
+        np.testing.assert_array_equal(result.cpu()[: len(index)], expected)
+        assert not result.cpu()[len(index) :].any()
+
+
+@gpu
+def test_features_of_any_kind_arrive_as_float32_on_a_gpu() -> None:
+    from keyhole.passes import open_reader
+
+    device = torch.device("cuda")
+    for dtype in (np.float16, np.float32):
+        features = np.random.default_rng(0).normal(size=(50, 7)).astype(dtype)
+        with open_reader(RunConfig(), device) as reader:
+            for batch in reader.stream([[Opener("a", lambda: TensorPatches(features))]], 16):  # noqa: B023
+                for chunk, tensor in prefetched(batch.chunks(), Stager(device)):
+                    assert tensor.dtype == torch.float32
+                    expected = features[chunk.index].astype(np.float32)
+                    np.testing.assert_array_equal(tensor.cpu()[: chunk.count], expected)
+
+
+@gpu
+def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path) -> None:
+    from keyhole.passes import open_reader
+
+    device = torch.device("cuda")
+    stager = Stager(device)
+    if stager.deliver is None:
+        pytest.skip(f"no decoder on the device: {stager.note}")
+    for color, options in (("ycbcr", {}), ("rgb", {"compressionargs": {"outcolorspace": "rgb"}})):
+        path = write_tiff(
+            tmp_path / f"{color}.tif", picture(3, 1024, 512), tile=(64, 64), compression="jpeg", **options
+        )
+        opener = FileOpener(path, color, 64, view=View(turns=1))
+        source = opener()
+        expected = source.read(slice(None)).astype(int)
+        source.close()
+        with open_reader(RunConfig(), device) as reader:
+            deliver = Delivery(stager.deliver.colors, always=True)
+            for batch in reader.stream([[opener]], 48, deliver=deliver):
+                for chunk, pixels in prefetched(batch.chunks(), stager):
+                    found = pixels.cpu().numpy()[: chunk.count].astype(int)
+                    assert np.abs(found - expected[chunk.index]).mean() <= 2
+            assert reader.encoded_patches == (len(expected) if color in stager.deliver.colors else 0)
+
+
+@gpu
+def test_a_tile_that_the_gpu_refuses_is_named_by_the_host(tmp_path: Path) -> None:
+    from test_encoded import break_quietly
+
+    from keyhole.passes import open_reader
+
+    device = torch.device("cuda")
+    stager = Stager(device)
+    if stager.deliver is None:
+        pytest.skip(f"no decoder on the device: {stager.note}")
+    whole = write_tiff(tmp_path / "whole.tif", picture(3, 256, 256), tile=(64, 64), compression="jpeg")
+    bad = FileOpener(break_quietly(tmp_path / "bad.tif", whole, [5]), "bad", 64)
+    with open_reader(RunConfig(), device) as reader:
+        deliver = Delivery(stager.deliver.colors, always=True)
+        for batch in reader.stream([[bad]], 8, "mask", deliver=deliver):
+            seen = [index for chunk, _ in prefetched(batch.chunks(), stager) for index in chunk.index.tolist()]
+            assert len(seen) == 16 or (set(batch.unreadable[0]) == {5} and len(seen) == 15)
+            assert (stager.refused > 0) == (len(seen) == 15)
