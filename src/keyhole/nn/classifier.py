@@ -168,16 +168,18 @@ class IPSClassifier(nn.Module):
         rule: Rule = "global",
         position: Shaped[Tensor, "b n ..."] | None = None,
         mask: Bool[Tensor, "b n"] | None = None,
+        at_once: int | None = None,
     ) -> Selection:
         """Keeps the m most salient patches of each image, without gradients and in evaluation mode.
 
         Args:
             patches: (b n ...) in memory; on any device.
             m: patches to keep; all where an image has fewer.
-            chunk: patches to encode at once.
+            chunk: I of the rule "streaming".
             rule: "global" (independent of order and chunk) or "streaming" (as published).
             position: as in `forward`; default 0 ... n-1 for the 1-D code.
             mask: True where there is a patch, for bags of different size.
+            at_once: patches to encode at once; default `chunk`. Where the encoder is compiled it should stay the same.
 
         Returns:
             Selection with `index` (b m) best first and, under "global", `logits` (b n h t).
@@ -194,8 +196,8 @@ class IPSClassifier(nn.Module):
         selector = Selector([n] * b, m, chunk, rule, keep_logits=rule == "global")
         selector.skip((~on_host).nonzero(as_tuple=True)[0])
         with self.looking():
-            for start in range(0, len(image), chunk):
-                go = slice(start, start + chunk)
+            for start in range(0, len(image), at_once or chunk):
+                go = slice(start, start + (at_once or chunk))
                 selector.add(image[go], index[go], self.score(loose[go], None if where is None else where[go]))
         return self._collect(selector, b, n, m, rule)
 

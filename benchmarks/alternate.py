@@ -1,0 +1,57 @@
+"""Times pieces of work against each other in one run: in turns, so that a busy machine is busy for all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+ROUNDS = 5
+"""Fewest turns of each piece; a result is the median."""
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call, until the device has done what it was told."""
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def alternate(
+    pieces: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
+) -> dict[str, list[float]]:
+    """Seconds of `rounds` calls of each piece, one after the other in every round. Each has been called before."""
+    taken: dict[str, list[float]] = {name: [] for name in pieces}
+    for _ in range(rounds):
+        for name, work in pieces.items():
+            taken[name].append(seconds_of(work, device))
+    return taken
+
+
+def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peaks(device: torch.device, side: int | None = None) -> dict[str, float]:
+    """GFLOP/s of square matrix products in float32 and bf16: the most that an encoder of either could reach.
+
+    Args:
+        device: to measure.
+        side: of the matrices; default 2048 on a CPU, 8192 on a GPU.
+    """
+    side = side or (8192 if device.type == "cuda" else 2048)
+    pieces: dict[str, Callable[[], object]] = {}
+    for name, precision in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(side, side, device=device).to(precision) for _ in range(2))
+        pieces[name] = lambda a=a, b=b: a @ b  # type: ignore[misc]
+        pieces[name]()
+    return {name: 2 * side**3 / seconds / 1e9 for name, seconds in medians(alternate(pieces, device, 7)).items()}
