@@ -30,8 +30,9 @@ from selection_settings import CPU, CUDA, QUICK, Setting
 from selection_sides import Ours, Theirs, logits_error, overlap
 
 from keyhole.compiling import Choice, choose_compile
-from keyhole.device import choose_device, choose_precision
+from keyhole.device import Arithmetic, choose_device, choose_precision
 from keyhole.nn import IPSClassifier
+from keyhole.nn.cost import multiply_adds
 
 EPOCHS = {"noise": 150, "canvases": 150, "scenes": 150, "features": 50}
 IMAGES = {"resnet18": 747, "tf_efficientnet_lite0": 747, "features": 270}
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings to run; default all")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each side")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="as --run.compile")
+    parser.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto", help="as --train.precision")
     parser.add_argument(
         "--trained", type=int, default=10, help="training steps before the kept sets are compared again"
     )
@@ -121,7 +123,7 @@ def measure(setting: Setting, device: torch.device, options: argparse.Namespace)
     inputs, model = make_inputs(setting, device), build(setting, device)
     some = torch.linspace(0, setting.n - 1, 512 // setting.b).long()
     settle(model, inputs.theirs[:, some.to(inputs.theirs.device)].flatten(0, 1).to(device))
-    precision = choose_precision("auto", device)
+    precision = arithmetic(setting, model, options.precision, device)
     theirs = Theirs(setting, model, inputs)
     choice = choose(setting, model, precision, device, options.compile)
     with Ours(setting, model, inputs, device, precision, choice.compile) as ours:
@@ -143,8 +145,8 @@ def measure(setting: Setting, device: torch.device, options: argparse.Namespace)
     for name in ("published", "keyhole"):
         seconds[name] /= setting.steps
     ratios = [here / there for here, there in zip(taken["published"], taken["keyhole"], strict=True)]
-    name = str(precision).removeprefix("torch.")
-    result = Result(setting, seconds, (min(ratios), max(ratios)), first - seconds["keyhole"], choice, name)
+    told = str(precision)
+    result = Result(setting, seconds, (min(ratios), max(ratios)), first - seconds["keyhole"], choice, told)
     result.agreement.append(compare("fresh", setting, model, inputs, device, precision, choice.compile))
     if options.lite0_weights and setting.encoder == "tf_efficientnet_lite0":
         load_lite0(model, options.lite0_weights)
@@ -156,17 +158,24 @@ def measure(setting: Setting, device: torch.device, options: argparse.Namespace)
     return result
 
 
-def choose(setting: Setting, model: IPSClassifier, precision: torch.dtype, device: torch.device, asked: str) -> Choice:
+def arithmetic(setting: Setting, model: IPSClassifier, name: str, device: torch.device) -> Arithmetic:
+    """What `train.precision` means here."""
+    return choose_precision(name, device, multiply_adds(model.encoder, patch_shape(setting)))
+
+
+def patch_shape(setting: Setting) -> tuple[int, ...]:
+    return (setting.size,) if setting.inputs == "features" else (setting.size, setting.size, setting.channels)
+
+
+def choose(setting: Setting, model: IPSClassifier, precision: Arithmetic, device: torch.device, asked: str) -> Choice:
     """Whether `keyhole train` would compile in a run of the published length."""
     images = MNIST_IMAGES if setting.position else IMAGES[setting.encoder]
     expected = EPOCHS[setting.inputs] * images * setting.n
-    shape = (setting.size,) if setting.inputs == "features" else (setting.size, setting.size, setting.channels)
-    model.precision = precision
-    model.accelerate()
+    model.accelerate(precision.look)
     try:
-        return choose_compile(asked, model, shape, setting.chunk, expected)  # type: ignore[arg-type]
+        return choose_compile(asked, model, patch_shape(setting), setting.chunk, expected)  # type: ignore[arg-type]
     finally:
-        model.precision, model.fast = torch.float32, None
+        model.fast = None
 
 
 def compare(
@@ -175,12 +184,12 @@ def compare(
     model: IPSClassifier,
     inputs: Inputs,
     device: torch.device,
-    precision: torch.dtype,
+    precision: Arithmetic,
     compiled: bool,
 ) -> Agreement:
     """What both sides keep under the published rule, and how far fast arithmetic is from float32."""
     expected = Theirs(setting, model, inputs).select()
-    with Ours(setting, model, inputs, device, torch.float32) as exact:
+    with Ours(setting, model, inputs, device, Arithmetic(torch.float32, torch.float32)) as exact:
         kept, logits = exact.select("streaming"), exact.logits()
     with Ours(setting, model, inputs, device, precision, compiled) as fast:
         fast_kept, fast_logits = fast.select("streaming"), fast.logits()
@@ -189,7 +198,7 @@ def compare(
 
 def train(setting: Setting, model: IPSClassifier, inputs: Inputs, device: torch.device, steps: int) -> IPSClassifier:
     """The model after some steps on its own batch: attention that has begun to tell patches apart."""
-    with Ours(setting, model, inputs, device, choose_precision("auto", device)) as ours:
+    with Ours(setting, model, inputs, device, Arithmetic(torch.float32, torch.float32)) as ours:
         ours.step(steps)
     ours.model.precision, ours.model.fast, ours.model.learned = torch.float32, None, None
     return ours.model

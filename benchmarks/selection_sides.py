@@ -14,6 +14,7 @@ from selection_settings import Setting
 from torch import Tensor
 
 from keyhole.config import Config, RunConfig, SelectConfig
+from keyhole.device import Arithmetic
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan
 from keyhole.nn import IPSClassifier, Kept, split_backward, total_loss
@@ -76,13 +77,13 @@ class Ours:
         model: IPSClassifier,
         inputs: Inputs,
         device: torch.device,
-        precision: torch.dtype,
+        precision: Arithmetic,
         compiled: bool = False,
     ) -> None:
         self.setting, self.inputs, self.device = setting, inputs, device
         self.model = copy.deepcopy(model).train()
-        self.model.precision = precision
-        self.fast = self.model.accelerate(compiled)
+        self.model.precision = precision.learn
+        self.fast = self.model.accelerate(precision.look, compiled)
         self.optimizer = new_optimizer(Config(), self.model)
         self.reader = open_reader(RunConfig(), device) if setting.source == "host" else None
         self.stager = Stager(device)

@@ -20,8 +20,8 @@ import yaml
 from conftest import write_toy
 from safetensors import safe_open
 
+from keyhole.cli import bench, data
 from keyhole.cli.arguments import parse
-from keyhole.cli.data import KINDS
 from keyhole.cli.main import VERBS
 from keyhole.config import Config
 from keyhole.config_check import leaves
@@ -32,6 +32,12 @@ from keyhole.reading.unreadable import parse_share
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+GROUPS = {"data": data.KINDS, "bench": bench.KINDS}  # verbs of which each kind has options of its own
+ACTIONS = [
+    *(verb for verb in VERBS if verb not in GROUPS),
+    *(f"{verb}_{kind}" for verb in GROUPS for kind in GROUPS[verb]),
+]
+PERFORMANCE = ROOT / "docs" / "performance.md"
 LONG = '"epochs": 30'  # what a reader should type, and a test has no time for
 
 
@@ -180,11 +186,11 @@ def wrong_with(line: str, typed: bool) -> str | None:
     verb, *words = shlex.split(re.sub(r"[\[\]]|(?<=\w)\.\.\.", "", line))
     if verb == "VERB" or verb.startswith("--"):
         return None
-    if verb == "data" and words and words[0] != "KIND":
-        verb, words = f"data_{words[0]}", words[1:]
-    if verb not in VERBS and verb not in {f"data_{kind}" for kind in KINDS}:
+    if verb in GROUPS and words and words[0] != "KIND" and not words[0].startswith("-"):
+        verb, words = f"{verb}_{words[0]}", words[1:]
+    if verb not in (*GROUPS, *ACTIONS):
         return f"no verb {verb}"
-    if "--help" in words or verb == "data":
+    if "--help" in words or verb in GROUPS:
         return None
     try:
         options: Any = parse(options_of(verb), words, f"keyhole {verb}")
@@ -217,6 +223,7 @@ def test_a_command_line_that_would_not_work_is_found() -> None:
         "train photos --recipe nothing",
         "evaluate",
         "data slide practice",
+        "bench sped small",
     ):
         assert wrong_with(line, True), line
     assert wrong_with("evaluate", False) is None
@@ -234,8 +241,7 @@ def flags(kind: type, prefix: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_every_option_that_is_named_by_itself_exists_for_some_verb(document: Path) -> None:
-    verbs = [*(verb for verb in VERBS if verb != "data"), *(f"data_{kind}" for kind in KINDS)]
-    known = {flag for verb in verbs for flag in flags(options_of(verb))} | {
+    known = {flag for verb in ACTIONS for flag in flags(options_of(verb))} | {
         "--help",
         "--debug",
         "--version",
@@ -272,11 +278,31 @@ def test_the_help_of_train_lists_every_setting() -> None:
 
 def test_the_command_line_page_names_every_verb() -> None:
     text = (ROOT / "docs" / "command-line.md").read_text()
-    named = [*(verb for verb in VERBS if verb != "data"), *(f"data {kind}" for kind in KINDS)]
-    assert not [verb for verb in named if f"### `keyhole {verb}" not in text]
+    assert not [verb for verb in ACTIONS if f"### `keyhole {verb.replace('_', ' ', 1)}" not in text]
 
 
 def test_the_changelog_has_the_version_of_the_package() -> None:
     import keyhole
 
     assert f"## {keyhole.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_measured_figure_of_the_page_on_performance_is_in_the_dated_file_that_its_row_links() -> None:
+    rows = re.findall(r"^\|(.*)\|[^|]*\]\((\.\./benchmarks/[^)]+)\)[^|]*\|$", PERFORMANCE.read_text(), re.MULTILINE)
+    assert len(rows) >= 5, "the rows are not recognised any more"
+    for cells, link in rows:
+        assert re.search(r"_\d{4}-\d{2}-\d{2}\.md$", link), link
+        found = figures((PERFORMANCE.parent / link).read_text())
+        measured = figures(cells.rpartition("|")[2])
+        assert measured
+        assert not measured - found, f"{cells.strip()}: not in {link}"
+
+
+def figures(text: str) -> set[str]:
+    """Numbers, without the dots and commas that end a clause."""
+    return {each.rstrip(".,") for each in re.findall(r"\d[\d.,]*", text)}
+
+
+def test_every_setting_that_the_page_on_performance_advises_is_one_of_todays() -> None:
+    advised = set(re.findall(r"`--((?:\w+\.)+[\w-]+)", PERFORMANCE.read_text()))
+    assert {"run.compile", "train.precision", "run.threads"} <= advised

@@ -361,7 +361,7 @@ def test_smaller_pages_of_other_proportions_are_no_levels(tmp_path: Path) -> Non
             assert [level.size for level in image.levels] == [(144, 96), (72, 48)]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     width=st.integers(2, 200_000),
     height=st.integers(2, 200_000),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -60,6 +60,7 @@ def chunk_of(kinds: list[int], images: list[int], rng: np.random.Generator) -> C
     return Chunk(pixels, len(kinds), np.array(images), np.arange(len(kinds)))
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=24), st.booleans(), st.booleans())
 def test_patches_of_one_colour_are_encoded_once_and_get_what_they_would_get(
     rows: list[tuple[int, int]], colored: bool, fast: bool
@@ -195,3 +196,30 @@ def test_nothing_is_compiled_after_the_first_epoch(tmp_path: Path) -> None:
     graphs = [int(word) for word in done.stdout.split("graphs ")[1].split()]
     assert graphs[0] > 0
     assert graphs == [graphs[0]] * 3
+
+
+GRADIENTS = """
+import torch
+from keyhole.nn import SmallEncoder
+from keyhole.nn.fast import CompiledEncoder
+
+torch.manual_seed(0)
+encoder = SmallEncoder(1, 4, stages=1)
+patches = torch.rand(6, 1, 16, 16)
+
+def gradients(run):
+    encoder.zero_grad()
+    run(patches).square().sum().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in encoder.parameters()])
+
+eager, compiled = gradients(encoder), gradients(CompiledEncoder(encoder))
+assert torch.isfinite(compiled).all(), compiled
+assert (compiled - eager).norm() < 1e-3 * eager.norm(), (compiled - eager).norm() / eager.norm()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_learning_has_the_gradients_of_plain_learning() -> None:
+    done = subprocess.run([sys.executable, "-c", GRADIENTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,8 +12,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from keyhole.progress import Progress, peak_memory
+from keyhole.progress import Progress, peak_memory, shares_text
+from keyhole.shares import PARTS, Shares
 
 
 def test_without_a_terminal_it_prints_a_line_per_interval_and_one_at_the_end() -> None:
@@ -48,6 +50,31 @@ def test_a_line_says_rate_waiting_memory_and_text(monkeypatch: pytest.MonkeyPatc
             "reading: 10/40 images, 2,000 patches/s, 25% waiting for reading, "
             f"peak {peak_memory() / 1e9:.1f} GB and 3.2 GB on the device, loss 0.31, 0:00:30 left"
         )
+
+
+def test_a_line_says_where_the_time_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("keyhole.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("keyhole.shares.time.perf_counter", lambda: now[0])
+    shares = Shares(torch.device("cpu"))
+    stream = io.StringIO()
+    with Progress(40, "epoch 1/30", stream, interval=0) as progress:
+        for name, seconds in (("encoding", 8.0), ("reading", 0.3), ("copying", 0.02), ("learning", 1.5)):
+            with shares.part(name):  # type: ignore[arg-type]
+                now[0] += seconds
+        now[0] = 110.0
+        progress.update(images=10, patches=20_000, waited=2.5, text="loss 0.31", shares=shares)
+    first = stream.getvalue().splitlines()[0]
+    assert first == (
+        "epoch 1/30: 10/40 images, 2,000 patches/s, reading 3% encoding 80% learning 15%, "
+        f"peak {peak_memory() / 1e9:.1f} GB, loss 0.31, 0:00:30 left"
+    )
+
+
+def test_the_shares_take_no_more_than_64_columns() -> None:
+    said = shares_text(dict.fromkeys(PARTS, 10.0), 50)
+    assert said == "reading 20% copying 20% encoding 20% scoring 20% learning 20%"
+    assert len(said) <= 64
 
 
 def test_an_error_is_not_followed_by_a_line_that_says_done() -> None:

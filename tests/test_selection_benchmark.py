@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from keyhole.device import Arithmetic
 from keyhole.nn import TimmEncoder
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -39,7 +40,7 @@ def test_both_sides_keep_the_same_patches_in_float32(bench: Any, source: str) ->
     inputs, model = bench.selection_inputs.make_inputs(setting, CPU), bench.selection_inputs.build(setting, CPU)
     bench.selection_inputs.settle(model, inputs.theirs.flatten(0, 1))
     theirs = bench.selection_sides.Theirs(setting, model, inputs)
-    with bench.selection_sides.Ours(setting, model, inputs, CPU, torch.float32) as ours:
+    with bench.selection_sides.Ours(setting, model, inputs, CPU, Arithmetic(torch.float32, torch.float32)) as ours:
         assert bench.selection_sides.overlap(ours.select(), theirs.select()) == (1.0, 1.0)
         logits = ours.logits()
     assert logits.shape == (2, 36, 8, 4)
@@ -51,7 +52,7 @@ def test_a_step_moves_the_weights_of_the_copy_alone(bench: Any, source: str) -> 
     setting = tiny(bench, source=source, step=True)
     inputs, model = bench.selection_inputs.make_inputs(setting, CPU), bench.selection_inputs.build(setting, CPU)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with bench.selection_sides.Ours(setting, model, inputs, CPU, torch.float32) as ours:
+    with bench.selection_sides.Ours(setting, model, inputs, CPU, Arithmetic(torch.float32, torch.float32)) as ours:
         losses = [ours.step() for _ in range(8)]
     assert losses[-1] < losses[0], "it learns its one batch"
     assert bench.selection_sides.Theirs(setting, model, inputs).step() == pytest.approx(losses[0], rel=0.2)
@@ -81,7 +82,7 @@ def test_overlap_counts_each_image_on_its_own(bench: Any) -> None:
 
 
 def test_a_whole_measurement_becomes_a_table(bench: Any) -> None:
-    options = argparse.Namespace(rounds=1, compile="off", trained=1, lite0_weights=None, quick=True)
+    options = argparse.Namespace(rounds=1, compile="off", precision="auto", trained=1, lite0_weights=None, quick=True)
     found = [bench.selection.measure(tiny(bench, **kind), CPU, options) for kind in ({}, {"step": True})]
     lines = bench.selection.report(found, CPU, options)
     assert [each.weights for each in found[0].agreement] == ["fresh", "fresh, after 1 steps"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import time
@@ -17,11 +18,13 @@ from keyhole.nn import IPSClassifier
 
 Setting = Literal["auto", "on", "off"]
 
-SECONDS = {"cuda": 40.0, "cpu": 20.0}
-"""What compiling an encoder costs before the first patch: measured 2 to 18 s on two CPU cores, several on a GPU."""
-SAVED = {"cuda": 0.35, "cpu": 0.07}
-"""Share of the encoder's time that is saved. On two CPU cores -4 to 10 % in bf16 (ResNet-18, EfficientNet-Lite0, the
-small encoder); the figure of the GPU is an estimate."""
+SECONDS = 60.0
+"""What compiling an encoder for looking and for learning costs on a GPU before the first step: an estimate."""
+SAVED = 0.35
+"""Share of the encoder's time that it saves on a GPU: an estimate."""
+NOT_ON_A_CPU = "on a CPU it saves a tenth at most, takes a minute, and would make runs differ in their last bits"
+"""Measured on two cores in bf16: -4 to 10 % for ResNet-18, EfficientNet-Lite0 and the small encoder; 7 to 44 s for the
+first call that looks, 137 s with learning on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Choice:
 def choose_compile(
     setting: Setting, model: IPSClassifier, patch_shape: Sequence[int], chunk: int, expected: int
 ) -> Choice:
-    """Decides for one run on this machine; `auto` measures a chunk to know how long the run's patches take.
+    """Decides for one run on this machine; on a GPU `auto` measures chunks to know how long the run's patches take.
 
     Args:
         setting: `--run.compile`.
@@ -55,11 +58,12 @@ def choose_compile(
         return Choice(True, "as asked for")
     if setting == "off":
         return Choice(False, "as asked for")
+    if device.type != "cuda":
+        return Choice(False, NOT_ON_A_CPU)
     if missing:
         return Choice(False, missing)
-    kind = "cuda" if device.type == "cuda" else "cpu"
     seconds = expected / chunk * _chunk_seconds(model, patch_shape, chunk, device)
-    saved, cost = SAVED[kind] * seconds, SECONDS[kind]
+    saved, cost = SAVED * seconds, SECONDS
     told = f"encoding takes some {_rounded(seconds)} in this run, compiling would save {_rounded(saved)} of them"
     return Choice(saved > cost, f"{told} and costs {_rounded(cost)}")
 
@@ -78,17 +82,17 @@ def _missing(device: torch.device) -> str:
 
 
 def _chunk_seconds(model: IPSClassifier, patch_shape: Sequence[int], chunk: int, device: torch.device) -> float:
-    """Of the second of two runs; the first builds and warms up."""
+    """Of the fastest of three runs; the first builds and warms up."""
     dtype = torch.uint8 if len(patch_shape) > 1 else torch.float32
     pixels = torch.zeros(chunk, *patch_shape, dtype=dtype, device=device)
-    seconds = 0.0
+    seconds = math.inf
     with model.looking():
-        for _ in range(2):
+        for _ in range(3):
             _wait(device)
             began = time.perf_counter()
             model.look(pixels)
             _wait(device)
-            seconds = time.perf_counter() - began
+            seconds = min(seconds, time.perf_counter() - began)
     return seconds
 
 

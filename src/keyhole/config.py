@@ -146,7 +146,8 @@ class TrainConfig:
     balance: Literal["none", "loss"] = "none"
     """`loss` weighs classes by the inverse of their frequency in the training split."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Arithmetic of the encoder; `auto` is bf16 where the GPU or the CPU has instructions for it, else float32."""
+    """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it, and on a CPU that has it for looking with all but
+    small encoders; else float32."""
     metric: str = "auto"
     """Validation metric that names the best model: `loss`, `TASK.METRIC` or `METRIC` (mean over tasks); `auto` is
     `auroc` for classes and `mae` for regression."""
@@ -177,7 +178,7 @@ class RunConfig:
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the encoder for this machine; `auto` does where that pays back within the run, and says why."""
+    """Compile the encoder for this machine; `auto` does on a GPU where that pays back within the run. It says why."""
     threads: Positive | None = None
     """Threads that read and decode; default is one per core, at most 16."""
     ahead: Positive = 4

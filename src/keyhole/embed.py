@@ -30,7 +30,8 @@ from keyhole.errors import ConfigError, DataError, KeyholeError
 from keyhole.features.writer import BYTES, SETTINGS, already_there, feature_writer
 from keyhole.files import file_size, writable_folder
 from keyhole.nn import FastEncoder
-from keyhole.nn.build import build_encoder, embedding_width
+from keyhole.nn.build import build_encoder, embedding_width, patch_shape
+from keyhole.nn.cost import multiply_adds
 from keyhole.passes import open_reader, opener
 from keyhole.patches import FilePatches
 from keyhole.progress import Progress
@@ -135,9 +136,10 @@ def embed(
     files = feature_names(folder, items)
     chosen = choose_device(device)
     network = _encoder(config, chosen)
-    arithmetic = choose_precision(precision, chosen)
+    work = multiply_adds(network, patch_shape(model, config.patch.size))
+    arithmetic = choose_precision(precision, chosen, work).look
     settings = _settings(config, network, dtype, arithmetic)
-    work = _Work(config, FastEncoder(network, arithmetic), chosen, dtype, chunk, settings)
+    embedder = _Work(config, FastEncoder(network, arithmetic), chosen, dtype, chunk, settings)
     open_items = [
         item for item in items if not already_there(files[item.name], {**settings, **_own(item)}, _bytes(item))
     ]
@@ -145,7 +147,7 @@ def embed(
     bad: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         progress = None if quiet else stack.enter_context(Progress(len(open_items), "embedding"))
-        for item, missing in work.embed_all(open_items, files, progress):
+        for item, missing in embedder.embed_all(open_items, files, progress):
             if isinstance(missing, KeyholeError):
                 if on_bad_image == "fail":
                     raise missing

@@ -336,8 +336,7 @@ class PatchGrid:
 
 
 def _is_pass(index: ArrayLike | slice) -> bool:
-    """Whether these are patches that follow each other, so that others will want their tiles too."""
+    """Whether these patches follow each other, so that those behind them will want their tiles too."""
     if isinstance(index, slice):
         return index.step in (None, 1)
-    flat = np.asarray(index)
-    return len(flat) > 1 and bool((np.diff(flat) == 1).all())
+    return bool((np.diff(np.asarray(index)) == 1).all())

@@ -154,7 +154,8 @@ def select_batch(
         for part, pixels in prefetched(timed(batch.chunks(), shares), stager):
             image, index, count = part.image[: part.count], part.index[: part.count], part.count
             logits = looker.score(part, pixels, _packed_positions(model, batch.sources, image, index, device))
-            selector.add(torch.from_numpy(image.copy()), torch.from_numpy(index.copy()), logits)
+            with shares.part("scoring"):
+                selector.add(torch.from_numpy(image.copy()), torch.from_numpy(index.copy()), logits)
             for number, reasons in batch.unreadable.items():
                 selector.skip(torch.full((len(reasons) - unread[number],), number))
                 unread[number] = len(reasons)

@@ -26,13 +26,14 @@ from keyhole.config import Config
 from keyhole.config_file import build
 from keyhole.data.companions import mask_of
 from keyhole.data.item import FEATURE_SUFFIXES, Item
-from keyhole.device import choose_device, choose_precision
+from keyhole.device import choose_device, settle_precision
 from keyhole.errors import ConfigError, KeyholeError, RunError
 from keyhole.memory.budget import parse_memory
 from keyhole.memory.cap import cap
-from keyhole.memory.pace import Pace, unlimited
+from keyhole.memory.pace import Pace, fixed_chunk, unlimited
 from keyhole.memory.plan import make_plan
 from keyhole.nn import IPSClassifier, build_classifier
+from keyhole.nn.build import patch_shape
 from keyhole.passes import Inference, infer, open_reader, opener
 from keyhole.patches import PatchSource
 from keyhole.prediction import Prediction
@@ -111,17 +112,16 @@ class Predictor:
             tasks = [Task.from_json(task) for task in info["tasks"]]
             given = {name: info[name] for name in SECTIONS} | {"train": {"batch": info["batch"]}}
             config = build(Config(memory=memory, unreadable=unreadable), given)
-            precision = choose_precision(info["precision"], chosen)
-            name = str(info["name"])
+            name, precision = str(info["name"]), str(info["precision"])
         except (KeyError, TypeError, ConfigError, RunError) as error:
             raise RunError(
                 f"{folder}/model.safetensors: its description does not fit keyhole {keyhole.__version__} ({error}). "
                 "Was it made by another version?"
             ) from error
         with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; a caller's random state is not ours
-            model = build_classifier(config.model, tasks, config.patch.size, precision, pretrained=False)
+            model = build_classifier(config.model, tasks, config.patch.size, pretrained=False)
         load_weights(model, weights, folder / "model.safetensors")
-        model.to(chosen).accelerate()
+        settle_precision(model.to(chosen), precision, patch_shape(config.model, config.patch.size))
         return cls(model, config, tasks, name)
 
     def predict(self, path: str | Path, mpp: float | None = None, mask: str | Path | None = None) -> Prediction:
@@ -208,16 +208,14 @@ class Predictor:
             plan = unlimited(self.config.select).plan
             memory = parse_memory(self.config.memory)
             if memory is not None or self.device.type == "cuda":
-                model = self.config.model
-                pixels = (self.config.patch.size, self.config.patch.size, model.channels)
                 plan = make_plan(
                     self.model,
-                    patch_shape=pixels if model.feature_width is None else (model.feature_width,),
+                    patch_shape=patch_shape(self.config.model, self.config.patch.size),
                     m=self.config.select.m,
                     batch=self.config.train.batch,
                     device=self.device,
                     memory=memory,
-                    chunk=self.config.select.chunk,
+                    chunk=fixed_chunk(self.config.select),
                     largest_bag=LARGE,
                     learn=False,
                     ahead=self.config.run.ahead,

@@ -20,7 +20,7 @@ from keyhole.images.faults import faults_of
 from keyhole.images.geometry import Box, Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels, place
-from keyhole.images.recent import RECENT
+from keyhole.images.recent import LARGE, RECENT
 
 Index = NDArray[np.int64]
 Uses = Callable[[Index, Index, Index, Index], Index]
@@ -58,7 +58,10 @@ class TiledImage(Image):
 
     @abstractmethod
     def _keeps_all(self, level: int) -> bool:
-        """Whether each tile is worth keeping, whoever wants it: strips, and tiles so large that memory is for one."""
+        """Whether each tile is worth keeping, whoever wants it: strips, and tiles so large that memory is for one.
+
+        Where the boxes are part of a pass, its uses decide, but for the large ones.
+        """
 
     def read_boxes(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:
         """Write the pixels of `boxes` into `out`, (h, w, c) each; pixels outside the image are background.
@@ -91,7 +94,8 @@ class TiledImage(Image):
         columns = math.ceil(lv.width / tile.width)
         corners = np.array(order, np.int64)
         tops, lefts = (corners // columns) * tile.height, (corners % columns) * tile.width
-        keeps_all = self._keeps_all(level)
+        size = tile.width * tile.height * self.channels
+        keeps_all = self._keeps_all(level) and (uses is None or size >= LARGE)
         counts = [1] * len(order)
         if uses is not None and not keeps_all:
             counts = uses(lefts, tops, lefts + tile.width, tops + tile.height).tolist()
@@ -104,7 +108,6 @@ class TiledImage(Image):
             decode = partial(self._decoded, level, number, data)
             pixels: Pixels | None
             if keeps_all:
-                size = tile.width * tile.height * self.channels
                 pixels = RECENT.once(self._owner, (level, number), size, partial(decode, None))
             elif count > len(users):
                 pixels = RECENT.shared(self._owner, (level, number), len(users), count, partial(decode, None))

@@ -14,6 +14,9 @@ from keyhole.nn import parts
 
 HELD_BYTES = 2**28
 """Kept pixels of a batch that stay in host memory; more are read again, a part at a time, when they are wanted."""
+SHARED_TILES = 2**25
+"""Bytes that decoded tiles may take which patches that are read later share, where the user has named a budget: rows of
+170 tiles of 256 px in RGB. Of wider ones in a grid that is not aligned, some are decoded twice."""
 MARGIN = 0.1
 """What a plan leaves free, as a share of what it adds to the process: predictions are not exact."""
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from keyhole.images.recent import RECENT
+from keyhole.memory.bill import SHARED_TILES
 from keyhole.memory.meter import STATUS, free_in_heap, give_back, status, steady_heap
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def _cap_data(budget: int, steady: bool) -> Iterator[None]:
 
     steady_heap(steady)
     give_back()
+    shared, RECENT.shared_limit = RECENT.shared_limit, SHARED_TILES
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = status("VmData") - free_in_heap() + max(0, budget - status("VmRSS")) + UNTOUCHED
     known = [each for each in (limit, soft, hard) if each != resource.RLIM_INFINITY]
@@ -67,4 +70,5 @@ def _cap_data(budget: int, steady: bool) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        RECENT.shared_limit = shared
         steady_heap(False)

@@ -64,6 +64,14 @@ class Pace:
                 again()
 
 
+def fixed_chunk(select: SelectConfig) -> int | None:
+    """Patches that are encoded at once where the user has fixed it; the `chunk` of the rule `streaming` is another.
+
+    That rule takes I patches at a time to its memory, however many have been encoded together.
+    """
+    return None if select.rule == "streaming" else select.chunk
+
+
 def unlimited(select: SelectConfig) -> Pace:
     """For callers who know what fits: chunks as configured, and no limit."""
-    return Pace(Plan(chunk=select.chunk or 64, hold=HELD_BYTES), lambda text: warnings.warn(text, stacklevel=2))
+    return Pace(Plan(chunk=fixed_chunk(select) or 64, hold=HELD_BYTES), lambda text: warnings.warn(text, stacklevel=2))

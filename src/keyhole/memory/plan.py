@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from keyhole.errors import ConfigError
-from keyhole.memory.bill import HELD_BYTES, MARGIN, Bill, power_below, powers
+from keyhole.memory.bill import HELD_BYTES, MARGIN, SHARED_TILES, Bill, power_below, powers
 from keyhole.memory.budget import memory_text, out_of_memory
 from keyhole.memory.cap import cap
 from keyhole.memory.meter import steady_heap, taken
@@ -185,7 +185,7 @@ def make_plan(
         stepping=weights,
         patch=patch_bytes if cpu else 0,
         buffers=ahead + 2,
-        host=host_buffers if cpu else 0,
+        host=host_buffers + (SHARED_TILES if named and len(patch_shape) > 1 else 0) if cpu else 0,
         logits=logits,
         finishing=logits + 32 * largest_bag,
         images=batch if keep_logits else 1,

@@ -62,6 +62,11 @@ def build_classifier(
     return classifier
 
 
+def patch_shape(model: ModelConfig, patch_size: int) -> tuple[int, ...]:
+    """Of one patch as it is read: (s, s, c), or (f,) of stored features."""
+    return (patch_size, patch_size, model.channels) if model.feature_width is None else (model.feature_width,)
+
+
 def embedding_width(encoder: nn.Module, model: ModelConfig, patch_size: int) -> int:
     """d of the embeddings, from a patch of zeros: what a model's attributes say is not always so.
 

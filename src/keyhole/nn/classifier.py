@@ -31,7 +31,8 @@ class IPSClassifier(nn.Module):
         heads: task -> module from (b d) to (b o) logits.
         position: positions (b n) or (b n 2) -> codes (b n d), or None.
         queries: task -> query of the pool; default one each, in the order of `heads`.
-        precision: arithmetic of the encoder (autocast); everything behind it is float32.
+        precision: arithmetic of the encoder (autocast), which may be another one for looking, see `accelerate`;
+            everything behind it is float32.
 
     Attributes:
         fast: what looks at patches without gradients in the encoder's place, see `accelerate`; None: the encoder.
@@ -101,13 +102,20 @@ class IPSClassifier(nn.Module):
             return embedding.unflatten(0, patches.shape[:2])
         return embedding.new_zeros(*mask.shape, embedding.shape[-1]).masked_scatter(mask[..., None], embedding)
 
-    def accelerate(self, compile: bool = False) -> FastEncoder:  # noqa: A002 - torch's word for it
-        """From now on a folded copy of the encoder in the model's precision looks at patches, see `FastEncoder`.
+    def accelerate(
+        self,
+        precision: torch.dtype | None = None,
+        compile: bool = False,  # noqa: A002 - torch's word for it
+    ) -> FastEncoder:
+        """From now on a folded copy of the encoder looks at patches, see `FastEncoder`.
 
         Args:
+            precision: its arithmetic; default is that of the last call, or else the model's.
             compile: `torch.compile` it, and the encoder where it learns.
         """
-        self.fast = FastEncoder(self.encoder, self.precision, compile)
+        if precision is None:
+            precision = self.precision if self.fast is None else self.fast.precision
+        self.fast = FastEncoder(self.encoder, precision, compile)
         self.learned = CompiledEncoder(self.encoder) if compile else None
         return self.fast
 

@@ -67,7 +67,15 @@ class SmallEncoder(PixelEncoder):
 
     def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
         features = self.body(patches)
-        return self.norm(torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1))
+        return self.norm(torch.cat([features.mean(dim=(2, 3)), _largest(features)], dim=1))
+
+
+def _largest(features: Float[Tensor, "k d h w"]) -> Float[Tensor, "k d"]:
+    """Of each map. The gradient of `amax` is shared among equal values by comparing them again, which goes wrong where
+    a compiled backward pass computes the maps anew in other roundings: it divides by no equals at all."""
+    if torch.is_grad_enabled():
+        return features.flatten(2).max(dim=2).values
+    return features.amax(dim=(2, 3))
 
 
 def _block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:

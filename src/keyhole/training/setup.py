@@ -16,10 +16,11 @@ from torch import Tensor
 from keyhole.checkpoint import load_encoder
 from keyhole.config import AugmentConfig, Config
 from keyhole.data.manifest import Item, Manifest
-from keyhole.device import choose_precision
+from keyhole.device import settle_precision
 from keyhole.errors import ConfigError, DataError, ImageError
 from keyhole.memory.budget import parse_memory
 from keyhole.nn import IPSClassifier, build_classifier
+from keyhole.nn.build import patch_shape
 from keyhole.passes import opener
 from keyhole.patches import FilePatches, View
 from keyhole.reading import Opener, Reader
@@ -166,14 +167,14 @@ def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh
             config.model,
             tasks,
             config.patch.size,
-            choose_precision(config.train.precision, device),
             pretrained=None if fresh else False,
         )
     if fresh and config.train.explore:
         torch.nn.init.zeros_(model.pool.key_proj.weight)  # attention starts uniform
     if fresh and config.model.weights is not None:
         load_encoder(model.encoder, config.model.weights)
-    model.to(device).accelerate()
+    model.to(device)
+    settle_precision(model, config.train.precision, patch_shape(config.model, config.patch.size))
     return model
 
 

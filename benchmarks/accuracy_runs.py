@@ -1,0 +1,185 @@
+"""The runs whose accuracy is compared: what is trained on what, along which path, and how a run is made."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from digit_encoder import write_encoder
+from machine import cores
+from megapixel_mnist import write_canvases
+
+from keyhole.data.digits import make_digits
+
+FAST, FLOAT32 = "fast", "float32"
+PATHS = (FAST, FLOAT32)
+
+GREY = ("--augment.no-flip", "--augment.no-rotate", "--augment.no-shift", "--augment.color=0", "--model.channels=1")
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """One kind of data, and what is trained on it.
+
+    Attributes:
+        name: of its folder.
+        counts: images of each split.
+        flags: of `keyhole train`.
+        own_images: whether each seed has images of its own, as `keyhole demo` does it.
+        about: of the data and the setting, for the reader.
+        encoder_steps: of training the encoder on single patches beforehand; 0 begins with random weights.
+    """
+
+    name: str
+    counts: dict[str, int]
+    flags: tuple[str, ...]
+    own_images: bool
+    about: str
+    encoder_steps: int = 0
+
+
+DEMO = Study(
+    "demo",
+    {"train": 240, "val": 40, "test": 200},
+    ("--recipe=demo",),
+    True,
+    "the setting and the images of `keyhole demo`, other images with each seed; guessing gives 0.20",
+)
+WIDTH = 32
+"""Of the small encoder for the canvases."""
+MEGAPIXEL = Study(
+    "megapixel",
+    {"train": 600, "val": 100, "test": 600},
+    (
+        *GREY,
+        "--data.tasks=majority",
+        "--patch.size=50",
+        "--model.encoder=small",
+        f"--model.width={WIDTH}",
+        "--model.hidden=64",
+        "--select.m=25",
+        "--train.epochs=8",
+        "--train.warmup=3",
+        "--train.batch=4",
+        "--train.lr=1e-3",
+        "--train.encoder-lr=0.1",
+        "--train.metric=accuracy",
+    ),
+    False,
+    "Megapixel MNIST of 1500 px, N = 900 patches of 50 px, M = 25, the task `majority`; our small encoder, which has "
+    "seen single patches before (`benchmarks/digit_encoder.py`); guessing gives 0.10",
+    encoder_steps=2000,
+)
+PUBLISHED = Study(
+    "published",
+    {"train": 5000, "test": 1000},
+    ("--recipe=megapixel-mnist",),
+    False,
+    "Megapixel MNIST of 1500 px in the published setting (recipe `megapixel-mnist`); guessing gives 0.10 (`majority`)",
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run to be made."""
+
+    study: Study
+    seed: int
+    path: str
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / self.study.name / f"{self.path}-{self.seed}"
+
+    @property
+    def data(self) -> Path:
+        name = f"images-{self.seed}" if self.study.own_images else "images"
+        return self.folder / self.study.name / name / "manifest.csv"
+
+    @property
+    def encoder(self) -> Path:
+        return self.folder / self.study.name / "encoder.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.run / "evaluation" / "test" / "metrics.json"
+
+
+def path_flags(path: str, device: str) -> tuple[str, ...]:
+    """Of `keyhole train`. On a CPU nothing is compiled: `auto` weighs time, and might choose otherwise for one seed."""
+    if path == FLOAT32:
+        return ("--train.precision=float32", "--run.compile=off")
+    return ("--train.precision=auto", f"--run.compile={'auto' if actual_device(device) == 'cuda' else 'off'}")
+
+
+def actual_device(name: str) -> str:
+    import torch
+
+    return "cuda" if name.startswith("cuda") or (name == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def shortened(study: Study) -> Study:
+    counts = {"train": 40, "val": 20, "test": 20}
+    steps = min(20, study.encoder_steps)
+    return replace(study, counts=counts, flags=(*study.flags, "--train.epochs=1"), encoder_steps=steps)
+
+
+def made(studies: list[Study], options: argparse.Namespace) -> list[Training]:
+    """All runs that are asked for, trained unless they are only to be collected; ends the process if one fails."""
+    wanted = [
+        Training(study, seed, path, options.folder) for study in studies for seed in options.seeds for path in PATHS
+    ]
+    if options.collect:
+        return wanted
+    for training in wanted:
+        write_images(training)
+        if training.study.encoder_steps and not training.encoder.exists():
+            write_encoder(training.encoder, WIDTH, training.study.encoder_steps)
+    threads = options.threads or max(1, cores() // options.jobs)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        problems = list(pool.map(lambda training: make(training, threads, options.device), wanted))
+    if any(problems):
+        sys.exit("\n".join(filter(None, problems)))
+    return wanted
+
+
+def write_images(training: Training) -> None:
+    """The images of a run, if they are not there yet: the manifest comes last."""
+    if training.data.exists():
+        return
+    print(f"writing images to {training.data.parent}", file=sys.stderr, flush=True)
+    if training.study.name == "demo":
+        train, val, test = (training.study.counts[split] for split in ("train", "val", "test"))
+        make_digits(training.data.parent, train=train, val=val, test=test, seed=training.seed)
+    else:
+        write_canvases(training.data.parent, training.study.counts)
+
+
+def make(training: Training, threads: int, device: str) -> str:
+    """Trains and evaluates, as far as it has not been done; what went wrong, or nothing."""
+    if training.metrics.exists():
+        return ""
+    study, run = training.study, training.run
+    new = ("train", training.data, *study.flags, *path_flags(training.path, device), f"--train.seed={training.seed}")
+    new = (*new, f"--run.device={device}", "--out", run)
+    if study.encoder_steps:
+        new = (*new, "--model.weights", training.encoder)
+    for words in (("resume", run) if run.exists() else new, ("evaluate", run, "--device", device)):
+        print(f"{run.name}: keyhole {words[0]}", file=sys.stderr, flush=True)
+        with run.with_suffix(".log").open("a") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", "keyhole", *map(str, words)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
+                check=False,
+            )
+        if done.returncode:
+            return f"{run}: keyhole {words[0]} ended with {done.returncode}; see {log.name}"
+    return ""

@@ -1,0 +1,104 @@
+"""`keyhole bench speed`: how fast a model learns from data on this machine, and where the time goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from keyhole.cli.arguments import ConfigOptions, parse, parse_over, print_config
+from keyhole.cli.bench_source import source_of
+from keyhole.config import Config, Positive, PositiveFloat
+from keyhole.config_check import validate
+from keyhole.errors import ConfigError
+from keyhole.memory.budget import parse_memory
+
+if TYPE_CHECKING:
+    from keyhole.training.run import Run
+
+PROG = "keyhole bench speed"
+
+
+@dataclass(frozen=True)
+class SpeedOptions(ConfigOptions):
+    """Measure training steps beside the encoder alone, and say where the time goes.
+
+    Takes the settings of `keyhole train`. Steps are made in a folder that is removed again; nothing of yours changes.
+    """
+
+    source: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN-OR-RECIPE")] = None
+    """Run folder of `keyhole train`, name of a recipe, or YAML file with settings. Of a run the weights and the images
+    are used; else images are written for the measurement, unless --data PATH (the same as --data.path) names some."""
+    steps: Positive = 10
+    """Steps to measure, after the first one."""
+    seconds: PositiveFloat = 60.0
+    """No further step is begun after so many seconds; one is measured at least."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object."""
+
+
+def run(argv: list[str]) -> int:
+    argv = list(_short_data(argv))
+    options, config, run, recipe = _settings(argv)
+    if options.print_config:
+        return print_config(config)
+
+    from keyhole.bench.speed import speed
+
+    found = speed(config, run=run, recipe=recipe, steps=options.steps, seconds=options.seconds, say=_say)
+    print(json.dumps(found.to_json(), indent=2) if options.json else "\n".join(found.lines()))
+    return 0
+
+
+def _short_data(argv: Sequence[str]) -> Iterator[str]:
+    """`--data PATH` as `--data.path PATH`: here it is the only setting of the data that most need."""
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            yield word
+            yield from words
+        yield word.replace("--data", "--data.path", 1) if word == "--data" or word.startswith("--data=") else word
+
+
+def _settings(argv: Sequence[str]) -> tuple[SpeedOptions, Config, Run | None, str | None]:
+    """The options, the configuration, the run where one is named, and the recipe where one is."""
+    from keyhole.config_file import recipes, resolve
+
+    options = parse(SpeedOptions, argv, PROG)
+    named, run = options.source, None
+    recipe, file = options.recipe, options.config
+    if named is not None and (named / "config.yaml").is_file():
+        if recipe is not None or file is not None:
+            raise ConfigError(f"{named} is a run, whose settings are used: leave out --recipe and --config")
+        base, run = _of_run(named)
+    else:
+        recipe, file = source_of(named, recipe, file, "a run folder, a settings file or a recipe")
+        if recipe is None and file is None:
+            raise ConfigError(f"nothing to measure given: {PROG} RUN, or a recipe: {', '.join(recipes())}")
+        base = resolve(recipe, file)
+    options = parse_over(SpeedOptions, argv, PROG, base)
+    if options.out is not None:
+        raise ConfigError("--out: a measurement leaves no run folder; leave it out")
+    parse_memory(options.memory)
+    config = Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
+    return options, validate(config, flags=True), run, recipe
+
+
+def _of_run(folder: Path) -> tuple[Config, Run]:
+    """A run and its configuration, without what says where its data are: its manifest does."""
+    from keyhole.training.run import find_run
+
+    run = find_run(folder)
+    config = run.config
+    data = dataclasses.replace(config.data, path=None, root=None, features=None, masks=None)
+    return dataclasses.replace(config, out=None, data=data), run
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,35 @@
+"""What an encoder costs: multiply-adds for one patch, counted while it encodes one."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from keyhole.nn.selection import evaluating
+
+
+def multiply_adds(encoder: nn.Module, patch_shape: Sequence[int]) -> int:
+    """Of convolutions and linear layers, for one patch.
+
+    Args:
+        encoder: on its device; left as it is.
+        patch_shape: as read: (s, s, c) or (f,).
+    """
+    count = 0
+
+    def note(layer: nn.Module, _inputs: object, output: Tensor) -> None:
+        nonlocal count
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        count += output.numel() * math.prod(layer.weight.shape[1:])
+
+    hooks = [part.register_forward_hook(note) for part in encoder.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    shape = (1, *patch_shape) if len(patch_shape) == 1 else (1, patch_shape[2], *patch_shape[:2])
+    parameter = next(encoder.parameters())
+    try:
+        with evaluating(encoder):
+            encoder(torch.zeros(shape, device=parameter.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return count

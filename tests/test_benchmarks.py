@@ -1,0 +1,81 @@
+"""`benchmarks/run`: every part of it exists, one that fails stops no other, and what failed is said."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / "benchmarks" / "run"
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, with its results in a folder of the test and this interpreter for its parts."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    spec = spec_from_loader("benchmarks_run", SourceFileLoader("benchmarks_run", str(RUN)))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def test_one_that_fails_stops_no_other_and_is_named(runner: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    parts = {
+        "broken": runner.Part("fails", ("-c", "raise SystemExit(3)"), None),
+        "sound": runner.Part("writes", ("-c", "open('sound.md', 'w').write('#')"), None),
+    }
+    assert runner.main([], parts) == 1
+    out, err = capfd.readouterr()
+    assert re.search(r"^broken +failed with exit code 3$", out, re.MULTILINE)
+    assert re.search(r"^sound .*; sound\.md$", out, re.MULTILINE)
+    assert err == "failed: broken\n"
+
+
+def test_what_ran_well_is_no_failure_and_a_quick_run_says_what_it_leaves_out(
+    runner: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parts = {
+        "long": runner.Part("takes hours", ("-c", "raise SystemExit(3)"), None),
+        "short": runner.Part("has a quick form", ("-c", "raise SystemExit(3)"), ("-c", "print('rough')")),
+    }
+    assert runner.main(["--quick"], parts) == 0
+    out, err = capfd.readouterr()
+    assert "rough" in out
+    assert re.search(r"^long +left out: no quick form$", out, re.MULTILINE)
+    assert not err
+
+
+def test_every_part_is_a_file_with_the_options_it_is_given(runner: ModuleType) -> None:
+    for part in runner.PARTS.values():
+        for command in (part.command, part.quick or ()):
+            (file,) = [word for word in command if word.endswith(".py")] or ["tests"]
+            assert (ROOT / file).exists(), file
+            if file.startswith("benchmarks"):
+                text = (ROOT / file).read_text()
+                assert not [word for word in command if word.startswith("--") and f'"{word}"' not in text]
+
+
+def test_every_benchmark_that_writes_a_result_is_a_part(runner: ModuleType) -> None:
+    scripts = [path for path in RUN.parent.glob("*.py") if re.search(r"write_result\(|_cpu_|cpu_\{", path.read_text())]
+    assert {path.stem for path in scripts} - {"machine"} <= set(runner.PARTS)
+
+
+def test_it_runs_as_a_command(tmp_path: Path) -> None:
+    done = subprocess.run([RUN, "--list"], cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ)
+    assert "selection" in done.stdout
+    wrong = subprocess.run([RUN, "--only", "nothing"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "nothing" in wrong.stderr

@@ -1,0 +1,174 @@
+"""Where the time goes: every second in one part, measured on the device where the work is, without waiting for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import keyhole.shares
+from keyhole.shares import NO_SHARES, PARTS, Shares
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A clock of the host that a test sets."""
+
+    class Clock:
+        now = 0.0
+
+    monkeypatch.setattr(keyhole.shares.time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def test_on_the_host_each_part_has_the_time_spent_inside_it(clock: Any) -> None:
+    shares = Shares(CPU)
+    for name, seconds in (("reading", 1.0), ("encoding", 5.0), ("reading", 0.5)):
+        clock.now += 10  # of nobody
+        with shares.part(name):  # type: ignore[arg-type]
+            clock.now += seconds
+    expected = dict.fromkeys(PARTS, 0.0) | {"reading": 1.5, "encoding": 5.0}
+    assert shares.seconds() == shares.so_far() == expected
+    shares.reset()
+    assert shares.seconds() == dict.fromkeys(PARTS, 0.0)
+
+
+def test_an_error_inside_a_part_is_counted_and_ends_it(clock: Any) -> None:
+    shares = Shares(CPU)
+
+    def fail() -> None:
+        with shares.part("learning"):
+            clock.now += 2
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    with shares.part("reading"):
+        clock.now += 1
+    assert (shares.seconds()["learning"], shares.seconds()["reading"]) == (2.0, 1.0)
+
+
+def test_parts_do_not_nest() -> None:
+    shares = Shares(CPU)
+    with (
+        pytest.raises(AssertionError, match="`scoring` inside of `encoding`"),
+        shares.part("encoding"),
+        shares.part("scoring"),
+    ):
+        pass
+
+
+def test_whoever_does_not_ask_pays_nothing_and_may_nest() -> None:
+    with NO_SHARES.part("encoding"), NO_SHARES.part("scoring"):
+        pass
+    assert NO_SHARES.seconds() == dict.fromkeys(PARTS, 0.0)
+
+
+def test_torch_is_not_loaded_for_it() -> None:
+    script = "import sys, keyhole.shares, keyhole.progress; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0
+
+
+# The bookkeeping of events, on a device that is made up: it does its work when a test says so.
+
+
+class Device:
+    """Milliseconds of work in order, done up to `passed` events."""
+
+    def __init__(self) -> None:
+        self.time, self.events, self.passed, self.waits = 0.0, 0, 0, 0
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    made = Device()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            made.events += 1
+            self.number, self.time = made.events, made.time
+
+        def query(self) -> bool:
+            return made.passed >= self.number
+
+        def elapsed_time(self, end: Event) -> float:
+            assert self.query()
+            assert end.query()
+            return end.time - self.time
+
+    def wait(_: object) -> None:
+        made.waits += 1
+        made.passed = made.events
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    return made
+
+
+def work(shares: Shares, device: Device, name: Any, milliseconds: float) -> None:
+    with shares.part(name):
+        device.time += milliseconds
+
+
+def test_on_a_device_parts_are_measured_there_and_only_the_end_waits(device: Device) -> None:
+    shares = Shares(torch.device("cuda"))
+    for _ in range(10):
+        work(shares, device, "encoding", 300)
+        work(shares, device, "scoring", 100)
+    assert sum(shares.so_far().values()) == 0  # nothing is done yet
+    device.passed = 4
+    assert (shares.so_far()["encoding"], shares.so_far()["scoring"]) == (0.3, 0.1)
+    assert device.waits == 0
+    assert shares.seconds()["encoding"] == pytest.approx(3.0)
+    assert shares.seconds()["scoring"] == pytest.approx(1.0)
+    assert device.waits == 2
+    shares.reset()
+    assert sum(shares.seconds().values()) == 0
+
+
+def test_reading_is_measured_on_the_host_also_with_a_device(device: Device, clock: Any) -> None:
+    shares = Shares(torch.device("cuda"))
+    with shares.part("reading"):
+        clock.now += 1.5
+    assert shares.so_far()["reading"] == 1.5
+    assert device.events == 0
+
+
+def test_a_host_far_ahead_keeps_a_bounded_number_of_events_and_the_sum(device: Device) -> None:
+    shares = Shares(torch.device("cuda"))
+    total = 3 * keyhole.shares.IN_FLIGHT
+    for _ in range(total):
+        work(shares, device, "encoding", 2)
+    assert device.events == 2 * keyhole.shares.IN_FLIGHT
+    assert shares.seconds()["encoding"] == pytest.approx(total * 0.002)  # those without events at the mean
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_a_part_has_the_time_of_its_kernels_though_the_host_is_done_at_once() -> None:
+    shares = Shares(torch.device("cuda"))
+    matrix = torch.randn(8192, 8192, device="cuda")
+    (matrix @ matrix).sum().item()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            with shares.part("encoding"):
+                matrix = matrix @ matrix
+            shares.so_far()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    begun = time.perf_counter()
+    found = shares.seconds()
+    waited = time.perf_counter() - begun
+    assert found["encoding"] > 0
+    assert found["encoding"] >= 0.5 * waited
+    assert sum(found.values()) == found["encoding"]
