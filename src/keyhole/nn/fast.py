@@ -111,29 +111,33 @@ class FastEncoder:
         else:
             example = torch.rand(shape, generator=generator, device=pixels.device)
         whole = copy.deepcopy(self.encoder).eval().requires_grad_(False)
-        expected = self._encode(whole, example, None, torch.float32)
-        pairs = _pairs(whole, lambda: self._encode(whole, example, None, torch.float32))
-        self._fold(whole, pairs)
-        found = self._encode(whole, example, None, torch.float32)
-        if (found - expected).norm() > FOLDED_ERROR * expected.norm():
-            whole = copy.deepcopy(self.encoder).eval().requires_grad_(False)
-            self._fold(whole, [])
+        self._names = self._foldable(whole, lambda module: self._encode(module, example, None, torch.float32))
+        self.folded = len(self._names)
+        _fold(whole, self._names)
         for layer in whole.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.to(self.precision)
         self._copy = whole.to(memory_format=torch.channels_last)
         self._link()
 
-    def _fold(self, whole: nn.Module, pairs: list[tuple[str, str]]) -> None:
-        """Takes the batch norms of `pairs` out of the copy, and gives the layers before them their weights."""
-        self._names, self.folded = pairs, len(pairs)
-        for before, behind in pairs:
-            layer, norm = whole.get_submodule(before), whole.get_submodule(behind)
-            weight, bias = _folded(layer, norm)
-            layer.weight = nn.Parameter(weight, requires_grad=False)
-            layer.bias = nn.Parameter(bias, requires_grad=False)
-            rest = [part for name in ("drop", "act") if isinstance(part := getattr(norm, name, None), nn.Module)]
-            whole.set_submodule(behind, nn.Sequential(*rest) if rest else nn.Identity())
+    @staticmethod
+    def _foldable(encoder: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[tuple[str, str]]:
+        """The pairs of layers to fold: all that a run shows, or none if folding changes what comes out.
+
+        It is tried with other statistics: those of a new network change nothing, wherever its norms stand.
+        """
+        trial = copy.deepcopy(encoder)
+        for part in trial.modules():
+            if isinstance(part, Norm):
+                for at, tensor in enumerate((part.running_var, part.weight, part.running_mean, part.bias)):
+                    if tensor is not None:
+                        steps = torch.linspace(0.7, 1.3, tensor.numel(), device=tensor.device)
+                        tensor.copy_(steps if at < 2 else steps - 1.1)
+        expected = run(trial)
+        pairs = _pairs(trial, lambda: run(trial))
+        _fold(trial, pairs)
+        changed = (run(trial) - expected).norm() > FOLDED_ERROR * expected.norm()
+        return [] if changed else pairs
 
     def _link(self) -> None:
         """Which weight of the copy follows which of the encoder."""
@@ -150,6 +154,17 @@ class FastEncoder:
         ]
         changed = {f"{before}.{part}" for before, _ in self._names for part in ("weight", "bias")}
         self._plain = [(tensor, here[name]) for name, tensor in there.items() if name not in changed]
+
+
+def _fold(encoder: nn.Module, pairs: list[tuple[str, str]]) -> None:
+    """Takes the batch norms of `pairs` out of an encoder, and gives the layers before them their weights."""
+    for before, behind in pairs:
+        layer, norm = encoder.get_submodule(before), encoder.get_submodule(behind)
+        weight, bias = _folded(layer, norm)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+        rest = [part for name in ("drop", "act") if isinstance(part := getattr(norm, name, None), nn.Module)]
+        encoder.set_submodule(behind, nn.Sequential(*rest) if rest else nn.Identity())
 
 
 def _filled(tensor: Tensor, rows: int) -> Tensor:
