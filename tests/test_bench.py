@@ -277,7 +277,7 @@ def test_a_mistake_in_the_process_that_measures_is_the_users_line() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "nothing to measure given"),
+        ([], "no kind of measurement given"),
         (["sped"], "did you mean `speed`?"),
         (["speed"], "nothing to measure given: keyhole bench speed RUN, or a recipe: "),
         (["speed", "trafic"], "trafic: expected a run folder, a settings file or a recipe, found nothing of that name"),
