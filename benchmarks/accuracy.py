@@ -4,9 +4,10 @@
     python benchmarks/accuracy.py --collect      writes the table of the runs that are complete
     python benchmarks/accuracy.py --published    Megapixel MNIST as published, 5,000 canvases: for a large GPU
 
-Every run is a `keyhole train` and a `keyhole evaluate` in processes of their own. "Fast" is what a user gets without
-asking (`train.precision auto`; compiled on a GPU only); "float32" asks for float32 and for no compiling. Both runs of
-a seed begin with the same weights, see the same images in the same order, and differ in arithmetic alone.
+Every run is a `keyhole train` and a `keyhole evaluate` in processes of their own. "Fast" is bf16 both where patches are
+looked at and where the kept ones are learned from, compiled on a GPU; `train.precision auto` chooses no more than that.
+"float32" asks for float32 and for no compiling. Both runs of a seed begin with the same weights, see the same images in
+the same order, and differ in arithmetic alone.
 
 What is complete in the folder is not trained again, and what was stopped is resumed, so the script may be killed and
 started again. `--quick` goes through everything with a few images and one epoch; its figures mean nothing.
@@ -112,9 +113,10 @@ def table(wanted: list[Training]) -> list[str]:
     lines = [
         "Accuracy on test images that were never seen, of the model that was best on the validation images. The spread",
         "is the largest less the smallest accuracy of a path's seeds; the difference is that of the means, and lies",
-        "within the spread if it is no larger than the wider of the two. Fast is `train.precision auto` (and on a GPU",
-        "`run.compile auto`); float32 is `train.precision float32`, not compiled. Both runs of a seed begin with the",
-        "same weights and see the same images in the same order. Times are wall clock, whatever else ran.",
+        "within the spread if it is no larger than the wider of the two. Fast is bf16 where patches are looked at and",
+        "where the kept ones are learned from, compiled on a GPU only; float32 is float32 in both, not compiled. Both",
+        "look with batch norm folded, and on a CPU at blank patches once. The two runs of a seed begin with the same",
+        "weights and see the same images in the same order. Times are wall clock, whatever else ran.",
         "",
         *(f"- {study.name}: {described(study)}." for study in studies),
         "",
@@ -131,6 +133,7 @@ def table(wanted: list[Training]) -> list[str]:
             f"| {one.study.name} | {one.path}, seed {one.seed} | {reached} | {result.best_epoch} | "
             f"{result.minutes:.1f} | {result.computing} |"
         )
+    lines += ["", *(f"Of {study.name}: {study.note}." for study in studies if study.note)]
     if missing:
         lines += ["", f"Not complete: {', '.join(missing)}."]
     return lines

@@ -67,7 +67,9 @@ class SmallEncoder(PixelEncoder):
 
     def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
         features = self.body(patches)
-        return self.norm(torch.cat([features.mean(dim=(2, 3)), _largest(features)], dim=1))
+        # the norm enlarges what patches differ by: their means are not to be rounded to bf16 before it
+        mean = features.mean(dim=(2, 3), dtype=torch.float32)
+        return self.norm(torch.cat([mean, _largest(features).float()], dim=1))
 
 
 def _largest(features: Float[Tensor, "k d h w"]) -> Float[Tensor, "k d"]:
@@ -139,7 +141,7 @@ class TimmEncoder(PixelEncoder):
 
     def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
         x = self.body(patches)
-        return x[0].mean(dim=(2, 3)) if self.cut else x
+        return x[0].mean(dim=(2, 3), dtype=torch.float32) if self.cut else x
 
 
 class FeatureProjector(nn.Module):
