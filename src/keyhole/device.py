@@ -82,6 +82,11 @@ def settle_precision(model: IPSClassifier, name: str, shape: Sequence[int]) -> N
     model.accelerate(arithmetic.look)
 
 
+def arithmetic_of(model: IPSClassifier) -> Arithmetic:
+    """What a model computes in."""
+    return Arithmetic(model.precision if model.fast is None else model.fast.precision, model.precision)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether there are instructions for bf16: a CPU without them computes in float32 and converts, which is slower."""
     if device.type == "cuda":

@@ -29,6 +29,7 @@ class Facts:
         blank: share of patches of one colour that are encoded.
         patches: of an image, on average.
         encoding_rate: patches/s while encoding, beside that of the encoder alone: a ratio.
+        colored_rate: likewise of the encoder alone when colours are changed first.
     """
 
     kind: str = "images"
@@ -42,6 +43,7 @@ class Facts:
     blank: float = 0.0
     patches: float = 1000.0
     encoding_rate: float = 1.0
+    colored_rate: float = 1.0
 
 
 def advice(shares: Mapping[str, float], facts: Facts) -> str:
@@ -64,6 +66,11 @@ def _of_encoder(facts: Facts) -> str:
         return (
             f"The encoder is the limit, and {facts.blank:.0%} of what it looks at is of one colour: "
             "--patch.foreground non-empty (on slides: tissue) leaves such patches out."
+        )
+    if facts.colored_rate < SLOWED:
+        return (
+            f"The encoder is the limit, at {facts.colored_rate:.0%} of its rate where colours are changed first: "
+            "--augment.color 0 does without."
         )
     if facts.encoding_rate < SLOWED and not facts.cuda:
         return (

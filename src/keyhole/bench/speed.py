@@ -26,7 +26,7 @@ from keyhole.config import Config, DataConfig
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
 from keyhole.data.settle import classes_of
-from keyhole.device import choose_device
+from keyhole.device import arithmetic_of, choose_device
 from keyhole.shares import PARTS
 from keyhole.store import available_bytes
 from keyhole.tasks import Task
@@ -120,10 +120,10 @@ def speed(
             say(f"{warm} training step{'s' * (warm > 1)} to warm up, then up to {steps}")
             found = run_steps(job, warm, steps, seconds)
             say("the encoder alone")
-            rate, blank = floor(job)
+            rate, colored, blank = floor(job)
         finally:
             job.close()
-    return _summary(job, told, compiled, found, rate, blank)
+    return _summary(job, told, compiled, found, rate, colored, blank)
 
 
 def _plain(config: Config, scratch: Path) -> Config:
@@ -226,7 +226,7 @@ def _load(job: Job, run: Run) -> None:
 # What was found
 
 
-def _summary(job: Job, told: str, compiled: str, found: Steps, rate: float, blank: float) -> Speed:
+def _summary(job: Job, told: str, compiled: str, found: Steps, rate: float, colored: float, blank: float) -> Speed:
     config, plan = job.config, job.plan
     cuda, features = job.device.type == "cuda", len(job.images.patch_shape) == 1
     seconds = dict.fromkeys(PARTS, 0.0) | found.parts
@@ -247,6 +247,7 @@ def _summary(job: Job, told: str, compiled: str, found: Steps, rate: float, blan
         blank=blank if cuda and config.patch.foreground == "all" else 0.0,  # on a CPU they are encoded once
         patches=all_patches / len(job.images.counts),
         encoding_rate=encoding / rate,
+        colored_rate=colored,
     )
     return Speed(
         data=f"{told}; {facts.patches:,.0f} {'features' if features else 'patches'} each, {config.select.m} kept",
@@ -268,7 +269,7 @@ def _chosen(job: Job, facts: Facts, compiled: str) -> dict[str, str]:
     device = torch.cuda.get_device_name(job.device) if facts.cuda else f"CPU, {torch.get_num_threads()} threads"
     learn = "at once" if plan.split is None else f"in chunks of {plan.split:,}"
     return {
-        "computing": f"{device}, in {str(job.model.precision).removeprefix('torch.')}",
+        "computing": f"{device}, in {arithmetic_of(job.model)}",
         "encoder": compiled,
         "reading": f"{facts.threads} threads on {facts.cores} cores"
         + ("; decoded images stay in memory" if facts.resident else ""),

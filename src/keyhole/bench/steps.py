@@ -115,29 +115,40 @@ class _Clocked(Loop):
         return Steps(self.first, self.passed, self.done - self.warm, self.images, self.patches, self.parts)
 
 
-def floor(job: Job) -> tuple[float, float]:
+def floor(job: Job) -> tuple[float, float, float]:
     """The encoder alone over one full chunk of real patches that is on the device already.
 
     Args:
         job: after its steps, so that nothing is built or compiled for it; weights and modes stay as they are.
 
     Returns:
-        Patches/s, and the share of the chunk's patches that are of one colour (0 for features).
+        Patches/s; the rate as a share of that where colours are changed as in training (1 where they are not); and the
+        share of the chunk's patches that are of one colour (0 for features).
     """
     pixels = _chunk(job)
-    blank = blank_rows(pixels.cpu().numpy()).mean()
+    blank = float(blank_rows(pixels.cpu().numpy()).mean())
+    plain = _seconds(job, pixels, None)
+    if pixels.dtype != torch.uint8 or not job.config.augment.color:
+        return len(pixels) / plain, 1.0, blank
+    channels = pixels.shape[-1]
+    color = torch.eye(channels, channels + 1, device=job.device).expand(len(pixels), -1, -1)
+    return len(pixels) / plain, plain / _seconds(job, pixels, color), blank
+
+
+def _seconds(job: Job, pixels: Tensor, color: Tensor | None) -> float:
+    """Of looking at these patches once: the median."""
     times: list[float] = []
     with job.model.looking(), torch.no_grad():
         for _ in range(2):  # builds, compiles, warms up
-            job.model.look(pixels)
+            job.model.look(pixels, color)
         begun = time.perf_counter()
         while len(times) < FLOOR_RUNS or time.perf_counter() - begun < FLOOR_SECONDS:
             _wait(job.device)
             start = time.perf_counter()
-            job.model.look(pixels)
+            job.model.look(pixels, color)
             _wait(job.device)
             times.append(time.perf_counter() - start)
-    return len(pixels) / sorted(times)[len(times) // 2], float(blank)
+    return sorted(times)[len(times) // 2]
 
 
 def _chunk(job: Job) -> Tensor:

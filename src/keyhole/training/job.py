@@ -22,7 +22,7 @@ from keyhole.config_file import dump_config
 from keyhole.data.hashes import FileHash, hash_files
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest, write_left_out
-from keyhole.device import Arithmetic, choose_device
+from keyhole.device import arithmetic_of, choose_device
 from keyhole.errors import ConfigError, OutputError, RunError
 from keyhole.files import file_size, umask, writable_folder, write_atomic
 from keyhole.memory.budget import parse_memory
@@ -258,9 +258,7 @@ def _overview(job: Job) -> list[str]:
     if job.manifest.left_out:
         lines.append(f"left out {len(job.manifest.left_out)} files or rows; they are listed in left_out.csv")
     best = f"best model by {job.state.metric} on the validation split" if job.state.metric else "the last epoch is kept"
-    assert job.model.fast is not None
-    arithmetic = Arithmetic(job.model.fast.precision, job.model.precision)
-    lines.append(f"{best}; computing on {job.device} in {arithmetic}")
+    lines.append(f"{best}; computing on {job.device} in {arithmetic_of(job.model)}")
     return lines
 
 
