@@ -80,7 +80,7 @@ def test_patches_of_one_colour_are_encoded_once_and_get_what_they_would_get(
         for repeat in range(2):  # in the second chunk every colour is known
             Counting.seen = 0
             found = looker.score(chunk, torch.from_numpy(chunk.pixels), None)
-            keys = {(kind, image if colored else 0) for kind, image in zip(kinds, images, strict=True) if kind}
+            keys = {(kind, image) for kind, image in zip(kinds, images, strict=True) if kind}
             assert Counting.seen == kinds.count(0) + (0 if repeat else len(keys))
             assert torch.allclose(found, expected, atol=1e-5)
             equal = [found[row] for row, key in enumerate(zip(kinds, images, strict=True)) if key == (1, 0)]

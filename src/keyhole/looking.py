@@ -26,7 +26,8 @@ class Looker:
     """Scores the chunks of one batch with the weights of now.
 
     On a CPU, patches of which all pixels are equal (empty canvas, padding, glass without noise) are encoded once for
-    each colour: what the encoder makes of them is the same. On a GPU, where chunks keep one size and the host should
+    each colour and image: what the encoder makes of them is the same. Not once for a batch: what an image keeps must
+    not depend, in its last bits, on which others were looked at before it. On a GPU, where chunks keep one size and the host should
     not look at pixels, all are encoded.
 
     Args:
@@ -66,10 +67,7 @@ class Looker:
 
     def _distinct(self, chunk: Chunk, pixels: Tensor, blank: NDArray[np.bool_]) -> Tensor:
         """Embeddings of a chunk some of whose patches are of one colour."""
-        keys = {
-            int(row): (-1 if self.color is None else int(chunk.image[row]), chunk.pixels[row, 0, 0].tobytes())
-            for row in blank.nonzero()[0]
-        }
+        keys = {int(row): (int(chunk.image[row]), chunk.pixels[row, 0, 0].tobytes()) for row in blank.nonzero()[0]}
         first = {key: row for row, key in reversed(keys.items()) if key not in self._known}
         rows = np.sort(np.concatenate([(~blank).nonzero()[0], np.fromiter(first.values(), np.int64)]))
         self.repeated += len(pixels) - len(rows)
