@@ -27,8 +27,8 @@ class Looker:
 
     On a CPU, patches of which all pixels are equal (empty canvas, padding, glass without noise) are encoded once for
     each colour and image: what the encoder makes of them is the same. Not once for a batch: what an image keeps must
-    not depend, in its last bits, on which others were looked at before it. On a GPU, where chunks keep one size and the host should
-    not look at pixels, all are encoded.
+    not depend, in its last bits, on which others were looked at before it. On a GPU, where chunks keep one size and
+    the host should not look at pixels, all are encoded.
 
     Args:
         model: inside `IPSClassifier.looking`.
