@@ -6,6 +6,7 @@ so that whoever turns pixels into numbers can do it in the same pass.
 Letters: k loose patches, c channels, d width, f features.
 """
 
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class PixelEncoder(nn.Module):
+class PixelEncoder(nn.Module, ABC):
     """An encoder of patches with values 0 ... 1, which it normalizes to `shift + scale * value` first.
 
     Attributes:
@@ -35,9 +36,9 @@ class PixelEncoder(nn.Module):
     def forward(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
         return self.embed(torch.addcmul(self.shift, patches, self.scale))
 
+    @abstractmethod
     def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
         """Embeddings of normalized patches."""
-        raise NotImplementedError
 
 
 class SmallEncoder(PixelEncoder):
