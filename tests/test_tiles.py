@@ -173,6 +173,7 @@ def test_an_aligned_pass_keeps_no_tile_and_others_only_until_the_last_use(files:
 
 def test_patches_picked_here_and_there_keep_no_tile(files: dict[str, Path]) -> None:
     with open_image(files["jpeg"]) as image:
+        image.read((0, 0, 8, 8))  # places of tiles are looked up once
         grid = PatchGrid(image, TILE, TILE // 2)
         before = RECENT.bytes
         grid.read(np.arange(0, len(grid), 3))

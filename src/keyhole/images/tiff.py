@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -94,7 +95,7 @@ class TiffImage(TiledImage):
         page = self._stored[level]
         if page.planes > 1 or not tiles:
             return iter([b""] * len(tiles))
-        return self._many_bytes([self._place(page, level, tile) for tile in tiles])
+        return self._many_bytes(self._places(page, level, tiles))
 
     def _decoded(self, level: int, tile: int, coded: Coded | None, out: Pixels | None) -> Pixels | None:
         page = self._stored[level]
@@ -109,7 +110,7 @@ class TiffImage(TiledImage):
         parts = []
         for plane in range(page.planes):
             number = plane * columns * rows + index
-            data = bytes(coded) if coded else self._bytes(*self._place(page, level, number))
+            data = bytes(coded) if coded else self._bytes(*self._places(page, level, [number])[0])
             if not data:
                 return None
             self._check_coded(page, data)
@@ -117,21 +118,27 @@ class TiffImage(TiledImage):
         values = parts[0] if page.planes == 1 else np.concatenate(parts, axis=-1)
         return to_pixels(values, page)
 
-    def _place(self, page: TiffLevel, level: int, number: int) -> tuple[int, int]:
-        """Where the bytes of a segment lie: (offset, count)."""
-        if page.offsets.values is not None and page.counts.values is not None:
-            return int(page.offsets.values[number]), int(page.counts.values[number])
-        block, entry = divmod(number, BLOCK)
+    def _places(self, page: TiffLevel, level: int, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Where the bytes of segments lie, given in rising order: (offset, count) each."""
+        found = []
+        for block, part in itertools.groupby(numbers, lambda number: number // BLOCK):
+            entries = np.fromiter(part, np.int64) - block * BLOCK
+            found.append(self._table(page, level, block, int(entries[-1]))[:, entries])
+        offsets, counts = np.concatenate(found, axis=1).tolist()
+        return list(zip(offsets, counts, strict=True))
+
+    def _table(self, page: TiffLevel, level: int, block: int, last: int) -> NDArray[np.int64]:
+        """A block of the tables of segments, (2, up to BLOCK): offsets and counts, as far as entry `last` at least."""
         places = RECENT.get(self._owner, ("places", level, block))
         if places is None:
             start = block * BLOCK
             tables = [table.read(self._pread, start, start + BLOCK) for table in (page.offsets, page.counts)]
             length = min(map(len, tables))
-            if entry >= length:
+            if last >= length:
                 raise ends_early(self.path, self.path.stat().st_size, max(page.offsets.end, page.counts.end))
             places = np.stack([table[:length] for table in tables])
             RECENT.put(self._owner, ("places", level, block), places)
-        return int(places[0, entry]), int(places[1, entry])
+        return places
 
     def _bytes(self, offset: int, count: int) -> bytes:
         if count == 0 or offset == 0:

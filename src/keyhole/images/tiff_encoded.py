@@ -75,7 +75,7 @@ class EncodedTiles:
         image = self._image
         with faults_of(image.path, f"damaged at tile {column}, {row} of level {self._level}"):
             number = row * self._columns + column
-            data = image._bytes(*image._place(image._stored[self._level], self._level, number))
+            data = image._bytes(*image._places(image._stored[self._level], self._level, [number])[0])
         if not data or data.rfind(_EOI, max(0, len(data) - _PADDING)) < 0:
             return None
         head = self._head

@@ -44,7 +44,7 @@ def jpeg_decoder(page: Any, size: Size, samples: int) -> DecodeInto | None:
     def decode(data: Coded, out: Pixels) -> bool:
         # A JPEG may declare a size of its own and cost what that says. A file's tiles have one header nearly always.
         nonlocal head
-        if not head or data[: len(head)] != head:
+        if not head or bytes(data[: len(head)]) != head:  # a view would be compared byte by byte
             end, frame = frame_of(data)
             if frame != expected:
                 return False

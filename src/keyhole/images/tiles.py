@@ -94,6 +94,7 @@ class TiledImage(Image):
         columns = math.ceil(lv.width / tile.width)
         corners = np.array(order, np.int64)
         tops, lefts = (corners // columns) * tile.height, (corners % columns) * tile.width
+        whole = (lefts + tile.width <= lv.width) & (tops + tile.height <= lv.height)
         size = tile.width * tile.height * self.channels
         keeps_all = self._keeps_all(level) and (uses is None or size >= LARGE)
         counts = [1] * len(order)
@@ -101,26 +102,30 @@ class TiledImage(Image):
             counts = uses(lefts, tops, lefts + tile.width, tops + tile.height).tolist()
         kept = RECENT.which(self._owner, [(level, number) for number in order])
         coded = self._coded(level, [number for number, has in zip(order, kept, strict=True) if not has])
-        for number, left, top, count, has in zip(order, lefts.tolist(), tops.tolist(), counts, kept, strict=True):
+        places = zip(order, lefts.tolist(), tops.tolist(), whole.tolist(), counts, kept, strict=True)
+        for number, left, top, full, count, has in places:
             users = touched[number]
             data = None if has else next(coded)
-            inside = Box(left, top, min(tile.width, lv.width - left), min(tile.height, lv.height - top))
-            decode = partial(self._decoded, level, number, data)
+            first = out[users[0]]
+            # As on an aligned grid: the tile is the box of one patch, and is decoded into it.
+            alone = full and count == len(users) == 1 and boxes[users[0]] == (left, top, *tile)
             pixels: Pixels | None
-            if keeps_all:
-                pixels = RECENT.once(self._owner, (level, number), size, partial(decode, None))
+            if alone and not (has or keeps_all) and first.flags.c_contiguous:
+                pixels = self._decoded(level, number, data, first)
+                if pixels is first:
+                    continue
+            elif keeps_all:
+                decode = partial(self._decoded, level, number, data, None)
+                pixels = RECENT.once(self._owner, (level, number), size, decode)
             elif count > len(users):
-                pixels = RECENT.shared(self._owner, (level, number), len(users), count, partial(decode, None))
+                decode = partial(self._decoded, level, number, data, None)
+                pixels = RECENT.shared(self._owner, (level, number), len(users), count, decode)
             else:
-                first = out[users[0]]
-                if boxes[users[0]] == inside and inside[2:] == tile and first.flags.c_contiguous:
-                    room = first
-                else:
-                    room = scratch((tile.height, tile.width, self.channels))
                 pixels = RECENT.get(self._owner, (level, number)) if has else None
-                pixels = decode(room) if pixels is None else pixels
-                if pixels is first:  # the tile is the box, and lies in it
-                    users = users[1:]
+                if pixels is None:
+                    room = scratch((tile.height, tile.width, self.channels))
+                    pixels = self._decoded(level, number, data, room)
+            inside = Box(left, top, min(tile.width, lv.width - left), min(tile.height, lv.height - top))
             for user in users:
                 _copy(pixels, inside, boxes[user], out[user], self.background)
 
@@ -136,10 +141,9 @@ def _touched(boxes: Sequence[Box], lv: Size, tile: Size) -> dict[int, list[int]]
     found: dict[int, list[int]] = {}
     for which, (x, y, width, height) in enumerate(boxes):
         right, bottom = min(x + width, lv.width), min(y + height, lv.height)
-        across = range(max(x, 0) // tile.width, (right - 1) // tile.width + 1)
+        first, last = max(x, 0) // tile.width, (right - 1) // tile.width
         for row in range(max(y, 0) // tile.height, (bottom - 1) // tile.height + 1):
-            for column in across:
-                number = row * columns + column
+            for number in range(row * columns + first, row * columns + last + 1):
                 if number in found:
                     found[number].append(which)
                 else:

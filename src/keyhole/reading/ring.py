@@ -7,6 +7,7 @@ next waits for that first, on the planning thread, so that the consumer never do
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -59,14 +60,18 @@ class Stock:
 
 
 class Ring:
-    """At most `count` buffers, handed out again and again. Its waiting and waking go through the pool's lock.
+    """At most `count` buffers, handed out again and again. Its lock is the pool's.
 
     Args:
         make: takes a buffer out of the stock.
+
+    Attributes:
+        changed: notified when a buffer comes back, and by whoever changes what `unwanted` of `take` looks at.
     """
 
     def __init__(self, pool: Pool, count: int, stock: Stock, make: Callable[[], Array]) -> None:
         self._pool, self._stock, self._make = pool, stock, make
+        self.changed = threading.Condition(pool.lock)
         self._left = count  # that may still be made
         self._free: deque[tuple[Array, Copied | None]] = deque()
         self._closed = False
@@ -75,7 +80,7 @@ class Ring:
         """A buffer, once there is one that no copy reads any more; None when `unwanted()` becomes true."""
         with self._pool.lock:
             while not (self._free or self._left or unwanted()):
-                self._pool.changed.wait()
+                self.changed.wait()
             if unwanted():
                 return None
             found = self._free.popleft() if self._free else None  # the one whose copy began first
@@ -96,7 +101,7 @@ class Ring:
                 self._stock.give(buffer, copied)
             else:
                 self._free.append((buffer, copied))
-            self._pool.changed.notify_all()
+            self.changed.notify_all()
 
     def close(self) -> None:
         """All buffers go to the stock now: a stream that has ended waits in a cycle of references for the collector."""

@@ -114,6 +114,7 @@ class Stream:
         with self.pool.lock:
             yield
             self.pool.changed.notify_all()
+            self._ring.changed.notify_all()
 
     def _open_batch(self, openers: Sequence[Opener]) -> Batch:
         """Open all images at once, those that are lost again and again together."""
