@@ -32,7 +32,6 @@ from selection_sides import Ours, Theirs, logits_error, overlap
 from keyhole.compiling import Choice, choose_compile
 from keyhole.device import Arithmetic, choose_device, choose_precision
 from keyhole.nn import IPSClassifier
-from keyhole.nn.cost import multiply_adds
 
 EPOCHS = {"noise": 150, "canvases": 150, "scenes": 150, "features": 50}
 IMAGES = {"resnet18": 747, "tf_efficientnet_lite0": 747, "features": 270}
@@ -123,7 +122,7 @@ def measure(setting: Setting, device: torch.device, options: argparse.Namespace)
     inputs, model = make_inputs(setting, device), build(setting, device)
     some = torch.linspace(0, setting.n - 1, 512 // setting.b).long()
     settle(model, inputs.theirs[:, some.to(inputs.theirs.device)].flatten(0, 1).to(device))
-    precision = arithmetic(setting, model, options.precision, device)
+    precision = choose_precision(options.precision, model.encoder, patch_shape(setting))
     theirs = Theirs(setting, model, inputs)
     choice = choose(setting, model, precision, device, options.compile)
     with Ours(setting, model, inputs, device, precision, choice.compile) as ours:
@@ -156,11 +155,6 @@ def measure(setting: Setting, device: torch.device, options: argparse.Namespace)
         about = f"{result.agreement[-1].weights}, after {options.trained} steps"
         result.agreement.append(compare(about, setting, trained, inputs, device, precision, choice.compile))
     return result
-
-
-def arithmetic(setting: Setting, model: IPSClassifier, name: str, device: torch.device) -> Arithmetic:
-    """What `train.precision` means here."""
-    return choose_precision(name, device, multiply_adds(model.encoder, patch_shape(setting)))
 
 
 def patch_shape(setting: Setting) -> tuple[int, ...]:

@@ -31,7 +31,6 @@ from keyhole.features.writer import BYTES, SETTINGS, already_there, feature_writ
 from keyhole.files import file_size, writable_folder
 from keyhole.nn import FastEncoder
 from keyhole.nn.build import build_encoder, embedding_width, patch_shape
-from keyhole.nn.cost import multiply_adds
 from keyhole.passes import open_reader, opener
 from keyhole.patches import FilePatches
 from keyhole.progress import Progress
@@ -136,8 +135,7 @@ def embed(
     files = feature_names(folder, items)
     chosen = choose_device(device)
     network = _encoder(config, chosen)
-    work = multiply_adds(network, patch_shape(model, config.patch.size))
-    arithmetic = choose_precision(precision, chosen, work).look
+    arithmetic = choose_precision(precision, network, patch_shape(model, config.patch.size)).look
     settings = _settings(config, network, dtype, arithmetic)
     embedder = _Work(config, FastEncoder(network, arithmetic), chosen, dtype, chunk, settings)
     open_items = [

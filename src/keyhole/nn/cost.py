@@ -1,4 +1,4 @@
-"""What an encoder costs: multiply-adds for one patch, counted while it encodes one."""
+"""What an encoder does with a patch: how much it multiplies, and in which kinds of layers."""
 
 import math
 from collections.abc import Sequence
@@ -33,3 +33,9 @@ def multiply_adds(encoder: nn.Module, patch_shape: Sequence[int]) -> int:
         for hook in hooks:
             hook.remove()
     return count
+
+
+def has_depthwise(encoder: nn.Module) -> bool:
+    """Whether there are convolutions with a filter of its own for each channel, as in EfficientNet and MobileNet."""
+    convolutions = [part for part in encoder.modules() if isinstance(part, nn.Conv2d)]
+    return any(layer.groups == layer.in_channels > 1 for layer in convolutions)

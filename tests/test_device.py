@@ -1,0 +1,45 @@
+"""Which arithmetic `train.precision` means, for which encoder on which processor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from keyhole import device
+from keyhole.device import Arithmetic, choose_precision
+from keyhole.nn import SmallEncoder, TimmEncoder
+
+EXACT = Arithmetic(torch.float32, torch.float32)
+MIXED = Arithmetic(torch.bfloat16, torch.float32)
+PATCH = (64, 64, 3)
+
+
+@pytest.fixture
+def instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that multiplies in bf16."""
+    monkeypatch.setattr(device, "has_bf16", lambda _: True)
+
+
+@pytest.mark.usefixtures("instructions")
+def test_auto_looks_in_bf16_and_learns_in_float32_on_a_cpu_where_there_is_much_to_multiply() -> None:
+    assert choose_precision("auto", TimmEncoder("resnet18", stages=2), PATCH) == MIXED
+    assert choose_precision("auto", SmallEncoder(3), PATCH) == EXACT  # converting would cost more
+
+
+@pytest.mark.usefixtures("instructions")
+def test_auto_looks_at_networks_of_depthwise_convolutions_in_float32_on_a_cpu() -> None:
+    encoder = TimmEncoder("tf_efficientnet_lite0")
+    assert choose_precision("auto", encoder, PATCH) == EXACT
+    assert choose_precision("bf16", encoder, PATCH) == Arithmetic(torch.bfloat16, torch.bfloat16)
+
+
+def test_without_instructions_for_bf16_auto_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_bf16", lambda _: False)
+    encoder = TimmEncoder("resnet18", stages=2)
+    assert choose_precision("auto", encoder, PATCH) == EXACT
+    assert choose_precision("bf16", encoder, PATCH) == Arithmetic(torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("instructions")
+def test_what_is_asked_for_is_taken() -> None:
+    assert choose_precision("float32", TimmEncoder("resnet18", stages=2), PATCH) == EXACT
