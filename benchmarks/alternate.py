@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
+
+from keyhole.memory.meter import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, steady_heap
+
+T = TypeVar("T")
 
 ROUNDS = 5
 """Fewest turns of each piece; a result is the median."""
@@ -30,6 +36,29 @@ def alternate(
         for name, work in pieces.items():
             taken[name].append(seconds_of(work, device))
     return taken
+
+
+def as_keyhole(work: Callable[[], T]) -> Callable[[], T]:
+    """Under the malloc that `keyhole train` sets: what a layer frees, the next one takes."""
+
+    def run() -> T:
+        steady_heap(False)
+        return work()
+
+    return run
+
+
+def as_plain(work: Callable[[], T]) -> Callable[[], T]:
+    """Under glibc's malloc as it is in a process that sets nothing, once its own adjustment has ended."""
+
+    def run() -> T:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, 2**25)
+            mallopt(M_TRIM_THRESHOLD, 2**26)
+        return work()
+
+    return run
 
 
 def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from alternate import alternate, medians
+from alternate import alternate, as_keyhole, as_plain, medians
 from epochs import Epochs, run_passive, write_csv
 from machine import cores, write_result
 from photographs_published import PATCH, PATCHES, SIZE, load, most_workers
@@ -111,7 +111,9 @@ def compare(options: argparse.Namespace, folder: Path, kind: str, scratch: Path)
     names = {"published": theirs, "keyhole, 80 px": small, "keyhole, enlarged, 100 px": equal}
     seconds = {}
     for part in ("read", "learn"):
-        pieces: dict[str, Callable[[], object]] = {name: getattr(one, part) for name, one in names.items()}
+        pieces: dict[str, Callable[[], object]] = {
+            name: (as_plain if one is theirs else as_keyhole)(getattr(one, part)) for name, one in names.items()
+        }
         for warm_up in pieces.values():
             warm_up()
         seconds[part] = medians(alternate(pieces, device, options.rounds))

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from alternate import ROUNDS, alternate, medians, peaks, seconds_of
+from alternate import ROUNDS, alternate, as_keyhole, as_plain, medians, peaks, seconds_of
 from machine import write_result
 from selection_inputs import Inputs, build, load_lite0, make_inputs, settle
 from selection_settings import CPU, CUDA, QUICK, Setting
@@ -32,6 +32,7 @@ from selection_sides import Ours, Theirs, logits_error, overlap
 from keyhole.compiling import Choice, choose_compile
 from keyhole.device import Arithmetic, choose_device, choose_precision
 from keyhole.nn import IPSClassifier
+from keyhole.nn.cost import multiply_adds
 
 EPOCHS = {"noise": 150, "canvases": 150, "scenes": 150, "features": 50}
 IMAGES = {"resnet18": 747, "tf_efficientnet_lite0": 747, "features": 270}
@@ -49,6 +50,7 @@ class Result:
         first: seconds of keyhole's first call beyond the median.
         choice: whether the encoder is compiled, and why.
         precision: of the encoder.
+        work: multiply-adds of the encoder for a patch.
         agreement: lines on what is kept, by the weights they were measured on.
     """
 
@@ -57,12 +59,21 @@ class Result:
     spread: tuple[float, float]
     first: float
     choice: Choice
-    precision: str
+    precision: Arithmetic
+    work: int
     agreement: list[Agreement] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
         return self.seconds["published"] / self.seconds["keyhole"]
+
+    def bound(self, peak: dict[torch.dtype, float]) -> float:
+        """The ratio if every multiply-add of keyhole's encoder ran at the rate (GFLOP/s) of a matrix product."""
+        setting = self.setting
+        seconds = setting.n / peak[self.precision.look]
+        if setting.step:
+            seconds += 3 * setting.m / peak[self.precision.learn]  # a gradient costs a forward and twice that
+        return self.seconds["published"] / (2e-9 * self.work * setting.b * seconds)
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,7 @@ def measure(setting: Setting, device: torch.device, options: argparse.Namespace)
             pieces |= ours.learning(choice.compile)
         else:
             pieces["encoder"] = ours.floor()
+        pieces = {name: (as_plain if name == "published" else as_keyhole)(piece) for name, piece in pieces.items()}
         for piece in pieces.values():
             piece()
         taken = alternate(pieces, device, options.rounds)
@@ -144,8 +156,8 @@ def measure(setting: Setting, device: torch.device, options: argparse.Namespace)
     for name in ("published", "keyhole"):
         seconds[name] /= setting.steps
     ratios = [here / there for here, there in zip(taken["published"], taken["keyhole"], strict=True)]
-    told = str(precision)
-    result = Result(setting, seconds, (min(ratios), max(ratios)), first - seconds["keyhole"], choice, told)
+    work = multiply_adds(model.encoder, patch_shape(setting))
+    result = Result(setting, seconds, (min(ratios), max(ratios)), first - seconds["keyhole"], choice, precision, work)
     result.agreement.append(compare("fresh", setting, model, inputs, device, precision, choice.compile))
     if options.lite0_weights and setting.encoder == "tf_efficientnet_lite0":
         load_lite0(model, options.lite0_weights)
@@ -213,6 +225,7 @@ def line(result: Result) -> str:
 def report(results: list[Result], device: torch.device, options: argparse.Namespace) -> list[str]:
     """Markdown."""
     peak = peaks(device, 512 if options.quick else None)
+    rates = {torch.float32: peak["float32"], torch.bfloat16: peak["bf16"]}
     lines = [
         f"Medians of {options.rounds} turns. Published: `published.py`, float32, eager, channels first, its shuffle "
         "left out. keyhole: its own code, folded batch norm, channels last. Times in seconds.",
@@ -222,10 +235,10 @@ def report(results: list[Result], device: torch.device, options: argparse.Namesp
         "",
         "`encoder alone` is keyhole's encoder over the same patches in the same chunks; `reached` is that over "
         "keyhole's time, above 1 where patches of one colour are encoded once; `ceiling` is the ratio if there were "
-        "nothing but this encoder.",
+        "nothing but this encoder, `bound` the ratio if all patches were encoded at the rate of those matrix products.",
         "",
-        "| setting | published | keyhole | ratio (range) | aim | encoder alone | reached | ceiling |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | published | keyhole | ratio (range) | aim | encoder alone | reached | ceiling | bound |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         seconds, (low, high) = result.seconds, result.spread
@@ -235,7 +248,7 @@ def report(results: list[Result], device: torch.device, options: argparse.Namesp
             ends = [f"{floor:.4g}", f"{floor / seconds['keyhole']:.2f}", f"{seconds['published'] / floor:.2f}"]
         lines.append(
             f"| {result.setting.title} | {seconds['published']:.4g} | {seconds['keyhole']:.4g} | {result.ratio:.2f} "
-            f"({low:.2f} ... {high:.2f}) | {result.setting.goal:g} | {' | '.join(ends)} |"
+            f"({low:.2f} ... {high:.2f}) | {result.setting.goal:g} | {' | '.join(ends)} | {result.bound(rates):.2f} |"
         )
     lines += [
         "",

@@ -22,8 +22,8 @@ SECONDS = 60.0
 """What compiling an encoder for looking and for learning costs on a GPU before the first step: an estimate."""
 SAVED = 0.35
 """Share of the encoder's time that it saves on a GPU: an estimate."""
-NOT_ON_A_CPU = "on a CPU it saves a tenth at most, takes a minute, and would make runs differ in their last bits"
-"""Measured on two cores in bf16: -4 to 10 % for ResNet-18, EfficientNet-Lite0 and the small encoder; 7 to 44 s for the
+NOT_ON_A_CPU = "on a CPU it saves an eighth at most, takes a minute, and would make runs differ in their last bits"
+"""Measured on two cores: -4 to 12 % for ResNet-18, EfficientNet-Lite0 and the small encoder; 7 to 44 s for the
 first call that looks, 137 s with learning on a busy machine."""
 
 

@@ -29,6 +29,7 @@ from keyhole.device import choose_device, choose_precision
 from keyhole.errors import ConfigError, DataError, KeyholeError
 from keyhole.features.writer import BYTES, SETTINGS, already_there, feature_writer
 from keyhole.files import file_size, writable_folder
+from keyhole.memory.meter import steady_heap
 from keyhole.nn import FastEncoder
 from keyhole.nn.build import build_encoder, embedding_width, patch_shape
 from keyhole.passes import open_reader, opener
@@ -134,6 +135,8 @@ def embed(
     folder = writable_folder(out)
     files = feature_names(folder, items)
     chosen = choose_device(device)
+    if chosen.type == "cpu":
+        steady_heap(False)
     network = _encoder(config, chosen)
     arithmetic = choose_precision(precision, network, patch_shape(model, config.patch.size)).look
     settings = _settings(config, network, dtype, arithmetic)

@@ -40,7 +40,7 @@ SHARE = 0.8
 """Of what is free, for `auto`: others want some too."""
 RESERVE = 2**28
 """Bytes of a GPU that `auto` leaves at least, for libraries that allocate beside torch."""
-GAPS = 1.25
+GAPS = 1.35
 """Resident memory over memory in use, where malloc keeps what is freed in a heap."""
 LATER = 24 * 2**20
 """What the first steps leave in a process on the CPU for good: pages of code, plans of kernels, small caches."""
