@@ -1,6 +1,6 @@
 """Patches read from files, beside what their decoder alone reaches and beside OpenSlide.
 
-    python benchmarks/reading.py [--side 12288] [--rounds 5] [--quick] [--folder DIR] [--only JPEG,Zstd]
+    python benchmarks/reading.py [--side 20480] [--rounds 5] [--quick] [--folder DIR] [--only JPEG,Zstd]
 
 Writes a JPEG pyramid of generated tissue, cuts a square out of it into TIFF and OME-Zarr of other codecs, and reads
 patches of one tile through `keyhole.reading.Reader`: the grid laid on the tiles (aligned), half a tile beside them
@@ -60,7 +60,7 @@ class Stored:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=12_288, help="of the JPEG pyramid; other codecs take half of it")
+    parser.add_argument("--side", type=int, default=20_480, help="of the JPEG pyramid; other codecs take half of it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the files are written and stay")
     parser.add_argument("--only", default="", help="names of formats, by commas")

@@ -133,7 +133,7 @@ def measure(setting: Setting, device: torch.device, options: argparse.Namespace)
     inputs, model = make_inputs(setting, device), build(setting, device)
     some = torch.linspace(0, setting.n - 1, 512 // setting.b).long()
     settle(model, inputs.theirs[:, some.to(inputs.theirs.device)].flatten(0, 1).to(device))
-    precision = choose_precision(options.precision, model.encoder, patch_shape(setting))
+    precision = choose_precision(setting.precision or options.precision, model.encoder, patch_shape(setting))
     theirs = Theirs(setting, model, inputs)
     choice = choose(setting, model, precision, device, options.compile)
     with Ours(setting, model, inputs, device, precision, choice.compile) as ours:

@@ -35,7 +35,7 @@ class Setting:
         rule: keyhole's while time is taken. "streaming" is the published one; of patches on the device it ties the
             chunk to I, so that with larger chunks "global", the default of keyhole, is timed. What is kept is compared
             under "streaming" in every case.
-        rounds: of measuring.
+        precision: as --train.precision, where it is part of the setting; None takes the script's.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Setting:
     at_once: int | None = None
     chunk: int = 100
     rule: Rule = "streaming"
-    rounds: int = 5
+    precision: Literal["float32", "bf16"] | None = None
 
 
 MNIST_TASKS = (
@@ -107,20 +107,19 @@ def slides(name: str, title: str, goal: float, **changes: object) -> Setting:
     return Setting(name=name, title=title, goal=goal, **{**base, **changes})  # type: ignore[arg-type]
 
 
+STEP = "Megapixel MNIST, training step"
+DRAWN_STEP: dict[str, object] = {"inputs": "canvases", "step": True, "source": "host"}
+LITE0: dict[str, object] = {"encoder": "tf_efficientnet_lite0", "b": 4, "chunk": 64}
 CPU = (
     mnist("mnist-noise", "Megapixel MNIST, selection, all patches differ", 5),
     mnist("mnist-noise-reader", "the same through the reader", 5, source="host"),
     mnist("mnist-canvases", "Megapixel MNIST, selection, drawn canvases", 5, inputs="canvases", source="host"),
-    mnist("mnist-step-noise", "Megapixel MNIST, training step, all patches differ", 4, step=True, source="host"),
-    mnist(
-        "mnist-step-canvases",
-        "Megapixel MNIST, training step, drawn canvases",
-        4,
-        inputs="canvases",
-        step=True,
-        source="host",
-    ),
-    traffic("lite0", "EfficientNet-Lite0, 100 px, selection", 2, encoder="tf_efficientnet_lite0", b=4, chunk=64),
+    mnist("mnist-step-noise", f"{STEP}, all patches differ", 4, step=True, source="host"),
+    mnist("mnist-step-noise-bf16", f"{STEP}, learning in bf16", 4, step=True, source="host", precision="bf16"),
+    mnist("mnist-step-canvases", f"{STEP}, drawn canvases", 4, **DRAWN_STEP),
+    mnist("mnist-step-canvases-bf16", f"{STEP}, drawn canvases, learning in bf16", 4, precision="bf16", **DRAWN_STEP),
+    traffic("lite0", "EfficientNet-Lite0, 100 px, selection", 2, **LITE0),
+    traffic("lite0-bf16", "EfficientNet-Lite0, 100 px, selection in bf16", 2, precision="bf16", **LITE0),
 )
 CUDA = (
     traffic("traffic-selection", "Traffic signs, selection, patches on the device", 2.5),
