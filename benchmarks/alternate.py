@@ -70,7 +70,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peaks(device: torch.device, side: int | None = None) -> dict[str, float]:
+def peaks(device: torch.device, side: int | None = None) -> dict[torch.dtype, float]:
     """GFLOP/s of square matrix products in float32 and bf16: the most that an encoder of either could reach.
 
     Args:
@@ -78,9 +78,11 @@ def peaks(device: torch.device, side: int | None = None) -> dict[str, float]:
         side: of the matrices; default 2048 on a CPU, 8192 on a GPU.
     """
     side = side or (8192 if device.type == "cuda" else 2048)
+    kinds = {"float32": torch.float32, "bf16": torch.bfloat16}
     pieces: dict[str, Callable[[], object]] = {}
-    for name, precision in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+    for name, precision in kinds.items():
         a, b = (torch.randn(side, side, device=device).to(precision) for _ in range(2))
         pieces[name] = lambda a=a, b=b: a @ b  # type: ignore[misc]
         pieces[name]()
-    return {name: 2 * side**3 / seconds / 1e9 for name, seconds in medians(alternate(pieces, device, 7)).items()}
+    seconds = medians(alternate(pieces, device, 7))
+    return {precision: 2e-9 * side**3 / seconds[name] for name, precision in kinds.items()}

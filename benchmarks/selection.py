@@ -53,6 +53,7 @@ class Result:
         choice: whether the encoder is compiled, and why.
         precision: of the encoder.
         work: multiply-adds of the encoder for a patch.
+        peak: GFLOP/s of matrix products, measured right after; a machine shared with others is not always as fast.
         agreement: lines on what is kept, by the weights they were measured on.
     """
 
@@ -63,18 +64,20 @@ class Result:
     choice: Choice
     precision: Arithmetic
     work: int
+    peak: dict[torch.dtype, float]
     agreement: list[Agreement] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
         return self.seconds["published"] / self.seconds["keyhole"]
 
-    def bound(self, peak: dict[torch.dtype, float]) -> float:
-        """The ratio if every multiply-add of keyhole's encoder ran at the rate (GFLOP/s) of a matrix product."""
+    @property
+    def bound(self) -> float:
+        """The ratio if every multiply-add of keyhole's encoder ran at the rate of a matrix product."""
         setting = self.setting
-        seconds = setting.n / peak[self.precision.look]
+        seconds = setting.n / self.peak[self.precision.look]
         if setting.step:
-            seconds += 3 * setting.m / peak[self.precision.learn]  # a gradient costs a forward and twice that
+            seconds += 3 * setting.m / self.peak[self.precision.learn]  # a gradient costs a forward and twice that
         return self.seconds["published"] / (2e-9 * self.work * setting.b * seconds)
 
 
@@ -162,6 +165,7 @@ def measure(setting: Setting, device: torch.device, options: argparse.Namespace)
         for piece in pieces.values():
             piece()
         taken = alternate(pieces, device, options.rounds)
+        peak = peaks(device, 512 if options.quick else None)
     del theirs, ours, pieces
     gc.collect()
     seconds = medians(taken)
@@ -169,7 +173,9 @@ def measure(setting: Setting, device: torch.device, options: argparse.Namespace)
         seconds[name] /= setting.steps
     ratios = [here / there for here, there in zip(taken["published"], taken["keyhole"], strict=True)]
     work = multiply_adds(model.encoder, patch_shape(setting))
-    result = Result(setting, seconds, (min(ratios), max(ratios)), first - seconds["keyhole"], choice, precision, work)
+    result = Result(
+        setting, seconds, (min(ratios), max(ratios)), first - seconds["keyhole"], choice, precision, work, peak
+    )
     result.agreement.append(compare("fresh", setting, model, inputs, device, precision, choice.compile))
     if options.lite0_weights and setting.encoder == "tf_efficientnet_lite0":
         load_lite0(model, options.lite0_weights)
@@ -236,19 +242,19 @@ def line(result: Result) -> str:
 
 def report(results: list[Result], device: torch.device, options: argparse.Namespace) -> list[str]:
     """Markdown."""
-    peak = peaks(device, 512 if options.quick else None)
-    rates = {torch.float32: peak["float32"], torch.bfloat16: peak["bf16"]}
+    exact, fast = ([result.peak[kind] for result in results] for kind in (torch.float32, torch.bfloat16))
     lines = [
         f"Medians of {options.rounds} turns{'' if options.quick else ', each setting in a process of its own'}. "
         "Published: `published.py`, float32, eager, channels first, its shuffle left out, under glibc's malloc as it "
         "is. keyhole: its own code, folded batch norm, channels last, freed memory kept. Times in seconds.",
         "",
-        f"This machine multiplies matrices at {peak['float32']:,.0f} GFLOP/s in float32 and {peak['bf16']:,.0f} in "
-        f"bf16 ({peak['bf16'] / peak['float32']:.1f} times as fast), measured in the same run.",
+        f"This machine multiplied matrices at {min(exact):,.0f} to {max(exact):,.0f} GFLOP/s in float32 and at "
+        f"{min(fast):,.0f} to {max(fast):,.0f} in bf16, measured after each setting: others use it too.",
         "",
         "`encoder alone` is keyhole's encoder over the same patches in the same chunks; `reached` is that over "
         "keyhole's time, above 1 where patches of one colour are encoded once; `ceiling` is the ratio if there were "
-        "nothing but this encoder, `bound` the ratio if all patches were encoded at the rate of those matrix products.",
+        "nothing but this encoder, `bound` the ratio if all patches were encoded at the rate of matrix products, as "
+        "measured right after.",
         "",
         "| setting | published | keyhole | ratio (range) | aim | encoder alone | reached | ceiling | bound |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -261,7 +267,7 @@ def report(results: list[Result], device: torch.device, options: argparse.Namesp
             ends = [f"{floor:.4g}", f"{floor / seconds['keyhole']:.2f}", f"{seconds['published'] / floor:.2f}"]
         lines.append(
             f"| {result.setting.title} | {seconds['published']:.4g} | {seconds['keyhole']:.4g} | {result.ratio:.2f} "
-            f"({low:.2f} ... {high:.2f}) | {result.setting.goal:g} | {' | '.join(ends)} | {result.bound(rates):.2f} |"
+            f"({low:.2f} ... {high:.2f}) | {result.setting.goal:g} | {' | '.join(ends)} | {result.bound:.2f} |"
         )
     lines += [
         "",

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 OnError = Literal["raise", "skip", "mask"]
 
-RUN = 32
-"""Patches of one task: some tens, so that neighbours share tiles and handing over costs little (PAPER: 32)."""
+RUN = 64
+"""Patches of one task: some tens, so that neighbours share tiles and handing over costs little. With 32, aligned JPEG
+on two threads reached 0.86 and 0.92 of its decoder's rate, with 64 it reached 0.91 and 0.94."""
 
 
 @dataclass(frozen=True)
