@@ -200,6 +200,33 @@ def test_who_wants_a_tile_that_is_being_decoded_waits_for_it() -> None:
     assert recent.bytes == 0, "dropped after the last use"
 
 
+def test_who_wants_a_tile_that_is_being_decoded_does_all_else_before_waiting(files: dict[str, Path]) -> None:
+    with open_image(files["jpeg"]) as image:
+        expected = PatchGrid(image, TILE, offset=(-5, -5)).read(np.arange(4))
+    with open_image(files["jpeg"]) as image:
+        assert isinstance(image, TiledImage)
+        grid, decode = PatchGrid(image, TILE, offset=(-5, -5)), image._decoded
+        begun, last, seen = threading.Event(), threading.Event(), []
+
+        def slow_first(level: int, tile: int, *rest: Any) -> Any:
+            seen.append(tile)
+            if tile == 0:
+                begun.set()
+                assert last.wait(10), "the other thread waits for tile 0 with other tiles left to do"
+            elif tile == 2:
+                last.set()
+            return decode(level, tile, *rest)
+
+        image._decoded = slow_first  # type: ignore[method-assign]
+        with ThreadPoolExecutor(2) as pool:
+            one = pool.submit(grid.read, np.arange(0, 2))
+            assert begun.wait(30)
+            other = pool.submit(grid.read, np.arange(1, 3))
+            assert np.array_equal(one.result(), expected[:2])
+            assert np.array_equal(other.result(), expected[1:3])
+        assert sorted(seen) == [0, 1, 2], "each once"
+
+
 def test_a_tile_that_cannot_be_decoded_is_tried_by_the_next_who_wants_it() -> None:
     recent = Recent()
     owner = recent.owner()

@@ -80,6 +80,11 @@ class Recent:
         with self._lock:
             return [(owner, key) in self._kept or (owner, key) in self._shared for key in keys]
 
+    def decoding(self, owner: int, key: Hashable) -> bool:
+        """Whether a thread is decoding it for `shared`, so that who wants it now would wait."""
+        with self._lock:
+            return (owner, key) in self._decoding
+
     def shared(
         self, owner: int, key: Hashable, uses: int, total: int, decode: Callable[[], Pixels | None]
     ) -> Pixels | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,9 @@ from keyhole.images.recent import LARGE, RECENT
 Index = NDArray[np.int64]
 Uses = Callable[[Index, Index, Index, Index], Index]
 """(left, top, right, bottom) of tiles in level pixels, each (k,), -> how many boxes of the whole pass touch each."""
+
+Tile = tuple[int, int, int, bool, int, list[int], bool, Any]
+"""Number, left and top, whether whole, uses in the pass, boxes here that touch it, whether kept, and what is coded."""
 
 _here = threading.local()
 
@@ -102,10 +105,10 @@ class TiledImage(Image):
             counts = uses(lefts, tops, lefts + tile.width, tops + tile.height).tolist()
         kept = RECENT.which(self._owner, [(level, number) for number in order])
         coded = self._coded(level, [number for number, has in zip(order, kept, strict=True) if not has])
-        places = zip(order, lefts.tolist(), tops.tolist(), whole.tolist(), counts, kept, strict=True)
-        for number, left, top, full, count, has in places:
-            users = touched[number]
-            data = None if has else next(coded)
+        each_data = (None if has else next(coded) for has in kept)
+        places = order, lefts.tolist(), tops.tolist(), whole.tolist()
+        tiles = zip(*places, counts, map(touched.__getitem__, order), kept, each_data, strict=True)
+        for number, left, top, full, count, users, has, data in self._busy_last(level, tiles):
             first = out[users[0]]
             # As on an aligned grid: the tile is the box of one patch, and is decoded into it.
             alone = full and count == len(users) == 1 and boxes[users[0]] == (left, top, *tile)
@@ -128,6 +131,18 @@ class TiledImage(Image):
             inside = Box(left, top, min(tile.width, lv.width - left), min(tile.height, lv.height - top))
             for user in users:
                 _copy(pixels, inside, boxes[user], out[user], self.background)
+
+    def _busy_last(self, level: int, tiles: Iterable[Tile]) -> Iterator[Tile]:
+        """Tiles of a level, at the end those that another thread is decoding: who waited for each of them would end up
+        waiting all along, one tile behind the other thread."""
+        busy = []
+        for each in tiles:
+            number, *_, count, users, _, _ = each
+            if count > len(users) and RECENT.decoding(self._owner, (level, number)):
+                busy.append(each)
+            else:
+                yield each
+        yield from busy
 
     def _read(self, box: Box, level: int) -> Pixels:
         out = np.empty((box.height, box.width, self.channels), np.uint8)
