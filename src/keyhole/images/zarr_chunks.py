@@ -57,9 +57,15 @@ class ChunkRule:
 
 
 def inflates_beyond(data: bytes, compressor: str, size: int) -> bool:
-    """Whether encoded bytes say, or turn out, to decode to more than `size`; never decodes more than that."""
+    """Whether encoded bytes say, or turn out, to decode to more than `size`; never decodes more than that.
+
+    Also of those of Blosc that were cut: its decoder would read on in whatever lies behind them in memory.
+    """
     if compressor == "blosc":
-        return len(data) >= 8 and struct.unpack_from("<I", data, 4)[0] > size
+        if len(data) < 16:
+            return True
+        decoded, encoded = struct.unpack_from("<I4xI", data, 4)
+        return bool(decoded > size or encoded > len(data))
     if compressor == "lz4":
         return len(data) >= 4 and struct.unpack_from("<I", data)[0] > size
     if compressor in ("gzip", "zlib"):
