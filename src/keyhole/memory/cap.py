@@ -59,7 +59,7 @@ def _cap_data(budget: int, steady: bool) -> Iterator[None]:
     is free within the heap, which may become resident without anything being mapped."""
     import resource
 
-    steady_heap(steady)
+    steady_heap(steady, capped=True)
     give_back()
     shared, RECENT.shared_limit = RECENT.shared_limit, SHARED_TILES
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -84,17 +84,21 @@ def give_back() -> None:
         trim(0)
 
 
-def steady_heap(steady: bool = True) -> None:
+def steady_heap(steady: bool = True, capped: bool = False) -> None:
     """Lets malloc (glibc) map every block of a tensor's size by itself and give it back at once, or keep it in a heap.
 
     In a heap, freed blocks leave gaps that fit the next ones badly: resident memory is a third above what is in use.
     Giving them back means that the system clears every page anew for each layer: that costs a third of the speed, and
     more than half of it where maps are large. So it is for measuring, and for who has little memory.
+
+    Under a cap of the process (`capped`), blocks of 32 MB and more are mapped singly all the same: so it is a tensor
+    for which there is no room, which is an error that can be handled, and not some small block of a library, which
+    ends the process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**20 if steady else 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**24 if steady else 2**31 - 1)  # the largest it takes: never
+        mallopt(M_MMAP_THRESHOLD, 2**20 if steady else 2**25 if capped else 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**24 if steady else 2**26 if capped else 2**31 - 1)  # 2**31 - 1: never
 
 
 def free_in_heap() -> int:
