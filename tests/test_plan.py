@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 from typing import Any
@@ -257,11 +256,7 @@ def test_a_meter_shows_the_peak_and_counting_tensors_comes_near() -> None:
 def child(script: str, *arguments: object) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    # Where memory runs out for real, a library may fail to get a small block and end the process: rare, and no law here.
-    for _ in range(4):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-        if done.returncode != -signal.SIGSEGV:
-            break
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result

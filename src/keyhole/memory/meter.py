@@ -91,9 +91,7 @@ def steady_heap(steady: bool = True, capped: bool = False) -> None:
     Giving them back means that the system clears every page anew for each layer: that costs a third of the speed, and
     more than half of it where maps are large. So it is for measuring, and for who has little memory.
 
-    Under a cap of the process (`capped`), blocks of 32 MB and more are mapped singly all the same: so it is a tensor
-    for which there is no room, which is an error that can be handled, and not some small block of a library, which
-    ends the process.
+    Under a cap of the process (`capped`), blocks of 32 MB and more are mapped singly all the same.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
