@@ -19,7 +19,7 @@ from keyhole.config import ModelConfig
 from keyhole.errors import ConfigError
 from keyhole.memory.bill import Bill, powers
 from keyhole.memory.budget import memory_text, out_of_memory, parse_memory
-from keyhole.memory.cap import cap
+from keyhole.memory.cap import cap, result_sizes
 from keyhole.memory.meter import growth, has_peak, steady_heap, tensor_bytes
 from keyhole.memory.plan import Plan, make_plan
 from keyhole.memory.probe import Costs, Line
@@ -340,9 +340,9 @@ import torch
 
 from keyhole.memory.cap import cap
 from keyhole.config import ModelConfig
-from keyhole.memory.budget import out_of_memory
 from keyhole.memory.meter import status, steady_heap, taken
 from keyhole.nn import build_classifier, split_backward
+from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan
 from keyhole.tasks import Task
 
@@ -350,7 +350,7 @@ cpu = torch.device("cpu")
 torch.manual_seed(0)
 model = build_classifier(ModelConfig(width=8), [Task("a", "binary", ("n", "y"))], 64)
 twin = copy.deepcopy(model)
-patches, mask = torch.randint(0, 256, (2, 400, 3, 64, 64), dtype=torch.uint8), torch.ones(2, 400, dtype=torch.bool)
+patches, mask = torch.randint(0, 256, (2, 500, 3, 64, 64), dtype=torch.uint8), torch.ones(2, 500, dtype=torch.bool)
 loose = patches.flatten(0, 1)
 steady_heap()
 model.select(patches[:, :8], 4, 4)
@@ -374,17 +374,16 @@ def learn(plan, model=model):
 
 def repeated(step, function, plan):
     tries = []
-    while True:
+
+    def work(plan):
         tries.append((plan.chunk, plan.split))
-        try:
-            return function(plan), plan, tries
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-        plan = plan.halved(step)
+        return function(plan)
+
+    pace = Pace(plan, lambda text: None)
+    return pace.run(step, work), pace.plan, tries
 
 
-plan = Plan(1024, None, 800, taken(cpu) + 24 * 10**6, "--memory", True)
+plan = Plan(1024, None, 1000, taken(cpu) + 24 * 10**6, "--memory", True)
 with cap(plan, cpu):
     found, plan, selecting = repeated("select", select, plan)
     loss, plan, learning = repeated("learn", learn, plan)
@@ -406,6 +405,134 @@ def test_where_memory_runs_out_half_as_much_gives_the_same_result() -> None:
     assert result["kept"], "the kept patches are those of an undisturbed selection"
     assert result["same"], "loss and gradients are those of an undisturbed step of that split"
     assert result["state"], "running statistics moved once"
+
+
+SHAPES = """
+import json, resource
+
+import torch
+
+from keyhole.memory.cap import cap
+from keyhole.config import ModelConfig
+from keyhole.memory.meter import free_in_heap, mapped_code, status, taken
+from keyhole.memory.pace import Pace
+from keyhole.memory.plan import Plan
+from keyhole.nn import build_classifier, evaluating
+from keyhole.tasks import Task
+
+cpu = torch.device("cpu")
+model = build_classifier(ModelConfig(encoder="resnet18", stages=3), [Task("a", "binary", ("n", "y"))], 32)
+
+
+def room():
+    return resource.getrlimit(resource.RLIMIT_DATA)[0] - status("VmData") + free_in_heap()
+
+
+with evaluating(model):
+    model.score(torch.zeros(64, 3, 32, 32))
+    pace = Pace(Plan(64, None, 64, taken(cpu) + 60 * 10**6, "--memory", True, steady=True), print)
+    with cap(pace.plan, cpu):
+        before, code = room(), mapped_code()
+        for count in range(2, 50):
+            pace.run("select", lambda plan: model.score(torch.zeros(count, 3, 32, 32)).shape)
+        print(json.dumps({"chunk": pace.plan.chunk, "lost": before - room(), "code": mapped_code() - code}))
+"""
+
+
+@LINUX
+def test_code_that_is_written_for_many_shapes_does_not_use_up_a_budget() -> None:
+    result = child(SHAPES)
+    assert result["code"] > 150 * 10**6, "more is mapped than the budget has room for"
+    assert result["lost"] < result["code"] / 3, "what is touched of it, and what is kept beside it"
+    assert result["chunk"] == 64, "nothing ran out"
+
+
+FULL = """
+import json, mmap, resource, sys
+
+import torch
+from torch.nn.functional import conv2d
+
+from keyhole.memory.budget import out_of_memory
+from keyhole.memory.cap import cap, room_for_code
+from keyhole.memory.meter import mapped_code, taken
+from keyhole.memory.plan import Plan
+
+cpu = torch.device("cpu")
+weight = torch.randn(16, 8, 3, 3, requires_grad=True)
+
+
+def gradient(count):
+    pixels = torch.ones(count, 8, 16, 16, requires_grad=True)
+    conv2d(pixels, weight, stride=2, padding=1).square().mean().backward()
+    return pixels.grad
+
+
+gradient(2)
+wide = torch.zeros(400, 8, 3, 3)
+large = torch.zeros(1, 8, 512, 512)
+with cap(Plan(budget=taken(cpu) + 100 * 10**6, named=True), cpu):
+    limit = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        with room_for_code():
+            conv2d(large, wide, padding=1)  # 419 MB
+    except RuntimeError as error:
+        refused = out_of_memory(error)
+    held = []
+    try:
+        while True:
+            held.append(mmap.mmap(-1, 2**20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except OSError:
+        code = mapped_code()
+    with room_for_code():
+        found = gradient(3)
+    code = mapped_code() - code
+    same = limit[0] <= resource.getrlimit(resource.RLIMIT_DATA)[0] <= limit[0] + code
+print(json.dumps({"refused": refused, "equal": torch.allclose(found, gradient(3)), "code": code, "limit": same}))
+"""
+
+
+@LINUX
+def test_at_the_limit_there_is_room_for_code_but_not_for_results() -> None:
+    """Without room, oneDNN calls what it could not write and the process ends."""
+    result = child(FULL)
+    assert result["refused"], "a result beyond the budget fails as any allocation"
+    assert result["code"] > 2**20, "more than was left"
+    assert result["equal"]
+    assert result["limit"], "afterwards there is only what was mapped more than the limit was"
+
+
+@given(
+    groups=st.integers(1, 2),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    transposed=st.booleans(),
+)
+@LAW
+def test_what_convolutions_return_is_known_before(
+    groups: int, kernel: int, stride: int, padding: int, dilation: int, transposed: bool
+) -> None:
+    given, weight = torch.zeros(2, 4, 9, 7), torch.zeros(4, 4 // groups, kernel, kernel)
+    more = ([stride] * 2, [padding] * 2, [dilation] * 2, transposed, [0, 0], groups)
+    result = torch.ops.aten.convolution(given, weight, None, *more)
+    assert result_sizes(torch.ops.aten.convolution, given, weight, None, *more) == [result.nbytes]
+    both = torch.ops.aten.convolution_backward(result, given, weight, None, *more, [True, True, False])
+    sizes = result_sizes(torch.ops.aten.convolution_backward, result, given, weight, None, *more, [True, True, False])
+    assert sizes == [both[0].nbytes, both[1].nbytes]
+
+
+def test_what_products_return_is_known_before() -> None:
+    aten, left, right = torch.ops.aten, torch.zeros(3, 5), torch.zeros(5, 7)
+    for operation, *arguments in (
+        (aten.mm, left, right),
+        (aten.addmm, torch.zeros(7), left, right),
+        (aten.bmm, left.expand(2, 3, 5), right.expand(2, 5, 7)),
+        (aten.baddbmm, torch.zeros(7), left.expand(2, 3, 5), right.expand(2, 5, 7)),
+    ):
+        assert result_sizes(operation, *arguments) == [operation(*arguments).nbytes]
+    assert result_sizes(aten.relu, left) is None
 
 
 @LINUX

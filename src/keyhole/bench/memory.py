@@ -120,7 +120,7 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
     )
     if config.run.compile == "on":
         model.accelerate(compile=True)
-    pace = Pace(plan, lambda text: print(text, file=sys.stderr))
+    pace = Pace(plan, lambda text: print(text, file=sys.stderr), model.compiled)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.monotonic()

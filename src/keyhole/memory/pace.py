@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from keyhole.config import SelectConfig
 from keyhole.errors import ConfigError
 from keyhole.memory.bill import HELD_BYTES
 from keyhole.memory.budget import out_of_memory
+from keyhole.memory.cap import room_for_code
 from keyhole.memory.plan import Plan, Step
 
 T = TypeVar("T")
@@ -24,13 +26,14 @@ class Pace:
     Args:
         plan: to begin with.
         warn: told in one sentence when the plan had to become smaller.
+        compiled: whether the work goes through `torch.compile`; see `keyhole.memory.cap.room_for_code`.
 
     Attributes:
         plan: that is followed now.
     """
 
-    def __init__(self, plan: Plan, warn: Callable[[str], None]) -> None:
-        self.plan, self.warn = plan, warn
+    def __init__(self, plan: Plan, warn: Callable[[str], None], compiled: bool = False) -> None:
+        self.plan, self.warn, self.compiled = plan, warn, compiled
 
     def run(self, step: Step, work: Callable[[Plan], T], again: Callable[[], None] | None = None) -> T:
         """The result of `work` under the plan, repeated under ever smaller ones while the device runs out of memory.
@@ -45,7 +48,8 @@ class Pace:
         """
         while True:
             try:
-                return work(self.plan)
+                with nullcontext() if self.compiled else room_for_code():
+                    return work(self.plan)
             except Exception as error:
                 if not out_of_memory(error):
                     raise

@@ -119,6 +119,11 @@ class IPSClassifier(nn.Module):
         self.learned = CompiledEncoder(self.encoder) if compile else None
         return self.fast
 
+    @property
+    def compiled(self) -> bool:
+        """Whether its encoder goes through `torch.compile`, see `accelerate`."""
+        return self.fast is not None and self.fast.compiled
+
     def encode(self, patches: Shaped[Tensor, "k ..."]) -> Float[Tensor, "k d"]:
         """The encoder over loose patches, in the model's precision; the result is float32."""
         if patches.dtype == torch.uint8:

@@ -97,7 +97,7 @@ class Loop:
     def __init__(self, job: Job, interrupt: Interrupt) -> None:
         self.job, self.interrupt = job, interrupt
         self.saved = time.monotonic()
-        self.pace = Pace(job.plan, self.shrink)
+        self.pace = Pace(job.plan, self.shrink, job.model.compiled)
         self.shares = Shares(job.device)
         self.stager = Stager(job.device, self.shares)
         self.journal = SelectionJournal(job.run.path / "selection.safetensors")
