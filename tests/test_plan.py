@@ -527,6 +527,7 @@ def test_what_products_return_is_known_before() -> None:
     aten, left, right = torch.ops.aten, torch.zeros(3, 5), torch.zeros(5, 7)
     for operation, *arguments in (
         (aten.mm, left, right),
+        (aten.mm, left[:, :0], right[:0]),
         (aten.addmm, torch.zeros(7), left, right),
         (aten.bmm, left.expand(2, 3, 5), right.expand(2, 5, 7)),
         (aten.baddbmm, torch.zeros(7), left.expand(2, 3, 5), right.expand(2, 5, 7)),

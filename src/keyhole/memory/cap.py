@@ -221,7 +221,7 @@ def _convolution_backward(gradient: Tensor, given: Tensor, weight: Tensor, *rest
 
 
 def _product(left: Tensor, right: Tensor) -> list[int]:
-    return [left.numel() // left.shape[-1] * right.shape[-1] * left.element_size()]
+    return [math.prod(left.shape[:-1]) * right.shape[-1] * left.element_size()]
 
 
 _WRITES_CODE: dict[Any, Callable[..., list[int]]] = {
