@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from keyhole.config import ModelConfig
 from keyhole.errors import ConfigError
@@ -21,6 +22,7 @@ from keyhole.memory.bill import Bill, powers
 from keyhole.memory.budget import memory_text, out_of_memory, parse_memory
 from keyhole.memory.cap import cap, result_sizes
 from keyhole.memory.meter import growth, has_peak, steady_heap, tensor_bytes
+from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan, make_plan
 from keyhole.memory.probe import Costs, Line
 from keyhole.nn import IPSClassifier, build_classifier
@@ -434,7 +436,7 @@ with evaluating(model):
     with cap(pace.plan, cpu):
         before, code = room(), mapped_code()
         for count in range(2, 50):
-            pace.run("select", lambda plan: model.score(torch.zeros(count, 3, 32, 32)).shape)
+            pace.run("select", lambda plan: model.score(torch.zeros(count, 3, 32, 32)).shape, shape=count)
         print(json.dumps({"chunk": pace.plan.chunk, "lost": before - room(), "code": mapped_code() - code}))
 """
 
@@ -500,6 +502,25 @@ def test_at_the_limit_there_is_room_for_code_but_not_for_results() -> None:
     assert result["code"] > 2**20, "more than was left"
     assert result["equal"]
     assert result["limit"], "afterwards there is only what was mapped more than the limit was"
+
+
+@LINUX
+def test_a_shape_is_given_room_for_code_the_first_time_alone() -> None:
+    def guarded(_: Plan) -> bool:
+        return _get_current_dispatch_mode() is not None
+
+    plan = Plan(budget=8 * 10**9, named=True)
+    pace, compiled = Pace(plan, print), Pace(plan, print, compiled=True)
+    assert not pace.run("select", guarded), "no cap"
+    with cap(plan, CPU):
+        assert [pace.run("select", guarded, shape=3) for _ in range(2)] == [True, False]
+        assert pace.run("learn", guarded, shape=3)
+        assert [pace.run("select", guarded) for _ in range(2)] == [True, True]
+        assert not compiled.run("select", guarded, shape=3), "it would run uncompiled"
+        for shape in range(4, 40):
+            assert pace.run("select", guarded, shape=shape)
+        assert pace.run("select", guarded, shape=3), "others may have taken its code's place"
+    assert not pace.run("select", guarded), "no cap any more"
 
 
 @given(

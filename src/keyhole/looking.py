@@ -105,7 +105,8 @@ class Looker:
                 stop = min(start + plan.chunk, len(pixels))
                 return work(slice(start, stop), min(stop, count) - start)
 
-            part = self.pace.run("select", run)
+            shape = (min(self.pace.plan.chunk, len(pixels) - start), *pixels.shape[1:])
+            part = self.pace.run("select", run, shape=shape)
             yield part
             start += len(part)
 

@@ -347,6 +347,6 @@ def _embedded(model: IPSClassifier, bags: Bags, pace: Pace) -> Iterator[Tensor]:
         def encode(plan: Plan, start: int = start) -> Tensor:
             return model.look(bags.part(start, min(start + plan.chunk, len(bags))))
 
-        embedding = pace.run("select", encode)
+        embedding = pace.run("select", encode, shape=("kept", min(pace.plan.chunk, len(bags) - start)))
         start += len(embedding)
         yield embedding

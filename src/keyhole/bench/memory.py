@@ -137,7 +137,7 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
                 )
 
             model.train()
-            pace.run("learn", learn)
+            pace.run("learn", learn, shape=(*bags.mask.shape, len(bags)))
             optimizer.step()
             del bags, pixels, kept
     process = peak_process()

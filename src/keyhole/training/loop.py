@@ -284,7 +284,7 @@ class Loop:
 
         job.model.train()
         with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-            loss = self.pace.run("learn", learn)
+            loss = self.pace.run("learn", learn, shape=(*bags.mask.shape, len(bags)))
         job.state.plan = self.pace.plan.to_json()
         learned = [parameter for parameter in job.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(learned, config.clip or math.inf)
