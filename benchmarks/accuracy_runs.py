@@ -139,7 +139,8 @@ def actual_device(name: str) -> str:
 def shortened(study: Study) -> Study:
     counts = {"train": 40, "val": 20, "test": 20}
     steps = min(20, study.encoder_steps)
-    return replace(study, counts=counts, flags=(*study.flags, "--train.epochs=1", "--train.warmup=0"), encoder_steps=steps)
+    flags = (*study.flags, "--train.epochs=1", "--train.warmup=0")
+    return replace(study, counts=counts, flags=flags, encoder_steps=steps)
 
 
 def made(studies: list[Study], options: argparse.Namespace) -> list[Training]:

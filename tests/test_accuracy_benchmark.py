@@ -9,6 +9,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from keyhole.cli.arguments import parse_config
+from keyhole.cli.train import TrainOptions
+from keyhole.config_check import validate
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -69,3 +73,16 @@ def test_a_difference_wider_than_the_spread_is_not_called_within(monkeypatch: py
     assert accuracy.compared({0: 0.90, 1: 0.91, 2: 0.90}, {0: 0.93, 1: 0.93, 2: 0.94})[1] == "no"
     assert accuracy.compared({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}) == ("+0.0000", "yes")
     assert accuracy.compared({0: 0.9, 1: 0.9}, {0: 0.9, 2: 0.9}) == ("-", "-"), "other seeds are not to be compared"
+
+
+@pytest.mark.parametrize("name", ["DEMO", "MEGAPIXEL", "PUBLISHED"])
+def test_flags_of_a_study_are_a_setting_that_can_be_trained_in_full_and_in_short(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = module("accuracy_runs", monkeypatch)
+    study = getattr(runs, name)
+    for each in (study, runs.shortened(study)):
+        for path in runs.PATHS:
+            _, config = parse_config(TrainOptions, [*each.flags, *runs.path_flags(path, "cpu")], "keyhole train")
+            validate(config, flags=True)
+    assert config.train.epochs == 1
