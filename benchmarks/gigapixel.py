@@ -19,18 +19,16 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from machine import write_result
 
-import keyhole.passes
+from keyhole.bench.memory import peak_process
 from keyhole.config import Config
 from keyhole.config_file import build
 from keyhole.data.slides import make_slide
-from keyhole.memory.plan import cap
+from keyhole.memory.cap import cap
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import Job, start_job
 from keyhole.training.loop import Loop
@@ -110,7 +108,6 @@ def run_steps(
         },
     )
     job = start_job(config, lambda line: print(line, file=sys.stderr, flush=True))
-    clock = Clock(job)
     loop = Loop(job, Interrupt())
     items = list(job.manifest.split("train"))[: batch * options.steps]
     loop.epoch_items = lambda: items  # type: ignore[method-assign]
@@ -122,32 +119,8 @@ def run_steps(
         seconds = time.monotonic() - start
     allocated = torch.cuda.max_memory_allocated(job.device) if cuda else None
     reserved = torch.cuda.max_memory_reserved(job.device) if cuda else None
-    report(options, job, batch, slide, made, row, seconds, clock, allocated, reserved)
+    report(options, job, batch, slide, made, row, seconds, loop.shares.seconds(), allocated, reserved)
     job.close()
-
-
-class Clock:
-    """Adds up the seconds spent waiting for reading, copying, encoding and learning.
-
-    The device is waited for after each piece, so that the shares are right; the rate is a lower bound for it.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.seconds = {"copying": 0.0, "encoding": 0.0}
-        keyhole.passes.to_tensor = self.timed("copying", keyhole.passes.to_tensor)  # type: ignore[assignment]
-        job.model.score = self.timed("encoding", job.model.score)  # type: ignore[method-assign]
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*arguments)
-            if self.job.device.type == "cuda":
-                torch.cuda.synchronize(self.job.device)
-            self.seconds[name] += time.perf_counter() - start
-            return result
-
-        return call
 
 
 def report(
@@ -158,17 +131,15 @@ def report(
     made: float,
     row: dict[str, float],
     seconds: float,
-    clock: Clock,
+    shares: dict[str, float],
     allocated: int | None,
     reserved: int | None,
 ) -> None:
     patches = job.images.counts
     steps = int(row["step"])
     looked_at = batch * steps * next(iter(patches.values()))
-    shares = {"waiting for reading": job.reader.waited, **clock.seconds}
-    shares["the rest (learning, scoring, bookkeeping)"] = seconds - sum(shares.values())
     device = str(job.device)
-    peak = peak_rss()
+    peak = peak_process()
     model = dataclasses.asdict(job.config.model)
     lines = [
         f"{steps} training step{'s' * (steps > 1)} on {batch} slide{'s' * (batch > 1)} of "
@@ -198,17 +169,6 @@ def report(
     path = write_result("gigapixel", title, lines, device)
     print("\n".join(lines))
     print(path)
-
-
-def peak_rss() -> int:
-    """Of this process, in bytes: VmHWM where there is /proc."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    from keyhole.progress import peak_memory
-
-    return peak_memory()
 
 
 if __name__ == "__main__":
