@@ -1,10 +1,9 @@
 """Train, evaluate and predict in ten lines. `photos` is a folder with one subfolder of images per class."""
 
 import keyhole
-from keyhole.evaluate import evaluate
 
 run = keyhole.train("photos", "runs/one", patch={"size": 32}, select={"m": 8}, train={"epochs": 30})
-print("\n".join(evaluate(run.path).lines()))
+print("\n".join(keyhole.evaluate(run.path).lines()))
 
 prediction = keyhole.load(run.path).predict("photos/red/1.png")
 print(prediction.label, prediction.probability)

@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 import keyhole
 from keyhole.cli.main import main
 from keyhole.config import PatchConfig
-from keyhole.embed import Embedded, embed
+from keyhole.embedding import Embedded, embed
 from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, OutputError
-from keyhole.evaluate import evaluate
+from keyhole.evaluation import evaluate
 from keyhole.features import FeatureOpener
 from keyhole.grid import PatchGrid
 from keyhole.images import open_image
@@ -313,7 +313,7 @@ CHILD = """
 import re, sys
 from pathlib import Path
 from keyhole.config import PatchConfig
-from keyhole.embed import embed
+from keyhole.embedding import embed
 embed(sys.argv[1], sys.argv[2], encoder="small", width=8, weights=sys.argv[3], patch=PatchConfig(size=16), threads=2,
       quiet=True)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

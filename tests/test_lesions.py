@@ -152,7 +152,7 @@ def annotated(toy: Path, tmp_path: Path) -> Path:
 
 
 def test_all_attention_lies_in_a_lesion_that_is_everywhere(toy_run: Path, annotated: Path, tmp_path: Path) -> None:
-    from keyhole.evaluate import evaluate
+    from keyhole.evaluation import evaluate
 
     evaluation = evaluate(toy_run, annotated, out=tmp_path / "out")
 
@@ -169,7 +169,7 @@ def test_all_attention_lies_in_a_lesion_that_is_everywhere(toy_run: Path, annota
 def test_a_broken_annotation_ends_it_at_once_or_is_left_out_and_listed(
     toy_run: Path, annotated: Path, tmp_path: Path
 ) -> None:
-    from keyhole.evaluate import evaluate
+    from keyhole.evaluation import evaluate
 
     (tmp_path / "1.geojson").write_text("{")
     (tmp_path / "2.geojson").write_text("")
@@ -189,7 +189,7 @@ def test_a_broken_annotation_ends_it_at_once_or_is_left_out_and_listed(
 
 
 def test_without_annotations_nothing_is_said_of_lesions(toy_run: Path, tmp_path: Path) -> None:
-    from keyhole.evaluate import evaluate
+    from keyhole.evaluation import evaluate
 
     evaluation = evaluate(toy_run, out=tmp_path / "out")
 

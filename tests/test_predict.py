@@ -22,7 +22,7 @@ import keyhole
 from keyhole.cli.main import main
 from keyhole.config import Config, ModelConfig, PatchConfig, SelectConfig
 from keyhole.errors import KeyholeError
-from keyhole.evaluate import evaluate
+from keyhole.evaluation import evaluate
 from keyhole.grid import PatchGrid
 from keyhole.images import open_image
 from keyhole.nn import build_classifier

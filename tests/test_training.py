@@ -20,7 +20,7 @@ from keyhole.checkpoint import read_tensors, write_tensors
 from keyhole.config import AugmentConfig, Config, TrainConfig
 from keyhole.config_file import load_config
 from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, NonFiniteLoss, OutputError, RunError
-from keyhole.evaluate import evaluate
+from keyhole.evaluation import evaluate
 from keyhole.reading.unreadable import TooMuchUnreadable
 from keyhole.tasks import Task
 from keyhole.training.augment import color_matrix, draw

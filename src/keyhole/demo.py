@@ -16,7 +16,7 @@ import numpy as np
 from keyhole.config import Config
 from keyhole.config_file import build, read_recipe
 from keyhole.errors import OutputError
-from keyhole.evaluate import Evaluation, evaluate
+from keyhole.evaluation import Evaluation, evaluate
 from keyhole.predict import Predictor
 from keyhole.training.loop import train_config
 

@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
     if options.out is None:
         raise ConfigError("--out is missing: keyhole embed DATA --out DIR, a folder for the files of features")
 
-    from keyhole.embed import embed
+    from keyhole.embedding import embed
 
     done = embed(
         options.data.expanduser(),

@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         return print_options(options)
 
-    from keyhole.evaluate import evaluate
+    from keyhole.evaluation import evaluate
 
     try:
         evaluation = evaluate(

@@ -1,6 +1,6 @@
 """Images -> stored features: every patch through an encoder once, one HDF5 file for each image.
 
-    keyhole.embed.embed("slides.csv", "features", encoder="resnet50", pretrained=True)
+    keyhole.embed("slides.csv", "features", encoder="resnet50", pretrained=True)
 
 What is trained on the files does not read the images again. A run that was stopped goes on where it was: files are
 whole or not there, and those that are there are not made again.
