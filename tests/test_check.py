@@ -24,7 +24,7 @@ from keyhole.cli.check import run as run_check
 from keyhole.config import Config, DataConfig, PatchConfig, SelectConfig
 from keyhole.data import check as check_module
 from keyhole.data.check import CheckReport, Finding, check
-from keyhole.data.check_worker import Failed, ImageProbe, Probed, Request, probe_here
+from keyhole.data.check_worker import Failed, ImageProbe, Probed, Request, probe_here, serve
 from keyhole.errors import DataError, OutputError
 from keyhole.grid import PatchGrid
 from keyhole.images import ArrayImage, open_image
@@ -442,6 +442,25 @@ def test_the_known_hostile_files_are_findings(name: str, shared: Path, tmp_path:
     path.write_text(path.read_text() + f"{name},b\n")
     report = check(config(path))
     assert [finding.name for finding in report.findings if finding.severity == "error"] == [name]
+
+
+def test_the_answer_wakes_whoever_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[bool] = []
+    wait = threading.Condition.wait
+
+    def counted(self: threading.Condition, timeout: float | None = None) -> bool:
+        result = wait(self, timeout)
+        if timeout is not None:
+            woken.append(result)
+        return result
+
+    monkeypatch.setattr(threading.Condition, "wait", counted)
+    paths = [picture(tmp_path / f"{i}.png", seed=i) for i in range(3)]
+    answers: list[str] = []
+    serve([json.dumps({"limit": 20, **asdict(request(path))}) for path in paths], answers.append)
+    assert [json.loads(answer)["patches"] for answer in answers if answer] == [12, 12, 12]
+    assert woken, "nobody waited"
+    assert all(woken), "a wait ran to its timeout although the answer was there"
 
 
 def test_the_process_ends_with_its_input_and_never_imports_torch() -> None:

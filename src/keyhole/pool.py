@@ -7,6 +7,7 @@ error that names it, and its thread is replaced. `beat` is that sign; whatever r
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -99,22 +100,32 @@ class Pool:
             self._work.notify()
         return task
 
-    def wait(self, task: Task[T], stop: Callable[[], bool] = lambda: False) -> None:
-        """Return when the task is done, or when `stop()` is true, which is looked at after each change."""
+    def wait(self, task: Task[T], stop: Callable[[], bool] = lambda: False, seconds: float = math.inf) -> None:
+        """Return when the task is done, when `stop()` is true, or after `seconds`.
+
+        `stop` is called after each change: whoever makes it true notifies `changed`.
+        """
+        end = time.monotonic() + seconds
         with self.lock:
             while not task.done and not stop():
                 if self.closed:
                     raise RuntimeError("the reader was closed while it was read from")
                 now = time.monotonic()
+                if now >= end:
+                    return
                 self._give_up(now)
                 if not task.done:
                     task.awaited = True
                     # A task that starts while we sleep cannot be late before `stall` from now.
                     oldest = min((running.since or now for running in self._running), default=now)
-                    self.changed.wait(max(oldest + self.stall - now, 0.001))
+                    self.changed.wait(max(min(oldest + self.stall, end) - now, 0.001))
 
     def pause(self, seconds: float, stop: Callable[[], bool]) -> None:
-        """Let time pass on the calling thread, until `stop()` is true, which is looked at after each change."""
+        """Let time pass on the calling thread, or return early when `stop()` is true.
+
+        `stop` is called after each change: whoever makes it true notifies `changed`. The end of a task does not; to
+        wait for a task, call `wait`.
+        """
         end = time.monotonic() + seconds
         with self.lock:
             while not (stop() or self.closed) and (left := end - time.monotonic()) > 0:

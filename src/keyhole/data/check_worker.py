@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -289,8 +290,6 @@ def _probe_features(path: Path, name: str) -> Probed:
 
 def main() -> None:
     """Answers requests until the input ends."""
-    from keyhole.pool import Pool
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; ours ends this one
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a decoder prints must not be taken for an answer
@@ -299,8 +298,15 @@ def main() -> None:
         answers.write(reply + "\n")
         answers.flush()
 
+    serve(sys.stdin, answer)
+
+
+def serve(lines: Iterable[str], answer: Callable[[str], None]) -> None:
+    """Answer each request line with one JSON line, and with empty lines while a long read makes progress."""
+    from keyhole.pool import Pool
+
     pool = Pool(1, stall=math.inf)
-    for line in sys.stdin:
+    for line in lines:
         asked = json.loads(line)
         if not asked:
             answer("{}")
@@ -315,9 +321,10 @@ def main() -> None:
                 if last is not None:
                     answer("")
                 last = task.since
-            pool.pause(BEAT_SECONDS, partial(getattr, task, "done"))
+            pool.wait(task, seconds=BEAT_SECONDS)
         faulthandler.cancel_dump_traceback_later()
         answer(json.dumps(asdict(task.value())))
+    pool.close()
 
 
 if __name__ == "__main__":
