@@ -2,6 +2,9 @@
 
 No pickle is ever read. The description of a model travels in the header of its weights, so that one file is the truth;
 `model.json` beside it is the same text for people and other tools.
+
+safetensors has no checksum, and a flipped bit in a weight is a valid other weight. The header therefore also holds two
+SHA-256: of the description, and of the description with all tensors. Both are compared on loading.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from keyhole.errors import OutputError, RunError
 from keyhole.files import atomic_file, write_atomic
 from keyhole.nn.weights import misfits
 
+DIGEST, INFO_DIGEST = "keyhole.sha256", "keyhole.info_sha256"
+"""Keys of the header under which the digests are."""
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Writes tensors with a JSON description to `path`, atomically, and compares what reached the disk.
@@ -29,9 +35,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
     Raises:
         OutputError: no space or permission, or the disk gave back other bytes; the old file is untouched.
     """
-    data = save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"keyhole": json.dumps(info)}
-    )
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(info)
+    digests = {INFO_DIGEST: _text_digest(text), DIGEST: _digest(text, plain)}
+    data = save(plain, {"keyhole": text, **digests})
     digest = hashlib.sha256(data).digest()
 
     def check(temporary: Path) -> None:
@@ -43,36 +50,64 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
         file.write(data)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors on the CPU and their description.
+def read_tensors(path: Path, remedy: str = "Copy it again.") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors on the CPU and their description, both compared with the digest that was written with them.
+
+    Args:
+        path: the file.
+        remedy: what the message of an error tells the user to do.
 
     Raises:
         RunError: missing, damaged, or not written by keyhole.
     """
-    info = read_info(path)
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118 - not a mapping
+    info = read_info(path, remedy)
+    with _opened(path, remedy=remedy) as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    if header.get(DIGEST) != _digest(header.get("keyhole", ""), tensors):
+        raise RunError(f"{path}: damaged, its SHA-256 is not the one that was written with it. {remedy}")
+    return tensors, info
 
 
-def read_info(path: Path) -> dict[str, Any]:
+def read_info(path: Path, remedy: str = "Copy it again.") -> dict[str, Any]:
     """The description alone, without reading the tensors.
 
     Raises:
         RunError: as `read_tensors`.
     """
-    with _opened(path, "np") as file:  # torch would map the file a second time, by when it may be another
-        text = (file.metadata() or {}).get("keyhole")
+    with _opened(path, "np", remedy) as file:  # torch would map the file a second time, by when it may be another
+        header: dict[str, str] = file.metadata() or {}
+    text = header.get("keyhole")
     if text is None:
         raise RunError(f"{path}: holds weights, but no keyhole model. Use --model.weights for an encoder's weights.")
-    try:
-        info: dict[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise RunError(f"{path}: its description is damaged ({error}). Copy it again.") from error
+    if not {DIGEST, INFO_DIGEST} <= set(header):
+        raise RunError(
+            f"{path}: has no SHA-256 in its header: an early keyhole wrote it, or it is damaged. "
+            f"{remedy} If an early keyhole wrote it, train again."
+        )
+    if header[INFO_DIGEST] != _text_digest(text):
+        raise RunError(f"{path}: damaged, its description is not the one that was written. {remedy}")
+    info: dict[str, Any] = json.loads(text)
     return info
 
 
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a description and of the name, type, shape and bytes of every tensor, in the order of the names."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode("utf-8", "surrogatepass"))
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 @contextmanager
-def _opened(path: Path, framework: str = "pt") -> Iterator[Any]:
+def _opened(path: Path, framework: str = "pt", remedy: str = "Copy it again.") -> Iterator[Any]:
     """An open safetensors file; whatever is wrong with it is a RunError."""
     if not path.exists():
         raise RunError(f"{path}: there is no such file. Give a run folder, or the folder of a model.")
@@ -82,7 +117,7 @@ def _opened(path: Path, framework: str = "pt") -> Iterator[Any]:
         with safe_open(path, framework) as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise RunError(f"{path}: damaged or not a safetensors file ({error}). Copy it again.") from error
+        raise RunError(f"{path}: damaged or not a safetensors file ({error}). {remedy}") from error
 
 
 def save_model(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
