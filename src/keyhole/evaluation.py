@@ -18,7 +18,7 @@ from keyhole.config import Config
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
 from keyhole.errors import DataError, KeyholeError, RunError
-from keyhole.files import writable_folder, write_atomic
+from keyhole.files import file_names, writable_folder, write_atomic
 from keyhole.lesions import Judged, Lesions, check_annotations, judge, lesion_means, lesion_table
 from keyhole.metrics import TaskMetrics, evaluate_task, evaluation_json, format_lines
 from keyhole.predict import Predictor
@@ -37,7 +37,8 @@ class Evaluation:
 
     Attributes:
         path: folder with metrics.json, predictions.csv, confusion_TASK.csv, left_out.csv, contact_sheet.png, and
-            lesions.csv where images are annotated.
+            lesions.csv where images are annotated. TASK is the task's name as a file can have it; metrics.json lists
+            the files under `confusion_files`.
         metrics: one per task.
         left_out: images that could not be read, with the reason.
         notes: what a reader of the figures should know.
@@ -134,12 +135,16 @@ def evaluate(
         write_atomic(folder / "lesions.csv", lesion_table(judged, names))
     about: dict[str, Any] = {"keyhole": keyhole.__version__, "model": predictor.name, "data": str(data or run)}
     about |= {"split": split, "left_out": left_out} | ({} if lesions is None else {"lesions": lesions.to_json()})
+    tables = dict(zip(predictor.tasks, file_names([task.name for task in predictor.tasks], "task"), strict=True))
+    about["confusion_files"] = {
+        result.task.name: f"confusion_{tables[result.task]}.csv" for result in metrics if _has_table(result)
+    }
     found = evaluation_json(metrics, **about)
     write_atomic(folder / "metrics.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
     write_left_out(folder / "left_out.csv", left_out.items())
     for result in metrics:
-        if result.confusion is not None and result.task.kind != "multilabel":
-            write_atomic(folder / f"confusion_{result.task.name}.csv", _confusion(result))
+        if _has_table(result):
+            write_atomic(folder / f"confusion_{tables[result.task]}.csv", _confusion(result))
     _sheet(predictor, seen, folder / "contact_sheet.png", split)
     return Evaluation(folder, metrics, left_out, manifest.notes if data is not None else (), lesions)
 
@@ -182,6 +187,11 @@ def _sheet(predictor: Predictor, seen: Sequence[tuple[Item, dict[str, np.ndarray
         for item, prediction in predictor.predict_items([item for item, _ in chosen], quiet=True)
     ]
     contact_sheet(entries, path, f"{predictor.name}: {split} images, wrong ones first, and the patches that were kept")
+
+
+def _has_table(result: TaskMetrics) -> bool:
+    """Whether the confusion of a task is one table."""
+    return result.confusion is not None and result.task.kind != "multilabel"
 
 
 def _confusion(result: TaskMetrics) -> str:

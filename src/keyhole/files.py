@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from keyhole.errors import OutputError
+
+LONGEST_NAME = 120
+"""Characters of a file name made from a user's text; the end of a path says more than its beginning."""
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -98,3 +101,30 @@ def file_size(path: Path) -> int:
     if path.is_dir():
         return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
     return path.stat().st_size
+
+
+def file_names(texts: Sequence[str], fallback: str) -> list[str]:
+    """A file name without suffix for each text of a user, such as the name of a column or the path of an image.
+
+    Letters and digits of ASCII, `-`, `_` and `.` stay, everything else becomes `_`. The names are safe on every file
+    system, and no two are alike, also where upper and lower case are one.
+
+    Args:
+        texts: any text.
+        fallback: what a file is called whose text has no such character.
+
+    >>> file_names(["grade", "Grade", "ER/PR status", ".."], "task")
+    ['grade', 'Grade-2', 'ER_PR_status', 'task']
+    """
+    found: list[str] = []
+    taken: set[str] = set()
+    for text in texts:
+        plain = "".join(char if (char.isalnum() and char.isascii()) or char in "-." else "_" for char in text)
+        plain = plain.strip("._")[-LONGEST_NAME:] or fallback
+        number, unique = 1, plain
+        while unique.lower() in taken:
+            number += 1
+            unique = f"{plain}-{number}"
+        taken.add(unique.lower())
+        found.append(unique)
+    return found

@@ -22,6 +22,7 @@ from keyhole.files import atomic_file, writable_folder, write_atomic
 from keyhole.images.geometry import Size
 from keyhole.report.geojson import kept_geojson
 from keyhole.tasks import Task
+from keyhole.wording import distinct
 
 BOX = ("x", "y", "width", "height")
 _ROWS = 10_000
@@ -230,7 +231,7 @@ def table_row(prediction: Prediction, known: Mapping[str, str] | None = None) ->
         header += [f"{task.name}.predicted", *(f"{task.name}.probability.{name}" for name in task.classes)]
         cells += [prediction.label[task.name]]
         cells += [f"{prediction.probability[task.name][name]:.6g}" for name in task.classes]
-    return TableRow(header, cells, 0 if prediction.unreadable is None else len(prediction.unreadable))
+    return TableRow(distinct(header), cells, 0 if prediction.unreadable is None else len(prediction.unreadable))
 
 
 def write_table(

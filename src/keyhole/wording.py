@@ -25,3 +25,15 @@ def listed(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
     more = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names, with a number after each that was there before: `a`, `b`, `a (2)`."""
+    found: dict[str, None] = {}
+    for name in names:
+        number, unique = 1, name
+        while unique in found:
+            number += 1
+            unique = f"{name} ({number})"
+        found[unique] = None
+    return list(found)

@@ -117,7 +117,7 @@ def _parse(path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, list[s
 
     rows = records()
     _, header = next(rows)
-    return header, rows
+    return [" ".join(name.split()) for name in header], rows  # spreadsheets break long names into lines
 
 
 def _of_slides(path: Path, header: list[str]) -> tuple[list[str], list[str]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from keyhole.nn.attention import CrossAttentionPool
 from keyhole.nn.fast import CompiledEncoder, FastEncoder
+from keyhole.nn.heads import Heads
 from keyhole.nn.pixels import prepare
 from keyhole.nn.position import CenterPosition
 from keyhole.nn.selection import Rule, Selection, Selector, evaluating
@@ -52,7 +53,7 @@ class IPSClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.pool, self.position = encoder, pool, position
-        self.heads = nn.ModuleDict(heads)
+        self.heads = Heads(heads)
         self.queries = dict(queries) if queries is not None else {task: t for t, task in enumerate(heads)}
         self.precision = precision
         self.fast: FastEncoder | None = None

@@ -74,7 +74,7 @@ def from_reference(weights: Mapping[str, Tensor], config: Mapping[str, Any] | st
     names |= {old: f"pool.{new}" for old, new in _POOL.items()} | {"transf.crs_attn.q": "pool.query"}
     for task in tasks:
         for part in ("weight", "bias"):
-            names[f"output_layers.{task['name']}.0.{part}"] = f"heads.{task['name']}.{part}"
+            names[f"output_layers.{task['name']}.0.{part}"] = f"heads.{model.heads.prefix(task['name'])}{part}"
     _load(model, state, names)
     return model.eval()
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
-from keyhole.files import write_atomic
+from keyhole.files import file_names, write_atomic
 from keyhole.grid import PatchGrid
 from keyhole.images.image import Image
 from keyhole.images.thumbnail import thumbnail
@@ -28,8 +28,6 @@ VISIBLE = 7
 MASK, PATCH, WRONG = (0, 150, 60), (30, 90, 220), (200, 30, 38)
 INK, GREY, WHITE = (28, 30, 33), (110, 115, 122), (255, 255, 255)
 MARGIN, LINE = 16, 26
-LONGEST_NAME = 120
-"""Characters; the end of a path says more than its beginning."""
 FADED = 0.45
 """What is left of the contrast where no patch is."""
 
@@ -148,16 +146,5 @@ def _with_caption(picture: Picture.Image, lines: Sequence[str], masked: bool, an
 
 def preview_names(names: Sequence[str]) -> list[str]:
     """A file name for the preview of each image: its name without suffix, safe on every file system, no two alike."""
-    found: list[str] = []
-    taken: set[str] = set()
-    for name in names:
-        stem = name.removesuffix(PurePath(name).suffix)
-        plain = "".join(char if (char.isalnum() and char.isascii()) or char in "-." else "_" for char in stem)
-        plain = plain.strip("._")[-LONGEST_NAME:] or "image"
-        number, unique = 1, plain
-        while unique.lower() in taken:
-            number += 1
-            unique = f"{plain}-{number}"
-        taken.add(unique.lower())
-        found.append(f"{unique}.png")
-    return found
+    stems = [name.removesuffix(PurePath(name).suffix) for name in names]
+    return [f"{name}.png" for name in file_names(stems, "image")]

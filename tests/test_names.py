@@ -1,0 +1,118 @@
+"""A column, a class or an image may be called anything: users' text is never an identifier or a file name unmapped."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import keyhole
+from keyhole.checkpoint import read_tensors, write_tensors
+from keyhole.cli.main import main
+from keyhole.files import file_names
+from keyhole.nn import CrossAttentionPool, IPSClassifier
+from keyhole.wording import distinct
+
+COLUMNS = [
+    "type", "tumor.grade", "values", "ER/PR status", "a/b", "..", "x" * 300, "肿瘤", "Grade", "grade", "training",
+    "forward", "probability", "label", "loss", "0", "by_task", "a", "a.probability.b", "p=q", "split in\ntwo", "50 %",
+]  # fmt: skip
+SETTINGS = "--patch.size=16 --model.width=4 --model.heads=2 --select.m=2 --train.epochs=1 --run.threads=1".split()
+
+
+@pytest.fixture(scope="module")
+def table(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy images under a CSV with every column of `COLUMNS`, of the classes `b.predicted` and `c/d`."""
+    path = tmp_path_factory.mktemp("names") / "t.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", *COLUMNS])
+        for color, label in (("green", "b.predicted"), ("red", "c/d")):
+            for number in range(8):
+                writer.writerow([toy / color / f"{number}.png", *[label] * len(COLUMNS)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(table: Path) -> Path:
+    out = table.parent / "run"
+    assert main(["train", str(table), "--out", str(out), *SETTINGS]) == 0
+    return out
+
+
+def test_any_column_name_trains_evaluates_saves_and_loads(run: Path, toy: Path, tmp_path: Path) -> None:
+    names = [" ".join(name.split()) for name in COLUMNS]
+    assert main(["evaluate", str(run)]) == 0
+    folder = run / "evaluation" / "test"
+    found = json.loads((folder / "metrics.json").read_text())
+    assert list(found["tasks"]) == names
+    files = found["confusion_files"]
+    assert list(files) == names
+    assert len({file.lower() for file in files.values()}) == len(names)
+    for name, file in files.items():
+        assert (folder / file).is_file(), name
+    assert files["tumor.grade"] == "confusion_tumor.grade.csv"
+    assert files["ER/PR status"] == "confusion_ER_PR_status.csv"
+
+    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        header = next(csv.reader(file))
+    assert len(set(header)) == len(header)
+    assert {f"{name}.true" for name in names} <= set(header)
+
+    assert main(["resume", str(run)]) == 0
+    assert main(["predict", str(run), str(toy / "red" / "9.png"), "--out", str(tmp_path / "p")]) == 0
+    prediction = keyhole.load(run).predict(toy / "red" / "9.png")
+    assert list(prediction.probability) == names
+
+
+def test_a_model_whose_heads_are_named_after_its_tasks_still_loads(toy_run: Path, toy: Path, tmp_path: Path) -> None:
+    """keyhole 0.1.0 wrote `heads.label.weight`."""
+    weights, info = read_tensors(toy_run / "best" / "model.safetensors")
+    earlier = {name.replace("heads.by_task.0.", "heads.label."): tensor for name, tensor in weights.items()}
+    assert earlier.keys() != weights.keys()
+    write_tensors(tmp_path / "model.safetensors", earlier, info)
+    image = toy / "red" / "0.png"
+    of_now, before = (keyhole.load(path).predict(image).probability for path in (toy_run, tmp_path))
+    assert of_now == before
+
+
+def test_the_state_of_a_model_loads_under_both_names(tmp_path: Path) -> None:
+    def model() -> IPSClassifier:
+        heads = {"1": nn.Linear(8, 2), "0": nn.Linear(8, 3)}
+        return IPSClassifier(nn.Linear(5, 8), CrossAttentionPool(8, 2, 2), heads)
+
+    one, other = model(), model()
+    state = one.state_dict()
+    # numbers as names: `heads.1` was the task "1", which is the first head
+    names = {"heads.by_task.0.": "heads.1.", "heads.by_task.1.": "heads.0."}
+    earlier = {name: tensor for name, tensor in state.items() if "heads" not in name}
+    for now, before in names.items():
+        earlier |= {name.replace(now, before): tensor for name, tensor in state.items() if name.startswith(now)}
+    save_file(earlier, tmp_path / "state.safetensors")
+    other.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    patches = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32))
+    with torch.no_grad():
+        for task, logits in one.eval()(patches).items():
+            torch.testing.assert_close(other.eval()(patches)[task], logits)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({name: tensor for name, tensor in earlier.items() if "heads.1." not in name})
+
+
+def test_file_names_are_safe_and_differ_also_where_case_does_not_count() -> None:
+    found = file_names([*COLUMNS, "", "CON/../..", "é", "/etc/passwd"], "task")
+    assert len({name.lower() for name in found}) == len(found)
+    for name in found:
+        assert name.isascii()
+        assert 0 < len(name) < 130
+        assert not set(name) & set('/\\:*?"<>| \n')
+        assert not name.startswith(".")
+
+
+def test_columns_of_one_name_are_numbered() -> None:
+    assert distinct(["a", "b", "a", "a (2)", "a"]) == ["a", "b", "a (2)", "a (2) (2)", "a (3)"]
