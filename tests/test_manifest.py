@@ -367,6 +367,12 @@ BAD: dict[str, tuple[str | bytes, tuple[str, ...], str]] = {
     "an identifier": (table("image,id", *(f"{i}.png,id{i}" for i in range(12))), (), "id differs in every row"),
     "mpp of zero": ("image,grade,mpp\n0.png,a,0\n", (), "line 2: mpp is '0'"),
     "mpp in words": ("image,grade,mpp\n0.png,a,40x\n", (), "line 2: mpp is '40x'"),
+    "mpp of nm": (
+        "image,grade,mpp\n0.png,a,250\n",
+        (),
+        "line 2: mpp is '250'. Expected microns per pixel of the full resolution, 0.02 ... 100",
+    ),
+    "mpp not a number": ("image,grade,mpp\n0.png,a,nan\n", (), "line 2: mpp is 'nan'"),
     "no image": ("image,grade\n,a\n", (), "line 2: the image column is empty"),
     "no file at all": ("image,grade\nx.png,a\ny.png,b\n", (), r"all 2 image files are not there: .*x\.png"),
     "one image": ("image,grade\n0.png,1.5\n", (), "1 image cannot be shared out"),

@@ -21,6 +21,7 @@ from keyhole.grid import Index, NoPatches, PatchGrid, reading_level
 from keyhole.images.geometry import Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
+from keyhole.images.scale import given_scale
 from keyhole.pool import beat
 from keyhole.store import ImageStore
 
@@ -283,6 +284,10 @@ class FileOpener:
     offset: tuple[int, int] = (0, 0)
     store: ImageStore = field(default_factory=lambda: ImageStore(keep=False))
     image_mpp: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_mpp is not None:
+            given_scale(self.image_mpp)
 
     def __call__(self) -> FilePatches:
         """Open the file and lay the grid.

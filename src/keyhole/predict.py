@@ -28,6 +28,7 @@ from keyhole.data.companions import mask_of
 from keyhole.data.item import FEATURE_SUFFIXES, Item
 from keyhole.device import choose_device, settle_precision
 from keyhole.errors import ConfigError, KeyholeError, RunError
+from keyhole.images.scale import given_scale
 from keyhole.memory.budget import parse_memory
 from keyhole.memory.cap import cap
 from keyhole.memory.pace import Pace, fixed_chunk, unlimited
@@ -129,15 +130,17 @@ class Predictor:
 
         Args:
             path: an image or slide file; for a model of stored features a file of these.
-            mpp: microns per level-0 pixel, where the file does not say or is wrong.
+            mpp: microns per level-0 pixel, 0.02 ... 100, where the file does not say or is wrong.
             mask: PNG or GeoJSON of the foreground, for a model of `patch.foreground mask`.
 
         Raises:
             ImageError: the file cannot be read.
             TooMuchUnreadable: more of its patches than `Config.unreadable` allows.
-            ConfigError: it is smaller than a patch, or has not the resolution that the model needs.
+            ConfigError: it is smaller than a patch or does not have the resolution that the model needs; or `mpp` is
+                not a possible one.
         """
-        item = replace(_item(path), mpp=mpp, mask=None if mask is None else Path(mask).absolute())
+        known = None if mpp is None else given_scale(mpp)
+        item = replace(_item(path), mpp=known, mask=None if mask is None else Path(mask).absolute())
         return next(prediction for _, prediction in self.predict_items([item], quiet=True))
 
     def predict_many(

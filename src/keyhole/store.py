@@ -87,6 +87,7 @@ class ResidentImage(Image):
     def __init__(self, image: Image, level: int) -> None:
         self.path, self.size, self.levels, self.mpp = image.path, image.size, image.levels, image.mpp
         self.channels, self.background, self.mpp_note = image.channels, image.background, image.mpp_note
+        self.note = image.note
         self.level = level
         width, height = image.levels[level].size
         self._pixels = np.empty((height, width, image.channels), np.uint8)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table, absolute
-from keyhole.errors import DataError
+from keyhole.errors import ConfigError, DataError
+from keyhole.images.scale import given_scale
 from keyhole.wording import listed, nearest
 
 FILES = ("mask", "annotation", "features")
@@ -158,14 +158,7 @@ def _split(path: Path, where: str, text: str) -> str:
 
 
 def _mpp(path: Path, where: str, text: str) -> float | None:
-    if not text:
-        return None
     try:
-        mpp = float(text)
-    except ValueError:
-        mpp = math.nan
-    if not (0 < mpp < math.inf):
-        raise DataError(
-            f"{path}, {where}: mpp is {text!r}. Expected microns per pixel above 0, such as 0.25, or nothing."
-        )
-    return mpp
+        return given_scale(text) if text else None
+    except ConfigError as error:
+        raise DataError(f"{path}, {where}: {error}") from error

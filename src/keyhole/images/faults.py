@@ -6,7 +6,7 @@ import errno
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,6 +93,29 @@ def check_reachable(path: Path, problem: str) -> None:
     except OSError as error:
         if is_lost(path, error):
             raise lost(path, error) from error
+
+
+def not_one_picture(path: Path, lengths: Mapping[str, int]) -> ImageError:
+    """The error for a file of several pictures: planes in depth (z), points in time (t), channels (c).
+
+    Args:
+        path: the file.
+        lengths: of each axis that has more than one entry.
+    """
+    said = ", ".join(
+        f"{length} channels" if axis == "c" else f"{length} along {axis}" for axis, length in lengths.items()
+    )
+    if set(lengths) == {"c"}:
+        return ImageError(
+            path,
+            f"{said}; one or RGB is read. Save the channel that you want as a file of its own, or merge the channels "
+            "to RGB (in ImageJ: Image > Type > RGB Color).",
+        )
+    return ImageError(
+        path,
+        f"a stack of pictures ({said}); one is read. Save the one that you want as a file of its own (in ImageJ: "
+        "Image > Duplicate), or a projection of them.",
+    )
 
 
 def ends_early(path: Path, there: int, needed: int) -> ImageError:

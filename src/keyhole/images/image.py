@@ -36,6 +36,7 @@ class Image(ABC):
         levels: level 0 first, then ever smaller ones; each with size and downsample.
         mpp: microns per level-0 pixel, or None where the file does not say, or says what is not to be believed.
         mpp_note: "", or why `mpp` is None although the file says something: "the file says 0.25 x 0.5 um per pixel".
+        note: "", or what of the file is not read: "of 3 pages the first is read".
         channels: 1 (grey) or 3 (RGB).
         background: value of pixels outside the image.
     """
@@ -48,6 +49,7 @@ class Image(ABC):
     levels: tuple[Level, ...]
     mpp: float | None = None
     mpp_note: str = ""
+    note: str = ""
     channels: int = 3
     background: int = 255
 

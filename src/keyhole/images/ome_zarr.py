@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keyhole.errors import ImageError
+from keyhole.images.faults import not_one_picture
 from keyhole.images.geometry import Size
 from keyhole.images.scale import TO_MICRONS, Scale, believed
 
@@ -104,12 +105,12 @@ def _channels(path: Path, array: Any, axes: str) -> int:
     lengths = dict(zip(axes, array.shape, strict=True))
     if min(array.shape) < 1:
         raise ImageError(path, f"an array of {array.shape} has no pixels. Export it anew.")
-    many = [f"{length} along {axis}" for axis, length in lengths.items() if axis not in "cyx" and length != 1]
-    if many:
-        raise ImageError(path, f"a stack of pictures ({', '.join(many)}); one is read. Export the one you want.")
+    many = {axis: length for axis, length in lengths.items() if axis not in "cyx" and length != 1}
     channels = int(lengths.get("c", 1))
     if channels not in (1, 3):
-        raise ImageError(path, f"{channels} channels; one or RGB is read. Export one, or merge them to RGB.")
+        many["c"] = channels
+    if many:
+        raise not_one_picture(path, many)
     return channels
 
 
@@ -119,7 +120,9 @@ def _check_rgb(path: Path, ome: dict[str, Any]) -> None:
     colors = [str(channel.get("color", "")).upper().lstrip("#") for channel in channels]
     if len(colors) == 3 and all(colors) and tuple(colors) != _RGB:
         raise ImageError(
-            path, f"3 channels of the colours {', '.join(colors)}, not red, green and blue. Export one, or merge them."
+            path,
+            f"3 channels of the colours {', '.join(colors)}, not red, green and blue. Save the channel that you want, "
+            "or merge the channels to RGB.",
         )
 
 

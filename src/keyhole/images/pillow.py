@@ -48,7 +48,7 @@ class PillowImage(Image):
     closed: up to 268 MB for each picture that is open and read, by the limit below.
 
     EXIF orientation is obeyed. Grey stays one channel, all else becomes RGB: palettes are applied, transparency is
-    composited onto white, 16 bits become 8 (value >> 8). CRC sums of a PNG are checked. The resolution in such a file
+    composited onto white, 16 bits are scaled to 8. CRC sums of a PNG are checked. The resolution in such a file
     says nothing of what it shows: `mpp` is None.
 
     Raises:

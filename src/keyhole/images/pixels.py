@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -55,13 +56,28 @@ def make_upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def eight_bit(values: NDArray[np.unsignedinteger | np.bool_], bits: int) -> Pixels:
-    """Grey values of `bits` bits to 8: more are cut to their highest eight (value >> 8 for 16), fewer stretched."""
-    if bits > 8:
-        return (values >> (bits - 8)).astype(np.uint8)
-    stretch = 255 // (2**bits - 1)
-    return (
-        values.astype(np.uint8, copy=False) * np.uint8(stretch) if stretch > 1 else values.astype(np.uint8, copy=False)
-    )
+    """Scale grey values of `bits` bits to 8, rounded to nearest: 0 stays 0, and white (2**bits - 1) becomes 255.
+
+    Raises:
+        ValueError: a value that `bits` bits cannot hold.
+    """
+    if bits == 8 and values.dtype == np.uint8:
+        return values.astype(np.uint8, copy=False)
+    table = _table(bits)
+    largest = int(values.max(initial=0))
+    if largest >= len(table):
+        raise ValueError(f"a value of {largest:,} where pixels have {bits} bits, so at most {len(table) - 1:,}")
+    pixels: Pixels = table[values.astype(np.uint8) if values.dtype == np.bool_ else values]
+    return pixels
+
+
+@functools.cache
+def _table(bits: int) -> Pixels:
+    """The 8-bit value of each value of `bits` bits."""
+    white = 2**bits - 1
+    table: Pixels = ((np.arange(white + 1) * 510 + white) // (2 * white)).astype(np.uint8)
+    table.flags.writeable = False  # one for all callers
+    return table
 
 
 def on_white(pixels: Pixels, associated: bool = False) -> Pixels:

@@ -1,9 +1,11 @@
-"""When the microns per pixel that a file states are believed: one rule for all readers."""
+"""When microns per pixel are believed: one rule for all that readers find and for all that users give."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
+
+from keyhole.errors import ConfigError
 
 LOWEST, HIGHEST = 0.02, 100.0
 """Microns per pixel of anything a microscope or slide scanner writes, thumbnails included."""
@@ -46,6 +48,21 @@ def believed(x: object, y: object, source: str = "the file", lowest: float = LOW
     if not same_scale(um_x, um_y):
         return Scale(None, f"{said}: pixels that are not square")
     return Scale(um_x)
+
+
+def given_scale(mpp: object) -> float:
+    """Microns per pixel that a user gives in place of what the file says, by the rule that a file's are held to.
+
+    Raises:
+        ConfigError: not a number, or outside what a microscope or slide scanner writes.
+    """
+    scale = believed(mpp, mpp)
+    if scale.mpp is None:
+        raise ConfigError(
+            f"mpp is {_stated(mpp)!r}. Expected microns per pixel of the full resolution, {LOWEST:g} ... {HIGHEST:g}, "
+            "such as 0.25; leave it out where it is not known."
+        )
+    return scale.mpp
 
 
 def same_scale(one: float, other: float) -> bool:

@@ -35,7 +35,7 @@ class TiffImage(TiledImage):
     """TIFF and BigTIFF: tiled or striped, pyramids (SubIFDs or a chain of pages), OME-TIFF, Aperio SVS.
 
     Compression none, PackBits, LZW, Deflate, LZMA, Zstd, CCITT, JPEG, JPEG 2000 and WebP; grey (also inverted), RGB,
-    CMYK and palette of 1 to 8 bits, grey and RGB of up to 16, of which the highest eight are kept (value >> 8).
+    CMYK and palette of 1 to 8 bits, grey and RGB of up to 16 bits, scaled to 8.
     Alpha is composited onto white; other extra samples are left out. The orientation tag is obeyed. A region costs the
     tiles or strips it touches, decoded in the calling thread; a missing tile is background.
     Of a file with several pictures the first is read. Levels are the smaller pages whose size is level 0's by one
@@ -57,6 +57,7 @@ class TiffImage(TiledImage):
         layout = read_layout(path)
         self.path = path
         self.mpp, self.mpp_note = layout.scale
+        self.note = layout.note
         self.channels = layout.levels[0].channels
         self._stored, self._orientation = layout.levels, layout.orientation
         self.size = upright_size(layout.levels[0].size, layout.orientation)

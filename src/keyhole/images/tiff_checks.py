@@ -129,10 +129,14 @@ def _walk_chain(path: Path, file: BufferedReader) -> tuple[list[int], str, bool]
             raise ends_early(path, size, offset + 8)
         (tags,) = struct.unpack(order + count_format, raw)
         link = offset + len(raw) + tags * entry
+        if link > size:
+            raise ends_early(path, size, link)
         file.seek(link)
         raw = file.read(struct.calcsize(offset_format))
         if len(raw) < struct.calcsize(offset_format):
-            raise ends_early(path, size, link + struct.calcsize(offset_format))
+            if any(raw):
+                raise ends_early(path, size, link + struct.calcsize(offset_format))
+            break  # only the zeros that say "no next page" are missing: libtiff, Pillow and OpenCV read such a file
         (offset,) = struct.unpack(order + offset_format, raw)
     if not seen:
         raise ImageError(path, "a TIFF without a page. Copy or export it anew.")

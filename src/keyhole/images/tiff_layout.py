@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,16 @@ from keyhole.images.pixels import valid_orientation
 from keyhole.images.scale import Scale, agreed
 from keyhole.images.tiff_checks import check_end, check_segment, open_pages, page_size, tables_of
 from keyhole.images.tiff_jpeg import DecodeInto, jpeg_decoder
-from keyhole.images.tiff_scale import aperio_scale, check_ome, first_plane, ome_pixels, ome_scale, resolution_scale
+from keyhole.images.tiff_scale import (
+    aperio_scale,
+    check_imagej,
+    check_ome,
+    first_plane,
+    imagej_scale,
+    ome_pixels,
+    ome_scale,
+    resolution_scale,
+)
 from keyhole.images.tiff_tables import ShortTables, Table
 
 _COMPRESSIONS = {
@@ -82,11 +91,12 @@ class TiffLevel:
 
 @dataclass(frozen=True)
 class TiffLayout:
-    """What an opened TIFF is: levels largest first, microns per pixel, orientation."""
+    """What an opened TIFF is: levels largest first, microns per pixel, orientation, and what is not read of it."""
 
     levels: tuple[TiffLevel, ...]
     scale: Scale
     orientation: int
+    note: str
 
 
 def read_layout(path: Path) -> TiffLayout:
@@ -100,14 +110,29 @@ def read_layout(path: Path) -> TiffLayout:
         ome = ome_pixels(description) if tif.pages.first.is_ome else None
         if ome is not None:
             check_ome(path, ome, tif.pages.first)
+        elif tif.pages.first.is_imagej:
+            check_imagej(path, description)
         main = tif.pages[first_plane(ome) if ome is not None else 0]
         pages = [main, *_reduced(tif, short, main)]
         levels = tuple(_level(path, page, short) for page in pages)
         for level, page in zip(levels, pages, strict=True):
             if level.channels != levels[0].channels:
                 raise ImageError(path, f"page {page.index} has {level.channels} channels, level 0 has another number")
-        scale = agreed(ome_scale(ome) if ome is not None else aperio_scale(description), resolution_scale(main))
-        return TiffLayout(levels, scale, valid_orientation(main.tags.valueof(274, 1)))
+        if ome is None and tif.pages.first.is_imagej:
+            scale = imagej_scale(description, main)
+        else:
+            scale = agreed(ome_scale(ome) if ome is not None else aperio_scale(description), resolution_scale(main))
+        note = "" if main.subifds else _other_pictures(tif, main, pages)
+        return TiffLayout(levels, scale, valid_orientation(main.tags.valueof(274, 1)), note)
+
+
+def _other_pictures(tif: Any, main: Any, levels: Sequence[Any]) -> str:
+    """What is not read of a file with further pictures; nothing of a slide's label, macro picture and thumbnail."""
+    read = {page.index for page in levels}
+    others = [page for page in tif.pages if page.index not in read and not (page.subfiletype or 0) & 1]
+    if not others or main.is_svs:
+        return ""
+    return f"of {len(tif.pages)} pages the {'first' if main.index == 0 else f'{main.index + 1}th'} is read"
 
 
 def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
@@ -223,5 +248,6 @@ def _palette(path: Path, page: Any) -> NDArray[np.uint8]:
     table = np.asarray(page.colormap)
     if table.shape != (3, 2**page.bitspersample):
         raise ImageError(path, f"a palette of {table.shape} for {page.bitspersample} bits. Export it anew.")
+    # An 8-bit value v is written as 257 v, or as 256 v by Pillow and others: the highest eight bits are v in both.
     palette: NDArray[np.uint8] = (table >> 8 if table.max() > 255 else table).T.astype(np.uint8)
     return palette

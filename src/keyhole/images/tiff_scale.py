@@ -1,4 +1,4 @@
-"""Microns per pixel of a TIFF, and what OME-XML says of its planes."""
+"""Microns per pixel of a TIFF, and what OME-XML and ImageJ say of its planes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from keyhole.errors import ImageError
+from keyhole.images.faults import not_one_picture
 from keyhole.images.scale import TO_MICRONS, Scale, believed
 
 _PHOTOGRAPH = 0.05, 20.0
@@ -25,13 +25,45 @@ def ome_pixels(description: str) -> ElementTree.Element | None:
 
 
 def check_ome(path: Path, pixels: ElementTree.Element, page: Any) -> None:
-    channels = int(pixels.get("SizeC", "1"))
-    if channels > 1 and channels > page.samplesperpixel:
-        raise ImageError(
-            path,
-            f"OME-TIFF of {channels} channels in planes of their own; keyhole reads RGB or one channel. "
-            "Merge the channels to RGB, or save the one you want.",
-        )
+    """Refuse an OME-TIFF whose first image is a stack of channels, planes or time points."""
+    lengths = {axis: int(pixels.get(f"Size{axis.upper()}", "1")) for axis in "czt"}
+    if lengths["c"] <= page.samplesperpixel:
+        del lengths["c"]
+    if many := {axis: length for axis, length in lengths.items() if length > 1}:
+        raise not_one_picture(path, many)
+
+
+def check_imagej(path: Path, description: str) -> None:
+    """Refuse a stack of ImageJ, whose description counts channels, slices (z) and frames (t), or images alone."""
+    counts = {name: _imagej_count(description, name) for name in ("channels", "slices", "frames", "images")}
+    axes = {"c": counts["channels"], "z": counts["slices"], "t": counts["frames"]}
+    many = {axis: length for axis, length in axes.items() if length > 1}
+    if not many and counts["images"] > 1:
+        many = {"z": counts["images"]}
+    if many:
+        raise not_one_picture(path, many)
+
+
+def _imagej_count(description: str, name: str) -> int:
+    found = re.search(rf"^{name}=(\d+)\s*$", description, re.MULTILINE)
+    return int(found[1]) if found else 1
+
+
+def imagej_scale(description: str, page: Any) -> Scale:
+    """Microns per pixel of a picture that ImageJ calibrated: pixels per `unit` of its description."""
+    units = {
+        axis: found[1].strip().replace("\\u00B5", "µ")
+        for axis in ("x", "y")
+        if (found := re.search(rf"^{'y' if axis == 'y' else ''}unit=(.*)$", description, re.MULTILINE))
+    }
+    x, y = page.tags.valueof(282), page.tags.valueof(283)
+    if x is None or y is None or not (x[0] and x[1] and y[0] and y[1]):
+        return Scale()
+    unit = units.get("x", "")
+    micron_x, micron_y = TO_MICRONS.get(unit), TO_MICRONS.get(units.get("y", unit))
+    if micron_x is None or micron_y is None:
+        return resolution_scale(page)  # inches and cm are in the resolution tags too; pixels are no length
+    return believed(micron_x * x[1] / x[0], micron_y * y[1] / y[0], "its ImageJ description")
 
 
 def first_plane(pixels: ElementTree.Element) -> int:

@@ -33,8 +33,8 @@ warnings.filterwarnings("ignore", module=r"zarr\.")
 class ZarrImage(TiledImage):
     """OME-Zarr 0.4 (zarr v2) and 0.5 (zarr v3), the first series of a bioformats2raw folder, or one zarr array.
 
-    Axes in any order; one time point and plane; one channel or three (red, green, blue); uint8, or uint16 of which the
-    highest eight bits are kept (value >> 8). Chunks compressed with Blosc, Zstd, gzip, zlib, LZ4, bz2 or not at all,
+    Axes in any order; one time point and plane; one channel or three (red, green, blue); uint8, or uint16, which
+    is scaled to 8 bits. Chunks compressed with Blosc, Zstd, gzip, zlib, LZ4, bz2 or not at all,
     in shards or not. Levels are those whose size is level 0's by one factor; microns per pixel come from the scale and
     the units of the axes, and from nothing else. A region costs the chunks it touches.
 
