@@ -24,7 +24,7 @@ test: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/selection.py --quick --no-write  # to look at; no time is a failure
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest  # threads that spin while they wait slow each other on few cores
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile  # threads that spin while they wait slow each other on few cores
 
 clean:
 	rm -rf $(VENV)
