@@ -300,9 +300,9 @@ def test_better_is_lower_for_losses_and_ties_go_to_the_lower_loss() -> None:
 
 def test_auto_takes_a_metric_that_the_validation_split_defines() -> None:
     tasks = [Task("a", "binary", ("n", "y"))]
-    assert choose_metric("auto", tasks, {"a": torch.tensor([[0.0], [1.0]])}) == "auroc"
-    assert choose_metric("auto", tasks, {"a": torch.tensor([[1.0], [1.0]])}) == "loss"
-    assert choose_metric("auto", tasks, None) == ""
+    assert choose_metric("auto", tasks, {"a": torch.tensor([[0.0], [1.0]])}) == ("auroc", [])
+    assert choose_metric("auto", tasks, {"a": torch.tensor([[1.0], [1.0]])}) == ("loss", [])
+    assert choose_metric("auto", tasks, None) == ("", [])
 
 
 def test_early_stopping_ends_the_learning(toy: Path, tmp_path: Path) -> None:

@@ -149,8 +149,9 @@ class TrainConfig:
     """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it, and on a CPU that has it for looking with all but
     small encoders; else float32."""
     metric: str = "auto"
-    """Validation metric that names the best model: `loss`, `TASK.METRIC` or `METRIC` (mean over tasks); `auto` is
-    `auroc` for classes and `mae` for regression."""
+    """Validation metric that names the best model: `loss`, `TASK.METRIC` or `METRIC` (mean over the tasks where it is
+    defined); `auto` is `auroc` where all tasks have classes, `mae` for one regression task, else `loss`, also where
+    kinds are mixed."""
     patience: NotNegative = 0
     """Stop after so many epochs without a better validation metric; 0 never stops early."""
     seed: NotNegative = 0

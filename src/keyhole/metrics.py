@@ -140,6 +140,18 @@ def point_metrics(task: Task, targets: ArrayLike, probabilities: ArrayLike) -> d
     return {metric: float(values[name, metric][0]) for name, metric in values if name is None}
 
 
+def defined_metrics(task: Task, targets: ArrayLike) -> set[str]:
+    """The metrics of the task as a whole that these labels define, whatever is predicted; targets as `evaluate_task`.
+
+    AUROC, say, needs images of at least two classes.
+    """
+    targets = np.asarray(targets, np.float64)
+    ideal = targets
+    if task.kind in ("multiclass", "binary"):
+        ideal = np.eye(len(task.classes))[np.nan_to_num(targets[:, 0]).astype(np.int64)]
+    return {metric for metric, value in point_metrics(task, targets, ideal).items() if not np.isnan(value)}
+
+
 def evaluation_json(results: Sequence[TaskMetrics], **about: Any) -> dict[str, Any]:
     """All tasks of an evaluation, and what else is to be kept with it (model, split), ready for `json.dumps`."""
     return {**about, "ece_bins": ECE_BINS, "tasks": {result.task.name: result.to_json() for result in results}}

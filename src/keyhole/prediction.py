@@ -229,8 +229,9 @@ def table_row(prediction: Prediction, known: Mapping[str, str] | None = None) ->
         header += [] if known is None else [f"{task.name}.true"]
         cells += [] if known is None else [known.get(task.name, "")]
         header += [f"{task.name}.predicted", *(f"{task.name}.probability.{name}" for name in task.classes)]
-        cells += [prediction.label[task.name]]
-        cells += [f"{prediction.probability[task.name][name]:.6g}" for name in task.classes]
+        said = prediction.probability[task.name]
+        cells += [repr(said["value"]) if task.kind == "regression" else prediction.label[task.name]]
+        cells += [repr(said[name]) for name in task.classes]
     return TableRow(distinct(header), cells, 0 if prediction.unreadable is None else len(prediction.unreadable))
 
 
@@ -240,6 +241,8 @@ def write_table(
     truth: Callable[[Prediction], Mapping[str, str]] | None = None,
 ) -> Path:
     """One CSV row per image: image, path, width, height, then per task TASK.predicted and TASK.probability.CLASS.
+
+    Numbers are written so that reading them gives the same float64 again.
 
     Where patches of any image could not be read, the last column `unreadable` says how many.
 

@@ -68,19 +68,21 @@ class Task:
         """Width of an encoded label: k for multilabel, else 1."""
         return len(self.classes) if self.kind == "multilabel" else 1
 
-    def encode(self, text: str) -> NDArray[np.float32]:
+    def encode(self, text: str) -> NDArray[np.float32] | NDArray[np.float64]:
         """The target (target_width,) of a label as written in the CSV; all NaN where the text is empty (unknown).
 
         The class index for multiclass and binary, a vector of 0 and 1 for multilabel, the number itself for regression.
+        A number is float64: of 1.7e9, float32 keeps no more than the hundreds.
 
         Raises:
             DataError: a class that the task does not have, or not a number.
         """
         text = text.strip()
         if not text:
-            return np.full(self.target_width, np.nan, np.float32)
+            unknown = np.full(self.target_width, np.nan)
+            return unknown if self.kind == "regression" else unknown.astype(np.float32)
         if self.kind == "regression":
-            return np.array([_number(self.name, text)], np.float32)
+            return np.array([_number(self.name, text)], np.float64)
         if self.kind == "multilabel":
             target = np.zeros(self.target_width, np.float32)
             target[[self._class_index(label) for label in _split(text)]] = 1
@@ -111,10 +113,12 @@ class Task:
 
     def label(self, probability: ArrayLike) -> str:
         """The label of one image's probabilities as `probability` gives them: the class of the largest, for
-        multilabel all above one half joined by `|` (perhaps none), for regression the value to six digits."""
+        multilabel all above one half joined by `|` (perhaps none), for regression the value to six digits, or more
+        where the targets differ in later ones."""
         probability = np.asarray(probability, np.float64)
         if self.kind == "regression":
-            return f"{probability[0]:.6g}"
+            beyond = np.log10(max(abs(float(probability[0])), self.std) / self.std)  # digits that all targets share
+            return f"{probability[0]:.{int(np.clip(5 + np.ceil(beyond), 6, 17))}g}"
         if self.kind == "multilabel":
             return SEPARATOR.join(name for name, p in zip(self.classes, probability, strict=True) if p > 0.5)
         return self.classes[int(np.argmax(probability))]
@@ -204,7 +208,7 @@ def fit_regression(task: Task, values: ArrayLike) -> Task:
         raise DataError(f"{task.name}: no training image has a value, so there is nothing to learn.")
     std = float(known.std())
     # A column of one value has no spread to divide by; rounding can leave a spread of the order of its last digit.
-    return replace(task, mean=float(known.mean()), std=std if std > 1e-7 * np.abs(known).max() else 1.0)
+    return replace(task, mean=float(known.mean()), std=std if std > 1e-14 * np.abs(known).max() else 1.0)
 
 
 def _inferred_kind(name: str, distinct: list[str]) -> Kind:

@@ -53,7 +53,7 @@ class Manifest:
         """The items of `train`, `val` or `test`."""
         return tuple(item for item in self.items if item.split == name)
 
-    def target(self, item: Item, task: Task) -> NDArray[np.float32]:
+    def target(self, item: Item, task: Task) -> NDArray[np.float32] | NDArray[np.float64]:
         """The encoded label (target_width,) of an item; all NaN where it is unknown."""
         return task.encode(item.labels.get(task.name, ""))
 

@@ -45,7 +45,8 @@ def task_loss(
         return loss.mean() if each is None else (loss * each).sum() / each.sum()
     if task.kind == "multilabel":
         return F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
-    return F.mse_loss(logits[:, 0], (target[:, 0] - task.mean) / task.std)
+    standardised = (target[:, 0].double() - task.mean) / task.std  # in float32 the mean would cancel the differences
+    return F.mse_loss(logits[:, 0], standardised.float())
 
 
 def total_loss(

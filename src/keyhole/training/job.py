@@ -185,16 +185,17 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
         optimizer = new_optimizer(config, model)
         plan = _plan(config, images, model, optimizer, device)
         val = manifest.split("val")
+        metric, undefined = choose_metric(config.train.metric, manifest.tasks, targets(manifest, val) if val else None)
         state = State(
             steps_per_epoch=-(-len(manifest.split("train")) // config.train.batch),
-            metric=choose_metric(config.train.metric, manifest.tasks, targets(manifest, val) if val else None),
+            metric=metric,
             tasks=[task.to_json() for task in manifest.tasks],
             plan=plan.to_json(),
         )
         hashes, hashed = _hashes(config, manifest)
         run = _create_folder(config, manifest, hashes, model, optimizer, state, device)
         job = _job(run, config, manifest, images, reader, model, optimizer, state, device)
-        for line in (*manifest.notes, *notes, *lines, *hashed, *_overview(job), _compile(job)):
+        for line in (*manifest.notes, *notes, *lines, *hashed, *undefined, *_overview(job), _compile(job)):
             say(line)
             job.log(line)
     except BaseException:

@@ -97,6 +97,7 @@ class Loop:
     def __init__(self, job: Job, interrupt: Interrupt) -> None:
         self.job, self.interrupt = job, interrupt
         self.saved = time.monotonic()
+        self.undefined = False
         self.pace = Pace(job.plan, self.shrink, job.model.compiled)
         self.shares = Shares(job.device)
         self.stager = Stager(job.device, self.shares)
@@ -306,7 +307,8 @@ class Loop:
         value = metric_value(state.metric, row, job.tasks) if state.metric else math.nan
         if is_better(state.metric, value, loss, state.best):
             state.best, state.best_epoch, state.waiting = (value, loss), state.epoch + 1, 0
-            about = describe(config, job.tasks, epoch=state.epoch + 1, metric=state.metric, value=_finite(value))
+            named = (state.metric, value) if math.isfinite(value) or not state.metric else ("loss", loss)
+            about = describe(config, job.tasks, epoch=state.epoch + 1, metric=named[0], value=_finite(named[1]))
             save_model(job.run.path / "best", job.model, about)
         else:
             state.waiting += 1
@@ -320,6 +322,11 @@ class Loop:
         shown = f"validation loss {loss:.4f}" if math.isfinite(loss) else "no validation split"
         if math.isfinite(value) and state.metric != "loss":
             shown += f", {state.metric} {value:.4f}"
+        elif state.metric not in ("", "loss") and not self.undefined:
+            self.undefined = True
+            what = f"{state.metric} is undefined in epoch {state.epoch + 1}: such epochs are compared by the loss"
+            job.log(what)
+            shown += f"; {what}"
         _say(f"  {shown}{best}")
         state.epoch, state.batch, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0
         if state.stopped:

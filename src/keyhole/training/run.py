@@ -95,7 +95,7 @@ class Run:
         """A few lines for people."""
         best = self.best
         lines = [f"best model: epoch {best['epoch']} of {self.config.train.epochs}"]
-        if best.get("metric"):
+        if best.get("metric") and best.get("value") is not None:
             lines[0] += f", {best['metric']} {best['value']:.4f} on the validation split"
         lines.append(f"run folder: {self.path}")
         return lines

@@ -8,30 +8,34 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from keyhole.errors import ConfigError
+from keyhole.measures import CLASS_METRICS, REGRESSION_METRICS
+from keyhole.metrics import defined_metrics
 from keyhole.tasks import Task
+from keyhole.wording import listed
 
 LOWER_IS_BETTER = ("loss", "mae", "ece")
-OF_CLASSES = ("accuracy", "balanced_accuracy", "auroc", "average_precision", "f1", "ece")
-OF_NUMBERS = ("mae", "r2")
 
 
-def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | None) -> str:
+def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | None) -> tuple[str, list[str]]:
     """Resolves `--train.metric` to `loss`, `METRIC` or `TASK.METRIC`.
 
     Args:
-        name: as configured; `auto` is auroc, or mae for one regression task, or the loss where neither is defined.
+        name: as configured. `auto` is `auroc` where all tasks have classes and it is defined for each, `mae` for a
+            single regression task, else `loss`: figures of different kinds have no common mean.
         tasks: of the run.
         val: encoded labels of the validation split, or None without one.
 
     Returns:
-        The name, empty without a validation split: then the last epoch is the best.
+        The name, empty without a validation split: then the last epoch is the best. And what to say: a metric that
+        the validation labels do not define is left out of the mean over tasks, and where nothing is left of it the
+        name is `loss`.
 
     Raises:
         ConfigError: no task has such a metric.
     """
     known = {"loss", "auto"}
     for task in tasks:
-        each = OF_NUMBERS if task.kind == "regression" else OF_CLASSES
+        each = metrics_of(task)
         known |= set(each) | {f"{task.name}.{metric}" for metric in each}
     if name not in known:
         import difflib
@@ -40,36 +44,57 @@ def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | 
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"--train.metric {name}: {hint}known here are {', '.join(sorted(known))}")
     if val is None:
-        return ""
-    if name != "auto":
-        return name
+        return "", []
+    defined = {task.name: defined_metrics(task, val[task.name].cpu().numpy()) for task in tasks}
+    if name == "auto":
+        return _automatic(tasks, defined), []
+    if name == "loss":
+        return name, []
+    wanted = {
+        task.name: metric for task in tasks for metric in metrics_of(task) if name in (metric, f"{task.name}.{metric}")
+    }
+    lacking = [task for task, metric in wanted.items() if metric not in defined[task]]
+    if not lacking:
+        return name, []
+    said = f"train.metric {name} is not defined by the validation labels of {listed(lacking)}"
+    if len(lacking) < len(wanted):
+        return name, [f"{said}: the mean is over the other tasks"]
+    return "loss", [f"{said}: the validation loss names the best model. More validation images, or --train.metric loss"]
+
+
+def metrics_of(task: Task) -> tuple[str, ...]:
+    """The validation metrics of a task, apart from the loss."""
+    return REGRESSION_METRICS if task.kind == "regression" else CLASS_METRICS
+
+
+def _automatic(tasks: Sequence[Task], defined: Mapping[str, set[str]]) -> str:
     kinds = {task.kind for task in tasks}
-    if kinds == {"regression"} and len(tasks) == 1:
+    if kinds == {"regression"} and len(tasks) == 1 and "mae" in defined[tasks[0].name]:
         return "mae"
-    if "regression" not in kinds and all(_both_sides(val[task.name]) for task in tasks):
+    if "regression" not in kinds and all("auroc" in defined[task.name] for task in tasks):
         return "auroc"
     return "loss"
 
 
-def _both_sides(target: Tensor) -> bool:
-    """Whether AUROC is defined: every label column has at least two values."""
-    known = target[~target.isnan().any(dim=1)]
-    return bool(len(known)) and all(len(column.unique()) > 1 for column in known.T)
-
-
 def metric_value(name: str, row: Mapping[str, float], tasks: Sequence[Task]) -> float:
-    """The figure in a row of metrics.csv; a metric without a task is the mean over the tasks that have it."""
-    if name == "loss" or "." in name:
+    """The figure in a row of metrics.csv; a metric without a task is the mean over the tasks where it is defined."""
+    if name == "loss" or f"val.{name}" in row:
         return row.get(f"val.{name}", math.nan)
-    values = [row[f"val.{task.name}.{name}"] for task in tasks if f"val.{task.name}.{name}" in row]
+    values = [row.get(f"val.{task.name}.{name}", math.nan) for task in tasks]
+    values = [value for value in values if not math.isnan(value)]
     return sum(values) / len(values) if values else math.nan
 
 
 def is_better(name: str, value: float, loss: float, best: tuple[float, float] | None) -> bool:
-    """Whether (value, loss) beats the best pair; equal values are decided by the lower loss."""
+    """Whether (value, loss) beats the best pair; equal values, and undefined ones, are decided by the lower loss.
+
+    An epoch in which the metric is undefined (NaN) never beats one in which it is not.
+    """
     if best is None or not name:
         return True
+    if math.isnan(value) != math.isnan(best[0]):
+        return math.isnan(best[0])
     if math.isnan(value):
-        return False
+        return loss < best[1] or (math.isnan(best[1]) and not math.isnan(loss))
     sign = -1 if name.rsplit(".", 1)[-1] in LOWER_IS_BETTER else 1
-    return math.isnan(best[0]) or (sign * value, -loss) > (sign * best[0], -best[1])
+    return (sign * value, -loss) > (sign * best[0], -best[1])
