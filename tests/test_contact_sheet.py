@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image as Picture
 
 from keyhole.images.geometry import Size
-from keyhole.prediction import Kept, Prediction, by_class
+from keyhole.prediction import Kept, Pictures, Prediction, by_class
 from keyhole.report import contact_sheet as sheet
 from keyhole.report.contact_sheet import SheetEntry, contact_sheet
 from keyhole.tasks import Task
@@ -37,6 +38,8 @@ def entry(
 ) -> SheetEntry:
     p = task.probability(np.array(logits))
     m = len(attention)
+    pixels = np.full((*thumbnail, channels), 128, np.uint8)
+    shades = np.tile(np.arange(1, patches + 1, dtype=np.uint8)[:, None, None, None] * 20, (1, 40, 40, channels))
     prediction = Prediction(
         name=name,
         image=Path("a.svs"),
@@ -51,10 +54,13 @@ def entry(
             attention={task.name: np.array(attention, np.float32)},
         ),
         scores=None,
+        pictures=Pictures(pixels, SIZE.width / thumbnail[1], shades, np.arange(patches)),
     )
-    pixels = np.full((*thumbnail, channels), 128, np.uint8)
-    shades = np.arange(1, patches + 1, dtype=np.uint8)[:, None, None, None] * 20
-    return SheetEntry(prediction, truth, pixels, SIZE.width / thumbnail[1], np.tile(shades, (1, 40, 40, channels)))
+    return SheetEntry(prediction, truth)
+
+
+def with_pictures(of: SheetEntry, **changed: Any) -> SheetEntry:
+    return replace(of, prediction=replace(of.prediction, pictures=replace(of.pictures, **changed)))
 
 
 def drawn(entries: list[SheetEntry], folder: Path, title: str = "t") -> np.ndarray:
@@ -99,7 +105,7 @@ def test_the_predicted_label_is_green_when_right_and_red_when_wrong(
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_frames_are_where_the_boxes_are_and_the_hottest_is_the_most_attended(tmp_path: Path, channels: int) -> None:
-    pixels = drawn([entry(channels=channels)], tmp_path)
+    pixels = drawn([entry(channels=channels, attention=(0.0, 1.0, 0.0, 0.0))], tmp_path)
     cell = pixels[sheet.HEAD + sheet.GAP :][: sheet.ROW, sheet.MARGIN :][:, : sheet.IMAGE_SIDE]
     zoom = sheet.IMAGE_SIDE / SIZE.width
     top = (sheet.ROW - SIZE.height * zoom) / 2
@@ -183,21 +189,41 @@ def test_shares_are_never_rounded_to_all_or_nothing() -> None:
 
 def test_scores_are_a_picture_where_there_is_no_image(tmp_path: Path) -> None:
     scores = np.array([[0.0, 0.25, np.nan], [1.0, 0.0625, 0.0]], np.float32)
-    picture = sheet.score_picture(scores, 5)
+    picture = sheet.score_picture(scores, 5, equal=0.25)
     assert picture.shape == (10, 15, 3)
     cells = picture[2::5, 2::5]
     assert tuple(cells[1, 0]) == sheet.COLD_TO_HOT[-1]
     assert tuple(cells[0, 0]) == tuple(cells[1, 2]) == sheet.COLD_TO_HOT[0]
     assert tuple(cells[0, 2]) == sheet.LINE
-    bare = replace(entry(), thumbnail=picture, downsample=SIZE.width / 15, patches=np.empty((0, 8, 8, 3), np.uint8))
+    nothing = np.empty((0, 8, 8, 3), np.uint8)
+    bare = with_pictures(
+        entry(), thumbnail=picture, downsample=SIZE.width / 15, patches=nothing, place=np.empty(0, np.int64)
+    )
     pixels = drawn([bare], tmp_path)
     assert (pixels[:, sheet.PATCHES_LEFT : sheet.WIDTH - sheet.MARGIN][sheet.HEAD + sheet.GAP :] == 255).all()
 
 
 def test_patches_without_a_place_are_not_outlined(tmp_path: Path) -> None:
-    placed = entry()
+    placed = entry(attention=(0.0, 1.0, 0.0, 0.0))
     kept = replace(placed.prediction.kept, boxes=np.zeros((4, 4), np.int64))
     nowhere = replace(placed, prediction=replace(placed.prediction, kept=kept))
     here = slice(sheet.MARGIN, sheet.MARGIN + sheet.IMAGE_SIDE)
     assert count(drawn([placed], tmp_path)[sheet.HEAD :, here], sheet.COLD_TO_HOT[-1]) > 0
     assert count(drawn([nowhere], tmp_path)[sheet.HEAD :, here], sheet.COLD_TO_HOT[-1]) == 0
+
+
+@pytest.mark.parametrize("m", [1, 4, 100])
+def test_a_model_that_attends_to_all_patches_alike_does_not_look_certain(tmp_path: Path, m: int) -> None:
+    pixels = drawn([entry(attention=(1 / m,) * m, patches=min(m, 8))], tmp_path)[sheet.HEAD :]
+    assert count(pixels, sheet.COLD_TO_HOT[0]) > 0
+    for color in sheet.COLD_TO_HOT[2:]:
+        assert count(pixels, color) == 0
+    map_of_scores = sheet.score_picture(np.full((4, 5), 1 / 20, np.float32), 3, equal=1 / 20)
+    assert (map_of_scores == sheet.COLD_TO_HOT[0]).all()
+
+
+def test_colours_say_how_many_times_its_equal_share_a_patch_gets() -> None:
+    weights = np.array([0.0, 0.5, 1.0, 2.0, 4.0, 16.0, 50.0], np.float32) / 100
+    assert sheet.heat(weights, equal=1 / 100).tolist() == pytest.approx([0, 0, 0, 0.25, 0.5, 1, 1])
+    assert sheet.heat(np.array([0.25, 0.5, 1.0]), equal=1 / 4).tolist() == pytest.approx([0, 0.5, 1]), "all on one of 4"
+    assert sheet.heat(np.array([1.0]), equal=1).tolist() == [0], "of one patch the attention says nothing"

@@ -34,8 +34,7 @@ from keyhole.nn import FeatureProjector, build_classifier
 from keyhole.predict import Predictor
 from keyhole.prediction import write_prediction
 from keyhole.reading import Reader
-from keyhole.report.contact_sheet import contact_sheet
-from keyhole.report.entries import sheet_entry
+from keyhole.report.contact_sheet import SheetEntry, contact_sheet
 from keyhole.tasks import Task
 
 N, D = 60, 5
@@ -506,20 +505,28 @@ def test_the_sheet_shows_the_slide_where_it_is_and_the_scores_where_it_is_not(tm
     Image.fromarray(pixels).save(tmp_path / "a.png", compress_level=0)
     path = write_h5(tmp_path / "a.h5", coords=COORDS // 4)
     item = Item("a", tmp_path / "a.png", {}, features=path)
-    ((_, prediction),) = predictor().predict_items([item], quiet=True)
+
+    def shown(of: Item) -> SheetEntry:
+        ((_, prediction),) = predictor().predict_items([of], quiet=True, pictures=lambda _item, _prediction: True)
+        return SheetEntry(prediction)
+
+    entry = shown(item)
+    prediction = entry.prediction
     assert prediction.size == (1325, 800), "as the slide says"
-    patch = Config().patch
-    entry = sheet_entry(patch, prediction)
+    assert entry.pictures.note == "stored features: pixels of the slide"
     x, y, width, height = prediction.kept.boxes[0]
     expected = np.asarray(
         Image.fromarray(pixels[y : y + height, x : x + width]).resize((142, 142), Image.Resampling.BICUBIC)
     )
-    np.testing.assert_array_equal(entry.patches[0], expected)
+    np.testing.assert_array_equal(entry.pictures.patches[0], expected)
     (tmp_path / "a.png").unlink()
-    bare = sheet_entry(patch, prediction)
-    assert len(bare.patches) == 0
-    assert bare.thumbnail.shape[0] * bare.downsample == pytest.approx(800, rel=0.05)
-    nowhere = sheet_entry(patch, predictor().predict(write_pt(tmp_path / "b.pt")))
+    bare = shown(item)
+    assert len(bare.pictures.patches) == 0
+    assert bare.pictures.note == "stored features: scores, no pixels"
+    assert bare.pictures.thumbnail.shape[0] * bare.pictures.downsample == pytest.approx(768, rel=0.05)
+    Image.fromarray(pixels[:300, :400]).save(tmp_path / "a.png")
+    assert shown(item).pictures.note == "stored features: scores, no pixels", "a picture of something else"
+    nowhere = SheetEntry(predictor().predict(write_pt(tmp_path / "b.pt")))
     assert contact_sheet([entry, bare, nowhere], tmp_path / "sheet.png").stat().st_size > 10_000
 
 

@@ -57,6 +57,18 @@ def test_attention_counts_by_the_area_of_a_patch_inside_and_touching_by_any_of_i
     assert share.kept == 0.5
     assert share.looked_at == 0.02
     assert share.regions == 2
+    assert share.area == pytest.approx(0.015), "one patch and a half of 100"
+    assert share.most_attention == pytest.approx(1.0), "all of it on patch 0"
+    assert share.most_kept == 0.5, "two of the four kept can touch the lesion"
+
+
+def test_a_lesion_smaller_than_a_patch_can_hold_only_part_of_the_attention() -> None:
+    share = lesion_share(prediction([0, 50], [1.0, 0.0], [0.5, 0.5]), [square(0, 0, 8)])
+    assert share.most_attention == pytest.approx(0.25)
+    assert share.attention["label"] == pytest.approx(0.25), "a perfect model reaches the most"
+    assert share.area == pytest.approx(0.0025)
+    nothing = lesion_share(prediction([0], [1.0], [1.0]), [square(1000, 1000, 8)])
+    assert (nothing.most_attention, nothing.most_kept, nothing.area) == (0, 0, 0)
 
 
 def test_without_scores_it_is_not_known_what_was_looked_at() -> None:
@@ -81,8 +93,8 @@ def test_patches_without_a_place_say_nothing_of_lesions(tmp_path: Path) -> None:
 
 def test_means_are_over_images_with_a_lesion_and_what_does_not_count_is_listed() -> None:
     judged = {
-        "one": LesionShare(1, {"label": 0.2, "grade": 0.0}, 0.5, 0.1),
-        "two": LesionShare(3, {"label": 0.6, "grade": 1.0}, 0.7, 0.3),
+        "one": LesionShare(1, {"label": 0.2, "grade": 0.0}, 0.5, 0.1, 0.02, 0.8, 0.5),
+        "two": LesionShare(3, {"label": 0.6, "grade": 1.0}, 0.7, 0.3, 0.06, 1.0, 1.0),
         "none": LesionShare(0, {"label": 0.0, "grade": 0.0}, 0.0, 0.0),
         "broken": "broken.xml: not XML",
     }
@@ -94,9 +106,9 @@ def test_means_are_over_images_with_a_lesion_and_what_does_not_count_is_listed()
     assert (means.attention["label"].low, means.attention["label"].high) == pytest.approx((0.2, 0.6))
     assert (means.kept.value, means.looked_at.value) == pytest.approx((0.6, 0.2))
     assert means.lines() == [
-        "label attention in lesions 0.400 [0.200 0.600], mean of 2 annotated images",
-        "grade attention in lesions 0.500 [0.000 1.000], mean of 2 annotated images",
-        "kept patches that touch a lesion 0.600 [0.500 0.700]; of all looked at 0.200 [0.100 0.300]",
+        "label attention in lesions 0.400 [0.200 0.600]; by chance 0.040, at most 0.900; mean of 2 annotated images",
+        "grade attention in lesions 0.500 [0.000 1.000]; by chance 0.040, at most 0.900; mean of 2 annotated images",
+        "kept patches that touch a lesion 0.600 [0.500 0.700]; by chance 0.200, at most 0.750",
         "1 annotation outlines nothing and does not count; see lesions.csv",
         "1 annotation cannot be used and does not count; see lesions.csv",
     ]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from keyhole.data.item import Item
 from keyhole.errors import ImageError
@@ -21,6 +24,7 @@ from keyhole.passes import Inference
 from keyhole.patches import FilePatches
 from keyhole.prediction import Kept, Prediction, Scores, by_class
 from keyhole.reading import Reader
+from keyhole.report.pictures import most_attended, pictures_of_features, pictures_of_file
 from keyhole.tasks import Task
 
 
@@ -65,6 +69,40 @@ def make_prediction(
         model=name,
         unreadable=grid.boxes(unreadable) if len(unreadable) else None,
     )
+
+
+def with_pictures(prediction: Prediction, done: Inference, row: int, reader: Reader) -> Prediction:
+    """The prediction with the pixels that show it, from its own source; as it is where that cannot be read any more.
+
+    Args:
+        prediction: of one image of the batch.
+        done: the batch, still open.
+        row: of the image in the batch.
+        reader: reads under its stall limit.
+    """
+    source, place = done.batch.sources[row], most_attended(prediction.kept)
+    with suppress(ImageError):  # a share that hangs now; the prediction itself is whole
+        if isinstance(source, FeaturePatches):
+            pictures = reader.run(prediction.name, partial(pictures_of_features, source, prediction, place))
+            return replace(prediction, pictures=pictures)
+        assert isinstance(source, FilePatches)
+        patches = _kept_pixels(prediction, place, done, row)
+        if patches is not None:
+            look = partial(pictures_of_file, source, prediction, place, patches)
+            return replace(prediction, pictures=reader.run(prediction.name, look))
+    return prediction
+
+
+def _kept_pixels(
+    prediction: Prediction, place: NDArray[np.int64], done: Inference, row: int
+) -> NDArray[np.uint8] | None:
+    """Pixels of kept patches: those that the model saw, or read from the same source where they are not held."""
+    held = done.pixels[row]
+    if held is not None:
+        return held[place]
+    wanted = [np.empty(0, np.int64)] * len(done.batch.names)
+    wanted[row] = prediction.kept.index[place]
+    return done.batch.fetch(wanted)[row]
 
 
 def _attention(model: IPSClassifier, tasks: Sequence[Task], kept: KeptTensors) -> dict[str, Any]:

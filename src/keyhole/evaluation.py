@@ -24,11 +24,8 @@ from keyhole.metrics import TaskMetrics, evaluate_task, evaluation_json, format_
 from keyhole.predict import Predictor
 from keyhole.prediction import Prediction, write_table
 from keyhole.report.contact_sheet import contact_sheet
-from keyhole.report.entries import sheet_entry
+from keyhole.report.examples import Examples
 from keyhole.tasks import Task
-
-SHEET = 16
-"""Images on the contact sheet: wrong ones first, then as the data come."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +103,20 @@ def evaluate(
     if on_bad_image == "fail":
         check_annotations(items)
     judged: dict[str, Judged] = {}
+    examples = Examples(predictor.tasks[0])
 
     def predictions() -> Iterator[Prediction]:
         def tell(item: Item, error: KeyholeError) -> None:
             left_out[item.name] = str(error)
 
         for item, prediction in predictor.predict_items(
-            items, on_bad_image=on_bad_image, left_out=tell, description=f"evaluating {split}"
+            items,
+            on_bad_image=on_bad_image,
+            left_out=tell,
+            description=f"evaluating {split}",
+            pictures=examples.wants,
         ):
+            examples.add(item, prediction)
             seen.append((item, {name: np.array(list(of.values())) for name, of in prediction.probability.items()}))
             if item.annotation is not None:
                 judged[item.name] = judge(prediction, item.annotation, on_bad_image)
@@ -145,7 +148,8 @@ def evaluate(
     for result in metrics:
         if _has_table(result):
             write_atomic(folder / f"confusion_{tables[result.task]}.csv", _confusion(result))
-    _sheet(predictor, seen, folder / "contact_sheet.png", split)
+    title = f"{predictor.name}: {split} images, wrong ones first, and the patches that were kept"
+    contact_sheet(examples.entries(), folder / "contact_sheet.png", title)
     return Evaluation(folder, metrics, left_out, manifest.notes if data is not None else (), lesions)
 
 
@@ -169,24 +173,6 @@ def _metrics(task: Task, manifest: Manifest, seen: Sequence[tuple[Item, dict[str
     targets = np.stack([manifest.target(item, task) for item, _ in seen])
     probabilities = np.stack([probability[task.name] for _, probability in seen])
     return evaluate_task(task, targets, probabilities, [item.group for item, _ in seen])
-
-
-def _sheet(predictor: Predictor, seen: Sequence[tuple[Item, dict[str, np.ndarray]]], path: Path, split: str) -> None:
-    """Wrong predictions first: they are what one wants to look at."""
-    task = predictor.tasks[0]
-
-    def wrong(pair: tuple[Item, dict[str, np.ndarray]]) -> bool:
-        truth = pair[0].labels.get(task.name, "")
-        return task.kind in ("binary", "multiclass") and bool(truth) and truth != task.label(pair[1][task.name])
-
-    order = sorted(seen, key=lambda pair: not wrong(pair))
-    bad = [pair for pair in order if wrong(pair)][: SHEET // 2]
-    chosen = [*bad, *(pair for pair in seen if not wrong(pair))][:SHEET]
-    entries = [
-        sheet_entry(predictor.config.patch, prediction, item.labels.get(task.name) or None)
-        for item, prediction in predictor.predict_items([item for item, _ in chosen], quiet=True)
-    ]
-    contact_sheet(entries, path, f"{predictor.name}: {split} images, wrong ones first, and the patches that were kept")
 
 
 def _has_table(result: TaskMetrics) -> bool:

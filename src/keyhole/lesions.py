@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from keyhole.bootstrap import Estimate, Weights, bootstrap
 from keyhole.data.item import Item
 from keyhole.errors import DataError
-from keyhole.prediction import Prediction
+from keyhole.prediction import Prediction, Scores
 from keyhole.regions import Region, covered, read_regions, touching
 
 _BLOCK = 50_000
@@ -36,12 +36,19 @@ class LesionShare:
         kept: share of the kept patches that touch a lesion.
         looked_at: share of all patches that were looked at that touch one, which is what keeping at random would
             give; None where their scores were not kept.
+        area: share of the area of all patches looked at that lies in lesions, which is what attention spread evenly
+            over them would give; None likewise.
+        most_attention: the largest value that `attention` can have: all of it on the patch that lies most in lesions.
+        most_kept: the largest value that `kept` can have: fewer patches may touch a lesion than are kept.
     """
 
     regions: int
     attention: Mapping[str, float]
     kept: float
     looked_at: float | None
+    area: float | None = None
+    most_attention: float | None = None
+    most_kept: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ class Lesions:
         left_out: by name, why an annotation could not be used; these images do not count here.
         attention: by task, mean of `LesionShare.attention`.
         kept: mean share of the kept patches that touch a lesion.
-        looked_at: the same of all patches looked at.
+        looked_at: the same of all patches looked at, which is what chance gives.
+        area, most_attention, most_kept: means of those of `LesionShare`.
     """
 
     images: int
@@ -63,6 +71,9 @@ class Lesions:
     attention: Mapping[str, Estimate]
     kept: Estimate
     looked_at: Estimate
+    area: Estimate
+    most_attention: Estimate
+    most_kept: Estimate
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict, without NaN."""
@@ -73,22 +84,34 @@ class Lesions:
             "attention_in_lesions": {task: asdict(estimate) for task, estimate in self.attention.items()},
             "kept_touching_a_lesion": asdict(self.kept),
             "looked_at_touching_a_lesion": asdict(self.looked_at),
+            "attention_in_lesions_by_chance": asdict(self.area),
+            "attention_in_lesions_at_most": asdict(self.most_attention),
+            "kept_touching_a_lesion_by_chance": asdict(self.looked_at),
+            "kept_touching_a_lesion_at_most": asdict(self.most_kept),
         }
 
     def lines(self) -> list[str]:
-        """The means with their intervals, and what does not count."""
+        """The means with their intervals, what chance gives, the largest values possible, and what does not count."""
         several = len(self.attention) > 1
         images = f"{self.images} annotated image{'' if self.images == 1 else 's'}"
         lines = [
-            f"{f'{task} ' if several else ''}attention in lesions {estimate}, mean of {images}"
+            f"{f'{task} ' if several else ''}attention in lesions {estimate}; "
+            f"{_bounds(self.area, self.most_attention)}; mean of {images}"
             for task, estimate in self.attention.items()
         ]
-        lines.append(f"kept patches that touch a lesion {self.kept}; of all looked at {self.looked_at}")
+        lines.append(f"kept patches that touch a lesion {self.kept}; {_bounds(self.looked_at, self.most_kept)}")
         if self.empty:
             lines.append(f"{_counted(self.empty, 'outlines nothing', 'outline nothing')} count; see lesions.csv")
         if self.left_out:
             lines.append(f"{_counted(self.left_out, 'cannot be used', 'cannot be used')} count; see lesions.csv")
         return lines
+
+
+def _bounds(chance: Estimate, most: Estimate) -> str:
+    """`by chance 0.020, at most 1.000`."""
+    if chance.value is None or most.value is None:
+        return f"by chance {chance}"
+    return f"by chance {chance.value:.3f}, at most {most.value:.3f}"
 
 
 def _counted(names: Sized, one: str, several: str) -> str:
@@ -129,18 +152,34 @@ def lesion_share(prediction: Prediction, regions: Sequence[Region]) -> LesionSha
 
     The area of a patch is its whole box, also where it reaches over the border of the image.
     """
-    kept, scores = prediction.kept, prediction.scores
+    kept = prediction.kept
     inside = covered(regions, kept.boxes)
-    looked_at = None
-    if scores is not None:
-        blocks = (scores.index[start : start + _BLOCK] for start in range(0, len(scores), _BLOCK))
-        looked_at = sum(int(touching(regions, scores.boxes(index)).sum()) for index in blocks) / len(scores)
+    looked_at, area, most_attention, most_kept = None, None, None, None
+    if prediction.scores is not None:
+        touched, area, most_attention = _of_all(prediction.scores, regions)
+        looked_at, most_kept = touched / len(prediction.scores), min(1.0, touched / len(kept))
     return LesionShare(
         regions=len(regions),
         attention={task: float(weights.astype(np.float64) @ inside) for task, weights in kept.attention.items()},
         kept=float(touching(regions, kept.boxes).mean()),
         looked_at=looked_at,
+        area=area,
+        most_attention=most_attention,
+        most_kept=most_kept,
     )
+
+
+def _of_all(scores: Scores, regions: Sequence[Region]) -> tuple[int, float, float]:
+    """Of all patches looked at: how many touch a region, the share of their area inside, and the largest of one."""
+    touched, inside, most = 0, 0.0, 0.0
+    for start in range(0, len(scores), _BLOCK):
+        boxes = scores.boxes(scores.index[start : start + _BLOCK])
+        near = boxes[touching(regions, boxes)]
+        touched += len(near)
+        if len(near):
+            shares = covered(regions, near)
+            inside, most = inside + float(shares.sum()), max(most, float(shares.max()))
+    return touched, inside / len(scores), most
 
 
 def lesion_means(
@@ -159,9 +198,10 @@ def lesion_means(
         ("attention", task): np.array([share.attention[task] for share in used.values()]) for task in tasks
     }
     columns["kept", ""] = np.array([share.kept for share in used.values()])
-    known = [share.looked_at for share in used.values() if share.looked_at is not None]
-    if len(known) == len(used):
-        columns["looked at", ""] = np.array(known)
+    for name in ("looked_at", "area", "most_attention", "most_kept"):
+        known = [value for share in used.values() if (value := getattr(share, name)) is not None]
+        if len(known) == len(used):
+            columns[name, ""] = np.array(known)
 
     def means(weights: Weights) -> dict[tuple[str, str], Weights]:
         return {key: weights @ values / weights.sum(axis=1) for key, values in columns.items()}
@@ -176,21 +216,30 @@ def lesion_means(
         left_out={name: problem for name, problem in judged.items() if isinstance(problem, str)},
         attention={task: found["attention", task] for task in tasks},
         kept=found["kept", ""],
-        looked_at=found.get(("looked at", ""), Estimate(None, note="the scores of the patches were not kept")),
+        **{
+            name: found.get((name, ""), Estimate(None, note="the scores of the patches were not kept"))
+            for name in ("looked_at", "area", "most_attention", "most_kept")
+        },
     )
 
 
 def lesion_table(judged: Mapping[str, Judged], tasks: Sequence[str]) -> str:
-    """CSV with a row per annotated image: shares with six digits, or the problem in the last column."""
+    """CSV with a row per annotated image: shares with six digits, or the problem in the last column.
+
+    `looked_at_touching` and `area_inside` are what chance gives for `kept_touching` and `attention`; `most_...` are the
+    largest values possible.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     attention = ["attention"] if len(tasks) == 1 else [f"attention {task}" for task in tasks]
-    writer.writerow(["image", "regions", *attention, "kept_touching", "looked_at_touching", "problem"])
+    shares = ["kept_touching", "looked_at_touching", "area_inside", "most_attention", "most_kept_touching"]
+    writer.writerow(["image", "regions", *attention, *shares, "problem"])
     for name, share in judged.items():
         if isinstance(share, str):
-            writer.writerow([name, "", *("" for _ in tasks), "", "", share])
+            writer.writerow([name, "", *("" for _ in (*tasks, *shares)), share])
             continue
-        values = [*(share.attention[task] for task in tasks), share.kept, share.looked_at]
+        bounds = share.looked_at, share.area, share.most_attention, share.most_kept
+        values = [*(share.attention[task] for task in tasks), share.kept, *bounds]
         problem = "" if share.regions else "the annotation outlines nothing"
         writer.writerow([name, share.regions, *("" if v is None else f"{v:.6f}" for v in values), problem])
     return out.getvalue()

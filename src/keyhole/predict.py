@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 import keyhole
-from keyhole.answer import make_prediction
+from keyhole.answer import make_prediction, with_pictures
 from keyhole.checkpoint import load_weights, read_tensors
 from keyhole.compiling import choose_compile
 from keyhole.config import Config
@@ -125,13 +125,16 @@ class Predictor:
         settle_precision(model.to(chosen), precision, patch_shape(config.model, config.patch.size))
         return cls(model, config, tasks, name)
 
-    def predict(self, path: str | Path, mpp: float | None = None, mask: str | Path | None = None) -> Prediction:
+    def predict(
+        self, path: str | Path, mpp: float | None = None, mask: str | Path | None = None, pictures: bool = True
+    ) -> Prediction:
         """Label, probabilities, kept patches and the score of every patch of one image.
 
         Args:
             path: an image or slide file; for a model of stored features a file of these.
             mpp: microns per level-0 pixel, 0.02 ... 100, where the file does not say or is wrong.
             mask: PNG or GeoJSON of the foreground, for a model of `patch.foreground mask`.
+            pictures: whether the prediction carries a small picture of the image and of its kept patches.
 
         Raises:
             ImageError: the file cannot be read.
@@ -141,7 +144,8 @@ class Predictor:
         """
         known = None if mpp is None else given_scale(mpp)
         item = replace(_item(path), mpp=known, mask=None if mask is None else Path(mask).absolute())
-        return next(prediction for _, prediction in self.predict_items([item], quiet=True))
+        wanted = (lambda _item, _prediction: True) if pictures else None
+        return next(prediction for _, prediction in self.predict_items([item], quiet=True, pictures=wanted))
 
     def predict_many(
         self,
@@ -185,6 +189,7 @@ class Predictor:
         description: str = "predicting",
         quiet: bool = False,
         pace: Pace | None = None,
+        pictures: Callable[[Item, Prediction], bool] | None = None,
     ) -> Iterator[tuple[Item, Prediction]]:
         """As `predict_many`, for rows of a manifest.
 
@@ -198,10 +203,11 @@ class Predictor:
             description: for the progress line.
             quiet: show no progress.
             pace: the memory plan to follow; default its own.
+            pictures: asked of each prediction whether it is to carry pictures; default none does.
         """
         with nullcontext(pace) if pace is not None else self._own_pace() as followed:
             yield from self._predict_items(
-                items, reader, store, on_bad_image, left_out, on_chunk, description, quiet, followed
+                items, reader, store, on_bad_image, left_out, on_chunk, description, quiet, followed, pictures
             )
 
     @contextmanager
@@ -239,6 +245,7 @@ class Predictor:
         description: str,
         quiet: bool,
         pace: Pace,
+        pictures: Callable[[Item, Prediction], bool] | None,
     ) -> Iterator[tuple[Item, Prediction]]:
         own = open_reader(self.config.run, self.device) if reader is None else None
         reader, store = reader or own, store or ImageStore(keep=False)
@@ -280,11 +287,12 @@ class Predictor:
                     if left_out is not None:
                         left_out(each[row], error)
                 for place, row in enumerate(done.bags.rows):
-                    if row not in failed:
-                        yield (
-                            each[row],
-                            make_prediction(self.model, self.tasks, self.name, each[row], done, place, row, reader),
-                        )
+                    if row in failed:
+                        continue
+                    said = make_prediction(self.model, self.tasks, self.name, each[row], done, place, row, reader)
+                    if pictures is not None and pictures(each[row], said):
+                        said = with_pictures(said, done, row, reader)
+                    yield each[row], said
                 if progress is not None:
                     progress.update(images=len(each))
         finally:

@@ -1,5 +1,7 @@
 """What a model says about one image and what that rests on: the kept patches, and the score of every patch.
 
+A prediction also carries the pixels that show it (`Pictures`), so that nothing has to look at its image again.
+
 Torch-free. All boxes are (x, y, width, height) in level-0 pixels and may reach over the border of the image.
 """
 
@@ -122,6 +124,28 @@ class Scores:
 
 
 @dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pixels that show a prediction, taken from its own source while that was open.
+
+    Attributes:
+        thumbnail: (h, w, c) uint8 of the whole image, c = 1 or 3; a picture of the scores where there is no image.
+        downsample: level-0 pixels per pixel of the thumbnail.
+        patches: (k, s, s, c) uint8, kept patches as the model saw them, made smaller where they are large.
+        place: (k,) which of the kept patches these are; with very many kept, those with the highest attention.
+        note: where the pixels are not what the model saw, what they are; else "".
+    """
+
+    thumbnail: NDArray[np.uint8]
+    downsample: float
+    patches: NDArray[np.uint8]
+    place: NDArray[np.int64]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.place.shape == (len(self.patches),), self.place.shape
+
+
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """What a model says about one image.
 
@@ -139,6 +163,7 @@ class Prediction:
             size is told from the coordinates.
         model: which model said so.
         unreadable: (k, 4) boxes of the patches that could not be read; None if all could.
+        pictures: pixels that show it; None where they were not asked for.
     """
 
     name: str
@@ -152,6 +177,7 @@ class Prediction:
     patch: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""
     unreadable: NDArray[np.int64] | None = None
+    pictures: Pictures | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the score of every patch, as a plain dict."""

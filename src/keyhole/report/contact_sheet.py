@@ -17,7 +17,7 @@ from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
 from keyhole.files import write_atomic
-from keyhole.prediction import Prediction
+from keyhole.prediction import Pictures, Prediction
 from keyhole.tasks import SEPARATOR, Task
 
 Color = tuple[int, int, int]
@@ -26,7 +26,9 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 INK, GREY, LINE, GROUND, WHITE = (28, 30, 33), (110, 115, 122), (224, 227, 231), (243, 244, 246), (255, 255, 255)
 RIGHT, WRONG, NEUTRAL = (22, 128, 61), (200, 30, 38), (37, 84, 176)
 COLD_TO_HOT: tuple[Color, ...] = ((76, 110, 245), (0, 172, 205), (250, 204, 21), (249, 115, 22), (225, 20, 60))
-"""Colours of attention from none to the most in the image; they stand out on tissue, on photographs and on grey."""
+"""Colours of attention, see `heat`; they stand out on tissue, on photographs and on grey."""
+HOTTEST = 16
+"""Times its equal share at which a patch gets the hottest colour."""
 
 MARGIN, GAP = 32, 28
 IMAGE_SIDE, TEXT_WIDTH = 340, 260
@@ -41,19 +43,21 @@ class SheetEntry:
     """One row of the sheet.
 
     Attributes:
-        prediction: what was said.
+        prediction: what was said, with its pictures.
         truth: the known label of the task shown, as written in the CSV; None or empty where unknown.
-        thumbnail: (h, w, c) uint8 of the whole image, c = 1 or 3; some 480 pixels or more on the long side look best.
-            Where there is no image, its `score_picture`.
-        downsample: level-0 pixels per pixel of the thumbnail.
-        patches: (k, s, s, c) uint8, pixels of the first k kept patches in their order; none where there is no image.
+        looked_at: patches of the image; None where not known.
     """
 
     prediction: Prediction
-    truth: str | None
-    thumbnail: NDArray[np.uint8]
-    downsample: float
-    patches: NDArray[np.uint8]
+    truth: str | None = None
+    looked_at: int | None = None
+
+    @property
+    def pictures(self) -> Pictures:
+        """What the prediction carries to be shown."""
+        if self.prediction.pictures is None:
+            raise ValueError(f"{self.prediction.name}: the prediction carries no pictures; predict with pictures=True")
+        return self.prediction.pictures
 
 
 def contact_sheet(
@@ -88,13 +92,23 @@ def contact_sheet(
     return write_atomic(path, data.getvalue())
 
 
-def score_picture(scores: NDArray[np.float32], zoom: int) -> NDArray[np.uint8]:
-    """Scores (rows, columns) as a picture (rows zoom, columns zoom, 3), relative to the highest; grey where NaN.
+def heat(weights: NDArray[np.float32], equal: float) -> NDArray[np.float32]:
+    """How hot weights are, 0 to 1, against the weight that each would have if all were equal.
 
-    By the square root: attention is often on a few patches, and the others would all look alike.
+    A weight of at most `equal` is cold; twice that is one step, until `HOTTEST` times, or all of the weight where that
+    is less. Weights that are all equal are all cold: a model that attends to nothing does not look certain.
     """
-    highest = np.nanmax(scores, initial=0.0)
-    shares = np.sqrt(np.nan_to_num(scores) / max(float(highest), 1e-12))
+    most = min(float(HOTTEST), 1 / equal)
+    if most <= 1:
+        return np.zeros_like(weights, np.float32)
+    times = np.clip(weights / equal, 1, most)
+    hot: NDArray[np.float32] = (np.log2(times) / np.log2(most)).astype(np.float32)
+    return hot
+
+
+def score_picture(scores: NDArray[np.float32], zoom: int, equal: float) -> NDArray[np.uint8]:
+    """Scores (rows, columns) as a picture (rows zoom, columns zoom, 3) by `heat`; grey where NaN."""
+    shares = heat(np.nan_to_num(scores), equal)
     steps = np.array([_heat(step / 255) for step in range(256)], np.uint8)
     colors: NDArray[np.uint8] = steps[np.rint(shares * 255).astype(np.int64).clip(0, 255)]
     colors[np.isnan(scores)] = LINE
@@ -103,60 +117,67 @@ def score_picture(scores: NDArray[np.float32], zoom: int) -> NDArray[np.uint8]:
 
 def _draw_head(draw: ImageDraw.ImageDraw, title: str) -> None:
     """Title, what the colours mean, and headings over the three columns."""
-    small = _font(15)
-    bar_width, bar_left = 120, WIDTH - MARGIN - 120 - 60
-    _text(draw, (bar_left - 76, 24), "attention", small, GREY, 70)
+    small, bar_width = _font(15), 120
+    least, most = "attention: equal share 1/M", f"{HOTTEST}/M, or all"
+    right = WIDTH - MARGIN - round(small.getlength(most)) - 8
+    bar_left = right - bar_width
+    left = bar_left - round(small.getlength(least)) - 8
+    _text(draw, (left, 24), least, small, GREY, bar_left - left)
     for x in range(bar_width):
         draw.line([(bar_left + x, 27), (bar_left + x, 39)], fill=_heat(x / (bar_width - 1)))
-    _text(draw, (WIDTH - MARGIN, 24), "highest", small, GREY, 70, align_right=True)
-    _text(draw, (MARGIN, 20), title, _font(22), INK, bar_left - 76 - MARGIN - GAP)
+    _text(draw, (WIDTH - MARGIN - 1, 24), most, small, GREY, WIDTH - MARGIN - right, align_right=True)
+    _text(draw, (MARGIN, 20), title, _font(22), INK, left - MARGIN - GAP)
     for left, heading in (
         (MARGIN, "image with the kept patches"),
         (MARGIN + IMAGE_SIDE + GAP, "what the model says"),
-        (PATCHES_LEFT, "kept patches with the highest attention, and its share"),
+        (PATCHES_LEFT, "kept patches with the highest attention: its share, and times 1/M"),
     ):
         _text(draw, (left, HEAD - 27), heading, small, GREY, WIDTH)
 
 
 def _draw_entry(sheet: Picture.Image, draw: ImageDraw.ImageDraw, entry: SheetEntry, task: Task, top: int) -> None:
     attention = entry.prediction.kept.attention[task.name]
-    heat = attention / max(float(attention.max()), 1e-12)
-    picture = _outlined(entry, heat)
+    hot = heat(attention, 1 / len(attention))
+    picture = _outlined(entry, hot)
     left = MARGIN + (IMAGE_SIDE - picture.width) // 2
     draw.rectangle([MARGIN, top, MARGIN + IMAGE_SIDE - 1, top + ROW - 1], fill=GROUND)
     sheet.paste(picture, (left, top + (ROW - picture.height) // 2))
 
     _draw_words(draw, entry, task, MARGIN + IMAGE_SIDE + GAP, top)
 
-    shown = np.argsort(-attention[: len(entry.patches)], kind="stable")[:PATCHES]
-    for place, i in enumerate(shown):
+    shown = np.argsort(-attention[entry.pictures.place], kind="stable")[:PATCHES]
+    for place, carried in enumerate(shown):
+        i = int(entry.pictures.place[carried])
         x = PATCHES_LEFT + place % PER_LINE * (PATCH_SIDE + PATCH_GAP)
         y = top + place // PER_LINE * (PATCH_SIDE + CAPTION + PATCH_GAP)
-        patch = _picture(entry.patches[i]).resize((PATCH_SIDE - 8, PATCH_SIDE - 8), Picture.Resampling.BICUBIC)
-        draw.rectangle([x, y, x + PATCH_SIDE - 1, y + PATCH_SIDE - 1], fill=_heat(float(heat[i])))
+        patch = _picture(entry.pictures.patches[carried]).resize(
+            (PATCH_SIDE - 8, PATCH_SIDE - 8), Picture.Resampling.BICUBIC
+        )
+        draw.rectangle([x, y, x + PATCH_SIDE - 1, y + PATCH_SIDE - 1], fill=_heat(float(hot[i])))
         draw.rectangle([x + 3, y + 3, x + PATCH_SIDE - 4, y + PATCH_SIDE - 4], fill=WHITE)
         sheet.paste(patch, (x + 4, y + 4))
-        _text(draw, (x + 1, y + PATCH_SIDE + 3), _percent(float(attention[i])), _font(14), GREY, PATCH_SIDE)
+        share = f"{_percent(float(attention[i]))}  ({_times(float(attention[i]) * len(attention))})"
+        _text(draw, (x + 1, y + PATCH_SIDE + 3), share, _font(14), GREY, PATCH_SIDE)
 
 
-def _outlined(entry: SheetEntry, heat: NDArray[np.float32]) -> Picture.Image:
+def _outlined(entry: SheetEntry, hot: NDArray[np.float32]) -> Picture.Image:
     """The thumbnail at the size of its cell, with a frame around every kept patch, the most attended on top."""
-    picture = _picture(entry.thumbnail)
+    picture = _picture(entry.pictures.thumbnail)
     zoom = min(IMAGE_SIDE / picture.width, ROW / picture.height)
     size = (max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom)))
     picture = picture.resize(size, Picture.Resampling.LANCZOS if zoom < 1 else Picture.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
-    scale = zoom / entry.downsample
-    for i in np.argsort(heat, kind="stable"):
+    scale = zoom / entry.pictures.downsample
+    for i in np.argsort(hot, kind="stable"):
         if not entry.prediction.kept.boxes[i, 2:].any():
             continue  # features without coordinates
         x, y, width, height = (entry.prediction.kept.boxes[i] * scale).tolist()
         # A frame that the border of the image would hide is moved onto it.
         left, top = min(max(x, 0), size[0] - 2), min(max(y, 0), size[1] - 2)
         right, bottom = max(min(x + width, size[0]) - 1, left + 1), max(min(y + height, size[1]) - 1, top + 1)
-        line = 2 + round(float(heat[i]))
+        line = 2 + round(float(hot[i]))
         draw.rectangle([left - 1, top - 1, right + 1, bottom + 1], outline=WHITE, width=1)
-        draw.rectangle([left, top, right, bottom], outline=_heat(float(heat[i])), width=line)
+        draw.rectangle([left, top, right, bottom], outline=_heat(float(hot[i])), width=line)
     return picture
 
 
@@ -183,12 +204,15 @@ def _draw_words(draw: ImageDraw.ImageDraw, entry: SheetEntry, task: Task, left: 
             if said[name] * TEXT_WIDTH >= 1:
                 draw.rectangle([left, y + 22, left + round(said[name] * TEXT_WIDTH) - 1, y + 26], fill=shade)
             y += 39
-    looked_at = f" of {len(prediction.scores):,}" if prediction.scores is not None else ""
-    size = f"{prediction.size.width:,} x {prediction.size.height:,} pixels"
-    _text(draw, (left, top + ROW - 44), size, _font(14), GREY, TEXT_WIDTH)
-    _text(
-        draw, (left, top + ROW - 22), f"kept {len(prediction.kept):,}{looked_at} patches", _font(14), GREY, TEXT_WIDTH
-    )
+    count = entry.looked_at if prediction.scores is None else len(prediction.scores)
+    m, looked_at = len(prediction.kept), "" if count is None else f" of {count:,}"
+    lines = [
+        entry.pictures.note,
+        f"{prediction.size.width:,} x {prediction.size.height:,} pixels",
+        f"kept {m:,}{looked_at} patches; 1/M is {_percent(1 / m)}",
+    ]
+    for line, text in enumerate(lines):
+        _text(draw, (left, top + ROW - 22 * (len(lines) - line)), text, _font(14), GREY, TEXT_WIDTH)
 
 
 def _verdict(task: Task, truth: str | None, label: str) -> Color:
@@ -207,7 +231,7 @@ def _picture(pixels: NDArray[np.uint8]) -> Picture.Image:
 
 
 def _heat(share: float) -> Color:
-    """Colour of attention relative to the most in the image."""
+    """Colour of `heat`."""
     place = min(max(share, 0.0), 1.0) * (len(COLD_TO_HOT) - 1)
     low = min(int(place), len(COLD_TO_HOT) - 2)
     mixed = (round(a + (b - a) * (place - low)) for a, b in zip(COLD_TO_HOT[low], COLD_TO_HOT[low + 1], strict=True))
@@ -222,6 +246,10 @@ def _percent(share: float) -> str:
     if 0.999 < share < 1:
         return "> 99.9 %"
     return f"{100 * share:.1f} %" if share < 1 else "100 %"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g} x" if ratio < 10 else f"{ratio:,.0f} x"
 
 
 def _font(size: int) -> Font:

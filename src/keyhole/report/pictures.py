@@ -1,0 +1,143 @@
+"""The pixels that show a prediction, taken from the source that it was made from, while that is open.
+
+Nothing here opens the image of a prediction again or lays a grid: boxes and places are those of the prediction.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+from keyhole.errors import ImageError
+from keyhole.features import FeaturePatches
+from keyhole.images import open_image
+from keyhole.images.geometry import Box, Size
+from keyhole.images.image import Image
+from keyhole.images.pixels import Pixels
+from keyhole.images.thumbnail import thumbnail
+from keyhole.patches import FilePatches
+from keyhole.prediction import Kept, Pictures, Prediction, Scores
+from keyhole.report.contact_sheet import score_picture
+
+SHOWN = 64
+"""Kept patches of an image whose pixels are carried along."""
+SIDE = 142
+"""Largest side of a carried patch, in pixels: what the contact sheet shows of it."""
+THUMBNAIL = 680
+"""Longest side of the picture of the whole image."""
+LEAST = 340
+"""Pixels of the longer side of a picture of scores."""
+
+
+def most_attended(kept: Kept) -> NDArray[np.int64]:
+    """Places among the kept of the patches to show: of very many those with the highest attention of any task."""
+    ranks = [np.argsort(np.argsort(-weights, kind="stable")) for weights in kept.attention.values()]
+    order = np.argsort(np.min(ranks, axis=0), kind="stable") if ranks else np.arange(len(kept))
+    return np.sort(order[:SHOWN]).astype(np.int64)
+
+
+def small_patches(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Patches (k, s, s, c) with sides of at most `SIDE` pixels."""
+    k, side, _, channels = pixels.shape
+    if side <= SIDE:
+        return np.array(pixels)
+    out = np.empty((k, SIDE, SIDE, channels), np.uint8)
+    for place, patch in zip(out, pixels, strict=True):
+        place[...] = _resized(patch)
+    return out
+
+
+def pictures_of_file(
+    source: FilePatches, prediction: Prediction, place: NDArray[np.int64], patches: Pixels
+) -> Pictures:
+    """What shows a prediction made from the pixels of a file.
+
+    Args:
+        source: still open.
+        prediction: made from it.
+        place: which of the kept patches are shown.
+        patches: (k, s, s, c) pixels of these, as the model saw them.
+    """
+    small = small_patches(patches)
+    try:
+        picture, downsample = thumbnail(source.image, THUMBNAIL)
+    except ImageError:  # its other patches were enough for a prediction
+        picture, downsample = _scores_picture(prediction)
+        return Pictures(picture, downsample, small, place, "damaged image: its scores are shown")
+    return Pictures(picture, downsample, small, place)
+
+
+def pictures_of_features(source: FeaturePatches, prediction: Prediction, place: NDArray[np.int64]) -> Pictures:
+    """What shows a prediction made from stored features: the slide where it can be read, else the scores.
+
+    The pixels of a slide are not what the model saw, which the note says. A slide of another size than the features
+    state, or one that ends before their last patch, is not shown.
+    """
+    boxes = prediction.kept.boxes[place]
+    if boxes[:, 2:].any() and prediction.image != source.file.path:
+        try:
+            with open_image(prediction.image) as image:
+                if _is_slide_of(image.size, source):
+                    picture, downsample = thumbnail(image, THUMBNAIL)
+                    note = "stored features: pixels of the slide"
+                    return Pictures(picture, downsample, _patches(image, boxes), place, note)
+        except ImageError:
+            pass  # the slide is often elsewhere than its features; a damaged one is no reason to show nothing
+    picture, downsample = _scores_picture(prediction)
+    nothing = np.empty((0, SIDE, SIDE, 3), np.uint8)
+    return Pictures(picture, downsample, nothing, place[:0], "stored features: scores, no pixels")
+
+
+def _is_slide_of(size: Size, source: FeaturePatches) -> bool:
+    """Whether the features can be of a slide of this size: patches at its border may reach over it, but begin on it."""
+    stated, side = source.grid.l0_size, source.grid.scale * source.grid.size
+    if stated is not None:
+        return size == stated
+    return all(have > reach - side for have, reach in zip(size, source.grid.extent, strict=True))
+
+
+def _patches(image: Image, boxes: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Pixels (k, SIDE, SIDE, c) of level-0 boxes, from the coarsest level that has as many."""
+    out = np.empty((len(boxes), SIDE, SIDE, image.channels), np.uint8)
+    for place, (x, y, width, height) in zip(out, boxes.tolist(), strict=True):
+        fine = [i for i, level in enumerate(image.levels) if i == 0 or level.downsample * SIDE <= max(width, height)]
+        down = image.levels[fine[-1]].downsample
+        left, top, right, bottom = (round(edge / down) for edge in (x, y, x + width, y + height))
+        place[...] = _resized(image.read(Box(left, top, max(1, right - left), max(1, bottom - top)), fine[-1]))
+    return out
+
+
+def _resized(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(h, w, c) to (SIDE, SIDE, c)."""
+    picture = PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    resized: NDArray[np.uint8] = np.asarray(picture.resize((SIDE, SIDE), PIL.Image.Resampling.BICUBIC))
+    return resized.reshape(SIDE, SIDE, -1)
+
+
+def _scores_picture(prediction: Prediction) -> tuple[NDArray[np.uint8], float]:
+    """The scores as a picture in place of the image, and level-0 pixels per pixel of it."""
+    scores, size = prediction.scores, prediction.size
+    if scores is None or not prediction.kept.boxes[:, 2:].any():
+        values = np.full((1, 1), np.nan, np.float32) if scores is None else _folded(scores)
+        equal = 1.0 if scores is None else 1 / len(scores)
+        return score_picture(values, max(1, LEAST // max(values.shape)), equal), 1.0
+    step = float(prediction.patch["scale"]) * float(prediction.patch["stride"])
+    zoom = max(1, round(LEAST / max(scores.rows, scores.columns)))
+    picture = score_picture(scores.map(), zoom, 1 / len(scores))
+    # where the map's first cell lies on the slide, from a patch whose cell and box are known
+    at = scores.boxes(scores.index[:1])[0, :2] - scores.cells[0, ::-1] * step
+    left, top = (round(max(0.0, float(edge) / step * zoom)) for edge in at)
+    wanted = [max(1, round(side / step * zoom)) for side in (size.height, size.width)]
+    height, width = max(wanted[0], top + picture.shape[0]), max(wanted[1], left + picture.shape[1])
+    grown = np.full((height, width, 3), 255, np.uint8)
+    grown[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return grown, step / zoom
+
+
+def _folded(scores: Scores) -> NDArray[np.float32]:
+    """Scores without places, in the order of the file, as lines of a square."""
+    columns = int(np.ceil(np.sqrt(len(scores))))
+    values = np.full((-(-len(scores) // columns) * columns), np.nan, np.float32)
+    values[: len(scores)] = scores.score
+    return values.reshape(-1, columns)
