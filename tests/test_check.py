@@ -212,8 +212,11 @@ def test_a_preview_of_every_slide_is_written_also_where_no_patch_is_left(tmp_pat
     assert str(tmp_path / "pictures" / "b.png") in found.problem
     assert "--patch.foreground" in found.fix
     assert report.spreads["patches"].total == 2 * 8
-    pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    pictures = sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
     assert pictures == ["a_slide_1-2.png", "a_slide_1.png", "b.png"]
+    listing = (tmp_path / "pictures" / "previews.csv").read_text().splitlines()
+    assert listing[0] == "image,preview"
+    assert sorted(line.rpartition(",")[2] for line in listing[1:]) == pictures
     for name in pictures:
         slide, caption = page(tmp_path / "pictures" / name)
         assert shows(slide, GREEN) == shows(slide, BLUE) == (name != "b.png")
@@ -277,10 +280,10 @@ def test_the_command_makes_previews_by_default_only_where_there_is_a_foreground(
     assert not (tmp_path / "keyhole-check").exists()
     assert "to look at" not in capsys.readouterr().out
     assert run_check([*line, "--patch.foreground", "tissue"]) == 0
-    assert len(list((tmp_path / "keyhole-check").iterdir())) == 2
+    assert len(list((tmp_path / "keyhole-check").glob("*.png"))) == 2
     assert "foreground masks and patches to look at: keyhole-check" in capsys.readouterr().out
     assert run_check([*line, "--previews", "other"]) == 0
-    assert len(list((tmp_path / "other").iterdir())) == 2
+    assert len(list((tmp_path / "other").glob("*.png"))) == 2
 
 
 def test_masks_are_looked_at_and_their_faults_name_the_mask(tmp_path: Path, probe: ImageProbe) -> None:

@@ -89,11 +89,6 @@ def test_folders_named_train_val_test_are_splits_where_they_hold_class_folders(t
     assert left(manifest) == {"other/c/0.png": "not under train, val or test"}
 
 
-def test_classes_may_be_called_train_and_test(tmp_path: Path) -> None:
-    touch(tmp_path, *(f"{c}/{i}.png" for c in ("train", "test") for i in range(5)))
-    assert read(tmp_path).tasks[0].classes == ("test", "train")
-
-
 def test_links_are_followed_and_a_circle_of_them_ends(tmp_path: Path) -> None:
     touch(tmp_path, *(f"data/{c}/{i}.png" for c in "ab" for i in range(3)))
     touch(tmp_path, "elsewhere/9.png")
@@ -423,7 +418,7 @@ def test_data_that_are_not_there_or_no_data_are_refused(tmp_path: Path) -> None:
         tmp_path / "gone": "no such file or folder",
         tmp_path / "empty": "no images in class folders",
         tmp_path / "flat": "no images in class folders",
-        tmp_path / "one": "all labels are 'a'",
+        tmp_path / "one": "all images are in one class folder, .a.",
         tmp_path / "pipe": "not a regular file",
     }.items():
         with pytest.raises(DataError, match=message):

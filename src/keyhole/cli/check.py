@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from keyhole.config import Config
     from keyhole.data.check import CheckReport
 
-PREVIEWS = "keyhole-check"
-"""Folder for previews where none is named."""
 LISTED = 20
 """Left-out files shown; the JSON has all."""
 
@@ -66,6 +64,8 @@ def run(argv: list[str]) -> int:
 
 
 def _previews(folder: str, config: Config) -> Path | None:
+    from keyhole.data.outputs import PREVIEWS
+
     if folder == "auto":
         return None if config.patch.foreground == "all" else Path(PREVIEWS)
     return None if folder.lower() == "none" else Path(folder).expanduser()

@@ -15,7 +15,8 @@ from keyhole.config import Config
 from keyhole.data.check_findings import Finding, about_content, about_images, about_labels, count_classes
 from keyhole.data.check_worker import Failed, ImageProbe, Probed, Request, Trouble
 from keyhole.data.item import SPLITS, Item, LeftOut
-from keyhole.data.manifest import MISSING_FILE, Manifest, read_manifest
+from keyhole.data.manifest import MISSING_FILE, Manifest, read_manifest, write_csv
+from keyhole.data.outputs import PREVIEW_LIST
 from keyhole.errors import OutputError
 from keyhole.files import writable_folder
 from keyhole.report.mask_preview import preview_names
@@ -123,6 +124,8 @@ def check(
     manifest = read_manifest(replace(config.data, on_bad_image="skip"), config.train.seed)
     findings, left_out = _missing(manifest, config)
     requests = _requests(manifest.items, config, None if previews is None else writable_folder(previews))
+    if previews is not None:
+        _list_previews(previews, requests)
     probed: dict[str, Probed] = {}
     results = _probe_all(requests, config, progress)
     for item, request, result in zip(manifest.items, requests, results, strict=True):
@@ -170,6 +173,14 @@ def _requests(items: Sequence[Item], config: Config, previews: Path | None) -> l
         )
         for item, picture in zip(items, pictures, strict=True)
     ]
+
+
+def _list_previews(folder: Path, requests: Sequence[Request]) -> None:
+    """Names the preview of each image, for people and for keyhole, which must not take them for images."""
+    pictures = [request for request in requests if request.preview is not None and not request.features]
+    if pictures:
+        rows = [(request.name, Path(str(request.preview)).name) for request in pictures]
+        write_csv(folder / PREVIEW_LIST, [("image", "preview"), *rows])
 
 
 def _probe_all(

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from keyhole.config import DataConfig
 from keyhole.data.companions import with_companions
 from keyhole.data.hashes import FileHash
-from keyhole.data.item import SPLITS, ZARR_SUFFIX, Item, LeftOut, Row, Table
+from keyhole.data.item import SPLITS, ZARR_SUFFIX, Item, LeftOut, Row, Table, absolute
+from keyhole.data.layout import one_class, refuse_single_images
 from keyhole.data.read_csv import FILES, read_csv
-from keyhole.data.read_folder import expand_images, read_folder
+from keyhole.data.read_folder import FOLDER_TASK, expand_images, read_folder
 from keyhole.data.settle import check_training, settle_splits
 from keyhole.errors import ConfigError, DataError
 from keyhole.files import write_atomic
@@ -114,8 +115,16 @@ def write_left_out(path: str | Path, left_out: Iterable[tuple[str, str]]) -> Pat
     Raises:
         OutputError: it cannot be written.
     """
-    # A file name need not be valid text; what cannot be encoded is written as an escape.
-    return write_atomic(path, _csv([["name", "reason"], *left_out]).encode("utf-8", "backslashreplace"))
+    return write_csv(path, [["name", "reason"], *left_out])
+
+
+def write_csv(path: str | Path, rows: Iterable[Sequence[str]]) -> Path:
+    """Writes a CSV of names, which need not be valid text: what cannot be encoded is written as an escape.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    return write_atomic(path, _csv(rows).encode("utf-8", "backslashreplace"))
 
 
 def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
@@ -128,6 +137,11 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
         ConfigError: shares that leave nothing to train on, or an unknown kind of task.
     """
     table, path = _read(data)
+    if path.is_dir():
+        counts = Counter(row.item.labels[FOLDER_TASK] for row in table.rows)
+        if len(counts) == 1:
+            raise one_class(path, [Path(row.item.name).parts[:-1] for row in table.rows])
+        refuse_single_images(path, counts)
     wanted = _wanted_tasks(path, table.columns, data.tasks)
     rows, left_out = _usable(path, table, list(wanted), data)
     tasks = [_task(path, rows, name, kind) for name, kind in wanted.items()]
@@ -190,12 +204,18 @@ def _read(data: DataConfig) -> tuple[Table, Path]:
     if not data.path.exists():
         raise DataError(f"{data.path}: no such file or folder. Name a folder of classes or a CSV: --data.path PATH.")
     if data.path.is_dir():
-        table = read_folder(data.path)
+        table = read_folder(data.path, _beside(data))
     elif data.path.is_file():
         table = read_csv(data.path, data.root, slides=data.features is not None)
     else:
         raise DataError(f"{data.path}: not a regular file. Name a folder of classes or a CSV: --data.path PATH.")
     return with_companions(data.path, table, data), data.path
+
+
+def _beside(data: DataConfig) -> dict[Path, str]:
+    """Folders that hold what belongs to the images, which may lie among them."""
+    named = {"--data.masks": data.masks, "--data.features": data.features}
+    return {absolute(path.expanduser()): f"the folder of {name}" for name, path in named.items() if path is not None}
 
 
 def _wanted_tasks(path: Path, columns: Sequence[str], asked: Sequence[str]) -> dict[str, str | None]:

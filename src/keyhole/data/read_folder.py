@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from keyhole.data.companions import FEATURE_FOLDERS, FEATURE_ORDER
-from keyhole.data.item import FEATURE_SUFFIXES, IMAGE_SUFFIXES, SPLITS, ZARR_SUFFIX, Item, LeftOut, Row, Table, absolute
+from keyhole.data.item import FEATURE_SUFFIXES, IMAGE_SUFFIXES, ZARR_SUFFIX, Item, LeftOut, Row, Table, absolute
+from keyhole.data.layout import find_layout, split_named
+from keyhole.data.outputs import output_folder, own_files, system_folder
 from keyhole.errors import DataError
 
 FOLDER_TASK = "label"
@@ -17,42 +19,45 @@ _NOT_IMAGES = frozenset({".ds_store", "thumbs.db", "desktop.ini"})
 """Files that systems leave in folders."""
 
 
-def read_folder(path: Path) -> Table:
-    """Reads `path/CLASS/**/image`, or `path/SPLIT/CLASS/**/image` where the folders are train, val and test.
+def read_folder(path: Path, ignore: Mapping[Path, str] | None = None) -> Table:
+    """Reads `path/CLASS/**/image`, `path/SPLIT/CLASS/**/image` or `path/CLASS/SPLIT/**/image`.
 
-    The names are splits where a folder `train` is there and each of train, val and test that is there holds folders
-    and no images of its own.
+    `layout.find_layout` decides which of them it is.
+
+    Args:
+        path: the folder.
+        ignore: folders in it that hold something else, such as masks, each with what it holds.
 
     Raises:
-        DataError: no class folders, or no images in them.
+        DataError: no class folders, no images in them, or folders that are named like splits but not laid out as such.
     """
     path = absolute(path)
-    files, left_out = list_images(path)
-    has_splits = _has_splits(path, files)
-    table = Table((FOLDER_TASK,), [], left_out, [])
+    files, left_out = list_images(path, ignore, generated=True)
+    skipped = {left.name for left in left_out}
+    places = [file.relative_to(path).parts[:-1] for file in files]
+    layout = find_layout(path, places)
+    table = Table((FOLDER_TASK,), [], left_out, [f"{path}: {note}" for note in layout.notes])
     filled = set()
-    for file in files:
-        relative = file.relative_to(path)
-        name = relative.as_posix()
-        *folders, _ = relative.parts
-        if has_splits and folders[:1] and folders[0].lower() not in SPLITS:
-            left_out.append(LeftOut(name, "not under train, val or test"))
+    for file, folders in zip(files, places, strict=True):
+        name = file.relative_to(path).as_posix()
+        place = layout.place(folders)
+        if isinstance(place, str):
+            left_out.append(LeftOut(name, place))
             continue
-        split = folders.pop(0).lower() if has_splits and folders else ""
-        if not folders:
-            left_out.append(LeftOut(name, "not in a class folder"))
-            continue
-        filled.add((split, folders[0]))
-        table.rows.append(Row(Item(name, file, {FOLDER_TASK: folders[0].strip()}, split), name))
+        split, label = place
+        filled |= {"/".join(folders[:depth]) for depth in range(1, len(folders) + 1)}
+        table.rows.append(Row(Item(name, file, {FOLDER_TASK: label.strip()}, split), name))
     if not table.rows:
         raise DataError(
             f"{path}: no images in class folders. Expected one folder per class with its images in it, or a CSV."
         )
-    for split_folder in _folders(path) if has_splits else [path]:
-        for folder in _folders(split_folder):
-            split = split_folder.name.lower() if has_splits else ""
-            if split in ("", *SPLITS) and (split, folder.name) not in filled:
-                left_out.append(LeftOut(f"{folder.relative_to(path).as_posix()}/", "class folder without images"))
+    tops = {folders[0] for folders in places if folders}
+    for outer in _folders(path):
+        within = layout.kind == "split/class" and bool(split_named(outer.name))
+        for folder in _folders(outer) if within else [outer] if outer.name not in tops else []:
+            name = folder.relative_to(path).as_posix()
+            if name not in filled and skipped.isdisjoint({f"{name}/", f"{outer.name}/"}):
+                left_out.append(LeftOut(f"{name}/", "class folder without images"))
     return table
 
 
@@ -93,12 +98,19 @@ def expand_images(
     return list(found), left_out
 
 
-def list_images(path: Path) -> tuple[list[Path], list[LeftOut]]:
+def list_images(
+    path: Path, ignore: Mapping[Path, str] | None = None, generated: bool = False
+) -> tuple[list[Path], list[LeftOut]]:
     """The images below a folder in order of name, and every other file with the reason it is not one.
 
     Where there is no image, files of stored features are taken in their place, one a slide. Links are followed, each
     folder once. The folder beside a MIRAX slide of the same name holds the slide's own data, and a folder `x.zarr` is
-    itself an image.
+    itself an image. What keyhole wrote is left out, as are the folders of systems; `path` itself is always read.
+
+    Args:
+        path: the folder.
+        ignore: absolute paths of folders below that are left out, each with the reason.
+        generated: leave out images that keyhole generated, too.
 
     Raises:
         DataError: a folder that cannot be listed.
@@ -107,7 +119,7 @@ def list_images(path: Path) -> tuple[list[Path], list[LeftOut]]:
     images: list[Path] = []
     stored: list[Path] = []
     left_out: list[LeftOut] = []
-    for folder, names, others in _walk(path):
+    for folder, names, others in _walk(path, ignore or {}, generated):
         left_out += others
         for name in names:
             file = folder / name
@@ -136,21 +148,28 @@ def _one_a_slide(path: Path, stored: list[Path]) -> tuple[list[Path], list[LeftO
     return list(chosen), [LeftOut(name, "features that an .h5 file holds too") for name in names]
 
 
-def _walk(path: Path) -> Iterator[tuple[Path, list[str], list[LeftOut]]]:
+def _walk(path: Path, ignore: Mapping[Path, str], generated: bool) -> Iterator[tuple[Path, list[str], list[LeftOut]]]:
     """Each folder with the sorted names of its files and of images that are folders, and what was not entered."""
 
     def unlistable(error: OSError) -> None:
         raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}).") from error
+
+    def shown(file: Path) -> str:
+        return file.relative_to(path).as_posix()
 
     seen = {_identity(path)}
     for folder_name, folders, names in os.walk(path, onerror=unlistable, followlinks=True):
         folder, skipped = Path(folder_name), []
         whole = [name for name in folders if name.lower().endswith(ZARR_SUFFIX) and not name.startswith(".")]
         folders[:] = [name for name in folders if name not in whole]
+        if folder != path and (what := output_folder(folder, folders, [*names, *whole], _is_image, generated)):
+            folders.clear()
+            yield folder, [], [LeftOut(f"{shown(folder)}/", what)]
+            continue
         for name in sorted(folders):
             identity = _identity(folder / name)
-            if name.startswith("."):
-                reason = "hidden folder"
+            if reason := system_folder(name) or ignore.get(folder / name, ""):
+                pass
             elif f"{name}.mrxs" in names:
                 reason = f"part of {name}.mrxs"
             elif identity in seen:
@@ -159,9 +178,15 @@ def _walk(path: Path) -> Iterator[tuple[Path, list[str], list[LeftOut]]]:
                 seen.add(identity)
                 continue
             folders.remove(name)
-            skipped.append(LeftOut(f"{(folder / name).relative_to(path).as_posix()}/", reason))
+            skipped.append(LeftOut(f"{shown(folder / name)}/", reason))
         folders.sort()
-        yield folder, sorted([*names, *whole]), skipped
+        own = own_files(folder, names)
+        skipped += [LeftOut(shown(folder / name), what) for name, what in sorted(own.items())]
+        yield folder, sorted(name for name in [*names, *whole] if name not in own), skipped
+
+
+def _is_image(file: Path) -> bool:
+    return not _why_not(file)
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -185,17 +210,9 @@ def _why_not(file: Path) -> str:
     return ""
 
 
-def _has_splits(path: Path, files: list[Path]) -> bool:
-    named = [folder for folder in _folders(path) if folder.name.lower() in SPLITS]
-    direct = {file.parent for file in files}
-    return any(folder.name.lower() == "train" for folder in named) and all(
-        folder not in direct and _folders(folder) for folder in named
-    )
-
-
 def _folders(path: Path) -> list[Path]:
     return sorted(
         entry
         for entry in path.iterdir()
-        if entry.is_dir() and not entry.name.startswith(".") and entry.suffix.lower() != ZARR_SUFFIX
+        if entry.is_dir() and not system_folder(entry.name) and entry.suffix.lower() != ZARR_SUFFIX
     )

@@ -39,13 +39,15 @@ def settle_splits(
                 raise DataError(f"{path}, {row.where}: no split, but {given[0].where} has one. Fill in all or none.")
         train = [item for item in items if item.split == "train"]
         if not train:
-            raise DataError(f"{path}: no row with a label has split train, so there is nothing to learn from.")
+            lacking = "no folder train with class folders" if path.is_dir() else "no row with a label has split train"
+            raise DataError(f"{path}: {lacking}, so there is nothing to learn from.")
         if data.val > 0 and not any(item.split == "val" for item in items):
             made = _made(path, train, tasks, {"train": 1 - data.val, "val": data.val}, seed)
             new = {item.name: item for item in made}
             items = [new.get(item.name, item) for item in items]
             count = sum(item.split == "val" for item in items)
-            notes.append(f"no row has split val: {count} of {len(train)} training images became val (seed {seed})")
+            lacking = "no folder val" if path.is_dir() else "no row has split val"
+            notes.append(f"{lacking}: {count} of {len(train)} training images became val (seed {seed})")
     leaking = leaking_groups([item.group for item in items], [item.split for item in items])
     if leaking:
         notes.append(f"{len(leaking)} groups have images in more than one split: {listed(leaking)}")
@@ -69,10 +71,15 @@ def _made(
         for item, labels in zip(items, known, strict=True)
     ]
     try:
-        splits = make_splits(subjects, shares, seed)
+        splits = make_splits(subjects, shares, seed, give_splits(path))
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return [replace(item, split=split) for item, split in zip(items, splits, strict=True)]
+
+
+def give_splits(path: Path) -> str:
+    """How a user says which image is in which split, in the words of a folder or a CSV."""
+    return "give folders train, val and test" if path.is_dir() else "give a `split` column"
 
 
 def classes_of(task: Task, item: Item) -> tuple[str, ...]:
@@ -99,5 +106,5 @@ def check_training(where: str, items: Sequence[Item], tasks: Sequence[Task]) -> 
             raise DataError(
                 f"{where}: {task.name}: the training split has {has}"
                 f"{f', other splits have {listed(elsewhere)}' if elsewhere else ''}. "
-                "Give training an image of each class, or leave those rows out."
+                "Give training an image of each class, or leave those images out."
             )

@@ -47,7 +47,9 @@ class _Group:
         return len(self.members)
 
 
-def make_splits(subjects: Sequence[Subject], shares: Mapping[str, float], seed: int) -> list[str]:
+def make_splits(
+    subjects: Sequence[Subject], shares: Mapping[str, float], seed: int, remedy: str = "give a `split` column"
+) -> list[str]:
     """The split of every image.
 
     1. Each stratum gets a quota per split, its share of the stratum rounded up or down so that the splits' totals come
@@ -62,6 +64,7 @@ def make_splits(subjects: Sequence[Subject], shares: Mapping[str, float], seed: 
         subjects: the images.
         shares: of the images per split, `train` among them; splits with share 0 stay empty.
         seed: another seed gives another draw.
+        remedy: how a user gives splits, for messages.
 
     Raises:
         DataError: too few images or groups for the splits asked for.
@@ -73,12 +76,12 @@ def make_splits(subjects: Sequence[Subject], shares: Mapping[str, float], seed: 
         what = "group" if any(subject.group is not None for subject in subjects) else "image"
         raise DataError(
             f"{len(groups)} {what}{'s' * (len(groups) != 1)} cannot be shared out to {' and '.join(splits)}. "
-            "Add more, give a `split` column, or set data.val or data.test to 0."
+            f"Add more, {remedy}, or set data.val or data.test to 0."
         )
     quotas = _quotas(Counter(subject.stratum for subject in subjects), shares)
     placed = _place(groups, quotas, shares, len(subjects))
     _cover_classes(placed)
-    _fill_empty(placed)
+    _fill_empty(placed, remedy)
 
     out = [""] * len(subjects)
     for split, members in placed.items():
@@ -171,7 +174,7 @@ def _cover_classes(placed: dict[str, list[_Group]]) -> None:
         placed["train"].append(group)
 
 
-def _fill_empty(placed: dict[str, list[_Group]]) -> None:
+def _fill_empty(placed: dict[str, list[_Group]], remedy: str) -> None:
     """Moves one small group into every split that has none, without taking a class from training."""
     for split in placed:
         if placed[split]:
@@ -187,7 +190,7 @@ def _fill_empty(placed: dict[str, list[_Group]]) -> None:
         if not spare:
             raise DataError(
                 f"no image is left for {split}: each class would lose its only training image or group. "
-                "Add more, give a `split` column, or set data.val or data.test to 0."
+                f"Add more, {remedy}, or set data.val or data.test to 0."
             )
         group, source = min(spare, key=lambda pair: (pair[1] != "train", pair[0].size, pair[0].order))
         placed[source].remove(group)
