@@ -33,7 +33,14 @@ class DataConfig:
     root: Path | None = None
     """Folder that relative image paths of a CSV start from; default is the CSV's own folder."""
     tasks: tuple[str, ...] = ()
-    """Columns to learn, each `name` or `name=kind` (multiclass, binary, multilabel, regression); none: all columns."""
+    """Columns to learn, each `name` or `name=kind` (multiclass, binary, multilabel, regression); none: all columns that
+    describe the images, not those that only identify them, such as `slide_id`."""
+    group: str = "auto"
+    """Column whose images stay in one split, such as `patient`; `auto` takes `group`, else a column that is called like
+    patients, cases or slides; `none` takes no column."""
+    missing: tuple[str, ...] = ("nan", "NA", "N/A", "#N/A", "<NA>", "null", "None")
+    """Words in label cells of a CSV that mean unknown, as an empty cell does. They count in any case, but a word in
+    mixed case only as written, so that `none` may be a class. Leave a word out of the list to learn it as a class."""
     val: Rate = 0.15
     """Share of the images held out to choose the best model, where no `split` is given."""
     test: Rate = 0.15

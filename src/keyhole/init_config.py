@@ -188,6 +188,7 @@ def _summary(measured: Measured) -> list[str]:
             text += ", " + ", ".join(f"{name} {number[name]}" for name in task.classes[:10])
             text += f" and {len(task.classes) - 10} more classes" if len(task.classes) > 10 else ""
         lines.append(text)
+    lines += manifest.notes
     lines.append(
         f"size: {_span([size[0] for size in measured.sizes])} x {_span([size[1] for size in measured.sizes])} px"
     )

@@ -6,7 +6,7 @@ Torch-free, so that reading a manifest needs no torch; the losses are in `nn/los
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -170,6 +170,8 @@ def infer_task(name: str, texts: Iterable[str], kind: str | None = None) -> Task
     distinct = sorted({text.strip() for text in texts} - {""})
     if not distinct:
         raise DataError(f"{name}: no image has a label. Fill the column or choose other tasks.")
+    if kind is None and (comma := _decimal_comma(name, distinct)):
+        raise DataError(f"{comma} with a point, or say {name}=multiclass if these are classes.")
     chosen: Kind = _inferred_kind(name, distinct) if kind is None else kind
     if chosen == "regression":
         for text in distinct:
@@ -237,12 +239,28 @@ def _split(text: str) -> list[str]:
     return [label.strip() for label in text.split(SEPARATOR) if label.strip()]
 
 
+def looks_like_number(text: str) -> bool:
+    """Whether a cell is meant as a number: `3`, `0.5`, `1e-3`, also with a decimal comma, as in `30,5`."""
+    return _is_number(text.replace(",", ".", 1))
+
+
+def _decimal_comma(name: str, distinct: Sequence[str]) -> str:
+    """What to say of numbers with a decimal comma; empty where there are none, or where words are among them."""
+    commas = [text for text in distinct if "," in text and looks_like_number(text)]
+    if not commas or not all(map(looks_like_number, distinct)):
+        return ""
+    text = commas[0]
+    return f"{name}: {text!r} has a decimal comma. Write {text.replace(',', '.')}"
+
+
 def _is_number(text: str) -> bool:
     # `float` alone would also take `nan`, `infinity` and class names such as `10_2`.
     return _NUMBER.fullmatch(text) is not None and abs(float(text)) < _LARGEST
 
 
 def _number(name: str, text: str) -> float:
+    if comma := _decimal_comma(name, [text]):
+        raise DataError(f"{comma} with a point.")
     if not _is_number(text):
         raise DataError(f"{name}: {text!r} is not a finite number. Leave the cell empty where the value is unknown.")
     return float(text)

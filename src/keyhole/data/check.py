@@ -123,6 +123,7 @@ def check(
     """
     manifest = read_manifest(replace(config.data, on_bad_image="skip"), config.train.seed)
     findings, left_out = _missing(manifest, config)
+    findings += [Finding(doubt.name, doubt.problem, doubt.fix, "warning") for doubt in manifest.doubts]
     requests = _requests(manifest.items, config, None if previews is None else writable_folder(previews))
     if previews is not None:
         _list_previews(previews, requests)
@@ -144,7 +145,7 @@ def check(
         spreads=_spreads(list(probed.values())),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
         left_out=tuple(left_out),
-        notes=manifest.notes,
+        notes=tuple(note for note in manifest.notes if note not in {doubt.line() for doubt in manifest.doubts}),
         memory=fits(sum(image.level_bytes for image in probed.values()), config.data.cache)[1],
         previews=None if previews is None else str(previews),
     )

@@ -12,7 +12,7 @@ from keyhole.data.check_worker import Probed
 from keyhole.data.hashes import hash_files
 from keyhole.data.item import SPLITS, Item
 from keyhole.data.manifest import Manifest
-from keyhole.data.settle import classes_of
+from keyhole.data.settle import classes_of, give_splits
 from keyhole.data.splits import leaking_groups
 from keyhole.errors import ImageError
 from keyhole.wording import listed
@@ -64,7 +64,8 @@ def about_labels(manifest: Manifest, config: Config) -> list[Finding]:
             lacking = [name for name, count in classes.items() if not count[split]]
             if manifest.split(split) and lacking:
                 problem = f"no {split} image of {listed(map(repr, lacking))}: its figures will be missing"
-                found.append(Finding(task, problem, "Give more images, or a `split` column.", "warning"))
+                fix = f"Add images, or {give_splits(config.data.path)}."
+                found.append(Finding(task, problem, fix, "warning"))
     leaking = leaking_groups([item.group for item in manifest.items], [item.split for item in manifest.items])
     for group in leaking:
         problem = "group with images in more than one split: what is held out is partly known from training"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
@@ -66,13 +67,45 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Doubt:
+    """Something in the data that is often a mistake, and what to do if it is one."""
+
+    name: str
+    problem: str
+    fix: str
+
+    def line(self) -> str:
+        """For the log."""
+        return f"warning: {self.name}: {self.problem}. {self.fix}"
+
+
+@dataclass(frozen=True)
 class Table:
-    """What a CSV or a folder holds: rows with the labels of every column, and what was left out on the way."""
+    """What a CSV or a folder holds, before tasks and splits are settled.
+
+    Attributes:
+        columns: that have no meaning of their own, so that they may be learned.
+        rows: with the labels of every column.
+        left_out: what was left out on the way.
+        notes: what was decided on the way.
+        doubts: what is often a mistake.
+        written: whether keyhole wrote the CSV, so that every cell means what it says.
+        has_group: whether there is a column `group`.
+        grouped_by: the column that groups were taken from, where it is not `group`.
+        identifying: columns that say which image it is, not what it shows, and why.
+        missing: per column, the words that were read as an unknown label.
+    """
 
     columns: tuple[str, ...]
     rows: list[Row]
     left_out: list[LeftOut]
     notes: list[str]
+    doubts: list[Doubt] = field(default_factory=list)
+    written: bool = False
+    has_group: bool = False
+    grouped_by: str = ""
+    identifying: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, Counter[str]] = field(default_factory=dict)
 
 
 def absolute(path: str | Path) -> Path:

@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.config import DataConfig
+from keyhole.data.columns import column_notes, refuse_column_for_folder, tasks_among, with_columns_read
 from keyhole.data.companions import with_companions
 from keyhole.data.hashes import FileHash
-from keyhole.data.item import SPLITS, ZARR_SUFFIX, Item, LeftOut, Row, Table, absolute
+from keyhole.data.item import SPLITS, ZARR_SUFFIX, Doubt, Item, LeftOut, Row, Table, absolute
+from keyhole.data.labels import alike_classes, missing_notes, without_missing_words
 from keyhole.data.layout import one_class, refuse_single_images
 from keyhole.data.read_csv import FILES, read_csv
 from keyhole.data.read_folder import FOLDER_TASK, expand_images, read_folder
@@ -42,13 +44,15 @@ class Manifest:
         items: in the order of the CSV, or of the paths in a folder.
         tasks: in the order of the columns; regression with mean and standard deviation of the training split.
         left_out: files and rows that are not used.
-        notes: what was decided on the way and a user should know, one sentence each.
+        notes: what was decided on the way and a user should know, one sentence each; `doubts` among them.
+        doubts: what is often a mistake in the data.
     """
 
     items: tuple[Item, ...]
     tasks: tuple[Task, ...]
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
 
     def split(self, name: str) -> tuple[Item, ...]:
         """The items of `train`, `val` or `test`."""
@@ -136,19 +140,23 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
         DataError: one line with the file and, for a CSV, the line.
         ConfigError: shares that leave nothing to train on, or an unknown kind of task.
     """
-    table, path = _read(data)
+    table, path = _read(data, data.tasks)
     if path.is_dir():
         counts = Counter(row.item.labels[FOLDER_TASK] for row in table.rows)
         if len(counts) == 1:
             raise one_class(path, [Path(row.item.name).parts[:-1] for row in table.rows])
         refuse_single_images(path, counts)
-    wanted = _wanted_tasks(path, table.columns, data.tasks)
+    wanted = _wanted_tasks(path, table.columns, data.tasks or tasks_among(path, table))
     rows, left_out = _usable(path, table, list(wanted), data)
     tasks = [_task(path, rows, name, kind) for name, kind in wanted.items()]
-    items, notes = settle_splits(path, rows, tasks, data, seed)
+    items, notes = settle_splits(path, rows, tasks, data, seed, table.grouped_by)
     check_training(str(path), items, tasks)
     tasks = [_fitted(path, items, task) if task.kind == "regression" else task for task in tasks]
-    return Manifest(tuple(items), tuple(tasks), tuple(left_out), (*table.notes, *notes))
+    doubts = [*table.doubts, *alike_classes(tasks)]
+    about = [*missing_notes(table, wanted), *column_notes(table, () if not data.tasks else table.columns)]
+    about = [f"{path}: {note}" for note in about]
+    notes = [*table.notes, *about, *notes, *(doubt.line() for doubt in doubts)]
+    return Manifest(tuple(items), tuple(tasks), tuple(left_out), tuple(notes), tuple(doubts))
 
 
 def read_for_tasks(data: DataConfig, tasks: Sequence[Task], splits: Sequence[str] | None = None) -> Manifest:
@@ -164,8 +172,8 @@ def read_for_tasks(data: DataConfig, tasks: Sequence[Task], splits: Sequence[str
     Raises:
         DataError: no column for any of the tasks, a label that the model does not know, or no image in the split.
     """
-    table, path = _read(data)
     names = [task.name for task in tasks]
+    table, path = _read(data, names, [label for task in tasks for label in task.classes])
     there = [name for name in names if name in table.columns]
     if not there:
         raise DataError(
@@ -183,6 +191,7 @@ def read_for_tasks(data: DataConfig, tasks: Sequence[Task], splits: Sequence[str
                 raise DataError(f"{path}, {row.where}: {error}") from error
     items = [replace(row.item, split=row.item.split or "test") for row in rows]
     notes = [f"{path}: no column {name}, which the model predicts too" for name in names if name not in there]
+    notes += [f"{path}: {note}" for note in [*missing_notes(table, there), *column_notes(table, table.columns)]]
     return Manifest(tuple(items), tuple(tasks), tuple(left_out), (*table.notes, *notes))
 
 
@@ -198,15 +207,26 @@ def _only(path: Path, table: Table, splits: Sequence[str]) -> Table:
     return replace(table, rows=rows)
 
 
-def _read(data: DataConfig) -> tuple[Table, Path]:
+def _read(data: DataConfig, asked: Sequence[str] = (), classes: Sequence[str] = ()) -> tuple[Table, Path]:
+    """The table of a data set, and its path.
+
+    Args:
+        data: where it is.
+        asked: columns to learn or to compare with, each `name` or `name=kind`.
+        classes: that a model knows; they are labels whatever `data.missing` says.
+    """
     if data.path is None:
         raise DataError("no data given. Name a folder of classes or a CSV: --data.path PATH.")
     if not data.path.exists():
         raise DataError(f"{data.path}: no such file or folder. Name a folder of classes or a CSV: --data.path PATH.")
     if data.path.is_dir():
+        refuse_column_for_folder(data.path, data.group)
         table = read_folder(data.path, _beside(data))
     elif data.path.is_file():
         table = read_csv(data.path, data.root, slides=data.features is not None)
+        table = table if table.written else without_missing_words(table, data.missing, classes)
+        names = {entry if entry in table.columns else entry.rpartition("=")[0] or entry for entry in asked}
+        table = with_columns_read(data.path, table, data.group, table.columns if table.written else names)
     else:
         raise DataError(f"{data.path}: not a regular file. Name a folder of classes or a CSV: --data.path PATH.")
     return with_companions(data.path, table, data), data.path
@@ -327,8 +347,8 @@ def _task(path: Path, rows: Sequence[Row], name: str, kind: str | None) -> Task:
     known = sum(1 for text in texts if text)
     if kind is None and task.kind == "multiclass" and len(task.classes) == known > 2:
         raise DataError(
-            f"{path}: {name} differs in every row, so it is no class to learn. "
-            "Name the columns to learn, such as --data.tasks grade."
+            f"{path}: {name} differs in every row, so it is not a class to learn. "
+            f"Name other columns with --data.tasks, or say {name}=multiclass if every image is a class of its own."
         )
     return task
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table, absolute
+from keyhole.data.layout import split_named
 from keyhole.errors import ConfigError, DataError
 from keyhole.images.scale import given_scale
 from keyhole.wording import listed, nearest
@@ -40,10 +41,12 @@ def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> Tabl
     tasks = {index: name for index, name in enumerate(header) if name and name.lower() not in RESERVED}
     unnamed = [str(index + 1) for index, name in enumerate(header) if not name]
     base = absolute(path.parent if root is None else root)
-    table = Table(tuple(tasks.values()), [], [], notes)
+    written = {"image", "sha256", "bytes", "split"} <= place.keys()
+    table = Table(tuple(tasks.values()), [], [], notes, written=written, has_group="group" in place)
     if unnamed:
         table.notes.append(f"{path}: column {', '.join(unnamed)} has no name and was not read")
 
+    other_splits: dict[str, str] = {}
     for line, fields in records:
         where = f"line {line}"
         if not any(fields):
@@ -61,12 +64,15 @@ def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> Tabl
             name=cell.get("name") or cell["image"],
             image=absolute(base / cell["image"]),
             labels={name: fields[index] for index, name in tasks.items()},
-            split=_split(path, where, cell.get("split", "")),
+            split=_split(path, where, cell.get("split", ""), other_splits),
             group=cell.get("group") or None,
             mpp=_mpp(path, where, cell.get("mpp", "")),
             **{name: absolute(base / cell[name]) for name in FILES if cell.get(name)},
         )
         table.rows.append(Row(item, where))
+    if other_splits:
+        said = ", ".join(f"{text!r} as {split}" for text, split in sorted(other_splits.items()))
+        table.notes.append(f"{path}: the column `split` is read with {said}")
     if not table.rows:
         raise DataError(f"{path}: no rows below the header. Expected one row per image.")
     return table
@@ -150,10 +156,13 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
     return {name: lower.index(name) for name in RESERVED if name in lower}
 
 
-def _split(path: Path, where: str, text: str) -> str:
-    split = text.lower()
-    if split and split not in SPLITS:
+def _split(path: Path, where: str, text: str, others: dict[str, str]) -> str:
+    """The split that a cell names; a name other than ours is noted in `others`."""
+    split = split_named(text)
+    if text and not split:
         raise DataError(f"{path}, {where}: unknown split {text!r}{nearest(text, SPLITS)}. Use train, val or test.")
+    if text.lower() != split:
+        others[text] = split
     return split
 
 

@@ -19,7 +19,7 @@ from keyhole.wording import listed
 
 
 def settle_splits(
-    path: Path, rows: Sequence[Row], tasks: Sequence[Task], data: DataConfig, seed: int
+    path: Path, rows: Sequence[Row], tasks: Sequence[Task], data: DataConfig, seed: int, grouped_by: str = ""
 ) -> tuple[list[Item], list[str]]:
     """Splits as given, or made; val out of training where only that is lacking."""
     items = [row.item for row in rows]
@@ -29,7 +29,7 @@ def settle_splits(
         if data.val + data.test >= 1:
             raise ConfigError(f"data.val (={data.val}) and data.test (={data.test}) leave nothing to train on.")
         shares = {"train": 1 - data.val - data.test, "val": data.val, "test": data.test}
-        items = _made(path, items, tasks, shares, seed)
+        items = _made(path, items, tasks, shares, seed, grouped_by)
         counts = Counter(item.split for item in items)
         shared = ", ".join(f"{counts[split]} {split}" for split in SPLITS if counts[split])
         notes.append(f"splits made with seed {seed}: {shared}")
@@ -42,7 +42,7 @@ def settle_splits(
             lacking = "no folder train with class folders" if path.is_dir() else "no row with a label has split train"
             raise DataError(f"{path}: {lacking}, so there is nothing to learn from.")
         if data.val > 0 and not any(item.split == "val" for item in items):
-            made = _made(path, train, tasks, {"train": 1 - data.val, "val": data.val}, seed)
+            made = _made(path, train, tasks, {"train": 1 - data.val, "val": data.val}, seed, grouped_by)
             new = {item.name: item for item in made}
             items = [new.get(item.name, item) for item in items]
             count = sum(item.split == "val" for item in items)
@@ -50,12 +50,13 @@ def settle_splits(
             notes.append(f"{lacking}: {count} of {len(train)} training images became val (seed {seed})")
     leaking = leaking_groups([item.group for item in items], [item.split for item in items])
     if leaking:
-        notes.append(f"{len(leaking)} groups have images in more than one split: {listed(leaking)}")
+        where = f"images of one `{grouped_by}` are in" if grouped_by else f"{len(leaking)} groups have images in"
+        notes.append(f"{where} more than one split: {listed(leaking)}")
     return items, notes
 
 
 def _made(
-    path: Path, items: Sequence[Item], tasks: Sequence[Task], shares: Mapping[str, float], seed: int
+    path: Path, items: Sequence[Item], tasks: Sequence[Task], shares: Mapping[str, float], seed: int, grouped_by: str
 ) -> list[Item]:
     classed = [task for task in tasks if task.kind != "regression"]
     known = [{task.name: classes_of(task, item) for task in classed} for item in items]
@@ -73,13 +74,14 @@ def _made(
     try:
         splits = make_splits(subjects, shares, seed, give_splits(path))
     except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+        groups = f" The groups are the values of `{grouped_by}`; --data.group none ignores them." if grouped_by else ""
+        raise DataError(f"{path}: {error}{groups}") from error
     return [replace(item, split=split) for item, split in zip(items, splits, strict=True)]
 
 
-def give_splits(path: Path) -> str:
+def give_splits(path: Path | None) -> str:
     """How a user says which image is in which split, in the words of a folder or a CSV."""
-    return "give folders train, val and test" if path.is_dir() else "give a `split` column"
+    return "give folders train, val and test" if path is not None and path.is_dir() else "give a `split` column"
 
 
 def classes_of(task: Task, item: Item) -> tuple[str, ...]:
