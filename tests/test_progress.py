@@ -24,8 +24,7 @@ def test_without_a_terminal_it_prints_a_line_per_interval_and_one_at_the_end() -
         for _ in range(5):
             progress.update(images=2, patches=100)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 6
-    assert [re.search(r"(\d+)/10 images", line).group(1) for line in lines] == ["2", "4", "6", "8", "10", "10"]  # type: ignore[union-attr]
+    assert [re.search(r"(\d+)/10 images", line).group(1) for line in lines] == ["2", "4", "6", "8", "10"]  # type: ignore[union-attr]
     assert all(line.startswith("epoch 1/2: ") for line in lines)
     assert all("left" in line for line in lines[:4])
     assert lines[-1].endswith("taken")

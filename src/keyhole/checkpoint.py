@@ -137,9 +137,11 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, p
     write_tensors(path, tensors, progress)
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, remedy: str = "Copy it again."
+) -> dict[str, Any]:
     """Puts the state back and returns the progress that was stored with it."""
-    tensors, progress = read_tensors(path)
+    tensors, progress = read_tensors(path, remedy)
     prefix = "model."
     load_weights(
         model, {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}, path

@@ -24,7 +24,17 @@ from keyhole.config_check import check_value, got, leaves, validate
 from keyhole.errors import ConfigError
 from keyhole.wording import nearest
 
-__all__ = ["build", "dump_config", "load_config", "read_config", "read_recipe", "recipes", "resolve", "validate"]
+__all__ = [
+    "build",
+    "dump_config",
+    "load_config",
+    "parse_config",
+    "read_config",
+    "read_recipe",
+    "recipes",
+    "resolve",
+    "validate",
+]
 
 MAX_BYTES = 1_000_000
 """A configuration is a few kilobytes; a larger file is something else."""
@@ -119,6 +129,11 @@ def load_config(path: str | Path) -> Config:
     """The configuration of a YAML file, defaults filled in. Raises ConfigError as `read_config` and `validate` do."""
     config = build(Config(), read_config(path))
     return validate(config, source=f"{path}: ")
+
+
+def parse_config(text: str, source: str) -> Config:
+    """The configuration of a YAML text, defaults filled in. Raises ConfigError as `load_config` does."""
+    return validate(build(Config(), _section(Config, _parse(text, source), source, "")), source=f"{source}: ")
 
 
 def recipes() -> dict[str, str]:

@@ -7,6 +7,8 @@ Torch-free: memory of a device comes in as a number.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import sys
 import threading
@@ -36,7 +38,7 @@ class Progress:
         self, total_images: int, description: str, stream: TextIO | None = None, interval: float = 10.0
     ) -> None:
         self.total_images, self.description, self.interval = total_images, description, interval
-        self.stream = sys.stderr if stream is None else stream
+        self.stream = error_stream() if stream is None else stream
         self.images = self.patches = 0
         self.waited = 0.0
         self.device_bytes = 0
@@ -98,7 +100,7 @@ class Progress:
                 self.shares = shares
             if self._bar is not None:
                 self._show_bar()
-            elif time.monotonic() - self._shown >= self.interval:
+            elif self.images < self.total_images and time.monotonic() - self._shown >= self.interval:
                 self._shown = time.monotonic()
                 self._print(self.status())
 
@@ -142,7 +144,33 @@ class Progress:
         self._bar.update(self._task, completed=self.images, total=self.total_images, status=status)
 
     def _print(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        say(text, self.stream)
+
+
+def error_stream() -> TextIO:
+    """Standard error, or a place where nothing arrives if the process was started without it."""
+    return open(os.devnull, "w") if sys.stderr is None else sys.stderr  # noqa: PTH123 - as long as the process
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Prints a line about the work, by default on standard error.
+
+    Nobody may be reading any more: a terminal was closed, a pipe ended, a disk is full. The work goes on without.
+    """
+    stream = sys.stderr if stream is None else stream
+    if stream is None:  # `2>&-`
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):  # ValueError: the stream is closed
+        forget(stream)
+
+
+def forget(stream: TextIO) -> None:
+    """Sends what is written to a standard stream nowhere; else Python tries it again at exit, and complains."""
+    with contextlib.suppress(OSError, ValueError):
+        if stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def shares_text(parts: Mapping[str, float], seconds: float) -> str:

@@ -30,9 +30,10 @@ from keyhole.device import arithmetic_of, choose_device
 from keyhole.shares import PARTS
 from keyhole.store import available_bytes
 from keyhole.tasks import Task
-from keyhole.training.job import Job, State, start_job
+from keyhole.training.job import Job, start_job
 from keyhole.training.run import Run
 from keyhole.training.setup import cache_limit
+from keyhole.training.state import State
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,19 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from keyhole.data.item import ZARR_SUFFIX, Item
 from keyhole.errors import ImageError, StalledRead
+from keyhole.files import file_size
 
 PIECE = 8 << 20
 """Bytes read at a time: the unit in which a read may stall."""
+
+
+OTHER_CONTENT = "other content of the same size"
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,42 @@ def hash_files(
     finally:
         stop.set()
     return hashes
+
+
+def changed_files(
+    items: Sequence[Item],
+    recorded: Mapping[str, FileHash],
+    threads: int | None = None,
+    stall: float = 120.0,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """What is different about the files of `items`: by size, and by SHA-256 where one was recorded.
+
+    Args:
+        items: whose files to compare; each is read to its end.
+        recorded: what they held, by the item's name; an item without a record is not compared.
+        threads, stall, progress: as in `hash_files`.
+
+    Returns:
+        the difference in words, by the item's name; of those that are the same, nothing.
+
+    Raises:
+        ImageError, StalledRead: as `hash_files`.
+    """
+    changed: dict[str, str] = {}
+    todo = []
+    for item in items:
+        before = recorded.get(item.name)
+        if before is None or not item.source.exists():
+            continue
+        if (size := file_size(item.source)) != before.bytes:
+            changed[item.name] = f"has {size} bytes, {before.bytes} when the run began"
+        elif before.sha256:
+            todo.append(item)
+    for name, now in hash_files(todo, threads, stall, progress).items():
+        if now.sha256 != recorded[name].sha256:
+            changed[name] = OTHER_CONTENT
+    return changed
 
 
 def _hash(path: Path, piece_read: Callable[[], None]) -> FileHash:

@@ -23,7 +23,7 @@ class Damage:
 
     def __init__(self, path: Path, total: int, unreadable: str, epoch: int) -> None:
         self.path, self.total, self.share = path, total, parse_share(unreadable)
-        self._earlier = read_rows(path)
+        self._earlier = read_rows(path, "Delete it: the next epochs list again what they cannot read.")
         self.epoch, self.ledger = epoch, Ledger(total, self.share)
 
     def begin(self, epoch: int) -> None:

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM as a request that the loop meets between two steps, so that nothing is half done."""
+"""Ctrl-C, SIGTERM and what clusters send, as a request that the loop meets between two steps, so that nothing is half
+done."""
 
 from __future__ import annotations
 
@@ -12,8 +13,14 @@ class StopRequested(Exception):  # noqa: N818 - an event, not an error
     """A signal came; raised where work can be dropped without loss."""
 
 
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+"""Signals that save and stop: Ctrl-C, an end in order, a lost terminal, and a warning of a cluster before its limit."""
+
+
 class Interrupt:
-    """Catches SIGINT and SIGTERM while it is entered; a second SIGINT stops at once.
+    """Catches the signals of `NAMES` that the system has, while it is entered; a second SIGINT stops at once.
+
+    A SIGHUP that the process ignores, as under `nohup`, stays ignored.
 
     Signals reach only a program's main thread, so elsewhere (a notebook's worker, a server) nothing is caught.
     """
@@ -24,8 +31,9 @@ class Interrupt:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._catch)
+            for number in [getattr(signal, name) for name in NAMES if hasattr(signal, name)]:
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._catch)
         return self
 
     def __exit__(

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 import keyhole
-from keyhole.checkpoint import load_state, read_info, save_state
+from keyhole.checkpoint import load_state, save_state
 from keyhole.compiling import choose_compile
 from keyhole.config import Config
-from keyhole.config_file import dump_config
 from keyhole.data.hashes import FileHash, hash_files
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest, write_left_out
 from keyhole.device import arithmetic_of, choose_device
-from keyhole.errors import ConfigError, OutputError, RunError
-from keyhole.files import file_size, umask, writable_folder, write_atomic
+from keyhole.errors import ConfigError
+from keyhole.files import file_size
 from keyhole.memory.budget import parse_memory
 from keyhole.memory.pace import fixed_chunk
 from keyhole.memory.plan import Plan, make_plan
@@ -34,63 +28,14 @@ from keyhole.reading import Batch, Reader
 from keyhole.reading.unreadable import parse_share
 from keyhole.tasks import Task
 from keyhole.training.damage import Damage
+from keyhole.training.folder import create_folder, sweep, sweep_beside
+from keyhole.training.lock import RunLock
 from keyhole.training.loggers import check_loggers
-from keyhole.training.run import Log, Run, check_new, environment, read_rows
+from keyhole.training.run import Log, Run, check_new, read_rows
 from keyhole.training.score import choose_metric
+from keyhole.training.seal import LAST, check_files, check_images, read_state, sealed_config
 from keyhole.training.setup import Images, absolute, new_model, new_optimizer, scan, targets, with_features
-
-
-@dataclass
-class State:
-    """How far a run is; saved with every state, so that nothing else needs to be remembered.
-
-    Attributes:
-        epoch: epochs finished.
-        batch: batches done in the epoch under way.
-        step: optimizer steps done.
-        steps_per_epoch: fixed at the start, so that the schedule does not move when an image is left out.
-        loss_sum, loss_count: of the epoch under way.
-        metric: what names the best model; empty without a validation split.
-        best: (value, loss) of the best epoch, or None.
-        best_epoch: counted from 1.
-        waiting: epochs since.
-        stopped: early stopping has ended the learning.
-        plan: how memory is used; with another one the last bits of a resumed run could differ.
-        left_out: image -> (epoch it failed in, reason); it is used no more from the next epoch on.
-        tasks: as resolved at the start.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    steps_per_epoch: int = 1
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    metric: str = ""
-    best: tuple[float, float] | None = None
-    best_epoch: int = 0
-    waiting: int = 0
-    stopped: bool = False
-    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
-    tasks: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any], path: Path) -> State:
-        """Of the file `path`.
-
-        Raises:
-            RunError: it describes no state of a run.
-        """
-        try:
-            best = data["best"]
-            left_out = {name: (int(epoch), reason) for name, (epoch, reason) in data["left_out"].items()}
-            return cls(**{**data, "best": None if best is None else (best[0], best[1]), "left_out": left_out})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(f"{path}: not the state of a run ({error!r}). Was another file copied over it?") from error
+from keyhole.training.state import State
 
 
 @dataclass
@@ -98,6 +43,7 @@ class Job:
     """All that the loop works with."""
 
     run: Run
+    lock: RunLock
     config: Config
     manifest: Manifest
     images: Images
@@ -115,7 +61,13 @@ class Job:
         return self.manifest.tasks
 
     def save(self) -> None:
-        """The state, so that `keyhole resume` goes on from here."""
+        """The state, so that `keyhole resume` goes on from here.
+
+        Raises:
+            OutputError: it cannot be written; the state before is whole.
+            RunError: another process has taken over the run.
+        """
+        self.lock.check()
         save_state(self.run.path / "last.safetensors", self.model, self.optimizer, self.state.to_json())
 
     def usable(self, item: Item) -> bool:
@@ -153,12 +105,14 @@ class Job:
 
     def close(self) -> None:
         self.reader.close()
+        self.lock.release()
 
 
 def add_left_out(run: Run, reasons: Mapping[str, str]) -> None:
     """Adds to the run's left_out.csv what is not in it yet."""
     path = run.path / "left_out.csv"
-    known = {row["name"]: row["reason"] for row in read_rows(path)}
+    remedy = "Restore it from a copy, or delete it: it then lists what fails from now on."
+    known = {row["name"]: row["reason"] for row in read_rows(path, remedy, ("name", "reason"))}
     write_left_out(path, ({**reasons, **known}).items())
 
 
@@ -173,6 +127,7 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     config = absolute(config)
     assert config.out is not None
     check_new(config.out)
+    sweep_beside(config.out, say)
     check_loggers(config.run.log)
     device = choose_device(config.run.device)
     parse_share(config.unreadable)
@@ -193,13 +148,17 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
             plan=plan.to_json(),
         )
         hashes, hashed = _hashes(config, manifest)
-        run = _create_folder(config, manifest, hashes, model, optimizer, state, device)
-        job = _job(run, config, manifest, images, reader, model, optimizer, state, device)
+        lock = create_folder(config, manifest, hashes, model, optimizer, state, device)
+    except BaseException:
+        reader.close()
+        raise
+    job = _job(lock, config, manifest, images, reader, model, optimizer, state, device)
+    try:
         for line in (*manifest.notes, *notes, *lines, *hashed, *undefined, *_overview(job), _compile(job)):
             say(line)
             job.log(line)
     except BaseException:
-        reader.close()
+        job.close()
         raise
     return job
 
@@ -226,7 +185,7 @@ def _plan(
 
 
 def _job(
-    run: Run,
+    lock: RunLock,
     config: Config,
     manifest: Manifest,
     images: Images,
@@ -236,10 +195,10 @@ def _job(
     state: State,
     device: torch.device,
 ) -> Job:
-    plan = Plan.from_json(state.plan)
+    plan, run = Plan.from_json(state.plan), Run(lock.folder)
     damage = Damage(run.path / "unreadable.csv", sum(images.counts.values()), config.unreadable, state.epoch)
     log = Log(run.path / "log.txt")
-    return Job(run, config, manifest, images, reader, model, optimizer, state, log, device, plan, damage)
+    return Job(run, lock, config, manifest, images, reader, model, optimizer, state, log, device, plan, damage)
 
 
 def _hashes(config: Config, manifest: Manifest) -> tuple[dict[str, FileHash], list[str]]:
@@ -274,75 +233,43 @@ def _compile(job: Job) -> str:
     return f"encoder {'compiled' if choice.compile else 'not compiled'}: {choice.why}"
 
 
-def _create_folder(
-    config: Config,
-    manifest: Manifest,
-    hashes: Mapping[str, FileHash],
-    model: IPSClassifier,
-    optimizer: torch.optim.AdamW,
-    state: State,
-    device: torch.device,
-) -> Run:
-    """Writes the folder under another name first: a run folder that exists can always be resumed."""
-    assert config.out is not None
-    out = config.out
-    writable_folder(out.parent)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        # without `out`: as a --config it makes another run, not this one again
-        write_atomic(folder / "config.yaml", dump_config(dataclasses.replace(config, out=None)))
-        manifest.write(folder / "manifest.csv", hashes)
-        manifest.write_left_out(folder / "left_out.csv")
-        write_atomic(folder / "environment.json", json.dumps(environment(str(device)), indent=2) + "\n")
-        save_state(folder / "last.safetensors", model, optimizer, state.to_json())
-        folder.chmod(0o777 & ~umask())
-        try:
-            folder.rename(out)
-        except OSError as error:
-            raise OutputError(f"{out}: cannot be created ({error.strerror}). Choose another --out.") from error
-    except OutputError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise OutputError(str(error).replace(str(folder), str(out))) from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return Run(out)
-
-
-def _check_unchanged(run: Run) -> None:
-    """The files must be those the run began with, or it would not end where it would have."""
-    for row in read_rows(run.path / "manifest.csv"):
-        image, size = Path(row.get("features") or row["image"]), row["bytes"]
-        if size and image.exists() and file_size(image) != int(size):
-            raise RunError(
-                f"{image}: has {file_size(image)} bytes, {size} when the run began. "
-                "Put the old file back, or train anew."
-            )
-
-
 def open_job(run: Run, say: Callable[[str], None]) -> Job:
     """Loads a run as it was when its last state was saved.
 
     Raises:
-        RunError: the state or the manifest does not fit, or an image changed since.
+        RunError: another process is working on it, the state or a file of the run is damaged, or an image changed.
     """
-    config = dataclasses.replace(run.config, out=run.path)
+    lock = RunLock(run.path)
+    try:
+        sweep(run.path, say)
+        sweep_beside(run.path, say)
+        return _open_job(run, lock, say)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _open_job(run: Run, lock: RunLock, say: Callable[[str], None]) -> Job:
+    state = read_state(run)
+    checked = check_files(run, state)
+    config = dataclasses.replace(sealed_config(state), out=run.path)
     device = choose_device(config.run.device)
-    last = run.path / "last.safetensors"
-    state = State.from_json(read_info(last), last)
-    written = dataclasses.replace(config.data, path=run.path / "manifest.csv", root=None)
+    path = run.path / "manifest.csv"
+    written = dataclasses.replace(config.data, path=path, root=None)
     manifest = read_for_tasks(written, [Task.from_json(task) for task in state.tasks], ("train", "val"))
-    _check_unchanged(run)
+    remedy = "Put the old files back, or train again into another folder."
+    checked += check_images(run.path, path, manifest.items, config.run, remedy, others=("test",))
     reader = open_reader(config.run, device)
     try:
         model = new_model(config, manifest.tasks, device, fresh=False)
         optimizer = new_optimizer(config, model)
-        load_state(last, model, optimizer)
+        load_state(run.path / "last.safetensors", model, optimizer, LAST)
         images, manifest, lines = scan(config, manifest, reader, device)
-        add_left_out(run, {left.name: left.reason for left in manifest.left_out})
-        job = _job(run, config, manifest, images, reader, model, optimizer, state, device)
+        reasons = {name: reason for name, (_, reason) in state.left_out.items()}
+        add_left_out(run, {left.name: left.reason for left in manifest.left_out} | reasons)
+        job = _job(lock, config, manifest, images, reader, model, optimizer, state, device)
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"
-        for text in (f"{line} (keyhole {keyhole.__version__})", *lines, _compile(job)):
+        for text in (f"{line} (keyhole {keyhole.__version__})", *checked, *lines, _compile(job)):
             say(text)
             job.log(text)
     except BaseException:

@@ -7,6 +7,7 @@ itself (checkpoint.py) says which step a journal belongs to; one of another step
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -47,7 +48,7 @@ class SelectionJournal:
         self.step, self.names, self._kept = step, list(names), {}
         self._written = time.monotonic()
         if self.path.is_file():
-            tensors, info = read_tensors(self.path)
+            tensors, info = read_tensors(self.path, "Delete it: the images of one batch are then looked at again.")
             if info.get("step") == step and info.get("names") == self.names:
                 self._kept = {row: _kept(tensors, row, self.path) for row in info["rows"]}
         return dict(self._kept)
@@ -87,6 +88,10 @@ def _kept(tensors: Mapping[str, torch.Tensor], row: int, path: Path) -> Kept:
         raise RunError(f"{path}: damaged ({error} is missing). Delete it: the batch is then read again.") from error
 
 
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:16].encode()
+
+
 class RowJournal:
     """Rows of JSON, one for each thing done, appended to a file and there as soon as written.
 
@@ -99,29 +104,39 @@ class RowJournal:
         self.path, self.about = path, dict(about)
 
     def read(self) -> list[dict[str, Any]]:
-        """The rows written before, without one that was cut off by a kill."""
+        """The rows written before. One that a kill or a full disk cut off is cut away: the next row begins a line.
+
+        Raises:
+            RunError: a whole row is damaged.
+        """
         if not self.path.is_file():
             return []
-        rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break
-            row = json.loads(line)
-            if row.get("about") == self.about:
-                rows.append(row)
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        rows = [row for row in map(self._parse, whole.splitlines()) if row["about"] == self.about]
         if not rows:
             self.path.unlink()
+        elif len(whole) < len(data):
+            os.truncate(self.path, len(whole))
         return rows
 
+    def _parse(self, line: bytes) -> dict[str, Any]:
+        digest, _, text = line.partition(b" ")
+        if digest != _digest(text):
+            raise RunError(f"{self.path}: damaged. Delete it: what it holds is then computed again.")
+        row: dict[str, Any] = json.loads(text)
+        return row
+
     def add(self, row: Mapping[str, Any]) -> None:
-        """Appends a row; it has reached the disk when this returns.
+        """Appends a row with its digest; it has reached the disk when this returns.
 
         Raises:
             OutputError: no space or permission.
         """
+        text = json.dumps({"about": self.about, **row}).encode()
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"about": self.about, **row}) + "\n")
+            with self.path.open("ab") as file:
+                file.write(_digest(text) + b" " + text + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

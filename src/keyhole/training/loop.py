@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from keyhole.memory.plan import Plan, cap
 from keyhole.nn import Kept, class_weights, split_backward, total_loss
 from keyhole.passes import Bags, fetch_kept, select_batch
 from keyhole.predict import describe
-from keyhole.progress import Progress, peak_memory
+from keyhole.progress import Progress, peak_memory, say
 from keyhole.reading import Batch, FetchOnly, Opener
 from keyhole.reading.chunks import is_alone
 from keyhole.shares import Shares
@@ -40,7 +40,7 @@ from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job, open_job, start_job
 from keyhole.training.journal import MANY, SelectionJournal
 from keyhole.training.loggers import open_loggers
-from keyhole.training.run import Run, find_run, read_rows, write_rows
+from keyhole.training.run import Run, find_run, write_rows
 from keyhole.training.score import is_better, metric_value
 from keyhole.training.setup import learning_rate, targets
 from keyhole.training.validation import predict_splits, validate_epoch
@@ -73,8 +73,8 @@ def train_config(config: Config) -> Run:
     if config.out is None:
         name = config.data.path.resolve().stem if config.data.path is not None else "run"
         config = dataclasses.replace(config, out=Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    with Interrupt() as interrupt:
-        return Loop(start_job(config, _say), interrupt).run()
+    with Interrupt() as interrupt, closing(start_job(config, say)) as job:
+        return Loop(job, interrupt).run()
 
 
 def resume(path: str | Path) -> Run:
@@ -83,12 +83,8 @@ def resume(path: str | Path) -> Run:
     Raises:
         RunError: not a run folder, or its state does not fit.
     """
-    with Interrupt() as interrupt:
-        return Loop(open_job(find_run(path), _say), interrupt).run()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with Interrupt() as interrupt, closing(open_job(find_run(path), say)) as job:
+        return Loop(job, interrupt).run()
 
 
 class Loop:
@@ -129,7 +125,7 @@ class Loop:
                     logger.log(row, job.state.epoch)
             predict_splits(job, self.pace, self.interrupt)
             if job.state.left_out:
-                _say(f"left out {len(job.state.left_out)} images that failed; they are listed in left_out.csv")
+                say(f"left out {len(job.state.left_out)} images that failed; they are listed in left_out.csv")
         except StopRequested as stop:
             job.save()
             self.journal.flush()
@@ -146,7 +142,6 @@ class Loop:
         finally:
             for logger in loggers:
                 logger.close()
-            job.close()
         return job.run
 
     def learn(self) -> dict[str, float]:
@@ -195,6 +190,8 @@ class Loop:
                         loss = self.step([each[row] for row in bags.rows], bags, rate)
                     state.loss_sum += loss * len(bags.rows)
                     state.loss_count += len(bags.rows)
+                state.patches += job.reader.read_patches - counted + self.seen_before
+                counted = job.reader.read_patches
                 state.step += 1
                 state.batch += 1
                 progress.update(images=len(each), text=f"loss {state.loss_sum / max(1, state.loss_count):.4f}")
@@ -206,7 +203,7 @@ class Loop:
             "step": state.step,
             "lr": learning_rate(config, max(0, state.step - 1), state.steps_per_epoch),
             "train.loss": state.loss_sum / state.loss_count if state.loss_count else math.nan,
-            "patches": job.reader.read_patches - counted,
+            "patches": state.patches,
             "peak_gb": round(peak_memory() / 1e9, 3),
         }
 
@@ -217,6 +214,8 @@ class Loop:
         job, step = self.job, self.job.state.step
         job.model.pool.key_proj.requires_grad_(not self.exploration.is_blind(step))
         known = self.journal.begin(step, [item.name for item in items])
+        sources = [source for row in known if (source := batch.sources[row]) is not None]
+        self.seen_before = sum(map(len, sources))  # by a process that was killed
         if self.exploration.is_blind(step):
             for _ in batch.chunks():  # there are none, but what cannot be opened shows
                 raise AssertionError("patches were streamed that nobody wants")
@@ -242,7 +241,7 @@ class Loop:
 
     def shrink(self, text: str) -> None:
         """Says that the plan had to become smaller."""
-        _say(f"warning: {text}")
+        say(f"warning: {text}")
         self.job.log(f"warning: {text}")
 
     def device_bytes(self) -> int | None:
@@ -303,19 +302,19 @@ class Loop:
     def end_epoch(self, row: dict[str, float]) -> None:
         """Keeps the best model, writes the metrics and the state; in this order, so that a kill loses no best model."""
         job, state, config = self.job, self.job.state, self.job.config
+        job.lock.check()
         loss = row.get("val.loss", math.nan)
         value = metric_value(state.metric, row, job.tasks) if state.metric else math.nan
         if is_better(state.metric, value, loss, state.best):
             state.best, state.best_epoch, state.waiting = (value, loss), state.epoch + 1, 0
             named = (state.metric, value) if math.isfinite(value) or not state.metric else ("loss", loss)
             about = describe(config, job.tasks, epoch=state.epoch + 1, metric=named[0], value=_finite(named[1]))
+            about |= {"run": state.run, "manifest": state.manifest}
             save_model(job.run.path / "best", job.model, about)
         else:
             state.waiting += 1
         state.stopped = bool(config.train.patience) and bool(state.metric) and state.waiting >= config.train.patience
-        path = job.run.path / "metrics.csv"
-        before = [each for each in read_rows(path) if int(each["epoch"]) <= state.epoch]
-        write_rows(path, [*before, row])
+        write_rows(job.run.path / "metrics.csv", [*state.history, row])
         figures = ", ".join(f"{name} {figure:.4g}" for name, figure in row.items() if name.startswith(("train", "val")))
         best = " (best so far)" if state.best_epoch == state.epoch + 1 else ""
         job.log(f"epoch {state.epoch + 1}: {figures}{best}")
@@ -327,11 +326,11 @@ class Loop:
             what = f"{state.metric} is undefined in epoch {state.epoch + 1}: such epochs are compared by the loss"
             job.log(what)
             shown += f"; {what}"
-        _say(f"  {shown}{best}")
-        state.epoch, state.batch, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0
+        say(f"  {shown}{best}")
+        state.end_epoch(row)
         if state.stopped:
             job.log(f"stopped early: no better {state.metric} for {state.waiting} epochs")
-            _say(f"stopped early: no better {state.metric} for {state.waiting} epochs")
+            say(f"stopped early: no better {state.metric} for {state.waiting} epochs")
         job.save()
         (job.run.path / "validation.jsonl").unlink(missing_ok=True)
         self.saved = time.monotonic()

@@ -9,13 +9,13 @@ RUN/config.yaml              resolved configuration, itself a valid --config
     last.safetensors         state to resume from
     predictions/SPLIT.csv    one row per image, by the best model
     log.txt
+    lock                     there while a process writes the run
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import platform
 import sys
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from keyhole.checkpoint import read_info
 from keyhole.config import Config
 from keyhole.errors import OutputError, RunError
 from keyhole.files import write_atomic
@@ -75,15 +76,19 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, float]]:
         """One mapping per finished epoch; a value that is undefined on the data is NaN."""
-        return [
-            {name: float(value or "nan") for name, value in row.items()} for row in read_rows(self.path / "metrics.csv")
-        ]
+        path, remedy = self.path / "metrics.csv", "Delete it and resume the run: it is written again."
+        try:
+            return [
+                {name: float(value or "nan") for name, value in row.items()}
+                for row in read_rows(path, remedy, ("epoch",))
+            ]
+        except ValueError as error:
+            raise RunError(f"{path}: damaged ({error}). {remedy}") from error
 
     @property
     def best(self) -> dict[str, Any]:
         """Description of the best model: epoch, metric, tasks, settings."""
-        info: dict[str, Any] = json.loads((self.path / "best" / "model.json").read_text())
-        return info
+        return read_info(self.path / "best" / "model.safetensors")
 
     def predictor(self, device: str = "auto") -> Predictor:
         """The best model, ready to predict."""
@@ -110,7 +115,7 @@ def find_run(path: str | Path) -> Run:
     path = Path(path)
     if not path.is_dir():
         raise RunError(f"{path}: there is no such run folder")
-    missing = [name for name in ("config.yaml", "manifest.csv", "last.safetensors") if not (path / name).is_file()]
+    missing = [name for name in ("manifest.csv", "last.safetensors") if not (path / name).is_file()]
     if missing:
         raise RunError(f"{path}: not a run folder, {' and '.join(missing)} not found in it")
     return Run(path.absolute())
@@ -156,20 +161,42 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `rows_text` to a file."""
+    write_atomic(path, rows_text(rows))
+
+
+def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """A CSV whose columns are the keys of all rows, in order of appearance."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, text.getvalue())
+    return text.getvalue()
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path, remedy: str = "Restore it from a copy.", columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV that the run wrote; none where there is no such file.
+
+    Args:
+        path: the file.
+        remedy: what the message of an error tells the user to do.
+        columns: that it must have.
+
+    Raises:
+        RunError: it is damaged.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        text = path.read_bytes().decode()
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RunError(f"{path}: damaged ({error}). {remedy}") from error
+    whole = not text or text.endswith("\n")
+    if not whole or any(None in row or None in row.values() or not set(columns) <= set(row) for row in rows):
+        raise RunError(f"{path}: damaged, {'a row is' if whole else 'its last row is'} not whole. {remedy}")
+    return rows
 
 
 class Log:

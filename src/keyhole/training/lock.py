@@ -1,0 +1,276 @@
+"""One process at a time may write a run folder: the file `lock` in it says which.
+
+Two things guard the folder, because neither is enough alone:
+
+- `flock`. The kernel releases it when the process ends, however it ends. On some shared file systems it holds on one
+  host only, or is missing.
+- what the file says: host, process, time of its start, and a heartbeat (the file's own time, renewed every 15 seconds).
+  A process that this one can see counts as dead when it is gone, any other when its heartbeat is three minutes old.
+
+Nothing here waits for a lock. A folder that is in use is refused with one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+import uuid
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from keyhole.errors import OutputError, RunError
+
+NAME = "lock"
+BEAT = 15.0
+"""Seconds between two heartbeats."""
+DEAD = 180.0
+"""Seconds without a heartbeat after which a process of another machine counts as dead."""
+SETTLE = 1.0
+"""Seconds in which another machine that takes over the same lock at the same time shows."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that a lock names.
+
+    Attributes:
+        token: drawn for each lock, so that no two are alike.
+        host: name of the machine.
+        kernel: the machine since it was started; `flock` is certain among the processes of one kernel.
+        space: process namespace, which a container may have of its own; pids mean something within it only.
+        pid: process.
+        born: when the process started, as the kernel counts; empty where it does not say.
+        started: when it took the lock, for people.
+    """
+
+    token: str
+    host: str
+    kernel: str
+    space: str
+    pid: int
+    born: str
+    started: str
+
+    @classmethod
+    def this(cls) -> Holder:
+        """This process."""
+        kernel = space = ""
+        with contextlib.suppress(OSError):  # only Linux has these
+            kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            space = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - not a path
+        host, pid, now = socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+        return cls(uuid.uuid4().hex, host, kernel or host, space, pid, _born(pid), now)
+
+    @classmethod
+    def read(cls, text: bytes) -> Holder | None:
+        """The process that a lock file names, or None where it names none."""
+        try:
+            holder = cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
+        return holder if isinstance(holder.pid, int) else None
+
+    def ended(self, seen_from: Holder) -> bool:
+        """Whether `seen_from` can see that this process has ended."""
+        if (self.kernel, self.space) != (seen_from.kernel, seen_from.space):
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False  # of another user
+        return self.born != _born(self.pid)
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, started {self.started},"
+
+
+class RunLock:
+    """The right to write a run folder, held until `release`.
+
+    Args:
+        folder: the run folder, or the one that becomes it.
+
+    Raises:
+        RunError: another process holds it.
+        OutputError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.holder = folder, Holder.this()
+        self._end = threading.Event()
+        self._guard = threading.Lock()
+        self._file = -1
+        try:
+            self._take()
+        except OSError as error:
+            self._close()
+            raise OutputError(
+                f"{self.path}: cannot be written ({error.strerror or error}). Free space or get permission, then again."
+            ) from error
+        except BaseException:
+            self._close()
+            raise
+        _held.add(self)
+        threading.Thread(target=self._beat, name="keyhole-lock", daemon=True).start()
+
+    @property
+    def path(self) -> Path:
+        return self.folder / NAME
+
+    def check(self) -> None:
+        """Raises RunError if another process has taken over, as after a long sleep of this machine."""
+        try:
+            named = Holder.read(self.path.read_bytes())
+        except OSError:
+            named = None
+        if named != self.holder:
+            what = f"{self.path} was deleted" if named is None else f"{named} took it over"
+            raise RunError(
+                f"{self.folder}: this process does not own the run any more, {what}. "
+                "It ends without writing; what was saved before is whole."
+            )
+
+    def release(self) -> None:
+        """Gives up the right, and deletes the file if it still names this process."""
+        if self._end.is_set():
+            return
+        with contextlib.suppress(OSError):  # a folder that is gone has no lock to delete
+            if Holder.read(self.path.read_bytes()) == self.holder:
+                self.path.unlink()
+        self._close()
+
+    def _take(self) -> None:
+        created, alone = self._open()
+        text = os.pread(self._file, 10_000, 0)
+        named, other = Holder.read(text), False
+        if not created:
+            same = named is not None and named.kernel == self.holder.kernel
+            # a file that names nobody: a kill came before it was written
+            dead = (alone is True and (named is None or same)) or (named is not None and named.ended(self.holder))
+            if not dead and self._age() < DEAD:
+                raise self._refusal(named)
+            other = not same
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps(asdict(self.holder)).encode() + b"\n", 0)
+        os.fsync(self._file)
+        if other and not (named is None and alone is True):
+            time.sleep(SETTLE)
+            self.check()
+
+    def _open(self) -> tuple[bool, bool | None]:
+        """Opens the file with `flock`; whether it was created here, and whether `flock` says that nobody else has it.
+
+        Raises:
+            RunError: another process has it.
+        """
+        while True:
+            try:
+                self._file, created = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+            except FileExistsError:
+                try:
+                    self._file, created = os.open(self.path, os.O_RDWR), False
+                except FileNotFoundError:
+                    continue  # its holder has just deleted it
+            alone = _flock(self._file)
+            if alone is False:
+                raise self._refusal(Holder.read(os.pread(self._file, 10_000, 0)))
+            if self._is_current():
+                return created, alone
+            os.close(self._file)
+
+    def _is_current(self) -> bool:
+        """Whether the open file is still the one in the folder: its holder may have deleted it meanwhile."""
+        try:
+            named, own = os.stat(self.path), os.fstat(self._file)  # noqa: PTH116 - beside fstat
+        except FileNotFoundError:
+            return False
+        return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)
+
+    def _age(self) -> float:
+        """Seconds since the last heartbeat, by the clock of the file system: those of two hosts may differ."""
+        with tempfile.TemporaryFile(dir=self.folder) as now:
+            now.write(b" ")
+            now.flush()
+            return os.fstat(now.fileno()).st_mtime - os.fstat(self._file).st_mtime
+
+    def _refusal(self, named: Holder | None) -> RunError:
+        run = self.folder
+        if named is None:
+            return RunError(
+                f"{run}: another process is working on this run. Wait until it ends, or stop it. "
+                f"If you know that there is none, delete {self.path}."
+            )
+        seen = named.kernel == self.holder.kernel
+        away = "" if seen else f" If that process is dead, wait {DEAD / 60:.0f} minutes or delete {self.path}."
+        return RunError(
+            f"{run}: {named} is working on this run. Wait until it ends, or stop it there (kill {named.pid}); "
+            f"then go on with: keyhole resume {run}.{away}"
+        )
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT):
+            with self._guard, contextlib.suppress(OSError):  # `check` tells before the next write what is wrong
+                if self._file >= 0:
+                    os.utime(self._file)
+
+    def _close(self) -> None:
+        with self._guard:
+            self._end.set()
+            self.close_file()
+
+    def close_file(self) -> None:
+        """Closes this process's handle: in a forked child, which would otherwise hold the lock after its parent."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for lock in list(_held):
+        lock.close_file()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process that is alive holds the lock of a folder; also where this process may not ask."""
+    try:
+        RunLock(folder).release()
+    except (RunError, OutputError):
+        return True
+    return False
+
+
+def _flock(file: int) -> bool | None:
+    """True where this process has the file alone, False where another has it, None where the system cannot say."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            return None
+        raise
+    return True
+
+
+def _born(pid: int) -> str:
+    """When a process started, in ticks since the boot: a pid that was given out again has another."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""

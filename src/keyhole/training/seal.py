@@ -1,0 +1,194 @@
+"""Whether the files of a run are still those that it wrote: compared with its state, before anything is done with them.
+
+A run that goes on with other settings, other images or another best model ends, without an error, somewhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from keyhole.checkpoint import read_info, read_tensors
+from keyhole.config import Config, RunConfig
+from keyhole.config_check import leaves
+from keyhole.config_file import load_config, parse_config
+from keyhole.data.hashes import OTHER_CONTENT, FileHash, changed_files
+from keyhole.data.item import Item
+from keyhole.errors import ConfigError, RunError
+from keyhole.files import write_atomic
+from keyhole.progress import say
+from keyhole.training.run import Run, read_rows, rows_text
+from keyhole.training.state import State
+from keyhole.wording import listed as listed_names
+
+LAST = "Restore it from a copy, or train again into another folder."
+"""What to do about a file that a run cannot write again."""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a small file.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror or error}). {LAST}") from error
+
+
+def read_state(run: Run) -> State:
+    """The state that was saved last, without its tensors."""
+    last = run.path / "last.safetensors"
+    return State.from_json(read_info(last, LAST), last)
+
+
+def check_files(run: Run, state: State) -> list[str]:
+    """Compares the files of a run with its state, and writes again what is missing and known.
+
+    Returns:
+        what was written again, one line each.
+
+    Raises:
+        RunError: a file was changed or damaged since the run wrote it; says what to restore or to delete.
+    """
+    check_manifest(run.path / "manifest.csv", state.manifest)
+    said = [_check_config(run.path / "config.yaml", state), _check_metrics(run.path / "metrics.csv", state)]
+    if state.best_epoch:
+        said.append(_check_best(run.path / "best", state))
+    return [line for line in said if line]
+
+
+def sealed_config(state: State) -> Config:
+    """The settings of a run, as its state has them."""
+    return parse_config(state.config, "the run's state")
+
+
+def check_images(
+    run: Path, manifest: Path, items: Sequence[Item], config: RunConfig, remedy: str, others: Sequence[str] = ()
+) -> list[str]:
+    """Compares the files of images with what manifest.csv says of them, and reads each to its end for that.
+
+    Where a run could not read all of its images (unreadable.csv, left_out.csv), they may have been copied again.
+
+    Args:
+        run: its folder.
+        manifest: its manifest.csv.
+        items: images to compare.
+        config: for the threads that read.
+        remedy: what the message of an error tells the user to do.
+        others: splits whose files are compared by size, without being opened.
+
+    Returns:
+        what was noticed and is no error, one line each.
+
+    Raises:
+        RunError: files changed; names them.
+    """
+    rows = read_rows(manifest, LAST, ("image", "name", "sha256", "bytes", "split"))
+    recorded = _recorded(manifest, rows)
+    known = [recorded[item.name] for item in items if item.name in recorded]
+    said = []
+    if unhashed := sum(not each.sha256 for each in known):
+        said.append(f"{unhashed} images are compared by size alone: manifest.csv has no SHA-256 of them (data.hash_gb)")
+    if (size := sum(each.bytes for each in known if each.sha256)) > 10e9:
+        say(f"comparing {size / 1e9:.0f} GB of images with manifest.csv")
+    changed = changed_files(items, recorded, config.threads, config.stall)
+    unopened = [_item(row) for row in rows if row["split"] in others]
+    sizes = {item.name: FileHash("", recorded[item.name].bytes) for item in unopened if item.name in recorded}
+    changed |= changed_files(unopened, sizes)
+    unreadable = {row.get("image") for row in read_rows(run / "unreadable.csv")}
+    listed = unreadable | {row.get("name") for row in read_rows(run / "left_out.csv")}
+    repaired = {name for name, what in changed.items() if name in listed or (unreadable and what == OTHER_CONTENT)}
+    wrong = {name: what for name, what in changed.items() if name not in repaired}
+    if wrong:
+        first = "; ".join(f"{name}: {what}" for name, what in list(wrong.items())[:5])
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        count = f"{len(wrong)} images" if len(wrong) > 1 else "1 image"
+        raise RunError(f"{run}: {count} changed since the run began: {first}{more}. {remedy}")
+    if repaired:
+        what = "changed since the run began, which had met unreadable images; they count as repaired"
+        said.append(f"{listed_names(sorted(repaired))} {what}")
+    return said
+
+
+def _item(row: Mapping[str, str]) -> Item:
+    features = row.get("features")
+    return Item(row["name"], Path(row["image"]), {}, features=Path(features) if features else None)
+
+
+def _recorded(manifest: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, FileHash]:
+    """What each file held when the run began, by the image's name."""
+    try:
+        return {row["name"]: FileHash(row["sha256"], int(row["bytes"])) for row in rows if row["bytes"]}
+    except ValueError as error:
+        raise RunError(f"{manifest}: damaged ({error}). {LAST}") from error
+
+
+def check_manifest(path: Path, digest: str) -> None:
+    """Raises RunError if manifest.csv is not the one that was written at the start."""
+    if file_digest(path) != digest:
+        raise RunError(f"{path}: changed since the run began: it is cut, damaged or edited. {LAST}")
+
+
+def _check_config(path: Path, state: State) -> str:
+    if not path.is_file() or (state.config_before and path.read_bytes() == state.config_before.encode()):
+        write_atomic(path, state.config)
+        return f"{path.name} was not there; written again"
+    if path.read_bytes() == state.config.encode():
+        return ""
+    try:
+        found, wanted = load_config(path), sealed_config(state)
+    except ConfigError as error:
+        raise RunError(f"{error}. Delete the file: resume writes it again.") from error
+    changed = [name for (name, _, a), (_, _, b) in zip(leaves(found), leaves(wanted), strict=True) if a != b]
+    if not changed:
+        return ""  # a comment
+    raise RunError(
+        f"{path}: {', '.join(changed)} changed since the run began, but a run keeps its settings. Delete the file: "
+        "resume writes it again. Only the number of epochs can change: keyhole resume RUN --train.epochs N."
+    )
+
+
+def _check_metrics(path: Path, state: State) -> str:
+    """A kill may have come between the row of an epoch and the state after it, so one row more is right."""
+    if not path.is_file():
+        if not state.history:
+            return ""
+        write_atomic(path, rows_text(state.history))
+        return f"{path.name} was not there; written again"
+    remedy = "Delete it: resume writes it again."
+    rows = [_filled(row) for row in read_rows(path, remedy, ("epoch",))]
+    wanted = [_filled({name: str(value) for name, value in row.items()}) for row in state.history]
+    more = [row["epoch"] for row in rows[len(wanted) :]]
+    if rows[: len(wanted)] != wanted or more not in ([], [str(state.epoch + 1)]):
+        raise RunError(f"{path}: changed since the run wrote it: it is cut, damaged or edited. {remedy}")
+    return ""
+
+
+def _filled(row: Mapping[str, str]) -> dict[str, str]:
+    """The cells that hold something."""
+    return {name: value for name, value in row.items() if value not in ("", "None")}
+
+
+def _check_best(folder: Path, state: State) -> str:
+    """A kill may have come between a new best model and the state after it, so that of the next epoch is right."""
+    path = folder / "model.safetensors"
+    _, info = read_tensors(path, LAST)
+    if info.get("run") != state.run:
+        raise RunError(f"{path}: the best model of another run. {LAST}")
+    if info.get("epoch") not in (state.best_epoch, state.epoch + 1):
+        raise RunError(f"{path}: the model of epoch {info.get('epoch')}, expected that of {state.best_epoch}. {LAST}")
+    about = folder / "model.json"
+    text = json.dumps(info, indent=2) + "\n"
+    try:
+        if about.is_file() and not isinstance(json.loads(about.read_bytes()), dict):
+            raise ValueError("not a description")
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{about}: damaged ({error}). Delete it: resume writes it again.") from error
+    if about.is_file() and about.read_bytes() == text.encode():
+        return ""
+    write_atomic(about, text)
+    return f"best/{about.name} was not that of the model; written again"
