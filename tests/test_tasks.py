@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from keyhole.errors import ConfigError, DataError, RunError
-from keyhole.tasks import SEPARATOR, Task, fit_regression, infer_task
+from keyhole.tasks import SEPARATOR, Task, fit_regression, infer_task, positive_note
 
 FRUIT = Task("fruit", "multiclass", ("apple", "pear", "plum"))
 TUMOUR = Task("tumour", "binary", ("no", "yes"))
@@ -42,6 +42,62 @@ logits = hnp.arrays(np.float32, (4, 3), elements=st.floats(-2e4, 2e4, width=32))
 def test_kind_and_classes_follow_from_the_labels(texts: list[str], kind: str, classes: tuple[str, ...]) -> None:
     task = infer_task("x", texts)
     assert (task.kind, task.classes) == (kind, classes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "positive"),
+    [
+        ("metastasis normal", "metastasis"),
+        ("Negative Positive", "Positive"),
+        ("defect ok", "defect"),
+        ("FALSE TRUE", "TRUE"),
+        ("non-tumor tumor", "tumor"),
+        ("nontumour tumour", "tumour"),
+        ("no_crack crack", "crack"),
+        ("normal zebra", "zebra"),
+        ("OK not_ok", "not_ok"),
+        ("control case", "case"),
+        ("MSI-H MSS", "MSI-H"),
+        ("0 1", "1"),
+        ("1 2", "2"),
+        ("-1 1", "1"),
+        ("cat dog", "dog"),
+        ("positive true", "true"),
+    ],
+)
+def test_the_positive_class_follows_from_the_names_or_is_the_second(labels: str, positive: str) -> None:
+    task = infer_task("x", labels.split())
+    assert task.positive == positive
+    assert infer_task("x", labels.split()[::-1]) == task
+    for name in task.classes:
+        named = infer_task("x", labels.split(), f"binary:{name}")
+        assert named.positive == named.classes[1] == name
+        assert named.encode(name).tolist() == [1]
+        assert positive_note(named, f"binary:{name}") is None
+
+
+def test_a_positive_class_that_neither_user_nor_names_choose_is_told_with_the_way_to_change_it() -> None:
+    note = positive_note(infer_task("pet", ["cat", "dog"]))
+    assert note == (
+        "pet: the positive class is 'dog', the second in order; --data.tasks pet=binary:cat takes the other"
+    )
+    assert positive_note(infer_task("x", ["defect", "ok"])) is None
+    assert positive_note(infer_task("x", ["a", "b", "c"])) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("binary:dgo", "x: no label is 'dgo' (did you mean 'dog'?); they are cat, dog"),
+        ("multiclass:dog", "x=multiclass:dog: expected x=binary:CLASS; only a binary task has a positive class"),
+        ("binary:", "x=binary:: expected x=binary:CLASS"),
+        ("binray:dog", "no such kind (did you mean 'binary'?)"),
+    ],
+)
+def test_a_wrong_positive_class_is_one_line(kind: str, says: str) -> None:
+    with pytest.raises((ConfigError, DataError)) as caught:
+        infer_task("x", ["cat", "dog"], kind)
+    assert says in str(caught.value)
 
 
 @given(st.lists(names, min_size=2, max_size=8, unique=True), st.randoms())

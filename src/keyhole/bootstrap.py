@@ -22,15 +22,17 @@ class Estimate:
 
     Attributes:
         value: on the data as it is; None where undefined.
-        low: 2.5th percentile of the resamples; None where there is no interval.
-        high: 97.5th percentile.
+        low: lower limit; None where there is no interval.
+        high: upper limit.
         note: why value or interval are not there, or what the value leaves out.
+        method: what the interval is from, such as `bootstrap` or `Wilson`.
     """
 
     value: float | None
     low: float | None = None
     high: float | None = None
     note: str | None = None
+    method: str | None = None
 
     def __str__(self) -> str:
         if self.value is None:
@@ -50,8 +52,9 @@ def bootstrap(
 ) -> dict[K, Estimate]:
     """Percentile bootstrap (Efron 1979) of all metrics of `measure` on the same resamples.
 
-    A round in which a metric is undefined (a class was not drawn) does not count for it; with more than half of
-    the rounds undefined there is no interval.
+    The limits are the 2.5th and the 97.5th percentile. A round in which a metric is undefined (a class was not drawn)
+    does not count for it; with more than half of the rounds undefined there is no interval. Nor is there where all
+    rounds give the same value, as of a model without an error: that says nothing of how far it may be off.
 
     Args:
         measure: weights (r, n), how often each image counts, to metrics (r,), NaN where undefined.
@@ -63,7 +66,7 @@ def bootstrap(
     """
     notes = notes or {}
     points = {key: float(values[0]) for key, values in measure(np.ones((1, n))).items()}
-    unit = _units(n, groups)
+    unit = units_of(n, groups)
     units = int(unit.max()) + 1
     drawn: dict[K, list[Weights]] = {key: [] for key in points}
     if units > 1:
@@ -77,7 +80,7 @@ def bootstrap(
     }
 
 
-def _units(n: int, groups: Sequence[str | None] | None) -> NDArray[np.int64]:
+def units_of(n: int, groups: Sequence[str | None] | None) -> NDArray[np.int64]:
     """Which unit of drawing each image belongs to, 0 and up."""
     if groups is None:
         return np.arange(n)
@@ -107,8 +110,10 @@ def _estimate(value: float, drawn: Weights | None, unit: str, note: str | None) 
     if 2 * lost > len(drawn) or not len(defined):
         return Estimate(value, note=_joined(note, f"undefined in {lost} of {len(drawn)} resamples"))
     low, high = np.percentile(defined, [2.5, 97.5])
+    if high - low <= 1e-12 * max(1.0, abs(value)):
+        return Estimate(value, note=_joined(note, "all resamples give the same value, so they show no spread"))
     dropped = f"undefined in {lost} of {len(drawn)} resamples, which do not count" if lost else None
-    return Estimate(value, float(low), float(high), _joined(note, dropped))
+    return Estimate(value, float(low), float(high), _joined(note, dropped), "bootstrap")
 
 
 def _joined(*notes: str | None) -> str | None:

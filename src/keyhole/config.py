@@ -34,7 +34,8 @@ class DataConfig:
     """Folder that relative image paths of a CSV start from; default is the CSV's own folder."""
     tasks: tuple[str, ...] = ()
     """Columns to learn, each `name` or `name=kind` (multiclass, binary, multilabel, regression); none: all columns that
-    describe the images, not those that only identify them, such as `slide_id`."""
+    describe the images, not those that only identify them, such as `slide_id`. `name=binary:class` names the positive
+    class."""
     group: str = "auto"
     """Column whose images stay in one split, such as `patient`; `auto` takes `group`, else a column that is called like
     patients, cases or slides; `none` takes no column."""

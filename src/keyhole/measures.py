@@ -17,24 +17,48 @@ from numpy import ndarray as Array
 from keyhole.tasks import Task
 
 ECE_BINS = 15
+THRESHOLD = 0.5
+"""Of a probability, above which a binary or multilabel task says that an image is of the class."""
 CLASS_METRICS = ("accuracy", "balanced_accuracy", "auroc", "average_precision", "f1", "ece")
+BINARY_METRICS = (*CLASS_METRICS[:-1], "precision", "recall", "specificity", "ece")
 REGRESSION_METRICS = ("mae", "r2")
+PER_CLASS = ("recall", "precision", "f1", "auroc", "average_precision", "ece")
+PER_LABEL = ("accuracy", "balanced_accuracy", "specificity", *PER_CLASS)
 
 Key: TypeAlias = tuple[str | None, str]
 """Class, or None for the task as a whole, and metric."""
 
 
+def task_metrics(task: Task) -> tuple[str, ...]:
+    """Names of the metrics of a task as a whole."""
+    if task.kind == "regression":
+        return REGRESSION_METRICS
+    return BINARY_METRICS if task.kind == "binary" else CLASS_METRICS
+
+
+def class_metrics(task: Task) -> tuple[str, ...]:
+    """Names of the metrics of each class of a task."""
+    if task.kind == "regression":
+        return ()
+    return PER_LABEL if task.kind == "multilabel" else PER_CLASS
+
+
 class ClassMeasures:
     """Metrics of a task with classes.
 
-    Per class, all are one against the rest: of deciding whether an image is of the class, where a multiclass
-    decision is the class of the largest probability. For the task:
+    The decision is the class of the largest probability; for multilabel each label above one half. For the task:
 
     accuracy: share of images decided right; for multilabel with all labels right.
     balanced_accuracy: mean recall over classes; for multilabel, mean of the labels' balanced accuracies.
-    auroc, average_precision, f1: mean over classes. Average precision is sum of (R_i - R_i-1) P_i.
+    auroc: mean over classes, each against the rest; of two classes both are the same.
+    average_precision, f1: of the positive class of a binary task, else mean over classes. Average precision is the
+        sum of (R_i - R_i-1) P_i.
+    precision, recall, specificity: binary alone, of the positive class. Recall is the sensitivity.
     ece: expected calibration error (Guo et al. 2017, arXiv:1706.04599) of the decision, in 15 bins of equal width
         (a, b] of its probability; for multilabel the mean over labels.
+
+    Per class: recall (share of its images that are found), precision, f1, auroc, average_precision, and ece of deciding
+    whether an image is of it; per label of a multilabel task also accuracy, balanced_accuracy and specificity.
 
     Means are over the classes that the images have, and undefined where a weighting leaves one of those out.
 
@@ -56,7 +80,7 @@ class ClassMeasures:
             self.decided = np.asarray(self.probability.argmax(axis=1)[:, None] == names)
         else:
             self.truth = targets > 0.5
-            self.decided = self.probability > 0.5
+            self.decided = self.probability > THRESHOLD
         self.present: Bool[Array, " k"] = np.asarray(self.truth.any(axis=0))
         self.mixed: Bool[Array, " k"] = self.present & ~self.truth.all(axis=0)
         self._ranks = [_Ranking(self.truth[:, c], self.probability[:, c]) for c in range(len(task.classes))]
@@ -67,11 +91,14 @@ class ClassMeasures:
         decided = weights @ self.decided
         both = weights @ (self.truth & self.decided)
         neither = total - positive - decided + both
-        recall = _ratio(both, positive)
+        recall, specificity = _ratio(both, positive), _ratio(neither, total - positive)
         certainty = np.where(self.decided, self.probability, 1 - self.probability)
         per_class = {
             "accuracy": (both + neither) / total,
-            "balanced_accuracy": (recall + _ratio(neither, total - positive)) / 2,
+            "balanced_accuracy": (recall + specificity) / 2,
+            "recall": recall,
+            "specificity": specificity,
+            "precision": _ratio(both, decided),
             "auroc": np.stack([ranking.auroc(weights) for ranking in self._ranks], axis=1),
             "average_precision": np.stack([ranking.average_precision(weights) for ranking in self._ranks], axis=1),
             "f1": np.where(positive > 0, _ratio(2 * both, positive + decided), np.nan),
@@ -96,9 +123,12 @@ class ClassMeasures:
                 else per_class["ece"].mean(axis=1)
             ),
         }
-        out: dict[Key, Float[Array, " r"]] = {(None, metric): whole[metric] for metric in CLASS_METRICS}
+        if self.task.positive is not None:
+            of_positive = ("average_precision", "f1", "precision", "recall", "specificity")
+            whole |= {metric: per_class[metric][:, 1] for metric in of_positive}
+        out: dict[Key, Float[Array, " r"]] = {(None, metric): whole[metric] for metric in task_metrics(self.task)}
         for c, name in enumerate(self.task.classes):
-            out.update({(name, metric): per_class[metric][:, c] for metric in CLASS_METRICS})
+            out.update({(name, metric): per_class[metric][:, c] for metric in class_metrics(self.task)})
         return out
 
     def _balanced(self, recall: Float[Array, "r k"], of_labels: Float[Array, "r k"]) -> Float[Array, " r"]:

@@ -1,6 +1,6 @@
 """How good the predictions of a task are, with intervals: arrays -> `TaskMetrics` -> JSON or lines to print.
 
-The metrics themselves are in `measures.py`, the intervals in `bootstrap.py`.
+The metrics themselves are in `measures.py`, the intervals in `intervals.py` and `bootstrap.py`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from keyhole.bootstrap import Estimate, bootstrap
+from keyhole.bootstrap import Estimate, bootstrap, units_of
 from keyhole.errors import RunError
-from keyhole.measures import CLASS_METRICS, ECE_BINS, REGRESSION_METRICS, ClassMeasures, Key, RegressionMeasures
+from keyhole.intervals import LEVEL, class_intervals
+from keyhole.measures import (
+    ECE_BINS,
+    THRESHOLD,
+    ClassMeasures,
+    Key,
+    RegressionMeasures,
+    class_metrics,
+    task_metrics,
+)
 from keyhole.tasks import Task
 
 
@@ -26,11 +35,11 @@ class TaskMetrics:
         task: what was predicted.
         n: images whose label is known; the others do not count.
         missing: images whose label is not known.
-        groups: groups drawn whole for the intervals; None where images were drawn.
+        groups: how many there are, taken whole for the intervals; None where the images stand alone.
         rounds: resamples of the bootstrap.
         seed: of the resamples.
         overall: by metric, for the task as a whole.
-        per_class: by class and metric, each class against the rest; empty for regression.
+        per_class: by class and metric; empty for regression.
         support: images of each class.
         confusion: (k, k) counts, true class by row, predicted by column; for multilabel (k, 2, 2), one such table per
             label with "no" first; None for regression.
@@ -54,6 +63,8 @@ class TaskMetrics:
             "kind": self.task.kind,
             "images": self.n,
             "images_without_label": self.missing,
+            "positive_class": self.task.positive,
+            "threshold": THRESHOLD if self.task.kind in ("binary", "multilabel") else None,
             "overall": {metric: asdict(estimate) for metric, estimate in self.overall.items()},
             "per_class": {
                 name: {"support": self.support[name]}
@@ -70,8 +81,7 @@ class TaskMetrics:
                 "counts": self.confusion.tolist(),
             },
             "interval": {
-                "level": 0.95,
-                "method": "percentile bootstrap",
+                "level": LEVEL,
                 "over": "images" if self.groups is None else "groups",
                 "groups": self.groups,
                 "rounds": self.rounds,
@@ -88,13 +98,15 @@ def evaluate_task(
     seed: int = 0,
     rounds: int = 1000,
 ) -> TaskMetrics:
-    """All metrics of one task with 95 % bootstrap intervals; definitions at `ClassMeasures`, `RegressionMeasures`.
+    """All metrics of one task with 95 % intervals; definitions at `ClassMeasures`, `RegressionMeasures`.
+
+    Shares and AUROC have an interval in closed form (`intervals.py`), the other metrics the bootstrap's.
 
     Args:
         task: what was predicted.
         targets: (n, w) as `Task.encode` gives them; images whose row holds NaN are left out and counted.
         probabilities: (n, k) as `Task.probability` gives them.
-        groups: of each image; where at least one is given, groups are drawn whole.
+        groups: of each image; where at least one is given, groups and not images are independent of each other.
         seed: of the bootstrap.
         rounds: of the bootstrap.
 
@@ -109,7 +121,7 @@ def evaluate_task(
     measure, notes = _measure(task, targets, probabilities)
     keys = _keys(task)
     if n:
-        estimates = bootstrap(measure, n, groups, seed, rounds, notes)
+        estimates = bootstrap(measure, n, groups, seed, rounds, notes) | _closed_form(measure, n, groups, notes)
     else:
         estimates = {key: Estimate(None, note="no image has a label") for key in keys}
     return TaskMetrics(
@@ -128,6 +140,21 @@ def evaluate_task(
         else {},
         confusion=_confusion(measure) if isinstance(measure, ClassMeasures) else None,
     )
+
+
+def _closed_form(
+    measure: ClassMeasures | RegressionMeasures, n: int, groups: Sequence[str | None] | None, notes: dict[Key, str]
+) -> dict[Key, Estimate]:
+    """The metrics that have an interval without resampling."""
+    unit = units_of(n, groups)
+    if not isinstance(measure, ClassMeasures) or unit.max() == 0:
+        return {}
+    values = measure(np.ones((1, n)))
+    return {
+        key: Estimate(float(values[key][0]), interval.low, interval.high, notes.get(key), interval.method)
+        for key, interval in class_intervals(measure, unit).items()
+        if key in values and not np.isnan(values[key][0])
+    }
 
 
 def point_metrics(task: Task, targets: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
@@ -158,12 +185,42 @@ def evaluation_json(results: Sequence[TaskMetrics], **about: Any) -> dict[str, A
 
 
 def format_lines(results: Sequence[TaskMetrics]) -> list[str]:
-    """Lines such as `accuracy 0.935 [0.900 0.965]`, after the task's name where there are several tasks."""
-    return [
-        f"{f'{result.task.name} ' if len(results) > 1 else ''}{metric} {estimate}"
-        for result in results
-        for metric, estimate in result.overall.items()
-    ]
+    """How many images each task's figures are from, then lines such as `accuracy 0.935 [0.900 0.965]`.
+
+    The lines begin with the task's name where there are several tasks.
+    """
+    lines = []
+    for result in results:
+        start = f"{result.task.name} " if len(results) > 1 else ""
+        lines.append(f"{result.task.name}: {_counts(result)}")
+        lines += [f"{start}{metric} {estimate}" for metric, estimate in result.overall.items()]
+        if result.task.kind == "multiclass" and result.n:
+            lines.append(f"{start}recall by class: {_recalls(result)}")
+    return lines
+
+
+SHOWN = 10
+"""Classes of a multiclass task whose recall is printed; metrics.json has all."""
+
+
+def _counts(result: TaskMetrics) -> str:
+    """`20 images, 7 of them yes (the positive class, above probability 0.5); 95 % intervals over 9 groups`."""
+    task, parts = result.task, [f"{result.n} image{'s' * (result.n != 1)}"]
+    if task.positive is not None:
+        count = result.support[task.positive]
+        parts.append(f"{count} of them {task.positive} (the positive class, above probability {THRESHOLD:g})")
+    if result.missing:
+        parts.append(f"{result.missing} more without a label")
+    over = "" if result.groups is None else f"; {100 * LEVEL:g} % intervals over {result.groups} groups"
+    return ", ".join(parts) + (over or f"; {100 * LEVEL:g} % intervals")
+
+
+def _recalls(result: TaskMetrics) -> str:
+    """`cat 0.900 of 10, dog 0.000 of 3`."""
+    found = {name: result.per_class[name]["recall"].value for name in result.task.classes if result.support[name]}
+    shown = [f"{name} {value:.3f} of {result.support[name]}" for name, value in found.items() if value is not None]
+    more = f" and {len(shown) - SHOWN} more classes in metrics.json" if len(shown) > SHOWN else ""
+    return ", ".join(shown[:SHOWN]) + more
 
 
 def _known(
@@ -201,13 +258,30 @@ def _class_notes(measure: ClassMeasures) -> dict[Key, str]:
     """What the data do not allow to say: why a metric is undefined, or which classes a mean leaves out."""
     notes: dict[Key, str] = {}
     classes = measure.task.classes
-    for name, present, mixed in zip(classes, measure.present, measure.mixed, strict=True):
+    called = np.asarray(measure.decided.any(axis=0))
+    for name, present, mixed, any_called in zip(classes, measure.present, measure.mixed, called, strict=True):
         why = "all images are of this class" if present else "no image is of this class"
         if not mixed:
             notes.update({(name, metric): why for metric in ("balanced_accuracy", "auroc", "average_precision")})
         if not present:
-            notes[name, "f1"] = why
-    for metric in ("balanced_accuracy", "auroc", "average_precision", "f1"):
+            notes |= {(name, "f1"): why, (name, "recall"): why}
+        elif not mixed:
+            notes[name, "specificity"] = why
+        if not any_called:
+            notes[name, "precision"] = "no image is predicted as this class"
+    means = ["balanced_accuracy", "auroc"]
+    if (positive := measure.task.positive) is None:
+        means += ["average_precision", "f1"]
+    else:
+        of_positive = ("f1", "precision", "recall", "specificity")
+        notes |= {
+            (None, metric): notes[positive, metric].replace("this class", positive)
+            for metric in of_positive
+            if (positive, metric) in notes
+        }
+        if not measure.mixed.any():
+            notes[None, "average_precision"] = "no class that only some of the images have"
+    for metric in means:
         recall = metric == "balanced_accuracy" and measure.exclusive
         used = measure.present if metric == "f1" or recall else measure.mixed
         left_out = [name for name, use in zip(classes, used, strict=True) if not use]
@@ -229,6 +303,7 @@ def _confusion(measure: ClassMeasures) -> NDArray[np.int64]:
 
 
 def _keys(task: Task) -> list[Key]:
-    if task.kind == "regression":
-        return [(None, metric) for metric in REGRESSION_METRICS]
-    return [(name, metric) for name in (None, *task.classes) for metric in CLASS_METRICS]
+    return [
+        *((None, metric) for metric in task_metrics(task)),
+        *((name, metric) for name in task.classes for metric in class_metrics(task)),
+    ]

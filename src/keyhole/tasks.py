@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from keyhole.errors import ConfigError, DataError, RunError
+from keyhole.positive import positive_first_guess
 from keyhole.wording import listed, nearest
 
 Kind = Literal["multiclass", "binary", "multilabel", "regression"]
@@ -57,6 +58,15 @@ class Task:
             raise ValueError(f"classes (={self.classes}) must differ from each other")
         if not (np.isfinite(self.mean) and np.isfinite(self.std) and self.std > 0):
             raise ValueError(f"mean (={self.mean}) and std (={self.std}) must be finite, and std above 0")
+
+    @property
+    def positive(self) -> str | None:
+        """The class that precision, recall, F1 and average precision of a binary task are of; None for other kinds."""
+        return self.classes[1] if self.kind == "binary" else None
+
+    def describe(self) -> str:
+        """`grade (multiclass)`, or `tumor (binary, positive: yes)`."""
+        return f"{self.name} ({self.kind}{'' if self.positive is None else f', positive: {self.positive}'})"
 
     @property
     def outputs(self) -> int:
@@ -159,14 +169,15 @@ def infer_task(name: str, texts: Iterable[str], kind: str | None = None) -> Task
 
     Without a `kind`, any `|` makes it multilabel, numbers with a fraction or with more than
     `MOST_NUMBERED_CLASSES` distinct values regression, two distinct values binary, else it is multiclass. Classes
-    are sorted, as numbers where all are; of a binary task the second is the positive one.
+    are sorted, as numbers where all are. The positive class of a binary task is the one that `binary:CLASS` names,
+    else the one that is positive by its name (`positive.py`; numbers are not names), else the second. It is the
+    second of `Task.classes`.
 
     Raises:
-        ConfigError: no such kind.
+        ConfigError: no such kind, or a positive class for a kind that has none.
         DataError: no label, only one class, or labels that do not fit the kind.
     """
-    if kind is not None and kind not in KINDS:
-        raise ConfigError(f"{name}={kind}: no such kind{nearest(kind, KINDS)}; the kinds are {', '.join(KINDS)}")
+    kind, positive = _kind_and_positive(name, kind)
     distinct = sorted({text.strip() for text in texts} - {""})
     if not distinct:
         raise DataError(f"{name}: no image has a label. Fill the column or choose other tasks.")
@@ -189,7 +200,46 @@ def infer_task(name: str, texts: Iterable[str], kind: str | None = None) -> Task
         )
     if all(map(_is_number, distinct)):
         distinct.sort(key=float)
+    if chosen == "binary":
+        distinct = _negative_first(name, distinct, positive)
     return Task(name, chosen, tuple(distinct))
+
+
+def positive_note(task: Task, kind: str | None = None) -> str | None:
+    """What to say where neither the user (`kind`) nor the names of the classes have said which class is positive."""
+    if task.kind != "binary" or ":" in (kind or ""):
+        return None
+    if not all(map(_is_number, task.classes)) and positive_first_guess(task.classes) is not None:
+        return None
+    negative, positive = task.classes
+    return (
+        f"{task.name}: the positive class is {positive!r}, the second in order; "
+        f"--data.tasks {task.name}=binary:{negative} takes the other"
+    )
+
+
+def _kind_and_positive(name: str, text: str | None) -> tuple[Kind | None, str | None]:
+    """`binary:defect` -> binary and defect; without a colon no class is named."""
+    if text is None:
+        return None, None
+    kind, colon, positive = (part.strip() for part in text.partition(":"))
+    known = next((each for each in KINDS if each == kind), None)
+    if known is None:
+        raise ConfigError(f"{name}={text}: no such kind{nearest(kind, KINDS)}; the kinds are {', '.join(KINDS)}")
+    if colon and (known != "binary" or not positive):
+        raise ConfigError(f"{name}={text}: expected {name}=binary:CLASS; only a binary task has a positive class")
+    return known, positive or None
+
+
+def _negative_first(name: str, classes: list[str], positive: str | None) -> list[str]:
+    """Two sorted classes in the order negative, positive."""
+    if positive is not None and positive not in classes:
+        raise DataError(f"{name}: no label is {positive!r}{nearest(positive, classes)}; they are {', '.join(classes)}.")
+    if positive is not None:
+        place: int | None = classes.index(positive)
+    else:
+        place = None if all(map(_is_number, classes)) else positive_first_guess(classes)
+    return classes[::-1] if place == 0 else classes
 
 
 def fit_regression(task: Task, values: ArrayLike) -> Task:

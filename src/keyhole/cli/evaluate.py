@@ -14,7 +14,7 @@ from keyhole.errors import DataError
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Metrics of a run's best model with 95 % bootstrap intervals, and one CSV row per image.
+    """Metrics of a run's best model with 95 % intervals, and one CSV row per image.
 
     Where the data have a column `annotation` (GeoJSON of QuPath, XML of ASAP), also how much of the attention lies in
     what it outlines.

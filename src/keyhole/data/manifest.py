@@ -28,7 +28,7 @@ from keyhole.data.read_folder import FOLDER_TASK, expand_images, read_folder
 from keyhole.data.settle import check_training, settle_splits
 from keyhole.errors import ConfigError, DataError
 from keyhole.files import write_atomic
-from keyhole.tasks import Task, fit_regression, infer_task
+from keyhole.tasks import Task, fit_regression, infer_task, positive_note
 from keyhole.wording import listed, nearest
 
 __all__ = ["Item", "LeftOut", "Manifest", "expand_images", "read_for_tasks", "read_manifest", "write_left_out"]
@@ -155,7 +155,8 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
     doubts = [*table.doubts, *alike_classes(tasks)]
     about = [*missing_notes(table, wanted), *column_notes(table, () if not data.tasks else table.columns)]
     about = [f"{path}: {note}" for note in about]
-    notes = [*table.notes, *about, *notes, *(doubt.line() for doubt in doubts)]
+    positive = [note for task in tasks if (note := positive_note(task, wanted[task.name])) is not None]
+    notes = [*table.notes, *about, *notes, *(doubt.line() for doubt in doubts), *positive]
     return Manifest(tuple(items), tuple(tasks), tuple(left_out), tuple(notes), tuple(doubts))
 
 
@@ -244,9 +245,10 @@ def _wanted_tasks(path: Path, columns: Sequence[str], asked: Sequence[str]) -> d
         raise DataError(f"{path}: no task column, only `image` and what describes it. Add a column with labels.")
     wanted: dict[str, str | None] = {}
     for entry in asked or columns:
-        name, _, kind = (
-            (entry, "", "") if entry in columns else entry.rpartition("=") if "=" in entry else (entry, "", "")
-        )
+        # a name may hold a `=`, and so may the class of `name=binary:class`: the longest column that fits is meant
+        fitting = [column for column in columns if entry == column or entry.startswith(f"{column}=")]
+        name = max(fitting, key=len, default=entry.partition("=")[0])
+        kind = entry[len(name) + 1 :]
         if name not in columns:
             raise DataError(f"{path}: no column {name!r}{nearest(name, columns)}; the tasks are {listed(columns, 8)}.")
         if name in wanted:

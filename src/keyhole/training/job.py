@@ -213,7 +213,7 @@ def _hashes(config: Config, manifest: Manifest) -> tuple[dict[str, FileHash], li
 
 def _overview(job: Job) -> list[str]:
     splits = ", ".join(f"{len(job.manifest.split(name))} {name}" for name in ("train", "val", "test"))
-    lines = [f"images: {splits}; tasks: {', '.join(f'{task.name} ({task.kind})' for task in job.tasks)}"]
+    lines = [f"images: {splits}; tasks: {', '.join(task.describe() for task in job.tasks)}"]
     lines.append(job.plan.describe())
     if job.manifest.left_out:
         lines.append(f"left out {len(job.manifest.left_out)} files or rows; they are listed in left_out.csv")

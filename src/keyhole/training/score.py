@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from keyhole.errors import ConfigError
-from keyhole.measures import CLASS_METRICS, REGRESSION_METRICS
+from keyhole.measures import task_metrics
 from keyhole.metrics import defined_metrics
 from keyhole.tasks import Task
 from keyhole.wording import listed
@@ -35,7 +35,7 @@ def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | 
     """
     known = {"loss", "auto"}
     for task in tasks:
-        each = metrics_of(task)
+        each = task_metrics(task)
         known |= set(each) | {f"{task.name}.{metric}" for metric in each}
     if name not in known:
         import difflib
@@ -51,7 +51,10 @@ def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | 
     if name == "loss":
         return name, []
     wanted = {
-        task.name: metric for task in tasks for metric in metrics_of(task) if name in (metric, f"{task.name}.{metric}")
+        task.name: metric
+        for task in tasks
+        for metric in task_metrics(task)
+        if name in (metric, f"{task.name}.{metric}")
     }
     lacking = [task for task, metric in wanted.items() if metric not in defined[task]]
     if not lacking:
@@ -60,11 +63,6 @@ def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | 
     if len(lacking) < len(wanted):
         return name, [f"{said}: the mean is over the other tasks"]
     return "loss", [f"{said}: the validation loss names the best model. More validation images, or --train.metric loss"]
-
-
-def metrics_of(task: Task) -> tuple[str, ...]:
-    """The validation metrics of a task, apart from the loss."""
-    return REGRESSION_METRICS if task.kind == "regression" else CLASS_METRICS
 
 
 def _automatic(tasks: Sequence[Task], defined: Mapping[str, set[str]]) -> str:
