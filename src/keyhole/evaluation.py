@@ -17,7 +17,10 @@ import keyhole
 from keyhole.config import Config
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
+from keyhole.data.moved import check_same, stored_hashes
 from keyhole.errors import DataError, KeyholeError, RunError
+from keyhole.evaluation_folder import Subject, open_folder, remove_others
+from keyhole.evaluation_notes import seen_in_training, unfinished
 from keyhole.files import file_names, writable_folder, write_atomic
 from keyhole.lesions import Judged, Lesions, check_annotations, judge, lesion_means, lesion_table
 from keyhole.metrics import TaskMetrics, evaluate_task, evaluation_json, format_lines
@@ -74,30 +77,37 @@ def evaluate(
     """Evaluates the best model of a run.
 
     Args:
-        run: run folder, or with `data` the folder of a model.
+        run: run folder, or with `data` the folder of a model. It may be read-only where `out` is given.
         data: other labelled images; default the run's own. Their labels must be of the model's tasks.
         split: `train`, `val` or `test`; other data without splits count as `test`.
-        out: folder to write to; default RUN/evaluation/SPLIT, or RUN/evaluation/NAME for other data.
+        out: folder to write to; default RUN/evaluation/SPLIT, or RUN/evaluation/NAME for other data. Results of the
+            same run, data and split are replaced; a folder with results of anything else is refused.
         device: where to compute.
         on_bad_image: what an unreadable image or annotation does. With "skip" a broken annotation is listed in
             lesions.csv, and its image still counts for the metrics.
-        root: folder that relative paths of a CSV start from.
+        root: with `data`, the folder that relative paths of a CSV start from; else the folder that the run's own
+            images were moved to, where they are found by relative path, size and SHA-256.
         memory, unreadable: as in `keyhole.load`.
         features, masks: folders for `data`, as `data.features` and `data.masks` of a run.
 
     Raises:
         RunError: no model, no such split, or data of other tasks.
         ImageError: an image cannot be read and `on_bad_image` is "fail".
-        DataError: likewise an annotation.
+        DataError: likewise an annotation; or images that were moved are not in `root`, or not those of the run.
+        OutputError: the folder cannot be written, or holds results of something else.
     """
     run = Path(run)
+    subject = Subject(run, None if data is None else Path(data), split)
     predictor = Predictor.open(run, device, memory, unreadable)
     given = {"root": root, "features": features, "masks": masks}
     folders = {name: None if path is None else Path(path) for name, path in given.items()}
     manifest = _manifest(run, data, predictor.tasks, split, on_bad_image, folders)
     items = manifest.items
-    default = run / "evaluation" / (split if data is None else Path(data).stem)
-    folder = writable_folder(default if out is None else out)
+    folder, notes = open_folder(subject, out)
+    notes += _notes(run, subject, manifest)
+    keeps_test = data is None and out is None and split == "test" and not unfinished(run)
+    if keeps_test:
+        writable_folder(run / "predictions")
     left_out = {left.name: left.reason for left in manifest.left_out}
     seen: list[tuple[Item, dict[str, np.ndarray]]] = []
     if on_bad_image == "fail":
@@ -127,17 +137,16 @@ def evaluate(
 
     truth = {str(item.image): item.labels for item in items}
     write_table(predictions(), folder / "predictions.csv", lambda prediction: truth[str(prediction.image)])
-    if data is None:
-        writable_folder(run / "predictions")
-        write_atomic(run / "predictions" / f"{split}.csv", (folder / "predictions.csv").read_bytes())
+    if keeps_test:  # those of train and val are written at the end of training, by the model that the run ended with
+        write_atomic(run / "predictions" / "test.csv", (folder / "predictions.csv").read_bytes())
     metrics = tuple(_metrics(task, manifest, seen) for task in predictor.tasks)
     lesions = None
     if judged:
         names = [task.name for task in predictor.tasks]
         lesions = lesion_means(judged, {item.name: item.group for item, _ in seen}, names)
         write_atomic(folder / "lesions.csv", lesion_table(judged, names))
-    about: dict[str, Any] = {"keyhole": keyhole.__version__, "model": predictor.name, "data": str(data or run)}
-    about |= {"split": split, "left_out": left_out} | ({} if lesions is None else {"lesions": lesions.to_json()})
+    about: dict[str, Any] = {"keyhole": keyhole.__version__, "model": predictor.name, **subject.to_json()}
+    about |= {"notes": notes, "left_out": left_out} | ({} if lesions is None else {"lesions": lesions.to_json()})
     tables = dict(zip(predictor.tasks, file_names([task.name for task in predictor.tasks], "task"), strict=True))
     about["confusion_files"] = {
         result.task.name: f"confusion_{tables[result.task]}.csv" for result in metrics if _has_table(result)
@@ -147,10 +156,23 @@ def evaluate(
     write_left_out(folder / "left_out.csv", left_out.items())
     for result in metrics:
         if _has_table(result):
-            write_atomic(folder / f"confusion_{tables[result.task]}.csv", _confusion(result))
+            write_atomic(folder / about["confusion_files"][result.task.name], _confusion(result))
     title = f"{predictor.name}: {split} images, wrong ones first, and the patches that were kept"
-    contact_sheet(examples.entries(), folder / "contact_sheet.png", title)
-    return Evaluation(folder, metrics, left_out, manifest.notes if data is not None else (), lesions)
+    shown = examples.entries()
+    if shown:
+        contact_sheet(shown, folder / "contact_sheet.png", title)
+    lesions_written, sheet_written = ["lesions.csv"] * bool(judged), ["contact_sheet.png"] * bool(shown)
+    remove_others(folder, [*about["confusion_files"].values(), *lesions_written, *sheet_written])
+    return Evaluation(folder, metrics, left_out, tuple(notes), lesions)
+
+
+def _notes(run: Path, subject: Subject, manifest: Manifest) -> list[str]:
+    """What is to be said before the figures."""
+    notes = [f"{run}: {note}"] if (note := unfinished(run)) else []
+    if subject.data is not None:
+        notes += [note] if (note := seen_in_training(run, manifest.items)) else []
+        notes += manifest.notes
+    return notes
 
 
 def _manifest(
@@ -166,7 +188,10 @@ def _manifest(
         raise RunError(f"{run}: no manifest.csv in it, so the images to evaluate are not known. Give --data.")
     given: dict[str, Any] = {"path": path, "on_bad_image": on_bad_image, **folders}
     config = dataclasses.replace(Config().data, **given)
-    return read_for_tasks(config, tasks, (split,))
+    manifest = read_for_tasks(config, tasks, (split,), run=data is None)
+    if data is None and config.root is not None:
+        check_same(manifest.items, stored_hashes(path))
+    return manifest
 
 
 def _metrics(task: Task, manifest: Manifest, seen: Sequence[tuple[Item, dict[str, np.ndarray]]]) -> TaskMetrics:

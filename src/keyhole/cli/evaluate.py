@@ -25,11 +25,12 @@ class EvaluateOptions:
     data: Path | None = None
     """Other labelled data to evaluate on: a folder of classes or a CSV; default is the run's own."""
     root: Path | None = None
-    """Folder that relative image paths of a CSV given with --data start from; default is the CSV's own folder."""
+    """Folder that the run's own images were moved to. With --data, folder that relative paths of the CSV start from."""
     split: str = "test"
     """Split to evaluate: train, val or test; images of other data without splits count as test."""
     out: Path | None = None
-    """Folder for metrics, table and contact sheet; default is in the run folder, under evaluation."""
+    """Folder for metrics, table and contact sheet; default is in the run folder, under evaluation. With it, nothing is
+    written into the run folder."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     features: Path | None = None

@@ -20,6 +20,8 @@ class ResumeOptions:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder of `keyhole train`."""
+    root: Path | None = None
+    """Folder that the images were moved to since; they are found in it by relative path, size and SHA-256."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration of the run, as YAML, and end."""
 
@@ -33,5 +35,5 @@ def run(argv: list[str]) -> int:
 
     from keyhole.training.loop import resume
 
-    print("\n".join(resume(options.run).summary()))
+    print("\n".join(resume(options.run, options.root).summary()))
     return 0

@@ -23,6 +23,7 @@ from keyhole.data.hashes import FileHash
 from keyhole.data.item import SPLITS, ZARR_SUFFIX, Doubt, Item, LeftOut, Row, Table, absolute
 from keyhole.data.labels import alike_classes, missing_notes, without_missing_words
 from keyhole.data.layout import one_class, refuse_single_images
+from keyhole.data.moved import moved_to
 from keyhole.data.read_csv import FILES, read_csv
 from keyhole.data.read_folder import FOLDER_TASK, expand_images, read_folder
 from keyhole.data.settle import check_training, settle_splits
@@ -34,6 +35,12 @@ from keyhole.wording import listed, nearest
 __all__ = ["Item", "LeftOut", "Manifest", "expand_images", "read_for_tasks", "read_manifest", "write_left_out"]
 
 MISSING_FILE = "no such file"
+RELATIVE = (
+    "Relative paths start from the CSV's folder or --data.root; `keyhole check` lists all, "
+    "--data.on-bad-image skip leaves them out."
+)
+MOVED = "If they were moved, name the folder that holds them now: --root DIR"
+"""What to do about files that are missing: of a CSV of the user's, of a run's manifest."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,9 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
     return Manifest(tuple(items), tuple(tasks), tuple(left_out), tuple(notes), tuple(doubts))
 
 
-def read_for_tasks(data: DataConfig, tasks: Sequence[Task], splits: Sequence[str] | None = None) -> Manifest:
+def read_for_tasks(
+    data: DataConfig, tasks: Sequence[Task], splits: Sequence[str] | None = None, run: bool = False
+) -> Manifest:
     """Reads labelled images for the tasks of a model that is already trained, to evaluate it on them.
 
     Every image without a split is in `test`; a task without a column has no labels.
@@ -169,6 +178,7 @@ def read_for_tasks(data: DataConfig, tasks: Sequence[Task], splits: Sequence[str
         data: where they are.
         tasks: of the model.
         splits: read only these, so that nothing is asked of the files of the others.
+        run: whether `data.path` is the manifest of a run; `data.root` is then the folder that its files were moved to.
 
     Raises:
         DataError: no column for any of the tasks, a label that the model does not know, or no image in the split.
@@ -183,7 +193,9 @@ def read_for_tasks(data: DataConfig, tasks: Sequence[Task], splits: Sequence[str
         )
     if splits is not None:
         table = _only(path, table, splits)
-    rows, left_out = _usable(path, table, there, data)
+    if run and data.root is not None:
+        table = moved_to(path, table, data.root)
+    rows, left_out = _usable(path, table, there, data, MOVED if run else RELATIVE)
     for row in rows:
         for task in tasks:
             try:
@@ -257,7 +269,9 @@ def _wanted_tasks(path: Path, columns: Sequence[str], asked: Sequence[str]) -> d
     return wanted
 
 
-def _usable(path: Path, table: Table, names: Sequence[str], data: DataConfig) -> tuple[list[Row], list[LeftOut]]:
+def _usable(
+    path: Path, table: Table, names: Sequence[str], data: DataConfig, remedy: str = RELATIVE
+) -> tuple[list[Row], list[LeftOut]]:
     """The rows with a label and a file, each image once, with the labels of the chosen columns only."""
     rows: list[Row] = []
     left_out = list(table.left_out)
@@ -287,11 +301,7 @@ def _usable(path: Path, table: Table, names: Sequence[str], data: DataConfig) ->
     if missing and (not rows or data.on_bad_image == "fail"):
         kind = "feature" if any(row.item.features is not None for row in table.rows) else "image"
         count = f"{len(missing)} of {len(first)} {kind} files" if rows else f"all {len(missing)} {kind} files"
-        raise DataError(
-            f"{path}: {count} are not there: {listed(missing)}. "
-            "Relative paths start from the CSV's folder or --data.root; `keyhole check` lists all, "
-            "--data.on-bad-image skip leaves them out."
-        )
+        raise DataError(f"{path}: {count} are not there: {listed(missing)}. {remedy}")
     if not rows:
         raise DataError(f"{path}: no row has a label for {' or '.join(names)}. Fill the column or choose other tasks.")
     return rows, left_out

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -233,8 +234,13 @@ def _compile(job: Job) -> str:
     return f"encoder {'compiled' if choice.compile else 'not compiled'}: {choice.why}"
 
 
-def open_job(run: Run, say: Callable[[str], None]) -> Job:
+def open_job(run: Run, say: Callable[[str], None], root: Path | None = None) -> Job:
     """Loads a run as it was when its last state was saved.
+
+    Args:
+        run: the folder.
+        say: told what a user should know.
+        root: folder that the images were moved to.
 
     Raises:
         RunError: another process is working on it, the state or a file of the run is damaged, or an image changed.
@@ -243,20 +249,22 @@ def open_job(run: Run, say: Callable[[str], None]) -> Job:
     try:
         sweep(run.path, say)
         sweep_beside(run.path, say)
-        return _open_job(run, lock, say)
+        return _open_job(run, lock, say, root)
     except BaseException:
         lock.release()
         raise
 
 
-def _open_job(run: Run, lock: RunLock, say: Callable[[str], None]) -> Job:
+def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | None) -> Job:
     state = read_state(run)
     checked = check_files(run, state)
     config = dataclasses.replace(sealed_config(state), out=run.path)
     device = choose_device(config.run.device)
     path = run.path / "manifest.csv"
-    written = dataclasses.replace(config.data, path=path, root=None)
-    manifest = read_for_tasks(written, [Task.from_json(task) for task in state.tasks], ("train", "val"))
+    written = dataclasses.replace(config.data, path=path, root=root)
+    if root is not None:  # the manifest names every file; these folders may have moved too
+        written = dataclasses.replace(written, features=None, masks=None)
+    manifest = read_for_tasks(written, [Task.from_json(task) for task in state.tasks], ("train", "val"), run=True)
     remedy = "Put the old files back, or train again into another folder."
     checked += check_images(run.path, path, manifest.items, config.run, remedy, others=("test",))
     reader = open_reader(config.run, device)

@@ -77,13 +77,18 @@ def train_config(config: Config) -> Run:
         return Loop(job, interrupt).run()
 
 
-def resume(path: str | Path) -> Run:
+def resume(path: str | Path, root: str | Path | None = None) -> Run:
     """Goes on with a run that was stopped, killed or interrupted, and ends as it would have.
+
+    Args:
+        path: the run folder.
+        root: folder that the images were moved to; they are found there by relative path, size and SHA-256.
 
     Raises:
         RunError: not a run folder, or its state does not fit.
     """
-    with Interrupt() as interrupt, closing(open_job(find_run(path), say)) as job:
+    moved = None if root is None else Path(root)
+    with Interrupt() as interrupt, closing(open_job(find_run(path), say, moved)) as job:
         return Loop(job, interrupt).run()
 
 

@@ -1,0 +1,91 @@
+"""Where an evaluation is written: results of other data go to their own folder, and nothing is replaced without a word.
+
+`metrics.json` says what a folder holds the evaluation of: the run, the data and the split.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keyhole.data.item import SPLITS, absolute
+from keyhole.errors import OutputError
+from keyhole.files import file_names, writable_folder
+
+OURS = ("confusion_*.csv", "lesions.csv", "contact_sheet.png")
+"""Files that not every evaluation writes: one of an earlier call would be taken for this one's."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        run: folder of the run or model.
+        data: other data than the run's own; None where these are evaluated.
+        split: of the data.
+    """
+
+    run: Path
+    data: Path | None
+    split: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written into metrics.json."""
+        data = self.run if self.data is None else self.data
+        return {"run": str(absolute(self.run)), "data": str(absolute(data)), "split": self.split}
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go if nothing else is said: other data never into the folder of a split."""
+        parent = self.run / "evaluation"
+        if self.data is None:
+            return parent / self.split
+        (name,) = file_names([absolute(self.data).stem], "data")
+        names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        free = (parent / each for each in names if each not in SPLITS)
+        return next(folder for folder in free if not folder.exists() or _subject_in(folder) == self.to_json())
+
+
+def open_folder(subject: Subject, out: str | Path | None) -> tuple[Path, list[str]]:
+    """The folder for the results, proven to be writable, and a line where it replaces earlier ones of the same subject.
+
+    Raises:
+        OutputError: it holds results of something else, or cannot be written.
+    """
+    folder = subject.folder if out is None else Path(out)
+    notes: list[str] = []
+    if (folder / "metrics.json").exists() or (folder / "predictions.csv").exists():
+        held = _subject_in(folder)
+        if held != subject.to_json():
+            what = f"the evaluation of {held['data']} ({held['split']}) by {held['run']}" if held else "other results"
+            raise OutputError(f"{folder}: holds {what}. Choose another --out, or delete it.")
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / "metrics.json").stat().st_mtime))
+        notes.append(f"{folder}: replaces the evaluation of the same images of {made}")
+    try:
+        return writable_folder(folder), notes
+    except OutputError as error:
+        hint = " Results can go anywhere: --out DIR" if out is None else ""
+        raise OutputError(f"{error}{hint}") from error
+
+
+def remove_others(folder: Path, written: Collection[str]) -> None:
+    """Removes what an earlier evaluation left in the folder and this one did not write."""
+    for pattern in OURS:
+        for path in folder.glob(pattern):
+            if path.name not in written:
+                path.unlink(missing_ok=True)
+
+
+def _subject_in(folder: Path) -> dict[str, Any] | None:
+    """What the results in a folder are of; None where that is not known."""
+    try:
+        held = json.loads((folder / "metrics.json").read_text())
+        return {name: held[name] for name in ("run", "data", "split")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
