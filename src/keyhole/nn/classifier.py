@@ -4,7 +4,7 @@ Letters: b image, n patches, m kept, i chunk, t query, h head, d width, o output
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from keyhole.nn.attention import CrossAttentionPool
 from keyhole.nn.fast import CompiledEncoder, FastEncoder
 from keyhole.nn.heads import Heads
+from keyhole.nn.lone import lone_patch
 from keyhole.nn.pixels import prepare
 from keyhole.nn.position import CenterPosition
 from keyhole.nn.selection import Rule, Selection, Selector, evaluating
@@ -126,11 +127,18 @@ class IPSClassifier(nn.Module):
         return self.fast is not None and self.fast.compiled
 
     def encode(self, patches: Shaped[Tensor, "k ..."]) -> Float[Tensor, "k d"]:
-        """The encoder over loose patches, in the model's precision; the result is float32."""
+        """The encoder over loose patches, in the model's precision; the result is float32.
+
+        A single patch has no statistics of its own: see `lone_patch`.
+        """
         if patches.dtype == torch.uint8:
             patches = patches.to(torch.float32) / 255
-        encoder = self.encoder if self.learned is None or not self.training else self.learned
-        with torch.autocast(patches.device.type, self.precision, enabled=self.precision != torch.float32):
+        alone = self.training and len(patches) == 1
+        encoder = self.encoder if self.learned is None or not self.training or alone else self.learned
+        with (
+            torch.autocast(patches.device.type, self.precision, enabled=self.precision != torch.float32),
+            lone_patch(self.encoder) if alone else nullcontext(),
+        ):
             embedding: Tensor = encoder(patches)
         return embedding.float()
 
