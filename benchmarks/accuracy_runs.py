@@ -69,6 +69,7 @@ MEGAPIXEL = Study(
         "--train.warmup=3",
         "--train.batch=4",
         "--train.lr=1e-3",
+        "--train.explore=0",
         "--train.encoder-lr=0.1",
         "--train.metric=accuracy",
     ),

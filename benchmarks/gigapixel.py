@@ -102,7 +102,13 @@ def run_steps(
             "patch": {"size": 256},
             "model": GPU if cuda else CPU,
             "select": {"m": 64},
-            "train": {"batch": batch, "epochs": 1, "warmup": 0.0, "precision": "bf16" if cuda else "float32"},
+            "train": {
+                "batch": batch,
+                "epochs": 1,
+                "warmup": 0.0,
+                "explore": 0.0,
+                "precision": "bf16" if cuda else "float32",
+            },
             "augment": {"color": 0.0},  # none, as published for slides
             "run": {"device": "cuda" if cuda else "cpu"},
         },

@@ -177,7 +177,7 @@ def open_job(one: Setting, model: dict[str, object], steps: int, options: argpar
             "patch": {"size": one.patch},
             "model": model,
             "select": {"m": one.m, "chunk": one.i},
-            "train": {"batch": one.b, "warmup": 0.0, "precision": options.precision},
+            "train": {"batch": one.b, "warmup": 0.0, "explore": 0.0, "precision": options.precision},
             "augment": {"flip": False, "rotate": False, "shift": False, "color": 0.0},
             "run": {
                 "device": options.device,

@@ -20,7 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "patch": {"size": 16},
     "model": {"width": 8, "heads": 2},
     "select": {"m": 4, "chunk": 16},
-    "train": {"epochs": 2, "batch": 4, "lr": 3e-3},
+    "train": {"epochs": 2, "batch": 4, "lr": 3e-3, "explore": 0.0},
     "run": {"threads": 2},
 }
 

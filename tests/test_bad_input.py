@@ -324,7 +324,7 @@ YAML = {
     "patch: {size: 16.5}": ("patch.size", "got 16.5"),
     "patch: {size: 0}": ("patch.size", "got 0"),
     "patch: 16": ("patch", "expected a section of keys, got 16"),
-    "train: {lr: -1.0}": ("train.lr", "expected a number above 0 that is finite, got -1"),
+    "train: {lr: -1.0}": ("train.lr", "expected a number above 0 that is finite, or auto, got -1"),
     "train: {lr: [1]}": ("train.lr", "got the list"),
     "data: {val: 1.5}": ("data.val", "below 1, got 1.5"),
     "select: {rule: gobal}": ("select.rule", "expected one of global, streaming"),

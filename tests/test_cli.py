@@ -139,7 +139,7 @@ MISTAKES = {
     "train x --patch.size --select.m 3": ["--patch.size: a value is missing"],
     "train x --patch.stride 0": ["--patch.stride: expected a whole number above 0"],
     "train x --data.val 1": ["--data.val: expected a number of at least 0 below 1, got '1'"],
-    "train x --train.lr nan": ["--train.lr: expected a number above 0 that is finite, got 'nan'"],
+    "train x --train.lr nan": ["--train.lr: expected a number above 0 that is finite, or auto, got 'nan'"],
     "train x --model.channels 2": ["--model.channels: expected one of 1, 3, got '2'"],
     "train x --select.rule gobal": [
         "--select.rule: expected one of global, streaming, got 'gobal' (did you mean global?)"

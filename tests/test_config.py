@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -63,6 +64,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
             return TEXT.filter(bool)
         assert isinstance(rule, Gt | Ge)
         return st.integers(1 if isinstance(rule, Gt) else 0, 10**12)
+    if get_origin(kind) in (Union, UnionType):  # a number or `auto`
+        return st.one_of([values(arg) for arg in inner])
     if inner:
         return st.sampled_from(inner)
     return {
@@ -174,7 +177,7 @@ BAD = {
     "too small": ("patch: {size: 0}", ["patch.size: expected a whole number above 0, got 0"]),
     "too large": ("data: {val: 1}", ["data.val: expected a number of at least 0 below 1, got 1"]),
     "not a number": ("train: {lr: .nan}", ["train.lr", "got nan"]),
-    "infinite": ("train: {lr: .inf}", ["train.lr", "finite, got inf"]),
+    "infinite": ("train: {lr: .inf}", ["train.lr", "finite, or auto, got inf"]),
     "clock time is no number": ("train: {lr: 12:30}", ["train.lr", "'12:30' (text)"]),
     "octal is no number": ("train: {epochs: 010}", ["train.epochs", "'010' (text)"]),
     "zero byte": ('data: {path: "a\\0b"}', ["data.path", "zero byte"]),

@@ -20,6 +20,8 @@ Positive = Annotated[int, Gt(0)]
 NotNegative = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Interval(gt=0, lt=inf)]
 NotNegativeFloat = Annotated[float, Interval(ge=0, lt=inf)]
+Auto = Literal["auto"]
+"""The setting follows from others; see `keyhole.config_auto`."""
 Quantity = Annotated[str, MinLen(1)]
 """A number with or without a unit, such as 5GB or 1%."""
 
@@ -136,8 +138,9 @@ class TrainConfig:
     """Passes over the training images."""
     batch: Positive = 8
     """Images per step (B)."""
-    lr: PositiveFloat = 3e-4
-    """Peak rate of AdamW; 3e-4 suits pretrained encoders, 1e-3 training from scratch."""
+    lr: PositiveFloat | Auto = "auto"
+    """Peak rate of AdamW. `auto` is 1e-3 for an encoder that starts from random weights, and 3e-4 for pretrained or
+    given weights and for stored features, as published."""
     encoder_lr: NotNegativeFloat = 1.0
     """The encoder's rate as a multiple of `lr`; below 1 spares pretrained weights."""
     weight_decay: NotNegativeFloat = 0.1
@@ -146,9 +149,10 @@ class TrainConfig:
     """Epochs of linear warm-up; selection is near random at first, so large first steps hurt."""
     final_lr: Fraction = 0.001
     """Rate at the end of the cosine, as a share of `lr`."""
-    explore: NotNegativeFloat = 0.0
-    """Epochs of exploring, for encoders that start from random weights: in the first half patches are kept at random
-    and attention is held uniform, in the second the random share falls to none. 0 is the published method."""
+    explore: NotNegativeFloat | Auto = "auto"
+    """Epochs of exploring: in the first half patches are kept at random and attention is held uniform, in the second
+    the random share falls to none. `auto` explores in half of the epochs where the encoder starts from random weights,
+    whose scores mean nothing at first, and else not at all. 0 is the published method."""
     clip: NotNegativeFloat = 1.0
     """Largest norm of the gradient; 0 never clips."""
     balance: Literal["none", "loss"] = "none"

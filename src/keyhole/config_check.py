@@ -141,6 +141,10 @@ def describe(kind: Any) -> str:
         return "a number, with a unit where it has one"
     if optional:
         return f"{describe(inner)} or none"
+    if get_origin(inner) in (Union, types.UnionType):  # a number or `auto`
+        return ", or ".join(
+            str(get_args(arg)[0]) if get_origin(arg) is Literal else describe(arg) for arg in get_args(inner)
+        )
     limits = ""
     if get_origin(inner) is Annotated:
         inner, *rules = get_args(inner)
@@ -169,7 +173,7 @@ def _limits(rule: object) -> Iterator[str]:
 
 def _unwrap(kind: Any) -> tuple[Any, bool]:
     """The type without `| None`, and whether None was allowed."""
-    if get_origin(kind) in (Union, types.UnionType):
+    if get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind):
         inner = [arg for arg in get_args(kind) if arg is not type(None)]
         assert len(inner) == 1
         return inner[0], True

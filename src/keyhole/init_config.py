@@ -116,7 +116,6 @@ def propose(config: Config, measured: Measured) -> Proposal:
     imbalance = _imbalance(measured.manifest)
     if imbalance >= 2:
         reasons["train.balance"] = f"the largest class has {imbalance:.1f} times the images of the smallest"
-    reasons["train.lr"] = reasons["train.explore"] = "the encoder learns from scratch"
     replace = dataclasses.replace
     return Proposal(
         replace(
@@ -128,9 +127,7 @@ def propose(config: Config, measured: Measured) -> Proposal:
                 config.train,
                 epochs=epochs,
                 batch=batch,
-                lr=1e-3,
                 warmup=max(1.0, epochs / 10),
-                explore=round(epochs / 2, 1),
                 balance="loss" if imbalance >= 2 else "none",
             ),
         ),

@@ -34,6 +34,7 @@ def run(argv: list[str]) -> int:
     if not options.print_config and (target.exists() or target.is_symlink()):
         raise OutputError(f"{target}: is there already, and is not overwritten. Remove it or give another --out.")
 
+    from keyhole.config_auto import auto_reasons
     from keyhole.config_file import dump_config, resolve
     from keyhole.init_config import measure, propose
 
@@ -47,6 +48,7 @@ def run(argv: list[str]) -> int:
     )
     validate(final, flags=True)
     reasons = {name: why for name, why in proposal.reasons.items() if _at(final, name) == _at(proposal.config, name)}
+    reasons |= auto_reasons(final)
     text = _header(target, proposal.summary) + dump_config(final, comments=True, notes=reasons)
     if options.print_config:
         print(text, end="")

@@ -14,6 +14,7 @@ import keyhole
 from keyhole.checkpoint import load_state, save_state
 from keyhole.compiling import choose_compile
 from keyhole.config import Config
+from keyhole.config_auto import settle_learning
 from keyhole.data.hashes import FileHash, hash_files
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest, write_left_out
@@ -134,6 +135,8 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     parse_share(config.unreadable)
     manifest = read_manifest(config.data, config.train.seed)
     config, notes = with_features(config, manifest)
+    config, settled = settle_learning(config, features=config.model.feature_width is not None)
+    notes += settled
     reader = open_reader(config.run, device)
     try:
         images, manifest, lines = scan(config, manifest, reader, device)

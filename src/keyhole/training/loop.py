@@ -20,6 +20,7 @@ import torch
 
 from keyhole.checkpoint import save_model
 from keyhole.config import Config
+from keyhole.config_auto import number
 from keyhole.config_file import build, resolve, validate
 from keyhole.data.manifest import Item
 from keyhole.errors import DataError, Interrupted, NonFiniteLoss
@@ -103,7 +104,7 @@ class Loop:
         self.shares = Shares(job.device)
         self.stager = Stager(job.device, self.shares)
         self.journal = SelectionJournal(job.run.path / "selection.safetensors")
-        explore = job.config.train.explore
+        explore = number(job.config.train.explore, "train.explore")
         self.exploration = Exploration(explore, job.state.steps_per_epoch, job.config.train.seed)
         train = job.manifest.split("train")
         labels = targets(job.manifest, train, job.device)

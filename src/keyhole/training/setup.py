@@ -15,6 +15,7 @@ from torch import Tensor
 
 from keyhole.checkpoint import load_encoder
 from keyhole.config import AugmentConfig, Config
+from keyhole.config_auto import number
 from keyhole.data.manifest import Item, Manifest
 from keyhole.device import settle_precision
 from keyhole.errors import ConfigError, DataError, ImageError
@@ -169,7 +170,7 @@ def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh
             config.patch.size,
             pretrained=None if fresh else False,
         )
-    if fresh and config.train.explore:
+    if fresh and number(config.train.explore, "train.explore"):
         torch.nn.init.zeros_(model.pool.key_proj.weight)  # attention starts uniform
     if fresh and config.model.weights is not None:
         load_encoder(model.encoder, config.model.weights)
@@ -193,14 +194,15 @@ def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
         ):
             if chosen:
                 groups.append({"params": chosen, "weight_decay": decay, "factor": factor})
-    return torch.optim.AdamW(groups, lr=config.train.lr)
+    return torch.optim.AdamW(groups, lr=number(config.train.lr, "train.lr"))
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     """Linear warm-up, then a cosine down to `final_lr` times the peak; per step, counted from 0."""
+    peak = number(config.train.lr, "train.lr")
     total, warmup = config.train.epochs * steps_per_epoch, config.train.warmup * steps_per_epoch
     if step < warmup:
-        return config.train.lr * (step + 1) / (warmup + 1)
+        return peak * (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1.0, total - warmup))
     low = config.train.final_lr
-    return config.train.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+    return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))

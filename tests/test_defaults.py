@@ -1,0 +1,79 @@
+"""The rate and the exploring follow from the encoder, in every way to start a run, and are numbers once it exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import save_file
+
+import keyhole
+from keyhole.cli.main import main
+from keyhole.config import Config, ModelConfig, TrainConfig
+from keyhole.config_auto import settle_learning
+from keyhole.config_file import build, read_recipe, recipes
+from keyhole.nn import SmallEncoder
+
+TINY = "--patch.size 16 --model.width 4 --model.heads 2 --select.m 4 --train.epochs 2 --train.batch 8 --run.threads 2"
+
+
+def learned_with(run: Path) -> tuple[float, float]:
+    train: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())["train"]
+    return train["lr"], train["explore"]
+
+
+def test_a_run_from_random_weights_explores_whether_or_not_init_was_called(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(toy), *TINY.split(), "--out", str(tmp_path / "flags")]) == 0
+    assert "lr 0.001, explore 1: the encoder starts from random weights" in capsys.readouterr().err
+    assert learned_with(tmp_path / "flags") == (1e-3, 1.0)
+
+    file = tmp_path / "keyhole.yaml"
+    assert main(["init", str(toy), "--out", str(file)]) == 0
+    assert "0.001, since the encoder starts from random weights" in " ".join(file.read_text().replace("#", "").split())
+    line = ["train", "--config", str(file), *TINY.split(), "--train.warmup", "1", "--out", str(tmp_path / "init")]
+    assert main(line) == 0
+    assert learned_with(tmp_path / "init") == (1e-3, 1.0)
+
+    weights = tmp_path / "encoder.safetensors"
+    save_file(SmallEncoder(width=4).state_dict(), weights)
+    line = ["train", str(toy), *TINY.split(), "--model.weights", str(weights), "--out", str(tmp_path / "given")]
+    assert main(line) == 0
+    assert "lr 0.0003, explore 0: the encoder starts from given weights" in capsys.readouterr().err
+    assert learned_with(tmp_path / "given") == (3e-4, 0.0)
+
+    model = {"width": 4, "heads": 2}
+    settings: dict[str, Any] = {"patch": {"size": 16}, "model": model, "select": {"m": 4}, "run": {"threads": 2}}
+    run = keyhole.train(toy, tmp_path / "python", train={"epochs": 2, "explore": 0.0}, **settings)
+    assert learned_with(run.path) == (1e-3, 0.0)  # what is given stays as it is given
+
+
+@pytest.mark.parametrize(
+    ("model", "features", "expected"),
+    [
+        (ModelConfig(), False, (1e-3, 15.0)),
+        (ModelConfig("resnet18"), False, (1e-3, 15.0)),
+        (ModelConfig("resnet18", pretrained=True), False, (3e-4, 0.0)),
+        (ModelConfig(weights=Path("w.safetensors")), False, (3e-4, 0.0)),
+        (ModelConfig(), True, (3e-4, 0.0)),
+    ],
+)
+def test_what_the_defaults_follow_from(model: ModelConfig, features: bool, expected: tuple[float, float]) -> None:
+    settled, lines = settle_learning(Config(model=model), features)
+    assert (settled.train.lr, settled.train.explore) == expected
+    assert len(lines) == 1
+    assert settle_learning(settled, features) == (settled, [])
+    own = Config(model=model, train=TrainConfig(lr=0.5, explore=3))
+    assert settle_learning(own, features) == (own, [])
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_says_its_own_rate_and_exploring(name: str) -> None:
+    train = build(Config(), read_recipe(name)).train
+    assert train.lr != "auto"
+    assert train.explore != "auto"
+    published = name in ("traffic", "megapixel-mnist", "camelyon16", "camelyon16-features")
+    assert (train.explore == 0) == published
