@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from keyhole.errors import OutputError, RunError
 from keyhole.files import atomic_file, write_atomic
 from keyhole.nn.heads import Heads
-from keyhole.nn.weights import misfits
+from keyhole.nn.weights import encoder_part, misfits
+from keyhole.wording import listed
 
 DIGEST, INFO_DIGEST = "keyhole.sha256", "keyhole.info_sha256"
 """Keys of the header under which the digests are."""
@@ -171,12 +172,63 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
 
 
 def load_encoder(encoder: nn.Module, path: Path) -> None:
-    """Weights of an encoder alone (`--model.weights`), from any safetensors file under the encoder's own names.
+    """Loads the weights of an encoder alone (`--model.weights`).
+
+    Args:
+        encoder: takes them.
+        path: a run, the folder of a model, or a safetensors file: a keyhole model, of which the encoder's part is
+            taken, or weights under the encoder's own names or those of the timm model inside it.
 
     Raises:
-        RunError: missing, damaged, or not this encoder's.
+        RunError: missing, damaged, or not this encoder's; it says what was expected and what is there.
     """
-    with _opened(path) as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    inner = getattr(encoder, "body", encoder) if not set(weights) & set(encoder.state_dict()) else encoder
-    load_weights(inner, {name: weights[name] for name in weights if name in inner.state_dict()} or weights, path)
+    file = weights_file(path)
+    with _opened(file) as opened:
+        described = "keyhole" in (opened.metadata() or {})
+        names = opened.keys()
+        weights = {} if described else {name: opened.get_tensor(name) for name in names}
+    hint = ""
+    if described:
+        weights, info = read_tensors(file)
+        hint = _encoder_hint(file, info)
+    part, found = encoder_part(encoder, weights)
+    problems = misfits(part.state_dict(), found)
+    if not found:
+        problems = [f"expected names such as {listed(part.state_dict(), 2)}, found {listed(weights, 2) or 'nothing'}"]
+    if problems:
+        count = f" ({len(problems)} weights in all)" if len(problems) > 3 else ""
+        raise RunError(f"{file}: the weights do not fit the model's encoder: {'; '.join(problems[:3])}{count}.{hint}")
+    part.load_state_dict(found)
+
+
+def weights_file(path: Path) -> Path:
+    """The file at `path`, or the best model of a run or a folder.
+
+    Raises:
+        RunError: the folder has no model.
+    """
+    if not path.is_dir():
+        return path
+    for file in (path / "best" / "model.safetensors", path / "model.safetensors"):
+        if file.is_file():
+            return file
+    hint = "its first epoch is not finished" if (path / "last.safetensors").is_file() else "give a run or a file"
+    raise RunError(f"{path}: there are no weights in it (no best/model.safetensors); {hint}")
+
+
+def _encoder_hint(file: Path, info: Mapping[str, Any]) -> str:
+    """The settings of a keyhole model's encoder, as a sentence that ends an error.
+
+    Raises:
+        RunError: the model has no encoder of images.
+    """
+    model = info.get("model")
+    if not isinstance(model, Mapping):
+        return ""
+    if model.get("feature_width") is not None:
+        raise RunError(
+            f"{file}: is a model of stored features, which has no encoder of images. Give a run that learned from "
+            "images."
+        )
+    flags = [f"--model.{name} {model[name]}" for name in ("encoder", "channels", "width", "stages") if model.get(name)]
+    return f" They were made with {' '.join(flags)}." if flags else ""

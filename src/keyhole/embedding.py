@@ -19,14 +19,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from keyhole.checkpoint import load_encoder
+import keyhole
+from keyhole.checkpoint import load_encoder, read_info, weights_file
 from keyhole.config import Config, ModelConfig, PatchConfig, RunConfig
 from keyhole.config_check import validate
+from keyhole.config_file import build
 from keyhole.data.embed_items import feature_names, items_to_embed
 from keyhole.data.item import Item
 from keyhole.data.manifest import write_left_out
 from keyhole.device import choose_device, choose_precision
-from keyhole.errors import ConfigError, DataError, KeyholeError
+from keyhole.errors import ConfigError, DataError, KeyholeError, RunError
 from keyhole.features.writer import BYTES, SETTINGS, already_there, feature_writer
 from keyhole.files import file_size, writable_folder
 from keyhole.memory.meter import steady_heap
@@ -98,6 +100,7 @@ def embed(
     on_bad_image: Literal["fail", "skip"] = "fail",
     unreadable: str = "1%",
     quiet: bool = False,
+    run: str | Path | None = None,
 ) -> Embedded:
     """Embeds the foreground patches of every image.
 
@@ -116,6 +119,8 @@ def embed(
         on_bad_image: an image that cannot be read ends the run, or is left out, counted and listed.
         unreadable: share of an image's patches that may be unreadable.
         quiet: show no progress.
+        run: a run, or the folder of a model, whose encoder embeds: its settings and weights instead of `encoder`,
+            `pretrained`, `weights`, `stages`, `width` and `channels`, and its patches unless `patch` is given.
 
     Raises:
         ConfigError: settings that do not fit, no weights, or files in `out` that were made with others.
@@ -126,6 +131,11 @@ def embed(
     """
     path = None if weights is None else Path(weights)
     model = ModelConfig(encoder, channels=channels, width=width, stages=stages, pretrained=pretrained, weights=path)
+    if run is not None:
+        if pretrained or weights is not None:
+            raise ConfigError("run gives the weights: leave out pretrained and weights")
+        model, learned = encoder_of(run)
+        patch = patch or learned
     config = Config(
         patch=patch or PatchConfig(), model=model, run=RunConfig(device=device, threads=threads), unreadable=unreadable
     )
@@ -230,6 +240,24 @@ class _Work:
         return {"encoder": self.config.model.encoder, "weights_sha256": self.settings["weights"]}
 
 
+def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
+    """The encoder of a run's best model, with its weights, and the patches it has learned from.
+
+    Raises:
+        RunError: there is no model, or it is of stored features.
+    """
+    file = weights_file(Path(run))
+    info = read_info(file)
+    try:
+        own = build(Config(), {name: info[name] for name in ("model", "patch")})
+    except (KeyError, ConfigError) as error:
+        raise RunError(f"{file}: its description does not fit keyhole {keyhole.__version__} ({error}).") from error
+    if own.model.feature_width is not None:
+        raise RunError(f"{file}: is a model of stored features, which has no encoder of images. Give another run.")
+    kept = {name: getattr(own.model, name) for name in ("encoder", "channels", "width", "stages")}
+    return ModelConfig(**kept, weights=file), own.patch
+
+
 class _Left(Exception):  # noqa: N818 - ends the writing of one file, and goes no further
     """An image that has no features, and why."""
 
@@ -254,8 +282,13 @@ def _encoder(config: Config, device: torch.device) -> nn.Module:
         encoder = build_encoder(model, model.pretrained)
     except ValueError as error:
         raise ConfigError(f"--encoder: {error}") from error
+    except ConfigError as error:  # options have other names here
+        raise ConfigError(str(error).replace("--model.", "--")) from error
     if model.weights is not None:
-        load_encoder(encoder, model.weights)
+        try:
+            load_encoder(encoder, model.weights)
+        except RunError as error:
+            raise RunError(str(error).replace("--model.", "--")) from error
     embedding_width(encoder, model, config.patch.size)
     return encoder.eval().to(device)
 

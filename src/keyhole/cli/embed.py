@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +26,9 @@ class EmbedOptions:
     """CSV with `image` (labels are not needed), folder of classes, or any folder of images."""
     out: Path | None = None
     """Folder for the files; created if it is not there."""
+    run: Path | None = None
+    """Run, or folder of a model, whose encoder embeds: gives the encoder, its weights and the patch settings; flags of
+    patches go over it."""
     encoder: str = "resnet50"
     """Any timm name, or `small`."""
     pretrained: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -62,7 +65,7 @@ class EmbedOptions:
 
 
 def run(argv: list[str]) -> int:
-    options = parse(EmbedOptions, argv, "keyhole embed")
+    options = _over_run(parse(EmbedOptions, argv, "keyhole embed"), argv)
     _check(options)
     if options.print_config:
         return print_options(options)
@@ -92,12 +95,32 @@ def run(argv: list[str]) -> int:
         threads=options.threads,
         on_bad_image=options.on_bad_image,
         unreadable=options.unreadable,
+        run=None if options.run is None else options.run.expanduser(),
     )
     for name, reason in done.left_out.items():
         print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
     for line in done.lines():
         print(line)
     return 0
+
+
+def _over_run(options: EmbedOptions, argv: list[str]) -> EmbedOptions:
+    """The options with the encoder and patches of `--run` where the line gives none.
+
+    Raises:
+        ConfigError: the line names an encoder or weights as well.
+    """
+    if options.run is None:
+        return options
+    from keyhole.embedding import encoder_of
+
+    names = ("encoder", "pretrained", "weights", "stages", "width", "channels")
+    plain = EmbedOptions()
+    for name in names:
+        if getattr(options, name) != getattr(plain, name):
+            raise ConfigError(f"--run gives the encoder and its weights: leave out --{name}")
+    _, patch = encoder_of(options.run.expanduser())
+    return parse(EmbedOptions, argv, "keyhole embed", replace(plain, patch=patch))
 
 
 def _check(options: EmbedOptions) -> None:

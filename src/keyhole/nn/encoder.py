@@ -7,6 +7,7 @@ Letters: k loose patches, c channels, d width, f features.
 """
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from keyhole.nn.pretrained import check_pretrained, pretrained_faults
 
 
 class PixelEncoder(nn.Module, ABC):
@@ -98,6 +101,7 @@ class TimmEncoder(PixelEncoder):
 
     Raises:
         ValueError: timm does not know the name (the nearest is given), or the model has fewer stages.
+        ConfigError: pretrained weights are asked for and cannot be had, see `check_pretrained`.
     """
 
     def __init__(
@@ -119,8 +123,12 @@ class TimmEncoder(PixelEncoder):
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"timm {timm.__version__} has no model {name!r}.{hint}")
         options: dict[str, Any] = {"pretrained": pretrained, "in_chans": channels}
+        if pretrained and (overlay := check_pretrained(name)):
+            options["pretrained_cfg_overlay"] = overlay
+        faults = pretrained_faults(name) if pretrained else nullcontext()
         if stages is None:
-            body: Any = timm.create_model(name, num_classes=0, **options)
+            with faults:
+                body: Any = timm.create_model(name, num_classes=0, **options)
             self.dim = int(getattr(body, "head_hidden_size", None) or body.num_features)
         else:
             reductions = timm.create_model(name, features_only=True).feature_info
@@ -128,7 +136,8 @@ class TimmEncoder(PixelEncoder):
             offset = len(reductions) - 4 if len(reductions) > 4 else 0
             if stages + offset > len(reductions):
                 raise ValueError(f"{name} has {len(reductions) - offset} stages, not {stages}")
-            body = timm.create_model(name, features_only=True, out_indices=(stages + offset - 1,), **options)
+            with faults:
+                body = timm.create_model(name, features_only=True, out_indices=(stages + offset - 1,), **options)
             self.dim = int(body.feature_info.channels()[-1])
         self.body: nn.Module = body
         self.cut = stages is not None
