@@ -92,6 +92,12 @@ class ModelConfig:
     """Width that stored features are projected to (LayerNorm, Linear, BatchNorm, ReLU), as published for CAMELYON16."""
     feature_width: Positive | None = None
     """Numbers of a stored feature; default is what the files hold."""
+    feature_encoder: str | None = None
+    """Encoder that made the stored features; default is what the files say."""
+    feature_weights: str | None = None
+    """SHA-256 of its weights; default is what the files say. Features of other weights are refused."""
+    feature_patches: str | None = None
+    """Patches that it saw, in words; default is what the files say."""
     channels: Literal[1, 3] = 3
     """Channels the encoder sees; grey images are repeated or colour turned to grey as needed."""
     width: Positive = 32
@@ -102,7 +108,7 @@ class ModelConfig:
     pretrained: bool = False
     """Download timm's pretrained weights. Off: nothing is downloaded without being asked for."""
     weights: Path | None = None
-    """Safetensors file with weights for the encoder."""
+    """Weights for the encoder: a run, whose best model's encoder is taken, or a safetensors file."""
     freeze: bool = False
     """Keep the encoder as it is; only attention and heads learn."""
     heads: Positive = 8

@@ -22,7 +22,7 @@ from torch import Tensor
 from keyhole.config import Config, RunConfig, SelectConfig
 from keyhole.data.item import Item
 from keyhole.errors import ImageError
-from keyhole.features import FeatureOpener, FeaturePatches
+from keyhole.features import FeatureOpener, FeaturePatches, learned_origin
 from keyhole.looking import Looker, on_device, timed
 from keyhole.memory.bill import HELD_BYTES
 from keyhole.memory.pace import Pace, unlimited
@@ -68,7 +68,8 @@ def opener(
 ) -> Opener:
     """What a reading thread calls to get the patches of `item` under a configuration's patch settings."""
     if item.features is not None:
-        return FeatureOpener(path=item.features, name=item.name, width=config.model.feature_width)
+        learned = learned_origin(config.model)
+        return FeatureOpener(item.features, item.name, config.model.feature_width, learned, item.mpp)
     patch = config.patch
     return FileOpener(
         path=item.image,

@@ -28,6 +28,7 @@ from keyhole.data.companions import mask_of
 from keyhole.data.item import FEATURE_SUFFIXES, Item
 from keyhole.device import choose_device, settle_precision
 from keyhole.errors import ConfigError, KeyholeError, RunError
+from keyhole.features import FeaturePatches, learned_origin
 from keyhole.images.scale import given_scale
 from keyhole.memory.budget import parse_memory
 from keyhole.memory.cap import cap
@@ -96,6 +97,8 @@ class Predictor:
         self.model, self.config, self.tasks, self.name = model.eval(), config, tuple(tasks), name
         self.device = next(model.parameters()).device
         self._pace: Pace | None = None
+        self.tells_doubts = True  # about stored features; off where they have been told
+        self._told: set[str] = set()
 
     @classmethod
     def open(cls, path: str | Path, device: str = "auto", memory: str = "auto", unreadable: str = "1%") -> Predictor:
@@ -280,6 +283,7 @@ class Predictor:
             for number, (each, done) in enumerate(zip(batches, stream, strict=True), start=1):
                 if number == 1:
                     self._compile(done, pace.plan.chunk, len(batches) - 1)
+                self._tell_doubts(done)
                 failed = dict(done.batch.failed) | self._too_damaged(done)
                 for row, error in sorted(failed.items()):
                     if on_bad_image == "fail":
@@ -312,6 +316,17 @@ class Predictor:
         if choice.compile:
             self.model.accelerate(compile=True)
             print(f"encoder compiled: {choice.why}", file=sys.stderr, flush=True)
+
+    def _tell_doubts(self, done: Inference) -> None:
+        """Says once what stored features leave open, such as which encoder made them."""
+        learned = learned_origin(self.config.model)
+        for source in done.batch.sources:
+            if not isinstance(source, FeaturePatches):
+                continue
+            for text in source.doubts(learned):
+                if self.tells_doubts and text not in self._told:
+                    self._told.add(text)
+                    print(f"warning: {source.name}: {text}", file=sys.stderr, flush=True)
 
     def _check_kind(self, items: Sequence[Item]) -> None:
         """A model is of images or of stored features, and says nothing of the others."""

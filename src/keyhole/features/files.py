@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
+from keyhole.features.origin import UNKNOWN, Origin
 from keyhole.images.faults import LOST, check_reachable, lost, one_line
 from keyhole.pool import beat
 
@@ -40,14 +41,18 @@ class FeatureFile(ABC):
         path: the file.
         n, d: features, and numbers of each.
         coords: level-0 x, y (n, 2) of the patches' upper left corners; None where the file has none.
-        attributes: those of ATTRIBUTES that the file has.
+        coords_um: the same in microns, where the file has them in microns.
+        attributes: those of ATTRIBUTES and STAMP that the file has.
+        origin: which encoder made them, as far as the file says it.
     """
 
     path: Path
     n: int
     d: int
     coords: Coordinates | None
+    coords_um: Floats | None = None
     attributes: Mapping[str, Any]
+    origin: Origin = UNKNOWN
 
     def read(self, start: int, stop: int, out: Floats) -> None:
         """Rows `start` to `stop`, written into `out` (stop - start, d).

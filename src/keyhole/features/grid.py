@@ -113,6 +113,18 @@ class FeatureGrid:
         return flat.astype(np.int64)
 
 
+def in_pixels(attributes: Mapping[str, Any], mpp: float) -> dict[str, Any]:
+    """STAMP's tile size as the attributes of `FeatureGrid`, for a slide of `mpp` microns per level-0 pixel."""
+    microns = _number(attributes, "tile_size_um") or _number(attributes, "tile_size")
+    pixels = _number(attributes, "tile_size_px")
+    found: dict[str, Any] = {}
+    if microns is not None:
+        found["patch_size_level0"] = microns / mpp
+    if microns is not None and pixels is not None:
+        found |= {"patch_size": pixels, "mpp": microns / pixels}
+    return found
+
+
 def _side(attributes: Mapping[str, Any]) -> tuple[float | None, float]:
     """Side of a patch at level 0, None where it is not said, and level-0 pixels per pixel read."""
     l0_side, size = _number(attributes, "patch_size_level0"), _number(attributes, "patch_size")

@@ -1,11 +1,14 @@
 """Stored features in HDF5: datasets `features` (n, d) or (1, n, d) and `coords` (n, 2), as CLAM and TRIDENT write them.
 
+STAMP calls the first `feats`, and writes `coords` in microns.
+
 HDF5 reads what was never written as zeros, and by default keeps up to 33 MB for each open file; both are seen to here.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from keyhole.features.files import (
     checked_coords,
     feature_faults,
 )
+from keyhole.features.origin import NAMES, STAMP, origin_of
 from keyhole.wording import listed
 
 LARGEST_CHUNKS = 2**26
@@ -50,12 +54,15 @@ class Hdf5Features(FeatureFile):
                 config.min_size = min(config.min_size, INDEX_CACHE)
                 config.max_size = INDEX_CACHE
                 self._file.id.set_mdc_config(config)
-                features = self._dataset("features", "f")
+                name = "feats" if "features" not in self._file and "feats" in self._file else "features"
+                features = self._dataset(name, "f")
                 *lead, self.n, self.d = features.shape
                 self._lead = tuple(slice(0, 1) for _ in lead)
                 self._features = features
-                self.coords = self._coords() if "coords" in self._file else None
-                self.attributes = self._attributes()
+                self.coords = self._coords() if "coords" in self._file and name == "features" else None
+                self.coords_um = self._coords_um() if "coords" in self._file and name == "feats" else None
+                self.attributes = self._attributes((*ATTRIBUTES, *STAMP))
+                self.origin = origin_of(self._attributes((*NAMES, *STAMP)))
         except BaseException:
             self._file.close()
             raise
@@ -103,10 +110,23 @@ class Hdf5Features(FeatureFile):
         rows = dataset[0] if dataset.ndim == 3 else dataset[()]
         return checked_coords(self.path, rows, self.n)
 
-    def _attributes(self) -> dict[str, Any]:
+    def _coords_um(self) -> Floats | None:
+        """STAMP's coordinates in microns; None where the file does not say that they are."""
+        stated = self._file.attrs
+        if "tile_size_um" not in stated and ("unit" not in stated or stated["unit"] not in ("um", b"um")):
+            return None  # before version 2 they were in pixels of a resolution that the file does not say
+        dataset = self._dataset("coords", "iuf")
+        check_coords_shape(self.path, dataset.shape[-2:], self.n)
+        rows = np.asarray(dataset[0] if dataset.ndim == 3 else dataset[()], np.float32)
+        if not np.isfinite(rows).all():
+            raise ImageError(self.path, "coords hold NaN or infinity, expected microns. Extract them again.")
+        return rows
+
+    def _attributes(self, names: Sequence[str]) -> dict[str, Any]:
         """Of `coords` over `features` over the file. What else there is may be of types that nobody can read."""
-        places = [self._file, self._features, *([self._file["coords"]] if self.coords is not None else [])]
-        return {name: place.attrs[name] for place in places for name in ATTRIBUTES if name in place.attrs}
+        read = self.coords is not None or self.coords_um is not None
+        places = [self._file, self._features, *([self._file["coords"]] if read else [])]
+        return {name: place.attrs[name] for place in places for name in names if name in place.attrs}
 
     def _read(self, start: int, stop: int, out: Floats) -> None:
         with self._lock:

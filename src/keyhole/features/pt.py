@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
 from keyhole.features.files import ATTRIBUTES, FeatureFile, Floats, checked_coords, feature_faults
+from keyhole.features.origin import Origin, origin_of
 from keyhole.wording import listed
 
 LARGEST_PICKLE = 2**26
@@ -37,6 +38,7 @@ class TorchFeatures(FeatureFile):
             mapped: dict[str, Any] = {} if records is None else {"mmap": True}
             held = torch.load(path, map_location="cpu", weights_only=True, **mapped)
         features, coords, self.attributes = _of_torch(path, held)
+        self.origin = origin_of(held) if isinstance(held, Mapping) else Origin()
         self.n, self.d = features.shape
         self._stride = features.stride(0) if self.n > 1 else self.d
         needed = ((self.n - 1) * self._stride + self.d) * features.element_size()

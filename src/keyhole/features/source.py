@@ -7,7 +7,7 @@ source.grid.boxes([5, 2])           # where on the slide
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from keyhole.config import Config, ModelConfig
 from keyhole.errors import ConfigError, ImageError
-from keyhole.features.files import FeatureFile, open_features
-from keyhole.features.grid import FeatureGrid
+from keyhole.features.files import FeatureFile, checked_coords, open_features
+from keyhole.features.grid import FeatureGrid, in_pixels
+from keyhole.features.origin import UNKNOWN, Origin
 from keyhole.grid import Index
 
 
@@ -28,19 +29,26 @@ class FeaturePatches:
     Args:
         file: open; see `open_features`.
         name: for messages; default is the file's path.
+        mpp: microns per level-0 pixel of the slide, by which coordinates in microns become pixels.
 
     Attributes:
         patch_shape: (d,).
         dtype: float32, whatever the file stores.
         grid: where the features are from.
+        origin: which encoder made them, as far as the file says it.
     """
 
-    def __init__(self, file: FeatureFile, name: str | None = None) -> None:
+    def __init__(self, file: FeatureFile, name: str | None = None, mpp: float | None = None) -> None:
         self.file = file
         self.name = str(file.path) if name is None else name
         self.patch_shape = (file.d,)
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
-        self.grid = FeatureGrid(file.n, file.coords, file.attributes)
+        self.origin = file.origin
+        self._coords, attributes = file.coords, file.attributes
+        if file.coords_um is not None and mpp is not None:
+            self._coords = checked_coords(file.path, file.coords_um / mpp, file.n)
+            attributes = {**attributes, **in_pixels(attributes, mpp)}
+        self.grid = FeatureGrid(file.n, self._coords, attributes)
 
     def __len__(self) -> int:
         return self.file.n
@@ -76,12 +84,27 @@ class FeaturePatches:
         Raises:
             ConfigError: the file has no coordinates.
         """
-        if self.file.coords is None:
+        if self._coords is None and self.file.coords_um is not None:
+            raise ConfigError(
+                f"{self.file.path}: model.position 2d needs pixels, and `coords` are in microns; give the slide's "
+                "microns per pixel in the column `mpp`, or use 1d or none"
+            )
+        if self._coords is None:
             raise ConfigError(
                 f"{self.file.path}: model.position 2d needs the dataset `coords`, which the file has not; "
                 "use 1d or none, or the .h5 files of the archive"
             )
         return self.grid.centers(index)
+
+    def doubts(self, learned: Origin) -> list[str]:
+        """What a user should know before the answers are believed, where the model learned from `learned`."""
+        found = [doubt] if (doubt := self.origin.doubt(learned)) else []
+        if self.file.coords_um is not None and self._coords is None:
+            found.append(
+                "features have places in microns: without the slide's microns per pixel (column `mpp`) there are "
+                "scores and no boxes"
+            )
+        return found
 
     def close(self) -> None:
         self.file.close()
@@ -95,11 +118,15 @@ class FeatureOpener:
         path: the file, .h5 or .pt.
         name: for messages; as the manifest writes it.
         width: numbers of each feature that the model takes; None takes any.
+        learned: which encoder the model learned from, as far as it is known.
+        mpp: microns per level-0 pixel of the slide, where it is given.
     """
 
     path: Path
     name: str
     width: int | None = None
+    learned: Origin = UNKNOWN
+    mpp: float | None = None
 
     def __call__(self) -> FeaturePatches:
         """Open the file.
@@ -115,7 +142,15 @@ class FeatureOpener:
                 f"features of {file.d} numbers, but the model takes {self.width}. They are of another encoder; extract "
                 "them by the one that the others are from.",
             )
-        return FeaturePatches(file, self.name)
+        if self.learned.excludes(file.origin):
+            file.close()
+            raise ImageError(
+                self.path,
+                f"features of {file.origin.describe()}, but the others, or the model, are of "
+                f"{self.learned.describe()}. Numbers of two encoders mean nothing to each other: embed this "
+                "slide by the encoder of the others.",
+            )
+        return FeaturePatches(file, self.name, self.mpp)
 
 
 def feature_width(path: str | Path) -> int:
@@ -129,6 +164,25 @@ def feature_width(path: str | Path) -> int:
         return file.d
     finally:
         file.close()
+
+
+def learned_origin(model: ModelConfig) -> Origin:
+    """Which encoder a model of stored features learned from."""
+    return Origin(model.feature_encoder, model.feature_weights, model.feature_patches)
+
+
+def common_origin(paths: Iterable[str | Path]) -> Origin:
+    """That of the first file that says its own; no feature is read.
+
+    Raises:
+        ImageError: a file before it is broken, or not of the layout expected.
+    """
+    for path in paths:
+        file = open_features(Path(path))
+        file.close()
+        if file.origin.known:
+            return file.origin
+    return Origin()
 
 
 def check_features_config(config: Config) -> None:

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 import keyhole
 from keyhole.errors import ConfigError, ImageError, KeyholeError, OutputError
 from keyhole.features.files import open_features
+from keyhole.features.origin import SETTINGS as SETTINGS
 from keyhole.files import atomic_file
 from keyhole.patches import FilePatches
 
 CHUNK = 2**18
 """Bytes of a chunk: small enough to be read for a few rows, large enough for a short index."""
-SETTINGS, BYTES = "keyhole_settings", "image_bytes"
+BYTES = "image_bytes"
 
 
 class FeatureWriter:

@@ -25,6 +25,7 @@ from keyhole.memory.budget import parse_memory
 from keyhole.memory.pace import fixed_chunk
 from keyhole.memory.plan import Plan, make_plan
 from keyhole.nn import IPSClassifier
+from keyhole.nn.pretrained import check_pretrained
 from keyhole.passes import open_reader
 from keyhole.reading import Batch, Reader
 from keyhole.reading.unreadable import parse_share
@@ -137,6 +138,8 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     config, notes = with_features(config, manifest)
     config, settled = settle_learning(config, features=config.model.feature_width is not None)
     notes += settled
+    if config.model.pretrained:
+        check_pretrained(config.model.encoder)  # before every image is opened
     reader = open_reader(config.run, device)
     try:
         images, manifest, lines = scan(config, manifest, reader, device)

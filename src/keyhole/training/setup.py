@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from keyhole.config_auto import number
 from keyhole.data.manifest import Item, Manifest
 from keyhole.device import settle_precision
 from keyhole.errors import ConfigError, DataError, ImageError
+from keyhole.features import FeaturePatches, learned_origin
 from keyhole.memory.budget import parse_memory
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
@@ -50,14 +52,23 @@ def with_features(config: Config, manifest: Manifest) -> tuple[Config, list[str]
     """
     first = next((item.features for item in manifest.items if item.features is not None), None)
     if first is None:
-        if config.model.feature_width is not None:
-            raise ConfigError("model.feature_width is for stored features, but the data are images: leave it out")
+        for name in ("width", "encoder", "weights", "patches"):
+            if getattr(config.model, f"feature_{name}") is not None:
+                raise ConfigError(f"model.feature_{name} is for stored features, but the data are images: leave it out")
         return config, []
-    from keyhole.features import check_features_config, feature_width
+    from keyhole.features import check_features_config, common_origin, feature_width
 
     check_features_config(config)
     width = feature_width(first)
-    model = dataclasses.replace(config.model, feature_width=width)
+    learned = (item.features for split in ("train", "val") for item in manifest.split(split))
+    origin = common_origin(path for path in learned if path is not None)
+    model = dataclasses.replace(
+        config.model,
+        feature_width=width,
+        feature_encoder=origin.encoder,
+        feature_weights=origin.weights,
+        feature_patches=origin.patches,
+    )
     still = AugmentConfig(flip=False, rotate=False, shift=False, color=0.0)
     line = f"stored features of {width} numbers, projected to {config.model.dim}; they are not augmented"
     return dataclasses.replace(config, model=model, augment=still), [line]
@@ -105,6 +116,7 @@ def scan(
     bad: dict[str, str] = {}
     shape: tuple[int, ...] = ()
     total = 0
+    doubts: Counter[str] = Counter()
     for item in (*manifest.split("train"), *manifest.split("val")):
         try:
             source = reader.run(item.name, opener(config, probe, item))
@@ -117,6 +129,8 @@ def scan(
         shape = source.patch_shape
         if isinstance(source, FilePatches):
             total += decoded_bytes(source.image, source.grid.level)
+        elif isinstance(source, FeaturePatches):
+            doubts.update(source.doubts(learned_origin(config.model)))
         source.close()
     manifest = manifest.without(bad)
     if not manifest.split("train"):
@@ -131,6 +145,7 @@ def scan(
     if total:
         keep, sentence = fits(total, cache_limit(config, device))
         lines.append(sentence)
+    lines += [f"warning: {text} ({count} of {len(counts)} files)" for text, count in doubts.items()]
     if bad:
         lines.append(f"left out {len(bad)} images that cannot be read; they are listed in left_out.csv")
     images = Images(config, ImageStore(keep=keep, masks=probe.masks), counts, shape, total if keep else 0)

@@ -104,6 +104,7 @@ def predict_splits(job: Job, pace: Pace, interrupt: Interrupt) -> None:
     """What the best model says of the training and validation images, one row each, from what can be read."""
     predictor = Predictor.open(job.run.path, str(job.device))
     predictor.config = dataclasses.replace(predictor.config, unreadable="100%")
+    predictor.tells_doubts = False  # the log of the run has them
     folder = job.run.path / "predictions"
     folder.mkdir(exist_ok=True)
     for split in ("train", "val"):

@@ -1,0 +1,114 @@
+"""Where stored features come from: the encoder, its weights, and the patches that it saw, as far as a file says it.
+
+Features of two encoders can have the same width and mean nothing to each other: a model that learned from one gives
+answers without sense on the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SETTINGS = "keyhole_settings"
+"""Attribute of the dataset `features` in which `keyhole embed` writes its settings, as JSON."""
+NAMES = ("encoder", "extractor", "weights_sha256", SETTINGS, "patch_size", "target_magnification")
+"""Attributes that say it, under the names of keyhole, TRIDENT and STAMP."""
+STAMP = ("stamp_version", "tile_size_um", "tile_size_px", "tile_size", "unit")
+"""Attributes that STAMP writes on the file."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a file says, or what a model learned from.
+
+    Attributes:
+        encoder: its name.
+        weights: SHA-256 of its weights.
+        patches: size, resolution and foreground in words, for comparison and for messages.
+    """
+
+    encoder: str | None = None
+    weights: str | None = None
+    patches: str | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether it says which encoder it was."""
+        return self.encoder is not None or self.weights is not None
+
+    def describe(self) -> str:
+        """`resnet50 with weights 3f2a91c0`, or what is known of it."""
+        name = self.encoder or "an encoder"
+        return name if self.weights is None else f"{name} with weights {self.weights[:8]}"
+
+    def excludes(self, other: Origin) -> bool:
+        """Whether features of the two have nothing to do with each other: other weights, or another encoder."""
+        if self.weights is not None and other.weights is not None:
+            return self.weights != other.weights
+        return self.encoder is not None and other.encoder is not None and self.encoder != other.encoder
+
+    def doubt(self, learned: Origin) -> str:
+        """What makes answers on such features doubtful, where the model learned from `learned`; or nothing."""
+        if not self.known:
+            known = f"; the others, or the model, are of {learned.describe()}" if learned.known else ""
+            return f"features do not say which encoder made them{known}. Make sure that it is one for all of them"
+        if not learned.known:
+            return f"features are of {self.describe()}; those that the model learned from did not say their encoder"
+        if self.patches is not None and learned.patches is not None and self.patches != learned.patches:
+            return f"features are of patches of {self.patches}; the others, or the model, are of {learned.patches}"
+        return ""
+
+
+UNKNOWN = Origin()
+
+
+def origin_of(attributes: Mapping[str, Any]) -> Origin:
+    """Reads the attributes NAMES and STAMP of a file; what is not text or a number says nothing."""
+    encoder = _text(attributes.get("encoder")) or _text(attributes.get("extractor"))
+    return Origin(encoder, _text(attributes.get("weights_sha256")), _patches(attributes))
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return value if isinstance(value, str) and value else None
+
+
+def _number(value: Any) -> str | None:
+    try:
+        return f"{float(value):g}"
+    except (TypeError, ValueError):
+        return None
+
+
+def _patches(attributes: Mapping[str, Any]) -> str | None:
+    text = _text(attributes.get(SETTINGS))
+    if text is not None:
+        try:
+            return _of_keyhole(json.loads(text))
+        except (ValueError, AttributeError):
+            return None
+    pixels, microns = _number(attributes.get("tile_size_px")), _number(attributes.get("tile_size_um"))
+    if microns is not None:
+        return f"{pixels} px, {microns} microns" if pixels is not None else f"{microns} microns"
+    size, power = _number(attributes.get("patch_size")), _number(attributes.get("target_magnification"))
+    return f"{size} px at {power}x" if size is not None and power is not None else None
+
+
+def _of_keyhole(settings: Mapping[str, Any]) -> str | None:
+    """The settings under which `keyhole embed` cut the patches."""
+    size, stride = settings.get("patch.size"), settings.get("patch.stride")
+    if size is None:
+        return None
+    words = [f"{size} px"]
+    if stride is not None and stride != size:
+        words.append(f"stride {stride}")
+    if settings.get("patch.mpp") is not None:
+        words.append(f"{settings['patch.mpp']:g} microns per pixel")
+    else:
+        words.append(f"level {settings.get('patch.level') or 0}")
+    if settings.get("patch.foreground") not in (None, "all"):
+        words.append(f"foreground {settings['patch.foreground']}")
+    return ", ".join(words)
