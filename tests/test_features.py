@@ -313,7 +313,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "cut.h5": (lambda path: cut(path, write_h5(path.with_name("w.h5"))), "not an HDF5 file, or damaged"),
     "cut.pt": (lambda path: cut(path, write_pt(path.with_name("w.pt"))), "cannot be read as tensors"),
     "cut-old.pt": (lambda path: cut(path, write_pt(path.with_name("o.pt"), legacy=True)), "cannot be read as tensors"),
-    "no-features.h5": (lambda path: raw_group(path, "feats", ROWS), "no dataset `features`.* there is 'feats'"),
+    "no-features.h5": (lambda path: raw_group(path, "rows", ROWS), "no dataset `features`.* there is 'rows'"),
     "group.h5": (lambda path: raw_group(path, "features/inner", ROWS), "no dataset `features`"),
     "flat.h5": (lambda path: write_h5(path, ROWS[:, 0]), r"`features` is of shape \(60,\), expected \(n, width\)"),
     "three.h5": (lambda path: write_h5(path, np.stack([ROWS, ROWS])), r"of shape \(2, 60, 5\)"),
