@@ -30,6 +30,7 @@ from keyhole.grid import PatchGrid
 from keyhole.images import ArrayImage, open_image
 from keyhole.report import mask_preview
 from keyhole.report.mask_preview import preview_names
+from keyhole.wording import problem_and_fix
 
 PATCH = {"size": 32, "stride": None, "level": None, "mpp": None, "foreground": "all"}
 
@@ -301,7 +302,7 @@ def test_masks_are_looked_at_and_their_faults_name_the_mask(tmp_path: Path, prob
     found = probe.probe(request(path, patch=patch))
     assert isinstance(found, Failed)
     assert found.trouble == "settings"
-    assert "--data.masks" in found.problem
+    assert "--data.masks" in found.fix
 
 
 def test_resolutions_of_csv_and_file_that_differ_are_named(tmp_path: Path) -> None:
@@ -494,3 +495,32 @@ def test_a_killed_probe_lets_its_waiter_go(tmp_path: Path) -> None:
     assert isinstance(failed, Failed)
     assert failed.trouble == "died"
     probe.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "parts"),
+    [
+        ("patch.level (=9) must be one of 0 ... 3", ("patch.level (=9) must be one of 0 ... 3", "")),
+        ("damaged (see No. 7. Then 8). Copy it again.", ("damaged (see No. 7. Then 8)", "Copy it again.")),
+        ("pixels of v1.5 are not read. Save a.b. Or c.", ("pixels of v1.5 are not read", "Save a.b. Or c.")),
+        ("levels 0 ... All of them", ("levels 0 ... All of them", "")),
+    ],
+)
+def test_a_message_is_cut_at_the_end_of_its_first_sentence_only(message: str, parts: tuple[str, str]) -> None:
+    assert problem_and_fix(message) == parts
+
+
+def test_a_fix_is_whole_whatever_dots_the_problem_has(tmp_path: Path) -> None:
+    path = data_set(tmp_path / "Dr. Who's images, e.g. No. 1", 6)
+    settings = replace(config(path), patch=PatchConfig(size=32, level=9))
+    (finding, *_) = check(settings).findings
+    assert finding.problem == "patch.level (=9) must be one of the image's levels 0 ... 0"
+    assert finding.fix == "Change the patch settings. Or leave it out: --data.on-bad-image skip."
+    mask = tmp_path / "Dr. Who" / "masks"
+    mask.mkdir(parents=True)
+    for i in range(6):
+        (mask / f"{i}.png").write_bytes(b"not a mask")
+    settings = replace(config(path, masks=mask), patch=PatchConfig(size=32, foreground="mask"))
+    (finding, *_) = check(settings).findings
+    assert finding.problem == f"{mask / '0.png'}: this mask is no PNG"
+    assert finding.fix.startswith("Expected a PNG or GeoJSON")

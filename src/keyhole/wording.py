@@ -37,3 +37,17 @@ def distinct(names: Iterable[str]) -> list[str]:
             unique = f"{name} ({number})"
         found[unique] = None
     return list(found)
+
+
+def problem_and_fix(message: str) -> tuple[str, str]:
+    """An error message in two: what is wrong, and what to do; the second is empty where the message does not say.
+
+    The first sentence ends with a dot before a capital, outside of brackets: `0 ... 3` and `(No. 7)` are not ends.
+    """
+    depth = 0
+    for place, char in enumerate(message):
+        depth += (char in "([{") - (char in ")]}")
+        before, after = message[place - 1 : place], message[place + 1 : place + 3]
+        if char == "." and depth == 0 and before != "." and after[:1] == " " and after[1:].isupper():
+            return message[:place], message[place + 2 :]
+    return message, ""

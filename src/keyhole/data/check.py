@@ -222,8 +222,7 @@ def _probe_all(
 
 
 def _finding(item: Item, request: Request, failed: Failed, config: Config) -> Finding:
-    # Messages end with what to do as a sentence of its own, where there is something better to say than in general.
-    problem, _, fix = failed.problem.partition(". ")
+    problem, fix = failed.problem, failed.fix  # where there is something better to say than in general
     if failed.previewed:
         problem = f"{problem}; see {request.preview}"
         fix = "Choose another --patch.foreground (`all` takes every patch), or a lower --patch.min-foreground."

@@ -91,7 +91,7 @@ def about_images(items: Sequence[Item], probed: Mapping[str, Probed], config: Co
     for name, image in probed.items():
         if image.preview_problem:
             fix = "A run does not read that resolution; other programs may fail on the file."
-            found.append(Finding(name, f"no preview: {image.preview_problem.partition('. ')[0]}", fix, "warning"))
+            found.append(Finding(name, f"no preview: {image.preview_problem}", fix, "warning"))
     return found
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from keyhole.errors import ConfigError, ImageError, KeyholeError, OutputError
 from keyhole.images.geometry import Size
+from keyhole.wording import problem_and_fix
 
 if TYPE_CHECKING:
     from keyhole.grid import PatchGrid
@@ -67,11 +68,19 @@ class Probed:
 
 @dataclass(frozen=True)
 class Failed:
-    """Why an image cannot be used, one line without the image's name, and whether its preview was made all the same."""
+    """Why an image cannot be used.
+
+    Attributes:
+        problem: one line without the image's name.
+        trouble: of which kind it is.
+        previewed: whether the preview was made all the same.
+        fix: what to do, where the error said it.
+    """
 
     problem: str
     trouble: Trouble
     previewed: bool = False
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -223,9 +232,11 @@ def probe_here(request: Request) -> Probed | Failed:
     try:
         return _probe_features(path, request.name) if request.features else _probe_image(path, request)
     except ImageError as error:
-        return Failed(error.problem if error.path == request.path else str(error), "image")
+        problem, fix = problem_and_fix(error.problem)
+        return Failed(problem if error.path == request.path else f"{error.path}: {problem}", "image", fix=fix)
     except ConfigError as error:
-        return Failed(str(error).removeprefix(f"{path}: "), "settings")
+        problem, fix = problem_and_fix(str(error).removeprefix(f"{path}: "))
+        return Failed(problem, "settings", fix=fix)
     except OutputError as error:
         return Failed(str(error), "output")
     except Exception as error:  # noqa: BLE001 - reported; a fault of one reader must not hide the other images
@@ -245,14 +256,15 @@ def _probe_image(path: Path, request: Request) -> Probed | Failed:
         try:
             grid: PatchGrid | None = opener.grid(image)
         except NoPatches as error:
-            grid, nothing = None, str(error).removeprefix(f"{path}: ")
+            grid, nothing = None, problem_and_fix(str(error).removeprefix(f"{path}: "))
         if request.preview is not None:
             try:
                 _preview(opener, image, grid, request, Path(request.preview))
             except ImageError as error:  # at a level that a run does not read
-                problem = error.problem
+                problem, _ = problem_and_fix(error.problem)
         if grid is None:
-            return Failed(nothing, "settings", previewed=request.preview is not None and not problem)
+            previewed = request.preview is not None and not problem
+            return Failed(nothing[0], "settings", previewed, nothing[1])
         grid.read([0, len(grid) - 1])
         size = decoded_bytes(image, grid.level)
         shape = image.size, len(image.levels), image.mpp, image.channels
