@@ -22,6 +22,8 @@ PositiveFloat = Annotated[float, Interval(gt=0, lt=inf)]
 NotNegativeFloat = Annotated[float, Interval(ge=0, lt=inf)]
 Auto = Literal["auto"]
 """The setting follows from others; see `keyhole.config_auto`."""
+Bits = Literal[8, 9, 10, 11, 12, 13, 14, 15, 16]
+"""Bits in use of a value that is stored in 16."""
 Quantity = Annotated[str, MinLen(1)]
 """A number with or without a unit, such as 5GB or 1%."""
 
@@ -74,6 +76,8 @@ class PatchConfig:
     """Pyramid level to read; default 0. Excludes `mpp`."""
     mpp: PositiveFloat | None = None
     """Microns per pixel to read at, from the best level, resampled; none reads pixels as they are. Excludes `level`."""
+    bits: Bits | None = None
+    """Bits in use of a 16-bit picture that does not state them, such as 12 for the camera; the same for all images."""
     foreground: Literal["all", "non-empty", "tissue", "mask"] = "all"
     """Patches to look at: all, those not of one colour, those with stained tissue (Otsu on a thumbnail), or those on a
     mask file (column `mask`, or `data.masks`)."""

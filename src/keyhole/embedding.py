@@ -311,6 +311,7 @@ def _settings(config: Config, encoder: nn.Module, dtype: str, precision: torch.d
         "patch.mpp": patch.mpp,
         "patch.foreground": patch.foreground,
         "patch.min_foreground": patch.min_foreground,
+        **({} if patch.bits is None else {"patch.bits": patch.bits}),
         "dtype": dtype,
         "precision": str(precision).removeprefix("torch."),
     }

@@ -33,6 +33,26 @@ class StalledRead(ImageError):  # noqa: N818 - names the event, as TimeoutError 
     """A read that gave nothing within the stated time."""
 
 
+class BitsUnknown(ImageError):  # noqa: N818 - says what is the matter
+    """A picture of 16 bits a value of which neither the file nor the user says how many are in use.
+
+    Attributes:
+        largest: value that was found.
+    """
+
+    def __init__(self, path: str | Path, largest: int) -> None:
+        super().__init__(
+            path,
+            f"16 bits a value, and the file does not say how many of them are in use; the largest value is {largest:,} "
+            "of 65,535, so it would be nearly black. Say how many bits the camera or scanner uses, for all images: "
+            "--patch.bits 12, for example (of new images: --bits 12). Or save them with 8 bits.",
+        )
+        self.largest = largest
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, int]]:  # type: ignore[override]
+        return type(self), (self.path, self.largest)
+
+
 class DataError(KeyholeError):
     """A manifest, CSV or folder of classes that does not say what it must."""
 

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import cast
 
-from keyhole.config import Config
+from keyhole.config import Bits, Config
 from keyhole.data.item import SPLITS
 from keyhole.data.manifest import Manifest, read_manifest
-from keyhole.errors import ConfigError, DataError, ImageError
+from keyhole.errors import BitsUnknown, ConfigError, DataError, ImageError
 from keyhole.images import open_image
+from keyhole.images.depth import DEEP
 from keyhole.images.geometry import Size
 from keyhole.reading import Reader
 
@@ -33,6 +35,7 @@ class Measured:
         mpp: microns per pixel of each, from the CSV or the file; None where neither says it.
         grey: whether all are grey.
         pyramids: whether all have more than one level.
+        largest: value of those of 16 bits that do not say how many they use; None without any.
     """
 
     manifest: Manifest
@@ -40,6 +43,7 @@ class Measured:
     mpp: tuple[float | None, ...]
     grey: bool
     pyramids: bool
+    largest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,18 @@ def measure(config: Config) -> Measured:
         )
     step = max(1, len(manifest.items) // SAMPLE)
     sizes, mpp, grey, pyramids = [], [], [], []
+    largest: list[int] = []
     with Reader(threads=1, stall=config.run.stall) as reader:
         for item in manifest.items[::step]:
             try:
-                image = reader.run(str(item.image), partial(open_image, item.image))
+                try:
+                    image = reader.run(str(item.image), partial(open_image, item.image, config.patch.bits))
+                except BitsUnknown as error:
+                    largest.append(error.largest)
+                    image = reader.run(str(item.image), partial(open_image, item.image, DEEP))
+                else:
+                    if image.bits == DEEP:
+                        largest.append(2**DEEP - 1)
             except ImageError:
                 if config.data.on_bad_image == "fail":
                     raise
@@ -81,7 +93,7 @@ def measure(config: Config) -> Measured:
                 mpp.append(item.mpp if item.mpp is not None else image.mpp)
     if not sizes:
         raise DataError(f"{config.data.path}: none of the images opened can be read; keyhole check says why")
-    return Measured(manifest, tuple(sizes), tuple(mpp), all(grey), all(pyramids))
+    return Measured(manifest, tuple(sizes), tuple(mpp), all(grey), all(pyramids), max(largest, default=None))
 
 
 def propose(config: Config, measured: Measured) -> Proposal:
@@ -98,6 +110,12 @@ def propose(config: Config, measured: Measured) -> Proposal:
     ]
     shorter, aspect = median(sides), median(max(size) / min(size) for size in measured.sizes)
     size = _patch_size(shorter, int(min(sides)))
+    bits = config.patch.bits
+    if measured.largest is not None and bits is None:
+        bits = cast(Bits, max(8, measured.largest.bit_length()))
+        reasons["patch.bits"] = (
+            f"the largest value of the 16-bit images opened is {measured.largest:,}; see the camera's"
+        )
     reasons["patch.size"] = f"about a sixteenth of the median shorter side, {shorter:,.0f} px, from 32 to 224"
     patches = -(-shorter // size) * -(-shorter * aspect // size)
     slides = measured.pyramids and None not in measured.mpp
@@ -120,7 +138,7 @@ def propose(config: Config, measured: Measured) -> Proposal:
     return Proposal(
         replace(
             config,
-            patch=replace(config.patch, size=size, mpp=mpp, foreground="tissue" if slides else "all"),
+            patch=replace(config.patch, size=size, mpp=mpp, bits=bits, foreground="tissue" if slides else "all"),
             model=replace(config.model, channels=1 if measured.grey else 3),
             select=replace(config.select, m=m),
             train=replace(

@@ -78,6 +78,7 @@ def opener(
         stride=patch.stride,
         level=patch.level,
         mpp=patch.mpp,
+        bits=patch.bits,
         foreground=patch.foreground,
         min_foreground=patch.min_foreground,
         mask=item.mask,

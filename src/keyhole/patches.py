@@ -262,7 +262,7 @@ class FileOpener:
     Attributes:
         path: the file.
         name: for messages; as the manifest writes it.
-        size, stride, level, mpp, foreground, min_foreground: as in `config.PatchConfig`.
+        size, stride, level, mpp, bits, foreground, min_foreground: as in `config.PatchConfig`.
         mask: PNG or GeoJSON, for the foreground `mask`.
         channels: 1 or 3; None as in the file.
         view, offset: the geometric augmentation of this image in this epoch.
@@ -276,6 +276,7 @@ class FileOpener:
     stride: int | None = None
     level: int | None = None
     mpp: float | None = None
+    bits: int | None = None
     foreground: Literal["all", "non-empty", "tissue", "mask"] = "all"
     min_foreground: float = 0.01
     mask: Path | None = None
@@ -296,7 +297,7 @@ class FileOpener:
             ImageError: the file, or its mask, is broken.
             ConfigError: its size or resolution does not allow the patches asked for, or the foreground leaves none.
         """
-        image = self.store.open(self.path, self._level)
+        image = self.store.open(self.path, self._level, self.bits)
         try:
             return FilePatches(image, self.grid(image), self.view, self.channels, self.name)
         except BaseException:
@@ -329,7 +330,8 @@ class FileOpener:
                 f"{self.path}: patch.foreground (=mask) needs a mask of this image. Give a column `mask` (PNG or "
                 "GeoJSON), or a folder of masks with the images' names: --data.masks DIR"
             )
-        return self.store.foreground(self.path, self.foreground, self.mask if self.foreground == "mask" else None)
+        mask = self.mask if self.foreground == "mask" else None
+        return self.store.foreground(self.path, self.foreground, mask, self.bits)
 
     def _grid(self, image: Image, mask: NDArray[np.bool_] | None, offset: tuple[int, int]) -> PatchGrid:
         return PatchGrid(

@@ -79,16 +79,17 @@ class ResidentImage(Image):
     Args:
         image: the open file; read whole here and not used afterwards.
         level: the level to hold.
+        bits: as in `open_image`, for the other levels.
 
     Raises:
         ImageError: the file is damaged.
     """
 
-    def __init__(self, image: Image, level: int) -> None:
+    def __init__(self, image: Image, level: int, bits: int | None = None) -> None:
         self.path, self.size, self.levels, self.mpp = image.path, image.size, image.levels, image.mpp
         self.channels, self.background, self.mpp_note = image.channels, image.background, image.mpp_note
-        self.note = image.note
-        self.level = level
+        self.note, self.bits = image.note, image.bits
+        self.level, self._given_bits = level, bits
         width, height = image.levels[level].size
         self._pixels = np.empty((height, width, image.channels), np.uint8)
         band = max(BAND_PIXELS // width, BAND_ROWS)
@@ -109,9 +110,14 @@ class ResidentImage(Image):
 
     def _read(self, box: Box, level: int) -> Pixels:
         if level != self.level:
-            with open_image(self.path) as image:
+            with _opened(self.path, self._given_bits) as image:
                 return image.read(box, level)
         return self._pixels[box.y : box.y + box.height, box.x : box.x + box.width]
+
+
+def _opened(path: Path, bits: int | None) -> Image:
+    """The image, with the bits in use where the user says them."""
+    return open_image(path) if bits is None else open_image(path, bits)
 
 
 Key = tuple[Path, str, Path | None]
@@ -162,37 +168,42 @@ class ImageStore:
         self._damaged: set[Path] = set()
         self._resident: defaultdict[Path, dict[int, ResidentImage]] = defaultdict(dict)
 
-    def open(self, path: Path, level: int | Callable[[Image], int] = 0) -> Image:
+    def open(self, path: Path, level: int | Callable[[Image], int] = 0, bits: int | None = None) -> Image:
         """An image for the caller to close.
 
         Args:
             path: the file.
             level: the level that will be read, or a function that tells it from the image.
+            bits: as in `open_image`; the same at every call.
 
         Raises:
             ImageError: the file cannot be opened. One that is damaged somewhere is not kept, so that what is not
                 damaged can be read from it.
         """
         if not self.keep or path in self._damaged:
-            return open_image(path)
+            return _opened(path, bits)
         with self._lock_of(path):
             held = self._resident[path]
             known = next(iter(held.values()), None)
             wanted = level if isinstance(level, int) else None if known is None else level(known)
             if wanted not in held:
-                with open_image(path) as image:
+                with _opened(path, bits) as image:
                     wanted = level if isinstance(level, int) else level(image)
                     try:
-                        held[wanted] = ResidentImage(image, wanted)
+                        held[wanted] = ResidentImage(image, wanted, bits)
                     except ImageLost:
                         raise
                     except ImageError:
                         self._damaged.add(path)
-                        return open_image(path)
+                        return _opened(path, bits)
             return held[wanted].copy()
 
     def foreground(
-        self, path: Path, kind: Literal["non-empty", "tissue", "mask"], mask: Path | None = None
+        self,
+        path: Path,
+        kind: Literal["non-empty", "tissue", "mask"],
+        mask: Path | None = None,
+        bits: int | None = None,
     ) -> NDArray[np.bool_]:
         """The foreground mask (rows, cols) of an image, made at the first call; later ones read no file.
 
@@ -200,6 +211,7 @@ class ImageStore:
             path: the image.
             kind: as in `config.PatchConfig`.
             mask: the file of the mask, for the kind `mask` and no other.
+            bits: as in `open`.
 
         Raises:
             ImageError: the image or the mask cannot be opened or read.
@@ -207,7 +219,7 @@ class ImageStore:
         key = path, kind, mask
         with self._lock_of(path):
             if key not in self.masks:
-                with open_image(path) as image:
+                with _opened(path, bits) as image:
                     if kind == "mask":
                         assert mask is not None
                         self.masks[key] = read_mask(mask, image.size)

@@ -8,13 +8,14 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from keyhole.cli.arguments import check_device, parse, print_options
+from keyhole.config import Bits
 from keyhole.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class PredictOptions:
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     masks: Path | None = None
     """Folder of masks by the images' names, for a model of `patch.foreground mask`."""
+    bits: Bits | None = None
+    """Bits in use of 16-bit images that do not state them; default is what the model learned with."""
     memory: str = "auto"
     """Budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free."""
     unreadable: str = "1%"
@@ -70,6 +73,8 @@ def run(argv: list[str]) -> int:
     from keyhole.prediction import write_prediction, write_table
 
     predictor = load(options.run, options.device, options.memory, options.unreadable)
+    if options.bits is not None:
+        predictor.config = replace(predictor.config, patch=replace(predictor.config.patch, bits=options.bits))
     out = writable_folder(options.out)
     folders = _folder_names(images)
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from keyhole.config import Config
-from keyhole.data.check_findings import Finding, about_content, about_images, about_labels, count_classes
+from keyhole.data.check_findings import (
+    Finding,
+    about_bits,
+    about_content,
+    about_images,
+    about_labels,
+    count_classes,
+)
 from keyhole.data.check_worker import Failed, ImageProbe, Probed, Request, Trouble
 from keyhole.data.item import SPLITS, Item, LeftOut
 from keyhole.data.manifest import MISSING_FILE, Manifest, read_manifest, write_csv
@@ -124,6 +131,7 @@ def check(
     manifest = read_manifest(replace(config.data, on_bad_image="skip"), config.train.seed)
     findings, left_out = _missing(manifest, config)
     findings += [Finding(doubt.name, doubt.problem, doubt.fix, "warning") for doubt in manifest.doubts]
+    no_bits: dict[str, int] = {}
     requests = _requests(manifest.items, config, None if previews is None else writable_folder(previews))
     if previews is not None:
         _list_previews(previews, requests)
@@ -132,9 +140,12 @@ def check(
     for item, request, result in zip(manifest.items, requests, results, strict=True):
         if isinstance(result, Probed):
             probed[item.name] = result
+        elif result.largest is not None:
+            no_bits[item.name] = result.largest
         else:
             findings.append(_finding(item, request, result, config))
     good = [item for item in manifest.items if item.name in probed]
+    findings += about_bits(no_bits, config)
     findings += about_labels(replace(manifest, items=tuple(good)), config)
     findings += about_images(good, probed, config)
     if deep:

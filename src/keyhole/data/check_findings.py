@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from keyhole.config import Config
-from keyhole.data.check_worker import Probed
+from keyhole.data.check_worker import DARK, Probed
 from keyhole.data.hashes import hash_files
 from keyhole.data.item import SPLITS, Item
 from keyhole.data.manifest import Manifest
@@ -73,6 +73,27 @@ def about_labels(manifest: Manifest, config: Config) -> list[Finding]:
     return found
 
 
+def about_bits(largest: Mapping[str, int], config: Config) -> list[Finding]:
+    """Of images of 16 bits that cannot be read as long as nobody says how many bits are in use: what they show.
+
+    Args:
+        largest: value of each image.
+        config: says whether such images are left out.
+    """
+    if not largest:
+        return []
+    most = max(largest.values())
+    problem = f"16 bits a value, and the file does not say how many are in use; largest value {most:,} of 65,535"
+    fix = (
+        "Say how many bits the camera or scanner uses, the same for all images: "
+        f"--patch.bits {max(8, most.bit_length())} holds the largest value; 16 takes them as they are."
+    )
+    name, which = _together(list(largest))
+    skip = config.data.on_bad_image == "skip"
+    fix += " Until then they are left out." if skip else ""
+    return [Finding(name, problem + which, fix, "warning" if skip else "error")]
+
+
 def about_images(items: Sequence[Item], probed: Mapping[str, Probed], config: Config) -> list[Finding]:
     """Of `items`, all of which could be opened: what is odd about their patches, resolutions and colours."""
     found = []
@@ -88,6 +109,7 @@ def about_images(items: Sequence[Item], probed: Mapping[str, Probed], config: Co
         problem = f"{len(grey)} grey images among colour ones: {listed(grey)}"
         fix = "Make sure that colour does not tell the classes apart; --model.channels 1 reads all as grey."
         found.append(Finding("all images", problem, fix, "warning"))
+    found += _about_values(probed)
     for name, image in probed.items():
         if image.preview_problem:
             fix = "A run does not read that resolution; other programs may fail on the file."
@@ -116,11 +138,44 @@ def _about_resolution(items: Sequence[Item], probed: Mapping[str, Probed], confi
         elif item.mpp is None and image.mpp_note:
             noted[image.mpp_note].append(item.name)
     for note, names in noted.items():
-        name = names[0] if len(names) == 1 else f"{len(names)} images"
-        which = "" if len(names) == 1 else f": {listed(names)}"
+        name, which = _together(names)
         fix = "Give the right value in a column `mpp`; it matters where --patch.mpp is set."
         found.append(Finding(name, f"microns per pixel are not known ({note}){which}", fix, "warning"))
     return found
+
+
+def _about_values(probed: Mapping[str, Probed]) -> list[Finding]:
+    """Pictures of one value, nearly black ones, and files with more pictures than the one that is read."""
+    found = []
+    flat, dark, noted = [], [], defaultdict(list)
+    for name, image in probed.items():
+        if image.darkest >= image.brightest:
+            flat.append(name)
+        elif image.brightest < DARK:
+            dark.append(name)
+        if image.note:
+            noted[image.note].append(name)
+    if flat:
+        name, which = _together(flat)
+        fix = "Look at it: there is nothing to learn from. Export it again, or leave it out."
+        found.append(Finding(name, f"every pixel looked at has one value{which}", fix, "warning"))
+    if dark:
+        name, which = _together(dark)
+        brightest = max(probed[name].brightest for name in dark)
+        problem = f"nearly black: no pixel looked at is above {brightest} of 255{which}"
+        fix = (
+            "Where its values use fewer bits than the file holds, say how many: --patch.bits; else export it brighter."
+        )
+        found.append(Finding(name, problem, fix, "warning"))
+    for note, names in noted.items():
+        name, which = _together(names)
+        found.append(Finding(name, f"{note}{which}", "Save what else you want as files of their own.", "warning"))
+    return found
+
+
+def _together(names: Sequence[str]) -> tuple[str, str]:
+    """What to call one or several images in a finding, and what to add to its problem: which they are."""
+    return (names[0], "") if len(names) == 1 else (f"{len(names)} images", f": {listed(names)}")
 
 
 def _about_features(probed: Mapping[str, Probed]) -> list[Finding]:

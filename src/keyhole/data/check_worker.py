@@ -18,12 +18,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from keyhole.errors import ConfigError, ImageError, KeyholeError, OutputError
+from keyhole.errors import BitsUnknown, ConfigError, ImageError, KeyholeError, OutputError
 from keyhole.images.geometry import Size
 from keyhole.wording import problem_and_fix
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 START_SECONDS = 120.0
 """For the process to start: importing from a cold network disk is slow and says nothing about the image."""
+DARK = 16
+"""Of 255: a picture whose brightest value is below is nearly black."""
 BEAT_SECONDS = 1.0
 """Between signs of life at least."""
 Trouble = Literal["image", "settings", "died", "stalled", "unexpected", "output"]
@@ -53,6 +55,8 @@ class Probed:
         file_mpp: `mpp` as the file says, whatever the CSV does.
         mpp_note: what the file says of its resolution that is not to be believed.
         preview_problem: why there is no preview although one was asked for.
+        note: what of the file is not read.
+        darkest, brightest: values of the patches looked at.
     """
 
     size: Size
@@ -64,6 +68,9 @@ class Probed:
     file_mpp: float | None = None
     mpp_note: str = ""
     preview_problem: str = ""
+    note: str = ""
+    darkest: int = field(default=0, compare=False)
+    brightest: int = field(default=255, compare=False)
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,14 @@ class Failed:
         trouble: of which kind it is.
         previewed: whether the preview was made all the same.
         fix: what to do, where the error said it.
+        largest: value of an image of which only the bits in use are not known.
     """
 
     problem: str
     trouble: Trouble
     previewed: bool = False
     fix: str = ""
+    largest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class Request:
 
     Attributes:
         path: the image, or the file of features.
-        patch: size, stride, level, mpp, foreground and min_foreground, as `FileOpener` takes them.
+        patch: size, stride, level, mpp, bits, foreground and min_foreground, as `FileOpener` takes them.
         image_mpp: microns per pixel over the file's own.
         mask: PNG or GeoJSON of the foreground.
         features: whether `path` holds stored features.
@@ -231,6 +240,8 @@ def probe_here(request: Request) -> Probed | Failed:
     path = Path(request.path)
     try:
         return _probe_features(path, request.name) if request.features else _probe_image(path, request)
+    except BitsUnknown as error:
+        return Failed(error.problem, "image", largest=error.largest)
     except ImageError as error:
         problem, fix = problem_and_fix(error.problem)
         return Failed(problem if error.path == request.path else f"{error.path}: {problem}", "image", fix=fix)
@@ -251,7 +262,7 @@ def _probe_image(path: Path, request: Request) -> Probed | Failed:
 
     mask = None if request.mask is None else Path(request.mask)
     opener = FileOpener(path=path, name=request.path, image_mpp=request.image_mpp, mask=mask, **request.patch)
-    with open_image(path) as image:
+    with open_image(path) if opener.bits is None else open_image(path, opener.bits) as image:
         file_mpp, problem = image.mpp, ""
         try:
             grid: PatchGrid | None = opener.grid(image)
@@ -268,7 +279,27 @@ def _probe_image(path: Path, request: Request) -> Probed | Failed:
         grid.read([0, len(grid) - 1])
         size = decoded_bytes(image, grid.level)
         shape = image.size, len(image.levels), image.mpp, image.channels
-        return Probed(*shape, len(grid), size, file_mpp, image.mpp_note, problem)
+        values = _values(image, grid)
+        return Probed(*shape, len(grid), size, file_mpp, image.mpp_note, problem, image.note, *values)
+
+
+def _values(image: Image, grid: PatchGrid) -> tuple[int, int]:
+    """The darkest and brightest value of a few patches; of one alone where it is neither dark nor of one value."""
+    level = image.levels[grid.level]
+    darkest, brightest = 255, 0
+    for place in sorted({round(k * (len(grid) - 1) / 8) for k in range(9)}):
+        x, y, width, height = (round(side / level.downsample) for side in grid.boxes([place])[0].tolist())
+        box = x, y, min(width, level.size.width - x), min(height, level.size.height - y)
+        if min(box[2:]) < 1:
+            continue
+        try:
+            pixels = image.read(box, grid.level)
+        except ImageError:  # damage between the first and the last patch, of which a run leaves out what it must
+            continue
+        darkest, brightest = min(darkest, int(pixels.min())), max(brightest, int(pixels.max()))
+        if darkest < brightest >= DARK:
+            break
+    return darkest, brightest
 
 
 def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, request: Request, path: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from keyhole.errors import ImageError, ImageLost
+from keyhole.images.pixels import ValueTooLarge
 
 FAULTS: tuple[type[Exception], ...] = (
     # tifffile and Pillow let nearly everything through on a damaged file; each of these was seen.
@@ -54,6 +55,8 @@ def faults_of(path: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
+    except ValueTooLarge as error:
+        raise ImageError(path, f"{error}. Correct --patch.bits, or save it with 8 bits.") from error
     except FAULTS as error:
         if isinstance(error, OSError) and is_lost(path, error):
             raise lost(path, error) from error

@@ -38,6 +38,7 @@ class Image(ABC):
         mpp_note: "", or why `mpp` is None although the file says something: "the file says 0.25 x 0.5 um per pixel".
         note: "", or what of the file is not read: "of 3 pages the first is read".
         channels: 1 (grey) or 3 (RGB).
+        bits: of a stored value that are in use: 8, or what other values are scaled by.
         background: value of pixels outside the image.
     """
 
@@ -51,6 +52,7 @@ class Image(ABC):
     mpp_note: str = ""
     note: str = ""
     channels: int = 3
+    bits: int = 8
     background: int = 255
 
     @classmethod
@@ -61,6 +63,16 @@ class Image(ABC):
     @abstractmethod
     def _read(self, box: Box, level: int) -> Pixels:
         """Pixels (h, w, c) uint8 of a box that lies wholly inside the level."""
+
+    def settle_bits(self, given: int | None) -> None:  # noqa: B027 - most formats have 8 bits a value
+        """Decide how many bits of a stored value are in use, once, before anything is read.
+
+        Args:
+            given: as the user says, for a picture of 16 bits that does not state it.
+
+        Raises:
+            BitsUnknown: neither says it, and the values do not show it.
+        """
 
     def read(self, box: Box | tuple[int, int, int, int], level: int = 0) -> Pixels:
         """Pixels (h, w, c) uint8 of `box` = (x, y, width, height) in pixels of `level`.
@@ -131,12 +143,17 @@ class ArrayImage(Image):
         return self.pixels[box.y : box.y + box.height, box.x : box.x + box.width]
 
 
-def open_image(path: str | Path) -> Image:
+def open_image(path: str | Path, bits: int | None = None) -> Image:
     """Opens an image file with the reader that is for it.
 
     Readers are asked by `sniff`, highest `priority` first; the first that opens the file reads it.
 
+    Args:
+        path: the file, or the folder of an OME-Zarr.
+        bits: in use of a value of 16 bits, where the file does not state it.
+
     Raises:
+        BitsUnknown: a picture of 16 bits a value, of which nobody says how many are in use.
         ImageLost: no such file, or its disk or share does not answer.
         ImageError: not a regular file, empty, no permission, damaged, or of a kind that no reader knows.
     """
@@ -146,7 +163,13 @@ def open_image(path: str | Path) -> Image:
     for reader in readers():
         if reader.sniff(path, head):
             try:
-                return reader(path)  # type: ignore[call-arg]
+                image = reader(path)  # type: ignore[call-arg]
+                try:
+                    image.settle_bits(bits)
+                except BaseException:
+                    image.close()
+                    raise
+                return image
             except ImageLost:
                 raise
             except ImageError as error:

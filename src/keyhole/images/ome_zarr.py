@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keyhole.errors import ImageError
+from keyhole.images.depth import of_largest
 from keyhole.images.faults import not_one_picture
 from keyhole.images.geometry import Size
 from keyhole.images.scale import TO_MICRONS, Scale, believed
@@ -24,12 +25,14 @@ class Picture:
     Attributes:
         axes: one letter for each dimension, "y" and "x" among them.
         channels: 1 or 3.
+        bits: in use of a value, where the metadata state fewer than are stored.
     """
 
     arrays: tuple[Any, ...]
     axes: str
     channels: int
     scale: Scale
+    bits: int | None = None
 
     def size(self, array: Any) -> Size:
         return Size(array.shape[self.axes.index("x")], array.shape[self.axes.index("y")])
@@ -92,7 +95,7 @@ def _multiscale(path: Path, node: Any, ome: dict[str, Any]) -> Picture:
         raise ImageError(path, f"its levels have {channels} channels. Export it anew.")
     if channels[0] == 3:
         _check_rgb(path, ome)
-    picture = Picture(tuple(arrays), axes, channels[0], scale)
+    picture = Picture(tuple(arrays), axes, channels[0], scale, _bits(ome))
     if picture.size(arrays[0]) != max(map(picture.size, arrays)):
         raise ImageError(path, "its first level is not its largest. Export it anew.")
     return picture
@@ -112,6 +115,14 @@ def _channels(path: Path, array: Any, axes: str) -> int:
     if many:
         raise not_one_picture(path, many)
     return channels
+
+
+def _bits(ome: dict[str, Any]) -> int | None:
+    """Bits in use by the largest value that a channel's slider is for: 12 for 4095."""
+    channels = (ome.get("omero") or {}).get("channels", [])
+    largest = [(channel.get("window") or {}).get("max") for channel in channels]
+    known = [value for value in largest if isinstance(value, int | float)]
+    return of_largest(max(known)) if known and len(known) == len(channels) else None
 
 
 def _check_rgb(path: Path, ome: dict[str, Any]) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
+from keyhole.images.depth import DEEP, scaled, settled
 from keyhole.images.faults import faults_of
 from keyhole.images.geometry import Box, Level, Size
 from keyhole.images.image import Image, Pixels
-from keyhole.images.pixels import eight_bit, make_upright, on_white, upright_size, valid_orientation
+from keyhole.images.pillow_deep import states_bits, stored_as, values_of
+from keyhole.images.pixels import make_upright, on_white, upright_size, valid_orientation
+from keyhole.images.tiff_jpeg import why_no_jpeg
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -24,7 +29,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 _FORMATS = {
     # What the file starts with -> the only Pillow plugins that may read it: none that starts another program.
     b"\x89PNG\r\n\x1a\n": ("PNG",),
-    b"\xff\xd8\xff": ("JPEG", "MPO"),
+    b"\xff\xd8\xff": ("JPEG",),  # opens MPO too
     b"RIFF": ("WEBP",),
     b"BM": ("BMP",),
     b"GIF8": ("GIF",),
@@ -34,6 +39,8 @@ _FORMATS = {
 }
 _GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 _ORIENTATION = 0x0112
+_HEAD = 2**18
+"""Bytes in which the frame of a JPEG is looked for when it is refused: a colour profile and a preview come before."""
 
 
 def _plugins(head: bytes) -> tuple[str, ...]:
@@ -48,8 +55,8 @@ class PillowImage(Image):
     closed: up to 268 MB for each picture that is open and read, by the limit below.
 
     EXIF orientation is obeyed. Grey stays one channel, all else becomes RGB: palettes are applied, transparency is
-    composited onto white, 16 bits are scaled to 8. CRC sums of a PNG are checked. The resolution in such a file
-    says nothing of what it shows: `mpp` is None.
+    composited onto white, other bits than 8 are scaled to 8. CRC sums of a PNG are checked. The resolution in such a
+    file says nothing of what it shows: `mpp` is None.
 
     Raises:
         ImageError: damaged, an animation, or more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -64,12 +71,16 @@ class PillowImage(Image):
             with path.open("rb") as file:
                 self._formats = _plugins(file.read(64))
             with self._open() as picture:
-                stored = Size(*picture.size)
+                size = Size(*picture.size)
                 self._refuse(picture)
                 self._orientation = _orientation(picture, path)
-        self.size = upright_size(stored, self._orientation)
+                self._stored = stored_as(path, picture)
+                deep = self._stored is not None and self._stored.bits == DEEP
+                self._says_bits = not deep or states_bits(path, picture)
+        self.size = upright_size(size, self._orientation)
         self.levels = (Level(self.size, 1.0),)
-        self.channels = 1 if picture.mode in _GREY else 3
+        self.channels = self._stored.colors if self._stored is not None else 1 if picture.mode in _GREY else 3
+        self.bits = 8 if self._stored is None else self._stored.bits
         self._lock = threading.Lock()
         self._pixels: Pixels | None = None
         self._closed = False
@@ -88,7 +99,11 @@ class PillowImage(Image):
             raise self._too_large(f"{int(pixels):,}" if pixels.isdigit() else "too many") from error
         except PIL.UnidentifiedImageError as error:
             kind = self._formats[0] if self._formats else "picture"
-            raise ImageError(self.path, f"starts like {kind} data but its header is damaged. Copy it again.") from error
+            why = "its header is damaged. Copy it again."
+            if kind == "JPEG":
+                with self.path.open("rb") as file:
+                    why = why_no_jpeg(file.read(_HEAD))
+            raise ImageError(self.path, f"starts like {kind} data but {why}") from error
 
     def _refuse(self, picture: Picture) -> None:
         import PIL.Image
@@ -110,6 +125,16 @@ class PillowImage(Image):
             "--tile --pyramid --compression jpeg --bigtiff",
         )
 
+    def settle_bits(self, given: int | None) -> None:
+        if not self._says_bits:
+            self.bits = settled(self.path, given, self._values())
+
+    def _values(self) -> Iterator[NDArray[Any]]:
+        """The colours as they are stored, for a look at how many bits they use."""
+        assert self._stored is not None
+        with faults_of(self.path, "damaged: it cannot be decoded"), self._open() as picture:
+            yield values_of(self.path, picture, self._stored)[..., : self._stored.colors]
+
     def _read(self, box: Box, level: int) -> Pixels:
         with self._lock:
             if self._closed:
@@ -125,7 +150,12 @@ class PillowImage(Image):
                 with self._open() as picture:
                     picture.verify()  # the CRC of every chunk; decoding alone skips those of the pixels
             with self._open() as picture:
-                pixels = make_upright(_eight_bit_pixels(picture), self._orientation)
+                if self._stored is None:
+                    pixels = _eight_bit_pixels(picture)
+                else:
+                    values = values_of(self.path, picture, self._stored)
+                    pixels = scaled(values, self.bits, self._stored.colors, self._stored.bits)
+                pixels = make_upright(pixels, self._orientation)
         if pixels.shape != (self.size.height, self.size.width, self.channels):
             raise ImageError(self.path, f"decodes to {pixels.shape}, not to the {tuple(self.size)} of its header")
         pixels = np.ascontiguousarray(pixels)
@@ -140,13 +170,8 @@ class PillowImage(Image):
 def _eight_bit_pixels(picture: Picture) -> Pixels:
     """(h, w, 1 or 3) of any mode that Pillow decodes to."""
     grey = picture.mode in _GREY
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture)
-        if values.size and not 0 <= values.min() <= values.max() < 2**16:
-            raise ValueError("grey values of more than 16 bits; save it with 8 or 16 bits")
-        return eight_bit(values.astype(np.uint16), 16)[:, :, None]
-    if picture.mode == "F":
-        raise ValueError("grey values are floating point; save it with 8 or 16 bits")
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"grey values of the kind {picture.mode}; save it with 8 or 16 bits")
     if picture.has_transparency_data:
         return on_white(np.asarray(picture.convert("LA" if grey else "RGBA")))
     return np.asarray(picture.convert("L" if grey else "RGB")).reshape(picture.height, picture.width, -1)

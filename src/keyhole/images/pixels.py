@@ -55,18 +55,22 @@ def make_upright(pixels: Pixels, orientation: int) -> Pixels:
     return pixels
 
 
+class ValueTooLarge(ValueError):  # noqa: N818 - says what is the matter
+    """A value that does not fit into the bits that are said to be in use."""
+
+
 def eight_bit(values: NDArray[np.unsignedinteger | np.bool_], bits: int) -> Pixels:
     """Scale grey values of `bits` bits to 8, rounded to nearest: 0 stays 0, and white (2**bits - 1) becomes 255.
 
     Raises:
-        ValueError: a value that `bits` bits cannot hold.
+        ValueTooLarge: a value that `bits` bits cannot hold.
     """
     if bits == 8 and values.dtype == np.uint8:
         return values.astype(np.uint8, copy=False)
     table = _table(bits)
     largest = int(values.max(initial=0))
     if largest >= len(table):
-        raise ValueError(f"a value of {largest:,} where pixels have {bits} bits, so at most {len(table) - 1:,}")
+        raise ValueTooLarge(f"holds a value of {largest:,}, but {bits} bits in use end at {len(table) - 1:,}")
     pixels: Pixels = table[values.astype(np.uint8) if values.dtype == np.bool_ else values]
     return pixels
 
@@ -94,6 +98,13 @@ def on_white(pixels: Pixels, associated: bool = False) -> Pixels:
     mixed = (share.astype(np.uint32) + np.uint32(255) * (255 - alpha) + 127) // 255
     composited: Pixels = np.minimum(mixed, 255).astype(np.uint8)
     return composited
+
+
+def straight(pixels: Pixels, alpha: Pixels) -> Pixels:
+    """Colours (h, w, c) that were multiplied by alpha (h, w, 1), as they were before; 0 where alpha is 0."""
+    share = np.maximum(alpha.astype(np.uint32), 1)
+    divided: Pixels = np.minimum((pixels.astype(np.uint32) * 255 + share // 2) // share, 255).astype(np.uint8)
+    return divided
 
 
 _RGB: np.dtype[Any] = np.dtype("V3")

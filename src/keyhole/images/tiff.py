@@ -8,16 +8,18 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from keyhole.errors import ImageError
-from keyhole.images.faults import ends_early, faults_of
+from keyhole.errors import ImageError, ImageLost
+from keyhole.images.depth import alpha_of, settled
+from keyhole.images.faults import FAULTS, ends_early, faults_of, is_lost, lost
 from keyhole.images.geometry import Box, Level, Size, downsample_of
-from keyhole.images.pixels import Pixels, eight_bit, make_upright, on_white, stored_box, upright_size
+from keyhole.images.pixels import Pixels, eight_bit, make_upright, on_white, stored_box, straight, upright_size
 from keyhole.images.recent import LARGE, RECENT
 from keyhole.images.tiff_checks import CONVERT, MAX_SEGMENT_PIXELS, is_tiff, vendor_of
 from keyhole.images.tiff_jpeg import Coded, jpeg_size
@@ -27,6 +29,7 @@ from keyhole.images.tiles import TiledImage
 
 GAP = 4096
 """Bytes between two tiles that are read over: alignment, or another writer's marks."""
+_UNREADABLE: tuple[type[Exception], ...] = (*FAULTS, ImageError)
 TOGETHER = 2**20
 """Encoded bytes that a thread reads at once."""
 
@@ -58,7 +61,7 @@ class TiffImage(TiledImage):
         self.path = path
         self.mpp, self.mpp_note = layout.scale
         self.note = layout.note
-        self.channels = layout.levels[0].channels
+        self.channels, self.bits = layout.levels[0].channels, layout.levels[0].bits
         self._stored, self._orientation = layout.levels, layout.orientation
         self.size = upright_size(layout.levels[0].size, layout.orientation)
         sizes = [upright_size(level.size, layout.orientation) for level in layout.levels]
@@ -70,6 +73,34 @@ class TiffImage(TiledImage):
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
         return is_tiff(head) and vendor_of(path) is None
+
+    def settle_bits(self, given: int | None) -> None:
+        if not self._stored[0].says_bits:
+            self.bits = settled(self.path, given, self._values())
+            self._stored = tuple(replace(level, bits=self.bits) for level in self._stored)
+
+    def _values(self) -> Iterator[NDArray[Any]]:
+        """The colours of level 0 as they are stored, tile by tile, for a look at how many bits they use.
+
+        Tiles in the middle come first. Those that are damaged or missing are left out: reading them says what is wrong.
+        """
+        page = self._stored[0]
+        number = page.grid[0] * page.grid[1]
+        for tile in (*range(number // 2, number), *range(number // 2)):
+            for plane in range(min(page.planes, page.colors)):
+                index = plane * number + tile
+                try:
+                    data = self._bytes(*self._places(page, 0, [index])[0])
+                    self._check_coded(page, data)
+                    values = page.decode(data, index) if data else None
+                except ImageLost:
+                    raise
+                except _UNREADABLE as error:
+                    if isinstance(error, OSError) and is_lost(self.path, error):
+                        raise lost(self.path, error) from error
+                    continue
+                if values is not None:
+                    yield values[..., : page.colors]
 
     def close(self) -> None:
         self._file.close()
@@ -184,16 +215,19 @@ class TiffImage(TiledImage):
 
 def to_pixels(values: NDArray[np.unsignedinteger | np.bool_], page: TiffLevel) -> Pixels:
     """Decoded samples (h, w, samples) to (h, w, 1 or 3) uint8, by the page's kind of colour."""
-    values = values[..., : page.samples]
-    if page.palette is not None:
-        return page.palette[values[..., 0].astype(np.intp)]
-    pixels = eight_bit(values, page.bits)
-    if page.color == "inverted":
-        pixels = np.concatenate([255 - pixels[..., :1], pixels[..., 1:]], axis=-1)
-    elif page.color == "cmyk":
-        ink, black = 255 - pixels[..., :3].astype(np.uint16), 255 - pixels[..., 3:].astype(np.uint16)
-        return ((ink * black + 127) // 255).astype(np.uint8)
-    return on_white(pixels, associated=page.alpha == "associated") if page.alpha else pixels
+    color = values[..., : page.colors]
+    pixels = page.palette[color[..., 0].astype(np.intp)] if page.palette is not None else eight_bit(color, page.bits)
+    alpha = alpha_of(values[..., page.samples - 1 : page.samples], page.bits, page.stored) if page.alpha else None
+    associated = page.alpha == "associated"
+    if page.color in ("inverted", "cmyk"):
+        if associated and alpha is not None:  # ink was multiplied by alpha, not the colour that it gives
+            pixels, associated = straight(pixels, alpha), False
+        if page.color == "inverted":
+            pixels = 255 - pixels
+        else:
+            ink, black = 255 - pixels[..., :3].astype(np.uint16), 255 - pixels[..., 3:].astype(np.uint16)
+            pixels = ((ink * black + 127) // 255).astype(np.uint8)
+    return pixels if alpha is None else on_white(np.concatenate([pixels, alpha], axis=-1), associated)
 
 
 def _side_by_side(places: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

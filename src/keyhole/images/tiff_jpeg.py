@@ -77,6 +77,25 @@ def frame_of(data: Coded) -> tuple[int, tuple[int, int, int, int] | None]:
     return 0, None
 
 
+_FRAMES = {0xC3: "lossless", 0xC7: "lossless", 0xC9: "arithmetic", 0xCA: "arithmetic", 0xCB: "lossless"}
+
+
+def why_no_jpeg(head: bytes) -> str:
+    """Why a file that starts as a JPEG does is not read, and what to do."""
+    end, frame = frame_of(head)
+    if frame is None:
+        if b"\xff\xf7" in head[:4096]:
+            return "it is JPEG-LS, which is not read. Save it as PNG."
+        return "its header is cut or damaged. Copy it again."
+    bits, height, width, samples = frame
+    kind = _FRAMES.get(head[end - 9], "")
+    if bits != 8 or kind == "lossless":
+        return f"it is {f'a {kind} JPEG' if kind else 'a JPEG'} of {bits} bits, which is not read. Save it as PNG."
+    if samples not in (1, 3, 4):
+        return f"it has {samples} channels; one, RGB or CMYK is read. Save it as RGB."
+    return f"its header, of {width} x {height} pixels, is damaged. Copy it again, or save it as PNG."
+
+
 def jpeg_size(data: Coded) -> Size | None:
     """Width and height from a JPEG stream's frame header; None where there is none (the decoder then says so)."""
     frame = frame_of(data)[1]

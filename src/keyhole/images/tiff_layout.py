@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
+from keyhole.images.depth import DEEP
 from keyhole.images.geometry import Size, same_shape
 from keyhole.images.pixels import valid_orientation
 from keyhole.images.scale import Scale, agreed
@@ -19,10 +20,12 @@ from keyhole.images.tiff_checks import check_end, check_segment, open_pages, pag
 from keyhole.images.tiff_jpeg import DecodeInto, jpeg_decoder
 from keyhole.images.tiff_scale import (
     aperio_scale,
+    bits_of_tags,
     check_imagej,
     check_ome,
     first_plane,
     imagej_scale,
+    of_significant,
     ome_pixels,
     ome_scale,
     resolution_scale,
@@ -57,11 +60,15 @@ class TiffLevel:
         segment: (width, height) of a tile or strip.
         offsets, counts: where the encoded segments lie; planes one after the other. A count of 0 is missing.
         planes: 1, or the number of samples where each colour is stored by itself.
-        decode: (bytes, index) -> (h, w, samples of a plane) of `bits` bits.
+        samples: that matter: those of the colour, and up to and with alpha.
+        stored: bits of a value.
+        bits: of those that are in use.
+        says_bits: whether the file states how many are in use. Else `TiffImage.settle_bits` finds out.
+        decode: (bytes, index) -> (h, w, samples of a plane) of `stored` bits.
         decode_into: quicker, for JPEG tiles of the usual kinds; None for all others.
         coded: "" or how the segment's own header states its size: "JPEG", "picture".
         color: "grey", "inverted", "rgb", "palette" or "cmyk".
-        alpha: of the last sample used: None, "straight" or "associated".
+        alpha: of the last of `samples`: None, "straight" or "associated".
     """
 
     size: Size
@@ -71,7 +78,9 @@ class TiffLevel:
     counts: Table
     planes: int
     samples: int
+    stored: int
     bits: int
+    says_bits: bool
     color: str
     alpha: str | None
     palette: NDArray[np.uint8] | None
@@ -82,6 +91,11 @@ class TiffLevel:
     @property
     def channels(self) -> int:
         return 1 if self.color in ("grey", "inverted") else 3
+
+    @property
+    def colors(self) -> int:
+        """Samples of the colour, which come before all others."""
+        return {"rgb": 3, "cmyk": 4}.get(self.color, 1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -114,7 +128,8 @@ def read_layout(path: Path) -> TiffLayout:
             check_imagej(path, description)
         main = tif.pages[first_plane(ome) if ome is not None else 0]
         pages = [main, *_reduced(tif, short, main)]
-        levels = tuple(_level(path, page, short) for page in pages)
+        said = (of_significant(ome) if ome is not None else None) or bits_of_tags(main)
+        levels = tuple(_level(path, page, short, said) for page in pages)
         for level, page in zip(levels, pages, strict=True):
             if level.channels != levels[0].channels:
                 raise ImageError(path, f"page {page.index} has {level.channels} channels, level 0 has another number")
@@ -162,8 +177,12 @@ def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
     return found
 
 
-def _level(path: Path, page: Any, short: ShortTables) -> TiffLevel:
-    """A tifffile page as a `TiffLevel`, which needs neither the page nor its file any longer."""
+def _level(path: Path, page: Any, short: ShortTables, said: int | None) -> TiffLevel:
+    """A tifffile page as a `TiffLevel`, which needs neither the page nor its file any longer.
+
+    Args:
+        said: bits in use, as the file says.
+    """
     size = page_size(page)
     segment = Size(page.tilewidth, page.tilelength) if page.is_tiled else Size(size.width, page.rowsperstrip)
     if min(size) < 1 or min(segment) < 1:
@@ -179,12 +198,14 @@ def _level(path: Path, page: Any, short: ShortTables) -> TiffLevel:
         raise ImageError(path, f"page {page.index} lists {listed} of {expected} tiles or strips. Copy it again.")
     check_end(path, short.pread, offsets, counts)
     options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression == 7 else {}
-    decode_page, bits = page.decode, page.bitspersample
+    decode_page, stored = page.decode, page.bitspersample
+    believed = said is not None and not (coded and stored <= 8)  # a JPEG of 8 bits is what its decoder makes of it
+    bits = min(said or stored, stored) if believed else stored
 
     def decode(data: bytes, index: int) -> NDArray[Any]:
         values: NDArray[Any] = decode_page(data, index, **options)[0][0]
-        if values.dtype.itemsize != (1 if bits <= 8 else 2):
-            raise ValueError(f"a segment of {values.dtype} where {bits} bits are declared")
+        if values.dtype.itemsize != (1 if stored <= 8 else 2):
+            raise ValueError(f"a segment of {values.dtype} where {stored} bits are declared")
         return values
 
     return TiffLevel(
@@ -195,7 +216,9 @@ def _level(path: Path, page: Any, short: ShortTables) -> TiffLevel:
         counts=counts,
         planes=planes,
         samples=used,
-        bits=bits,
+        stored=stored,
+        bits=stored if color == "palette" else bits,
+        says_bits=believed or stored != DEEP,
         color=color,
         alpha=alpha,
         palette=_palette(path, page) if color == "palette" else None,
@@ -229,18 +252,19 @@ def _color(path: Path, page: Any) -> tuple[str, str | None, int]:
         raise refuse(f"colour kind {getattr(page.photometric, 'name', photometric)} in this compression")
     if samples < colors or samples > colors + 2 or (colors == 1 and samples > 2):
         raise refuse(f"a page of {samples} channels (photometric {photometric})")
-    extra = page.extrasamples[0] if samples > colors and page.extrasamples else 0
-    alpha = {1: "associated", 2: "straight"}.get(int(extra))
+    extra = [int(kind) for kind in page.extrasamples[: samples - colors]]
+    if not extra and samples == colors + 1:
+        extra = [2]  # as Pillow takes a fourth sample beside red, green and blue that nobody describes
+    at = next((number for number, kind in enumerate(extra) if kind in (1, 2)), None)
+    alpha = None if at is None else "associated" if extra[at] == 1 and photometric != _PALETTE else "straight"
     if colors == 1 and samples == 2 and alpha is None:
         raise refuse("a page of 2 channels")
-    if photometric in (_PALETTE, _CMYK):
-        alpha = None
     if photometric == _PALETTE and page.colormap is None:
         raise ImageError(path, "a palette TIFF without its palette. Export it anew.")
     if photometric in (_CMYK, _PALETTE) and bits > 8:
         raise refuse(f"palette or CMYK of {bits} bits")
     kinds = {_WHITE_IS_ZERO: "inverted", _BLACK_IS_ZERO: "grey", _PALETTE: "palette", _CMYK: "cmyk"}
-    return kinds.get(photometric, "rgb"), alpha, colors + (alpha is not None)
+    return kinds.get(photometric, "rgb"), alpha, colors if at is None else colors + at + 1
 
 
 def _palette(path: Path, page: Any) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Microns per pixel of a TIFF, and what OME-XML and ImageJ say of its planes."""
+"""Microns per pixel of a TIFF, and what its tags, OME-XML and ImageJ say of its planes and bits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
+
+from keyhole.images.depth import DEEP, of_largest
 from keyhole.images.faults import not_one_picture
 from keyhole.images.scale import TO_MICRONS, Scale, believed
 
@@ -64,6 +67,21 @@ def imagej_scale(description: str, page: Any) -> Scale:
     if micron_x is None or micron_y is None:
         return resolution_scale(page)  # inches and cm are in the resolution tags too; pixels are no length
     return believed(micron_x * x[1] / x[0], micron_y * y[1] / y[0], "its ImageJ description")
+
+
+def of_significant(pixels: ElementTree.Element) -> int | None:
+    """SignificantBits; None where it is not fewer than are stored: writers put the bits of the type there."""
+    said, kind = pixels.get("SignificantBits", ""), pixels.get("Type", "")
+    stored = {"bit": 1, "uint8": 8, "uint16": 16}.get(kind, 0)
+    return int(said) if said.isdigit() and 0 < int(said) < stored else None
+
+
+def bits_of_tags(page: Any) -> int | None:
+    """Bits in use by MaxSampleValue, where that is the white of fewer bits than are stored."""
+    largest = page.tags.valueof(281)
+    if page.bitspersample != DEEP or largest is None:
+        return None
+    return of_largest(float(np.max(largest)))
 
 
 def first_plane(pixels: ElementTree.Element) -> int:

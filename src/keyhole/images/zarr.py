@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from keyhole.errors import ImageError
-from keyhole.images.faults import faults_of
+from keyhole.errors import ImageError, ImageLost
+from keyhole.images.depth import settled
+from keyhole.images.faults import FAULTS, faults_of, is_lost, lost
 from keyhole.images.geometry import Box, Level, Size, downsample_of, same_shape
 from keyhole.images.ome_zarr import METADATA, Picture, picture_of
 from keyhole.images.pixels import Pixels, eight_bit
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # Its remarks on odd files in the folder would appear between the lines of a progress bar.
 warnings.filterwarnings("ignore", module=r"zarr\.")
+_UNREADABLE: tuple[type[Exception], ...] = (*FAULTS, ImageError)
 
 
 class ZarrImage(TiledImage):
@@ -59,6 +61,8 @@ class ZarrImage(TiledImage):
             self._axes = picture.axes
             self.channels = picture.channels
             self.mpp, self.mpp_note = picture.scale
+            self._says_bits = picture.bits is not None or picture.arrays[0].dtype.itemsize == 1
+            self.bits = picture.bits or 8 * picture.arrays[0].dtype.itemsize
             for array in picture.arrays:
                 self._check(picture, array)
                 self._store.rules[array.path] = chunk_rule(array, self._refusal)
@@ -91,6 +95,25 @@ class ZarrImage(TiledImage):
                 f"one chunk has {chunk} pixels, more than the {MAX_SEGMENT_PIXELS:,} that are decoded at once. "
                 "Save it anew in chunks of 256 to 1024 pixels a side.",
             )
+
+    def settle_bits(self, given: int | None) -> None:
+        if not self._says_bits:
+            self.bits = settled(self.path, given, self._values())
+
+    def _values(self) -> Iterator[NDArray[Any]]:
+        """Level 0 as it is stored, chunk by chunk, for a look at how many bits it uses; first those in the middle."""
+        (width, height), (wide, high) = self.size, self._chunk(0)
+        columns, rows = math.ceil(width / wide), math.ceil(height / high)
+        number = columns * rows
+        for tile in (*range(number // 2, number), *range(number // 2)):
+            y, x = tile // columns * high, tile % columns * wide
+            try:
+                yield self._cut(self._arrays[0], Box(x, y, min(wide, width - x), min(high, height - y)))
+            except ImageLost:
+                raise
+            except _UNREADABLE as error:  # reading it says what is wrong
+                if isinstance(error, OSError) and is_lost(self.path, error):
+                    raise lost(self.path, error) from error
 
     def _chunk(self, level: int) -> Size:
         array = self._arrays[level]
@@ -146,7 +169,7 @@ class ZarrImage(TiledImage):
     def _as_pixels(self, values: NDArray[Any], out: Pixels | None) -> Pixels:
         """Values as `_cut` gives them as (h, w, c) uint8; in `out` where that helps and fits."""
         left = "".join(axis for axis in self._axes if axis in "yxc")
-        values = eight_bit(values, 8 * values.dtype.itemsize)
+        values = eight_bit(values, self.bits if values.dtype.itemsize == 2 else 8)
         if left == "yxc":
             return values
         planes = values.transpose([left.index(axis) for axis in "cyx" if axis in left])
