@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import settings, write_toy
 
+import keyhole
 from keyhole.checkpoint import read_info, read_tensors, write_tensors
+from keyhole.cli.main import main
 from keyhole.errors import RunError
+from keyhole.training.journal import RowJournal
+from keyhole.training.run import read_rows
 
 
 def test_no_flipped_bit_of_a_file_of_tensors_goes_unseen(tmp_path: Path) -> None:
@@ -29,3 +37,121 @@ def test_no_flipped_bit_of_a_file_of_tensors_goes_unseen(tmp_path: Path) -> None
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         with pytest.raises(RunError, match=r"model\.safetensors"):
             read_tensors(path)
+
+
+@pytest.fixture
+def run(toy_run: Path, tmp_path: Path) -> Path:
+    """A finished run that may be changed."""
+    return Path(shutil.copytree(toy_run, tmp_path / "run"))
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line with which a command is refused."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("keyhole: error: "))
+    return line
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+
+
+def cut(data: bytes) -> bytes:
+    return b"".join(data.splitlines(keepends=True)[:-1])
+
+
+def garble(data: bytes) -> bytes:
+    return b"\xff\0" + data[2:]
+
+
+DELETE, RESTORE = "Delete", "Restore it from a copy"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "remedy"),
+    [
+        ("config.yaml", lambda data: data.replace(b"lr: 0.003", b"lr: 0.001"), r"train\.lr changed .*Delete"),
+        ("config.yaml", garble, DELETE),
+        ("config.yaml", lambda data: b"", DELETE),
+        ("metrics.csv", cut, DELETE),
+        ("metrics.csv", garble, DELETE),
+        ("metrics.csv", lambda data: data[:-4], DELETE),
+        ("best/model.json", garble, DELETE),
+        ("best/model.json", lambda data: data[:-20], DELETE),
+        ("manifest.csv", cut, RESTORE),
+        ("manifest.csv", garble, RESTORE),
+        ("left_out.csv", garble, RESTORE),
+        ("left_out.csv", lambda data: b"other,columns\n1,2\n", RESTORE),
+        ("unreadable.csv", garble, DELETE),
+        ("best/model.safetensors", flip, RESTORE),
+        ("best/model.safetensors", lambda data: data[:8] + garble(data[8:]), RESTORE),
+        ("last.safetensors", flip, RESTORE),
+    ],
+)
+def test_resume_refuses_a_changed_file_and_says_what_to_do(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[bytes], bytes], remedy: str
+) -> None:
+    path = run / name
+    whole = path.read_bytes() if path.exists() else b"epoch,image\n1,a.png\n"
+    path.write_bytes(damage(whole))
+    line = said(capsys, "resume", run)
+    assert str(path) in line
+    assert re.search(remedy, line)
+    if remedy.endswith(DELETE) and name != "unreadable.csv":
+        path.unlink()
+        assert main(["resume", str(run)]) == 0
+        assert path.read_bytes() == whole
+
+
+def test_resume_looks_at_the_best_model_before_it_learns(
+    run: Path, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = keyhole.train(toy, tmp_path / "other", **settings(train={"epochs": 1, "seed": 5})).path
+    best = run / "best" / "model.safetensors"
+    shutil.copy(other / "best" / "model.safetensors", best)
+    assert "the best model of another run" in said(capsys, "resume", run, "--train.epochs", 3)
+    assert "the best model of another run" in said(capsys, "evaluate", run)
+    best.unlink()
+    assert f"{best}: there is no such file" in said(capsys, "resume", run, "--train.epochs", 3)
+
+
+def test_a_damaged_journal_is_refused_and_may_be_deleted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("selection.safetensors", "validation.jsonl"):
+        (run / name).write_bytes(b"\xff" * 40 + b"\n")
+        line = said(capsys, "resume", run, "--train.epochs", 3)
+        assert str(run / name) in line
+        assert "Delete it" in line
+        (run / name).unlink()
+    assert main(["resume", str(run)]) == 0
+    assert len(read_rows(run / "metrics.csv")) == 3
+
+
+def test_a_half_row_of_a_journal_is_cut_before_the_next_is_added(tmp_path: Path) -> None:
+    journal = RowJournal(tmp_path / "rows.jsonl", {"epoch": 1})
+    rows = [{"names": ["a"], "value": 1.5}, {"names": ["b"], "value": 2.5}]
+    for row in rows:
+        journal.add(row)
+    whole = journal.path.read_bytes()
+    for size in range(whole.index(b"\n") + 1, len(whole)):
+        journal.path.write_bytes(whole[:size])
+        assert [row["names"] for row in journal.read()] == [["a"]]
+        journal.add(rows[1])
+        assert journal.path.read_bytes() == whole
+
+
+def test_changed_images_are_named_by_resume_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_toy(tmp_path / "data", count=8)
+    run = keyhole.train(data, tmp_path / "run", **settings(train={"epochs": 1})).path
+    of = {split: [Path(row["image"]) for row in read_rows(run / "manifest.csv") if row["split"] == split]
+          for split in ("train", "test")}  # fmt: skip
+    for split, command in (("train", "resume"), ("test", "evaluate")):
+        image = of[split][1]
+        whole = image.read_bytes()
+        image.write_bytes(flip(whole))
+        line = said(capsys, command, run)
+        assert f"1 image changed since the run began: {image.relative_to(data)}: other content of the same size" in line
+        image.write_bytes(whole)
+        assert main([command, str(run)]) == 0
+    (run / "manifest.csv").write_bytes(cut((run / "manifest.csv").read_bytes()))
+    assert f"{run / 'manifest.csv'}: changed since the run began" in said(capsys, "evaluate", run)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, SelectConfig, TrainConfig
+from keyhole.errors import Interrupted
 
 Pixels = NDArray[np.uint8]
 
@@ -235,8 +236,11 @@ def training(folder: Path) -> Finding:
                 noise = random.integers(-30, 30, (64, 64, 3))
                 _with_pillow()(path, (brightness + noise).astype(np.uint8))
         start = time.monotonic()
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            train_config(training_config(folder))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                train_config(training_config(folder))
+        except Interrupted as stop:  # its run is in a folder that goes: nothing to resume
+            raise Interrupted("interrupted", stop.signal_number) from stop
         return f"{time.monotonic() - start:.1f} s"
 
     return _try("training, one epoch", learn)
@@ -252,6 +256,19 @@ def optional_parts() -> Iterator[Finding]:
 def _try(name: str, work: Callable[[], str]) -> Finding:
     try:
         return Finding(name, "ok", work())
-    except Exception as error:  # noqa: BLE001 - whatever fails is the finding
+    except Interrupted:
+        raise
+    except Exception as error:
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
         problem = " ".join(str(error).split()) or "no message"
         return Finding(name, "FAIL", f"{type(error).__name__}: {problem}")
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: a library that is being imported may turn it into one of its own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -74,7 +74,7 @@ class NonFiniteLoss(KeyholeError):  # noqa: N818
 
 
 class Interrupted(KeyholeError):  # noqa: N818
-    """Ctrl-C or SIGTERM: the state is saved and the message says how to resume."""
+    """Ctrl-C, SIGTERM, SIGHUP or SIGUSR1: the state is saved and the message says how to resume."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -26,9 +26,11 @@ from keyhole.lesions import Judged, Lesions, check_annotations, judge, lesion_me
 from keyhole.metrics import TaskMetrics, evaluate_task, evaluation_json, format_lines
 from keyhole.predict import Predictor
 from keyhole.prediction import Prediction, write_table
+from keyhole.progress import say
 from keyhole.report.contact_sheet import contact_sheet
 from keyhole.report.examples import Examples
 from keyhole.tasks import Task
+from keyhole.training.seal import check_evaluated, check_own_manifest
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,12 @@ def evaluate(
     predictor = Predictor.open(run, device, memory, unreadable)
     given = {"root": root, "features": features, "masks": masks}
     folders = {name: None if path is None else Path(path) for name, path in given.items()}
+    if data is None and (run / "manifest.csv").is_file():
+        check_own_manifest(run)
     manifest = _manifest(run, data, predictor.tasks, split, on_bad_image, folders)
+    if data is None:
+        for line in check_evaluated(run, manifest, predictor.config.run):
+            say(line)
     items = manifest.items
     folder, notes = open_folder(subject, out)
     notes += _notes(run, subject, manifest)

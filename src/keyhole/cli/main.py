@@ -1,7 +1,8 @@
 """The command `keyhole`: finds the verb, imports only what it needs, and turns every error into one line.
 
 Exit codes: 0 done, 1 `check`, `doctor` or `bench memory` found something wrong, 2 a mistake in the input or no place
-to write, 70 a fault of keyhole, 128 + signal when stopped (130 Ctrl-C, 143 SIGTERM, 141 a closed pipe).
+to write, 70 a fault of keyhole, 128 + signal when stopped (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1, 141 a
+closed pipe).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 import keyhole
 from keyhole.errors import ConfigError, Interrupted, KeyholeError
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # else runs on the machine; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug, arguments = _without_debug(list(sys.argv[1:] if argv is None else argv))
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name need not be valid text
@@ -101,6 +104,21 @@ def _help() -> str:
             "keyhole train --config keyhole.yaml.",
         ]
     )
+
+
+def _open_streams() -> None:
+    """Opens the standard streams that the process was started without (`>&-`): the work is done all the same.
+
+    Their numbers are taken too, or the next file to be opened would get one of them, and what a library prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as the process
 
 
 def _without_debug(arguments: list[str]) -> tuple[bool, list[str]]:

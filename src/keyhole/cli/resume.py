@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from keyhole.cli.arguments import parse, print_config
+from keyhole.config import Positive
+
+
+@dataclass(frozen=True)
+class ResumeTrain:
+    """What may change about the learning."""
+
+    epochs: Positive | None = None
+    """Epochs that the run has in all from now on; default as before. More make a finished run learn on: the rate then
+    follows the schedule of so many epochs."""
 
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """Go on with a run that was stopped, with the settings it has.
+    """Go on with a run that was stopped, with the settings it has, or with a finished one for more epochs.
 
     On CPU it ends with the same weights as if it had not been stopped.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder of `keyhole train`."""
+    train: ResumeTrain = field(default_factory=ResumeTrain)
     root: Path | None = None
     """Folder that the images were moved to since; they are found in it by relative path, size and SHA-256."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -35,5 +46,5 @@ def run(argv: list[str]) -> int:
 
     from keyhole.training.loop import resume
 
-    print("\n".join(resume(options.run, options.root).summary()))
+    print("\n".join(resume(options.run, options.root, options.train.epochs).summary()))
     return 0

@@ -34,6 +34,7 @@ def hash_files(
     threads: int | None = None,
     stall: float = 120.0,
     progress: Callable[[int], None] | None = None,
+    failed: Callable[[Item, Exception], None] | None = None,
 ) -> dict[str, FileHash]:
     """Reads the files of `items` once, several at a time, in daemon threads that cannot hold up the end of the process.
 
@@ -42,12 +43,13 @@ def hash_files(
         threads: files at a time; default one per core, at most 16.
         stall: seconds without a byte from any file after which the read counts as stalled.
         progress: called with the number of files done.
+        failed: told each file that is gone or cannot be read; without it the first is raised.
 
     Returns:
         the hash of each file by the item's name.
 
     Raises:
-        ImageError: a file that is gone or cannot be read.
+        ImageError: a file that is gone or cannot be read, where `failed` is not given.
         StalledRead: nothing came within `stall` seconds.
     """
     todo: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
@@ -69,21 +71,26 @@ def hash_files(
     for number in range(count):
         threading.Thread(target=work, name=f"keyhole-hash-{number}", daemon=True).start()
     hashes: dict[str, FileHash] = {}
+    done: set[str] = set()
     try:
-        while len(hashes) < len(items):
+        while len(done) < len(items):
             try:
                 event = events.get(timeout=stall)
             except queue.Empty:
-                open_item = next(item for item in items if item.name not in hashes)
+                open_item = next(item for item in items if item.name not in done)
                 raise StalledRead(open_item.source, f"no data for {stall:g} s; is the disk or share there?") from None
             if event is None:
                 continue
             item, found = event
-            if isinstance(found, Exception):
+            done.add(item.name)
+            if not isinstance(found, Exception):
+                hashes[item.name] = found
+            elif failed is None:
                 raise found
-            hashes[item.name] = found
+            else:
+                failed(item, found)
             if progress is not None:
-                progress(len(hashes))
+                progress(len(done))
     finally:
         stop.set()
     return hashes
@@ -98,6 +105,8 @@ def changed_files(
 ) -> dict[str, str]:
     """What is different about the files of `items`: by size, and by SHA-256 where one was recorded.
 
+    Files that are gone or cannot be read are not compared: who opens them says so.
+
     Args:
         items: whose files to compare; each is read to its end.
         recorded: what they held, by the item's name; an item without a record is not compared.
@@ -107,7 +116,7 @@ def changed_files(
         the difference in words, by the item's name; of those that are the same, nothing.
 
     Raises:
-        ImageError, StalledRead: as `hash_files`.
+        StalledRead: as `hash_files`.
     """
     changed: dict[str, str] = {}
     todo = []
@@ -119,7 +128,7 @@ def changed_files(
             changed[item.name] = f"has {size} bytes, {before.bytes} when the run began"
         elif before.sha256:
             todo.append(item)
-    for name, now in hash_files(todo, threads, stall, progress).items():
+    for name, now in hash_files(todo, threads, stall, progress, failed=lambda *_: None).items():
         if now.sha256 != recorded[name].sha256:
             changed[name] = OTHER_CONTENT
     return changed

@@ -20,7 +20,7 @@ from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest, write_left_out
 from keyhole.device import arithmetic_of, choose_device
 from keyhole.errors import ConfigError
-from keyhole.files import file_size
+from keyhole.files import file_size, write_atomic
 from keyhole.memory.budget import parse_memory
 from keyhole.memory.pace import fixed_chunk
 from keyhole.memory.plan import Plan, make_plan
@@ -36,7 +36,7 @@ from keyhole.training.lock import RunLock
 from keyhole.training.loggers import check_loggers
 from keyhole.training.run import Log, Run, check_new, read_rows
 from keyhole.training.score import choose_metric
-from keyhole.training.seal import LAST, check_files, check_images, read_state, sealed_config
+from keyhole.training.seal import LAST, check_files, check_images, more_epochs, read_state, sealed_config
 from keyhole.training.setup import Images, absolute, new_model, new_optimizer, scan, targets, with_features
 from keyhole.training.state import State
 
@@ -240,30 +240,33 @@ def _compile(job: Job) -> str:
     return f"encoder {'compiled' if choice.compile else 'not compiled'}: {choice.why}"
 
 
-def open_job(run: Run, say: Callable[[str], None], root: Path | None = None) -> Job:
+def open_job(run: Run, say: Callable[[str], None], root: Path | None = None, epochs: int | None = None) -> Job:
     """Loads a run as it was when its last state was saved.
 
     Args:
         run: the folder.
         say: told what a user should know.
         root: folder that the images were moved to.
+        epochs: how many the run has in all from now on; default as before.
 
     Raises:
+        ConfigError: it has done more epochs than `epochs`.
         RunError: another process is working on it, the state or a file of the run is damaged, or an image changed.
     """
     lock = RunLock(run.path)
     try:
         sweep(run.path, say)
         sweep_beside(run.path, say)
-        return _open_job(run, lock, say, root)
+        return _open_job(run, lock, say, root, epochs)
     except BaseException:
         lock.release()
         raise
 
 
-def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | None) -> Job:
+def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | None, epochs: int | None) -> Job:
     state = read_state(run)
     checked = check_files(run, state)
+    longer = "" if epochs is None else more_epochs(state, epochs)
     config = dataclasses.replace(sealed_config(state), out=run.path)
     device = choose_device(config.run.device)
     path = run.path / "manifest.csv"
@@ -282,6 +285,8 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
         reasons = {name: reason for name, (_, reason) in state.left_out.items()}
         add_left_out(run, {left.name: left.reason for left in manifest.left_out} | reasons)
         job = _job(lock, config, manifest, images, reader, model, optimizer, state, device)
+        if longer:
+            checked += [longer, *_go_on_longer(job)]
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"
         for text in (f"{line} (keyhole {keyhole.__version__})", *checked, *lines, _compile(job)):
             say(text)
@@ -290,3 +295,22 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
         reader.close()
         raise
     return job
+
+
+def _go_on_longer(job: Job) -> list[str]:
+    """Saves another number of epochs, and drops the answers of what was the best model.
+
+    In this order a kill at any moment leaves a run that can be resumed, with the old number or the new.
+    """
+    said = []
+    if answers := sorted((job.run.path / "predictions").glob("*.csv")):
+        said.append(
+            f"removed predictions/{', '.join(path.name for path in answers)}: the best model may become another"
+        )
+    for path in answers:
+        path.unlink()
+    if (job.run.path / "evaluation").is_dir():
+        said.append("evaluation holds the figures of the best model until now: evaluate again at the end")
+    job.save()
+    write_atomic(job.run.path / "config.yaml", job.state.config)
+    return said

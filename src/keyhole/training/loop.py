@@ -78,18 +78,21 @@ def train_config(config: Config) -> Run:
         return Loop(job, interrupt).run()
 
 
-def resume(path: str | Path, root: str | Path | None = None) -> Run:
+def resume(path: str | Path, root: str | Path | None = None, epochs: int | None = None) -> Run:
     """Goes on with a run that was stopped, killed or interrupted, and ends as it would have.
 
     Args:
         path: the run folder.
         root: folder that the images were moved to; they are found there by relative path, size and SHA-256.
+        epochs: how many epochs the run has in all from now on, so that a finished run learns more; default as before.
+            From there the rate follows the schedule of so many epochs.
 
     Raises:
-        RunError: not a run folder, or its state does not fit.
+        RunError: not a run folder, in use by another process, or a file of it or an image changed.
+        ConfigError: it has done more epochs than `epochs`.
     """
     moved = None if root is None else Path(root)
-    with Interrupt() as interrupt, closing(open_job(find_run(path), say, moved)) as job:
+    with Interrupt() as interrupt, closing(open_job(find_run(path), say, moved, epochs)) as job:
         return Loop(job, interrupt).run()
 
 
@@ -148,6 +151,8 @@ class Loop:
         finally:
             for logger in loggers:
                 logger.close()
+        if self.interrupt.signal is not None:  # after the last moment at which there was something to stop
+            raise Interrupted(f"stopped; the run is complete: {job.run.path}", self.interrupt.signal)
         return job.run
 
     def learn(self) -> dict[str, float]:

@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from keyhole.checkpoint import read_info, read_tensors
 from keyhole.config import Config, RunConfig
-from keyhole.config_check import leaves
-from keyhole.config_file import load_config, parse_config
+from keyhole.config_check import leaves, validate
+from keyhole.config_file import dump_config, load_config, parse_config
 from keyhole.data.hashes import OTHER_CONTENT, FileHash, changed_files
 from keyhole.data.item import Item
+from keyhole.data.manifest import Manifest
 from keyhole.errors import ConfigError, RunError
 from keyhole.files import write_atomic
 from keyhole.progress import say
@@ -66,6 +69,29 @@ def sealed_config(state: State) -> Config:
     return parse_config(state.config, "the run's state")
 
 
+def more_epochs(state: State, epochs: int) -> str:
+    """Changes the number of epochs of a run in its state, which must then be saved; what it means, in a line.
+
+    The same number again changes nothing, so that a command may be repeated. A run that early stopping ended goes on.
+
+    Raises:
+        ConfigError: fewer epochs than it has done.
+    """
+    config = sealed_config(state)
+    if epochs == config.train.epochs:
+        return ""
+    begun = state.epoch + (state.batch > 0)
+    if epochs < begun:
+        raise ConfigError(f"--train.epochs {epochs}: the run has begun {begun} epochs already. Give {begun} or more.")
+    changed = validate(replace(config, train=replace(config.train, epochs=epochs)), flags=True)
+    state.config_before, state.config = state.config, dump_config(changed)
+    state.stopped, state.waiting = False, 0 if state.stopped else state.waiting
+    return (
+        f"train.epochs is {epochs} now, {config.train.epochs} before: the rate follows the schedule of {epochs} epochs "
+        f"from epoch {state.epoch + 1} on"
+    )
+
+
 def check_images(
     run: Path, manifest: Path, items: Sequence[Item], config: RunConfig, remedy: str, others: Sequence[str] = ()
 ) -> list[str]:
@@ -99,7 +125,8 @@ def check_images(
     unopened = [_item(row) for row in rows if row["split"] in others]
     sizes = {item.name: FileHash("", recorded[item.name].bytes) for item in unopened if item.name in recorded}
     changed |= changed_files(unopened, sizes)
-    unreadable = {row.get("image") for row in read_rows(run / "unreadable.csv")}
+    again = "Delete it: the next epochs list again what they cannot read."
+    unreadable = {row.get("image") for row in read_rows(run / "unreadable.csv", again)}
     listed = unreadable | {row.get("name") for row in read_rows(run / "left_out.csv")}
     repaired = {name for name, what in changed.items() if name in listed or (unreadable and what == OTHER_CONTENT)}
     wrong = {name: what for name, what in changed.items() if name not in repaired}
@@ -112,6 +139,33 @@ def check_images(
         what = "changed since the run began, which had met unreadable images; they count as repaired"
         said.append(f"{listed_names(sorted(repaired))} {what}")
     return said
+
+
+def check_evaluated(run: Path, manifest: Manifest, config: RunConfig) -> list[str]:
+    """Compares the images that a run is evaluated on with its manifest.csv; returns and raises as `check_images`."""
+    remedy = "Put the old files back, or evaluate the new ones as other data: --data."
+    return check_images(run, run / "manifest.csv", manifest.items, config, remedy)
+
+
+def check_own_manifest(run: Path) -> None:
+    """Raises RunError if the best model or the manifest.csv in a run folder is not the run's."""
+    _check_owner(run)
+    digest = _best_info(run).get("manifest")
+    if digest is not None:
+        check_manifest(run / "manifest.csv", digest)
+
+
+def _best_info(run: Path) -> dict[str, Any]:
+    folder = run / "best" if (run / "best").is_dir() else run
+    return read_info(folder / "model.safetensors", LAST)
+
+
+def _check_owner(run: Path) -> None:
+    """Raises RunError if the best model is another run's; without a state that cannot be known."""
+    if (run / "last.safetensors").is_file():
+        state, info = read_state(Run(run)), _best_info(run)
+        if info.get("run") != state.run:
+            raise RunError(f"{run / 'best' / 'model.safetensors'}: the best model of another run. {LAST}")
 
 
 def _item(row: Mapping[str, str]) -> Item:
