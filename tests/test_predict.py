@@ -19,6 +19,7 @@ from conftest import settings
 from PIL import Image
 
 import keyhole
+from keyhole.checkpoint import save_model
 from keyhole.cli.main import main
 from keyhole.config import Config, ModelConfig, PatchConfig, SelectConfig
 from keyhole.errors import KeyholeError
@@ -26,7 +27,7 @@ from keyhole.evaluation import evaluate
 from keyhole.grid import PatchGrid
 from keyhole.images import open_image
 from keyhole.nn import build_classifier
-from keyhole.predict import Predictor
+from keyhole.predict import Predictor, describe
 from keyhole.prediction import Prediction, write_prediction
 from keyhole.reading import Reader
 from keyhole.tasks import Task
@@ -335,3 +336,102 @@ def test_a_model_of_several_tasks_survives_its_folder(toy: Path, tmp_path: Path)
     assert set(prediction.probability["amount"]) == {"value"}
     assert set(prediction.label["tags"].split("|")) <= {"a", "b", ""}
     assert set(prediction.kept.attention) == {"color", "amount", "tags"}
+
+
+# What the command writes
+
+
+def test_a_score_means_the_same_in_every_file_under_every_rule(images: list[Path], tmp_path: Path) -> None:
+    for rule in ("global", "streaming"):
+        predictor = random_predictor(PatchConfig(size=16), SelectConfig(m=6, chunk=7, rule=rule))  # type: ignore[arg-type]
+        prediction = predictor.predict(images[3])
+        write_prediction(prediction, tmp_path / rule)
+        kept, scores = rows(tmp_path / rule / "kept.csv"), rows(tmp_path / rule / "scores.csv")
+        of = {row["index"]: np.float32(row["score"]) for row in scores}
+        assert [np.float32(row["score"]) for row in kept] == [of[row["index"]] for row in kept], rule
+        assert [of[row["index"]] for row in kept] == sorted((of[row["index"]] for row in kept), reverse=True)
+        with open_image(images[3]) as image:
+            pixels = PatchGrid(image, 16).read(prediction.kept.index)
+        assert prediction.pictures is not None
+        np.testing.assert_array_equal(prediction.pictures.patches, pixels[prediction.pictures.place])
+
+
+def named(out: Path) -> set[str]:
+    return {row["folder"] for row in rows(out / "predictions.csv")}
+
+
+def folders(out: Path) -> set[str]:
+    return {path.name for path in out.iterdir() if path.is_dir()}
+
+
+def test_every_folder_is_named_and_answers_of_another_call_are_never_lost_or_mixed(
+    toy_run: Path, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(toy)
+    out = tmp_path / "out"
+    assert main(["predict", str(toy_run), "red/0.png", "green/0.png", "red/1.png", "--out", str(out)]) == 0
+    assert [row["image"] for row in rows(out / "predictions.csv")] == ["red/0.png", "green/0.png", "red/1.png"]
+    assert next(row["path"] for row in rows(out / "predictions.csv")) == str(toy / "red" / "0.png")
+    assert folders(out) == named(out)
+    assert len(named(out)) == 3
+
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main(["predict", str(toy_run), "red/2.png", "--out", str(out)]) == 2
+    assert "holds predictions of 3 other images" in capsys.readouterr().err
+    assert main(["predict", str(toy_run), "green/1.png", "red/0.png", "--out", str(out)]) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+    assert main(["predict", str(toy_run), "red", "green", "--out", str(out)]) == 0
+    assert "replaces earlier answers for 3 of these images" in capsys.readouterr().err
+    assert folders(out) == named(out), "1.png is now 1.png-12345678, and the old folder is gone"
+    assert len(named(out)) == 24
+    (out / "damaged").mkdir()
+    (out / "damaged" / "prediction.json").write_text("{")
+    assert main(["predict", str(toy_run), "red", "green", "--out", str(out)]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_folder_with_an_evaluation_takes_no_predictions(
+    toy_run: Path, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.json").write_text("{}")
+    assert main(["predict", str(toy_run), str(toy / "red" / "2.png"), "--out", str(tmp_path)]) == 2
+    assert "holds an evaluation" in capsys.readouterr().err
+
+
+def test_the_resolution_of_new_images_is_given_on_the_command_line_or_in_a_csv(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictor = random_predictor(PatchConfig(size=16, mpp=0.5), SelectConfig(m=4, chunk=16))
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", predictor.model, describe(predictor.config, predictor.tasks))
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for name in "ab":
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    Image.fromarray(pixels).save(tmp_path / "gone.png")
+    model, a = str(tmp_path / "model"), str(tmp_path / "a.png")
+
+    def sizes(*arguments: str) -> dict[str, int]:
+        assert main(["predict", model, *arguments, "--out", str(tmp_path / "out")]) == 0
+        found = {row["image"]: row["folder"] for row in rows(tmp_path / "out" / "predictions.csv")}
+        boxes = {name: rows(tmp_path / "out" / folder / "kept.csv")[0] for name, folder in found.items()}
+        shutil.rmtree(tmp_path / "out")
+        return {Path(name).name: int(box["width"]) for name, box in boxes.items()}
+
+    assert main(["predict", model, a, "--out", str(tmp_path / "out")]) == 2
+    assert "to predict also --mpp" in capsys.readouterr().err
+    assert main(["predict", model, a, "--mpp", "500", "--out", str(tmp_path / "out")]) == 2
+    assert "mpp is '500.0'" in capsys.readouterr().err
+    assert sizes(a, "--mpp", "0.25") == {"a.png": 32}
+    table = tmp_path / "new.csv"
+    table.write_text("image,mpp\na.png,0.5\nb.png,\n")
+    assert sizes(str(table), "--mpp", "0.25") == {"a.png": 16, "b.png": 32}
+    assert sizes(str(table), str(tmp_path / "gone.png"), "--mpp", "0.25") == {"a.png": 16, "b.png": 32, "gone.png": 32}
+    table.write_text("image,mpp\na.png,0.5\na.png,0.25\n")
+    assert main(["predict", model, str(table), "--out", str(tmp_path / "out")]) == 2
+    assert "two rows give it another mpp" in capsys.readouterr().err
+    table.write_text("image,mpp\na.png,0.5\nnowhere.png,0.5\n")
+    assert main(["predict", model, str(table), "--out", str(tmp_path / "out")]) == 2
+    assert "1 of 2 image files are not there" in capsys.readouterr().err
+    assert sizes(str(table), "--on-bad-image", "skip") == {"a.png": 16}
+    assert "nowhere.png" in capsys.readouterr().err

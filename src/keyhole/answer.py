@@ -53,7 +53,12 @@ def make_prediction(
     kept, source = done.kept[row], done.batch.sources[row]
     assert kept is not None
     assert isinstance(source, FilePatches | FeaturePatches)
-    index, grid = kept.index.cpu().numpy(), source.grid
+    grid, scores = source.grid, _scores(model, tasks, kept, source)
+    # One meaning of score everywhere: a share of all patches, also under "streaming", which ranks by shares of the
+    # patches that it holds at the end.
+    found = kept.index.cpu().numpy()
+    best = np.argsort(-scores.score[found], kind="stable")
+    index = found[best]
     probability = {task.name: task.probability(done.logits[task.name][place].float().cpu().numpy()) for task in tasks}
     unreadable = np.array(sorted(done.batch.unreadable.get(row, ())), np.int64)
     return Prediction(
@@ -63,8 +68,13 @@ def make_prediction(
         tasks=tuple(tasks),
         probability={task.name: by_class(task, probability[task.name]) for task in tasks},
         label={task.name: task.label(probability[task.name]) for task in tasks},
-        kept=Kept(index, grid.boxes(index), kept.score.float().cpu().numpy(), _attention(model, tasks, kept)),
-        scores=_scores(model, tasks, kept, source),
+        kept=Kept(
+            index,
+            grid.boxes(index),
+            scores.score[index],
+            {task: weights[best] for task, weights in _attention(model, tasks, kept).items()},
+        ),
+        scores=scores,
         patch=_geometry(source),
         model=name,
         unreadable=grid.boxes(unreadable) if len(unreadable) else None,
@@ -97,11 +107,13 @@ def _kept_pixels(
     prediction: Prediction, place: NDArray[np.int64], done: Inference, row: int
 ) -> NDArray[np.uint8] | None:
     """Pixels of kept patches: those that the model saw, or read from the same source where they are not held."""
-    held = done.pixels[row]
-    if held is not None:
-        return held[place]
+    held, kept, index = done.pixels[row], done.kept[row], prediction.kept.index[place]
+    if held is not None and kept is not None:
+        found = kept.index.cpu().numpy()
+        order = np.argsort(found)
+        return held[order[np.searchsorted(found, index, sorter=order)]]
     wanted = [np.empty(0, np.int64)] * len(done.batch.names)
-    wanted[row] = prediction.kept.index[place]
+    wanted[row] = index
     return done.batch.fetch(wanted)[row]
 
 

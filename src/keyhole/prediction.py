@@ -27,6 +27,8 @@ from keyhole.tasks import Task
 from keyhole.wording import distinct
 
 BOX = ("x", "y", "width", "height")
+FILES = ("prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz")
+"""What `write_prediction` writes."""
 _ROWS = 10_000
 """Patches whose boxes are worked out and written at once."""
 
@@ -38,7 +40,7 @@ class Kept:
     Attributes:
         index: (m,) patch index in the grid.
         boxes: (m, 4) level-0 x, y, width, height.
-        score: (m,) selection score.
+        score: (m,) share of the attention over all patches, mean over the tasks: that of `Scores` at these patches.
         attention: by task, (m,) weight of each patch in the pooled embedding, mean over heads; sums to 1.
 
     Raises:
@@ -247,10 +249,11 @@ class TableRow:
     unreadable: int
 
 
-def table_row(prediction: Prediction, known: Mapping[str, str] | None = None) -> TableRow:
-    """The row of a prediction; with `known` labels by task, these too, empty where unknown."""
-    header = ["image", "path", "width", "height"]
-    cells = [prediction.name, str(prediction.image), *map(str, prediction.size)]
+def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, folder: str | None = None) -> TableRow:
+    """The row of a prediction; with `known` labels by task, these too, empty where unknown; with its own `folder`."""
+    header = ["image", "path", *([] if folder is None else ["folder"]), "width", "height"]
+    cells = [prediction.name, str(prediction.image), *([] if folder is None else [folder])]
+    cells += map(str, prediction.size)
     for task in prediction.tasks:
         header += [] if known is None else [f"{task.name}.true"]
         cells += [] if known is None else [known.get(task.name, "")]

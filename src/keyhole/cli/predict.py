@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,25 +16,29 @@ from keyhole.config import Bits
 from keyhole.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from keyhole.prediction import Prediction
+    from keyhole.data.item import Item
+    from keyhole.errors import KeyholeError
+    from keyhole.prediction import Prediction, TableRow
 
 
 @dataclass(frozen=True)
 class PredictOptions:
     """Labels of images by a run's best model, the patches they rest on, and the score of every patch.
 
-    Writes predictions.csv with one row per image, and a folder per image: prediction.json, kept.csv, scores.csv,
-    scores.npz, and kept.geojson, which QuPath opens.
+    Writes predictions.csv with one row per image, and a folder per image, which its row names: prediction.json,
+    kept.csv, scores.csv, scores.npz, and kept.geojson, which QuPath opens.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder of `keyhole train`, or the folder of a model."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = ()
-    """Image files, or folders of them."""
+    """Image files, folders of them, or CSVs with a column image and, where known, mpp, mask and features."""
     out: Path | None = None
     """Folder to write to; created if it is not there."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    mpp: float | None = None
+    """Microns per pixel of the full resolution, where the files do not say it or are wrong; a CSV says it per image."""
     masks: Path | None = None
     """Folder of masks by the images' names, for a model of `patch.foreground mask`."""
     bits: Bits | None = None
@@ -62,51 +63,47 @@ def run(argv: list[str]) -> int:
     if options.out is None:
         raise ConfigError("--out is missing: keyhole predict RUN IMAGES... --out DIR, a folder for the results")
 
-    from keyhole.data.manifest import expand_images
+    from keyhole.data.new_images import new_images
+    from keyhole.images.scale import given_scale
 
-    images, others = expand_images(options.images, options.on_bad_image)
+    mpp = None if options.mpp is None else given_scale(options.mpp)
+    items, others = new_images(options.images, options.on_bad_image, mpp, options.masks)
     skipped = {other.name: other.reason for other in others}
 
     from keyhole.data.manifest import write_left_out
-    from keyhole.files import writable_folder
     from keyhole.predict import load
-    from keyhole.prediction import write_prediction, write_table
+    from keyhole.prediction import write_table
+    from keyhole.report.answers import AnswerFolder
 
+    answers = AnswerFolder(options.out, [item.image for item in items])
+    if answers.replaced:
+        print(f"{options.out}: replaces earlier answers for {answers.replaced} of these images", file=sys.stderr)
     predictor = load(options.run, options.device, options.memory, options.unreadable)
     if options.bits is not None:
         predictor.config = replace(predictor.config, patch=replace(predictor.config.patch, bits=options.bits))
-    out = writable_folder(options.out)
-    folders = _folder_names(images)
 
-    def predictions() -> Iterator[Prediction]:
+    def tell(item: Item, error: KeyholeError) -> None:
+        skipped[item.name] = str(error)
+
+    def rows() -> Iterator[TableRow]:
         """Written and shown as they come; none is held, since each has the score of every patch."""
         done = 0
-        for prediction in predictor.predict_many(images, options.on_bad_image, skipped.__setitem__, options.masks):
-            write_prediction(prediction, out / folders[prediction.image])
+        for _, prediction in predictor.predict_items(items, on_bad_image=options.on_bad_image, left_out=tell):
+            row = answers.write(prediction)
             with contextlib.suppress(OSError):  # whoever read the lines may have gone; the files are still wanted
                 print(_line(prediction), flush=True)
             done += 1
-            yield prediction
-        write_left_out(out / "left_out.csv", skipped.items())
+            yield row
+        write_left_out(answers.out / "left_out.csv", skipped.items())
         for name, reason in skipped.items():
             print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
         if not done:
-            raise DataError(f"none of the {len(images)} images can be predicted; see {out / 'left_out.csv'}")
+            raise DataError(f"none of the {len(items)} images can be predicted; see {answers.out / 'left_out.csv'}")
 
-    write_table(predictions(), out / "predictions.csv")
-    print(f"predicted: {len(images) + len(others) - len(skipped)}, left out: {len(skipped)}; in {out}")
+    write_table(rows(), answers.out / "predictions.csv")
+    answers.finish()
+    print(f"predicted: {len(items) + len(others) - len(skipped)}, left out: {len(skipped)}; in {answers.out}")
     return 0
-
-
-def _folder_names(images: Sequence[Path]) -> dict[Path, str]:
-    """The file's name, with a mark of its place where another image has the same name."""
-    taken = Counter(image.name.lower() for image in images)
-    return {
-        image: image.name
-        if taken[image.name.lower()] == 1
-        else f"{image.name}-{hashlib.sha256(os.fsencode(image)).hexdigest()[:8]}"
-        for image in images
-    }
 
 
 def _line(prediction: Prediction) -> str:

@@ -1,0 +1,96 @@
+"""New images for a model that is trained: files, folders and CSVs named on the command line, labels or not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from keyhole.data.companions import mask_of
+from keyhole.data.item import FEATURE_SUFFIXES, Item, LeftOut, absolute
+from keyhole.data.read_csv import read_csv
+from keyhole.data.read_folder import expand_images
+from keyhole.errors import DataError
+from keyhole.wording import listed
+
+TABLES = (".csv", ".tsv", ".txt")
+"""Suffixes of a list of images."""
+
+
+def new_images(
+    paths: Sequence[Path],
+    missing: Literal["fail", "skip"] = "fail",
+    mpp: float | None = None,
+    masks: Path | None = None,
+) -> tuple[list[Item], list[LeftOut]]:
+    """The images to predict, each once, under the names that the user gave them; and what is not used.
+
+    Args:
+        paths: image files, folders of them, and CSVs with a column `image`, of which `mpp`, `mask`, `features` and
+            `name` are read too. What a CSV says of an image goes over the same file named by itself.
+        missing: what a file that does not exist does: raise, or be left out.
+        mpp: microns per level-0 pixel of all images of which no CSV says it.
+        masks: folder of masks by the images' names.
+
+    Raises:
+        DataError: a path that does not exist, a CSV that cannot be read, or no image at all.
+    """
+    tables = [path for path in paths if path.suffix.lower() in TABLES and path.is_file()]
+    others = [path for path in paths if path not in tables]
+    items: dict[Path, Item] = {}
+    left_out: list[LeftOut] = []
+    for table in tables:
+        found, unused = _of_table(table, missing)
+        left_out += unused
+        for item in found:
+            _add(items, item)
+    if others or not tables:
+        files, unused = expand_images(others, missing)
+        left_out += unused
+        names = _names(files, others)
+        for file in files:
+            items.setdefault(file, Item(names[file], file, {}))
+    if not items:
+        raise DataError(f"{listed(map(str, tables))}: none of the images is there. Give image files or folders.")
+    return [_completed(item, mpp, masks) for item in items.values()], left_out
+
+
+def _of_table(table: Path, missing: Literal["fail", "skip"]) -> tuple[list[Item], list[LeftOut]]:
+    read = read_csv(table)
+    items = [row.item for row in read.rows]
+    gone = [item for item in items if not os.path.exists(item.source)]  # noqa: PTH110 - raises nothing on a long name
+    if gone and missing == "fail":
+        raise DataError(
+            f"{table}: {len(gone)} of {len(items)} image files are not there: {listed(str(i.source) for i in gone)}. "
+            "Relative paths start from the CSV's folder; --on-bad-image skip leaves them out."
+        )
+    unused = [*read.left_out, *(LeftOut(item.name, f"no such file: {item.source}") for item in gone)]
+    return [item for item in items if item not in gone], unused
+
+
+def _add(items: dict[Path, Item], item: Item) -> None:
+    """Takes an item of a CSV; one image must not be said to be two things."""
+    before = items.setdefault(item.image, item)
+    if (before.mpp, before.mask, before.features) != (item.mpp, item.mask, item.features):
+        raise DataError(f"{item.name}: two rows give it another mpp, mask or features. Keep one row per image.")
+
+
+def _names(files: Sequence[Path], given: Sequence[Path]) -> Mapping[Path, str]:
+    """The files as the user wrote them: a path as given, or the file's place in a folder as given."""
+    wrote = {absolute(path): path for path in reversed(given)}
+    names = {}
+    for file in files:
+        folder = next(path for path in (file, *file.parents) if path in wrote)
+        names[file] = str(wrote[folder] / file.relative_to(folder))
+    return names
+
+
+def _completed(item: Item, mpp: float | None, masks: Path | None) -> Item:
+    """The item with what the command line says, where it does not know better."""
+    if item.features is None and item.image.suffix.lower() in FEATURE_SUFFIXES:
+        item = replace(item, features=item.image)
+    if item.mpp is None:
+        item = replace(item, mpp=mpp)
+    return item if masks is None or item.mask is not None else replace(item, mask=mask_of(masks, item))
