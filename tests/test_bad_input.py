@@ -356,7 +356,7 @@ def test_a_configuration_that_is_no_file_is_refused(say: Say, toy: Path) -> None
 
 
 SETTINGS_OF_THE_DATA = {
-    "--patch.level=3": "patch.level (=3) must be one of the image's levels 0 ... 0",
+    "--patch.level=3": "patch.level (=3) must be 0, the image's only level",
     "--patch.mpp=0.5": "patch.mpp (=0.5) needs the image's microns per pixel",
     "--patch.size=65": "the patch (65 x 65 px) is larger than the image (64 x 64 px)",
     "--data.tasks=lable": "no column 'lable' (did you mean 'label'?)",

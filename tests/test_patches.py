@@ -278,4 +278,10 @@ def test_one_rule_decides_what_stays_in_memory(picture: Path) -> None:
     assert not keep
     assert "1000000000.0 GB decoded, over the limit" in sentence
     assert "a quarter of" in sentence
+    keep, sentence = fits(900_000, 0.0)
+    assert (keep, sentence) == (
+        False,
+        "images are read from their files each time, as data.cache 0 asks: 900 kB decoded",
+    )
+    assert fits(900_000, 0.0005)[1].endswith("900 kB decoded, over the limit of 500 kB (data.cache)")
     assert fits(1, None)[0]

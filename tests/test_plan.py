@@ -72,6 +72,12 @@ def test_what_is_no_size_is_refused_with_what_is_expected(text: str) -> None:
         parse_memory(text)
 
 
+def test_a_size_is_never_rounded_to_nothing() -> None:
+    assert [memory_text(size) for size in (4_200_000_000, 800_000_000, 2_400_000, 12_300, 0)] == [
+        "4.2 GB", "800 MB", "2 MB", "12 kB", "0 kB",
+    ]  # fmt: skip
+
+
 @LAW
 @given(st.integers(10**6, 10**13))
 def test_a_size_that_is_advised_is_never_less_than_what_is_needed(size: int) -> None:
@@ -273,7 +279,8 @@ import torch
 from keyhole.memory.cap import cap
 from keyhole.config import ModelConfig
 from keyhole.memory.budget import parse_memory
-from keyhole.memory.meter import status, taken
+from keyhole.memory.meter import taken
+from keyhole.memory.process import status
 from keyhole.nn import Selector, build_classifier, evaluating, split_backward
 from keyhole.memory.plan import make_plan
 from keyhole.tasks import Task
@@ -342,7 +349,8 @@ import torch
 
 from keyhole.memory.cap import cap
 from keyhole.config import ModelConfig
-from keyhole.memory.meter import status, steady_heap, taken
+from keyhole.memory.meter import steady_heap, taken
+from keyhole.memory.process import status
 from keyhole.nn import build_classifier, split_backward
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan
@@ -416,7 +424,8 @@ import torch
 
 from keyhole.memory.cap import cap
 from keyhole.config import ModelConfig
-from keyhole.memory.meter import free_in_heap, mapped_code, status, taken
+from keyhole.memory.meter import free_in_heap, mapped_code, taken
+from keyhole.memory.process import status
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan
 from keyhole.nn import build_classifier, evaluating

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from keyhole.progress import Progress, peak_memory, shares_text
+from keyhole.memory.budget import memory_text
+from keyhole.memory.process import peak_memory
+from keyhole.progress import Progress, shares_text
 from keyhole.shares import PARTS, Shares
 
 
@@ -47,7 +49,7 @@ def test_a_line_says_rate_waiting_memory_and_text(monkeypatch: pytest.MonkeyPatc
         progress.update(images=10, patches=20_000, waited=2.5, text="loss 0.31", device_bytes=3_200_000_000)
         assert progress.status() == (
             "reading: 10/40 images, 2,000 patches/s, 25% waiting for reading, "
-            f"peak {peak_memory() / 1e9:.1f} GB and 3.2 GB on the device, loss 0.31, 0:00:30 left"
+            f"peak {memory_text(peak_memory())} and 3.2 GB on the device, loss 0.31, 0:00:30 left"
         )
 
 
@@ -66,7 +68,7 @@ def test_a_line_says_where_the_time_goes(monkeypatch: pytest.MonkeyPatch) -> Non
     first = stream.getvalue().splitlines()[0]
     assert first == (
         "epoch 1/30: 10/40 images, 2,000 patches/s, reading 3% encoding 80% learning 15%, "
-        f"peak {peak_memory() / 1e9:.1f} GB, loss 0.31, 0:00:30 left"
+        f"peak {memory_text(peak_memory())}, loss 0.31, 0:00:30 left"
     )
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from keyhole.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, SelectConfig, TrainConfig
 from keyhole.errors import Interrupted
+from keyhole.memory.budget import memory_text
 
 Pixels = NDArray[np.uint8]
 
@@ -78,7 +79,7 @@ def machine() -> Iterator[Finding]:
     for place in (Path(tempfile.gettempdir()), Path("/dev/shm")):
         if place.is_dir():
             usage = shutil.disk_usage(place)
-            yield Finding(str(place), "info", f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free")
+            yield Finding(str(place), "info", f"{memory_text(usage.free)} of {memory_text(usage.total)} free")
     yield Finding("GPU", "info", _gpu())
 
 
@@ -88,10 +89,10 @@ def _cores() -> int:
 
 def _memory() -> str:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    text = f"{total / 1e9:.1f} GB"
+    text = memory_text(total)
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (given := limit.read_text().strip()).isdigit() and int(given) < total:
-        text += f", of which this container may use {int(given) / 1e9:.1f} GB"
+        text += f", of which this container may use {memory_text(int(given))}"
     return text
 
 
@@ -101,7 +102,7 @@ def _gpu() -> str:
     if not torch.cuda.is_available():
         return f"none that torch {torch.__version__} can use; training runs on the CPU"
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return ", ".join(f"{device.name} with {device.total_memory / 1e9:.1f} GB" for device in devices)
+    return ", ".join(f"{device.name} with {memory_text(device.total_memory)}" for device in devices)
 
 
 # --- readers ---------------------------------------------------------------------------------------------------------

@@ -48,9 +48,9 @@ def reading_level(
     if mpp is None:
         level = 0 if level is None else level
         if not 0 <= level < len(image.levels):
-            raise ConfigError(
-                f"{image.path}: patch.level (={level}) must be one of the image's levels 0 ... {len(image.levels) - 1}"
-            )
+            last = len(image.levels) - 1
+            known = f"one of the image's levels 0 ... {last}" if last else "0, the image's only level"
+            raise ConfigError(f"{image.path}: patch.level (={level}) must be {known}")
         return level, image.levels[level].downsample
     if level is not None:
         raise ConfigError(f"patch.level (={level}) and patch.mpp (={mpp:g}) exclude each other; give one of them")

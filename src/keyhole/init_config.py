@@ -215,4 +215,4 @@ def _summary(measured: Measured) -> list[str]:
 
 def _span(values: Sequence[float]) -> str:
     low, middle, high = min(values), median(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} ... {middle:g} ... {high:g}"
+    return f"{low:g}" if f"{low:g}" == f"{high:g}" else f"{low:g} ... {middle:g} ... {high:g}"

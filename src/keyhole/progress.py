@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import sys
 import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
+
+from keyhole.memory.budget import memory_text
+from keyhole.memory.process import peak_memory
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -130,9 +132,9 @@ class Progress:
                 parts.append(f"{min(self.waited / max(seconds, 1e-9), 1):.0%} waiting for reading")
             elif told := shares_text(self.shares.so_far(), seconds):
                 parts.append(told)
-        parts.append(f"peak {peak_memory() / 1e9:.1f} GB")
+        parts.append(f"peak {memory_text(peak_memory())}")
         if self.device_bytes:
-            parts[-1] += f" and {self.device_bytes / 1e9:.1f} GB on the device"
+            parts[-1] += f" and {memory_text(self.device_bytes)} on the device"
         if self.text:
             parts.append(self.text)
         return parts
@@ -181,12 +183,6 @@ def shares_text(parts: Mapping[str, float], seconds: float) -> str:
     """
     shares = {name: part / max(seconds, 1e-9) for name, part in parts.items()}
     return " ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _bar(stream: TextIO) -> Bar:

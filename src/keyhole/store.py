@@ -19,6 +19,7 @@ from keyhole.images.geometry import Box
 from keyhole.images.image import Image, open_image
 from keyhole.images.pixels import Pixels
 from keyhole.masks import read_mask
+from keyhole.memory.budget import memory_text
 from keyhole.pool import beat
 
 BAND_PIXELS = 2**22
@@ -61,7 +62,12 @@ def fits(total_bytes: int, limit_gb: float | None) -> tuple[bool, str]:
     if limit_gb is None:
         free = available_bytes()
         limit = free / 4
-        why = f"a quarter of the {free / 1e9:.1f} GB free"
+        why = f"a quarter of the {memory_text(free)} free"
+    elif limit_gb == 0:
+        return (
+            False,
+            f"images are read from their files each time, as data.cache 0 asks: {memory_text(total_bytes)} decoded",
+        )
     else:
         limit = limit_gb * 1e9
         why = "data.cache"
@@ -69,7 +75,8 @@ def fits(total_bytes: int, limit_gb: float | None) -> tuple[bool, str]:
     verdict = "stay in memory" if keep else "are read from their files each time"
     relation = "within" if keep else "over"
     return keep, (
-        f"images {verdict}: {total_bytes / 1e9:.1f} GB decoded, {relation} the limit of {limit / 1e9:.1f} GB ({why})"
+        f"images {verdict}: {memory_text(total_bytes)} decoded, {relation} the limit of {memory_text(round(limit))} "
+        f"({why})"
     )
 
 

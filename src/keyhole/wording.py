@@ -27,6 +27,15 @@ def listed(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def from_to(low: str, high: str, joint: str = " to ") -> str:
+    """A range in words: both ends, or one where they read the same.
+
+    >>> from_to("3", "7"), from_to("7", "7")
+    ('3 to 7', '7')
+    """
+    return low if low == high else f"{low}{joint}{high}"
+
+
 def distinct(names: Iterable[str]) -> list[str]:
     """The names, with a number after each that was there before: `a`, `b`, `a (2)`."""
     found: dict[str, None] = {}

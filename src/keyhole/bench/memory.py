@@ -21,6 +21,7 @@ from keyhole.config import Config, ModelConfig, PatchConfig, SelectConfig, Train
 from keyhole.config_file import build
 from keyhole.errors import ConfigError, KeyholeError
 from keyhole.memory.budget import memory_text
+from keyhole.memory.process import peak_memory
 
 SORTING = 32
 """Bytes a patch, while the best of an image are found."""
@@ -140,7 +141,7 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
             pace.run("learn", learn, shape=(*bags.mask.shape, len(bags)))
             optimizer.step()
             del bags, pixels, kept
-    process = peak_process()
+    process = peak_memory()
     measured = torch.cuda.max_memory_reserved(device) if cuda else process
     return Peak(
         n=max(counts),
@@ -155,14 +156,6 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
         device=torch.cuda.max_memory_allocated(device) if cuda else 0,
         rate=sum(counts) * steps / (time.monotonic() - start),
     )
-
-
-def peak_process() -> int:
-    """Largest resident memory of this process; not ru_maxrss on Linux, where a child starts with its parent's."""
-    from keyhole.memory.meter import STATUS, status
-    from keyhole.progress import peak_memory
-
-    return status("VmHWM") if STATUS.exists() else peak_memory()
 
 
 def measure_apart(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:

@@ -19,6 +19,7 @@ from keyhole.errors import ImageError
 from keyhole.features.origin import UNKNOWN, Origin
 from keyhole.images.faults import LOST, check_reachable, lost, one_line
 from keyhole.pool import beat
+from keyhole.wording import from_to
 
 TORCH_SUFFIX = ".pt"
 PIECE = 2**22
@@ -64,7 +65,7 @@ class FeatureFile(ABC):
         for first in range(start, stop, step):
             last = min(first + step, stop)
             rows = out[first - start : last - start]
-            with feature_faults(self.path, f"features {first} to {last - 1} cannot be read"):
+            with feature_faults(self.path, f"features {from_to(str(first), str(last - 1))} cannot be read"):
                 self._read(first, last, rows)
             beat()
             good = np.isfinite(rows).all(axis=1)

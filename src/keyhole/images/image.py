@@ -22,6 +22,7 @@ from keyhole.errors import ConfigError, ImageError, ImageLost
 from keyhole.images.faults import is_lost, lost, one_line
 from keyhole.images.geometry import Box, Level, Size
 from keyhole.images.pixels import Pixels as Pixels
+from keyhole.wording import from_to
 
 GROUP = "keyhole.images"
 """Entry-point group that readers register under."""
@@ -86,7 +87,7 @@ class Image(ABC):
         """
         box = Box(*box)
         if not 0 <= level < len(self.levels):
-            raise ValueError(f"level (={level}) must be in 0 ... {len(self.levels) - 1}")
+            raise ValueError(f"level (={level}) must be in {from_to('0', str(len(self.levels) - 1), ' ... ')}")
         if box.width < 1 or box.height < 1:
             raise ValueError(f"box (={tuple(box)}) must have a width and height of at least 1")
         lv_width, lv_height = self.levels[level].size
@@ -99,6 +100,11 @@ class Image(ABC):
             inside = self._read(Box(left, top, right - left, bottom - top), level)
             out[top - box.y : bottom - box.y, left - box.x : right - box.x] = inside
         return out
+
+    @property
+    def held_pixels(self) -> int:
+        """Pixels of level 0 that stay in memory from the first read on, until the image is closed."""
+        return 0
 
     def close(self) -> None:  # noqa: B027 - most readers hold nothing
         """Give back what the reader holds open. Reading afterwards is an error."""

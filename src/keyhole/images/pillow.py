@@ -162,6 +162,10 @@ class PillowImage(Image):
         pixels.flags.writeable = False
         return pixels
 
+    @property
+    def held_pixels(self) -> int:
+        return self.size.width * self.size.height
+
     def close(self) -> None:
         with self._lock:
             self._pixels, self._closed = None, True
@@ -174,7 +178,10 @@ def _eight_bit_pixels(picture: Picture) -> Pixels:
         raise ValueError(f"grey values of the kind {picture.mode}; save it with 8 or 16 bits")
     if picture.has_transparency_data:
         return on_white(np.asarray(picture.convert("LA" if grey else "RGBA")))
-    return np.asarray(picture.convert("L" if grey else "RGB")).reshape(picture.height, picture.width, -1)
+    mode = "L" if grey else "RGB"
+    # Pillow would copy a picture that has the mode already
+    plain = picture if picture.mode == mode else picture.convert(mode)
+    return np.asarray(plain).reshape(picture.height, picture.width, -1)
 
 
 def _orientation(picture: Picture, path: Path) -> int:

@@ -40,6 +40,7 @@ class Bill:
         learn: whether there is a gradient step.
         gaps: what measured costs are multiplied with.
         staged: bytes of a patch in the device's own buffers, which chunks are copied to.
+        pictures: bytes of pictures that are decoded whole, as many as are open at a time.
     """
 
     costs: Costs
@@ -57,6 +58,7 @@ class Bill:
     learn: bool
     gaps: float = 1.0
     staged: int = 0
+    pictures: int = 0
 
     def select(self, chunk: int) -> int:
         return self.images * self.logits + max(self.gap(self.costs.score(chunk)), self.finishing)
@@ -80,7 +82,9 @@ class Bill:
         steps = [self.select(chunk), self.second(chunk, split)]
         if self.learn:
             steps.append(self.stepping)
-        return self.host + (self.buffers * self.patch + self.staged) * chunk + self.training + max(steps)
+        return (
+            self.host + self.pictures + (self.buffers * self.patch + self.staged) * chunk + self.training + max(steps)
+        )
 
     def peak(self, chunk: int, split: int | None) -> int:
         return self.now + self.added(chunk, split)

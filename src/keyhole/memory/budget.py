@@ -37,8 +37,10 @@ def parse_memory(text: str, option: str = "--memory") -> int | None:
 
 
 def memory_text(size: int, up: bool = False) -> str:
-    """`4.2 GB` or `800 MB`; with `up` never less than it is, and without the blank: as an option is written."""
+    """Return `4.2 GB`, `800 MB` or `12 kB`; with `up` never less than `size`, and written as in an option."""
     unit, name, digits = (10**9, "GB", 1) if size >= 995 * 10**6 else (10**6, "MB", 0)
+    if size < 995 * 10**3:
+        unit, name = 10**3, "kB"
     if up:
         steps = math.ceil(size / unit * 10**digits)
         return f"{steps / 10**digits:.{digits}f}{name}"

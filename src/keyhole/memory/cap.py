@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from keyhole.images.recent import RECENT
 from keyhole.memory.bill import SHARED_TILES
-from keyhole.memory.meter import STATUS, free_in_heap, give_back, mapped_code, status, steady_heap
+from keyhole.memory.meter import free_in_heap, give_back, mapped_code, steady_heap
+from keyhole.memory.process import STATUS, status
 
 if TYPE_CHECKING:
     from keyhole.memory.plan import Plan

@@ -9,7 +9,6 @@ added up instead; see `tensor_bytes`.
 from __future__ import annotations
 
 import ctypes
-import re
 import resource
 import weakref
 from collections.abc import Callable
@@ -22,9 +21,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-STATUS, MAPS, CLEAR = Path("/proc/self/status"), Path("/proc/self/maps"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"
-"""What `clear_refs` takes for: the peak starts anew (proc(5))."""
+from keyhole.memory.process import STATUS, reset_peak, status
+
+MAPS = Path("/proc/self/maps")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 BESIDES_TENSORS = 2
@@ -53,24 +52,17 @@ def growth(device: torch.device, function: Callable[[], object], repeats: int = 
     if not has_peak():
         return BESIDES_TENSORS * tensor_bytes(function)
     before = taken(device)
-    CLEAR.write_text(RESET_PEAK)
+    reset_peak()
     for _ in range(repeats):
         function()
     return max(0, status("VmHWM") - before)
-
-
-def status(name: str) -> int:
-    """A figure of /proc/self/status in bytes, such as VmRSS, VmHWM or VmData."""
-    match = re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
-    assert match is not None, f"{STATUS} has no {name}"
-    return int(match[1]) * 1024
 
 
 @cache
 def has_peak() -> bool:
     """Whether this system keeps a peak of resident memory that a process may reset."""
     try:
-        CLEAR.write_text(RESET_PEAK)
+        reset_peak()
         status("VmHWM")
     except (OSError, AssertionError):
         return False

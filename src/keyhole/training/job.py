@@ -21,7 +21,7 @@ from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest, write
 from keyhole.device import arithmetic_of, choose_device
 from keyhole.errors import ConfigError
 from keyhole.files import file_size, write_atomic
-from keyhole.memory.budget import parse_memory
+from keyhole.memory.budget import memory_text, parse_memory
 from keyhole.memory.pace import fixed_chunk
 from keyhole.memory.plan import Plan, make_plan
 from keyhole.nn import IPSClassifier
@@ -183,6 +183,7 @@ def _plan(
         memory=parse_memory(config.memory),
         chunk=fixed_chunk(config.select),
         host_buffers=images.held_bytes,
+        open_pictures=images.open_bytes,
         largest_bag=max(images.counts.values()),
         learn=True,
         ahead=config.run.ahead,
@@ -214,7 +215,7 @@ def _hashes(config: Config, manifest: Manifest) -> tuple[dict[str, FileHash], li
     total = sum(sizes.values())
     if total <= config.data.hash_gb * 1e9:
         return hash_files(manifest.items, config.run.threads, config.run.stall), []
-    line = f"{total / 1e9:,.0f} GB of files are listed by size, without SHA-256 (data.hash_gb {config.data.hash_gb:g})"
+    line = f"{memory_text(total)} of files are listed by size, without SHA-256 (data.hash_gb {config.data.hash_gb:g})"
     return {name: FileHash("", size) for name, size in sizes.items()}, [line]
 
 

@@ -27,10 +27,12 @@ from keyhole.errors import DataError, Interrupted, NonFiniteLoss
 from keyhole.looking import timed
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan, cap
+from keyhole.memory.process import peak_memory
+from keyhole.memory.trim import Trim
 from keyhole.nn import Kept, class_weights, split_backward, total_loss
 from keyhole.passes import Bags, fetch_kept, select_batch
 from keyhole.predict import describe
-from keyhole.progress import Progress, peak_memory, say
+from keyhole.progress import Progress, say
 from keyhole.reading import Batch, FetchOnly, Opener
 from keyhole.reading.chunks import is_alone
 from keyhole.shares import Shares
@@ -104,6 +106,7 @@ class Loop:
         self.saved = time.monotonic()
         self.undefined = False
         self.pace = Pace(job.plan, self.shrink, job.model.compiled)
+        self.trim = Trim(job.plan, job.device)
         self.shares = Shares(job.device)
         self.stager = Stager(job.device, self.shares)
         self.journal = SelectionJournal(job.run.path / "selection.safetensors")
@@ -197,6 +200,7 @@ class Loop:
                 self.job.note_unreadable(each, batch)
                 if bags.rows:
                     rate = learning_rate(config, state.step, state.steps_per_epoch)
+                    self.trim.after_pass()
                     with self.shares.part("learning"):
                         loss = self.step([each[row] for row in bags.rows], bags, rate)
                     state.loss_sum += loss * len(bags.rows)
@@ -206,6 +210,7 @@ class Loop:
                 state.step += 1
                 state.batch += 1
                 progress.update(images=len(each), text=f"loss {state.loss_sum / max(1, state.loss_count):.4f}")
+                self.trim.after_pass()
                 self.save_now_and_then(sum(job.images.counts[item.name] for item in each))
                 self.journal.end()
                 self.interrupt.check()
@@ -344,6 +349,7 @@ class Loop:
             say(f"stopped early: no better {state.metric} for {state.waiting} epochs")
         job.save()
         (job.run.path / "validation.jsonl").unlink(missing_ok=True)
+        self.trim.after_epoch()
         self.saved = time.monotonic()
 
     def save_now_and_then(self, patches: int) -> None:

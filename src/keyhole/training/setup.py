@@ -22,6 +22,8 @@ from keyhole.device import settle_precision
 from keyhole.errors import ConfigError, DataError, ImageError
 from keyhole.features import FeaturePatches, learned_origin
 from keyhole.memory.budget import parse_memory
+from keyhole.memory.pace import fixed_chunk
+from keyhole.memory.plan import CPU_CHUNK
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
 from keyhole.passes import opener
@@ -29,6 +31,11 @@ from keyhole.patches import FilePatches, View
 from keyhole.reading import Opener, Reader
 from keyhole.store import ImageStore, decoded_bytes, fits
 from keyhole.tasks import Task
+from keyhole.wording import from_to
+
+DECODING = 7 / 3
+"""What decoding takes beside the pixels that it gives, as a multiple of them: Pillow has 4 bytes a pixel of RGB, and
+numpy takes a copy of 3."""
 
 
 def absolute(config: Config) -> Config:
@@ -84,6 +91,7 @@ class Images:
         counts: patches of each image of the training and validation splits, by name.
         patch_shape: of one patch, such as (s, s, c), or (f,) of stored features.
         held_bytes: of decoded images that stay in memory.
+        open_bytes: of pictures that are decoded whole, as many as are open or being decoded at a time.
     """
 
     config: Config
@@ -91,6 +99,7 @@ class Images:
     counts: Mapping[str, int]
     patch_shape: tuple[int, ...]
     held_bytes: int
+    open_bytes: int = 0
 
     def opener(self, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)) -> Opener:
         """What a reading thread calls to get the patches of `item`."""
@@ -117,6 +126,7 @@ def scan(
     shape: tuple[int, ...] = ()
     total = 0
     doubts: Counter[str] = Counter()
+    pictures: list[int] = []
     for item in (*manifest.split("train"), *manifest.split("val")):
         try:
             source = reader.run(item.name, opener(config, probe, item))
@@ -129,6 +139,7 @@ def scan(
         shape = source.patch_shape
         if isinstance(source, FilePatches):
             total += decoded_bytes(source.image, source.grid.level)
+            pictures.append(source.image.held_pixels * source.image.channels)
         elif isinstance(source, FeaturePatches):
             doubts.update(source.doubts(learned_origin(config.model)))
         source.close()
@@ -138,7 +149,7 @@ def scan(
     patches = sorted(counts.values())
     what = f"patches of {config.patch.size} px" if total else "stored features"
     lines = [
-        f"{len(counts)} images with {patches[0]} to {patches[-1]} {what}, "
+        f"{len(counts)} images with {from_to(str(patches[0]), str(patches[-1]))} {what}, "
         f"{sum(patches)} in all; {config.select.m} of each are kept"
     ]
     keep = False
@@ -148,8 +159,28 @@ def scan(
     lines += [f"warning: {text} ({count} of {len(counts)} files)" for text, count in doubts.items()]
     if bad:
         lines.append(f"left out {len(bad)} images that cannot be read; they are listed in left_out.csv")
-    images = Images(config, ImageStore(keep=keep, masks=probe.masks), counts, shape, total if keep else 0)
+    store = ImageStore(keep=keep, masks=probe.masks)
+    opened = _open_bytes(config, pictures, patches[len(patches) // 2], reader.pool.threads, keep)
+    images = Images(config, store, counts, shape, total if keep else 0, opened)
     return images, manifest, lines
+
+
+def _open_bytes(config: Config, pictures: Sequence[int], patches: int, threads: int, keep: bool) -> int:
+    """Bytes of pictures that a reader decodes whole, as far as they are in memory at a time.
+
+    Args:
+        config: of the run.
+        pictures: decoded bytes of each.
+        patches: of the middle image.
+        threads: that decode, each one picture at a time.
+        keep: whether decoded images stay in memory: then only the decoding takes more.
+    """
+    largest = sorted(pictures, reverse=True)
+    decoding = round(DECODING * sum(largest[:threads]))
+    if keep:
+        return decoding + sum(largest[:threads])
+    ahead = -(-(config.run.ahead + 2) * (fixed_chunk(config.select) or CPU_CHUNK) // patches)
+    return decoding + sum(largest[: config.train.batch + ahead])
 
 
 def cache_limit(config: Config, device: torch.device) -> float | None:
