@@ -248,10 +248,11 @@ def test_no_preview_is_made_unless_asked_for_and_a_place_that_cannot_be_written_
 
 @pytest.mark.parametrize("size", [4, 16, 60])
 @pytest.mark.parametrize("stride", [3, 16, 90])
-def test_the_area_under_patches_is_what_their_boxes_cover(size: int, stride: int) -> None:
+@pytest.mark.parametrize("edge", ["drop", "shift", "background"])
+def test_the_area_under_patches_is_what_their_boxes_cover(size: int, stride: int, edge: Any) -> None:
     mask = np.random.default_rng(0).random((30, 40)) < 0.1
     image = ArrayImage(np.zeros((300, 400, 3), np.uint8))
-    grid = PatchGrid(image, size, stride, offset=(-5, -2), mask=mask)
+    grid = PatchGrid(image, size, stride, offset=(-5, -2), mask=mask, edge=edge)
     expected = np.zeros((300, 400), bool)
     for x, y, width, height in grid.boxes(slice(None)).tolist():
         expected[max(y, 0) : y + height, max(x, 0) : x + width] = True

@@ -123,7 +123,8 @@ def test_a_commented_dump_gives_the_reason_of_every_option_and_the_notes() -> No
         assert all(lines[number - 1].strip().startswith("#") for number in at), path
     assert "  # -> measured so\n  size: 224\n" in text
     assert yaml.safe_load(text)["patch"] == {
-        "size": 224, "stride": None, "level": None, "mpp": None, "bits": None, "foreground": "all", "min_foreground": 0.01
+        "size": 224, "stride": None, "level": None, "mpp": None, "bits": None, "foreground": "all",
+        "min_foreground": 0.01, "edge": "auto",
     }  # fmt: skip
 
 

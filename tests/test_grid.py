@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keyhole.edge import Edge
 from keyhole.errors import ConfigError, ImageError
 from keyhole.grid import NoPatches, PatchGrid
 from keyhole.images import ArrayImage, Box, Image, Level, Size
 from keyhole.images.pixels import Pixels
 
 laws = settings(max_examples=60, deadline=None)
+EDGES: tuple[Edge, ...] = ("drop", "shift", "reflect", "background")
 
 
 class Pyramid(Image):
@@ -63,14 +65,24 @@ def grids(draw: st.DrawFn) -> PatchGrid:
         mask[rng.integers(mask.shape[0]), rng.integers(mask.shape[1])] = True
         stride = min(stride, size)  # a gap could hold the mask's only pixel
         offset = (0, 0)
-    return PatchGrid(ArrayImage(noise(width, height)), size, stride, offset=offset, mask=mask)
+    edge = draw(st.sampled_from(EDGES))
+    image = ArrayImage(noise(width, height))
+    try:
+        return PatchGrid(image, size, stride, offset=offset, mask=mask, edge=edge)
+    except NoPatches:  # `drop` may leave out the only patch on the mask
+        assert edge == "drop"
+        return PatchGrid(image, size, stride, offset=offset, edge=edge)
 
 
 def by_slicing(grid: PatchGrid, boxes: np.ndarray) -> Pixels:
     """The patches of a level-0 grid, cut from the whole picture with a wide border."""
     assert isinstance(grid.image, ArrayImage)
     border = 64
-    whole = np.pad(grid.image.pixels, ((border, border), (border, border), (0, 0)), constant_values=255)
+    around = ((border, border), (border, border), (0, 0))
+    if grid.edge == "reflect":
+        whole = np.pad(grid.image.pixels, around, mode="reflect")
+    else:
+        whole = np.pad(grid.image.pixels, around, constant_values=255)
     return np.stack([whole[y + border : y + border + h, x + border : x + border + w] for x, y, w, h in boxes])
 
 
@@ -93,8 +105,13 @@ def test_boxes_centers_and_cells_agree(grid: PatchGrid) -> None:
     boxes, centers, cells = (of(slice(None)) for of in (grid.boxes, grid.centers, grid.cells))
     assert len(boxes) == len(centers) == len(cells) == len(grid)
     np.testing.assert_array_equal(centers, boxes[:, :2] + boxes[:, 2:] / 2)
-    np.testing.assert_array_equal(boxes[:, 0], grid.offset[0] + cells[:, 1] * grid.stride)
-    np.testing.assert_array_equal(boxes[:, 1], grid.offset[1] + cells[:, 0] * grid.stride)
+    np.testing.assert_array_equal(boxes[:, 0], grid.starts[0][cells[:, 1]])
+    np.testing.assert_array_equal(boxes[:, 1], grid.starts[1][cells[:, 0]])
+    for starts in grid.starts:  # equal steps, but for patches that were shifted inwards
+        steps = np.diff(starts)
+        assert (steps > 0).all()
+        assert (steps[1:-1] == grid.stride).all()
+        assert grid.edge == "shift" or (steps == grid.stride).all()
     raster = cells[:, 0] * grid.columns + cells[:, 1]
     assert (np.diff(raster) > 0).all()
     assert (cells >= 0).all()
@@ -102,18 +119,26 @@ def test_boxes_centers_and_cells_agree(grid: PatchGrid) -> None:
 
 
 @laws
-@given(grids())
-def test_every_pixel_is_covered_and_no_patch_lies_outside(grid: PatchGrid) -> None:
+@given(grids(), st.tuples(st.integers(-25, 0), st.integers(-25, 0)))
+def test_every_pixel_is_covered_and_no_patch_lies_outside(grid: PatchGrid, offset: tuple[int, int]) -> None:
     width, height = grid.image.size
     covered = np.zeros((height, width), bool)
-    for x, y, w, h in PatchGrid(grid.image, grid.size, grid.stride, offset=grid.offset).boxes(slice(None)):
+    for x, y, w, h in PatchGrid(grid.image, grid.size, grid.stride, offset=offset, edge=grid.edge).boxes(slice(None)):
+        if grid.edge in ("drop", "shift"):
+            assert min(x, y) >= 0
+            assert x + w <= width
+            assert y + h <= height
         assert x < width
         assert y < height
         assert x + w > 0
         assert y + h > 0
         covered[max(y, 0) : y + h, max(x, 0) : x + w] = True
     if grid.stride <= grid.size:
-        assert covered.all()
+        if grid.edge == "drop":  # less than a stride is left out on each side
+            inner = covered[grid.stride - 1 : max(height - grid.stride + 1, 0)]
+            assert inner[:, grid.stride - 1 : max(width - grid.stride + 1, 0)].all()
+        else:
+            assert covered.all()
 
 
 @laws
@@ -183,6 +208,34 @@ def test_pixels_outside_are_background() -> None:
     assert (last[:2, :5] == 7).all()
     assert (last[2:] == image.background).all()
     assert (last[:, 5:] == image.background).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.3, 6.0), st.integers(4, 30), st.integers(3, 40), st.integers(-30, 0), st.booleans())
+def test_at_another_resolution_the_rules_show_the_same_image(
+    scale: float, size: int, stride: int, offset: int, pyramid: bool
+) -> None:
+    levels = [noise(203, 187, 3), noise(102, 94, 3)][: 1 + pyramid]
+    image = Pyramid(levels, [1.0, 2.0][: len(levels)], mpp=1.0)
+    single = PatchGrid(image, size, 1, mpp=scale)  # a patch at every output pixel
+    extent = single.columns + size - 1, single.rows + size - 1
+    for edge in EDGES:
+        grid = PatchGrid(image, size, stride, mpp=scale, offset=(offset, offset), edge=edge)
+        boxes = grid.boxes(slice(None))
+        if edge in ("drop", "shift"):
+            assert (boxes[:, :2] >= 0).all()
+            assert (boxes[:, :2] + boxes[:, 2:] <= image.size).all()
+        index = np.unique(np.linspace(0, len(grid) - 1, 12).astype(int))
+        for corner, patch in zip(grid.corners(index).tolist(), grid.read(index), strict=True):
+            places = list(zip(corner, extent, strict=True))
+            # columns and rows of the image under the patch, mirrored at its border; and which of them are inside
+            shown = [np.pad(np.arange(most), 40, mode="reflect")[at + 40 :][:size] for at, most in places]
+            within = [(at + np.arange(size) >= 0) & (at + np.arange(size) < most) for at, most in places]
+            x, y = (min(max(at, 0), most - size) for at, most in places)
+            whole = single.read([y * single.columns + x])[0][(shown[1] - y)[:, None], shown[0] - x]
+            if edge == "background":
+                whole[~(within[1][:, None] & within[0])] = image.background
+            assert np.abs(patch.astype(int) - whole).max() <= 1, edge  # the filter may round by one
 
 
 def test_neighbours_are_read_with_one_access() -> None:

@@ -119,7 +119,7 @@ def test_scores_and_kept_patches_are_those_of_the_model_in_memory(position: Any,
     for path in images:
         prediction = predictor.predict(path)
         with open_image(path) as image:
-            grid = PatchGrid(image, 16, 11)
+            grid = PatchGrid(image, 16, 11, edge="auto")
             patches = torch.from_numpy(grid.read(slice(None))).permute(0, 3, 1, 2)[None]
             where = torch.from_numpy(grid.centers(slice(None))).float()[None] if position == "2d" else None
             boxes = grid.boxes(prediction.kept.index)
@@ -144,7 +144,7 @@ def test_the_answer_rests_on_the_kept_patches_alone(images: list[Path]) -> None:
     for path in images:
         prediction = predictor.predict(path)
         with open_image(path) as image:
-            kept = PatchGrid(image, 16).read(prediction.kept.index)
+            kept = PatchGrid(image, 16, edge="auto").read(prediction.kept.index)
         with torch.no_grad():
             logits = predictor.model(torch.from_numpy(kept).permute(0, 3, 1, 2)[None])
         for task in predictor.tasks:
@@ -247,7 +247,7 @@ def test_a_slide_is_predicted_in_level_0_pixels(mpp: float | None, side: int, sh
     assert len(features) == 8
     assert prediction.scores is not None
     with open_image(path) as image:
-        grid = PatchGrid(image, 128, mpp=mpp)
+        grid = PatchGrid(image, 128, mpp=mpp, edge="auto")
         for feature, index in zip(features, prediction.kept.index, strict=True):
             ring = np.array(feature["geometry"]["coordinates"][0])
             (x, y), (width, height) = ring.min(axis=0).tolist(), np.ptp(ring, axis=0).tolist()

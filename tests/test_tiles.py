@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from make_images import picture, write_tiff
 from make_zarr import write_multiscale
 
+from keyhole.edge import Edge
 from keyhole.grid import PatchGrid
 from keyhole.images import Image, open_image
 from keyhole.images.recent import RECENT, Recent
@@ -31,6 +32,7 @@ from keyhole.reading import Reader
 
 WIDTH, HEIGHT, TILE = 200, 136, 32
 COLUMNS, ROWS = 7, 5
+EDGES: tuple[Edge, ...] = ("drop", "shift", "reflect", "background")
 
 KINDS: dict[str, dict[str, Any]] = {
     "jpeg": {"compression": "jpeg", "compressionargs": {"level": 90}},
@@ -85,6 +87,7 @@ def counted(image: Image) -> Iterator[Counter[int]]:
     view=st.builds(View, st.booleans(), st.booleans(), st.integers(0, 3)),
     run=st.integers(1, 70),
     mpp=st.sampled_from([None, 0.2, 0.7]),
+    edge=st.sampled_from(EDGES),
 )
 def test_a_pass_gives_what_each_patch_by_itself_gives(
     files: dict[str, Path],
@@ -95,17 +98,19 @@ def test_a_pass_gives_what_each_patch_by_itself_gives(
     view: View,
     run: int,
     mpp: float | None,
+    edge: Edge,
 ) -> None:
     size = min(size, 40) if mpp else size
-    opener = FileOpener(files[name], name, size, stride, mpp=mpp, view=view, offset=offset, image_mpp=0.25)
+    opener = FileOpener(files[name], name, size, stride, mpp=mpp, view=view, offset=offset, image_mpp=0.25, edge=edge)
     source, alone = opener(), opener()
     seen = np.concatenate([pixels for _, pixels in source.chunks(run)])
     for index in range(0, len(source), 1 + len(source) // 25):
         np.testing.assert_array_equal(seen[index], alone.read([index])[0])
     if mpp is None and "jpeg" not in name and name not in ("grey", "strips"):
-        whole = np.pad(picture(3, WIDTH, HEIGHT), ((200, 200), (200, 200), (0, 0)), constant_values=255)
+        how: dict[str, Any] = {"mode": "reflect"} if edge == "reflect" else {"constant_values": 255}
+        whole = np.pad(picture(3, WIDTH, HEIGHT), ((99, 99), (99, 99), (0, 0)), **how)
         boxes = source.grid.boxes(slice(None))
-        patches = np.stack([whole[y + 200 : y + 200 + h, x + 200 : x + 200 + w] for x, y, w, h in boxes])
+        patches = np.stack([whole[y + 99 : y + 99 + h, x + 99 : x + 99 + w] for x, y, w, h in boxes])
         np.testing.assert_array_equal(seen, view.pixels(patches))
     source.close()
     alone.close()
@@ -128,12 +133,20 @@ def test_jpeg_decoded_in_place_is_what_tifffile_decodes(files: dict[str, Path], 
     offset=st.tuples(st.integers(-40, 0), st.integers(-40, 0)),
     run=st.integers(1, 40),
     threads=st.integers(1, 4),
+    edge=st.sampled_from(EDGES),
 )
 def test_each_tile_is_decoded_once_in_a_pass(
-    files: dict[str, Path], name: str, size: int, stride: int, offset: tuple[int, int], run: int, threads: int
+    files: dict[str, Path],
+    name: str,
+    size: int,
+    stride: int,
+    offset: tuple[int, int],
+    run: int,
+    threads: int,
+    edge: Edge,
 ) -> None:
     with open_image(files[name]) as image, counted(image) as decoded, ThreadPoolExecutor(threads) as pool:
-        grid = PatchGrid(image, size, stride, offset=offset)
+        grid = PatchGrid(image, size, stride, offset=offset, edge=edge)
         edges = [*range(0, len(grid), run), len(grid)]
         runs = [np.arange(*edge) for edge in itertools.pairwise(edges)]
         assert sum(map(len, pool.map(grid.read, runs))) == len(grid)

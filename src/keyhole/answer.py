@@ -156,7 +156,7 @@ def _geometry(source: FilePatches | FeaturePatches) -> dict[str, Any]:
             "size_known": source.grid.known,
         }
     mpp = source.image.mpp
-    return about | {"mpp": None if mpp is None else mpp * grid.scale, "scale": grid.scale}
+    return about | {"mpp": None if mpp is None else mpp * grid.scale, "scale": grid.scale, "edge": source.grid.edge}
 
 
 def _slide_size(item: Item, source: FeaturePatches, reader: Reader) -> Size:

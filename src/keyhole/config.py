@@ -83,6 +83,9 @@ class PatchConfig:
     mask file (column `mask`, or `data.masks`)."""
     min_foreground: Fraction = 0.01
     """Least share of a patch that must be `tissue` or on the `mask`. The paper's rule for CAMELYON16 is 1 %."""
+    edge: Literal["auto", "drop", "shift", "reflect", "background"] = "auto"
+    """Patches that reach over the image's border: `drop` leaves them out, `shift` moves them inwards, `reflect` mirrors
+    the image, `background` fills them. `auto` is `background` for slides (several levels) and `shift` for others."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from keyhole.files import file_size, writable_folder
 from keyhole.memory.meter import steady_heap
 from keyhole.nn import FastEncoder
 from keyhole.nn.build import build_encoder, embedding_width, patch_shape
-from keyhole.passes import open_reader, opener
+from keyhole.passes import open_reader, opener, settle_edge
 from keyhole.patches import FilePatches
 from keyhole.progress import Progress
 from keyhole.reading import Batch
@@ -142,6 +142,8 @@ def embed(
     validate(config)
     parse_share(unreadable)
     items, left_out = items_to_embed(Path(data), root, masks, on_bad_image)
+    with open_reader(config.run, torch.device("cpu")) as reader:
+        config, _ = settle_edge(config, items, reader)
     folder = writable_folder(out)
     files = feature_names(folder, items)
     chosen = choose_device(device)
@@ -311,6 +313,7 @@ def _settings(config: Config, encoder: nn.Module, dtype: str, precision: torch.d
         "patch.mpp": patch.mpp,
         "patch.foreground": patch.foreground,
         "patch.min_foreground": patch.min_foreground,
+        "patch.edge": patch.edge,
         **({} if patch.bits is None else {"patch.bits": patch.bits}),
         "dtype": dtype,
         "precision": str(precision).removeprefix("torch."),

@@ -10,11 +10,13 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from keyhole.edge import Edge, edge_for, mirrored, place_patches
+from keyhole.edge import inside as moved_inside
 from keyhole.errors import ConfigError
 from keyhole.images.geometry import Box, Size
 from keyhole.images.image import Image
@@ -70,8 +72,8 @@ def reading_level(
 class PatchGrid:
     """Patches of one size at regular steps over an image, in raster order.
 
-    The last row and column may reach over the border, and a negative offset starts outside; pixels there are
-    the image's background. No patch lies wholly outside. Safe to read from several threads.
+    The last row and column may reach over the border, and a negative offset starts outside; `edge` says what becomes
+    of such patches. No patch lies wholly outside. Safe to read from several threads.
 
     Args:
         image: what to read.
@@ -84,10 +86,15 @@ class PatchGrid:
         mask_share: a patch is in the grid if at least this share of the mask's cells under it is True, and at least
             one cell. A cell that is partly under a patch counts whole, one beyond the image's border not at all.
         mask_name: what the mask is, for the message where it leaves nothing.
+        edge: what becomes of patches that reach over the border: `drop` leaves them out, `shift` moves them inwards
+            until they fit, `reflect` mirrors the image, `background` fills them with the image's background. `auto`
+            is `background` for images of several levels (slides) and `shift` for others (photographs).
 
     Attributes:
         rows, columns: of the full grid, mask or not.
-        size, stride, offset: as above.
+        size, stride: as above.
+        edge: as above; never `auto`.
+        starts: where the columns begin (columns,) and where the rows do (rows,), in output pixels.
         channels: of the pixels read.
         scale: level-0 pixels per output pixel.
 
@@ -108,27 +115,27 @@ class PatchGrid:
         level: int | None = None,
         mask_share: float = 0.0,
         mask_name: str = "foreground mask",
+        edge: Edge | Literal["auto"] = "background",
     ) -> None:
         stride = size if stride is None else stride
         if size < 1 or stride < 1:
             raise ConfigError(f"patch.size (={size}) and patch.stride (={stride}) must be at least 1")
         self.image = image
         self.size, self.stride = size, stride
+        self.edge: Edge = edge_for(image) if edge == "auto" else edge
         self.channels = image.channels
         self.level, self.scale = reading_level(image, mpp, level)
         lv = image.levels[self.level]
         self._ratio = self.scale / lv.downsample  # level pixels per output pixel; 1: no resampling
-        self._extent = (
-            lv.size if self._ratio == 1 else Size(*(math.ceil(side / self.scale - 1e-6) for side in image.size))
-        )
+        self._extent = self._shown()
         if size > min(self._extent):
             at = "" if self.scale == 1 else f" at 1/{self.scale:.4g} of its resolution"
             raise ConfigError(
                 f"{image.path}: the patch ({size} x {size} px) is larger than the image "
                 f"({self._extent.width} x {self._extent.height} px{at}); choose a smaller patch.size"
             )
-        self.offset = (self._first(offset[0], self._extent.width), self._first(offset[1], self._extent.height))
-        self.columns, self.rows = map(self._steps, self.offset, self._extent)
+        self.starts = self._placed(offset[0], self._extent.width), self._placed(offset[1], self._extent.height)
+        self.columns, self.rows = map(len, self.starts)
         self._kept = None if mask is None else self._masked(mask, mask_share)
         if len(self) == 0:
             raise NoPatches(
@@ -137,18 +144,33 @@ class PatchGrid:
                 "(`all` takes every patch)"
             )
 
-    def _first(self, offset: int, extent: int) -> int:
-        """Where the first patch that shows some of the image begins."""
+    def _shown(self) -> Size:
+        """Output pixels of the image: those wholly inside it where patches must be inside, else all that show some."""
+        whole = self.edge in ("drop", "shift")
+        (width, height), (lv_width, lv_height) = (
+            (
+                (math.floor(side / self.scale + 1e-6) if whole else math.ceil(side / self.scale - 1e-6))
+                for side in self.image.size
+            ),
+            self.image.levels[self.level].size,
+        )
+        if self._ratio != 1:
+            return Size(width, height)
+        return Size(min(width, lv_width), min(height, lv_height)) if whole else Size(lv_width, lv_height)
+
+    def _placed(self, offset: int, extent: int) -> Index:
+        """Where patches begin along one axis."""
         if offset >= extent:
             raise ConfigError(f"{self.image.path}: the grid starts at {offset} px, outside the image ({extent} px)")
-        unseen = max(0, -((offset + self.size - 1) // self.stride))
-        start = offset + unseen * self.stride
-        return start if start < extent else extent - self.size  # the whole image lies between two patches
+        return place_patches(extent, self.size, self.stride, offset, self.edge)
 
-    def _steps(self, start: int, extent: int) -> int:
-        covering = -((start + self.size - extent) // self.stride) + 1
-        touching = -((start - extent) // self.stride)  # fewer than `covering` only where the stride exceeds the size
-        return max(1, min(covering, touching))
+    @functools.cached_property
+    def _read_starts(self) -> tuple[Index, Index]:
+        """`starts`, but for `reflect`, which shows pixels of the patch that is moved inside."""
+        if self.edge != "reflect":
+            return self.starts
+        width, height = self._extent
+        return moved_inside(self.starts[0], width, self.size), moved_inside(self.starts[1], height, self.size)
 
     def _masked(self, mask: NDArray[np.bool_], share: float) -> NDArray[np.integer[Any]]:
         """Raster indices of the patches on the mask: 4 bytes each unless there are billions.
@@ -157,8 +179,8 @@ class PatchGrid:
         edge, so that every cell is added twice however much the patches overlap.
         """
         small = np.int32 if self.rows * self.columns < 2**31 else np.int64
-        left, right = self._mask_span(self.offset[0], self.columns, self.image.size.width, mask.shape[1])
-        top, bottom = self._mask_span(self.offset[1], self.rows, self.image.size.height, mask.shape[0])
+        left, right = self._mask_span(self.starts[0], self.image.size.width, mask.shape[1])
+        top, bottom = self._mask_span(self.starts[1], self.image.size.height, mask.shape[0])
         above, below = np.zeros((2, mask.shape[1]), np.int64)
         row_above = row_below = 0
         kept = []
@@ -171,9 +193,8 @@ class PatchGrid:
             kept.append((np.flatnonzero(across[right] - across[left] >= needed) + g_row * self.columns).astype(small))
         return np.concatenate(kept)
 
-    def _mask_span(self, start: int, steps: int, l0_extent: int, cells: int) -> tuple[Index, Index]:
+    def _mask_span(self, begin: Index, l0_extent: int, cells: int) -> tuple[Index, Index]:
         """First mask cell under each patch and the one after its last, along one axis; at least one cell each."""
-        begin = start + np.arange(steps, dtype=np.int64) * self.stride
         per_pixel = self.scale * cells / l0_extent
         low = np.floor(begin * per_pixel + 1e-6).astype(np.int64).clip(0, cells - 1)
         high = np.ceil((begin + self.size) * per_pixel - 1e-6).astype(np.int64).clip(0, cells)
@@ -195,25 +216,27 @@ class PatchGrid:
             raise IndexError(f"patch index {flat.min()} ... {flat.max()} outside 0 ... {len(self) - 1}")
         return flat if self._kept is None else self._kept[flat].astype(np.int64, copy=False)
 
-    def _corners(self, raster: Index) -> tuple[Index, Index]:
-        """Left and top in output pixels."""
-        g_row, g_column = np.divmod(raster, self.columns)
-        return self.offset[0] + g_column * self.stride, self.offset[1] + g_row * self.stride
+    def corners(self, index: ArrayLike | slice) -> Index:
+        """Left and top in output pixels, int64 (k, 2)."""
+        g_row, g_column = np.divmod(self._raster(index), self.columns)
+        return np.stack([self.starts[0][g_column], self.starts[1][g_row]], axis=1)
 
     def cells(self, index: ArrayLike | slice) -> Index:
         """Row and column in the full grid, int64 (k, 2)."""
         return np.stack(np.divmod(self._raster(index), self.columns), axis=1)
 
     def boxes(self, index: ArrayLike | slice) -> Index:
-        """x, y, width, height in level-0 pixels, int64 (k, 4); may reach over the border."""
-        start = np.stack(self._corners(self._raster(index)), axis=1)
+        """x, y, width, height in level-0 pixels, int64 (k, 4).
+
+        They may reach over the border, but for those of `drop` and `shift`.
+        """
+        start = self.corners(index)
         l0_start, l0_end = (np.rint(edge * self.scale).astype(np.int64) for edge in (start, start + self.size))
         return np.concatenate([l0_start, l0_end - l0_start], axis=1)
 
     def centers(self, index: ArrayLike | slice) -> NDArray[np.float64]:
         """x, y of the middle in level-0 pixels, float64 (k, 2)."""
-        corners = np.stack(self._corners(self._raster(index)), axis=1).astype(np.float64)
-        return (corners + self.size / 2) * self.scale
+        return (self.corners(index).astype(np.float64) + self.size / 2) * self.scale
 
     def read(self, index: ArrayLike | slice, out: Pixels | None = None) -> Pixels:
         """Pixels, uint8 (k, size, size, channels), into `out` if given.
@@ -229,7 +252,8 @@ class PatchGrid:
         if out is None:
             out = np.empty((len(raster), self.size, self.size, self.channels), np.uint8)
         order = np.argsort(raster, kind="stable")
-        x, y = self._corners(raster[order])
+        g_row, g_column = np.divmod(raster[order], self.columns)
+        x, y = self._read_starts[0][g_column], self._read_starts[1][g_row]
         tiled = isinstance(self.image, TiledImage) and self.image.tiling(self.level) is not None
         uses = self._uses if tiled and _is_pass(index) else None
         # A patch resampled from far below covers many level pixels; a run must stay within what a thread may hold.
@@ -244,7 +268,18 @@ class PatchGrid:
                 run = slice(first + start, first + stop)
                 self._read_run(x[run], y[run], order[run].tolist(), out)
                 beat()
+        if self.edge == "reflect":
+            self._reflect(g_row, g_column, order, out)
         return out
+
+    def _reflect(self, g_row: Index, g_column: Index, order: Index, out: Pixels) -> None:
+        """Takes pixels of patches that were moved inside to where those over the border show them, mirrored."""
+        (x, y), (read_x, read_y), (width, height) = self.starts, self._read_starts, self._extent
+        moved = np.flatnonzero((x != read_x)[g_column] | (y != read_y)[g_row])
+        for row, i, j in zip(order[moved].tolist(), g_row[moved].tolist(), g_column[moved].tolist(), strict=True):
+            lines = mirrored(int(y[i]), self.size, height) - read_y[i]
+            columns = mirrored(int(x[j]), self.size, width) - read_x[j]
+            place(out[row], out[row][lines[:, None], columns])
 
     def _read_tiled(self, x: Index, y: Index, rows: Sequence[int], out: Pixels, uses: Uses | None) -> None:
         """Each tile of the file once, into all patches that it touches."""
@@ -270,8 +305,7 @@ class PatchGrid:
     def _spans(self) -> list[tuple[Index, Index]]:
         """First level pixel that each column of patches needs, and the one behind its last; then of each row."""
         found = []
-        for start, steps in zip(self.offset, (self.columns, self.rows), strict=True):
-            places = start + np.arange(steps, dtype=np.int64) * self.stride
+        for places in self._read_starts:
             found.append((places, places + self.size) if self._ratio == 1 else spans(places, self.size, self._ratio))
         return found
 

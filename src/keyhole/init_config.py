@@ -13,6 +13,7 @@ from typing import cast
 from keyhole.config import Bits, Config
 from keyhole.data.item import SPLITS
 from keyhole.data.manifest import Manifest, read_manifest
+from keyhole.edge import Edge
 from keyhole.errors import BitsUnknown, ConfigError, DataError, ImageError
 from keyhole.images import open_image
 from keyhole.images.depth import DEEP
@@ -121,6 +122,12 @@ def propose(config: Config, measured: Measured) -> Proposal:
     slides = measured.pyramids and None not in measured.mpp
     m = max(4, min(256, _power_of_two(patches / 8), int(patches)))
     reasons["select.m"] = f"about an eighth of the {patches:,.0f} patches of a typical image, from 4 to 256"
+    edge: Edge = "background" if measured.pyramids else "shift"
+    reasons["patch.edge"] = (
+        "the images have several levels, as slides do, and their border is glass"
+        if measured.pyramids
+        else "photographs show something up to their border, and filling draws an untrained model"
+    )
     if slides:
         reasons["patch.foreground"] = "slides are mostly glass"
     if measured.grey:
@@ -138,7 +145,9 @@ def propose(config: Config, measured: Measured) -> Proposal:
     return Proposal(
         replace(
             config,
-            patch=replace(config.patch, size=size, mpp=mpp, bits=bits, foreground="tissue" if slides else "all"),
+            patch=replace(
+                config.patch, size=size, mpp=mpp, bits=bits, foreground="tissue" if slides else "all", edge=edge
+            ),
             model=replace(config.model, channels=1 if measured.grey else 3),
             select=replace(config.select, m=m),
             train=replace(

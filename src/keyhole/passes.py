@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,8 @@ from torch import Tensor
 
 from keyhole.config import Config, RunConfig, SelectConfig
 from keyhole.data.item import Item
-from keyhole.errors import ImageError
+from keyhole.edge import edge_for
+from keyhole.errors import ImageError, KeyholeError
 from keyhole.features import FeatureOpener, FeaturePatches, learned_origin
 from keyhole.looking import Looker, on_device, timed
 from keyhole.memory.bill import HELD_BYTES
@@ -87,7 +90,33 @@ def opener(
         offset=offset,
         store=store,
         image_mpp=item.mpp,
+        edge=patch.edge,
     )
+
+
+def settle_edge(config: Config, items: Sequence[Item], reader: Reader) -> tuple[Config, list[str]]:
+    """The configuration with one rule for all images where `patch.edge` is `auto`: that of the first one that opens.
+
+    A model keeps this rule for whatever images it meets later. Stored features have no border.
+
+    Returns:
+        The configuration, and lines for the log.
+    """
+    if config.patch.edge != "auto":
+        return config, []
+    store = ImageStore(keep=False)
+    for item in items:
+        if item.features is not None:
+            break
+        with (
+            suppress(KeyholeError),
+            reader.run(item.name, partial(store.open, item.image, bits=config.patch.bits)) as image,
+        ):
+            edge, levels = edge_for(image), len(image.levels)
+            kind = f"a slide ({levels} levels)" if levels > 1 else "a photograph (one level)"
+            line = f"patch.edge auto: {edge}, since {item.name} is {kind}"
+            return replace(config, patch=replace(config.patch, edge=edge)), [line]
+    return config, []
 
 
 def open_reader(run: RunConfig, device: torch.device) -> Reader:

@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import ArrayLike, NDArray
 
+from keyhole.edge import Edge
 from keyhole.errors import ConfigError
 from keyhole.grid import Index, NoPatches, PatchGrid, reading_level
 from keyhole.images.geometry import Size
@@ -196,9 +197,8 @@ class FilePatches(_Chunked):
         if tiles is None or not plain or tiles.size != (grid.size, grid.size):
             return None
         found: list[bytes | None] = []
-        for g_row, g_column in grid.cells(index).tolist():
-            column, x = divmod(grid.offset[0] + g_column * grid.stride, grid.size)
-            row, y = divmod(grid.offset[1] + g_row * grid.stride, grid.size)
+        for left, top in grid.corners(index).tolist():
+            (column, x), (row, y) = divmod(left, grid.size), divmod(top, grid.size)
             found.append(tiles.tile(column, row, colors) if x == y == 0 else None)
             beat()
         return found
@@ -262,7 +262,7 @@ class FileOpener:
     Attributes:
         path: the file.
         name: for messages; as the manifest writes it.
-        size, stride, level, mpp, bits, foreground, min_foreground: as in `config.PatchConfig`.
+        size, stride, level, mpp, bits, foreground, min_foreground, edge: as in `config.PatchConfig`.
         mask: PNG or GeoJSON, for the foreground `mask`.
         channels: 1 or 3; None as in the file.
         view, offset: the geometric augmentation of this image in this epoch.
@@ -285,6 +285,7 @@ class FileOpener:
     offset: tuple[int, int] = (0, 0)
     store: ImageStore = field(default_factory=lambda: ImageStore(keep=False))
     image_mpp: float | None = None
+    edge: Edge | Literal["auto"] = "background"
 
     def __post_init__(self) -> None:
         if self.image_mpp is not None:
@@ -344,6 +345,7 @@ class FileOpener:
             level=self.level,
             mask_share=0.0 if self.foreground == "non-empty" else self.min_foreground,
             mask_name=f"foreground mask ({self.mask if self.foreground == 'mask' else self.foreground})",
+            edge=self.edge,
         )
 
     def _level(self, image: Image) -> int:

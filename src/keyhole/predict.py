@@ -49,6 +49,8 @@ LARGE = 250_000
 """Patches of an image that a plan for predicting has room for."""
 SECTIONS = ("patch", "model", "select")
 """Sections of the configuration that a model carries with it."""
+BEFORE_EDGE = {"edge": "background"}
+"""How models and runs that do not name `patch.edge` were made."""
 
 
 def describe(config: Config, tasks: Sequence[Task], **about: Any) -> dict[str, Any]:
@@ -115,6 +117,7 @@ class Predictor:
         try:
             tasks = [Task.from_json(task) for task in info["tasks"]]
             given = {name: info[name] for name in SECTIONS} | {"train": {"batch": info["batch"]}}
+            given["patch"] = BEFORE_EDGE | given["patch"]
             config = build(Config(memory=memory, unreadable=unreadable), given)
             name, precision = str(info["name"]), str(info["precision"])
         except (KeyError, TypeError, ConfigError, RunError) as error:

@@ -160,9 +160,9 @@ class Prediction:
         label: by task; labels of a multilabel task joined by `|`.
         kept: the patches that the prediction was made from.
         scores: of every patch; None where they were not asked for.
-        patch: geometry of the grid: size and stride in pixels of what was read, level, mpp, and scale (level-0
-            pixels per pixel read). Of stored features also `features`, the file, and `size_known`, False where the
-            size is told from the coordinates.
+        patch: geometry of the grid: size and stride in pixels of what was read, level, mpp, scale (level-0 pixels per
+            pixel read), and edge, the rule for patches over the border. Of stored features not `edge` but `features`,
+            the file, and `size_known`, False where the size is told from the coordinates.
         model: which model said so.
         unreadable: (k, 4) boxes of the patches that could not be read; None if all could.
         pictures: pixels that show it; None where they were not asked for.

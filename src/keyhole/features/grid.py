@@ -27,8 +27,10 @@ class FeatureGrid:
     The side of a patch at level 0 is, in this order: `patch_size_level0`; `patch_size` times `downsample` (and
     `custom_downsample`), or at `patch_level` 0 alone, or times `level0_magnification` / `target_magnification`; else
     the step between neighbours, with `known` False. Patches of several contours need not lie on one grid: each is in
-    the cell that its corner falls into, and a map shows the highest score of a cell. Without coordinates all are in
-    one row in the order of the file, with boxes of no size at 0, 0.
+    the cell that its corner falls into, and a map shows the highest score of a cell. Files of keyhole say their exact
+    step as `stride` times `downsample`: cells are those of the grid, also of patches that the edge rule `shift` moved
+    inwards at the border. Without coordinates all are in one row in the order of the file, with boxes of no size at
+    0, 0.
 
     Args:
         n: features of the file.
@@ -49,7 +51,10 @@ class FeatureGrid:
         self.n, self._coords = n, coords
         l0_side, self.scale = _side(attributes)
         self.known = l0_side is not None and coords is not None
-        step = None if coords is None else _step(attributes, l0_side, self.scale) or _spacing(coords)
+        exact = _exact_step(attributes)
+        if exact is not None:
+            self.scale = _number(attributes, "downsample") or self.scale
+        step = None if coords is None else exact or _step(attributes, l0_side, self.scale) or _spacing(coords)
         self._l0_side = 0 if coords is None else round(l0_side or step or 0)
         self._l0_step = max(1, round(step or l0_side or 1))
         self.size, self.stride = (max(1, round(side / self.scale)) for side in (self._l0_side, self._l0_step))
@@ -58,10 +63,11 @@ class FeatureGrid:
         self.l0_size = _extent(attributes)
         self.rows, self.columns = 1, n
         self._g_origin: NDArray[np.int64] | None = None
+        self._exact_step = exact
         if coords is not None:
             low, high = coords.min(axis=0).astype(np.int64), coords.max(axis=0).astype(np.int64)
-            origin = np.where(low < 0, low, low % self._l0_step)
-            columns, rows = ((high - origin) // self._l0_step + 1).tolist()
+            origin = np.zeros(2, np.int64) if exact else np.where(low < 0, low, low % self._l0_step)
+            columns, rows = (self._steps(high - origin) + 1).tolist()
             if rows * columns <= LARGEST_MAP:
                 self.rows, self.columns, self._g_origin = rows, columns, origin
 
@@ -86,7 +92,15 @@ class FeatureGrid:
         if self._g_origin is None:
             chosen = self.checked(index)
             return np.stack([np.zeros_like(chosen), chosen], axis=1)
-        return ((self.corners(index) - self._g_origin) // self._l0_step)[:, ::-1]
+        return self._steps(self.corners(index) - self._g_origin)[:, ::-1]
+
+    def _steps(self, l0_distance: Index) -> Index:
+        """Steps from the origin to the cell of a corner."""
+        if self._exact_step is None:
+            return l0_distance // self._l0_step
+        # 0.5, since corners are rounded; up, since a patch may have been moved inwards by less than a step
+        steps: Index = np.ceil((l0_distance - 0.5) / self._exact_step).astype(np.int64)
+        return steps
 
     def boxes(self, index: ArrayLike | slice) -> Index:
         """x, y, width, height in level-0 pixels, int64 (k, 4)."""
@@ -149,6 +163,12 @@ def _step(attributes: Mapping[str, Any], l0_side: float | None, scale: float) ->
     if l0_side is None or overlap is None or overlap * scale >= l0_side:
         return None
     return l0_side - overlap * scale
+
+
+def _exact_step(attributes: Mapping[str, Any]) -> float | None:
+    """Step between the patches of one regular grid at level 0, as keyhole writes it; it need not be a whole number."""
+    stride, downsample = _number(attributes, "stride"), _number(attributes, "downsample")
+    return None if stride is None or downsample is None or "edge" not in attributes else stride * downsample
 
 
 def _spacing(coords: NDArray[np.int32]) -> float | None:

@@ -111,4 +111,6 @@ def _of_keyhole(settings: Mapping[str, Any]) -> str | None:
         words.append(f"level {settings.get('patch.level') or 0}")
     if settings.get("patch.foreground") not in (None, "all"):
         words.append(f"foreground {settings['patch.foreground']}")
+    if settings.get("patch.edge") not in (None, "background"):  # before it could be chosen, it was the background
+        words.append(f"edge {settings['patch.edge']}")
     return ", ".join(words)

@@ -70,6 +70,8 @@ class FeatureWriter:
     def describe(self, source: FilePatches, about: Mapping[str, Any]) -> None:
         """Writes what readers need to know: of the patches under the names of CLAM and TRIDENT, of the origin ours.
 
+        Ours are also `stride`, which CLAM and TRIDENT do not say where it exceeds the size, and `edge`.
+
         `patch_size` is in pixels as the encoder saw them, and `patch_size_level0` is it times `downsample`, whether or
         not patches were resampled from `patch_level`.
         """
@@ -80,6 +82,8 @@ class FeatureWriter:
             "downsample": [grid.scale, grid.scale],
             "patch_size_level0": round(grid.size * grid.scale),
             "overlap": max(0, grid.size - grid.stride),
+            "stride": grid.stride,
+            "edge": grid.edge,
             "level0_width": image.size.width,
             "level0_height": image.size.height,
             "name": Path(image.path).stem,
@@ -209,7 +213,7 @@ def already_there(path: Path, settings: Mapping[str, Any], image_bytes: int) -> 
         raise ConfigError(f"{error} It was there before this run. {advice}") from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: is there already, but not by `keyhole embed`. {advice}") from error
-    now = json.loads(json.dumps(settings))
+    now, known = json.loads(json.dumps(settings)), {"patch.edge": "background", **known}  # before it could be chosen
     if differing := [name for name in dict.fromkeys([*now, *known]) if now.get(name) != known.get(name)]:
         name = differing[0]
         more = f" ({len(differing)} settings differ)" if len(differing) > 1 else ""

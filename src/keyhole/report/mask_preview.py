@@ -90,11 +90,10 @@ def _covered(grid: PatchGrid, shape: tuple[int, int], downsample: float) -> Mask
 
 def _steps_over(grid: PatchGrid, axis: int, extent: int, downsample: float) -> tuple[Steps, Steps]:
     """First grid column (axis 0) or row (axis 1) of the patches over each pixel, and the one after the last."""
-    at = (np.arange(extent) + 0.5) * downsample / grid.scale - grid.offset[axis]
-    count = grid.rows if axis else grid.columns
-    first, last = np.floor((at - grid.size) / grid.stride) + 1, np.floor(at / grid.stride) + 1
-    low = first.clip(0, count).astype(np.int64)
-    return low, np.maximum(last.clip(0, count).astype(np.int64), low)
+    at = (np.arange(extent) + 0.5) * downsample / grid.scale
+    starts = grid.starts[axis]
+    low = np.searchsorted(starts + grid.size, at, side="right")
+    return low, np.maximum(np.searchsorted(starts, at, side="right"), low)
 
 
 def _stretched(mask: Mask, shape: tuple[int, int]) -> Mask:

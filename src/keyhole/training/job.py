@@ -26,7 +26,7 @@ from keyhole.memory.pace import fixed_chunk
 from keyhole.memory.plan import Plan, make_plan
 from keyhole.nn import IPSClassifier
 from keyhole.nn.pretrained import check_pretrained
-from keyhole.passes import open_reader
+from keyhole.passes import open_reader, settle_edge
 from keyhole.reading import Batch, Reader
 from keyhole.reading.unreadable import parse_share
 from keyhole.tasks import Task
@@ -142,6 +142,7 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
         check_pretrained(config.model.encoder)  # before every image is opened
     reader = open_reader(config.run, device)
     try:
+        config, border = settle_edge(config, manifest.items, reader)
         images, manifest, lines = scan(config, manifest, reader, device)
         model = new_model(config, manifest.tasks, device)
         optimizer = new_optimizer(config, model)
@@ -161,7 +162,8 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
         raise
     job = _job(lock, config, manifest, images, reader, model, optimizer, state, device)
     try:
-        for line in (*manifest.notes, *notes, *lines, *hashed, *undefined, *_overview(job), _compile(job)):
+        told = *notes, *border, *lines, *hashed, *undefined
+        for line in (*manifest.notes, *told, *_overview(job), _compile(job)):
             say(line)
             job.log(line)
     except BaseException:

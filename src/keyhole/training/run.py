@@ -69,9 +69,12 @@ class Run:
     @property
     def config(self) -> Config:
         """The resolved configuration."""
-        from keyhole.config_file import load_config
+        from keyhole.config_file import build, read_config, validate
+        from keyhole.predict import BEFORE_EDGE
 
-        return load_config(self.path / "config.yaml")
+        path = self.path / "config.yaml"
+        given = read_config(path)
+        return validate(build(Config(), given | {"patch": BEFORE_EDGE | given.get("patch", {})}), source=f"{path}: ")
 
     @property
     def metrics(self) -> list[dict[str, float]]:
