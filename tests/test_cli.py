@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import yaml
 from PIL import Image
 
 from keyhole.cli.arguments import _one_line
+from keyhole.cli.help import entries
 from keyhole.cli.main import VERBS, main
 from keyhole.config import Config
 from keyhole.config_check import leaves
@@ -95,12 +99,57 @@ def test_help_lists_every_verb_and_every_verb_has_help(say: Say) -> None:
         assert "--print-config" in text
 
 
-def test_help_of_train_says_every_option_and_every_recipe(say: Say) -> None:
-    _, out, _ = say("train", "--help")
-    for path, _, _ in leaves(Config()):
-        assert f"--{path.replace('_', '-')}" in out, path
+def flags(text: str) -> list[str]:
+    """The options that a help shows, each as a line of its own."""
+    return re.findall(r"^  (--[a-z][a-z.-]*)", text, re.MULTILINE)
+
+
+def test_help_of_train_shows_what_matters_and_help_all_every_option(say: Say) -> None:
+    code, short, _ = say("train", "--help")
+    assert code == 0
+    assert 12 <= len(flags(short)) <= 17
+    assert "\n    keyhole train photos --patch.size 100" in short
+    code, whole, _ = say("train", "--help-all")
+    assert code == 0
+    options = {f"--{path.replace('_', '-')}" for path, _, _ in leaves(Config())}
+    assert options | {"--recipe", "--config", "--print-config", "--help-all"} == set(flags(whole))
+    assert set(flags(short)) < set(flags(whole))
     for name in recipes():
-        assert name in out
+        assert name in short
+
+
+@pytest.mark.parametrize("verb", ["train", "check", "init", "embed", "bench speed", "bench memory"])
+def test_what_a_verb_calls_essential_or_idle_are_options_it_takes(verb: str, say: Say) -> None:
+    module = import_module(f"keyhole.cli.{verb.replace(' ', '_')}")
+    (kind,) = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and each.__module__ == module.__name__ and hasattr(each, "ESSENTIAL")
+    ]
+    taken = {entry.name for entry in entries(kind)}
+    idle = getattr(kind, "IDLE", ())
+    assert set(kind.ESSENTIAL) <= taken
+    assert all(name in taken or any(each.startswith(name) for each in taken) for name in idle)
+    assert not set(kind.ESSENTIAL) & set(idle)
+    _, out, _ = say(*verb.split(), "--help-all")
+    assert not [flag for flag in flags(out) for name in idle if flag == f"--{name}" or flag.startswith(f"--{name}.")]
+    assert "--out" not in flags(out) or verb in ("train", "init", "embed")
+
+
+@pytest.mark.parametrize("columns", ["60", "100", "400"])
+def test_paragraphs_of_a_help_are_broken_once(columns: str, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    room = max(60, min(110, int(columns))) - 1
+    broken = 0
+    for verb in set(VERBS) - {"data", "bench"}:
+        _, out, _ = say(verb, "--help-all")
+        lines = out.splitlines()
+        assert all(len(line) <= room for line in lines if line.startswith(" " * 28))
+        for line, following in itertools.pairwise(lines):
+            if following.startswith(" " * 28) and line[26:28] == "  " and line[28:]:
+                broken += 1
+                assert len(line) + 1 + len(following.split()[0]) > room, (line, following)
+    assert broken > 20
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -5,9 +5,7 @@ Precedence: default < recipe < `--config` file < flags. `resolve` does the first
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import re
 import textwrap
 from collections.abc import Mapping
@@ -18,9 +16,9 @@ from typing import Any, get_type_hints
 
 import yaml
 
-import keyhole.config
 from keyhole.config import Config
 from keyhole.config_check import check_value, got, leaves, validate
+from keyhole.docstrings import field_texts
 from keyhole.errors import ConfigError
 from keyhole.wording import nearest
 
@@ -249,17 +247,11 @@ def _wrap(text: str, width: int = 110) -> list[str]:
 
 @cache
 def _reasons() -> dict[str, str]:
-    """The texts under the classes and fields of config.py, by dotted name; they exist only in the source."""
-    tree = ast.parse(inspect.getsource(keyhole.config))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    sections = {Config.__name__: ""} | {
-        _as_type(kind).__name__: name for name, kind in get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
-    }
-    found = {}
-    for kind, section in sections.items():
-        found[section] = " ".join((ast.get_docstring(classes[kind]) or "").split())
-        for field, text in zip(classes[kind].body, classes[kind].body[1:], strict=False):
-            match field, text:
-                case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(reason))):
-                    found[f"{section}.{key}" if section else key] = " ".join(reason.split())
+    """The texts under the classes and fields of config.py, by dotted name."""
+    hints = get_type_hints(Config)
+    found = field_texts(Config)
+    for section in (name for name, kind in hints.items() if dataclasses.is_dataclass(kind)):
+        kind = _as_type(hints[section])
+        found[section] = " ".join((kind.__doc__ or "").split())
+        found |= {f"{section}.{key}": text for key, text in field_texts(kind).items()}
     return found

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
+from keyhole.cli.help import HELP, HELP_ALL, show_help
 from keyhole.config import Config, RunConfig
 from keyhole.config_check import check_text, describe, is_none, validate
 from keyhole.errors import ConfigError
@@ -44,8 +45,11 @@ class ConfigOptions(Config):
 
 def parse(kind: type[Options], argv: Sequence[str], prog: str, default: Options | None = None) -> Options:
     """`argv` as a `kind`, over `default` where given. Raises ConfigError with one line; `--help` ends the process."""
-    if not {"-h", "--help"}.intersection(argv[: argv.index("--") if "--" in argv else None]):
-        argv = _checked(kind, argv, prog)
+    options = argv[: argv.index("--") if "--" in argv else None]
+    if {*HELP, HELP_ALL}.intersection(options):
+        print(show_help(kind, prog, everything=HELP_ALL in options))
+        raise SystemExit(0)
+    argv = _checked(kind, argv, prog)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -152,7 +156,8 @@ def _checked(kind: type, argv: Sequence[str], prog: str) -> list[str]:
         option = named.get(written.replace("_", "-"))
         if option is None:
             known = [name for name in named if name.startswith("--")]
-            hint = _nearest_flag(written, known) or f"; `{prog} --help` lists all"
+            listing = HELP_ALL if getattr(kind, "ESSENTIAL", ()) else "--help"
+            hint = _nearest_flag(written, known) or f"; `{prog} {listing}` lists all"
             raise ConfigError(f"unknown option `{written}`{hint}")
         if option.switch:
             if given:

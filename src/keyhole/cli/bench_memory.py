@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
@@ -36,6 +36,21 @@ class MemoryOptions(ConfigOptions):
     Patches are made from their index and come through the reader as from files. Exit code 0 where memory is flat, 1
     where it grows with the patches by more than their logits and what two runs differ by.
     """
+
+    EXAMPLES: ClassVar = (
+        "keyhole bench memory --patches 1k,10k,100k,1M --memory 1GB",
+        "keyhole bench memory camelyon16 --patches 10k,50k --json",
+    )
+    ESSENTIAL: ClassVar = (
+        *("recipe", "config", "memory", "patches", "json", "patch.size", "model.encoder", "select.m", "select.chunk"),
+        *("train.batch", "train.precision", "run.device", "run.compile", "print-config"),
+    )
+    IDLE: ClassVar = (
+        *("out", "unreadable", "data.", "augment.", "patch.stride", "patch.level", "patch.mpp", "patch.foreground"),
+        *("patch.min-foreground", "patch.edge", "model.weights", "model.pretrained", "train.epochs", "train.lr"),
+        *("train.encoder-lr", "train.weight-decay", "train.warmup", "train.final-lr", "train.explore", "train.clip"),
+        *("train.balance", "train.metric", "train.patience", "run.log", "run.save-minutes"),
+    )
 
     source: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None
     """Recipe, or YAML file with settings; default is a small one that takes seconds for 100,000 patches."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
@@ -31,6 +31,19 @@ class SpeedOptions(ConfigOptions):
 
     Takes the settings of `keyhole train`. Steps are made in a folder that is removed again; nothing of yours changes.
     """
+
+    EXAMPLES: ClassVar = (
+        "keyhole bench speed runs/one",
+        "keyhole bench speed traffic --data signs.csv --run.threads 4",
+    )
+    ESSENTIAL: ClassVar = (
+        *("recipe", "config", "memory", "steps", "seconds", "json", "data.path", "patch.size", "model.encoder"),
+        *("select.m", "train.batch", "train.precision", "run.device", "run.compile", "run.threads", "print-config"),
+    )
+    IDLE: ClassVar = (
+        *("out", "data.val", "data.test", "data.hash-gb", "train.explore", "train.metric", "train.patience"),
+        *("model.weights", "model.pretrained", "run.log", "run.save-minutes"),
+    )
 
     source: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN-OR-RECIPE")] = None
     """Run folder of `keyhole train`, name of a recipe, or YAML file with settings. Of a run the weights and the images

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, ClassVar, TextIO
 
 import tyro
 
@@ -26,6 +26,19 @@ class CheckOptions(ConfigOptions):
 
     Exit code 1 if anything is wrong. Takes the settings of `keyhole train`, so the same line can be checked first.
     """
+
+    EXAMPLES: ClassVar = (
+        "keyhole check photos --patch.size 100",
+        "keyhole check slides.csv --patch.mpp 0.5 --patch.foreground tissue",
+    )
+    ESSENTIAL: ClassVar = (
+        *("json", "previews", "deep", "recipe", "config", "data.tasks", "data.root", "data.features", "data.masks"),
+        *("data.on-bad-image", "patch.size", "patch.mpp", "patch.foreground", "select.m", "print-config"),
+    )
+    IDLE: ClassVar = (
+        *("out", "unreadable", "augment.", "run.log", "run.save-minutes", "run.retries", "train.metric"),
+        *("train.lr", "train.encoder-lr", "train.weight-decay", "train.final-lr", "train.clip", "train.patience"),
+    )
 
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the report as JSON to a file, or `-` for standard output."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -21,6 +21,15 @@ class EmbedOptions:
 
     `keyhole train DATA --data.features DIR` learns from them. The same line again goes on where it was stopped.
     """
+
+    EXAMPLES: ClassVar = (
+        "keyhole embed slides.csv --encoder resnet50 --pretrained --patch.foreground tissue --out features",
+        "keyhole embed slides --encoder small --width 16 --weights small.safetensors --out features",
+    )
+    ESSENTIAL: ClassVar = (
+        *("out", "encoder", "pretrained", "weights", "patch.size", "patch.mpp", "patch.foreground", "masks", "root"),
+        *("dtype", "device", "on-bad-image", "print-config"),
+    )
 
     data: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     """CSV with `image` (labels are not needed), folder of classes, or any folder of images."""

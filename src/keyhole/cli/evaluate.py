@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -19,6 +19,8 @@ class EvaluateOptions:
     Where the data have a column `annotation` (GeoJSON of QuPath, XML of ASAP), also how much of the attention lies in
     what it outlines.
     """
+
+    EXAMPLES: ClassVar = ("keyhole evaluate runs/one", "keyhole evaluate runs/one --data other.csv --out elsewhere")
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder of `keyhole train`."""

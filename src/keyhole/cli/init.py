@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from keyhole.cli.arguments import ConfigOptions, parse_config, parse_over
 from keyhole.config import Config
@@ -19,6 +20,12 @@ class InitOptions(ConfigOptions):
 
     Values come from the data, but --recipe, --config and flags go over them. Never overwrites a file.
     """
+
+    EXAMPLES: ClassVar = ("keyhole init photos", "keyhole init slides.csv --patch.mpp 0.25 --out slides.yaml")
+    ESSENTIAL: ClassVar = (
+        *("out", "recipe", "config", "memory", "data.tasks", "data.root", "patch.size", "patch.mpp"),
+        *("patch.foreground", "model.encoder", "select.m", "train.epochs", "print-config"),
+    )
 
     out: Path | None = None
     """File to write; default is keyhole.yaml."""

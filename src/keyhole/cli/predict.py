@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -28,6 +28,8 @@ class PredictOptions:
     Writes predictions.csv with one row per image, and a folder per image, which its row names: prediction.json,
     kept.csv, scores.csv, scores.npz, and kept.geojson, which QuPath opens.
     """
+
+    EXAMPLES: ClassVar = ("keyhole predict runs/one new/*.png --out answers",)
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder of `keyhole train`, or the folder of a model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -27,6 +27,8 @@ class ResumeOptions:
 
     On CPU it ends with the same weights as if it had not been stopped.
     """
+
+    EXAMPLES: ClassVar = ("keyhole resume runs/one",)
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder of `keyhole train`."""

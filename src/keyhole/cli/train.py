@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from keyhole.cli.arguments import ConfigOptions, config_with_data, parse_config, print_config
 
@@ -13,6 +14,15 @@ class TrainOptions(ConfigOptions):
 
     Settings: default < --recipe < --config < flags. The result is in the run folder as config.yaml.
     """
+
+    EXAMPLES: ClassVar = (
+        "keyhole train photos --patch.size 100 --select.m 10 --out runs/photos",
+        "keyhole train slides.csv --patch.mpp 0.5 --patch.foreground tissue --memory 5GB --out runs/slides",
+    )
+    ESSENTIAL: ClassVar = (
+        *("out", "recipe", "config", "memory", "data.tasks", "patch.size", "patch.mpp", "patch.foreground"),
+        *("model.encoder", "model.pretrained", "select.m", "train.epochs", "train.lr", "print-config"),
+    )
 
 
 def run(argv: list[str]) -> int:
