@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from keyhole.cli.main import main
 from keyhole.errors import BitsUnknown, ConfigError, ImageError
 from keyhole.images import open_image
+from keyhole.images.openslide import _check_bits, _planes
 from keyhole.images.pixels import eight_bit
 from keyhole.images.scale import given_scale
 
@@ -194,6 +195,18 @@ def test_check_warns_of_pictures_of_one_value_nearly_black_ones_and_further_page
     assert "a/flat.tif: every pixel looked at has one value" in out
     assert "a/dark.tif: nearly black: no pixel looked at is above 6 of 255" in out
     assert "b/pages.tif: of 3 pages the first is read" in out
+
+
+def test_a_makers_slide_of_sixteen_bits_is_refused_and_what_it_says_of_planes_is_told(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", deep(50_000, 3), tile=(16, 16), software="Philips DP v1.0")
+    with pytest.raises(ImageError, match="a slide of 16 bits a value is not read"):
+        open_image(tmp_path / "a.tif")
+    said = {f"zeiss.Information.Image.{name}": value for name, value in {"SizeZ": "5", "SizeT": "1"}.items()}
+    assert _planes(said) == "a stack of pictures (5 along z), of which one is read"
+    deep_slide = {"zeiss.Information.Image.PixelType": "Bgr48", "zeiss.Information.Image.ComponentBitCount": "12"}
+    with pytest.raises(ImageError, match="of which 12 are in use"):
+        _check_bits(tmp_path / "a.czi", deep_slide)
+    _check_bits(tmp_path / "a.czi", {**deep_slide, "zeiss.Information.Image.PixelType": "Bgr24"})
 
 
 # --- transparency, and JPEGs that are refused -----------------------------------------------------------------------

@@ -61,10 +61,16 @@ def make_prediction(
     index = found[best]
     probability = {task.name: task.probability(done.logits[task.name][place].float().cpu().numpy()) for task in tasks}
     unreadable = np.array(sorted(done.batch.unreadable.get(row, ())), np.int64)
+    size, origin = (
+        (source.image.size, source.image.qupath_origin)
+        if isinstance(source, FilePatches)
+        else _slide(item, source, reader)
+    )
     return Prediction(
         name=item.name,
         image=item.image,
-        size=source.image.size if isinstance(source, FilePatches) else _slide_size(item, source, reader),
+        size=size,
+        origin=origin,
         tasks=tuple(tasks),
         probability={task.name: by_class(task, probability[task.name]) for task in tasks},
         label={task.name: task.label(probability[task.name]) for task in tasks},
@@ -159,16 +165,20 @@ def _geometry(source: FilePatches | FeaturePatches) -> dict[str, Any]:
     return about | {"mpp": None if mpp is None else mpp * grid.scale, "scale": grid.scale, "edge": source.grid.edge}
 
 
-def _slide_size(item: Item, source: FeaturePatches, reader: Reader) -> Size:
-    """Level 0 of the slide that features are from: as they say, else as the slide does, else what holds them all."""
-    if source.grid.l0_size is not None:
-        return source.grid.l0_size
+def _slide(item: Item, source: FeaturePatches, reader: Reader) -> tuple[Size, tuple[int, int]]:
+    """Size of the slide that features are from, and QuPath's origin on it.
+
+    As the features say, else as the slide does, else what holds them all, counted from the corner.
+    """
+    stated, origin = source.grid.l0_size, source.grid.qupath_origin
+    if stated is not None and origin is not None:
+        return stated, origin
     if item.image != item.features and os.path.exists(item.image):  # noqa: PTH110 - raises nothing on a long name
 
-        def look() -> Size:
+        def look() -> tuple[Size, tuple[int, int]]:
             with open_image(item.image) as image:
-                return image.size
+                return stated or image.size, origin or image.qupath_origin
 
         with suppress(ImageError):  # its features are what was asked for
             return reader.run(item.name, look)
-    return source.grid.extent
+    return stated or source.grid.extent, origin or (0, 0)

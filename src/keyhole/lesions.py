@@ -140,7 +140,7 @@ def judge(prediction: Prediction, annotation: Path, on_bad: Literal["fail", "ski
     if not prediction.kept.boxes[:, 2:].all():
         return "stored features without coordinates, so it is not known where on the slide they are from"
     try:
-        return lesion_share(prediction, read_regions(annotation))
+        return lesion_share(prediction, read_regions(annotation, prediction.origin))
     except DataError as error:
         if on_bad == "fail":
             raise DataError(f"{error} Or leave such annotations out: --on-bad-image skip.") from error

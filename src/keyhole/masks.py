@@ -28,21 +28,24 @@ _EIGHT_BITS = (2, 4, 6)
 _BAND_PIXELS = 2**22
 
 
-def read_mask(path: str | Path, l0_size: Size, longest: int = LONGEST) -> NDArray[np.bool_]:
+def read_mask(
+    path: str | Path, l0_size: Size, longest: int = LONGEST, origin: tuple[int, int] = (0, 0)
+) -> NDArray[np.bool_]:
     """The mask (rows, cols) of an image from a file, at most `longest` cells on its longest side.
 
     PNG: where a pixel is not black and not wholly transparent, there is foreground; palettes are applied. The picture
     covers the whole image, at any resolution. A cell is foreground if any of its pixels is.
 
-    GeoJSON (`.geojson`, `.json`): the polygons of QuPath's objects in level-0 pixels, holes left out. Areas of the
-    class `Ignore*` are cut out of all others; every other class counts, `Region*` included. A cell is foreground if a
-    polygon touches it, so that an annotation smaller than a cell is not lost, and cut out if its centre is in an
-    `Ignore*`.
+    GeoJSON (`.geojson`, `.json`): the polygons of QuPath's objects in level-0 pixels from `origin`, holes left out.
+    Areas of the class `Ignore*` are cut out of all others; every other class counts, `Region*` included. A cell is
+    foreground if a polygon touches it, so that an annotation smaller than a cell is not lost, and cut out if its centre
+    is in an `Ignore*`.
 
     Args:
         path: the mask.
         l0_size: width and height of the image it belongs to.
         longest: as above.
+        origin: `Image.qupath_origin` of the image. A PNG covers all of level 0, whatever QuPath shows.
 
     Raises:
         ImageError: of the mask's file: not there, damaged, too large, of another kind, or of other proportions.
@@ -51,7 +54,7 @@ def read_mask(path: str | Path, l0_size: Size, longest: int = LONGEST) -> NDArra
     with faults_of(path, "this mask cannot be read"), path.open("rb") as file:
         head = file.read(26)
     if path.suffix.lower() in GEOJSON_SUFFIXES:
-        return _from_outlines(path, l0_size, longest)
+        return _from_outlines(path, l0_size, longest, origin)
     if not head.startswith(_SIGNATURE) or len(head) < 26:
         raise ImageError(
             path, f"this mask is no PNG. Expected a PNG or GeoJSON of QuPath ({', '.join(MASK_SUFFIXES)})."
@@ -59,9 +62,9 @@ def read_mask(path: str | Path, l0_size: Size, longest: int = LONGEST) -> NDArra
     return _from_png(path, head, l0_size, longest)
 
 
-def _from_outlines(path: Path, l0_size: Size, longest: int) -> NDArray[np.bool_]:
+def _from_outlines(path: Path, l0_size: Size, longest: int, origin: tuple[int, int]) -> NDArray[np.bool_]:
     try:
-        regions = read_geojson(path)
+        regions = read_geojson(path, origin)
     except DataError as error:
         raise ImageError(path, str(error).removeprefix(str(path)).lstrip(":, ")) from error
     cell = max(1.0, max(l0_size) / longest)

@@ -164,6 +164,7 @@ class Prediction:
             pixel read), and edge, the rule for patches over the border. Of stored features not `edge` but `features`,
             the file, and `size_known`, False where the size is told from the coordinates.
         model: which model said so.
+        origin: level-0 x, y from which QuPath counts on this image; (0, 0) but for slides that state bounds.
         unreadable: (k, 4) boxes of the patches that could not be read; None if all could.
         pictures: pixels that show it; None where they were not asked for.
     """
@@ -180,6 +181,7 @@ class Prediction:
     model: str = ""
     unreadable: NDArray[np.int64] | None = None
     pictures: Pictures | None = None
+    origin: tuple[int, int] = (0, 0)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the score of every patch, as a plain dict."""
@@ -189,6 +191,7 @@ class Prediction:
             "name": self.name,
             "image": str(self.image),
             "size": {"width": self.size.width, "height": self.size.height},
+            "qupath_origin": list(self.origin),
             "tasks": {
                 task.name: {
                     "kind": task.kind,

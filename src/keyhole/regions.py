@@ -53,8 +53,12 @@ class Region:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_regions(path: str | Path) -> list[Region]:
-    """The regions of a GeoJSON or ASAP XML file, told apart by its suffix.
+def read_regions(path: str | Path, origin: tuple[int, int] = (0, 0)) -> list[Region]:
+    """The regions of a GeoJSON or ASAP XML file, told apart by its suffix, in level-0 pixels.
+
+    Args:
+        path: the file.
+        origin: `Image.qupath_origin` of the image, which GeoJSON counts from; ASAP counts from the corner of level 0.
 
     Raises:
         DataError: another suffix, or as `read_geojson` and `read_asap_xml`.
@@ -62,7 +66,7 @@ def read_regions(path: str | Path) -> list[Region]:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix in GEOJSON_SUFFIXES:
-        return read_geojson(path)
+        return read_geojson(path, origin)
     if suffix == ASAP_SUFFIX:
         return read_asap_xml(path)
     raise DataError(
@@ -70,8 +74,8 @@ def read_regions(path: str | Path) -> list[Region]:
     )
 
 
-def read_geojson(path: str | Path) -> list[Region]:
-    """Polygons of a GeoJSON file in level-0 pixels, as QuPath exports them.
+def read_geojson(path: str | Path, origin: tuple[int, int] = (0, 0)) -> list[Region]:
+    """Polygons of a GeoJSON file in level-0 pixels, as QuPath exports them: counted from `origin`, and moved by it.
 
     A FeatureCollection, a list of features, one feature or one geometry. A MultiPolygon becomes a region per polygon.
     Points, lines and rings of fewer than three points have no area and cover nothing; a file of nothing else is an
@@ -99,6 +103,7 @@ def read_geojson(path: str | Path) -> list[Region]:
         name = _name(feature.get("properties"))
         for rings in _polygons(where, geometry):
             outer, *holes = (_ring(where, ring) for ring in rings)
+            outer, holes = outer + origin, [hole + origin for hole in holes]
             if len(outer) >= 3:
                 regions.append(Region((outer, *(hole for hole in holes if len(hole) >= 3)), name))
     if features and not regions:

@@ -95,7 +95,7 @@ class ResidentImage(Image):
     def __init__(self, image: Image, level: int, bits: int | None = None) -> None:
         self.path, self.size, self.levels, self.mpp = image.path, image.size, image.levels, image.mpp
         self.channels, self.background, self.mpp_note = image.channels, image.background, image.mpp_note
-        self.note, self.bits = image.note, image.bits
+        self.note, self.bits, self.qupath_origin = image.note, image.bits, image.qupath_origin
         self.level, self._given_bits = level, bits
         width, height = image.levels[level].size
         self._pixels = np.empty((height, width, image.channels), np.uint8)
@@ -229,7 +229,7 @@ class ImageStore:
                 with _opened(path, bits) as image:
                     if kind == "mask":
                         assert mask is not None
-                        self.masks[key] = read_mask(mask, image.size)
+                        self.masks[key] = read_mask(mask, image.size, origin=image.qupath_origin)
                     else:
                         self.masks[key] = foreground(image, kind)
             return self.masks[key]

@@ -28,6 +28,7 @@ LARGEST_COORDINATE = 2**31 - 1
 ATTRIBUTES = (
     *("patch_size", "patch_size_level0", "patch_level", "downsample", "custom_downsample", "overlap", "level_dim"),
     *("level0_magnification", "target_magnification", "level0_width", "level0_height", "mpp", "stride", "edge"),
+    "qupath_origin",
 )
 """What a file may say of its patches, under the names of CLAM, TRIDENT and keyhole."""
 

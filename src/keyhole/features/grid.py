@@ -45,6 +45,7 @@ class FeatureGrid:
         mpp: microns per pixel read, where the file says.
         known: whether the size is as the file says, and not told from the coordinates.
         l0_size: width and height of level 0, where the file says.
+        qupath_origin: level-0 x, y from which QuPath counts on the slide, where the file says, as ours do.
     """
 
     def __init__(self, n: int, coords: NDArray[np.int32] | None, attributes: Mapping[str, Any]) -> None:
@@ -61,6 +62,7 @@ class FeatureGrid:
         level, self.mpp = _number(attributes, "patch_level", zero=True), _number(attributes, "mpp")
         self.level = None if level is None else int(level)
         self.l0_size = _extent(attributes)
+        self.qupath_origin = _origin(attributes)
         self.rows, self.columns = 1, n
         self._g_origin: NDArray[np.int64] | None = None
         self._exact_step = exact
@@ -190,6 +192,11 @@ def _extent(attributes: Mapping[str, Any]) -> Size | None:
     if None in sides and _number(attributes, "patch_level", zero=True) == 0:
         sides = [_number(attributes, "level_dim", place=place) for place in (0, 1)]
     return None if None in sides else Size(*(round(side or 0) for side in sides))
+
+
+def _origin(attributes: Mapping[str, Any]) -> tuple[int, int] | None:
+    x, y = (_number(attributes, "qupath_origin", zero=True, place=place) for place in (0, 1))
+    return None if x is None or y is None else (round(x), round(y))
 
 
 def _number(attributes: Mapping[str, Any], name: str, *, zero: bool = False, place: int = 0) -> float | None:

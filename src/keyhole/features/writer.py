@@ -86,6 +86,7 @@ class FeatureWriter:
             "edge": grid.edge,
             "level0_width": image.size.width,
             "level0_height": image.size.height,
+            "qupath_origin": image.qupath_origin,
             "name": Path(image.path).stem,
         }
         if image.mpp is not None:

@@ -39,6 +39,7 @@ class Image(ABC):
         mpp_note: "", or why `mpp` is None although the file says something: "the file says 0.25 x 0.5 um per pixel".
         note: "", or what of the file is not read: "of 3 pages the first is read".
         channels: 1 (grey) or 3 (RGB).
+        qupath_origin: level-0 x, y of the corner from which QuPath counts: that of the bounds that a slide states.
         bits: of a stored value that are in use: 8, or what other values are scaled by.
         background: value of pixels outside the image.
     """
@@ -54,6 +55,7 @@ class Image(ABC):
     note: str = ""
     channels: int = 3
     bits: int = 8
+    qupath_origin: tuple[int, int] = (0, 0)
     background: int = 255
 
     @classmethod

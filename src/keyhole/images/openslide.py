@@ -52,7 +52,8 @@ class OpenSlideImage(Image):
         with faults_of(path, "damaged slide"), path.open("rb") as file:
             head = file.read(64)
         if is_tiff(head):
-            check_tiles(path)  # libopenslide ends the process where an allocation fails
+            # libopenslide ends the process where an allocation fails, and keeps the highest eight bits of 16
+            check_tiles(path, most_bits=8)
         self._lock = threading.Lock()
         slide = self._open()
         with faults_of(path, "damaged slide"):
@@ -61,6 +62,9 @@ class OpenSlideImage(Image):
             downsamples = slide.level_downsamples
             _check_declared(path, properties, len(sizes))
             self.mpp, self.mpp_note = _scale(properties)
+            self.qupath_origin = _bounds_corner(properties)
+            self.note = _planes(properties)
+            _check_bits(path, properties)
         kept = [k for k, size in enumerate(sizes) if k == 0 or same_shape(sizes[0], size)]
         self._numbers = tuple(kept)  # OpenSlide's own of the levels
         self._downsamples = tuple(downsamples[k] for k in kept)
@@ -142,6 +146,27 @@ def _check_declared(path: Path, properties: Mapping[str, str], levels: int) -> N
         sides = [properties.get(f"openslide.level[{level}].tile-{side}", "") for side in ("width", "height")]
         if all(side.isdigit() for side in sides):
             check_segment(path, Size(int(sides[0]), int(sides[1])))
+
+
+def _bounds_corner(properties: Mapping[str, str]) -> tuple[int, int]:
+    """Where the bounds begin in which the scanner saw something; QuPath crops a slide to them and counts from there."""
+    x, y = (properties.get(f"openslide.bounds-{axis}", "0") for axis in "xy")
+    return (int(x), int(y)) if x.isdigit() and y.isdigit() else (0, 0)
+
+
+def _planes(properties: Mapping[str, str]) -> str:
+    """What is not read of a Zeiss slide with several planes or points in time: OpenSlide takes the first."""
+    counts = {axis: properties.get(f"zeiss.Information.Image.Size{axis.upper()}", "1") for axis in "zt"}
+    many = [f"{count} along {axis}" for axis, count in counts.items() if count.isdigit() and int(count) > 1]
+    return f"a stack of pictures ({', '.join(many)}), of which one is read" if many else ""
+
+
+def _check_bits(path: Path, properties: Mapping[str, str]) -> None:
+    """Refuse a Zeiss slide of 16 bits a value of which fewer are in use: OpenSlide keeps the highest eight of them."""
+    kind = properties.get("zeiss.Information.Image.PixelType", "").lower()
+    bits = properties.get("zeiss.Information.Image.ComponentBitCount", "16")
+    if kind == "bgr48" and bits != "16":
+        raise ImageError(path, f"16 bits a value, of which {bits} are in use, would be nearly black. Export it with 8.")
 
 
 def _scale(properties: Mapping[str, str]) -> Scale:

@@ -84,14 +84,22 @@ def open_pages(path: Path) -> Iterator[tuple[Any, ShortTables]]:
             yield tif, short
 
 
-def check_tiles(path: Path) -> None:
+def check_tiles(path: Path, most_bits: int = 16) -> None:
     """Refuses a TIFF that would take OpenSlide, and with it the process, down: tiles of gigabytes, loops, a cut end.
+
+    Args:
+        path: the file.
+        most_bits: of a value in a tiled page.
 
     Raises:
         ImageError: with the reason.
     """
     with open_pages(path) as (tif, short):
         for page in tif.pages:
+            if page.is_tiled and isinstance(page.bitspersample, int) and page.bitspersample > most_bits:
+                raise ImageError(
+                    path, f"a slide of {page.bitspersample} bits a value is not read. Export it with 8 bits."
+                )
             if page.is_tiled:
                 check_segment(path, Size(page.tilewidth, page.tilelength))
             elif not page.is_ndpi:  # a Hamamatsu page is one strip with restart marks inside

@@ -1,7 +1,8 @@
 """The kept patches as GeoJSON that QuPath opens: File > Import objects, or drop the file on the image.
 
-Structure after RFC 7946, except that coordinates are level-0 pixels, x to the right and y down, as QuPath has it;
-properties are those that QuPath (0.4 and later) writes itself.
+Structure after RFC 7946, except that coordinates are level-0 pixels, x to the right and y down, as QuPath has it:
+counted from the corner of the bounds that a slide states (`Image.qupath_origin`), to which QuPath crops it. Properties
+are those that QuPath (0.4 and later) writes itself.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def kept_geojson(prediction: Prediction) -> dict[str, Any]:
         x, y, width, height = patch["box"]
         if not width * height:
             continue
+        x, y = x - prediction.origin[0], y - prediction.origin[1]
         # Exterior rings turn counter-clockwise in the axes of the RFC and end where they begin.
         ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
         features.append(

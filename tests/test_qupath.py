@@ -1,0 +1,132 @@
+"""QuPath counts from the corner of a slide's bounds, and everything else from the corner of level 0."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from make_slides import write_vendors
+from numpy.typing import NDArray
+from test_predict import random_predictor
+
+import keyhole
+from keyhole.cli.main import main
+from keyhole.config import PatchConfig, SelectConfig
+from keyhole.images import open_image
+from keyhole.lesions import LesionShare, judge
+from keyhole.predict import Predictor
+from keyhole.prediction import Prediction, write_prediction
+from keyhole.regions import read_regions
+
+ORIGIN = 96, 64
+"""Corner of the bounds of the Leica slide, which are half its width and height."""
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide of which the scanner saw a part."""
+    return write_vendors(tmp_path_factory.mktemp("slides"))["leica"].path
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return random_predictor(PatchConfig(size=32), SelectConfig(m=3))
+
+
+@pytest.fixture(scope="module")
+def prediction(slide: Path, predictor: Predictor) -> Prediction:
+    return predictor.predict(slide)
+
+
+def corners(geojson: Path) -> NDArray[np.int64]:
+    features = json.loads(geojson.read_text())["features"]
+    return np.array([np.min(feature["geometry"]["coordinates"][0], axis=0) for feature in features])
+
+
+def write_geojson(path: Path, *boxes: tuple[int, int, int, int]) -> Path:
+    """Rectangles as QuPath exports them."""
+    rings = [[[x, y], [x + w, y], [x + w, y + h], [x, y + h], [x, y]] for x, y, w, h in boxes]
+    features = [
+        {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}} for ring in rings
+    ]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def write_asap(path: Path, x: int, y: int, w: int, h: int) -> Path:
+    points = enumerate([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])
+    ring = "".join(f'<Coordinate Order="{n}" X="{a}" Y="{b}"/>' for n, (a, b) in points)
+    path.write_text(
+        f'<ASAP_Annotations><Annotations><Annotation Name="a" Type="Polygon"><Coordinates>{ring}</Coordinates>'
+        "</Annotation></Annotations></ASAP_Annotations>"
+    )
+    return path
+
+
+def test_what_is_written_for_qupath_is_moved_and_all_else_stays_in_level_0(
+    slide: Path, prediction: Prediction, tmp_path: Path
+) -> None:
+    files = write_prediction(prediction, tmp_path)
+    with open_image(slide) as image:
+        assert image.qupath_origin == prediction.origin == ORIGIN
+    boxes = prediction.kept.boxes
+    np.testing.assert_array_equal(corners(files["kept.geojson"]), boxes[:, :2] - ORIGIN)
+    with files["kept.csv"].open(newline="") as file:
+        np.testing.assert_array_equal([[int(row["x"]), int(row["y"])] for row in csv.DictReader(file)], boxes[:, :2])
+    written = json.loads(files["prediction.json"].read_text())
+    assert [patch["box"] for patch in written["kept"]["patches"]] == boxes.tolist()
+    assert written["qupath_origin"] == list(ORIGIN)
+
+
+def test_a_round_trip_through_qupath_is_the_same_place_as_mask_and_as_annotation(
+    slide: Path, prediction: Prediction, tmp_path: Path, predictor: Predictor
+) -> None:
+    outlines = write_prediction(prediction, tmp_path)["kept.geojson"]
+    regions = read_regions(outlines, prediction.origin)
+    boxes = [(*region.rings[0].min(axis=0), *np.ptp(region.rings[0], axis=0)) for region in regions]
+    np.testing.assert_array_equal(boxes, prediction.kept.boxes)
+    share = judge(prediction, outlines)
+    assert isinstance(share, LesionShare)
+    assert share.kept == 1
+    assert share.attention["color"] == pytest.approx(1)
+    masked = random_predictor(PatchConfig(size=32, foreground="mask"), SelectConfig(m=3))
+    again = masked.predict(slide, mask=outlines)
+    assert again.scores is not None
+    seen = again.scores.boxes(again.scores.index)
+    assert sorted(seen.tolist()) == sorted(prediction.kept.boxes.tolist())
+
+
+def test_asap_counts_from_level_0_and_qupath_from_the_bounds(prediction: Prediction, tmp_path: Path) -> None:
+    x, y, width, height = prediction.kept.boxes[0].tolist()
+    left, top = ORIGIN
+    same = [
+        write_asap(tmp_path / "a.xml", x, y, width, height),
+        write_geojson(tmp_path / "a.geojson", (x - left, y - top, width, height)),
+    ]
+    for path in same:
+        share: Any = judge(prediction, path)
+        assert share.kept == pytest.approx(1 / 3)
+    other: Any = judge(prediction, write_asap(tmp_path / "b.xml", x - left, y - top, width, height))
+    assert other != share
+
+
+def test_features_carry_the_origin_of_their_slide(slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "slides.csv").write_text(f"image,label\n{slide},a\n")
+    made = ["embed", str(tmp_path / "slides.csv"), "--encoder", "small", "--width", "4", "--patch.size", "32"]
+    weights = tmp_path / "small.safetensors"
+    from safetensors.torch import save_file
+
+    from keyhole.nn import SmallEncoder
+
+    save_file(SmallEncoder(channels=3, width=4).state_dict(), str(weights))
+    assert main([*made, "--weights", str(weights), "--out", str(tmp_path / "features")]) == 0
+    (file,) = (tmp_path / "features").rglob("*.h5")
+    source = keyhole.features.FeatureOpener(file, "a")()
+    try:
+        assert source.grid.qupath_origin == ORIGIN
+    finally:
+        source.close()
