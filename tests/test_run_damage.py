@@ -113,7 +113,7 @@ def test_resume_looks_at_the_best_model_before_it_learns(
     assert "the best model of another run" in said(capsys, "resume", run, "--train.epochs", 3)
     assert "the best model of another run" in said(capsys, "evaluate", run)
     best.unlink()
-    assert f"{best}: there is no such file" in said(capsys, "resume", run, "--train.epochs", 3)
+    assert f"{best}: missing. Restore it from a copy" in said(capsys, "resume", run, "--train.epochs", 3)
 
 
 def test_a_damaged_journal_is_refused_and_may_be_deleted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

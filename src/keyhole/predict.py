@@ -110,7 +110,10 @@ class Predictor:
         parse_share(unreadable)
         folder = path / "best" if (path / "best").is_dir() else path
         if not folder.is_dir() or not (folder / "model.safetensors").is_file():
-            hint = "its first epoch is not finished" if (path / "last.safetensors").is_file() else "give a run folder"
+            hint = "give a run folder"
+            if (path / "last.safetensors").is_file():
+                begun = (path / "metrics.csv").is_file()
+                hint = "restore the folder best from a copy" if begun else "its first epoch is not finished"
             raise RunError(f"{path}: there is no model in it (no model.safetensors); {hint}")
         weights, info = read_tensors(folder / "model.safetensors")
         chosen = choose_device(device)

@@ -36,7 +36,7 @@ from keyhole.training.lock import RunLock
 from keyhole.training.loggers import check_loggers
 from keyhole.training.run import Log, Run, check_new, read_rows
 from keyhole.training.score import choose_metric
-from keyhole.training.seal import LAST, check_files, check_images, more_epochs, read_state, sealed_config
+from keyhole.training.seal import LAST, LEFT_OUT, check_files, check_images, more_epochs, read_state, sealed_config
 from keyhole.training.setup import Images, absolute, new_model, new_optimizer, scan, targets, with_features
 from keyhole.training.state import State
 
@@ -114,8 +114,7 @@ class Job:
 def add_left_out(run: Run, reasons: Mapping[str, str]) -> None:
     """Adds to the run's left_out.csv what is not in it yet."""
     path = run.path / "left_out.csv"
-    remedy = "Restore it from a copy, or delete it: it then lists what fails from now on."
-    known = {row["name"]: row["reason"] for row in read_rows(path, remedy, ("name", "reason"))}
+    known = {row["name"]: row["reason"] for row in read_rows(path, LEFT_OUT, ("name", "reason"))}
     write_left_out(path, ({**reasons, **known}).items())
 
 

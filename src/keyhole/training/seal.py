@@ -28,6 +28,7 @@ from keyhole.wording import listed as listed_names
 
 LAST = "Restore it from a copy, or train again into another folder."
 """What to do about a file that a run cannot write again."""
+LEFT_OUT = "Restore it from a copy, or delete it: it then lists what fails from now on."
 
 
 def file_digest(path: Path) -> str:
@@ -127,7 +128,7 @@ def check_images(
     changed |= changed_files(unopened, sizes)
     again = "Delete it: the next epochs list again what they cannot read."
     unreadable = {row.get("image") for row in read_rows(run / "unreadable.csv", again)}
-    listed = unreadable | {row.get("name") for row in read_rows(run / "left_out.csv")}
+    listed = unreadable | {row.get("name") for row in read_rows(run / "left_out.csv", LEFT_OUT)}
     repaired = {name for name, what in changed.items() if name in listed or (unreadable and what == OTHER_CONTENT)}
     wrong = {name: what for name, what in changed.items() if name not in repaired}
     if wrong:
@@ -230,6 +231,8 @@ def _filled(row: Mapping[str, str]) -> dict[str, str]:
 def _check_best(folder: Path, state: State) -> str:
     """A kill may have come between a new best model and the state after it, so that of the next epoch is right."""
     path = folder / "model.safetensors"
+    if not path.is_file():
+        raise RunError(f"{path}: missing. {LAST}")
     _, info = read_tensors(path, LAST)
     if info.get("run") != state.run:
         raise RunError(f"{path}: the best model of another run. {LAST}")
@@ -238,7 +241,7 @@ def _check_best(folder: Path, state: State) -> str:
     about = folder / "model.json"
     text = json.dumps(info, indent=2) + "\n"
     try:
-        if about.is_file() and not isinstance(json.loads(about.read_bytes()), dict):
+        if about.is_file() and not isinstance(json.loads(about.read_bytes().decode()), dict):
             raise ValueError("not a description")
     except (ValueError, RecursionError) as error:
         raise RunError(f"{about}: damaged ({error}). Delete it: resume writes it again.") from error
