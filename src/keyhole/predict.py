@@ -307,7 +307,7 @@ class Predictor:
                     progress.update(images=len(each))
         finally:
             if progress is not None:
-                progress.__exit__(None, None, None)
+                progress.__exit__(*sys.exc_info())  # after an error no line says that all is done
             if own is not None:
                 own.close()
 
