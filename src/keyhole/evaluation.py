@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import numpy as np
 
 import keyhole
 from keyhole.config import Config
+from keyhole.config_file import load_config
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
 from keyhole.data.moved import check_same, stored_hashes
@@ -22,6 +24,7 @@ from keyhole.errors import DataError, KeyholeError, RunError
 from keyhole.evaluation_folder import Subject, open_folder, remove_others
 from keyhole.evaluation_notes import seen_in_training, unfinished
 from keyhole.files import file_names, writable_folder, write_atomic
+from keyhole.learning import Learning, judge_task, unevenness
 from keyhole.lesions import Judged, Lesions, check_annotations, judge, lesion_means, lesion_table
 from keyhole.metrics import TaskMetrics, evaluate_task, evaluation_json, format_lines
 from keyhole.predict import Predictor
@@ -45,6 +48,7 @@ class Evaluation:
         left_out: images that could not be read, with the reason.
         notes: what a reader of the figures should know.
         lesions: how much of the attention lies in annotated lesions; None where no image has an annotation.
+        warnings: what speaks against the model, such as that it is no better than guessing.
     """
 
     path: Path
@@ -52,6 +56,7 @@ class Evaluation:
     left_out: dict[str, str]
     notes: tuple[str, ...] = ()
     lesions: Lesions | None = None
+    warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The figures, as `accuracy 0.935 [0.900 0.965]`, and where the files are."""
@@ -60,7 +65,8 @@ class Evaluation:
             lines += self.lesions.lines()
         if self.left_out:
             lines.append(f"left out {len(self.left_out)} images; they are listed in {self.path / 'left_out.csv'}")
-        return [*lines, f"contact sheet: {self.path / 'contact_sheet.png'}", f"all files: {self.path}"]
+        lines += [f"contact sheet: {self.path / 'contact_sheet.png'}", f"all files: {self.path}"]
+        return [*lines, *self.warnings]
 
 
 def evaluate(
@@ -120,6 +126,7 @@ def evaluate(
     if on_bad_image == "fail":
         check_annotations(items)
     judged: dict[str, Judged] = {}
+    uneven: list[dict[str, float]] = []
     examples = Examples(predictor.tasks[0])
 
     def predictions() -> Iterator[Prediction]:
@@ -135,6 +142,7 @@ def evaluate(
         ):
             examples.add(item, prediction)
             seen.append((item, {name: np.array(list(of.values())) for name, of in prediction.probability.items()}))
+            uneven.append(unevenness(prediction.kept.attention))
             if item.annotation is not None:
                 judged[item.name] = judge(prediction, item.annotation, on_bad_image)
             yield prediction
@@ -158,6 +166,9 @@ def evaluate(
     about["confusion_files"] = {
         result.task.name: f"confusion_{tables[result.task]}.csv" for result in metrics if _has_table(result)
     }
+    learning = _learning(predictor.tasks, manifest, seen, uneven, split)
+    config = _config_of(run)
+    about["learning"] = learning.to_json(config)
     found = evaluation_json(metrics, **about)
     write_atomic(folder / "metrics.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
     write_left_out(folder / "left_out.csv", left_out.items())
@@ -170,7 +181,7 @@ def evaluate(
         contact_sheet(shown, folder / "contact_sheet.png", title)
     lesions_written, sheet_written = ["lesions.csv"] * bool(judged), ["contact_sheet.png"] * bool(shown)
     remove_others(folder, [*about["confusion_files"].values(), *lesions_written, *sheet_written])
-    return Evaluation(folder, metrics, left_out, tuple(notes), lesions)
+    return Evaluation(folder, metrics, left_out, tuple(notes), lesions, tuple(learning.lines(config)))
 
 
 def _notes(run: Path, subject: Subject, manifest: Manifest) -> list[str]:
@@ -205,6 +216,37 @@ def _metrics(task: Task, manifest: Manifest, seen: Sequence[tuple[Item, dict[str
     targets = np.stack([manifest.target(item, task) for item, _ in seen])
     probabilities = np.stack([probability[task.name] for _, probability in seen])
     return evaluate_task(task, targets, probabilities, [item.group for item, _ in seen])
+
+
+def _learning(
+    tasks: Sequence[Task],
+    manifest: Manifest,
+    seen: Sequence[tuple[Item, dict[str, np.ndarray]]],
+    uneven: Sequence[Mapping[str, float]],
+    split: str,
+) -> Learning:
+    groups = [item.group for item, _ in seen]
+    return Learning(
+        f"the {len(seen)} {split} images",
+        tuple(
+            judge_task(
+                task,
+                np.stack([manifest.target(item, task) for item, _ in seen]),
+                np.stack([probability[task.name] for _, probability in seen]),
+                [each[task.name] for each in uneven],
+                groups,
+            )
+            for task in tasks
+        ),
+    )
+
+
+def _config_of(run: Path) -> Config | None:
+    """The settings of a run, for advice alone: what the folder of a model does not have is not missed."""
+    path = run / "config.yaml"
+    with suppress(KeyholeError):
+        return load_config(path) if path.is_file() else None
+    return None
 
 
 def _has_table(result: TaskMetrics) -> bool:

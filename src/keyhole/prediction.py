@@ -22,6 +22,7 @@ import keyhole
 from keyhole.errors import OutputError, RunError
 from keyhole.files import atomic_file, writable_folder, write_atomic
 from keyhole.images.geometry import Size
+from keyhole.learning import unevenness
 from keyhole.report.geojson import kept_geojson
 from keyhole.tasks import Task
 from keyhole.wording import distinct
@@ -245,11 +246,17 @@ def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Pa
 
 @dataclass(frozen=True)
 class TableRow:
-    """One image's row of predictions.csv: names of the columns, what stands in them, and how many patches failed."""
+    """One image's row of predictions.csv: names of the columns, what stands in them, and how many patches failed.
+
+    `probability` and `uneven` are not written: by task what is said, and how far its attention is from equal
+    (`learning.unevenness`).
+    """
 
     header: list[str]
     cells: list[str]
     unreadable: int
+    probability: dict[str, list[float]] = field(default_factory=dict)
+    uneven: dict[str, float] = field(default_factory=dict)
 
 
 def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, folder: str | None = None) -> TableRow:
@@ -264,7 +271,13 @@ def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, fo
         said = prediction.probability[task.name]
         cells += [repr(said["value"]) if task.kind == "regression" else prediction.label[task.name]]
         cells += [repr(said[name]) for name in task.classes]
-    return TableRow(distinct(header), cells, 0 if prediction.unreadable is None else len(prediction.unreadable))
+    return TableRow(
+        distinct(header),
+        cells,
+        0 if prediction.unreadable is None else len(prediction.unreadable),
+        {task: list(said.values()) for task, said in prediction.probability.items()},
+        unevenness(prediction.kept.attention),
+    )
 
 
 def write_table(

@@ -136,6 +136,8 @@ class Loop:
                 for logger in loggers:
                     logger.log(row, job.state.epoch)
             predict_splits(job, self.pace, self.interrupt)
+            for line in job.run.learning.get("lines", ()):
+                job.log(line)
             if job.state.left_out:
                 say(f"left out {len(job.state.left_out)} images that failed; they are listed in left_out.csv")
         except StopRequested as stop:

@@ -8,6 +8,7 @@ RUN/config.yaml              resolved configuration, itself a valid --config
     best/                    model.safetensors and model.json, loadable alone
     last.safetensors         state to resume from
     predictions/SPLIT.csv    one row per image, by the best model
+    learning.json            whether the best model is better than guessing
     log.txt
     lock                     there while a process writes the run
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import platform
 import sys
@@ -93,6 +95,18 @@ class Run:
         """Description of the best model: epoch, metric, tasks, settings."""
         return read_info(self.path / "best" / "model.safetensors")
 
+    @property
+    def learning(self) -> dict[str, Any]:
+        """Whether the best model is better than guessing, and what was looked at; empty before the run is finished."""
+        path = self.path / "learning.json"
+        if not path.is_file():
+            return {}
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found | {"lines": [str(line) for line in found["lines"]]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: damaged ({error!r}). Delete it; keyhole evaluate says the same.") from error
+
     def predictor(self, device: str = "auto") -> Predictor:
         """The best model, ready to predict."""
         from keyhole.predict import load
@@ -106,6 +120,9 @@ class Run:
         if best.get("metric") and best.get("value") is not None:
             lines[0] += f", {best['metric']} {best['value']:.4f} on the validation split"
         lines.append(f"run folder: {self.path}")
+        learning = self.learning
+        if learning.get("epoch") == best["epoch"]:
+            lines += learning["lines"]
         return lines
 
 

@@ -6,14 +6,18 @@ Both are written down as they go where an image has very many patches, so that a
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from keyhole.data.item import Item
 from keyhole.errors import DataError
+from keyhole.files import write_atomic
+from keyhole.learning import Learning, judge_task
 from keyhole.memory.pace import Pace
 from keyhole.metrics import point_metrics
 from keyhole.nn import total_loss
@@ -127,5 +131,36 @@ def predict_splits(job: Job, pace: Pace, interrupt: Interrupt) -> None:
             done[item.name] = table_row(prediction)
             if job.images.counts[item.name] >= MANY:
                 journal.add({"row": dataclasses.asdict(done[item.name])})
-        write_table((done[item.name] for item in items if item.name in done), folder / f"{split}.csv")
+        rows = [(item, done[item.name]) for item in items if item.name in done]
+        write_learning(job, split, rows)
+        write_table((row for _, row in rows), folder / f"{split}.csv")
         journal.end()
+
+
+def write_learning(job: Job, split: str, rows: Sequence[tuple[Item, TableRow]]) -> None:
+    """Writes learning.json, whether the best model is better than guessing on the images of a split.
+
+    The validation split says so unless its labels do not tell, as where they are of one class; then training does.
+    """
+    rows = [(item, row) for item, row in rows if row.probability]
+    if not rows:
+        return
+    groups = [item.group for item, _ in rows]
+    learning = Learning(
+        f"the {len(rows)} {'validation' if split == 'val' else 'training'} images",
+        tuple(
+            judge_task(
+                task,
+                np.stack([job.manifest.target(item, task) for item, _ in rows]),
+                np.array([row.probability[task.name] for _, row in rows]),
+                [row.uneven[task.name] for _, row in rows],
+                groups,
+            )
+            for task in job.tasks
+        ),
+    )
+    path = job.run.path / "learning.json"
+    if split == "val" and learning.learned is None and path.is_file():
+        return
+    found = {"epoch": job.state.best_epoch, "split": split, **learning.to_json(job.config)}
+    write_atomic(path, json.dumps(found, indent=2) + "\n")
