@@ -525,3 +525,67 @@ def test_a_fix_is_whole_whatever_dots_the_problem_has(tmp_path: Path) -> None:
     (finding, *_) = check(settings).findings
     assert finding.problem == f"{mask / '0.png'}: this mask is no PNG"
     assert finding.fix.startswith("Expected a PNG or GeoJSON")
+
+
+def last_line(said: str) -> str:
+    return said.strip().splitlines()[-1]
+
+
+def test_nothing_is_wrong_only_where_there_is_neither_error_nor_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = data_set(tmp_path, 24)
+    line = [str(path), "--patch.size", "32", "--select.m", "4"]
+    assert run_check(line) == 0
+    assert last_line(capsys.readouterr().out) == "24 images can be used; nothing is wrong"
+    assert run_check([*line[:-1], "1"]) == 0
+    said = capsys.readouterr().out
+    assert last_line(said) == "24 images can be used; warnings: 1"
+    assert "a step learns from 8 patches (train.batch x select.m), few for the batch norm" in said
+    for harmless in (["--train.batch", "16"], ["--model.freeze"], ["--model.encoder", "vit_tiny_patch16_224"]):
+        assert run_check([*line[:-1], "1", *harmless]) == 0
+        assert "batch norm" not in capsys.readouterr().out
+    (tmp_path / "0.png").write_bytes(b"")
+    assert run_check([*line[:-1], "1"]) == 1
+    assert last_line(capsys.readouterr().out) == "23 images can be used; errors: 1, warnings: 1"
+
+
+def test_features_of_one_patch_a_slide_are_few_for_a_batch_norm(tmp_path: Path) -> None:
+    for i in range(8):
+        with h5py.File(tmp_path / f"{i}.h5", "w") as file:
+            file["features"] = np.ones((1, 4), np.float32)
+    (tmp_path / "l.csv").write_text("image,grade\n" + "".join(f"{i}.h5,{'ab'[i % 2]}\n" for i in range(8)))
+    found = [finding for finding in check(config(tmp_path / "l.csv")).findings if "batch norm" in finding.problem]
+    assert [finding.problem.partition(",")[0] for finding in found] == [
+        "a step learns from 6 patches (train.batch x select.m)"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["folder", "CSV", "folder of folders"])
+def test_images_without_labels_are_looked_at_and_previewed(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = "new/" if kind == "folder of folders" else ""
+    for i in range(3):
+        picture(tmp_path / f"data/{inside}{i}.png", seed=i)
+    path = tmp_path / "data"
+    if kind == "CSV":
+        path = tmp_path / "data" / "list.csv"
+        path.write_text("image,mpp\n" + "".join(f"{i}.png,0.5\n" for i in range(3)))
+    line = [str(path), "--patch.size=32", "--select.m=4", "--previews", str(tmp_path / "out")]
+    line += ["--no-labels"] if inside else []
+    assert run_check(line) == 0
+    said = capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    assert "3 images can be used" in last_line(said)
+    assert ("labels were not looked at" in said) == bool(inside)
+    assert ("warning: all images: no labels, so only the images were looked at" in said) == (not inside)
+    (path / inside / "0.png" if kind != "CSV" else tmp_path / "data/0.png").write_bytes(b"")
+    assert run_check(line) == 1
+
+
+def test_a_class_is_shown_as_it_is_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = data_set(tmp_path, 8)
+    path.write_text(path.read_text().replace(",a", ",[red]x[/red]"))
+    assert run_check([str(path), "--patch.size=32", "--select.m=4"]) == 0
+    assert "│ [red]x[/red] │" in capsys.readouterr().out

@@ -47,6 +47,8 @@ class CheckOptions(ConfigOptions):
     is not `all`, `none` makes none."""
     deep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also compare the contents of files of equal size, to find the same image twice under two names."""
+    no_labels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Look at the images alone, whatever their folders or the CSV's columns say: for images to predict or embed."""
 
 
 def run(argv: list[str]) -> int:
@@ -65,7 +67,8 @@ def run(argv: list[str]) -> int:
             progress.total_images = total
             progress.update(images=done - progress.images)
 
-        report = check(config, deep=options.deep, previews=_previews(options.previews, config), progress=show)
+        previews = _previews(options.previews, config)
+        report = check(config, deep=options.deep, previews=previews, progress=show, labels=not options.no_labels)
     as_json = json.dumps(report.to_json(), indent=2) + "\n"
     to_stdout = options.json == Path("-")
     show_report(report, sys.stderr if to_stdout else sys.stdout)
@@ -87,7 +90,6 @@ def _previews(folder: str, config: Config) -> Path | None:
 def show_report(report: CheckReport, stream: TextIO) -> None:
     """The report for people: what there is, then what is wrong and how to mend it, then what was left out."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     # Where there is no terminal there is no width to fit, and a cell cut short would lose a class's name.
@@ -97,8 +99,9 @@ def show_report(report: CheckReport, stream: TextIO) -> None:
     for rows in (report.class_table(), report.table()):
         table = Table(*rows[0], header_style="bold")
         for row in rows[1:]:
-            table.add_row(*(escape(cell) for cell in row))
-        console.print(table)
+            table.add_row(*row)
+        if len(rows) > 1:
+            console.print(table)
     for line in (*report.notes, report.memory):
         console.print(line)
     if report.previews is not None:
@@ -111,5 +114,10 @@ def show_report(report: CheckReport, stream: TextIO) -> None:
         console.print(f"left out: {left.name}: {left.reason}")
     if len(report.left_out) > LISTED:
         console.print(f"... {len(report.left_out)} left out in all; --json FILE lists them")
-    wrong = sum(finding.severity == "error" for finding in report.findings)
-    console.print(f"{report.images} images can be used; " + (f"errors: {wrong}" if wrong else "nothing is wrong"))
+    console.print(f"{report.images} images can be used; {_verdict(report)}")
+
+
+def _verdict(report: CheckReport) -> str:
+    """`errors: 1, warnings: 3`, or that nothing is wrong."""
+    counts = {kind: sum(finding.severity == kind for finding in report.findings) for kind in ("error", "warning")}
+    return ", ".join(f"{kind}s: {count}" for kind, count in counts.items() if count) or "nothing is wrong"

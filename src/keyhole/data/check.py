@@ -21,7 +21,8 @@ from keyhole.data.check_findings import (
     count_classes,
 )
 from keyhole.data.check_worker import Failed, ImageProbe, Probed, Request, Trouble
-from keyhole.data.item import SPLITS, Item, LeftOut
+from keyhole.data.embed_items import items_to_embed, without_labels
+from keyhole.data.item import SPLITS, Doubt, Item, LeftOut
 from keyhole.data.manifest import MISSING_FILE, Manifest, read_manifest, write_csv
 from keyhole.data.outputs import PREVIEW_LIST
 from keyhole.errors import OutputError
@@ -31,6 +32,7 @@ from keyhole.store import fits
 
 PROCESSES = 4
 """At a time, at most: each may hold a tile or a thumbnail of gigapixels in memory."""
+LABELS = "one folder per class with its images in it, or a CSV with the columns image and label."
 SKIP = "Or leave it out: --data.on-bad-image skip."
 FIXES: Mapping[Trouble, str] = {
     "image": f"Copy it again from where it came, or convert it. {SKIP}",
@@ -112,10 +114,12 @@ def check(
     deep: bool = False,
     previews: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    labels: bool = True,
 ) -> CheckReport:
     """Reads the data set as a run would, opens every image and reads its first and last patch.
 
-    Images are opened in processes that may die: a file that takes one down is a finding.
+    Images are opened in processes that may die: a file that takes one down is a finding. Data without any labels, such
+    as a folder of images for `predict`, are looked at without them.
 
     Args:
         config: `data`, `patch`, `select.m`, `train.seed`, `train.balance`, `run.threads` and `run.stall` are looked at.
@@ -123,12 +127,13 @@ def check(
         previews: folder for a PNG per image that shows the foreground mask and the patches; made if need be. Also for
             images of which no patch is left. Stored features have none.
         progress: called with the images done and their number.
+        labels: False looks at the images alone, whatever the folders and columns say.
 
     Raises:
         DataError: the data set cannot be read at all.
         OutputError: the previews cannot be written.
     """
-    manifest = read_manifest(replace(config.data, on_bad_image="skip"), config.train.seed)
+    manifest = _read(config, labels)
     findings, left_out = _missing(manifest, config)
     findings += [Finding(doubt.name, doubt.problem, doubt.fix, "warning") for doubt in manifest.doubts]
     no_bits: dict[str, int] = {}
@@ -159,6 +164,23 @@ def check(
         notes=tuple(note for note in manifest.notes if note not in {doubt.line() for doubt in manifest.doubts}),
         memory=fits(sum(image.level_bytes for image in probed.values()), config.data.cache)[1],
         previews=None if previews is None else str(previews),
+    )
+
+
+def _read(config: Config, labels: bool) -> Manifest:
+    """The data as training reads them, or as `predict` and `embed` do where there are no labels."""
+    data = replace(config.data, on_bad_image="skip")
+    if labels and not without_labels(data):
+        return read_manifest(data, config.train.seed)
+    assert data.path is not None
+    items, left_out = items_to_embed(data.path, data.root, data.masks, "skip")
+    doubt = Doubt("all images", "no labels, so only the images were looked at", f"To train on them: {LABELS}")
+    return Manifest(
+        items=tuple(replace(item, split="test") for item in items),
+        tasks=(),
+        left_out=tuple(LeftOut(name, reason) for name, reason in left_out.items()),
+        notes=() if labels else ("labels were not looked at",),
+        doubts=(doubt,) if labels else (),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Literal
 
 from keyhole.config import Config
@@ -19,6 +20,12 @@ from keyhole.wording import listed
 
 IMBALANCE = 10
 """A class this many times larger than another is worth a word."""
+
+STEADY_PATCHES = 16
+"""Patches of a step below which the statistics of batch norm are mostly noise (Wu and He 2018, Group Normalization)."""
+
+WITHOUT_BATCH_NORM = ("vit", "deit", "swin", "convnext", "beit", "eva", "mixer", "dino")
+"""How timm's encoders with layer norm instead of batch norm are called."""
 
 MPP_DIFFERS = 0.05
 """Share by which the microns per pixel of the CSV and of the file may differ: rounding, and what scanners calibrate."""
@@ -101,6 +108,7 @@ def about_images(items: Sequence[Item], probed: Mapping[str, Probed], config: Co
     if probed and config.select.m >= most:
         problem = f"select.m (={config.select.m}) keeps every patch (at most {most} per image): selection does nothing"
         found.append(Finding("all images", problem, "Use a smaller --select.m, or smaller patches.", "warning"))
+    found += _about_batch_norm(items, probed, config)
     if any(item.features is not None for item in items):
         return found + _about_features(probed)
     found += _about_resolution(items, probed, config)
@@ -115,6 +123,23 @@ def about_images(items: Sequence[Item], probed: Mapping[str, Probed], config: Co
             fix = "A run does not read that resolution; other programs may fail on the file."
             found.append(Finding(name, f"no preview: {image.preview_problem}", fix, "warning"))
     return found
+
+
+def _about_batch_norm(items: Sequence[Item], probed: Mapping[str, Probed], config: Config) -> list[Finding]:
+    """Steps of so few patches that batch norm has nothing to take a mean over."""
+    features = any(item.features is not None for item in items)
+    learns = sum(item.split == "train" for item in items)
+    without = config.model.freeze or config.model.encoder.startswith(WITHOUT_BATCH_NORM)
+    if not learns or (without and not features):
+        return []
+    kept = min(config.select.m, round(median(image.patches for image in probed.values())))
+    patches = min(config.train.batch, learns) * kept
+    if patches >= STEADY_PATCHES:
+        return []
+    where = "the projection of features" if features else f"the encoder ({config.model.encoder})"
+    problem = f"a step learns from {patches} {'patch' if patches == 1 else 'patches'} (train.batch x select.m)"
+    fix = f"Raise --select.m or --train.batch, to {STEADY_PATCHES} patches or more."
+    return [Finding("training", f"{problem}, few for the batch norm of {where}", fix, "warning")]
 
 
 def _about_resolution(items: Sequence[Item], probed: Mapping[str, Probed], config: Config) -> list[Finding]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from keyhole.config import DataConfig
 from keyhole.data.companions import with_companions
-from keyhole.data.item import ZARR_SUFFIX, Item, Row, Table, absolute
+from keyhole.data.item import FEATURE_SUFFIXES, ZARR_SUFFIX, Item, Row, Table, absolute
 from keyhole.data.read_csv import read_csv
 from keyhole.data.read_folder import expand_images, list_images
 from keyhole.errors import DataError
@@ -62,6 +62,22 @@ def items_to_embed(
     if not items:
         raise DataError(f"{data}: no images there. Give a CSV with a column `image`, or a folder of images.")
     return list(items.values()), left_out
+
+
+def without_labels(data: DataConfig) -> bool:
+    """Whether the data say nothing of labels: a folder with images but no folders of them, or a CSV without columns."""
+    if data.path is None or data.features is not None or data.tasks:
+        return False
+    path = absolute(data.path)
+    if path.is_dir() and path.suffix.lower() != ZARR_SUFFIX:
+        images, _ = list_images(path)
+        return bool(images) and all(
+            file.parent == path and file.suffix.lower() not in FEATURE_SUFFIXES for file in images
+        )
+    if not path.is_file():
+        return False
+    table = read_csv(path, data.root)
+    return not table.columns and all(row.item.features is None for row in table.rows)
 
 
 def feature_names(folder: Path, items: Sequence[Item]) -> dict[str, Path]:
