@@ -9,8 +9,9 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from keyhole.config import DataConfig
-from keyhole.data.item import FEATURE_SUFFIXES, IMAGE_SUFFIXES, Item, Row, Table, absolute
+from keyhole.data.item import FEATURE_SUFFIXES, Item, Row, Table, absolute
 from keyhole.errors import DataError
+from keyhole.images.image import image_suffixes
 from keyhole.wording import listed
 
 FEATURE_ORDER = (".h5", ".hdf5", ".pt")
@@ -126,7 +127,7 @@ def _stems(name: str) -> list[str]:
     """`a.ome.tif`, `a.ome`, `a`: what a file that belongs to an image may be called, before its own suffix."""
     suffix = PurePosixPath(name).suffix
     # What follows the last dot of a slide's number is no suffix.
-    if suffix.lower() not in IMAGE_SUFFIXES and not (suffix[1:].isalpha() and len(suffix) <= 7):
+    if suffix.lower() not in image_suffixes() and not (suffix[1:].isalpha() and len(suffix) <= 7):
         return [name]
     bare = name.removesuffix(suffix)
     return [name, bare, bare[: -len(".ome")]] if bare.lower().endswith(".ome") else [name, bare]

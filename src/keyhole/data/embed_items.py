@@ -11,10 +11,11 @@ from typing import Literal
 
 from keyhole.config import DataConfig
 from keyhole.data.companions import with_companions
-from keyhole.data.item import FEATURE_SUFFIXES, ZARR_SUFFIX, Item, Row, Table, absolute
+from keyhole.data.item import FEATURE_SUFFIXES, Item, Row, Table, absolute
 from keyhole.data.read_csv import read_csv
 from keyhole.data.read_folder import expand_images, list_images
 from keyhole.errors import DataError
+from keyhole.images.image import folder_suffixes
 from keyhole.wording import listed
 
 
@@ -23,7 +24,7 @@ def items_to_embed(
 ) -> tuple[list[Item], dict[str, str]]:
     """The images to embed, each once, and what is not one."""
     data = absolute(data)
-    if data.is_dir() and data.suffix.lower() != ZARR_SUFFIX:
+    if data.is_dir() and data.suffix.lower() not in folder_suffixes():
         images, others = list_images(data)
         rows = [Row(Item(image.relative_to(data).as_posix(), image, {}), str(image)) for image in images]
         table = Table((), rows, others, [])
@@ -69,7 +70,7 @@ def without_labels(data: DataConfig) -> bool:
     if data.path is None or data.features is not None or data.tasks:
         return False
     path = absolute(data.path)
-    if path.is_dir() and path.suffix.lower() != ZARR_SUFFIX:
+    if path.is_dir() and path.suffix.lower() not in folder_suffixes():
         images, _ = list_images(path)
         return bool(images) and all(
             file.parent == path and file.suffix.lower() not in FEATURE_SUFFIXES for file in images

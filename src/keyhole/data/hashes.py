@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from keyhole.data.item import ZARR_SUFFIX, Item
+from keyhole.data.item import Item
 from keyhole.errors import ImageError, StalledRead
 from keyhole.files import file_size
+from keyhole.images.image import folder_suffixes
 
 PIECE = 8 << 20
 """Bytes read at a time: the unit in which a read may stall."""
@@ -136,7 +137,7 @@ def changed_files(
 
 def _hash(path: Path, piece_read: Callable[[], None]) -> FileHash:
     try:
-        if path.is_dir() and path.suffix.lower() == ZARR_SUFFIX:
+        if path.is_dir() and path.suffix.lower() in folder_suffixes():
             return _hash_folder(path, piece_read)
         if not path.is_file():
             raise ImageError(path, "not a regular file, so it has no hash.")

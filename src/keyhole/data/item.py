@@ -8,12 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
-PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm", ".svslide", ".czi")
-ZARR_SUFFIX = ".zarr"
-"""Of a folder that is one image."""
-IMAGE_SUFFIXES = frozenset((*PHOTO_SUFFIXES, *SLIDE_SUFFIXES, ZARR_SUFFIX))
-"""What counts as an image in a folder. A CSV may name files of any suffix: there the content decides."""
 FEATURE_SUFFIXES = frozenset({".h5", ".hdf5", ".pt"})
 """What counts as a file of stored features in the place of an image."""
 

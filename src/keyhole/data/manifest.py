@@ -20,7 +20,7 @@ from keyhole.config import DataConfig
 from keyhole.data.columns import column_notes, refuse_column_for_folder, tasks_among, with_columns_read
 from keyhole.data.companions import with_companions
 from keyhole.data.hashes import FileHash
-from keyhole.data.item import SPLITS, ZARR_SUFFIX, Doubt, Item, LeftOut, Row, Table, absolute
+from keyhole.data.item import SPLITS, Doubt, Item, LeftOut, Row, Table, absolute
 from keyhole.data.labels import alike_classes, missing_notes, without_missing_words
 from keyhole.data.layout import one_class, refuse_single_images
 from keyhole.data.moved import moved_to
@@ -29,6 +29,7 @@ from keyhole.data.read_folder import FOLDER_TASK, expand_images, read_folder
 from keyhole.data.settle import check_training, settle_splits
 from keyhole.errors import ConfigError, DataError
 from keyhole.files import write_atomic
+from keyhole.images.image import folder_suffixes
 from keyhole.tasks import Task, fit_regression, infer_task, positive_note
 from keyhole.wording import listed, nearest
 
@@ -313,7 +314,7 @@ def _lacking(item: Item) -> tuple[Path, str] | None:
         # Path.is_file raises on a name too long for the system
         if file is None or os.path.isfile(file):  # noqa: PTH113
             continue
-        if not (file.suffix.lower() == ZARR_SUFFIX and os.path.isdir(file)):  # noqa: PTH112
+        if not (file.suffix.lower() in folder_suffixes() and os.path.isdir(file)):  # noqa: PTH112
             return file, _why_unusable(file)
     return None
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from keyhole.data.companions import FEATURE_FOLDERS, FEATURE_ORDER
-from keyhole.data.item import FEATURE_SUFFIXES, IMAGE_SUFFIXES, ZARR_SUFFIX, Item, LeftOut, Row, Table, absolute
+from keyhole.data.item import FEATURE_SUFFIXES, Item, LeftOut, Row, Table, absolute
 from keyhole.data.layout import find_layout, split_named
 from keyhole.data.outputs import output_folder, own_files, system_folder
 from keyhole.errors import DataError
+from keyhole.images.image import folder_suffixes, image_suffixes
 
 FOLDER_TASK = "label"
 """Name of the one task that a folder of classes poses."""
@@ -79,7 +80,7 @@ def expand_images(
     found: dict[Path, None] = {}
     left_out: list[LeftOut] = []
     for path in map(absolute, paths):
-        if path.is_dir() and path.suffix.lower() != ZARR_SUFFIX:
+        if path.is_dir() and path.suffix.lower() not in folder_suffixes():
             files, others = list_images(path)
             found.update(dict.fromkeys(files))
             left_out += [LeftOut(str(path / other.name), other.reason) for other in others]
@@ -160,7 +161,9 @@ def _walk(path: Path, ignore: Mapping[Path, str], generated: bool) -> Iterator[t
     seen = {_identity(path)}
     for folder_name, folders, names in os.walk(path, onerror=unlistable, followlinks=True):
         folder, skipped = Path(folder_name), []
-        whole = [name for name in folders if name.lower().endswith(ZARR_SUFFIX) and not name.startswith(".")]
+        whole = [
+            name for name in folders if Path(name).suffix.lower() in folder_suffixes() and not name.startswith(".")
+        ]
         folders[:] = [name for name in folders if name not in whole]
         if folder != path and (what := output_folder(folder, folders, [*names, *whole], _is_image, generated)):
             folders.clear()
@@ -205,7 +208,7 @@ def _why_not(file: Path) -> str:
         return "not an image"
     if file.name.startswith("."):
         return "hidden file"
-    if suffix not in IMAGE_SUFFIXES | FEATURE_SUFFIXES:
+    if suffix not in image_suffixes() | FEATURE_SUFFIXES:
         return f"not an image (suffix {suffix})" if suffix else "not an image (no suffix)"
     return ""
 
@@ -214,5 +217,5 @@ def _folders(path: Path) -> list[Path]:
     return sorted(
         entry
         for entry in path.iterdir()
-        if entry.is_dir() and not system_folder(entry.name) and entry.suffix.lower() != ZARR_SUFFIX
+        if entry.is_dir() and not system_folder(entry.name) and entry.suffix.lower() not in folder_suffixes()
     )

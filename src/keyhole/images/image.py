@@ -1,7 +1,7 @@
 """An image of any size as a source of rectangular regions, and `open_image` that finds the reader.
 
 To add a format, subclass `Image`:
-  implement `sniff(path, head)`, `__init__(path)` and `_read(box, level)`; set `size`, `levels`,
+  implement `sniff(path, head)`, `__init__(path)` and `_read(box, level)`; declare `suffixes`; set `size`, `levels`,
   `mpp` and `channels`; override `close()` when a handle is held. Register the class under the
   entry-point group `keyhole.images`. docs/adding-a-reader.md walks through one.
 """
@@ -46,6 +46,10 @@ class Image(ABC):
 
     priority: ClassVar[int] = 0
     """Readers that claim the same file are tried highest first."""
+    suffixes: ClassVar[frozenset[str]] = frozenset()
+    """In lower case, by which files of this format are found in a folder. A file named by itself needs none."""
+    folder_suffixes: ClassVar[frozenset[str]] = frozenset()
+    """The same for folders that are one image each."""
 
     path: Path
     size: Size
@@ -206,6 +210,16 @@ def readers() -> tuple[type[Image], ...]:
                 "Reinstall the package that brings it, or uninstall it."
             ) from error
     return tuple(sorted(found, key=lambda reader: -reader.priority))
+
+
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of all that is taken for an image in a folder, files and folders: what the readers declare."""
+    return frozenset(suffix for reader in readers() for suffix in reader.suffixes | reader.folder_suffixes)
+
+
+def folder_suffixes() -> frozenset[str]:
+    """Suffixes of folders that are one image each."""
+    return frozenset(suffix for reader in readers() for suffix in reader.folder_suffixes)
 
 
 def _head(path: Path) -> bytes:

@@ -46,6 +46,7 @@ class OpenSlideImage(Image):
     """
 
     priority: ClassVar[int] = 10
+    suffixes: ClassVar[frozenset[str]] = _SUFFIXES | {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif"}
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -64,6 +64,7 @@ class PillowImage(Image):
     """
 
     priority: ClassVar[int] = 0
+    suffixes: ClassVar[frozenset[str]] = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -55,6 +55,7 @@ class TiffImage(TiledImage):
     """
 
     priority: ClassVar[int] = 20
+    suffixes: ClassVar[frozenset[str]] = frozenset({".tif", ".tiff", ".svs"})
 
     def __init__(self, path: Path) -> None:
         layout = read_layout(path)

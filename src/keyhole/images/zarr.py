@@ -49,6 +49,7 @@ class ZarrImage(TiledImage):
     """
 
     priority: ClassVar[int] = 20
+    folder_suffixes: ClassVar[frozenset[str]] = frozenset({".zarr"})
 
     def __init__(self, path: Path) -> None:
         from keyhole.images.zarr_chunks import chunk_rule
