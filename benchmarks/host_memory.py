@@ -90,7 +90,7 @@ def features(folder: Path) -> Path:
 
     rng = np.random.default_rng(0)
     folder.mkdir()
-    lines = ["features,label"]
+    lines = ["image,label"]
     for number in range(40):
         values = torch.from_numpy(rng.standard_normal((int(rng.integers(500, 3000)), 512), np.float32))
         torch.save(values, folder / f"{number}.pt")

@@ -93,7 +93,7 @@ def test_people_get_a_table_with_every_part_and_a_sentence(say: Say, toy_run: Pa
     rows = out.splitlines()
     names = [row.split("  ")[0] for row in rows[:-1]]
     assert names == [
-        "data", "computing", "encoder", "reading", "at a time", "encoder alone", "reached", "first step",
+        "data", "computing", "encoder", "reading", "at a time", "encoder alone", "reached", "first step", "an epoch",
         *PARTS, "other",
     ]  # fmt: skip
     assert rows[-1].endswith(".")

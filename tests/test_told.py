@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import PIL.Image
 import pytest
 
 from keyhole.cli.main import main
+from keyhole.duration import Costs, Estimate, Work
+from keyhole.progress import Progress
 
 SHORT = ("--patch.size=16", "--model.width=4", "--select.m=4", "--train.batch=4", "--train.epochs=1")
 SHORT += ("--train.warmup=0",)
@@ -60,3 +64,55 @@ def test_without_a_budget_the_predicted_peak_is_the_measured_one_and_nothing_gro
 def size(text: str) -> float:
     number, unit = text.split()
     return float(number) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_the_time_is_told_before_the_start(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--train.epochs=3000", "--train.patience=1", "--train.lr=1e-9", "--train.explore=0", "--model.dropout=0")
+    said = told(toy, tmp_path / "long", capsys, *options).splitlines()
+    line = next(number for number, text in enumerate(said) if text.startswith("time: about "))
+    assert line < next(number for number, text in enumerate(said) if text.startswith("epoch 1/3000: "))
+    assert re.fullmatch(r"time: about .* an epoch, .* for the run of 3000 epochs: an estimate from .*", said[line])
+    assert said[line] in (tmp_path / "long" / "log.txt").read_text()
+    assert "time: " not in told(toy, tmp_path / "short", capsys), "a run of a second needs no estimate"
+
+
+WORK = Work(train_images=100, train_patches=5000, val_images=20, val_patches=1000, m=10, epochs=30)
+COSTS = Costs(image=0.02, patch=0.001, encode=0.002, learn=0.005, threads=2)
+
+
+def test_an_estimate_is_the_sum_of_its_parts() -> None:
+    estimate = Estimate(WORK, COSTS)
+    assert estimate.training(0) == pytest.approx((100 * 0.02 + 5000 * 0.001) / 2 + 5000 * 0.002 + 1000 * 0.005)
+    assert estimate.validation() == pytest.approx((20 * 0.02 + 1000 * 0.001) / 2 + 1200 * 0.002)
+    assert estimate.epoch() == pytest.approx(estimate.training(0) + estimate.validation())
+    assert estimate.run() == pytest.approx(30 * estimate.epoch() + estimate.predicting())
+    assert estimate.run(start=29) == pytest.approx(estimate.epoch() + estimate.predicting())
+
+
+def test_epochs_that_score_nothing_and_images_in_memory_cost_less() -> None:
+    blind = Estimate(replace(WORK, blind=10.5), COSTS)
+    plain = Estimate(WORK, COSTS)
+    assert blind.training(9) < blind.training(10) < blind.training(11) == plain.training(11)
+    resident = Estimate(replace(WORK, resident=True), COSTS)
+    assert resident.training(0, first=True) == plain.training(0)
+    assert resident.training(1) == pytest.approx(plain.training(1) - 100 * 0.02 / 2)
+    beside = Estimate(WORK, replace(COSTS, overlap=True))
+    assert beside.training(0) == pytest.approx(5000 * 0.002 + 1000 * 0.005), "reading hides behind a GPU"
+
+
+def test_what_is_left_follows_what_epochs_really_take() -> None:
+    estimate = Estimate(WORK, COSTS)
+    expected = estimate.run() - estimate.training(0)
+    assert estimate.after(0, estimate.training(0)) == pytest.approx(expected)
+    assert estimate.after(0, 3 * estimate.training(0)) == pytest.approx(3 * expected)
+    last = estimate.after(29, estimate.training(29))
+    assert last == pytest.approx(estimate.validation() + estimate.predicting())
+
+
+def test_the_progress_line_says_what_is_left_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("keyhole.progress.time.monotonic", lambda: now[0])
+    with Progress(40, "epoch 1/3", io.StringIO(), after=lambda seconds: 2 * seconds) as progress:
+        now[0] = 110.0
+        progress.update(images=10)
+        assert progress.status().endswith(", 0:00:30 left and 0:01:50 of the run")

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -34,13 +34,20 @@ class Progress:
         description: what is being done, such as `epoch 3/30`.
         stream: where to show it; a bar if it is a terminal.
         interval: seconds between plain lines where it is not.
+        after: seconds of the run that follow, from the seconds that all of this takes; None where it is all there is.
     """
 
     def __init__(
-        self, total_images: int, description: str, stream: TextIO | None = None, interval: float = 10.0
+        self,
+        total_images: int,
+        description: str,
+        stream: TextIO | None = None,
+        interval: float = 10.0,
+        after: Callable[[float], float] | None = None,
     ) -> None:
         self.total_images, self.description, self.interval = total_images, description, interval
         self.stream = error_stream() if stream is None else stream
+        self.after = after
         self.images = self.patches = 0
         self.waited = 0.0
         self.device_bytes = 0
@@ -122,7 +129,16 @@ class Progress:
             parts.append(f"{_duration(seconds)} taken")
         elif 0 < self.images < self.total_images:
             parts.append(f"{_duration(seconds / self.images * (self.total_images - self.images))} left")
+            if run := self._run_left(seconds):
+                parts[-1] += f" and {run}"
         return ", ".join(parts)
+
+    def _run_left(self, seconds: float) -> str:
+        """What is left of the whole run, or nothing where this is all."""
+        if self.after is None or not self.images:
+            return ""
+        whole = seconds / self.images * self.total_images
+        return f"{_duration(max(0.0, whole - seconds) + self.after(whole))} of the run"
 
     def _figures(self, seconds: float) -> list[str]:
         parts = []
@@ -142,7 +158,9 @@ class Progress:
     def _show_bar(self) -> None:
         assert self._bar is not None
         assert self._task is not None
-        status = ", ".join(self._figures(time.monotonic() - self._start))
+        seconds = time.monotonic() - self._start
+        run = self._run_left(seconds)
+        status = ", ".join([*self._figures(seconds), *([f"{run} left"] if run else [])])
         self._bar.update(self._task, completed=self.images, total=self.total_images, status=status)
 
     def _print(self, text: str) -> None:

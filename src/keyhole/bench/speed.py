@@ -23,15 +23,17 @@ from keyhole.bench.steps import Steps, floor, run_steps
 from keyhole.checkpoint import load_weights, read_info, read_tensors
 from keyhole.compiling import Setting, choose_compile
 from keyhole.config import Config, DataConfig
+from keyhole.config_auto import number, settle_learning
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
 from keyhole.data.settle import classes_of
 from keyhole.device import arithmetic_of, choose_device
+from keyhole.duration import spoken
 from keyhole.shares import PARTS
 from keyhole.store import available_bytes
 from keyhole.tasks import Task
 from keyhole.training.job import Job, start_job
-from keyhole.training.run import Run
+from keyhole.training.run import Run, read_rows
 from keyhole.training.setup import cache_limit
 from keyhole.training.state import State
 
@@ -49,6 +51,8 @@ class Speed:
         first_step: seconds, with all that is built in it.
         step: seconds of the others, on average.
         steps: how many were measured.
+        epoch, run: seconds of an epoch over all images and of the whole run, estimated from the steps.
+        epochs: the same in words.
         seconds: by part, `other` included, of the steps measured.
         shares: of the time that passed; on a GPU parts overlap, and the sum may be more than 1.
         advice: one sentence.
@@ -62,6 +66,9 @@ class Speed:
     first_step: float
     step: float
     steps: int
+    epoch: float
+    run: float
+    epochs: str
     seconds: dict[str, float]
     shares: dict[str, float]
     advice: str
@@ -81,6 +88,7 @@ class Speed:
                 f"{self.images_per_s:,.3g} images/s",
             ),
             ("first step", f"{self.first_step:.2f} s; {self.steps} after the warm-up took {self.step:.2f} s each"),
+            ("an epoch", self.epochs),
             *((name, f"{self.seconds[name]:8.2f} s  {self.shares[name]:4.0%}") for name in self.seconds),
         ]
         width = max(len(name) for name, _ in rows)
@@ -110,12 +118,12 @@ def speed(
         KeyholeError: a setting, the data or the run is not as it must be.
     """
     with tempfile.TemporaryDirectory(prefix="keyhole-bench-") as scratch:
-        config, told, share = _with_data(config, run, recipe, Path(scratch), steps, say)
+        config, told, sizes = _with_data(config, run, recipe, Path(scratch), steps, say)
         job = start_job(_plain(config, Path(scratch)), lambda _: None)
         try:
             if run is not None:
                 _load(job, run)
-            compiled = _compile(job, config.run.compile, share)
+            compiled = _compile(job, config.run.compile, sizes.share)
             # where images stay in memory, all are there after the first epoch
             warm = job.state.steps_per_epoch if job.images.held_bytes else 1
             say(f"{warm} training step{'s' * (warm > 1)} to warm up, then up to {steps}")
@@ -124,7 +132,8 @@ def speed(
             rate, colored, blank = floor(job)
         finally:
             job.close()
-    return _summary(job, told, compiled, found, rate, colored, blank)
+    epochs = _epochs(config, sizes, found, job.config.model.feature_width is not None)
+    return _summary(job, told, compiled, found, rate, colored, blank, epochs)
 
 
 def _plain(config: Config, scratch: Path) -> Config:
@@ -150,14 +159,51 @@ def _compile(job: Job, setting: Setting, share: float) -> str:
     return f"{'compiled' if choice.compile else 'not compiled'}: {choice.why}"
 
 
+@dataclass(frozen=True)
+class Epochs:
+    """Seconds of an epoch over all images and of a whole run, from those of the steps measured.
+
+    Attributes:
+        epoch: with validation, all patches scored.
+        run: of all epochs, those of blind exploring without scoring.
+    """
+
+    epoch: float
+    run: float
+    text: str
+
+
+def _epochs(config: Config, sizes: Sizes, found: Steps, features: bool) -> Epochs:
+    learning = found.parts["learning"] / found.images
+    scoring = found.seconds / found.images - learning
+    config, _ = settle_learning(config, features)
+    epochs, blind = config.train.epochs, min(config.train.epochs, number(config.train.explore, "train.explore") / 2)
+    epoch = sizes.train * (scoring + learning) + sizes.val * scoring
+    run = epochs * epoch - blind * sizes.train * scoring + (sizes.train + sizes.val) * scoring
+    images = f"{sizes.train:,} training images" + (f" and {sizes.val:,} to validate on" if sizes.val else "")
+    text = (
+        f"about {spoken(epoch)} with {images}, {spoken(run)} for {epochs:,} epochs: an estimate from the steps measured"
+    )
+    return Epochs(epoch, run, text)
+
+
 # Data
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Images of a run: training and validation; and how many times as many `train` are as are measured with."""
+
+    train: int
+    val: int
+    share: float
 
 
 def _with_data(
     config: Config, run: Run | None, recipe: str | None, scratch: Path, steps: int, say: Callable[[str], None]
-) -> tuple[Config, str, float]:
-    """The configuration with a CSV of as many training images as are needed, what they are in words, and how many times
-    as many a whole epoch has."""
+) -> tuple[Config, str, Sizes]:
+    """The configuration with a CSV of as many training images as are needed, what they are in words, and how many there
+    are."""
     wanted = (1 + steps) * config.train.batch
     if run is None and config.data.path is None:
         kind = kind_of(recipe, config)
@@ -166,7 +212,11 @@ def _with_data(
         features = scratch / "features" if kind.what == "features" else None
         own = DataConfig(path=path, features=features, cache=0.0)
         config = dataclasses.replace(config, data=own)
-        return config, f"generated {kind.describe()}, read from disk each time", kind.images / wanted
+        return (
+            config,
+            f"generated {kind.describe()}, read from disk each time",
+            Sizes(kind.images, 0, kind.images / wanted),
+        )
     if run is not None and config.data.path is None:
         # the manifest's images have their absolute paths, and only those that are learned from need be there
         kept = {name: getattr(config.data, name) for name in ("cache", "on_bad_image")}
@@ -174,9 +224,11 @@ def _with_data(
         last = run.path / "last.safetensors"
         tasks = [Task.from_json(task) for task in State.from_json(read_info(last), last).tasks]
         manifest = read_for_tasks(data, tasks, ("train",))
+        val = sum(row["split"] == "val" for row in read_rows(run.path / "manifest.csv"))
     else:
         data = config.data
         manifest = read_manifest(data, config.train.seed)
+        val = len(manifest.split("val"))
     train = manifest.split("train")
     some = _some(manifest, wanted, config.train.seed)
     path = dataclasses.replace(manifest, items=some).write(scratch / "some.csv")
@@ -185,7 +237,11 @@ def _with_data(
     data = dataclasses.replace(data, path=path, root=None, tasks=names, cache=cache)
     source = run.path if run is not None and config.data.path is None else config.data.path
     config = dataclasses.replace(config, data=data)
-    return config, f"{len(some)} of {len(train)} training images of {source}", len(train) / len(some)
+    return (
+        config,
+        f"{len(some)} of {len(train)} training images of {source}",
+        Sizes(len(train), val, len(train) / len(some)),
+    )
 
 
 def _some(manifest: Manifest, wanted: int, seed: int) -> tuple[Item, ...]:
@@ -227,7 +283,9 @@ def _load(job: Job, run: Run) -> None:
 # What was found
 
 
-def _summary(job: Job, told: str, compiled: str, found: Steps, rate: float, colored: float, blank: float) -> Speed:
+def _summary(
+    job: Job, told: str, compiled: str, found: Steps, rate: float, colored: float, blank: float, epochs: Epochs
+) -> Speed:
     config, plan = job.config, job.plan
     cuda, features = job.device.type == "cuda", len(job.images.patch_shape) == 1
     seconds = dict.fromkeys(PARTS, 0.0) | found.parts
@@ -259,6 +317,9 @@ def _summary(job: Job, told: str, compiled: str, found: Steps, rate: float, colo
         first_step=found.first,
         step=found.seconds / found.steps,
         steps=found.steps,
+        epoch=epochs.epoch,
+        run=epochs.run,
+        epochs=epochs.text,
         seconds=seconds,
         shares=shares,
         advice=advice(shares, facts),

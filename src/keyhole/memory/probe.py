@@ -132,7 +132,7 @@ def probe(
             return growth(device, step, REPEATS)
 
     learns = learn and any(parameter.requires_grad for parameter in model.encoder.parameters())
-    with _as_it_was(model, device):
+    with as_it_was(model, device):
         with evaluating(model):
             dim = model.encode(convert(patches(2))).shape[1]
         scoring = _line(score, chunk, room)
@@ -176,7 +176,7 @@ def _positions(model: IPSClassifier, shape: tuple[int, ...], device: torch.devic
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+def as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Everything that a step changes is put back; meanwhile every weight that learns has a gradient to add to, so that
     gradients, which stay, are not counted with what a pass needs."""
     modes = [(part, part.training) for part in model.modules()]

@@ -23,6 +23,7 @@ from keyhole.config import Config
 from keyhole.config_auto import number
 from keyhole.config_file import build, resolve, validate
 from keyhole.data.manifest import Item
+from keyhole.duration import Estimate
 from keyhole.errors import DataError, Interrupted, NonFiniteLoss
 from keyhole.looking import timed
 from keyhole.memory.pace import Pace
@@ -46,6 +47,7 @@ from keyhole.training.loggers import open_loggers
 from keyhole.training.run import Run, find_run, write_rows
 from keyhole.training.score import is_better, metric_value
 from keyhole.training.setup import learning_rate, targets
+from keyhole.training.trial import estimate
 from keyhole.training.validation import predict_splits, validate_epoch
 
 
@@ -107,6 +109,8 @@ class Loop:
         self.undefined = False
         self.pace = Pace(job.plan, self.shrink, job.model.compiled)
         self.trim = Trim(job.plan, job.device)
+        self.estimate: Estimate | None = None
+        self.first_epoch = job.state.epoch
         self.shares = Shares(job.device)
         self.stager = Stager(job.device, self.shares)
         self.journal = SelectionJournal(job.run.path / "selection.safetensors")
@@ -125,6 +129,11 @@ class Loop:
     def _run(self) -> Run:
         job, config = self.job, self.job.config
         loggers = open_loggers(config.run.log, job.run.path)
+        if job.state.epoch < config.train.epochs and not job.state.stopped:
+            self.estimate, line = estimate(job)
+            if line is not None:
+                say(line)
+                job.log(line)
         try:
             if self.stager.note:
                 job.log(self.stager.note)
@@ -186,7 +195,9 @@ class Loop:
                 wanted[:] = [FetchOnly(one) for one in wanted]
         counted = job.reader.read_patches
         self.shares.reset()
-        with Progress(sum(map(len, batches)), f"epoch {state.epoch + 1}/{config.train.epochs}") as progress:
+        name = f"epoch {state.epoch + 1}/{config.train.epochs}"
+        after = None if self.estimate is None else partial(self._after, len(items) / max(1, sum(map(len, batches))))
+        with Progress(sum(map(len, batches)), name, after=after) as progress:
 
             def on_chunk(patches: int) -> None:
                 self.interrupt.check()
@@ -224,6 +235,12 @@ class Loop:
             "patches": state.patches,
             "peak_gb": round(peak_memory() / 1e9, 3),
         }
+
+    def _after(self, share: float, seconds: float) -> float:
+        """Seconds of the run that follow the training images of this epoch; `share` of it where some are done."""
+        assert self.estimate is not None
+        epoch = self.job.state.epoch
+        return self.estimate.after(epoch, share * seconds, epoch == self.first_epoch)
 
     def select(
         self, items: list[Item], batch: Batch, colors: torch.Tensor | None, on_chunk: Callable[[int], None]

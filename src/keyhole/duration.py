@@ -1,0 +1,142 @@
+"""How long an epoch and a run will take: an estimate from what single pieces of the work cost. Torch-free.
+
+Nothing here has an influence on results: the figures are printed and forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHORT = 5.0
+"""Seconds of a run below which there is nothing to say."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run has to do.
+
+    Attributes:
+        train_images, train_patches, val_images, val_patches: of the two splits.
+        m: patches kept of an image.
+        epochs: of the run.
+        blind: epochs in which the kept patches are drawn at random, so that none is scored.
+        resident: decoded images stay in memory after the first epoch.
+    """
+
+    train_images: int
+    train_patches: int
+    val_images: int
+    val_patches: int
+    m: int
+    epochs: int
+    blind: float = 0.0
+    resident: bool = False
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of single pieces, measured.
+
+    Attributes:
+        image: to open an image and decode what belongs to all of it, on one thread.
+        patch: to read a patch, on one thread.
+        encode: to score a patch.
+        learn: to learn from a kept patch.
+        threads: that read at the same time.
+        overlap: reading takes no time from encoding, as beside a GPU.
+    """
+
+    image: float
+    patch: float
+    encode: float
+    learn: float
+    threads: int = 1
+    overlap: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of the parts of a run."""
+
+    work: Work
+    costs: Costs
+
+    def training(self, epoch: int, first: bool = False) -> float:
+        """Return the seconds of the training images of an epoch, counted from 0.
+
+        Args:
+            epoch: which.
+            first: whether it is the first of this process, in which no decoded image is in memory yet.
+        """
+        work, kept = self.work, min(self.work.m * self.work.train_images, self.work.train_patches)
+        share = min(1.0, max(0.0, epoch + 1 - work.blind))  # of the epoch in which patches are scored
+        patches = share * work.train_patches + (1 - share) * kept
+        return self._looked(work.train_images, patches, share * work.train_patches, first) + kept * self.costs.learn
+
+    def validation(self, first: bool = False) -> float:
+        """Return the seconds of the validation images; the kept patches are encoded again."""
+        work = self.work
+        kept = min(work.m * work.val_images, work.val_patches)
+        return self._looked(work.val_images, work.val_patches, work.val_patches + kept, first)
+
+    def predicting(self) -> float:
+        """Return the seconds of the predictions for both splits at the end."""
+        work = self.work
+        patches = work.train_patches + work.val_patches
+        kept = min(work.m * (work.train_images + work.val_images), patches)
+        return self._looked(work.train_images + work.val_images, patches, patches + kept, False)
+
+    def epoch(self) -> float:
+        """Return the seconds of an epoch in which all patches are scored and what stays in memory is there."""
+        return self.training(self.work.epochs + round(self.work.blind) + 1) + self.validation()
+
+    def run(self, start: int = 0) -> float:
+        """Return the seconds of the run from the epoch `start` on."""
+        each = (self.training(k, k == start) + self.validation(k == start) for k in range(start, self.work.epochs))
+        return sum(each) + self.predicting()
+
+    def after(self, epoch: int, now: float, first: bool = False) -> float:
+        """Return the seconds of what follows the training images of an epoch, if these take `now` seconds.
+
+        The other parts are taken to be off by as much as this one is.
+        """
+        expected = self.training(epoch, first)
+        scale = now / expected if expected else 1.0
+        rest = self.validation(first) + self.predicting()
+        rest += sum(self.training(k) + self.validation() for k in range(epoch + 1, self.work.epochs))
+        return scale * rest
+
+    def line(self, how: str, start: int = 0) -> str | None:
+        """Return what people are told before the start; None where it is not worth a line.
+
+        Args:
+            how: the estimate was made.
+            start: epochs that are done.
+        """
+        seconds, left = self.run(start), self.work.epochs - start
+        if seconds < SHORT:
+            return None
+        what = "the run of 1 epoch" if left == 1 else f"{'the run of' if not start else 'the other'} {left} epochs"
+        return f"time: about {spoken(self.epoch())} an epoch, {spoken(seconds)} for {what}: an estimate from {how}"
+
+    def _looked(self, images: int, patches: float, encoded: float, first: bool) -> float:
+        reading = patches * self.costs.patch + (images * self.costs.image if first or not self.work.resident else 0.0)
+        reading, encoding = reading / self.costs.threads, encoded * self.costs.encode
+        return max(reading, encoding) if self.costs.overlap else reading + encoding
+
+
+def spoken(seconds: float) -> str:
+    """Return a duration in two digits at most.
+
+    >>> [spoken(each) for each in (0.3, 42, 700, 9000, 400_000)]
+    ['under a second', '42 s', '12 min', '2.5 h', '4.6 days']
+    """
+    if seconds < 1:
+        return "under a second"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172_800:
+        return f"{seconds / 3600:.2g} h"
+    return f"{seconds / 86_400:.2g} days" if seconds < 8_640_000 else f"{seconds / 86_400:.0f} days"

@@ -1,0 +1,162 @@
+"""What single pieces of a run cost on this machine: a few chunks read, scored and learned from, before it starts.
+
+Weights, statistics and random state are afterwards as they were. Only the clock is read, and what it says is printed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from keyhole.config import Config
+from keyhole.config_auto import number
+from keyhole.duration import Costs, Estimate, Work
+from keyhole.errors import KeyholeError
+from keyhole.memory.budget import out_of_memory
+from keyhole.memory.cap import room_for_code
+from keyhole.memory.probe import as_it_was
+from keyhole.nn import IPSClassifier, split_backward
+from keyhole.passes import positions
+from keyhole.pool import default_threads
+from keyhole.reading import Opener
+from keyhole.tensors import to_tensor
+from keyhole.training.job import Job
+
+ENOUGH = 0.3
+"""Seconds from which one run of a piece is measured well; of a shorter one the second counts, since the first builds
+kernels."""
+LEARNED = 16
+"""Most patches that are learned from: so many take seconds with large encoders on a CPU."""
+
+
+def estimate(job: Job) -> tuple[Estimate | None, str | None]:
+    """Measure pieces of a run, inside of its cap.
+
+    Returns:
+        The estimate, None where a piece failed, and the line for people, None where it is not worth one.
+    """
+    try:
+        costs, how = _measured(job)
+    except (KeyholeError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, KeyholeError) and not out_of_memory(error):
+            raise
+        return None, f"time: not estimated, since a trial failed ({' '.join(str(error).split())})"
+    found = Estimate(_work(job), costs)
+    return found, found.line(how, job.state.epoch)
+
+
+def blind_epochs(config: Config) -> float:
+    """Epochs in which patches are drawn and not scored: the first half of exploring."""
+    return number(config.train.explore, "train.explore") / 2
+
+
+def _work(job: Job) -> Work:
+    config, counts = job.config, job.images.counts
+    train, val = ([counts[item.name] for item in job.manifest.split(split)] for split in ("train", "val"))
+    sizes = len(train), sum(train), len(val), sum(val)
+    return Work(*sizes, config.select.m, config.train.epochs, blind_epochs(config), job.images.held_bytes > 0)
+
+
+class Piece(NamedTuple):
+    """Some patches of an image, what reading them took, and their positions."""
+
+    image: float
+    patch: float
+    pixels: NDArray[Any]
+    where: Tensor | None
+
+
+def _measured(job: Job) -> tuple[Costs, str]:
+    items, config = job.manifest.split("train"), job.config
+    openers = [job.images.opener(item) for item in {items[k].name: items[k] for k in (0, len(items) // 2)}.values()]
+    pieces = [job.reader.run(each.name, _reading(each, job)) for each in openers]
+    pixels = np.concatenate([piece.pixels for piece in pieces])[: job.plan.chunk]
+    where = None
+    if job.model.position is not None:
+        where = torch.cat([piece.where for piece in pieces if piece.where is not None])[: job.plan.chunk]
+    with nullcontext() if job.model.compiled else room_for_code():
+        score, learn = model_seconds(job.model, pixels, where, config.select.m, config.augment.color > 0)
+    image, patch = (sum(part) / len(pieces) for part in list(zip(*pieces, strict=True))[:2])
+    threads = min(job.reader.pool.threads, default_threads())
+    costs = Costs(image, patch, score, learn, threads, overlap=job.device.type != "cpu")
+    images = f"{len(pieces)} image{'s' * (len(pieces) > 1)}"
+    return costs, f"reading {images}, scoring {len(pixels)} patches and learning from some of them"
+
+
+def _reading(opener: Opener, job: Job) -> Callable[[], Piece]:
+    """Reads patches twice: what the first time takes longer belongs to the whole image."""
+
+    def read() -> Piece:
+        began = time.perf_counter()
+        source = opener()
+        try:
+            half = max(1, min(job.plan.chunk, len(source)) // 2)
+            first = source.read(np.arange(half))
+            opened = time.perf_counter()
+            index = np.arange(len(source) - half, len(source))
+            second = source.read(index)
+            again = time.perf_counter() - opened
+            both = np.concatenate([np.arange(half), index])
+            where = positions(job.model, source, both, job.device)
+            return Piece(max(0.0, opened - began - again), again / half, np.concatenate([first, second]), where)
+        finally:
+            source.close()
+
+    return read
+
+
+def model_seconds(
+    model: IPSClassifier, pixels: NDArray[Any], where: Tensor | None, m: int, color: bool
+) -> tuple[float, float]:
+    """Measure scoring and learning.
+
+    Args:
+        model: on its device; left as it was.
+        pixels: (k h w c) uint8, or (k f) features, as read.
+        where: positions (k) or (k 2), where the model has a position code.
+        m: patches kept of an image.
+        color: whether training changes colours.
+
+    Returns:
+        Seconds for a patch that is scored, and for one that is learned from.
+    """
+    device = next(model.parameters()).device
+    colors = None
+    if color and pixels.dtype == np.uint8:
+        channels = pixels.shape[-1]
+        colors = torch.eye(channels, channels + 1, device=device).expand(len(pixels), -1, -1)
+    count = max(2, min(m, LEARNED))
+    rows = np.resize(np.arange(len(pixels)), count)  # repeated where the images have fewer
+    some, mask = pixels[rows], torch.ones(1, count, dtype=torch.bool, device=device)
+    place = None if where is None else where[torch.from_numpy(rows).to(device)][None]
+
+    def part(start: int, stop: int) -> Tensor:
+        return to_tensor(some[start:stop], device, None if colors is None else colors[rows[start:stop]])
+
+    def learn() -> None:
+        model.train()
+        split_backward(model, part, place, mask, lambda logits: torch.stack([x.sum() for x in logits.values()]).sum())
+
+    with as_it_was(model, device):
+        with model.looking():
+            score = _seconds(lambda: model.score(torch.from_numpy(pixels).to(device), where, colors), device)
+        return score / len(pixels), _seconds(learn, device) / count
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    for again in (True, False):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - began
+        if seconds > ENOUGH or not again:
+            break
+    return seconds
