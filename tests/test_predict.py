@@ -351,7 +351,7 @@ def test_a_score_means_the_same_in_every_file_under_every_rule(images: list[Path
         assert [np.float32(row["score"]) for row in kept] == [of[row["index"]] for row in kept], rule
         assert [of[row["index"]] for row in kept] == sorted((of[row["index"]] for row in kept), reverse=True)
         with open_image(images[3]) as image:
-            pixels = PatchGrid(image, 16).read(prediction.kept.index)
+            pixels = np.stack([image.read(tuple(box)) for box in prediction.kept.boxes.tolist()])
         assert prediction.pictures is not None
         np.testing.assert_array_equal(prediction.pictures.patches, pixels[prediction.pictures.place])
 

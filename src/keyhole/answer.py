@@ -25,6 +25,7 @@ from keyhole.patches import FilePatches
 from keyhole.prediction import Kept, Prediction, Scores, by_class
 from keyhole.reading import Reader
 from keyhole.report.pictures import most_attended, pictures_of_features, pictures_of_file
+from keyhole.resolution import patch_mpp
 from keyhole.tasks import Task
 
 
@@ -161,8 +162,7 @@ def _geometry(source: FilePatches | FeaturePatches) -> dict[str, Any]:
             "features": str(source.file.path),
             "size_known": source.grid.known,
         }
-    mpp = source.image.mpp
-    return about | {"mpp": None if mpp is None else mpp * grid.scale, "scale": grid.scale, "edge": source.grid.edge}
+    return about | {"mpp": patch_mpp(source), "scale": grid.scale, "edge": source.grid.edge}
 
 
 def _slide(item: Item, source: FeaturePatches, reader: Reader) -> tuple[Size, tuple[int, int]]:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ def evaluate(
         check_annotations(items)
     judged: dict[str, Judged] = {}
     uneven: list[dict[str, float]] = []
+    doubts: Counter[str] = Counter()
     examples = Examples(predictor.tasks[0])
 
     def predictions() -> Iterator[Prediction]:
@@ -143,6 +145,7 @@ def evaluate(
             examples.add(item, prediction)
             seen.append((item, {name: np.array(list(of.values())) for name, of in prediction.probability.items()}))
             uneven.append(unevenness(prediction.kept.attention))
+            doubts.update(prediction.notes)
             if item.annotation is not None:
                 judged[item.name] = judge(prediction, item.annotation, on_bad_image)
             yield prediction
@@ -161,6 +164,7 @@ def evaluate(
         lesions = lesion_means(judged, {item.name: item.group for item, _ in seen}, names)
         write_atomic(folder / "lesions.csv", lesion_table(judged, names))
     about: dict[str, Any] = {"keyhole": keyhole.__version__, "model": predictor.name, **subject.to_json()}
+    notes += [f"{count} of {len(seen)} images: {text}" for text, count in doubts.items()]
     about |= {"notes": notes, "left_out": left_out} | ({} if lesions is None else {"lesions": lesions.to_json()})
     tables = dict(zip(predictor.tasks, file_names([task.name for task in predictor.tasks], "task"), strict=True))
     about["confusion_files"] = {

@@ -42,6 +42,7 @@ from keyhole.prediction import Prediction
 from keyhole.progress import Progress
 from keyhole.reading import Reader
 from keyhole.reading.unreadable import Ledger, parse_share
+from keyhole.resolution import NOT_KNOWN, Resolution
 from keyhole.store import ImageStore
 from keyhole.tasks import Task
 
@@ -93,13 +94,22 @@ class Predictor:
         config: with the model's patch, model and select sections.
         tasks: what it predicts, in the order of its queries.
         name: what predictions call it.
+        resolution: at which it learned, where that is known.
     """
 
-    def __init__(self, model: IPSClassifier, config: Config, tasks: Sequence[Task], name: str = "model") -> None:
+    def __init__(
+        self,
+        model: IPSClassifier,
+        config: Config,
+        tasks: Sequence[Task],
+        name: str = "model",
+        resolution: Resolution = NOT_KNOWN,
+    ) -> None:
         self.model, self.config, self.tasks, self.name = model.eval(), config, tuple(tasks), name
         self.device = next(model.parameters()).device
+        self.resolution = resolution
         self._pace: Pace | None = None
-        self.tells_doubts = True  # about stored features; off where they have been told
+        self.tells_doubts = True  # about features and resolution; off where they have been told
         self._told: set[str] = set()
 
     @classmethod
@@ -123,6 +133,7 @@ class Predictor:
             given["patch"] = BEFORE_EDGE | given["patch"]
             config = build(Config(memory=memory, unreadable=unreadable), given)
             name, precision = str(info["name"]), str(info["precision"])
+            resolution = Resolution.from_json(info.get("resolution"))
         except (KeyError, TypeError, ConfigError, RunError) as error:
             raise RunError(
                 f"{folder}/model.safetensors: its description does not fit keyhole {keyhole.__version__} ({error}). "
@@ -132,7 +143,7 @@ class Predictor:
             model = build_classifier(config.model, tasks, config.patch.size, pretrained=False)
         load_weights(model, weights, folder / "model.safetensors")
         settle_precision(model.to(chosen), precision, patch_shape(config.model, config.patch.size))
-        return cls(model, config, tasks, name)
+        return cls(model, config, tasks, name, resolution)
 
     def predict(
         self, path: str | Path, mpp: float | None = None, mask: str | Path | None = None, pictures: bool = True
@@ -263,6 +274,7 @@ class Predictor:
         size = self.config.train.batch
         batches = [items[start : start + size] for start in range(0, len(items), size)]
         openers = [[opener(self.config, store, item) for item in each] for each in batches]
+        doubtful = 0
         progress, waited = None if quiet else Progress(len(items), description), reader.waited
 
         def chunk(patches: int) -> None:
@@ -300,11 +312,19 @@ class Predictor:
                     if row in failed:
                         continue
                     said = make_prediction(self.model, self.tasks, self.name, each[row], done, place, row, reader)
+                    if doubt := self._resolution_doubt(said):
+                        said = replace(said, notes=(doubt,))
+                        doubtful += 1
+                        if self.tells_doubts and doubtful == 1:
+                            print(f"warning: {said.name}: {doubt}", file=sys.stderr, flush=True)
                     if pictures is not None and pictures(each[row], said):
                         said = with_pictures(said, done, row, reader)
                     yield each[row], said
                 if progress is not None:
                     progress.update(images=len(each))
+            if self.tells_doubts and doubtful > 1:
+                told = f"{doubtful} of {len(items)} images have another resolution than the model learned at"
+                print(f"warning: {told} ({self.resolution} um per pixel), or none", file=sys.stderr, flush=True)
         finally:
             if progress is not None:
                 progress.__exit__(*sys.exc_info())  # after an error no line says that all is done
@@ -322,6 +342,11 @@ class Predictor:
         if choice.compile:
             self.model.accelerate(compile=True)
             print(f"encoder compiled: {choice.why}", file=sys.stderr, flush=True)
+
+    def _resolution_doubt(self, prediction: Prediction) -> str:
+        """A sentence where an image has another resolution than the model learned at; files of features may not say."""
+        mpp = prediction.patch["mpp"]
+        return "" if mpp is None and "features" in prediction.patch else self.resolution.doubt(mpp)
 
     def _tell_doubts(self, done: Inference) -> None:
         """Says once what stored features leave open, such as which encoder made them."""

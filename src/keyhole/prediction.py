@@ -168,6 +168,7 @@ class Prediction:
         origin: level-0 x, y from which QuPath counts on this image; (0, 0) but for slides that state bounds.
         unreadable: (k, 4) boxes of the patches that could not be read; None if all could.
         pictures: pixels that show it; None where they were not asked for.
+        notes: what makes it doubtful, such as another resolution than the model learned at.
     """
 
     name: str
@@ -183,6 +184,7 @@ class Prediction:
     unreadable: NDArray[np.int64] | None = None
     pictures: Pictures | None = None
     origin: tuple[int, int] = (0, 0)
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the score of every patch, as a plain dict."""
@@ -203,6 +205,7 @@ class Prediction:
                 for task in self.tasks
             },
             "patch": dict(self.patch),
+            "notes": list(self.notes),
             "unreadable": [] if self.unreadable is None else self.unreadable.tolist(),
             "kept": {"box_order": list(BOX), "box_unit": "level-0 pixels", "patches": list(self.kept.rows())},
             "scores": None

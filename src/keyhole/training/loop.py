@@ -343,7 +343,8 @@ class Loop:
         if is_better(state.metric, value, loss, state.best):
             state.best, state.best_epoch, state.waiting = (value, loss), state.epoch + 1, 0
             named = (state.metric, value) if math.isfinite(value) or not state.metric else ("loss", loss)
-            about = describe(config, job.tasks, epoch=state.epoch + 1, metric=named[0], value=_finite(named[1]))
+            chosen = {"epoch": state.epoch + 1, "metric": named[0], "value": _finite(named[1])}
+            about = describe(config, job.tasks, **chosen, resolution=job.images.resolution.to_json())
             about |= {"run": state.run, "manifest": state.manifest}
             save_model(job.run.path / "best", job.model, about)
         else:

@@ -29,6 +29,7 @@ from keyhole.nn.build import patch_shape
 from keyhole.passes import opener
 from keyhole.patches import FilePatches, View
 from keyhole.reading import Opener, Reader
+from keyhole.resolution import NOT_KNOWN, Resolution, patch_mpp
 from keyhole.store import ImageStore, decoded_bytes, fits
 from keyhole.tasks import Task
 from keyhole.wording import from_to
@@ -92,6 +93,7 @@ class Images:
         patch_shape: of one patch, such as (s, s, c), or (f,) of stored features.
         held_bytes: of decoded images that stay in memory.
         open_bytes: of pictures that are decoded whole, as many as are open or being decoded at a time.
+        resolution: of the training images' patches; goes into the model.
     """
 
     config: Config
@@ -100,6 +102,7 @@ class Images:
     patch_shape: tuple[int, ...]
     held_bytes: int
     open_bytes: int = 0
+    resolution: Resolution = NOT_KNOWN
 
     def opener(self, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)) -> Opener:
         """What a reading thread calls to get the patches of `item`."""
@@ -127,6 +130,7 @@ def scan(
     total = 0
     doubts: Counter[str] = Counter()
     pictures: list[int] = []
+    mpp: dict[str, float | None] = {}
     for item in (*manifest.split("train"), *manifest.split("val")):
         try:
             source = reader.run(item.name, opener(config, probe, item))
@@ -137,6 +141,8 @@ def scan(
             continue
         counts[item.name] = len(source)
         shape = source.patch_shape
+        if item.split == "train":
+            mpp[item.name] = patch_mpp(source)
         if isinstance(source, FilePatches):
             total += decoded_bytes(source.image, source.grid.level)
             pictures.append(source.image.held_pixels * source.image.channels)
@@ -159,9 +165,11 @@ def scan(
     lines += [f"warning: {text} ({count} of {len(counts)} files)" for text, count in doubts.items()]
     if bad:
         lines.append(f"left out {len(bad)} images that cannot be read; they are listed in left_out.csv")
+    resolution = Resolution.of(mpp.values())
+    lines += [f"warning: {spread}"] if (spread := resolution.spread()) else []
     store = ImageStore(keep=keep, masks=probe.masks)
     opened = _open_bytes(config, pictures, patches[len(patches) // 2], reader.pool.threads, keep)
-    images = Images(config, store, counts, shape, total if keep else 0, opened)
+    images = Images(config, store, counts, shape, total if keep else 0, opened, resolution)
     return images, manifest, lines
 
 
