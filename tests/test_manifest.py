@@ -50,6 +50,19 @@ def left(manifest: Manifest) -> dict[str, str]:
     return {item.name: item.reason for item in manifest.left_out}
 
 
+def test_the_positive_class_is_named_also_where_column_or_class_hold_an_equals_sign(tmp_path: Path) -> None:
+    rows = [f"{i}.png,{('x=1', 'x=2')[i % 2]},{'ab'[i % 2]}" for i in range(12)]
+    path = write(tmp_path / "t.csv", table("image,p=q,p", *rows))
+    for asked, name, classes in (
+        ("p=q=binary:x=1", "p=q", ("x=2", "x=1")),
+        ("p=q", "p=q", ("x=1", "x=2")),
+        ("p=binary:a", "p", ("b", "a")),
+    ):
+        manifest = read(path, tasks=(asked,))
+        assert [(task.name, task.classes) for task in manifest.tasks] == [(name, classes)]
+    assert any("the positive class is 'x=2', the second in order" in note for note in read(path).notes)
+
+
 # Folders
 
 

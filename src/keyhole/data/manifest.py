@@ -239,7 +239,7 @@ def _read(data: DataConfig, asked: Sequence[str] = (), classes: Sequence[str] = 
     elif data.path.is_file():
         table = read_csv(data.path, data.root, slides=data.features is not None)
         table = table if table.written else without_missing_words(table, data.missing, classes)
-        names = {entry if entry in table.columns else entry.rpartition("=")[0] or entry for entry in asked}
+        names = {_named(entry, table.columns)[0] for entry in asked}
         table = with_columns_read(data.path, table, data.group, table.columns if table.written else names)
     else:
         raise DataError(f"{data.path}: not a regular file. Name a folder of classes or a CSV: --data.path PATH.")
@@ -258,16 +258,23 @@ def _wanted_tasks(path: Path, columns: Sequence[str], asked: Sequence[str]) -> d
         raise DataError(f"{path}: no task column, only `image` and what describes it. Add a column with labels.")
     wanted: dict[str, str | None] = {}
     for entry in asked or columns:
-        # a name may hold a `=`, and so may the class of `name=binary:class`: the longest column that fits is meant
-        fitting = [column for column in columns if entry == column or entry.startswith(f"{column}=")]
-        name = max(fitting, key=len, default=entry.partition("=")[0])
-        kind = entry[len(name) + 1 :]
+        name, kind = _named(entry, columns)
         if name not in columns:
             raise DataError(f"{path}: no column {name!r}{nearest(name, columns)}; the tasks are {listed(columns, 8)}.")
         if name in wanted:
             raise ConfigError(f"data.tasks names {name!r} twice. Name each column once.")
         wanted[name] = kind or None
     return wanted
+
+
+def _named(entry: str, columns: Sequence[str]) -> tuple[str, str]:
+    """Column and kind of `name` or `name=kind`.
+
+    A name may hold a `=`, and so may the class of `name=binary:class`: the longest column that fits is meant.
+    """
+    fitting = [column for column in columns if entry == column or entry.startswith(f"{column}=")]
+    name = max(fitting, key=len, default=entry.partition("=")[0])
+    return name, entry[len(name) + 1 :]
 
 
 def _usable(
