@@ -16,6 +16,7 @@ from test_predict import random_predictor
 import keyhole
 from keyhole.cli.main import main
 from keyhole.config import PatchConfig, SelectConfig
+from keyhole.errors import ConfigError
 from keyhole.images import open_image
 from keyhole.lesions import LesionShare, judge
 from keyhole.predict import Predictor
@@ -98,6 +99,12 @@ def test_a_round_trip_through_qupath_is_the_same_place_as_mask_and_as_annotation
     assert again.scores is not None
     seen = again.scores.boxes(again.scores.index)
     assert sorted(seen.tolist()) == sorted(prediction.kept.boxes.tolist())
+
+
+@pytest.mark.parametrize("mpp", [250, 0.0, float("nan")])
+def test_a_scale_given_to_predict_is_held_to_the_rule_of_files(slide: Path, predictor: Predictor, mpp: float) -> None:
+    with pytest.raises(ConfigError, match=r"mpp is .*0\.02 \.\.\. 100"):
+        predictor.predict(slide, mpp=mpp)
 
 
 def test_asap_counts_from_level_0_and_qupath_from_the_bounds(prediction: Prediction, tmp_path: Path) -> None:
