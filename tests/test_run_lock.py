@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from conftest import SMALL, small_files
 
 import keyhole
 from keyhole.cli.main import main
-from keyhole.errors import RunError
+from keyhole.errors import OutputError, RunError
 from keyhole.files import atomic_file
 from keyhole.training import lock as module
 from keyhole.training.lock import DEAD, Holder, RunLock
@@ -95,6 +95,12 @@ def test_where_flock_is_missing_the_processes_of_this_host_are_looked_up(
 def test_a_lock_that_names_nobody_does_not_block(run: Path, text: str) -> None:
     (run / "lock").write_text(text)
     RunLock(run).release()
+
+
+def test_a_full_disk_is_told_and_leaves_no_lock(run: Path) -> None:
+    with small_files(0), pytest.raises(OutputError, match=r"lock: cannot be written .*Free space"):
+        RunLock(run)
+    assert not (run / "lock").exists()
 
 
 def test_a_process_that_lost_its_lock_writes_nothing_more_and_leaves_the_other_s(run: Path) -> None:

@@ -160,9 +160,13 @@ class RunLock:
             if not dead and self._age() < DEAD:
                 raise self._refusal(named)
             other = not same
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(asdict(self.holder)).encode() + b"\n", 0)
-        os.fsync(self._file)
+        try:
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, json.dumps(asdict(self.holder)).encode() + b"\n", 0)
+            os.fsync(self._file)
+        except OSError:
+            self.path.unlink(missing_ok=True)  # it is ours, and would name nobody
+            raise
         if other and not (named is None and alone is True):
             time.sleep(SETTLE)
             self.check()
