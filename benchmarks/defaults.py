@@ -2,8 +2,8 @@
 
     python benchmarks/defaults.py [--seeds 0 1 2]
 
-Generated photographs of 192 px with clutter; four small marks decide the class, rings or crosses of the same size.
-Everything runs as a user would run it: `keyhole train DATA --patch.size 16 --select.m 8`, `keyhole evaluate`. The
+Generated photographs of 256 px with clutter; four small marks decide the class, rings or crosses of the same size.
+Everything runs as a user would run it: `keyhole train DATA --patch.size 32 --select.m 4`, `keyhole evaluate`. The
 images are generated: the figures compare settings, and say nothing about real data.
 """
 
@@ -21,14 +21,14 @@ import numpy as np
 from machine import write_result
 from PIL import Image, ImageDraw
 
-SIDE, MARK, DARK = 192, 10, (20, 20, 20)
-COUNTS = {"train": 480, "val": 60, "test": 200}
+SIDE, MARK, WHITE = 256, 18, (255, 255, 255)
+COUNTS = {"train": 400, "val": 60, "test": 200}
 BEFORE = ("--train.lr=3e-4", "--train.explore=0")
 SETTINGS = {"3e-4, no exploring (the defaults before)": BEFORE, "`auto` (the defaults now)": ()}
 
 
 def draw(kind: str, rng: np.random.Generator) -> Image.Image:
-    """One photograph: grain, four lines and blobs in any colour, and four marks of the class."""
+    """One photograph: grain, eight lines and blobs in any colour, and four marks of the class."""
     image = Image.fromarray(rng.integers(110, 150, (SIDE, SIDE, 3), dtype=np.uint8))
     pen = ImageDraw.Draw(image)
 
@@ -36,18 +36,18 @@ def draw(kind: str, rng: np.random.Generator) -> Image.Image:
         red, green, blue = rng.integers(0, 256, 3).tolist()
         return red, green, blue
 
-    for _ in range(4):
+    for _ in range(8):
         x, y, dx, dy = rng.integers(0, SIDE - 40, 2).tolist() + rng.integers(8, 40, 2).tolist()
         shape = pen.line if rng.random() < 0.5 else pen.ellipse
         shape((x, y, x + dx, y + dy), fill=ink())
     for _ in range(4):
         x, y = rng.integers(0, SIDE - MARK, 2).tolist()
         if kind == "ring":
-            pen.ellipse((x, y, x + MARK, y + MARK), outline=DARK, width=3)
+            pen.ellipse((x, y, x + MARK, y + MARK), outline=WHITE, width=4)
         else:
-            color, middle = DARK, MARK // 2
-            pen.line((x, y + middle, x + MARK, y + middle), fill=color, width=3)
-            pen.line((x + middle, y, x + middle, y + MARK), fill=color, width=3)
+            middle = MARK // 2
+            pen.line((x, y + middle, x + MARK, y + middle), fill=WHITE, width=4)
+            pen.line((x + middle, y, x + middle, y + MARK), fill=WHITE, width=4)
     return image
 
 
@@ -85,7 +85,7 @@ def main() -> None:
             data = write_images(folder, seed)
             for name, flags in SETTINGS.items():
                 run, start = Path(scratch) / f"run-{len(rows)}", time.monotonic()
-                keyhole("train", data, "--patch.size=16", "--select.m=8", f"--train.seed={seed}", *flags, "--out", run)
+                keyhole("train", data, "--patch.size=32", "--select.m=4", f"--train.seed={seed}", *flags, "--out", run)
                 seconds = time.monotonic() - start
                 keyhole("evaluate", run)
                 found = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
@@ -94,9 +94,9 @@ def main() -> None:
                 rows.append((seed, name, shown, f"{seconds:.0f} s"))
                 print(*rows[-1], sep="; ", flush=True)
     lines = [
-        "`keyhole train photos.csv --patch.size 16 --select.m 8`, all else at its default: encoder `small` from random "
+        "`keyhole train photos.csv --patch.size 32 --select.m 4`, all else at its default: encoder `small` from random "
         "weights, 30 epochs, batches of 8.",
-        f"Generated photographs of {SIDE} px, 144 patches each: {COUNTS['train']} to learn from, {COUNTS['val']} to "
+        f"Generated photographs of {SIDE} px, 64 patches each: {COUNTS['train']} to learn from, {COUNTS['val']} to "
         f"choose by, {COUNTS['test']} never seen; guessing gives 0.50.",
         "",
         "| seed | `train.lr`, `train.explore` | accuracy on the unseen [95 % interval] | time of training |",

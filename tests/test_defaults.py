@@ -68,12 +68,18 @@ def test_what_the_defaults_follow_from(model: ModelConfig, features: bool, expec
     assert settle_learning(settled, features) == (settled, [])
     own = Config(model=model, train=TrainConfig(lr=0.5, explore=3))
     assert settle_learning(own, features) == (own, [])
+    endless = Config(model=model, train=TrainConfig(lr=0.5, explore=3, epochs=2))
+    assert "train.explore (=3) is not over within train.epochs (=2)" in settle_learning(endless, features)[1][0]
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_a_recipe_says_its_own_rate_and_exploring(name: str) -> None:
-    train = build(Config(), read_recipe(name)).train
-    assert train.lr != "auto"
-    assert train.explore != "auto"
+def test_a_recipe_says_its_own_rate_and_exploring_or_follows_the_encoder(name: str) -> None:
+    config = build(Config(), read_recipe(name))
     published = name in ("traffic", "megapixel-mnist", "camelyon16", "camelyon16-features")
-    assert (train.explore == 0) == published
+    if published:
+        assert config.train.lr in (3e-4, 1e-3)
+        assert config.train.explore == 0
+    else:
+        settled, _ = settle_learning(config, features=False)
+        assert settled.train.lr == 1e-3
+        assert settled.train.explore >= config.train.epochs / 2

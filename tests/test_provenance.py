@@ -42,6 +42,9 @@ def folders(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 def run(toy: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "a"
     assert main(["train", str(toy), "--data.features", str(folders["a"]), *TINY, "--out", str(out)]) == 0
+    log = (out / "log.txt").read_text()
+    assert "projected to 8" in log
+    assert "compiled" not in log  # there is no encoder
     return out
 
 

@@ -25,6 +25,7 @@ SAVED = 0.35
 NOT_ON_A_CPU = "on a CPU it saves an eighth at most, takes a minute, and would make runs differ in their last bits"
 """Measured on two cores: -4 to 12 % for ResNet-18, EfficientNet-Lite0 and the small encoder; 7 to 44 s for the
 first call that looks, 137 s with learning on a busy machine."""
+NO_ENCODER = "the data are stored features, which need no encoder"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def choose_compile(
         return Choice(True, "as asked for")
     if setting == "off":
         return Choice(False, "as asked for")
+    if len(patch_shape) == 1:
+        return Choice(False, NO_ENCODER)
     if device.type != "cuda":
         return Choice(False, NOT_ON_A_CPU)
     if missing:

@@ -65,11 +65,17 @@ def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
         changes["lr"] = found.lr
     if train.explore == "auto":
         changes["explore"] = found.explore
-    if not changes:
-        return config, []
-    said = ", ".join(f"{name} {value:g}" for name, value in changes.items())
-    line = f"{said}: {found.why}"
-    return dataclasses.replace(config, train=dataclasses.replace(train, **changes)), [line]
+    lines = []
+    if changes:
+        said = ", ".join(f"{name} {value:g}" for name, value in changes.items())
+        lines.append(f"{said}: {found.why}")
+    train = dataclasses.replace(train, **changes)
+    if number(train.explore, "train.explore") >= train.epochs:
+        lines.append(
+            f"warning: train.explore (={train.explore:g}) is not over within train.epochs (={train.epochs}): some "
+            "patches are kept at random until the end. Lower it, or leave it at auto."
+        )
+    return dataclasses.replace(config, train=train), lines
 
 
 def auto_reasons(config: Config) -> dict[str, str]:

@@ -156,6 +156,8 @@ def _compile(job: Job, setting: Setting, share: float) -> str:
     choice = choose_compile(setting, job.model, job.images.patch_shape, job.plan.chunk, expected)
     if choice.compile:
         job.model.accelerate(compile=True)
+    if not choice.compile and len(job.images.patch_shape) == 1:
+        return "none: the data are stored features, which are projected"
     return f"{'compiled' if choice.compile else 'not compiled'}: {choice.why}"
 
 

@@ -162,7 +162,7 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     job = _job(lock, config, manifest, images, reader, model, optimizer, state, device)
     try:
         told = *notes, *border, *lines, *hashed, *undefined
-        for line in (*manifest.notes, *told, *_overview(job), _compile(job)):
+        for line in (*manifest.notes, *told, *_overview(job), *_compile(job)):
             say(line)
             job.log(line)
     except BaseException:
@@ -231,15 +231,20 @@ def _overview(job: Job) -> list[str]:
     return lines
 
 
-def _compile(job: Job) -> str:
-    """Compiles the encoder where that pays back in what is left of the run; says what was chosen and why."""
+def _compile(job: Job) -> list[str]:
+    """Compiles the encoder where that pays back in what is left of the run; says what was chosen and why.
+
+    Stored features have no encoder, so there is nothing to say, unless compiling is asked for.
+    """
     left = max(1, job.config.train.epochs - job.state.epoch)
     items = (item for split in ("train", "val") for item in job.manifest.split(split))
     expected = left * sum(job.images.counts[item.name] for item in items)
     choice = choose_compile(job.config.run.compile, job.model, job.images.patch_shape, job.plan.chunk, expected)
     if choice.compile:
         job.model.accelerate(compile=True)
-    return f"encoder {'compiled' if choice.compile else 'not compiled'}: {choice.why}"
+    elif len(job.images.patch_shape) == 1:
+        return []
+    return [f"encoder {'compiled' if choice.compile else 'not compiled'}: {choice.why}"]
 
 
 def open_job(run: Run, say: Callable[[str], None], root: Path | None = None, epochs: int | None = None) -> Job:
@@ -290,7 +295,7 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
         if longer:
             checked += [longer, *_go_on_longer(job)]
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"
-        for text in (f"{line} (keyhole {keyhole.__version__})", *checked, *lines, _compile(job)):
+        for text in (f"{line} (keyhole {keyhole.__version__})", *checked, *lines, *_compile(job)):
             say(text)
             job.log(text)
     except BaseException:
