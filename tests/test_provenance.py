@@ -94,6 +94,8 @@ def test_a_folder_that_mixes_encoders_is_refused_whichever_comes_first(
     silent(folders["a"], mixed)
     shutil.copytree(folders["b"] / "red", mixed / "red", dirs_exist_ok=True)
     shutil.copytree(folders["a"] / "green", mixed / "green", dirs_exist_ok=True)
+    assert main(["check", str(toy), "--data.features", str(mixed), "--run.threads", "1"]) == 1
+    assert "Use features of one encoder for all images" in capsys.readouterr().out
     line = ["train", str(toy), "--data.features", str(mixed), *TINY, "--out", str(tmp_path / "run")]
     assert main(line) == 2
     assert "Numbers of two encoders mean nothing to each other" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from keyhole.data.manifest import Manifest
 from keyhole.data.settle import classes_of, give_splits
 from keyhole.data.splits import leaking_groups
 from keyhole.errors import ImageError
+from keyhole.features.origin import Origin
 from keyhole.wording import listed
 
 IMBALANCE = 10
@@ -207,12 +208,26 @@ def _about_features(probed: Mapping[str, Probed]) -> list[Finding]:
     by_width = defaultdict(list)
     for name, image in probed.items():
         by_width[image.channels].append(name)
-    if len(by_width) < 2:
-        return []
-    problem = "stored features of different widths: " + "; ".join(
-        f"{width} in {listed(names)}" for width, names in sorted(by_width.items())
-    )
-    return [Finding("all images", problem, "Use features of one encoder for all images.")]
+    if len(by_width) > 1:
+        problem = "stored features of different widths: " + "; ".join(
+            f"{width} in {listed(names)}" for width, names in sorted(by_width.items())
+        )
+        return [Finding("all images", problem, "Use features of one encoder for all images.")]
+    origins = {name: Origin(**image.origin) for name, image in probed.items()}
+    first = next((origin for origin in origins.values() if origin.known), Origin())
+    others = [name for name, origin in origins.items() if first.excludes(origin)]
+    if others:
+        problem = f"stored features of {first.describe()}, but of {origins[others[0]].describe()} in {listed(others)}"
+        return [Finding("all images", problem, "Use features of one encoder for all images.")]
+    doubts = defaultdict(list)
+    for name, origin in origins.items():
+        doubts[origin.doubt(first)].append(name)
+    fix = "It may be as it should; training says it as well, and goes on."
+    return [
+        Finding(names[0] if len(names) == 1 else f"{len(names)} images", f"{doubt}: {listed(names)}", fix, "warning")
+        for doubt, names in doubts.items()
+        if doubt
+    ]
 
 
 def about_content(items: Sequence[Item], manifest: Manifest, config: Config) -> list[Finding]:

@@ -57,6 +57,7 @@ class Probed:
         preview_problem: why there is no preview although one was asked for.
         note: what of the file is not read.
         darkest, brightest: values of the patches looked at.
+        origin: of stored features, the fields of `Origin`; empty for images.
     """
 
     size: Size
@@ -71,6 +72,7 @@ class Probed:
     note: str = ""
     darkest: int = field(default=0, compare=False)
     brightest: int = field(default=255, compare=False)
+    origin: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,7 @@ def _probe_features(path: Path, name: str) -> Probed:
     source = FeatureOpener(path, name)()
     try:
         source.read([0, len(source) - 1])
-        return Probed(Size(0, 0), 1, None, source.patch_shape[0], len(source), 0)
+        return Probed(Size(0, 0), 1, None, source.patch_shape[0], len(source), 0, origin=asdict(source.origin))
     finally:
         source.close()
 
