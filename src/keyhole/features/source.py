@@ -172,13 +172,12 @@ def learned_origin(model: ModelConfig) -> Origin:
 
 
 def common_origin(paths: Iterable[str | Path]) -> Origin:
-    """That of the first file that says its own; no feature is read.
-
-    Raises:
-        ImageError: a file before it is broken, or not of the layout expected.
-    """
+    """That of the first file that says its own; no feature is read. Broken files are left to whoever reads them."""
     for path in paths:
-        file = open_features(Path(path))
+        try:
+            file = open_features(Path(path))
+        except ImageError:
+            continue
         file.close()
         if file.origin.known:
             return file.origin
