@@ -259,6 +259,26 @@ def test_the_area_under_patches_is_what_their_boxes_cover(size: int, stride: int
     np.testing.assert_array_equal(mask_preview._covered(grid, (300, 400), 1.0), expected)
 
 
+def test_previews_of_an_earlier_call_are_removed_and_a_file_of_the_user_is_never_overwritten(tmp_path: Path) -> None:
+    table, pictures = slides(tmp_path), tmp_path / "pictures"
+    settings = replace(config(table), patch=PatchConfig(size=50, foreground="tissue"))
+    check(settings, previews=pictures)
+    assert len(list(pictures.glob("*.png"))) == 3
+    (pictures / "mine.png").write_bytes(b"of the user")
+    (tmp_path / "a" / "slide 1.png").rename(tmp_path / "c.png")
+    table.write_text(table.read_text().replace("a/slide 1.png", "c.png"))
+
+    report = check(settings, previews=pictures)
+
+    assert {path.name for path in pictures.glob("*.png")} == {"a_slide_1.png", "b.png", "c.png", "mine.png"}
+    assert any("removed 1 previews of images that are not checked now" in note for note in report.notes)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "b.png").write_bytes(b"a photograph")
+    with pytest.raises(OutputError, match=r"b\.png: not a preview of keyhole check"):
+        check(settings, previews=tmp_path / "photos")
+    assert (tmp_path / "photos" / "b.png").read_bytes() == b"a photograph"
+
+
 def test_previews_have_safe_names_of_which_no_two_are_alike() -> None:
     names = ["a/b.svs", "a_b.svs", "A/B.svs", "../../etc/passwd", "ö\n.png", "x" * 500 + "1", "x" * 500 + "2", "", "/"]
     found = preview_names(names)

@@ -24,7 +24,7 @@ from keyhole.data.check_worker import Failed, ImageProbe, Probed, Request, Troub
 from keyhole.data.embed_items import items_to_embed, without_labels
 from keyhole.data.item import SPLITS, Doubt, Item, LeftOut
 from keyhole.data.manifest import MISSING_FILE, Manifest, read_manifest, write_csv
-from keyhole.data.outputs import PREVIEW_LIST
+from keyhole.data.outputs import PREVIEW_LIST, clear_previews
 from keyhole.errors import OutputError
 from keyhole.files import writable_folder
 from keyhole.report.mask_preview import preview_names
@@ -138,7 +138,11 @@ def check(
     findings += [Finding(doubt.name, doubt.problem, doubt.fix, "warning") for doubt in manifest.doubts]
     no_bits: dict[str, int] = {}
     requests = _requests(manifest.items, config, None if previews is None else writable_folder(previews))
+    notes = list(manifest.notes)
     if previews is not None:
+        pictures = [Path(str(request.preview)).name for request in requests if not request.features]
+        if removed := clear_previews(previews, pictures):
+            notes.append(f"{previews}: removed {removed} previews of images that are not checked now")
         _list_previews(previews, requests)
     probed: dict[str, Probed] = {}
     results = _probe_all(requests, config, progress)
@@ -161,7 +165,7 @@ def check(
         spreads=_spreads(list(probed.values())),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
         left_out=tuple(left_out),
-        notes=tuple(note for note in manifest.notes if note not in {doubt.line() for doubt in manifest.doubts}),
+        notes=tuple(note for note in notes if note not in {doubt.line() for doubt in manifest.doubts}),
         memory=fits(sum(image.level_bytes for image in probed.values()), config.data.cache)[1],
         previews=None if previews is None else str(previews),
     )

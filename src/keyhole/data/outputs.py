@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from keyhole.errors import OutputError
+
 PREVIEWS = "keyhole-check"
 """Folder for the previews of `keyhole check` where none is named."""
 PREVIEW_LIST = "previews.csv"
@@ -123,6 +125,33 @@ def _starts(file: Path, start: bytes) -> bool:
             return opened.read(len(start)) == start
     except OSError:
         return False  # not a file that can be read, so that nothing is known of it
+
+
+def clear_previews(folder: Path, pictures: Collection[str]) -> int:
+    """Removes the previews of an earlier call, so that none of them is taken for one of this call.
+
+    Args:
+        folder: where the previews go.
+        pictures: the file names that this call will write.
+
+    Returns:
+        how many were removed that this call does not write again.
+
+    Raises:
+        OutputError: a file would be overwritten that is not a preview.
+    """
+    listing = folder / PREVIEW_LIST
+    found = _listed_previews(listing) if _starts(listing, _STARTS[PREVIEW_LIST]) else set()
+    listed = {name for name in found if Path(name).name == name and name.endswith(".png")}
+    for name in pictures:
+        if name not in listed and os.path.lexists(folder / name):
+            raise OutputError(f"{folder / name}: not a preview of keyhole check. Choose another folder: --previews DIR")
+    there = [name for name in listed if (folder / name).is_file()]
+    for name in there:
+        (folder / name).unlink()
+    if found:
+        listing.unlink(missing_ok=True)
+    return len(set(there) - set(pictures))
 
 
 def _listed_previews(file: Path) -> set[str]:
