@@ -22,6 +22,7 @@ from keyhole.images import open_image
 from keyhole.images.openslide import _check_bits, _planes
 from keyhole.images.pixels import eight_bit
 from keyhole.images.scale import given_scale
+from keyhole.images.tiff_checks import check_tiles
 
 
 def whole(path: Path) -> NDArray[np.uint8]:
@@ -202,7 +203,14 @@ def test_a_makers_slide_of_sixteen_bits_is_refused_and_what_it_says_of_planes_is
     with pytest.raises(ImageError, match="a slide of 16 bits a value is not read"):
         open_image(tmp_path / "a.tif")
     said = {f"zeiss.Information.Image.{name}": value for name, value in {"SizeZ": "5", "SizeT": "1"}.items()}
-    assert _planes(said) == "a stack of pictures (5 along z), of which one is read"
+    with tifffile.TiffWriter(tmp_path / "planes.tif") as writer:
+        for plane in (0, 1, -1):
+            tags = [(65420, 4, 1, 1, True), (65424, 9, 1, plane, True), (271, 2, 10, "Hamamatsu", True)]
+            writer.write(picture(), tile=(32, 32), extratags=tags, metadata=None)
+    assert check_tiles(tmp_path / "planes.tif") == 3
+    assert _planes({}, 3) == "a stack of pictures (3 along z), of which one is read"
+    assert _planes({}, 1) == ""
+    assert _planes(said, 1) == "a stack of pictures (5 along z), of which one is read"
     deep_slide = {"zeiss.Information.Image.PixelType": "Bgr48", "zeiss.Information.Image.ComponentBitCount": "12"}
     with pytest.raises(ImageError, match="of which 12 are in use"):
         _check_bits(tmp_path / "a.czi", deep_slide)

@@ -52,9 +52,8 @@ class OpenSlideImage(Image):
         self.path = path
         with faults_of(path, "damaged slide"), path.open("rb") as file:
             head = file.read(64)
-        if is_tiff(head):
-            # libopenslide ends the process where an allocation fails, and keeps the highest eight bits of 16
-            check_tiles(path, most_bits=8)
+        # libopenslide ends the process where an allocation fails, and keeps the highest eight bits of 16
+        depth = check_tiles(path, most_bits=8) if is_tiff(head) else 1
         self._lock = threading.Lock()
         slide = self._open()
         with faults_of(path, "damaged slide"):
@@ -64,7 +63,7 @@ class OpenSlideImage(Image):
             _check_declared(path, properties, len(sizes))
             self.mpp, self.mpp_note = _scale(properties)
             self.qupath_origin = _bounds_corner(properties)
-            self.note = _planes(properties)
+            self.note = _planes(properties, depth)
             _check_bits(path, properties)
         kept = [k for k, size in enumerate(sizes) if k == 0 or same_shape(sizes[0], size)]
         self._numbers = tuple(kept)  # OpenSlide's own of the levels
@@ -155,9 +154,15 @@ def _bounds_corner(properties: Mapping[str, str]) -> tuple[int, int]:
     return (int(x), int(y)) if x.isdigit() and y.isdigit() else (0, 0)
 
 
-def _planes(properties: Mapping[str, str]) -> str:
-    """What is not read of a Zeiss slide with several planes or points in time: OpenSlide takes the first."""
+def _planes(properties: Mapping[str, str], depth: int) -> str:
+    """What is not read of a slide with several planes or points in time: OpenSlide takes one.
+
+    Args:
+        properties: of the slide; Zeiss's have the numbers.
+        depth: planes that are known otherwise.
+    """
     counts = {axis: properties.get(f"zeiss.Information.Image.Size{axis.upper()}", "1") for axis in "zt"}
+    counts["z"] = str(depth) if depth > 1 else counts["z"]
     many = [f"{count} along {axis}" for axis, count in counts.items() if count.isdigit() and int(count) > 1]
     return f"a stack of pictures ({', '.join(many)}), of which one is read" if many else ""
 

@@ -31,6 +31,8 @@ CONVERT = "Convert it to a tiled pyramid: vips tiffsave IN.tif OUT.tif --tile --
 
 _MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 _JPEG2000_APERIO = (33003, 33005)
+_FOCAL_PLANE = 65424
+"""Hamamatsu's tag for the place of a page in depth."""
 
 
 def is_tiff(head: bytes) -> bool:
@@ -84,18 +86,23 @@ def open_pages(path: Path) -> Iterator[tuple[Any, ShortTables]]:
             yield tif, short
 
 
-def check_tiles(path: Path, most_bits: int = 16) -> None:
+def check_tiles(path: Path, most_bits: int = 16) -> int:
     """Refuses a TIFF that would take OpenSlide, and with it the process, down: tiles of gigabytes, loops, a cut end.
 
     Args:
         path: the file.
         most_bits: of a value in a tiled page.
 
+    Returns:
+        planes in depth (z) of a Hamamatsu slide, of which OpenSlide reads the one at 0; else 1.
+
     Raises:
         ImageError: with the reason.
     """
+    planes = {0}
     with open_pages(path) as (tif, short):
         for page in tif.pages:
+            planes |= {page.tags.valueof(_FOCAL_PLANE, 0)} if page.is_ndpi else set()
             if page.is_tiled and isinstance(page.bitspersample, int) and page.bitspersample > most_bits:
                 raise ImageError(
                     path, f"a slide of {page.bitspersample} bits a value is not read. Export it with 8 bits."
@@ -105,6 +112,7 @@ def check_tiles(path: Path, most_bits: int = 16) -> None:
             elif not page.is_ndpi:  # a Hamamatsu page is one strip with restart marks inside
                 check_segment(path, Size(page.imagewidth, min(page.rowsperstrip or page.imagelength, page.imagelength)))
             check_end(path, short.pread, *tables_of(page, short))
+    return len(planes)
 
 
 def _walk_chain(path: Path, file: BufferedReader) -> tuple[list[int], str, bool]:
