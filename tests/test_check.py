@@ -535,7 +535,7 @@ def test_a_fix_is_whole_whatever_dots_the_problem_has(tmp_path: Path) -> None:
     path = data_set(tmp_path / "Dr. Who's images, e.g. No. 1", 6)
     settings = replace(config(path), patch=PatchConfig(size=32, level=9))
     (finding, *_) = check(settings).findings
-    assert finding.problem == "patch.level (=9) must be one of the image's levels 0 ... 0"
+    assert finding.problem == "patch.level (=9) must be 0, the image's only level"
     assert finding.fix == "Change the patch settings. Or leave it out: --data.on-bad-image skip."
     mask = tmp_path / "Dr. Who" / "masks"
     mask.mkdir(parents=True)

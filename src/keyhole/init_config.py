@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,17 @@ from keyhole.data.item import SPLITS
 from keyhole.data.manifest import Manifest, read_manifest
 from keyhole.edge import Edge
 from keyhole.errors import BitsUnknown, ConfigError, DataError, ImageError
+from keyhole.grid import NoPatches
 from keyhole.images import open_image
 from keyhole.images.depth import DEEP
 from keyhole.images.geometry import Size
+from keyhole.patches import FileOpener
 from keyhole.reading import Reader
 
 SAMPLE = 100
 """Images opened to measure sizes; more would not move the medians."""
+COUNTED = 10
+"""Images whose patches are counted where a foreground has to be found first, which reads a whole level of each."""
 SLIDE_MPP = 0.5
 """Microns per pixel to read microscopy at: 20x, where nuclei are still seen, with a quarter of the patches of 40x."""
 
@@ -163,8 +168,55 @@ def propose(config: Config, measured: Measured) -> Proposal:
     )
 
 
+def with_counted_patches(proposal: Proposal, measured: Measured, config: Config) -> Proposal:
+    """The proposal with `select.m` from the patches that its foreground leaves, counted in a few of the images.
+
+    Args:
+        proposal: as `propose` made it.
+        measured: the data.
+        config: `run.stall` is looked at.
+    """
+    patch = proposal.config.patch
+    if patch.foreground == "all":
+        return proposal
+    counts = []
+    items = measured.manifest.items
+    with Reader(threads=1, stall=config.run.stall) as reader:
+        for item in items[:: max(1, len(items) // COUNTED)][:COUNTED]:
+            opener = FileOpener(item.image, item.name, mask=item.mask, image_mpp=item.mpp, **dataclasses.asdict(patch))
+            with contextlib.suppress(ImageError, NoPatches):  # `measure` told of the first, `check` tells of both
+                counts.append(reader.run(str(item.image), partial(_count, opener)))
+    if not counts:
+        return proposal
+    m, patches = _kept(median(counts)), median(counts)
+    reason = (
+        f"about an eighth of the {patches:,.0f} patches with {patch.foreground}, the median of {len(counts)} images"
+    )
+    return dataclasses.replace(
+        proposal,
+        config=dataclasses.replace(proposal.config, select=dataclasses.replace(proposal.config.select, m=m)),
+        reasons={**proposal.reasons, "select.m": f"{reason}; from 4 to 256"},
+    )
+
+
+def _count(opener: FileOpener) -> int:
+    source = opener()
+    try:
+        return len(source)
+    finally:
+        source.close()
+
+
+def _kept(patches: float) -> int:
+    """An eighth of the patches, to a power of two, from 4 to 256 and not more than there are."""
+    return max(min(4, int(patches)), min(256, _power_of_two(patches / 8), int(patches)), 1)
+
+
 def _common_mpp(measured: Measured, reasons: dict[str, str]) -> float | None:
-    """Microns per pixel to read all at, if they say it and it would otherwise be finer than needed, or differ."""
+    """Microns per pixel to read all at, if they all say it: what they have, or coarser where that is finer than needed.
+
+    Written even where nothing is resampled, so that images of another resolution that come later are read at this one.
+    """
     known = [mpp for mpp in measured.mpp if mpp is not None]
     if len(known) < len(measured.sizes):
         return None
@@ -173,7 +225,8 @@ def _common_mpp(measured: Measured, reasons: dict[str, str]) -> float | None:
     elif median(known) < 0.8 * SLIDE_MPP:
         reasons["patch.mpp"] = f"the images have {median(known):.3g}, which costs time and memory; lower it for detail"
     else:
-        return None
+        reasons["patch.mpp"] = "what the images have; later ones of another resolution are resampled to it"
+        return round(max(known), 4)
     return round(max(SLIDE_MPP, *known), 4)
 
 
@@ -219,6 +272,8 @@ def _summary(measured: Measured) -> list[str]:
     if scales := [mpp for mpp in measured.mpp if mpp is not None]:
         said = f"{len(scales)} of the {len(measured.sizes)} images opened say it"
         lines.append(f"microns per pixel: {_span(scales)} ({said})")
+        if len(scales) < len(measured.sizes):
+            lines.append("patch.mpp is none, since not all say it: a column `mpp` makes all of them one resolution")
     return lines
 
 

@@ -43,9 +43,10 @@ def run(argv: list[str]) -> int:
 
     from keyhole.config_auto import auto_reasons
     from keyhole.config_file import dump_config, resolve
-    from keyhole.init_config import measure, propose
+    from keyhole.init_config import measure, propose, with_counted_patches
 
-    proposal = propose(Config(data=config.data), measure(config))
+    measured = measure(config)
+    proposal = with_counted_patches(propose(Config(data=config.data), measured), measured, config)
     # What was said by recipe, file or flag goes over what was measured.
     said = parse_over(InitOptions, argv, "keyhole init", resolve(options.recipe, options.config, proposal.config))
     final = dataclasses.replace(

@@ -1,0 +1,59 @@
+"""`keyhole init` on slides: the resolution that they have is written, and patches are counted with its own foreground."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from keyhole.cli.main import main
+from keyhole.config import Config
+from keyhole.config_file import load_config
+from keyhole.data.check import check
+from keyhole.data.slides import make_slides
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The list of four generated slides of 0.5 microns per pixel, of which a part is tissue."""
+    return make_slides(tmp_path_factory.mktemp("slides") / "s", count=4, side=2048)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "keyhole.yaml"
+
+
+def init(data: Path, out: Path, *flags: str) -> Config:
+    assert main(["init", str(data), "--data.val=0", "--data.test=0", "--out", str(out), *flags]) == 0
+    return load_config(out)
+
+
+def test_slides_are_read_at_the_resolution_that_they_have_and_patches_are_those_of_the_foreground(
+    slides: Path, out: Path
+) -> None:
+    config = init(slides, out)
+    assert (config.patch.mpp, config.patch.foreground) == (0.5, "tissue")
+    assert "# -> what the images have; later ones of another resolution are resampled to it" in out.read_text()
+    report = check(config)
+    patches = report.spreads["patches"].median
+    assert f"about an eighth of the {patches:,.0f} patches with tissue, the median of 4 images" in out.read_text()
+    every = (2048 // config.patch.size) ** 2
+    assert patches < 0.8 * every
+    assert patches / 16 < config.select.m <= patches / 8
+
+
+def test_slides_of_which_some_do_not_say_their_resolution_are_told(
+    slides: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = out.parent / "fine.csv"
+    rows = [line.split(",") for line in slides.read_text().splitlines()]
+    place = rows[0].index("image")
+    text = [f"{slides.parent / row[place]},{0.25},{row[rows[0].index('label')]}" for row in rows[1:]]
+    other.write_text("\n".join(["image,mpp,label", *text]) + "\n")
+    assert init(other, out).patch.mpp == 0.5  # finer than needed
+    Image.new("RGB", (2048, 2048), "white").save(out.parent / "unknown.png")
+    other.write_text(f"{other.read_text()}unknown.png,,positive\n")
+    assert init(other, out.parent / "more.yaml").patch.mpp is None
+    assert "patch.mpp is none, since not all say it" in capsys.readouterr().out
