@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
 import pkgutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SMALL
+from PIL import Image
 
 import keyhole
+from keyhole.config import Config, PatchConfig, SelectConfig
+from keyhole.config_file import build
+from keyhole.errors import ConfigError, KeyholeError
+from keyhole.predict import Predictor
+from keyhole.prediction import Prediction, write_prediction
 
 
 def test_every_name_of_the_api_is_there_and_no_submodule_can_hide_it() -> None:
@@ -22,3 +37,147 @@ def test_import_keyhole_loads_nothing_heavy() -> None:
     code = "import sys, keyhole; dir(keyhole); print({'torch', 'numpy', 'pydantic', 'tyro'} & set(sys.modules) or '')"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
     assert out.strip() == ""
+
+
+# Whole configurations and mappings
+
+
+def test_train_and_check_take_a_whole_config_as_well_as_keywords(toy: Path, tmp_path: Path) -> None:
+    config = build(Config(), {**SMALL, "data": {"path": str(toy)}})
+    run = keyhole.train(config, tmp_path / "run", train={"epochs": 1})
+    assert run.config.train.epochs == 1
+    assert run.config.patch.size == 16
+    assert run.config.select.m == config.select.m
+    for report in (keyhole.check(config), keyhole.check(toy, patch={"size": 16}, select={"m": 4})):
+        assert report.ok
+        assert report.images == 24
+    with pytest.raises(ConfigError, match="recipe: not beside a whole Config"):
+        keyhole.train(config, tmp_path / "other", recipe="small")
+    with pytest.raises(ConfigError, match=r"unknown key `patch.sise` \(did you mean `patch.size`\?\)"):
+        keyhole.check(toy, patch={"sise": 16})
+    with pytest.raises(ConfigError, match=r"patch.sise"):
+        keyhole.embed(toy, tmp_path / "features", patch={"sise": 16})
+
+
+# Pixels in memory
+
+
+@pytest.fixture(scope="module")
+def predictor(toy_run: Path) -> Predictor:
+    return keyhole.load(toy_run)
+
+
+def same(one: Prediction, other: Prediction) -> None:
+    assert one.label == other.label
+    assert one.probability == other.probability
+    assert one.size == other.size
+    np.testing.assert_array_equal(one.kept.boxes, other.kept.boxes)
+    assert one.scores is not None
+    assert other.scores is not None
+    np.testing.assert_array_equal(one.scores.map(), other.scores.map())
+    index = one.scores.index
+    np.testing.assert_array_equal(one.scores.boxes(index), other.scores.boxes(index))
+    assert one.to_json()["kept"] == other.to_json()["kept"]
+
+
+def test_arrays_and_pictures_are_predicted_as_their_file_is(predictor: Predictor, toy: Path, tmp_path: Path) -> None:
+    path = toy / "red" / "1.png"
+    of_file = predictor.predict(path)
+    picture = Image.open(path)
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.crop((0, 0, 60, 40)).save(turned, exif=exif)
+    for image in (np.asarray(picture), picture, Image.fromarray(np.asarray(picture)).convert("RGBA")):
+        prediction = predictor.predict(image)
+        same(prediction, of_file)
+        assert prediction.pictures is not None
+        assert len(prediction.pictures.patches) == len(prediction.kept)
+    assert predictor.predict(np.asarray(picture)).name == "array"
+    assert predictor.predict(picture).name == str(path)
+    with Image.open(turned) as upright:
+        same(predictor.predict(upright), predictor.predict(turned))
+    grey = np.asarray(picture.convert("L"))
+    same(predictor.predict(grey), predictor.predict(grey[:, :, None]))
+    for file in write_prediction(predictor.predict(grey), tmp_path / "out").values():
+        assert file.is_file()
+
+
+def test_a_foreground_is_found_in_pixels_too(tmp_path: Path) -> None:
+    from test_predict import random_predictor
+
+    pixels = np.full((80, 80, 3), 255, np.uint8)
+    pixels[32:48, 16:48] = np.random.default_rng(0).integers(0, 255, (16, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    predictor = random_predictor(PatchConfig(size=16, foreground="non-empty"), SelectConfig(m=2, chunk=16))
+    of_pixels = predictor.predict(pixels, mpp=0.5)
+    same(of_pixels, predictor.predict(tmp_path / "a.png", mpp=0.5))
+    assert of_pixels.scores is not None
+    assert len(of_pixels.scores) < 25
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (np.zeros((20, 20, 3)), r"uint8 of shape \(h, w, 3\) or \(h, w\), not float64 \(20, 20, 3\).*255"),
+        (np.zeros((20, 20), np.uint16), r"not uint16 \(20, 20\)\. Scale"),
+        (np.zeros((3, 20, 20), np.uint8), r"not uint8 \(3, 20, 20\)\. Put channels last: array\.transpose\(1, 2, 0\)"),
+        (np.zeros((20, 20, 4), np.uint8), r"not uint8 \(20, 20, 4\)\. Leave out channels"),
+        (np.zeros((2, 20, 20, 3), np.uint8), r"\(2, 20, 20, 3\)\. Give one image"),
+        (np.zeros((0, 20, 3), np.uint8), r"\(0, 20, 3\)\. Give one image"),
+        (Image.new("F", (20, 20)), r"picture: cannot be used: grey values of the kind F"),
+        (b"bytes", r"expected a path, a numpy array or a picture of Pillow, not <class 'bytes'>"),
+        (np.zeros((9, 9, 3), np.uint8), r"array: the patch \(16 x 16 px\) is larger than the image \(9 x 9 px\)"),
+    ],
+)
+def test_pixels_of_another_kind_are_refused_in_words(predictor: Predictor, image: Any, said: str) -> None:
+    with pytest.raises(KeyholeError, match=said) as caught:
+        predictor.predict(image)
+    assert "\n" not in str(caught.value)
+
+
+# What a prediction is to Python
+
+
+def test_a_prediction_shows_itself_in_a_line_and_survives_another_process(predictor: Predictor, toy: Path) -> None:
+    path = toy / "red" / "1.png"
+    prediction = predictor.predict(path)
+    share = prediction.probability["label"][prediction.label["label"]]
+    assert repr(prediction) == (
+        f"Prediction({str(path)!r}, label: {prediction.label['label']} {share:.2f}, kept 4 of 16 patches)"
+    )
+    assert repr(prediction.kept) == "Kept(4 patches)"
+    assert repr(prediction.scores) == "Scores(16 patches on 4 x 4)"
+    assert repr(prediction.pictures) == "Pictures(64 x 64 pixels and 4 patches)"
+    back = pickle.loads(pickle.dumps(prediction))  # noqa: S301 - our own
+    same(back, prediction)
+    assert back.patch == prediction.patch
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        same(pool.submit(_through, prediction).result(timeout=60), prediction)
+
+
+def _through(prediction: Prediction) -> Prediction:
+    return prediction
+
+
+# Modules
+
+
+def test_wrong_shapes_are_told_in_words_with_both_values() -> None:
+    script = Path(__file__).with_name("wrong_shapes.py")
+    out = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=60).stdout
+    said = dict(line.split(": ", 1) for line in out.splitlines())
+    assert said == {
+        "grey patches": "patches must be (k c h w) with c = 3, the encoder's `channels`, not (5, 1, 16, 16)",
+        "channels last": "patches must be (k c h w) with c = 3, the encoder's `channels`, not (5, 16, 16, 3)",
+        "one image": "patches must be (k c h w) with c = 3, the encoder's `channels`, not (18, 16, 16)",
+        "two axes": "patches must be (b n c h w), or features (b n f), not (6, 3); one image is patches[None]",
+        "mask of another number": "`mask` must be bool (2, 6), one value for each patch, not bool (2, 5)",
+        "mask of numbers": "`mask` must be bool (2, 6), one value for each patch, not float32 (2, 6)",
+        "position": "`position` must begin with (2, 6), as the patches do, not (2, 7)",
+        "select mask": "`mask` must be bool (2, 6), one value for each patch, not bool (6, 2)",
+        "select none": "`m` (=0) and `chunk` (=4) must be at least 1",
+        "pool width": "embeddings must be (b n d) with `dim` d = 32, not (2, 6, 7)",
+        "pool of one image": "embeddings must be (b n d) with `dim` d = 32, not (6, 32)",
+        "features": "features must be (k f) with `features` f = 8, not (5, 9)",
+    }

@@ -24,6 +24,7 @@ from keyhole.wording import nearest
 
 __all__ = [
     "build",
+    "configuration",
     "dump_config",
     "load_config",
     "parse_config",
@@ -160,6 +161,25 @@ def resolve(recipe: str | None = None, config_path: str | Path | None = None, ba
     if config_path is not None:
         config = build(config, read_config(config_path))
     return config
+
+
+def configuration(data: str | Path | Mapping[str, Any] | Config, settings: Mapping[str, Any]) -> Config:
+    """The configuration that a function of the API is called with, not yet validated.
+
+    Args:
+        data: the data, their section as a mapping, or a whole configuration.
+        settings: sections over it; and, where `data` is not a whole configuration, `recipe` and `config` under them.
+    """
+    given = dict(settings)
+    if not isinstance(data, Config):
+        section = dict(data) if isinstance(data, Mapping) else {"path": str(data)}
+        return build(resolve(given.pop("recipe", None), given.pop("config", None)), {**given, "data": section})
+    for name in ("recipe", "config"):
+        if given.pop(name, None) is not None:
+            raise ConfigError(
+                f"{name}: not beside a whole Config, which has all settings; leave it out, or give the data"
+            )
+    return build(data, given)
 
 
 def build(config: Config, given: Mapping[str, Any], source: str = "settings") -> Config:

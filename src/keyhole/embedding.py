@@ -28,6 +28,7 @@ from keyhole.data.embed_items import feature_names, items_to_embed
 from keyhole.data.item import Item
 from keyhole.data.manifest import write_left_out
 from keyhole.device import choose_device, choose_precision
+from keyhole.edge import BEFORE_EDGE
 from keyhole.errors import ConfigError, DataError, KeyholeError, RunError
 from keyhole.features.writer import BYTES, SETTINGS, already_there, feature_writer
 from keyhole.files import file_size, writable_folder
@@ -89,7 +90,7 @@ def embed(
     stages: int | None = None,
     width: int = 32,
     channels: Literal[1, 3] = 3,
-    patch: PatchConfig | None = None,
+    patch: PatchConfig | Mapping[str, Any] | None = None,
     root: str | Path | None = None,
     masks: str | Path | None = None,
     dtype: Literal["float32", "float16"] = "float32",
@@ -108,7 +109,7 @@ def embed(
         data: CSV with `image` (labels are not needed), a folder of classes, or any folder of images.
         out: folder for the files; each is called after its image. Where names are taken twice, after its path.
         encoder, pretrained, weights, stages, width, channels: as in `ModelConfig`; weights must come from somewhere.
-        patch: which patches, at which resolution; default as in `PatchConfig`.
+        patch: which patches, at which resolution; default as in `PatchConfig`; a mapping gives some of it.
         root: folder that relative paths of a CSV start from.
         masks: folder of masks, for `patch.foreground` mask.
         dtype: of the stored features; float16 halves the files.
@@ -137,7 +138,10 @@ def embed(
         model, learned = encoder_of(run)
         patch = patch or learned
     config = Config(
-        patch=patch or PatchConfig(), model=model, run=RunConfig(device=device, threads=threads), unreadable=unreadable
+        patch=build(Config(), {"patch": patch or PatchConfig()}).patch,
+        model=model,
+        run=RunConfig(device=device, threads=threads),
+        unreadable=unreadable,
     )
     validate(config)
     parse_share(unreadable)
@@ -251,7 +255,7 @@ def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
     file = weights_file(Path(run))
     info = read_info(file)
     try:
-        own = build(Config(), {name: info[name] for name in ("model", "patch")})
+        own = build(Config(), {"model": info["model"], "patch": BEFORE_EDGE | info["patch"]})
     except (KeyError, ConfigError) as error:
         raise RunError(f"{file}: its description does not fit keyhole {keyhole.__version__} ({error}).") from error
     if own.model.feature_width is not None:

@@ -16,7 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import PIL.Image
 import torch
+from numpy.typing import NDArray
 
 import keyhole
 from keyhole.answer import make_prediction, with_pictures
@@ -27,8 +29,10 @@ from keyhole.config_file import build
 from keyhole.data.companions import mask_of
 from keyhole.data.item import FEATURE_SUFFIXES, Item
 from keyhole.device import choose_device, settle_precision
+from keyhole.edge import BEFORE_EDGE
 from keyhole.errors import ConfigError, KeyholeError, RunError
 from keyhole.features import FeaturePatches, learned_origin
+from keyhole.images.memory import image_in_memory
 from keyhole.images.scale import given_scale
 from keyhole.memory.budget import parse_memory
 from keyhole.memory.cap import cap
@@ -43,15 +47,13 @@ from keyhole.progress import Progress
 from keyhole.reading import Reader
 from keyhole.reading.unreadable import Ledger, parse_share
 from keyhole.resolution import NOT_KNOWN, Resolution
-from keyhole.store import ImageStore
+from keyhole.store import ImageStore, MemoryStore
 from keyhole.tasks import Task
 
 LARGE = 250_000
 """Patches of an image that a plan for predicting has room for."""
 SECTIONS = ("patch", "model", "select")
 """Sections of the configuration that a model carries with it."""
-BEFORE_EDGE = {"edge": "background"}
-"""How models and runs that do not name `patch.edge` were made."""
 
 
 def describe(config: Config, tasks: Sequence[Task], **about: Any) -> dict[str, Any]:
@@ -146,26 +148,39 @@ class Predictor:
         return cls(model, config, tasks, name, resolution)
 
     def predict(
-        self, path: str | Path, mpp: float | None = None, mask: str | Path | None = None, pictures: bool = True
+        self,
+        image: str | Path | NDArray[Any] | PIL.Image.Image,
+        mpp: float | None = None,
+        mask: str | Path | None = None,
+        pictures: bool = True,
     ) -> Prediction:
         """Label, probabilities, kept patches and the score of every patch of one image.
 
         Args:
-            path: an image or slide file; for a model of stored features a file of these.
+            image: an image or slide file; for a model of stored features a file of these. Or pixels in memory: uint8
+                (h, w, 3), (h, w, 1) or (h, w), or a picture of Pillow.
             mpp: microns per level-0 pixel, 0.02 ... 100, where the file does not say or is wrong.
             mask: PNG or GeoJSON of the foreground, for a model of `patch.foreground mask`.
             pictures: whether the prediction carries a small picture of the image and of its kept patches.
 
         Raises:
-            ImageError: the file cannot be read.
+            ImageError: the file cannot be read, or the pixels are of another kind.
             TooMuchUnreadable: more of its patches than `Config.unreadable` allows.
             ConfigError: it is smaller than a patch or does not have the resolution that the model needs; or `mpp` is
                 not a possible one.
         """
         known = None if mpp is None else given_scale(mpp)
-        item = replace(_item(path), mpp=known, mask=None if mask is None else Path(mask).absolute())
+        store = None
+        if isinstance(image, str | Path):
+            item = _item(image)
+        else:
+            store = MemoryStore(image_in_memory(image))
+            item = Item(str(store.image.path), store.image.path, {})
+        item = replace(item, mpp=known, mask=None if mask is None else Path(mask).absolute())
         wanted = (lambda _item, _prediction: True) if pictures else None
-        return next(prediction for _, prediction in self.predict_items([item], quiet=True, pictures=wanted))
+        return next(
+            prediction for _, prediction in self.predict_items([item], store=store, quiet=True, pictures=wanted)
+        )
 
     def predict_many(
         self,

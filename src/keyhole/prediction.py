@@ -34,7 +34,7 @@ _ROWS = 10_000
 """Patches whose boxes are worked out and written at once."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Kept:
     """The m patches that the prediction was made from, best first.
 
@@ -69,6 +69,9 @@ class Kept:
     def __len__(self) -> int:
         return len(self.index)
 
+    def __repr__(self) -> str:
+        return f"Kept({len(self)} patches)"
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """Plain values of one patch after the other: index, box, score, attention by task."""
         for i in range(len(self)):
@@ -80,7 +83,21 @@ class Kept:
             }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
+class Boxes:
+    """Boxes by patch index, as of a grid that is no longer there.
+
+    Attributes:
+        of: (n, 4) level-0 x, y, width, height of every patch.
+    """
+
+    of: NDArray[np.int64]
+
+    def __call__(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.of[index]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Scores:
     """The score of every patch that was looked at, a by-product of the selection.
 
@@ -114,6 +131,13 @@ class Scores:
     def __len__(self) -> int:
         return len(self.index)
 
+    def __repr__(self) -> str:
+        return f"Scores({len(self)} patches on {self.rows} x {self.columns})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the boxes themselves in the place of the grid, which holds the open image."""
+        return {**self.__dict__, "boxes": Boxes(np.asarray(self.boxes(self.index), np.int64))}
+
     def map(self, task: str | None = None) -> NDArray[np.float32]:
         """Scores (rows, columns) on the full grid, of one task or their mean; NaN where no patch was looked at.
 
@@ -126,7 +150,7 @@ class Scores:
         return out
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pictures:
     """Pixels that show a prediction, taken from its own source while that was open.
 
@@ -147,14 +171,18 @@ class Pictures:
     def __post_init__(self) -> None:
         assert self.place.shape == (len(self.patches),), self.place.shape
 
+    def __repr__(self) -> str:
+        height, width = self.thumbnail.shape[:2]
+        return f"Pictures({width} x {height} pixels and {len(self.patches)} patches)"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
-    """What a model says about one image.
+    """What a model says about one image. It can be pickled, also to another process.
 
     Attributes:
-        name: the image as the user wrote it.
-        image: the file.
+        name: the image as the user wrote it; `array` or `picture` of pixels in memory.
+        image: the file; the name again where there is none.
         size: width and height of level 0 in pixels; of stored features whose slide is not known, what holds them all.
         tasks: what was predicted.
         probability: by task and class; {"value": x} for regression.
@@ -185,6 +213,15 @@ class Prediction:
     pictures: Pictures | None = None
     origin: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """`Prediction('red/1.png', label: red 0.90, kept 4 of 16 patches)`."""
+        said = []
+        for task, label in self.label.items():
+            share = self.probability[task].get(label)
+            said.append(f"{task}: {label or '(none)'}" + ("" if share is None else f" {share:.2f}"))
+        of = "" if self.scores is None else f" of {len(self.scores)}"
+        return f"Prediction({self.name!r}, {', '.join(said)}, kept {len(self.kept)}{of} patches)"
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the score of every patch, as a plain dict."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import zlib
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from keyhole.errors import ImageError, ImageLost
 from keyhole.foreground import foreground
 from keyhole.images.geometry import Box
-from keyhole.images.image import Image, open_image
+from keyhole.images.image import ArrayImage, Image, open_image
 from keyhole.images.pixels import Pixels
 from keyhole.masks import read_mask
 from keyhole.memory.budget import memory_text
@@ -188,13 +189,13 @@ class ImageStore:
                 damaged can be read from it.
         """
         if not self.keep or path in self._damaged:
-            return _opened(path, bits)
+            return self._file(path, bits)
         with self._lock_of(path):
             held = self._resident[path]
             known = next(iter(held.values()), None)
             wanted = level if isinstance(level, int) else None if known is None else level(known)
             if wanted not in held:
-                with _opened(path, bits) as image:
+                with self._file(path, bits) as image:
                     wanted = level if isinstance(level, int) else level(image)
                     try:
                         held[wanted] = ResidentImage(image, wanted, bits)
@@ -202,8 +203,12 @@ class ImageStore:
                         raise
                     except ImageError:
                         self._damaged.add(path)
-                        return _opened(path, bits)
+                        return self._file(path, bits)
             return held[wanted].copy()
+
+    def _file(self, path: Path, bits: int | None) -> Image:
+        """The image as it is stored."""
+        return _opened(path, bits)
 
     def foreground(
         self,
@@ -226,7 +231,7 @@ class ImageStore:
         key = path, kind, mask
         with self._lock_of(path):
             if key not in self.masks:
-                with _opened(path, bits) as image:
+                with self._file(path, bits) as image:
                     if kind == "mask":
                         assert mask is not None
                         self.masks[key] = read_mask(mask, image.size, origin=image.qupath_origin)
@@ -238,3 +243,18 @@ class ImageStore:
         """One image is read once, and a file that hangs holds up nobody who wants another."""
         with self._lock:
             return self._locks[path]
+
+
+class MemoryStore(ImageStore):
+    """A store of one image that is in memory; paths are only its name.
+
+    Args:
+        image: what `open` gives copies of, so that who changes the `mpp` of one changes no other.
+    """
+
+    def __init__(self, image: ArrayImage) -> None:
+        super().__init__(keep=False)
+        self.image = image
+
+    def _file(self, path: Path, bits: int | None) -> Image:
+        return copy.copy(self.image)

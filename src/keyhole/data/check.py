@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from keyhole.config import Config
+from keyhole.config_file import configuration, validate
 from keyhole.data.check_findings import (
     Finding,
     about_bits,
@@ -109,12 +110,13 @@ class CheckReport:
 
 
 def check(
-    config: Config,
+    data: str | Path | Mapping[str, Any] | Config,
     *,
     deep: bool = False,
-    previews: Path | None = None,
+    previews: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     labels: bool = True,
+    **settings: Any,
 ) -> CheckReport:
     """Reads the data set as a run would, opens every image and reads its first and last patch.
 
@@ -122,17 +124,22 @@ def check(
     as a folder of images for `predict`, are looked at without them.
 
     Args:
-        config: `data`, `patch`, `select.m`, `train.seed`, `train.balance`, `run.threads` and `run.stall` are looked at.
+        data: as for `keyhole.train`: a folder, a CSV, a section, or a whole configuration.
         deep: also read files of equal size whole, to find those of equal content.
         previews: folder for a PNG per image that shows the foreground mask and the patches; made if need be. Also for
             images of which no patch is left. Stored features have none.
         progress: called with the images done and their number.
         labels: False looks at the images alone, whatever the folders and columns say.
+        **settings: as for `keyhole.train`; `data`, `patch`, `select.m`, `train.seed`, `train.balance`, `run.threads`
+            and `run.stall` are looked at.
 
     Raises:
+        ConfigError: a setting is not as it must be.
         DataError: the data set cannot be read at all.
         OutputError: the previews cannot be written.
     """
+    config = validate(configuration(data, settings))
+    previews = None if previews is None else Path(previews)
     manifest = _read(config, labels)
     findings, left_out = _missing(manifest, config)
     findings += [Finding(doubt.name, doubt.problem, doubt.fix, "warning") for doubt in manifest.doubts]

@@ -38,7 +38,7 @@ _FORMATS = {
     **{b"P%d" % kind: ("PPM",) for kind in range(1, 7)},
 }
 _GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
 _HEAD = 2**18
 """Bytes in which the frame of a JPEG is looked for when it is refused: a colour profile and a preview come before."""
 
@@ -152,7 +152,7 @@ class PillowImage(Image):
                     picture.verify()  # the CRC of every chunk; decoding alone skips those of the pixels
             with self._open() as picture:
                 if self._stored is None:
-                    pixels = _eight_bit_pixels(picture)
+                    pixels = eight_bit_pixels(picture)
                 else:
                     values = values_of(self.path, picture, self._stored)
                     pixels = scaled(values, self.bits, self._stored.colors, self._stored.bits)
@@ -172,7 +172,7 @@ class PillowImage(Image):
             self._pixels, self._closed = None, True
 
 
-def _eight_bit_pixels(picture: Picture) -> Pixels:
+def eight_bit_pixels(picture: Picture) -> Pixels:
     """(h, w, 1 or 3) of any mode that Pillow decodes to."""
     grey = picture.mode in _GREY
     if picture.mode.startswith(("I", "F")):
@@ -189,7 +189,7 @@ def _orientation(picture: Picture, path: Path) -> int:
     """The EXIF orientation, without decoding."""
     if picture.format == "PNG" and "exif" not in picture.info and not _png_has(path, b"eXIf"):
         return 1  # Pillow would decode the whole picture to look for it behind the pixels
-    return valid_orientation(picture.getexif().get(_ORIENTATION, 1))
+    return valid_orientation(picture.getexif().get(ORIENTATION, 1))
 
 
 def _png_has(path: Path, kind: bytes) -> bool:

@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def check_mask(mask: Tensor | None, patches: Tensor) -> None:
+    """Raises ValueError for a mask that is not bool (b n), one value for each of the patches (b n ...)."""
+    if mask is not None and (mask.shape != patches.shape[:2] or mask.dtype != torch.bool):
+        came = f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
+        raise ValueError(f"`mask` must be bool {tuple(patches.shape[:2])}, one value for each patch, not {came}")
+
+
 class CrossAttentionPool(nn.Module):
     """Multi-head cross-attention of learnable queries over the patches of an image.
 
@@ -73,7 +80,13 @@ class CrossAttentionPool(nn.Module):
         return rearrange(key @ query, "h d t -> d (h t)")
 
     def logits(self, embedding: Float[Tensor, "b n d"]) -> Float[Tensor, "b n h t"]:
-        """Attention logits of every patch under every head and query; each patch's are its own alone."""
+        """Attention logits of every patch under every head and query; each patch's are its own alone.
+
+        Raises:
+            ValueError: embeddings of another shape.
+        """
+        if embedding.ndim != 3 or embedding.shape[-1] != self.dim:
+            raise ValueError(f"embeddings must be (b n d) with `dim` d = {self.dim}, not {tuple(embedding.shape)}")
         return rearrange(embedding @ self.folded_query(), "b n (h t) -> b n h t", h=self.heads)
 
     def forward(
@@ -84,8 +97,12 @@ class CrossAttentionPool(nn.Module):
         Args:
             embedding: one row a patch.
             mask: True where there is a patch, False at padding; each image needs at least one patch.
+
+        Raises:
+            ValueError: embeddings or a mask of another shape.
         """
         logits = self.logits(embedding)
+        check_mask(mask, embedding)
         if mask is not None:
             logits = logits.masked_fill(~mask[:, :, None, None], -torch.inf)
         attention = self.attention_dropout(F.softmax(logits, dim=1))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from keyhole.nn.attention import CrossAttentionPool
+from keyhole.nn.attention import CrossAttentionPool, check_mask
 from keyhole.nn.fast import CompiledEncoder, FastEncoder
 from keyhole.nn.heads import Heads
 from keyhole.nn.lone import lone_patch
@@ -22,6 +22,18 @@ from keyhole.nn.selection import Rule, Selection, Selector, evaluating
 def _loose(tensor: Shaped[Tensor, "b n ..."], mask: Bool[Tensor, "b n"] | None) -> Shaped[Tensor, "k ..."]:
     """One row a patch; without a mask no copy is made."""
     return tensor.flatten(0, 1) if mask is None else tensor[mask.to(tensor.device)]
+
+
+def _check_bags(patches: Tensor, position: Tensor | None, mask: Tensor | None) -> None:
+    """Raises ValueError for shapes that do not fit each other; the modules check what they take themselves."""
+    if patches.ndim < 3:
+        raise ValueError(
+            f"patches must be (b n c h w), or features (b n f), not {tuple(patches.shape)}; one image is patches[None]"
+        )
+    check_mask(mask, patches)
+    if position is not None and position.shape[:2] != patches.shape[:2]:
+        wanted = tuple(patches.shape[:2])
+        raise ValueError(f"`position` must begin with {wanted}, as the patches do, not {tuple(position.shape)}")
 
 
 class IPSClassifier(nn.Module):
@@ -75,7 +87,11 @@ class IPSClassifier(nn.Module):
             patches: (b m c h w) pixels or (b m f) features.
             position: patch index (b m) for the 1-D code, centres (b m 2) for the 2-D, nothing without a code.
             mask: True where there is a patch. Padding is neither encoded nor attended to.
+
+        Raises:
+            ValueError: patches, positions or a mask of another shape.
         """
+        _check_bags(patches, position, mask)
         return self.classify(self.embed(patches, mask), position, mask)
 
     def classify(
@@ -203,9 +219,15 @@ class IPSClassifier(nn.Module):
             mask: True where there is a patch, for bags of different size.
             at_once: patches to encode at once; default `chunk`. Where the encoder is compiled it should stay the same.
 
+        Raises:
+            ValueError: patches, positions or a mask of another shape; `m` or `chunk` below 1.
+
         Returns:
             Selection with `index` (b m) best first and, under "global", `logits` (b n h t).
         """
+        _check_bags(patches, position, mask)
+        if m < 1 or chunk < 1:
+            raise ValueError(f"`m` (={m}) and `chunk` (={chunk}) must be at least 1")
         b, n = patches.shape[:2]
         if position is None and self.position is not None and not isinstance(self.position, CenterPosition):
             position = torch.arange(n, device=patches.device).expand(b, n)

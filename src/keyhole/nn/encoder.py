@@ -37,6 +37,15 @@ class PixelEncoder(nn.Module, ABC):
         self.register_buffer("shift", (-mean / std).reshape(1, -1, 1, 1).clone(), persistent=False)
 
     def forward(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
+        """Embeddings of patches with values 0 ... 1.
+
+        Raises:
+            ValueError: patches of another shape.
+        """
+        channels = self.scale.shape[1]
+        if patches.ndim != 4 or patches.shape[1] != channels:
+            came = tuple(patches.shape)
+            raise ValueError(f"patches must be (k c h w) with c = {channels}, the encoder's `channels`, not {came}")
         return self.embed(torch.addcmul(self.shift, patches, self.scale))
 
     @abstractmethod
@@ -171,4 +180,11 @@ class FeatureProjector(nn.Module):
         self.norm = nn.BatchNorm1d(dim)
 
     def forward(self, features: Float[Tensor, "k f"]) -> Float[Tensor, "k d"]:
+        """Embeddings of stored features.
+
+        Raises:
+            ValueError: features of another shape.
+        """
+        if features.ndim != 2 or features.shape[1] != self.features:
+            raise ValueError(f"features must be (k f) with `features` f = {self.features}, not {tuple(features.shape)}")
         return F.relu(self.norm(self.linear(F.layer_norm(features, (self.features,)))))

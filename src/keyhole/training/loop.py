@@ -21,7 +21,7 @@ import torch
 from keyhole.checkpoint import save_model
 from keyhole.config import Config
 from keyhole.config_auto import number
-from keyhole.config_file import build, resolve, validate
+from keyhole.config_file import configuration, validate
 from keyhole.data.manifest import Item
 from keyhole.duration import Estimate
 from keyhole.errors import DataError, Interrupted, NonFiniteLoss
@@ -51,12 +51,12 @@ from keyhole.training.trial import estimate
 from keyhole.training.validation import predict_splits, validate_epoch
 
 
-def train(data: str | Path | Mapping[str, Any], out: str | Path | None = None, **settings: Any) -> Run:
+def train(data: str | Path | Mapping[str, Any] | Config, out: str | Path | None = None, **settings: Any) -> Run:
     """Trains a classifier and returns its run.
 
     Args:
         data: folder of classes, or CSV with `image` and one column per task; or the section `data` of the
-            configuration as a mapping with `path`.
+            configuration as a mapping with `path`; or a whole `keyhole.Config`.
         out: run folder to create; default `runs/<data>-<time>`.
         **settings: other sections of `keyhole.Config` as mappings, such as `patch={"size": 100}, select={"m": 10}`;
             `recipe="traffic"` and `config="file.yaml"` are taken first.
@@ -67,9 +67,7 @@ def train(data: str | Path | Mapping[str, Any], out: str | Path | None = None, *
     Raises:
         KeyholeError: a setting, the data or the output is not as it must be; one clear line.
     """
-    section = dict(data) if isinstance(data, Mapping) else {"path": str(data)}
-    base = resolve(settings.pop("recipe", None), settings.pop("config", None))
-    config = build(base, {**settings, "data": section})
+    config = configuration(data, settings)
     return train_config(validate(config if out is None else dataclasses.replace(config, out=Path(out))))
 
 

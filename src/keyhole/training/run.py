@@ -72,7 +72,7 @@ class Run:
     def config(self) -> Config:
         """The resolved configuration."""
         from keyhole.config_file import build, read_config, validate
-        from keyhole.predict import BEFORE_EDGE
+        from keyhole.edge import BEFORE_EDGE
 
         path = self.path / "config.yaml"
         given = read_config(path)
