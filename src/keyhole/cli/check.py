@@ -32,8 +32,8 @@ class CheckOptions(ConfigOptions):
         "keyhole check slides.csv --patch.mpp 0.5 --patch.foreground tissue",
     )
     ESSENTIAL: ClassVar = (
-        *("json", "previews", "deep", "recipe", "config", "data.tasks", "data.root", "data.features", "data.masks"),
-        *("data.on-bad-image", "patch.size", "patch.mpp", "patch.foreground", "select.m", "print-config"),
+        *("json", "previews", "deep", "no-labels", "recipe", "config", "data.tasks", "data.root", "data.features"),
+        *("data.masks", "data.on-bad-image", "patch.size", "patch.mpp", "patch.foreground", "select.m", "print-config"),
     )
     IDLE: ClassVar = (
         *("out", "unreadable", "augment.", "run.log", "run.save-minutes", "run.retries", "train.metric"),
