@@ -116,3 +116,15 @@ def test_the_progress_line_says_what_is_left_of_the_run(monkeypatch: pytest.Monk
         now[0] = 110.0
         progress.update(images=10)
         assert progress.status().endswith(", 0:00:30 left and 0:01:50 of the run")
+
+
+def test_check_tells_the_time_or_in_one_line_why_not(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def checked(*options: str) -> list[str]:
+        assert main(["check", str(toy), *SHORT[:-2], *options]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("time: ")]
+
+    assert checked("--train.epochs=3") == []
+    (line,) = checked("--train.epochs=100000")
+    assert re.fullmatch(r"time: about .* an epoch, .* for the run of 100000 epochs: an estimate from reading .*", line)
+    (line,) = checked("--train.epochs=100000", "--model.encoder=resnet81")
+    assert line.startswith("time: not estimated, since the model cannot be built or tried (")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, TextIO
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from keyhole.config import Config
     from keyhole.data.check import CheckReport
 
+SOON = 50_000
+"""Patches in all epochs together that no machine needs long for: torch is not imported to say so."""
 LISTED = 20
 """Left-out files shown; the JSON has all."""
 
@@ -69,6 +71,8 @@ def run(argv: list[str]) -> int:
 
         previews = _previews(options.previews, config)
         report = check(config, deep=options.deep, previews=previews, progress=show, labels=not options.no_labels)
+    if not options.no_labels:
+        report = replace(report, time=_expected(config, report))
     as_json = json.dumps(report.to_json(), indent=2) + "\n"
     to_stdout = options.json == Path("-")
     show_report(report, sys.stderr if to_stdout else sys.stdout)
@@ -77,6 +81,18 @@ def run(argv: list[str]) -> int:
     elif options.json is not None:
         write_atomic(options.json, as_json)
     return 0 if report.ok else 1
+
+
+def _expected(config: Config, report: CheckReport) -> str:
+    """How long training will take, or nothing where it is short or no image can be used."""
+    if report.work is None or report.reading is None:
+        return ""
+    if report.work.epochs * (report.work.train_patches + report.work.val_patches) < SOON:
+        return ""
+    from keyhole.training.trial import forecast
+
+    width = report.spreads.get("feature width")
+    return forecast(config, report.work, report.reading, None if width is None else round(width.min)) or ""
 
 
 def _previews(folder: str, config: Config) -> Path | None:
@@ -102,7 +118,7 @@ def show_report(report: CheckReport, stream: TextIO) -> None:
             table.add_row(*row)
         if len(rows) > 1:
             console.print(table)
-    for line in (*report.notes, report.memory):
+    for line in (*report.notes, report.memory, *([report.time] if report.time else [])):
         console.print(line)
     if report.previews is not None:
         console.print(f"foreground masks and patches to look at: {report.previews}")

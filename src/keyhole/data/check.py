@@ -26,6 +26,7 @@ from keyhole.data.embed_items import items_to_embed, without_labels
 from keyhole.data.item import SPLITS, Doubt, Item, LeftOut
 from keyhole.data.manifest import MISSING_FILE, Manifest, read_manifest, write_csv
 from keyhole.data.outputs import PREVIEW_LIST, clear_previews
+from keyhole.duration import Work
 from keyhole.errors import OutputError
 from keyhole.files import writable_folder
 from keyhole.report.mask_preview import preview_names
@@ -67,6 +68,9 @@ class CheckReport:
         left_out: files and rows that are not used at all.
         notes: what was decided, such as splits made.
         memory: whether decoded images would stay in memory, and why.
+        work: what a run has to do with these images.
+        time: how long a run will take, where it is worth a line.
+        reading: seconds of an image and of a patch on one thread, on average; None where nothing was read.
         previews: folder with a picture per image of the foreground mask and the patches, or None.
     """
 
@@ -78,6 +82,9 @@ class CheckReport:
     notes: tuple[str, ...]
     memory: str
     previews: str | None = None
+    work: Work | None = None
+    reading: tuple[float, float] | None = None
+    time: str = ""
 
     @property
     def ok(self) -> bool:
@@ -166,6 +173,7 @@ def check(
     findings += about_images(good, probed, config)
     if deep:
         findings += about_content(good, manifest, config)
+    resident, memory = fits(sum(image.level_bytes for image in probed.values()), config.data.cache)
     return CheckReport(
         images=len(good),
         classes=count_classes(replace(manifest, items=tuple(good))),
@@ -173,8 +181,10 @@ def check(
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
         left_out=tuple(left_out),
         notes=tuple(note for note in notes if note not in {doubt.line() for doubt in manifest.doubts}),
-        memory=fits(sum(image.level_bytes for image in probed.values()), config.data.cache)[1],
+        memory=memory,
         previews=None if previews is None else str(previews),
+        work=_work(good, probed, config, resident),
+        reading=_reading(list(probed.values())),
     )
 
 
@@ -193,6 +203,19 @@ def _read(config: Config, labels: bool) -> Manifest:
         notes=() if labels else ("labels were not looked at",),
         doubts=(doubt,) if labels else (),
     )
+
+
+def _work(good: Sequence[Item], probed: Mapping[str, Probed], config: Config, resident: bool) -> Work:
+    """What a run over the images that can be used has to do."""
+    train, val = ([probed[item.name].patches for item in good if item.split == name] for name in ("train", "val"))
+    sizes = len(train), sum(train), len(val), sum(val)
+    return Work(*sizes, config.select.m, config.train.epochs, 0.0, resident)
+
+
+def _reading(probed: Sequence[Probed]) -> tuple[float, float] | None:
+    if not probed:
+        return None
+    return statistics.mean(x.image_seconds for x in probed), statistics.mean(x.patch_seconds for x in probed)
 
 
 def _missing(manifest: Manifest, config: Config) -> tuple[list[Finding], list[LeftOut]]:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -36,6 +37,8 @@ START_SECONDS = 120.0
 """For the process to start: importing from a cold network disk is slow and says nothing about the image."""
 DARK = 16
 """Of 255: a picture whose brightest value is below is nearly black."""
+FEW = 4
+"""Patches that are read for the time it takes."""
 BEAT_SECONDS = 1.0
 """Between signs of life at least."""
 Trouble = Literal["image", "settings", "died", "stalled", "unexpected", "output"]
@@ -57,6 +60,7 @@ class Probed:
         preview_problem: why there is no preview although one was asked for.
         note: what of the file is not read.
         darkest, brightest: values of the patches looked at.
+        image_seconds, patch_seconds: to open it and decode what belongs to all of it, and to read a patch.
         origin: of stored features, the fields of `Origin`; empty for images.
     """
 
@@ -72,6 +76,8 @@ class Probed:
     note: str = ""
     darkest: int = field(default=0, compare=False)
     brightest: int = field(default=255, compare=False)
+    image_seconds: float = field(default=0.0, compare=False)
+    patch_seconds: float = field(default=0.0, compare=False)
     origin: dict[str, str | None] = field(default_factory=dict)
 
 
@@ -264,12 +270,14 @@ def _probe_image(path: Path, request: Request) -> Probed | Failed:
 
     mask = None if request.mask is None else Path(request.mask)
     opener = FileOpener(path=path, name=request.path, image_mpp=request.image_mpp, mask=mask, **request.patch)
+    began = time.perf_counter()
     with open_image(path) if opener.bits is None else open_image(path, opener.bits) as image:
         file_mpp, problem = image.mpp, ""
         try:
             grid: PatchGrid | None = opener.grid(image)
         except NoPatches as error:
             grid, nothing = None, problem_and_fix(str(error).removeprefix(f"{path}: "))
+        opening = time.perf_counter() - began
         if request.preview is not None:
             try:
                 _preview(opener, image, grid, request, Path(request.preview))
@@ -278,11 +286,22 @@ def _probe_image(path: Path, request: Request) -> Probed | Failed:
         if grid is None:
             previewed = request.preview is not None and not problem
             return Failed(nothing[0], "settings", previewed, nothing[1])
-        grid.read([0, len(grid) - 1])
+        seconds = _seconds(opening, grid)
         size = decoded_bytes(image, grid.level)
         shape = image.size, len(image.levels), image.mpp, image.channels
         values = _values(image, grid)
-        return Probed(*shape, len(grid), size, file_mpp, image.mpp_note, problem, image.note, *values)
+        return Probed(*shape, len(grid), size, file_mpp, image.mpp_note, problem, image.note, *values, *seconds)
+
+
+def _seconds(opening: float, grid: PatchGrid) -> tuple[float, float]:
+    """What the image costs and what a patch costs, of reading the first and last patch and then a few."""
+    began = time.perf_counter()
+    grid.read([0, len(grid) - 1])
+    first = time.perf_counter()
+    count = min(len(grid), FEW)
+    grid.read(range(count))
+    again = time.perf_counter() - first
+    return max(0.0, opening + first - began - again), again / count
 
 
 def _values(image: Image, grid: PatchGrid) -> tuple[int, int]:

@@ -103,7 +103,7 @@ def probe(
         return to_tensor(pixels, device, identity(len(pixels)))
 
     def score(k: int) -> int:
-        pixels, where = patches(k), _positions(model, (k,), device)
+        pixels, where = patches(k), example_positions(model, (k,), device)
         colors = identity(k) if color and pixels.dtype == np.uint8 else None
         with model.looking():
             return growth(device, lambda: model.score(torch.from_numpy(pixels).to(device), where, colors), REPEATS)
@@ -119,7 +119,7 @@ def probe(
 
     def pool(width: int) -> int:
         mask = torch.ones(images, width, dtype=torch.bool, device=device)
-        where = _positions(model, (images, width), device)
+        where = example_positions(model, (images, width), device)
 
         def step() -> None:
             embedding = torch.randn(images * width, dim, device=device, requires_grad=learn)
@@ -167,7 +167,8 @@ def _line(measure: Callable[[int], int], most: int, room: int) -> Line:
     return Line(size - each * k, each) if 0 <= each * k <= size else Line(0, size / k)
 
 
-def _positions(model: IPSClassifier, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+def example_positions(model: IPSClassifier, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Positions of any patches, as the model's code takes them; None where it has none."""
     if model.position is None:
         return None
     if isinstance(model.position, CenterPosition):

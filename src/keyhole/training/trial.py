@@ -5,6 +5,7 @@ Weights, statistics and random state are afterwards as they were. Only the clock
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,16 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keyhole.config import Config
-from keyhole.config_auto import number
+from keyhole.config_auto import number, settle_learning
+from keyhole.device import choose_device, settle_precision
 from keyhole.duration import Costs, Estimate, Work
 from keyhole.errors import KeyholeError
 from keyhole.memory.budget import out_of_memory
 from keyhole.memory.cap import room_for_code
-from keyhole.memory.probe import as_it_was
-from keyhole.nn import IPSClassifier, split_backward
+from keyhole.memory.probe import as_it_was, example_positions
+from keyhole.nn import IPSClassifier, build_classifier, split_backward
+from keyhole.nn.build import patch_shape
 from keyhole.passes import positions
 from keyhole.pool import default_threads
 from keyhole.reading import Opener
+from keyhole.tasks import Task
 from keyhole.tensors import to_tensor
 from keyhole.training.job import Job
 
@@ -62,6 +66,40 @@ def _work(job: Job) -> Work:
     train, val = ([counts[item.name] for item in job.manifest.split(split)] for split in ("train", "val"))
     sizes = len(train), sum(train), len(val), sum(val)
     return Work(*sizes, config.select.m, config.train.epochs, blind_epochs(config), job.images.held_bytes > 0)
+
+
+def forecast(config: Config, work: Work, reading: tuple[float, float], feature_width: int | None) -> str | None:
+    """Measure the model of a configuration on noise, and say how long a run takes; None where it is not worth a line.
+
+    Args:
+        config: of the run to be; nothing is downloaded for it.
+        work: of the data.
+        reading: seconds of an image and of a patch, on one thread.
+        feature_width: of stored features, where the data are such.
+    """
+    try:
+        config, _ = settle_learning(config, features=feature_width is not None)
+        device = choose_device(config.run.device)
+        settings = dataclasses.replace(config.model, pretrained=False, feature_width=feature_width)
+        shape = patch_shape(settings, config.patch.size)
+        model = build_classifier(settings, [Task("label", "binary", ("no", "yes"))], config.patch.size).to(device)
+        settle_precision(model, config.train.precision, shape)
+        for count in (4, 64):  # so many only where they are fast
+            noise = (
+                np.random.default_rng(0).integers(0, 256, (count, *shape)).astype(np.uint8 if shape[1:] else np.float32)
+            )
+            where = example_positions(model, (count,), device)
+            began = time.perf_counter()
+            kept = min(config.select.m, count)
+            score, learn = model_seconds(model, noise, where, kept, config.augment.color > 0)
+            if time.perf_counter() - began > ENOUGH:
+                break
+    except (KeyholeError, ValueError, RuntimeError) as error:
+        return f"time: not estimated, since the model cannot be built or tried ({' '.join(str(error).split())})"
+    threads = min(config.run.threads or default_threads(), default_threads())
+    costs = Costs(*reading, score, learn, threads, overlap=device.type != "cpu")
+    found = Estimate(dataclasses.replace(work, blind=blind_epochs(config)), costs)
+    return found.line(f"reading a few patches of each image, scoring {count} patches of noise and learning from some")
 
 
 class Piece(NamedTuple):
