@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -286,20 +286,20 @@ def _probe_image(path: Path, request: Request) -> Probed | Failed:
         if grid is None:
             previewed = request.preview is not None and not problem
             return Failed(nothing[0], "settings", previewed, nothing[1])
-        seconds = _seconds(opening, grid)
+        seconds = _seconds(opening, grid.read, len(grid))
         size = decoded_bytes(image, grid.level)
         shape = image.size, len(image.levels), image.mpp, image.channels
         values = _values(image, grid)
         return Probed(*shape, len(grid), size, file_mpp, image.mpp_note, problem, image.note, *values, *seconds)
 
 
-def _seconds(opening: float, grid: PatchGrid) -> tuple[float, float]:
+def _seconds(opening: float, read: Callable[[Sequence[int]], object], length: int) -> tuple[float, float]:
     """What the image costs and what a patch costs, of reading the first and last patch and then a few."""
     began = time.perf_counter()
-    grid.read([0, len(grid) - 1])
+    read([0, length - 1])
     first = time.perf_counter()
-    count = min(len(grid), FEW)
-    grid.read(range(count))
+    count = min(length, FEW)
+    read(range(count))
     again = time.perf_counter() - first
     return max(0.0, opening + first - began - again), again / count
 
@@ -344,10 +344,21 @@ def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, request: 
 def _probe_features(path: Path, name: str) -> Probed:
     from keyhole.features import FeatureOpener
 
+    began = time.perf_counter()
     source = FeatureOpener(path, name)()
     try:
-        source.read([0, len(source) - 1])
-        return Probed(Size(0, 0), 1, None, source.patch_shape[0], len(source), 0, origin=asdict(source.origin))
+        image, patch = _seconds(time.perf_counter() - began, source.read, len(source))
+        return Probed(
+            Size(0, 0),
+            1,
+            None,
+            source.patch_shape[0],
+            len(source),
+            0,
+            image_seconds=image,
+            patch_seconds=patch,
+            origin=asdict(source.origin),
+        )
     finally:
         source.close()
 
