@@ -114,6 +114,7 @@ def test_csv_json_and_geojson_agree_on_the_kept_patches(
             assert np.float32(row[f"attention.{task.name}"]) == weight
             assert np.float32(patch["attention"][task.name]) == weight
             assert np.float32(measured[f"attention {task.name}"]) == weight
+            assert measured[f"attention {task.name} times 1/M"] == pytest.approx(float(weight) * len(rows))
     for task in tasks:
         assert sum(float(row[f"attention.{task.name}"]) for row in rows) == pytest.approx(1, abs=1e-5)
 

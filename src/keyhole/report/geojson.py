@@ -34,14 +34,14 @@ def kept_geojson(prediction: Prediction) -> dict[str, Any]:
     Patches without a place, as of stored features without coordinates, are not in it.
 
     Every polygon carries its rank (1 is best), its selection score and its attention weight per task as measurements,
-    by which QuPath can filter and colour.
+    by which QuPath can filter and colour; the weight also against the one that all would have if they were equal, 1/M.
     """
     task = prediction.tasks[0]
     label = prediction.label[task.name]
     name = task.name if task.kind == "regression" else label or "none"
     color = PALETTE[task.classes.index(label) % len(PALETTE)] if label in task.classes else PALETTE[0]
     said = {f"predicted {task.name}": prediction.label[task.name] for task in prediction.tasks}
-    features = []
+    features, m = [], len(prediction.kept)
     for rank, patch in enumerate(prediction.kept.rows(), start=1):
         x, y, width, height = patch["box"]
         if not width * height:
@@ -61,7 +61,8 @@ def kept_geojson(prediction: Prediction) -> dict[str, Any]:
                     "classification": {"name": name, "color": list(color)},
                     "isLocked": True,
                     "measurements": {"rank": rank, "selection score": patch["score"]}
-                    | {f"attention {task}": weight for task, weight in patch["attention"].items()},
+                    | {f"attention {task}": weight for task, weight in patch["attention"].items()}
+                    | {f"attention {task} times 1/M": weight * m for task, weight in patch["attention"].items()},
                     "metadata": said,
                 },
             }
