@@ -147,6 +147,20 @@ def test_a_folder_with_other_results_is_refused_and_the_same_ones_are_replaced_w
         keyhole.evaluate(own_run, out=tmp_path / "answers")
 
 
+def test_what_lies_in_a_run_is_the_runs_own_after_a_move_or_a_kill(own_run: Path, tmp_path: Path) -> None:
+    first = keyhole.evaluate(own_run)
+    other = keyhole.evaluate(own_run, table(tmp_path / "other.csv", images_of(own_run, "val")))
+    moved = tmp_path / "moved"
+    shutil.copytree(own_run, moved)
+    again = keyhole.evaluate(moved)
+    assert again.path == moved / "evaluation" / "test"
+    assert (again.path / "predictions.csv").read_bytes() == (first.path / "predictions.csv").read_bytes()
+    assert keyhole.evaluate(moved, tmp_path / "other.csv").path == moved / "evaluation" / other.path.name
+    (again.path / "metrics.json").unlink()  # killed between the two files
+    keyhole.evaluate(moved)
+    assert (again.path / "metrics.json").is_file()
+
+
 def test_with_out_nothing_is_written_into_the_run(own_run: Path, tmp_path: Path) -> None:
     def state() -> dict[Path, tuple[int, bytes]]:
         return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in own_run.rglob("*") if p.is_file()}

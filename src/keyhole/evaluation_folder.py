@@ -49,7 +49,24 @@ class Subject:
         (name,) = file_names([absolute(self.data).stem], "data")
         names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
         free = (parent / each for each in names if each not in SPLITS)
-        return next(folder for folder in free if not folder.exists() or _subject_in(folder) == self.to_json())
+        return next(folder for folder in free if not folder.exists() or self.is_in(folder))
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the results in a folder are of this subject.
+
+        What lies in the run's own folder is the run's, also after the run was moved or copied to another place.
+        """
+        held, wanted = _subject_in(folder), self.to_json()
+        own = absolute(self.run) / "evaluation"
+        if held is None:  # an evaluation that was killed before it was whole
+            return self.data is None and absolute(folder) == own / self.split
+        if own in absolute(folder).parents:
+            held = {
+                **held,
+                "run": wanted["run"],
+                "data": wanted["run"] if held["data"] == held["run"] else held["data"],
+            }
+        return held == wanted
 
 
 def open_folder(subject: Subject, out: str | Path | None) -> tuple[Path, list[str]]:
@@ -60,12 +77,13 @@ def open_folder(subject: Subject, out: str | Path | None) -> tuple[Path, list[st
     """
     folder = subject.folder if out is None else Path(out)
     notes: list[str] = []
-    if (folder / "metrics.json").exists() or (folder / "predictions.csv").exists():
-        held = _subject_in(folder)
-        if held != subject.to_json():
+    earlier = [path for name in ("metrics.json", "predictions.csv") if (path := folder / name).exists()]
+    if earlier:
+        if not subject.is_in(folder):
+            held = _subject_in(folder)
             what = f"the evaluation of {held['data']} ({held['split']}) by {held['run']}" if held else "other results"
             raise OutputError(f"{folder}: holds {what}. Choose another --out, or delete it.")
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / "metrics.json").stat().st_mtime))
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(earlier[0].stat().st_mtime))
         notes.append(f"{folder}: replaces the evaluation of the same images of {made}")
     try:
         return writable_folder(folder), notes
