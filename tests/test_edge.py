@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-import yaml
 from conftest import settings, write_toy
 from PIL import Image
 from safetensors.torch import save_file
 
 import keyhole
-from keyhole.checkpoint import read_tensors, write_tensors
 from keyhole.cli.main import main
 from keyhole.config import Config, PatchConfig
 from keyhole.config_file import resolve
@@ -103,21 +101,6 @@ def test_a_run_under_each_rule_trains_shifted_evaluates_and_says_its_rule(
     assert prediction.scores is not None
     assert prediction.patch["edge"] == edge
     assert (prediction.scores.rows, prediction.scores.columns) == ((3, 3) if edge == "drop" else (4, 4))
-
-
-def test_models_and_runs_from_before_keep_the_background(photos: Path, photos_run: Path, tmp_path: Path) -> None:
-    weights, info = read_tensors(photos_run / "best" / "model.safetensors")
-    del info["patch"]["edge"]
-    (tmp_path / "best").mkdir()
-    write_tensors(tmp_path / "best" / "model.safetensors", weights, info)
-    assert keyhole.load(tmp_path / "best").predict(photos / "red" / "1.png").patch["edge"] == "background"
-
-    written = yaml.safe_load((photos_run / "config.yaml").read_text())
-    del written["patch"]["edge"]
-    for name in ("manifest.csv", "last.safetensors"):
-        (tmp_path / name).write_bytes((photos_run / name).read_bytes())
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
-    assert find_run(tmp_path).config.patch.edge == "background"
 
 
 @pytest.mark.parametrize("mpp", [None, 0.65])

@@ -6,17 +6,11 @@ import csv
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 import keyhole
-from keyhole.checkpoint import read_tensors, write_tensors
 from keyhole.cli.main import main
 from keyhole.files import file_names
-from keyhole.nn import CrossAttentionPool, IPSClassifier
 from keyhole.wording import distinct
 
 COLUMNS = [
@@ -69,39 +63,6 @@ def test_any_column_name_trains_evaluates_saves_and_loads(run: Path, toy: Path, 
     assert main(["predict", str(run), str(toy / "red" / "9.png"), "--out", str(tmp_path / "p")]) == 0
     prediction = keyhole.load(run).predict(toy / "red" / "9.png")
     assert list(prediction.probability) == names
-
-
-def test_a_model_whose_heads_are_named_after_its_tasks_still_loads(toy_run: Path, toy: Path, tmp_path: Path) -> None:
-    """keyhole 0.1.0 wrote `heads.label.weight`."""
-    weights, info = read_tensors(toy_run / "best" / "model.safetensors")
-    earlier = {name.replace("heads.by_task.0.", "heads.label."): tensor for name, tensor in weights.items()}
-    assert earlier.keys() != weights.keys()
-    write_tensors(tmp_path / "model.safetensors", earlier, info)
-    image = toy / "red" / "0.png"
-    of_now, before = (keyhole.load(path).predict(image).probability for path in (toy_run, tmp_path))
-    assert of_now == before
-
-
-def test_the_state_of_a_model_loads_under_both_names(tmp_path: Path) -> None:
-    def model() -> IPSClassifier:
-        heads = {"1": nn.Linear(8, 2), "0": nn.Linear(8, 3)}
-        return IPSClassifier(nn.Linear(5, 8), CrossAttentionPool(8, 2, 2), heads)
-
-    one, other = model(), model()
-    state = one.state_dict()
-    # numbers as names: `heads.1` was the task "1", which is the first head
-    names = {"heads.by_task.0.": "heads.1.", "heads.by_task.1.": "heads.0."}
-    earlier = {name: tensor for name, tensor in state.items() if "heads" not in name}
-    for now, before in names.items():
-        earlier |= {name.replace(now, before): tensor for name, tensor in state.items() if name.startswith(now)}
-    save_file(earlier, tmp_path / "state.safetensors")
-    other.load_state_dict(load_file(tmp_path / "state.safetensors"))
-    patches = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32))
-    with torch.no_grad():
-        for task, logits in one.eval()(patches).items():
-            torch.testing.assert_close(other.eval()(patches)[task], logits)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        other.load_state_dict({name: tensor for name, tensor in earlier.items() if "heads.1." not in name})
 
 
 def test_file_names_are_safe_and_differ_also_where_case_does_not_count() -> None:

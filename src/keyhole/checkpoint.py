@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from keyhole.errors import OutputError, RunError
 from keyhole.files import atomic_file, write_atomic
-from keyhole.nn.heads import Heads
 from keyhole.nn.weights import encoder_part, misfits
 from keyhole.wording import listed
 
@@ -162,9 +161,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
     Raises:
         RunError: naming the file and what does not fit.
     """
-    heads = getattr(model, "heads", None)
-    if isinstance(heads, Heads):
-        weights = heads.with_current_names(weights, "heads.")
     problems = misfits(model.state_dict(), weights)
     if problems:
         raise RunError(f"{path}: the weights do not fit the model: {'; '.join(problems[:4])} ({len(problems)} in all)")

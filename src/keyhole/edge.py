@@ -15,8 +15,6 @@ from keyhole.images.image import Image
 
 Edge = Literal["drop", "shift", "reflect", "background"]
 Index = NDArray[np.int64]
-BEFORE_EDGE = {"edge": "background"}
-"""`patch.edge` of models, runs and features that were made before it could be chosen, and do not name it."""
 
 
 def edge_for(image: Image) -> Edge:

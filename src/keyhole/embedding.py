@@ -28,7 +28,6 @@ from keyhole.data.embed_items import feature_names, items_to_embed
 from keyhole.data.item import Item
 from keyhole.data.manifest import write_left_out
 from keyhole.device import choose_device, choose_precision
-from keyhole.edge import BEFORE_EDGE
 from keyhole.errors import ConfigError, DataError, KeyholeError, RunError
 from keyhole.features.writer import BYTES, SETTINGS, already_there, feature_writer
 from keyhole.files import file_size, writable_folder
@@ -255,7 +254,7 @@ def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
     file = weights_file(Path(run))
     info = read_info(file)
     try:
-        own = build(Config(), {"model": info["model"], "patch": BEFORE_EDGE | info["patch"]})
+        own = build(Config(), {"model": info["model"], "patch": info["patch"]})
     except (KeyError, ConfigError) as error:
         raise RunError(f"{file}: its description does not fit keyhole {keyhole.__version__} ({error}).") from error
     if own.model.feature_width is not None:

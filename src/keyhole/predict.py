@@ -29,7 +29,6 @@ from keyhole.config_file import build
 from keyhole.data.companions import mask_of
 from keyhole.data.item import FEATURE_SUFFIXES, Item
 from keyhole.device import choose_device, settle_precision
-from keyhole.edge import BEFORE_EDGE
 from keyhole.errors import ConfigError, KeyholeError, RunError
 from keyhole.features import FeaturePatches, learned_origin
 from keyhole.images.memory import image_in_memory
@@ -132,7 +131,6 @@ class Predictor:
         try:
             tasks = [Task.from_json(task) for task in info["tasks"]]
             given = {name: info[name] for name in SECTIONS} | {"train": {"batch": info["batch"]}}
-            given["patch"] = BEFORE_EDGE | given["patch"]
             config = build(Config(memory=memory, unreadable=unreadable), given)
             name, precision = str(info["name"]), str(info["precision"])
             resolution = Resolution.from_json(info.get("resolution"))

@@ -5,9 +5,8 @@ module, so the heads are numbered in the order of the tasks.
 """
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class Heads(nn.Module):
@@ -49,27 +48,3 @@ class Heads(nn.Module):
     def prefix(self, task: str) -> str:
         """What the names of the weights of a task's head start with in the state of this module."""
         return f"by_task.{self._place[task]}."
-
-    def with_current_names(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-        """A state in which keyhole 0.1.0 named the heads after the tasks, under the names of now; others as they are.
-
-        Args:
-            state: of a whole model.
-            prefix: of this module in it, such as `heads.`.
-        """
-        if any(name.startswith(f"{prefix}by_task.") for name in state):
-            return dict(state)
-        earlier = {f"{prefix}{task}.": f"{prefix}{self.prefix(task)}" for task in self if "." not in task}
-
-        def current(name: str) -> str:
-            task, _, rest = name.removeprefix(prefix).partition(".")
-            start = f"{prefix}{task}."
-            return earlier[start] + rest if name.startswith(start) and start in earlier else name
-
-        return {current(name): tensor for name, tensor in state.items()}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        renamed = self.with_current_names(state_dict, prefix)
-        state_dict.clear()
-        state_dict.update(renamed)
-        super()._load_from_state_dict(state_dict, prefix, *others)

@@ -71,12 +71,9 @@ class Run:
     @property
     def config(self) -> Config:
         """The resolved configuration."""
-        from keyhole.config_file import build, read_config, validate
-        from keyhole.edge import BEFORE_EDGE
+        from keyhole.config_file import load_config
 
-        path = self.path / "config.yaml"
-        given = read_config(path)
-        return validate(build(Config(), given | {"patch": BEFORE_EDGE | given.get("patch", {})}), source=f"{path}: ")
+        return load_config(self.path / "config.yaml")
 
     @property
     def metrics(self) -> list[dict[str, float]]:
