@@ -161,6 +161,33 @@ def test_what_lies_in_a_run_is_the_runs_own_after_a_move_or_a_kill(own_run: Path
     assert (again.path / "metrics.json").is_file()
 
 
+@pytest.mark.parametrize("out", [None, "out"])
+def test_an_evaluation_that_was_killed_is_repeated_in_its_own_folder(
+    own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
+) -> None:
+    data, place = table(tmp_path / "other.csv", images_of(own_run, "val")), out and tmp_path / out
+    folder = place or own_run / "evaluation" / "other"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keyhole.evaluation.evaluate_task", killed)
+        with pytest.raises(KeyboardInterrupt):
+            keyhole.evaluate(own_run, data, out=place)
+    assert (folder / "predictions.csv").is_file()
+    (folder / ".predictions.csv.abcdefgh").write_text("half a ro")
+    (folder / ".mine.abcdefgh").write_text("of the user")
+
+    again = keyhole.evaluate(own_run, data, out=place)
+
+    assert again.path == folder
+    assert sorted(path.name for path in folder.glob("[.mpu]*")) == [".mine.abcdefgh", "metrics.json", "predictions.csv"]
+    before = (folder / "metrics.json").read_bytes()
+    keyhole.evaluate(own_run, data, out=place)
+    assert (folder / "metrics.json").read_bytes() == before
+
+
 def test_with_out_nothing_is_written_into_the_run(own_run: Path, tmp_path: Path) -> None:
     def state() -> dict[Path, tuple[int, bytes]]:
         return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in own_run.rglob("*") if p.is_file()}

@@ -24,6 +24,7 @@ from keyhole.cli.main import main
 from keyhole.config import Config, ModelConfig, PatchConfig, SelectConfig
 from keyhole.errors import KeyholeError
 from keyhole.evaluation import evaluate
+from keyhole.files import atomic_file
 from keyhole.grid import PatchGrid
 from keyhole.images import open_image
 from keyhole.nn import build_classifier
@@ -389,6 +390,21 @@ def test_every_folder_is_named_and_answers_of_another_call_are_never_lost_or_mix
     (out / "damaged" / "prediction.json").write_text("{")
     assert main(["predict", str(toy_run), "red", "green", "--out", str(out)]) == 2
     assert "damaged" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_half_written_is_removed_and_what_is_being_written_is_not(
+    toy_run: Path, toy: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "2.png").mkdir()
+    left = [tmp_path / ".predictions.csv.abcdefgh", tmp_path / "2.png" / ".prediction.json.a_cd0fgh"]
+    kept = [tmp_path / ".notes.csv.abcdefgh", tmp_path / "2.png" / ".mine.abcdefgh"]
+    for path in left + kept:
+        path.write_text("{")
+    with atomic_file(tmp_path / "left_out.csv") as held:
+        assert main(["predict", str(toy_run), str(toy / "red" / "2.png"), "--out", str(tmp_path)]) == 0
+        assert Path(held.name).exists()
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in kept)
 
 
 def test_a_folder_with_an_evaluation_takes_no_predictions(

@@ -121,7 +121,7 @@ def test_what_kills_left_is_removed_by_the_next_start_and_a_live_process_s_is_no
     shutil.copytree(run, beside)
     for name in ("best", "predictions"):
         shutil.rmtree(beside / name)
-    for name in ("metrics.csv", "log.txt"):
+    for name in ("metrics.csv", "learning.json", "log.txt"):
         (beside / name).unlink()
     own = run.parent / ".other.users_01"
     own.mkdir()

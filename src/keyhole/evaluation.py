@@ -22,7 +22,7 @@ from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
 from keyhole.data.moved import check_same, stored_hashes
 from keyhole.errors import DataError, KeyholeError, RunError
-from keyhole.evaluation_folder import Subject, open_folder, remove_others
+from keyhole.evaluation_folder import Subject, finish, open_folder
 from keyhole.evaluation_notes import seen_in_training, unfinished
 from keyhole.files import file_names, writable_folder, write_atomic
 from keyhole.learning import Learning, judge_task, unevenness
@@ -117,8 +117,8 @@ def evaluate(
         for line in check_evaluated(run, manifest, predictor.config.run):
             say(line)
     items = manifest.items
-    folder, notes = open_folder(subject, out)
-    notes += _notes(run, subject, manifest)
+    folder, replaced = open_folder(subject, out)
+    notes = _notes(run, subject, manifest)
     keeps_test = data is None and out is None and split == "test" and not unfinished(run)
     if keeps_test:
         writable_folder(run / "predictions")
@@ -184,8 +184,8 @@ def evaluate(
     if shown:
         contact_sheet(shown, folder / "contact_sheet.png", title)
     lesions_written, sheet_written = ["lesions.csv"] * bool(judged), ["contact_sheet.png"] * bool(shown)
-    remove_others(folder, [*about["confusion_files"].values(), *lesions_written, *sheet_written])
-    return Evaluation(folder, metrics, left_out, tuple(notes), lesions, tuple(learning.lines(config)))
+    finish(folder, [*about["confusion_files"].values(), *lesions_written, *sheet_written])
+    return Evaluation(folder, metrics, left_out, (*replaced, *notes), lesions, tuple(learning.lines(config)))
 
 
 def _notes(run: Path, subject: Subject, manifest: Manifest) -> list[str]:

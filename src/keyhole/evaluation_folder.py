@@ -1,24 +1,34 @@
 """Where an evaluation is written: results of other data go to their own folder, and nothing is replaced without a word.
 
-`metrics.json` says what a folder holds the evaluation of: the run, the data and the split.
+`metrics.json` says what a folder holds the evaluation of: the run, the data and the split. Until it is written,
+`unfinished.json` says so, and stays where the work was killed: the same command then finds its folder again.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keyhole.data.item import SPLITS, absolute
 from keyhole.errors import OutputError
-from keyhole.files import file_names, writable_folder
+from keyhole.files import file_names, remove_unfinished, writable_folder, write_atomic
 
 OURS = ("confusion_*.csv", "lesions.csv", "contact_sheet.png")
 """Files that not every evaluation writes: one of an earlier call would be taken for this one's."""
+
+
+UNFINISHED = "unfinished.json"
+NAMES = re.compile(
+    r"confusion_.*\.csv|(lesions|predictions|left_out)\.csv|contact_sheet\.png|(metrics|unfinished)\.json"
+)
+"""Of all files that an evaluation writes."""
 
 
 @dataclass(frozen=True)
@@ -86,24 +96,28 @@ def open_folder(subject: Subject, out: str | Path | None) -> tuple[Path, list[st
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(earlier[0].stat().st_mtime))
         notes.append(f"{folder}: replaces the evaluation of the same images of {made}")
     try:
-        return writable_folder(folder), notes
+        writable_folder(folder)
+        remove_unfinished([folder], NAMES)
+        write_atomic(folder / UNFINISHED, json.dumps(subject.to_json(), indent=2) + "\n")
     except OutputError as error:
         hint = " Results can go anywhere: --out DIR" if out is None else ""
         raise OutputError(f"{error}{hint}") from error
+    return folder, notes
 
 
-def remove_others(folder: Path, written: Collection[str]) -> None:
-    """Removes what an earlier evaluation left in the folder and this one did not write."""
+def finish(folder: Path, written: Collection[str]) -> None:
+    """Removes what an earlier evaluation left in the folder and this one did not write: the work is done."""
     for pattern in OURS:
         for path in folder.glob(pattern):
             if path.name not in written:
                 path.unlink(missing_ok=True)
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def _subject_in(folder: Path) -> dict[str, Any] | None:
     """What the results in a folder are of; None where that is not known."""
-    try:
-        held = json.loads((folder / "metrics.json").read_text())
-        return {name: held[name] for name in ("run", "data", "split")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    for file in (UNFINISHED, "metrics.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            held = json.loads((folder / file).read_text())
+            return {name: held[name] for name in ("run", "data", "split")}
+    return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,6 +46,10 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
     return Path(path)
 
 
+TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
+"""Names of files and folders that are being written, or were when a process was killed; the group is their own name."""
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only once it is complete and on disk.
@@ -57,6 +63,8 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
+            with contextlib.suppress(OSError):  # not every file system has it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file  # type: ignore[misc]
             file.flush()
             os.fsync(file.fileno())
@@ -76,6 +84,32 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folders: Iterable[Path], names: re.Pattern[str]) -> int:
+    """Removes what killed processes left half written of files with these names; not what a process is writing.
+
+    Returns:
+        How many files were removed.
+    """
+    removed = 0
+    for folder in folders:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            found = TEMPORARY.fullmatch(path.name)
+            if found is not None and names.fullmatch(found[1]) and path.is_file() and _is_free(path):
+                path.unlink(missing_ok=True)
+                removed += 1
+    return removed
+
+
+def _is_free(path: Path) -> bool:
+    """Whether no process holds a file that `atomic_file` made; False where that cannot be known."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def umask() -> int:

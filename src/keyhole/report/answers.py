@@ -10,12 +10,13 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from keyhole.errors import OutputError
-from keyhole.files import writable_folder
+from keyhole.files import remove_unfinished, writable_folder
 from keyhole.prediction import FILES, Prediction, TableRow, table_row, write_prediction
 
 
@@ -49,6 +50,9 @@ class AnswerFolder:
         self.replaced = len(set(self._earlier.values()))
         self._written: set[str] = set()
         writable_folder(out)
+        remove_unfinished([out], re.compile(r"(predictions|left_out)\.csv"))
+        own = re.compile("|".join(map(re.escape, FILES)))
+        remove_unfinished((out / name for name in {*self._names.values(), *self._earlier}), own)
 
     def write(self, prediction: Prediction) -> TableRow:
         """Writes the folder of one image; its row in predictions.csv, which names the folder."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 import time
@@ -20,14 +19,12 @@ from keyhole.config_file import dump_config
 from keyhole.data.hashes import FileHash
 from keyhole.data.manifest import Manifest
 from keyhole.errors import OutputError
-from keyhole.files import umask, writable_folder, write_atomic
+from keyhole.files import TEMPORARY, umask, writable_folder, write_atomic
 from keyhole.training.lock import DEAD, NAME, RunLock, is_held
 from keyhole.training.run import environment
 from keyhole.training.seal import file_digest
 from keyhole.training.state import State
 
-TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
-"""Names of the files and folders that are written before they get their own name (keyhole/files.py)."""
 FIRST = {"config.yaml", "manifest.csv", "left_out.csv", "environment.json", "last.safetensors", NAME}
 """What a run folder holds at its first moment."""
 
