@@ -63,7 +63,9 @@ def damaged(tmp_path: Path) -> Path:
     return data
 
 
-def test_unreadable_regions_are_masked_counted_and_listed_and_the_run_goes_on(damaged: Path, tmp_path: Path) -> None:
+def test_unreadable_regions_are_masked_counted_and_listed_and_the_run_goes_on(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = keyhole.train(damaged, tmp_path / "run", unreadable="1%", **QUICK)
     rows = read_rows(run.path / "unreadable.csv")
     expected = {("1.tif", x, y) for x in (32, 48) for y in (32, 48)}
@@ -71,6 +73,9 @@ def test_unreadable_regions_are_masked_counted_and_listed_and_the_run_goes_on(da
     assert {(row["image"], int(row["x"]), int(row["y"])) for row in rows} == expected
     assert {row["epoch"] for row in rows} == {"1"}
     assert "unreadable: 1.tif: 4 patches" in (run.path / "log.txt").read_text()
+    told = capsys.readouterr().err
+    assert told.count("warning: 1.tif: patches cannot be read: damaged") == 1
+    assert "patches of 2 images could not be read; they are listed in unreadable.csv" in told
     assert len(run.metrics) == 1
     assert {row["image"] for row in read_rows(run.path / "predictions" / "val.csv")} >= {"4.tif", "5.tif", "7.tif"}
 

@@ -87,6 +87,10 @@ class Ledger:
             self.count += count - len(self._patches.pop(name, {}))
             self._lost[name] = count, reason
 
+    def is_too_much(self) -> bool:
+        """Return whether more is unreadable than the share allows."""
+        return self.count > math.floor(self.share * self.total * (1 + 1e-12))
+
     def check(self, listing: str | Path | None = None) -> None:
         """Go on while it is little enough.
 
@@ -96,7 +100,7 @@ class Ledger:
         Raises:
             TooMuchUnreadable: more than the share allows.
         """
-        if self.count <= math.floor(self.share * self.total * (1 + 1e-12)):
+        if not self.is_too_much():
             return
         places = [
             (f"{name} at {box[0]},{box[1]}" if box is not None else f"{name} patch {number}", reason)

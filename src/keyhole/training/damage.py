@@ -7,6 +7,7 @@ from pathlib import Path
 
 from keyhole.features import FeaturePatches
 from keyhole.patches import FilePatches, PatchSource
+from keyhole.progress import say
 from keyhole.reading.unreadable import Ledger, parse_share
 from keyhole.training.run import read_rows, write_rows
 
@@ -25,6 +26,7 @@ class Damage:
         self.path, self.total, self.share = path, total, parse_share(unreadable)
         self._earlier = read_rows(path, "Delete it: the next epochs list again what they cannot read.")
         self.epoch, self.ledger = epoch, Ledger(total, self.share)
+        self._told = False
 
     def begin(self, epoch: int) -> None:
         """Counts from nothing in another epoch."""
@@ -43,6 +45,22 @@ class Damage:
         boxes = source.grid.boxes(index) if isinstance(source, FilePatches | FeaturePatches) else None
         self.ledger.add(name, boxes, index, list(reasons.values()))
         self._write()
+
+    def warn(self, what: str) -> None:
+        """Say what is unreadable first, unless it ends the run anyway. Anything further is only listed."""
+        if self._told or self.ledger.is_too_much():
+            return
+        self._told = True
+        what = what.rstrip(".")
+        say(f"warning: {what}. What cannot be read is left out and listed in {self.path.name}")
+
+    def summary(self) -> str | None:
+        """Return how many images were not wholly readable, in any epoch; None if all were."""
+        images = {row["image"] for row in (*self._earlier, *self._rows())}
+        if not images:
+            return None
+        what = "1 image" if len(images) == 1 else f"{len(images):,} images"
+        return f"patches of {what} could not be read; they are listed in {self.path.name}"
 
     def check(self) -> None:
         """Raises TooMuchUnreadable where more of this epoch's patches are lost than is allowed."""

@@ -100,10 +100,13 @@ class Job:
             elif error is not None:
                 self.log(f"unreadable: {error}")
                 self.damage.lose(item.name, self.images.counts[item.name], str(error))
+                self.damage.warn(str(error))
             elif source is not None and batch.unreadable.get(row):
                 reasons = batch.unreadable[row]
-                self.log(f"unreadable: {item.name}: {len(reasons)} patches ({next(iter(reasons.values()))})")
+                reason = next(iter(reasons.values()))
+                self.log(f"unreadable: {item.name}: {len(reasons)} patches ({reason})")
                 self.damage.add(item.name, source, reasons)
+                self.damage.warn(f"{item.name}: patches cannot be read: {reason}")
         self.damage.check()
 
     def close(self) -> None:

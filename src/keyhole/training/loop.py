@@ -147,6 +147,9 @@ class Loop:
                 job.log(line)
             if job.state.left_out:
                 say(f"left out {len(job.state.left_out)} images that failed; they are listed in left_out.csv")
+            if (unread := job.damage.summary()) is not None:
+                say(unread)
+                job.log(unread)
         except StopRequested as stop:
             job.save()
             self.journal.flush()
