@@ -131,6 +131,8 @@ def test_what_is_not_known_or_differs_in_patches_is_said_once(
         warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
         assert len(warned) == 1
         assert words in warned[0]
+        for path in (tmp_path / words[-9:]).rglob("prediction.json"):
+            assert [words in note for note in json.loads(path.read_text())["notes"]] == [True]
 
 
 # STAMP

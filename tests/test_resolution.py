@@ -61,7 +61,7 @@ def test_the_model_keeps_the_resolution_of_its_training_images(run: Path) -> Non
         (0.25, None, "the model learned at 0.49 to 0.51: everything is 2.0 times larger"),
         (1.0, None, "everything is 2.0 times smaller"),
         (0.25, "0.5", ""),
-        (None, None, "its resolution is not known, and the model learned at"),
+        (None, None, "no resolution is stated, and the model learned at"),
         (None, "0.5", ""),
     ],
 )
@@ -81,7 +81,8 @@ def test_images_of_another_resolution_are_told_in_one_line(
 
 def test_evaluation_counts_them_in_its_notes(run: Path, tmp_path: Path) -> None:
     found = keyhole.evaluate(run, data(tmp_path / "other", [0.25] * 4 + [0.5] * 2), split="train", out=tmp_path / "out")
-    assert any(line.startswith("4 of 4 images: patches of 0.25 um per pixel") for line in found.lines())
+    line = next(line for line in found.lines() if line.startswith("4 of 4 images: patches of 0.25 um per pixel"))
+    assert "a column `mpp` in a CSV" in line, "evaluate has no --mpp, so it is not the remedy there"
 
 
 def test_training_images_that_differ_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

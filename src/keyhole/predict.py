@@ -325,8 +325,9 @@ class Predictor:
                     if row in failed:
                         continue
                     said = make_prediction(self.model, self.tasks, self.name, each[row], done, place, row, reader)
-                    if doubt := self._resolution_doubt(said):
-                        said = replace(said, notes=(doubt,))
+                    doubt = self._resolution_doubt(said)
+                    said = replace(said, notes=(*self._feature_doubts(done.batch.sources[row]), *filter(None, [doubt])))
+                    if doubt:
                         doubtful += 1
                         if self.tells_doubts and doubtful == 1:
                             print(f"warning: {said.name}: {doubt}", file=sys.stderr, flush=True)
@@ -361,14 +362,15 @@ class Predictor:
         mpp = prediction.patch["mpp"]
         return "" if mpp is None and "features" in prediction.patch else self.resolution.doubt(mpp)
 
+    def _feature_doubts(self, source: PatchSource | None) -> list[str]:
+        """What stored features leave open; nothing of images."""
+        return source.doubts(learned_origin(self.config.model)) if isinstance(source, FeaturePatches) else []
+
     def _tell_doubts(self, done: Inference) -> None:
         """Says once what stored features leave open, such as which encoder made them."""
-        learned = learned_origin(self.config.model)
         for source in done.batch.sources:
-            if not isinstance(source, FeaturePatches):
-                continue
-            for text in source.doubts(learned):
-                if self.tells_doubts and text not in self._told:
+            for text in self._feature_doubts(source):
+                if source is not None and self.tells_doubts and text not in self._told:
                     self._told.add(text)
                     print(f"warning: {source.name}: {text}", file=sys.stderr, flush=True)
 

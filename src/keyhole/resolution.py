@@ -14,6 +14,9 @@ TOLERANCE = 1.2
 MICROSCOPE = 20.0
 """Microns per pixel; coarser ones are the print resolution of a photograph and say nothing of what it shows."""
 
+GIVEN = "a column `mpp` in a CSV, or --mpp of predict"
+"""How the user gives the resolution of an image."""
+
 
 def patch_mpp(source: PatchSource) -> float | None:
     """Microns per pixel of the patches of an image, as they are read; None where not known."""
@@ -73,7 +76,7 @@ class Resolution:
         if self.low is None or self.high is None or self.low > MICROSCOPE:
             return ""
         if mpp is None:
-            said = f"its resolution is not known, and the model learned at {self} um per pixel; give it: --mpp"
+            said = f"no resolution is stated, and the model learned at {self} um per pixel. Give it: {GIVEN}"
             return "" if self.unknown else said
         if self.low / TOLERANCE <= mpp <= self.high * TOLERANCE:
             return ""
@@ -81,7 +84,8 @@ class Resolution:
         size = "larger" if mpp < self.low else "smaller"
         return (
             f"patches of {mpp:.3g} um per pixel, but the model learned at {self}: everything is {times:.1f} times "
-            f"{size} than it knows. If the file is wrong, give --mpp; a model trained with --patch.mpp rescales"
+            f"{size} than it knows. If a file is wrong, give the true value: {GIVEN}. A model trained with "
+            "--patch.mpp resamples"
         )
 
 
