@@ -69,9 +69,11 @@ def size(text: str) -> float:
 def test_the_time_is_told_before_the_start(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--train.epochs=3000", "--train.patience=1", "--train.lr=1e-9", "--train.explore=0", "--model.dropout=0")
     said = told(toy, tmp_path / "long", capsys, *options).splitlines()
-    line = next(number for number, text in enumerate(said) if text.startswith("time: about "))
+    line = next(number for number, text in enumerate(said) if text.startswith("time: "))
     assert line < next(number for number, text in enumerate(said) if text.startswith("epoch 1/3000: "))
-    assert re.fullmatch(r"time: about .* an epoch, .* for the run of 3000 epochs: an estimate from .*", said[line])
+    assert re.fullmatch(
+        r"time: (about|under) .* an epoch, .* for the run of 3000 epochs: an estimate from .*", said[line]
+    )
     assert said[line] in (tmp_path / "long" / "log.txt").read_text()
     assert "time: " not in told(toy, tmp_path / "short", capsys), "a run of a second needs no estimate"
 
@@ -87,6 +89,12 @@ def test_an_estimate_is_the_sum_of_its_parts() -> None:
     assert estimate.epoch() == pytest.approx(estimate.training(0) + estimate.validation())
     assert estimate.run() == pytest.approx(30 * estimate.epoch() + estimate.predicting())
     assert estimate.run(start=29) == pytest.approx(estimate.epoch() + estimate.predicting())
+    saved = Estimate(WORK, replace(COSTS, save=0.5))
+    assert saved.epoch() == pytest.approx(estimate.epoch() + 0.5)
+    assert saved.run() == pytest.approx(estimate.run() + 30 * 0.5)
+    assert saved.after(29, saved.training(29)) == pytest.approx(estimate.after(29, estimate.training(29)) + 0.5)
+    short = Estimate(replace(WORK, train_images=9, train_patches=9, val_images=0, val_patches=0, epochs=300), COSTS)
+    assert str(short.line("a trial")).startswith("time: under a second an epoch, ")
 
 
 def test_epochs_that_score_nothing_and_images_in_memory_cost_less() -> None:
@@ -125,6 +133,8 @@ def test_check_tells_the_time_or_in_one_line_why_not(toy: Path, capsys: pytest.C
 
     assert checked("--train.epochs=3") == []
     (line,) = checked("--train.epochs=100000")
-    assert re.fullmatch(r"time: about .* an epoch, .* for the run of 100000 epochs: an estimate from reading .*", line)
+    assert re.fullmatch(
+        r"time: (about|under) .* an epoch, .* for the run of 100000 epochs: an estimate from reading .*", line
+    )
     (line,) = checked("--train.epochs=100000", "--model.encoder=resnet81")
     assert line.startswith("time: not estimated, since the model cannot be built or tried (")

@@ -44,6 +44,7 @@ class Costs:
         learn: to learn from a kept patch.
         threads: that read at the same time.
         overlap: reading takes no time from encoding, as beside a GPU.
+        save: to write the state at the end of an epoch.
     """
 
     image: float
@@ -52,6 +53,7 @@ class Costs:
     learn: float
     threads: int = 1
     overlap: bool = False
+    save: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,23 +90,23 @@ class Estimate:
 
     def epoch(self) -> float:
         """Return the seconds of an epoch in which all patches are scored and what stays in memory is there."""
-        return self.training(self.work.epochs + round(self.work.blind) + 1) + self.validation()
+        return self.training(self.work.epochs + round(self.work.blind) + 1) + self.validation() + self.costs.save
 
     def run(self, start: int = 0) -> float:
         """Return the seconds of the run from the epoch `start` on."""
         each = (self.training(k, k == start) + self.validation(k == start) for k in range(start, self.work.epochs))
-        return sum(each) + self.predicting()
+        return sum(each) + max(0, self.work.epochs - start) * self.costs.save + self.predicting()
 
     def after(self, epoch: int, now: float, first: bool = False) -> float:
         """Return the seconds of what follows the training images of an epoch, if these take `now` seconds.
 
-        The other parts are taken to be off by as much as this one is.
+        The other parts are taken to be off by as much as this one is, but for writing the state.
         """
         expected = self.training(epoch, first)
         scale = now / expected if expected else 1.0
         rest = self.validation(first) + self.predicting()
         rest += sum(self.training(k) + self.validation() for k in range(epoch + 1, self.work.epochs))
-        return scale * rest
+        return scale * rest + max(0, self.work.epochs - epoch) * self.costs.save
 
     def line(self, how: str, start: int = 0) -> str | None:
         """Return what people are told before the start; None where it is not worth a line.
@@ -117,12 +119,21 @@ class Estimate:
         if seconds < SHORT:
             return None
         what = "the run of 1 epoch" if left == 1 else f"{'the run of' if not start else 'the other'} {left} epochs"
-        return f"time: about {spoken(self.epoch())} an epoch, {spoken(seconds)} for {what}: an estimate from {how}"
+        return f"time: {about(self.epoch())} an epoch, {spoken(seconds)} for {what}: an estimate from {how}"
 
     def _looked(self, images: int, patches: float, encoded: float, first: bool) -> float:
         reading = patches * self.costs.patch + (images * self.costs.image if first or not self.work.resident else 0.0)
         reading, encoding = reading / self.costs.threads, encoded * self.costs.encode
         return max(reading, encoding) if self.costs.overlap else reading + encoding
+
+
+def about(seconds: float) -> str:
+    """Return an estimate of a duration.
+
+    >>> [about(each) for each in (0.3, 42)]
+    ['under a second', 'about 42 s']
+    """
+    return spoken(seconds) if seconds < 1 else f"about {spoken(seconds)}"
 
 
 def spoken(seconds: float) -> str:

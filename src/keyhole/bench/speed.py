@@ -28,7 +28,7 @@ from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
 from keyhole.data.settle import classes_of
 from keyhole.device import arithmetic_of, choose_device
-from keyhole.duration import spoken
+from keyhole.duration import about, spoken
 from keyhole.shares import PARTS
 from keyhole.store import available_bytes
 from keyhole.tasks import Task
@@ -183,9 +183,7 @@ def _epochs(config: Config, sizes: Sizes, found: Steps, features: bool) -> Epoch
     epoch = sizes.train * (scoring + learning) + sizes.val * scoring
     run = epochs * epoch - blind * sizes.train * scoring + (sizes.train + sizes.val) * scoring
     images = f"{sizes.train:,} training images" + (f" and {sizes.val:,} to validate on" if sizes.val else "")
-    text = (
-        f"about {spoken(epoch)} with {images}, {spoken(run)} for {epochs:,} epochs: an estimate from the steps measured"
-    )
+    text = f"{about(epoch)} with {images}, {spoken(run)} for {epochs:,} epochs: an estimate from the steps measured"
     return Epochs(epoch, run, text)
 
 

@@ -6,9 +6,13 @@ Weights, statistics and random state are afterwards as they were. Only the clock
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
+import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +40,8 @@ from keyhole.training.job import Job
 ENOUGH = 0.3
 """Seconds from which one run of a piece is measured well; of a shorter one the second counts, since the first builds
 kernels."""
+WRITTEN = 16_000_000
+"""Most bytes of the state that are written to time it."""
 LEARNED = 16
 """Most patches that are learned from: so many take seconds with large encoders on a CPU."""
 
@@ -123,9 +129,25 @@ def _measured(job: Job) -> tuple[Costs, str]:
         score, learn = model_seconds(job.model, pixels, where, config.select.m, config.augment.color > 0)
     image, patch = (sum(part) / len(pieces) for part in list(zip(*pieces, strict=True))[:2])
     threads = min(job.reader.pool.threads, default_threads())
-    costs = Costs(image, patch, score, learn, threads, overlap=job.device.type != "cpu")
+    costs = Costs(image, patch, score, learn, threads, job.device.type != "cpu", _saving(job.run.path))
     images = f"{len(pieces)} image{'s' * (len(pieces) > 1)}"
     return costs, f"reading {images}, scoring {len(pixels)} patches and learning from some of them"
+
+
+def _saving(run: Path) -> float:
+    """Seconds to write the state, from writing a part of it to a file that has no name; 0 where that cannot be done."""
+    size = (run / "last.safetensors").stat().st_size
+    part = bytes(min(size, WRITTEN))
+    began = time.perf_counter()
+    with suppress(OSError), tempfile.TemporaryFile(dir=run) as file:  # the next save says what is wrong
+        file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        for data in (part, file.read()):  # what is written is read back and compared
+            hashlib.sha256(data).digest()
+        return (time.perf_counter() - began) * size / len(part)
+    return 0.0
 
 
 def _reading(opener: Opener, job: Job) -> Callable[[], Piece]:
