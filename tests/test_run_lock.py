@@ -137,9 +137,15 @@ def test_what_kills_left_is_removed_by_the_next_start_and_a_live_process_s_is_no
     assert (own / "notes.txt").exists()
     assert all(path.exists() for path in left), "they belong to another run"
     capsys.readouterr()
-    assert main(["resume", str(run)]) == 0
-    assert not any(path.exists() for path in left)
-    assert "removed 2 unfinished files" in capsys.readouterr().err
+    left.append(_half_written(run / "predictions" / "val.csv"))
+    journals = [run / "validation.jsonl", run / "selection.safetensors"]  # kills after the last state was saved
+    for path in journals:
+        path.write_bytes(b"of a step that is done\n")
+    with atomic_file(run / "predictions" / "test.csv") as held:
+        assert main(["resume", str(run)]) == 0
+        assert Path(held.name).exists(), "another process is writing it"
+    assert not any(path.exists() for path in left + journals)
+    assert "removed 3 unfinished files" in capsys.readouterr().err
 
 
 def _half_written(path: Path) -> Path:

@@ -96,14 +96,14 @@ def remove_unfinished(folders: Iterable[Path], names: re.Pattern[str]) -> int:
     for folder in folders:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             found = TEMPORARY.fullmatch(path.name)
-            if found is not None and names.fullmatch(found[1]) and path.is_file() and _is_free(path):
+            if found is not None and names.fullmatch(found[1]) and path.is_file() and is_abandoned(path):
                 path.unlink(missing_ok=True)
                 removed += 1
     return removed
 
 
-def _is_free(path: Path) -> bool:
-    """Whether no process holds a file that `atomic_file` made; False where that cannot be known."""
+def is_abandoned(path: Path) -> bool:
+    """Whether no process is writing a file that `atomic_file` made; False where that cannot be known."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,7 +19,7 @@ from keyhole.config_file import dump_config
 from keyhole.data.hashes import FileHash
 from keyhole.data.manifest import Manifest
 from keyhole.errors import OutputError
-from keyhole.files import TEMPORARY, umask, writable_folder, write_atomic
+from keyhole.files import TEMPORARY, is_abandoned, umask, writable_folder, write_atomic
 from keyhole.training.lock import DEAD, NAME, RunLock, is_held
 from keyhole.training.run import environment
 from keyhole.training.seal import file_digest
@@ -77,11 +77,12 @@ def create_folder(
 def sweep(run: Path, say: Callable[[str], None]) -> None:
     """Removes what killed processes left in a run folder, which this process owns, and says so.
 
-    Other processes may write predictions, so what is young there stays.
+    Other processes may write predictions, so what one of them is writing stays.
     """
     now = time.time()
     found = [path for folder in (run, run / "best") for path in _temporary(folder)]
-    found += [path for path in _temporary(run / "predictions") if now - path.stat().st_mtime > DEAD]
+    answers = _temporary(run / "predictions")
+    found += [path for path in answers if is_abandoned(path) or now - path.stat().st_mtime > DEAD]
     size = 0
     for path in found:
         size += path.stat().st_size

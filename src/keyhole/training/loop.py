@@ -142,6 +142,7 @@ class Loop:
                 self.end_epoch(row)
                 for logger in loggers:
                     logger.log(row, job.state.epoch)
+            self.remove_journals()
             predict_splits(job, self.pace, self.interrupt)
             for line in job.run.learning.get("lines", ()):
                 job.log(line)
@@ -372,6 +373,11 @@ class Loop:
         (job.run.path / "validation.jsonl").unlink(missing_ok=True)
         self.trim.after_epoch()
         self.saved = time.monotonic()
+
+    def remove_journals(self) -> None:
+        """Of the last batch and epoch, where a kill came after the state was saved and before they were removed."""
+        self.journal.end()
+        (self.job.run.path / "validation.jsonl").unlink(missing_ok=True)
 
     def save_now_and_then(self, patches: int) -> None:
         """After a step that took long in time, or that has looked at many patches."""
