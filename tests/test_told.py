@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
+import keyhole
 from keyhole.cli.main import main
 from keyhole.duration import Costs, Estimate, Work
 from keyhole.progress import Progress
@@ -138,3 +140,13 @@ def test_check_tells_the_time_or_in_one_line_why_not(toy: Path, capsys: pytest.C
     )
     (line,) = checked("--train.epochs=100000", "--model.encoder=resnet81")
     assert line.startswith("time: not estimated, since the model cannot be built or tried (")
+
+
+def test_nothing_is_said_of_decoded_images_where_there_are_only_features(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("image,label\n" + "".join(f"{k}.svs,{'ab'[k % 2]}\n" for k in range(6)))
+    for k in range(6):
+        torch.save(torch.ones(30, 16), tmp_path / f"{k}.pt")
+    report = keyhole.check(tmp_path / "labels.csv", data={"features": tmp_path}, select={"m": 4})
+    assert report.images == 6
+    assert report.memory == ""
+    assert not report.work.resident

@@ -118,7 +118,7 @@ def show_report(report: CheckReport, stream: TextIO) -> None:
             table.add_row(*row)
         if len(rows) > 1:
             console.print(table)
-    for line in (*report.notes, report.memory, *([report.time] if report.time else [])):
+    for line in (*report.notes, *filter(None, (report.memory, report.time))):
         console.print(line)
     if report.previews is not None:
         console.print(f"foreground masks and patches to look at: {report.previews}")

@@ -67,7 +67,7 @@ class CheckReport:
         findings: errors first.
         left_out: files and rows that are not used at all.
         notes: what was decided, such as splits made.
-        memory: whether decoded images would stay in memory, and why.
+        memory: whether decoded images would stay in memory, and why; empty for stored features.
         work: what a run has to do with these images.
         time: how long a run will take, where it is worth a line.
         reading: seconds of an image and of a patch on one thread, on average; None where nothing was read.
@@ -173,7 +173,8 @@ def check(
     findings += about_images(good, probed, config)
     if deep:
         findings += about_content(good, manifest, config)
-    resident, memory = fits(sum(image.level_bytes for image in probed.values()), config.data.cache)
+    decoded = sum(image.level_bytes for image in probed.values())
+    resident, memory = fits(decoded, config.data.cache) if decoded else (False, "")
     return CheckReport(
         images=len(good),
         classes=count_classes(replace(manifest, items=tuple(good))),
