@@ -227,3 +227,16 @@ def test_colours_say_how_many_times_its_equal_share_a_patch_gets() -> None:
     assert sheet.heat(weights, equal=1 / 100).tolist() == pytest.approx([0, 0, 0, 0.25, 0.5, 1, 1])
     assert sheet.heat(np.array([0.25, 0.5, 1.0]), equal=1 / 4).tolist() == pytest.approx([0, 0.5, 1]), "all on one of 4"
     assert sheet.heat(np.array([1.0]), equal=1).tolist() == [0], "of one patch the attention says nothing"
+
+
+def test_the_sheet_names_the_task_where_the_model_has_several(tmp_path: Path) -> None:
+    one = entry()
+    both = replace(one.prediction, tasks=(COLON, AGE))
+    plain = np.asarray(Picture.open(contact_sheet([one], tmp_path / "one.png")))
+    named = np.asarray(Picture.open(contact_sheet([replace(one, prediction=both)], tmp_path / "two.png")))
+    differ = np.argwhere((plain != named).any(-1))
+    left = sheet.MARGIN + sheet.IMAGE_SIDE + sheet.GAP
+    assert len(differ), "the heading of the second column names the task"
+    assert (differ[:, 0] < sheet.HEAD).all()
+    assert (left <= differ[:, 1]).all()
+    assert (differ[:, 1] < left + sheet.TEXT_WIDTH).all()

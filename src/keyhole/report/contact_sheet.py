@@ -81,7 +81,8 @@ def contact_sheet(
         raise ValueError("a contact sheet needs at least one entry")
     sheet = Picture.new("RGB", (WIDTH, HEAD + len(entries) * (ROW + 2 * GAP) + MARGIN // 2), WHITE)
     draw = ImageDraw.Draw(sheet)
-    _draw_head(draw, title)
+    first = entries[0].prediction.tasks
+    _draw_head(draw, title, f" of {task or first[0].name}" if len(first) > 1 else "")
     for i, entry in enumerate(entries):
         tasks = {known.name: known for known in entry.prediction.tasks}
         top = HEAD + i * (ROW + 2 * GAP) + GAP
@@ -115,8 +116,8 @@ def score_picture(scores: NDArray[np.float32], zoom: int, equal: float) -> NDArr
     return colors.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
-def _draw_head(draw: ImageDraw.ImageDraw, title: str) -> None:
-    """Title, what the colours mean, and headings over the three columns."""
+def _draw_head(draw: ImageDraw.ImageDraw, title: str, which: str) -> None:
+    """Title, what the colours mean, and headings over the three columns; `which` names one of several tasks."""
     small, bar_width = _font(15), 120
     least, most = "attention: equal share 1/M", f"{HOTTEST}/M, or all"
     right = WIDTH - MARGIN - round(small.getlength(most)) - 8
@@ -127,12 +128,12 @@ def _draw_head(draw: ImageDraw.ImageDraw, title: str) -> None:
         draw.line([(bar_left + x, 27), (bar_left + x, 39)], fill=_heat(x / (bar_width - 1)))
     _text(draw, (WIDTH - MARGIN - 1, 24), most, small, GREY, WIDTH - MARGIN - right, align_right=True)
     _text(draw, (MARGIN, 20), title, _font(22), INK, left - MARGIN - GAP)
-    for left, heading in (
-        (MARGIN, "image with the kept patches"),
-        (MARGIN + IMAGE_SIDE + GAP, "what the model says"),
-        (PATCHES_LEFT, "kept patches with the highest attention: its share, and times 1/M"),
+    for left, width, heading in (
+        (MARGIN, IMAGE_SIDE, "image with the kept patches"),
+        (MARGIN + IMAGE_SIDE + GAP, TEXT_WIDTH, f"what the model says{which}"),
+        (PATCHES_LEFT, WIDTH, "kept patches with the highest attention: its share, and times 1/M"),
     ):
-        _text(draw, (left, HEAD - 27), heading, small, GREY, WIDTH)
+        _text(draw, (left, HEAD - 27), heading, small, GREY, width)
 
 
 def _draw_entry(sheet: Picture.Image, draw: ImageDraw.ImageDraw, entry: SheetEntry, task: Task, top: int) -> None:
