@@ -271,7 +271,7 @@ def test_previews_of_an_earlier_call_are_removed_and_a_file_of_the_user_is_never
     report = check(settings, previews=pictures)
 
     assert {path.name for path in pictures.glob("*.png")} == {"a_slide_1.png", "b.png", "c.png", "mine.png"}
-    assert any("removed 1 previews of images that are not checked now" in note for note in report.notes)
+    assert any("removed 1 earlier preview of images that are not checked now" in note for note in report.notes)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "b.png").write_bytes(b"a photograph")
     with pytest.raises(OutputError, match=r"b\.png: not a preview of keyhole check"):

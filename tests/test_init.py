@@ -57,3 +57,32 @@ def test_slides_of_which_some_do_not_say_their_resolution_are_told(
     other.write_text(f"{other.read_text()}unknown.png,,positive\n")
     assert init(other, out.parent / "more.yaml").patch.mpp is None
     assert "patch.mpp is none, since not all say it" in capsys.readouterr().out
+
+
+def test_masks_are_proposed_where_all_images_have_one_and_told_where_they_are_not_used(
+    slides: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (64, 64), "white").save(out.parent / "mask.png")
+    header, *rows = slides.read_text().splitlines()
+    assert header.startswith("image,")
+    masked, some = out.parent / "masked.csv", out.parent / "some.csv"
+    text = [f"{slides.parent / row},{out.parent / 'mask.png'}" for row in rows]
+    masked.write_text("\n".join([f"{header},mask", *text]) + "\n")
+    assert init(masked, out).patch.foreground == "mask"
+    some.write_text("\n".join([f"{header},mask", *text[1:], f"{slides.parent / rows[0]},"]) + "\n")
+    config = init(some, out.parent / "some.yaml")
+    assert config.patch.foreground == "tissue"
+    told = "the masks of 3 images are not used, since patch.foreground is tissue; to use them: --patch.foreground mask"
+    assert told in check(config).notes
+    assert not any("not used" in note for note in check(load_config(out)).notes)
+    tiny = [
+        "--patch.size=512",
+        "--patch.foreground=all",
+        "--model.width=4",
+        "--select.m=1",
+        "--train.epochs=1",
+        "--train.warmup=1",
+    ]
+    capsys.readouterr()
+    assert main(["train", "--config", str(out), *tiny, "--out", str(out.parent / "run")]) == 0
+    assert "the masks of 4 images are not used, since patch.foreground is all" in capsys.readouterr().err

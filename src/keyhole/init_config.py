@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import cast
+from typing import Literal, cast
 
 from keyhole.config import Bits, Config
 from keyhole.data.item import SPLITS
@@ -133,7 +133,11 @@ def propose(config: Config, measured: Measured) -> Proposal:
         if measured.pyramids
         else "photographs show something up to their border, and filling draws an untrained model"
     )
-    if slides:
+    foreground: Literal["all", "tissue", "mask"] = "tissue" if slides else "all"
+    if all(item.mask is not None for item in measured.manifest.items):
+        foreground = "mask"
+        reasons["patch.foreground"] = "all images have a mask"
+    elif slides:
         reasons["patch.foreground"] = "slides are mostly glass"
     if measured.grey:
         reasons["model.channels"] = "all images are grey"
@@ -150,9 +154,7 @@ def propose(config: Config, measured: Measured) -> Proposal:
     return Proposal(
         replace(
             config,
-            patch=replace(
-                config.patch, size=size, mpp=mpp, bits=bits, foreground="tissue" if slides else "all", edge=edge
-            ),
+            patch=replace(config.patch, size=size, mpp=mpp, bits=bits, foreground=foreground, edge=edge),
             model=replace(config.model, channels=1 if measured.grey else 3),
             select=replace(config.select, m=m),
             train=replace(

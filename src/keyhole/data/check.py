@@ -22,6 +22,7 @@ from keyhole.data.check_findings import (
     count_classes,
 )
 from keyhole.data.check_worker import Failed, ImageProbe, Probed, Request, Trouble
+from keyhole.data.companions import unused_masks
 from keyhole.data.embed_items import items_to_embed, without_labels
 from keyhole.data.item import SPLITS, Doubt, Item, LeftOut
 from keyhole.data.manifest import MISSING_FILE, Manifest, read_manifest, write_csv
@@ -152,11 +153,12 @@ def check(
     findings += [Finding(doubt.name, doubt.problem, doubt.fix, "warning") for doubt in manifest.doubts]
     no_bits: dict[str, int] = {}
     requests = _requests(manifest.items, config, None if previews is None else writable_folder(previews))
-    notes = list(manifest.notes)
+    notes = [*manifest.notes, *unused_masks(manifest.items, config.patch.foreground)]
     if previews is not None:
         pictures = [Path(str(request.preview)).name for request in requests if not request.features]
         if removed := clear_previews(previews, pictures):
-            notes.append(f"{previews}: removed {removed} previews of images that are not checked now")
+            plural = "preview" if removed == 1 else "previews"
+            notes.append(f"{previews}: removed {removed} earlier {plural} of images that are not checked now")
         _list_previews(previews, requests)
     probed: dict[str, Probed] = {}
     results = _probe_all(requests, config, progress)

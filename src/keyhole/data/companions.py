@@ -21,6 +21,15 @@ FEATURE_FOLDERS = ("", "h5_files", "pt_files")
 MASK_ORDER = (".png", ".geojson")
 
 
+def unused_masks(items: Iterable[Item], foreground: str) -> list[str]:
+    """Return a line where images have masks and the rule of foreground does not look at them; else nothing."""
+    count = sum(item.mask is not None and item.features is None for item in items)
+    if foreground == "mask" or not count:
+        return []
+    which = "the mask of 1 image is" if count == 1 else f"the masks of {count} images are"
+    return [f"{which} not used, since patch.foreground is {foreground}; to use them: --patch.foreground mask"]
+
+
 def with_companions(path: Path, table: Table, data: DataConfig) -> Table:
     """The table with features and masks of every row: its own, else those found by name in the folders of `data`.
 

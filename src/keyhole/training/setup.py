@@ -17,6 +17,7 @@ from torch import Tensor
 from keyhole.checkpoint import load_encoder
 from keyhole.config import AugmentConfig, Config
 from keyhole.config_auto import number
+from keyhole.data.companions import unused_masks
 from keyhole.data.manifest import Item, Manifest
 from keyhole.device import settle_precision
 from keyhole.errors import ConfigError, DataError, ImageError
@@ -158,6 +159,7 @@ def scan(
         f"{len(counts)} images with {from_to(str(patches[0]), str(patches[-1]))} {what}, "
         f"{sum(patches)} in all; {config.select.m} of each are kept"
     ]
+    lines += unused_masks(manifest.items, config.patch.foreground)
     keep = False
     if total:
         keep, sentence = fits(total, cache_limit(config, device))
