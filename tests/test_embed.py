@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 import keyhole
 from keyhole.cli.main import main
 from keyhole.config import PatchConfig
+from keyhole.data.read_folder import list_images
 from keyhole.embedding import Embedded, embed
 from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, OutputError
 from keyhole.evaluation import evaluate
@@ -97,6 +98,7 @@ def test_features_are_the_encoders_own_in_the_order_of_the_grid(
     archive: Embedded, toy: Path, encoder: SmallEncoder
 ) -> None:
     assert (archive.made, len(archive.files), archive.left_out, archive.unreadable) == (24, 24, {}, {})
+    assert list_images(archive.path)[1] == [], "left_out.csv beside the features is nothing that predict leaves out"
     for name, path in archive.files.items():
         with open_image(toy / name) as image:
             grid = PatchGrid(image, 16)

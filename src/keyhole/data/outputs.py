@@ -45,6 +45,8 @@ _STARTS = {
     "keyhole.yaml": b"# Written by keyhole",
 }
 """Single files of keyhole, and how they start."""
+TABLE = "written by keyhole"
+"""What such a file is. None is a picture, so that nobody misses it: it is left out without a word."""
 _GENERATED = ("boxes.csv", "nests.csv")
 _SHEET = "contact_sheet"
 
@@ -57,9 +59,7 @@ def system_folder(name: str) -> str:
 def own_files(folder: Path, names: Collection[str]) -> dict[str, str]:
     """The files of a folder that keyhole wrote, with what each is."""
     there = set(names)
-    own = {
-        name: "written by keyhole" for name, start in _STARTS.items() if name in there and _starts(folder / name, start)
-    }
+    own = {name: TABLE for name, start in _STARTS.items() if name in there and _starts(folder / name, start)}
     if "metrics.json" in there and "predictions.csv" in own:
         own |= {
             name: "written by keyhole evaluate" for name in there if name.startswith(_SHEET) or name == "metrics.json"

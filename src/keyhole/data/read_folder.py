@@ -10,7 +10,7 @@ from typing import Literal
 from keyhole.data.companions import FEATURE_FOLDERS, FEATURE_ORDER
 from keyhole.data.item import FEATURE_SUFFIXES, Item, LeftOut, Row, Table, absolute
 from keyhole.data.layout import find_layout, split_named
-from keyhole.data.outputs import output_folder, own_files, system_folder
+from keyhole.data.outputs import TABLE, output_folder, own_files, system_folder
 from keyhole.errors import DataError
 from keyhole.images.image import folder_suffixes, image_suffixes
 
@@ -184,7 +184,7 @@ def _walk(path: Path, ignore: Mapping[Path, str], generated: bool) -> Iterator[t
             skipped.append(LeftOut(f"{shown(folder / name)}/", reason))
         folders.sort()
         own = own_files(folder, names)
-        skipped += [LeftOut(shown(folder / name), what) for name, what in sorted(own.items())]
+        skipped += [LeftOut(shown(folder / name), what) for name, what in sorted(own.items()) if what != TABLE]
         yield folder, sorted(name for name in [*names, *whole] if name not in own), skipped
 
 
