@@ -61,7 +61,7 @@ def test_photographs_learn_and_predict_from_patches_inside_the_image(
 ) -> None:
     assert find_run(photos_run).config.patch.edge == "shift"
     assert json.loads((photos_run / "best" / "model.json").read_text())["patch"]["edge"] == "shift"
-    assert "patch.edge auto: shift, since green/0.png is a photograph" in (photos_run / "log.txt").read_text()
+    assert "patch.edge auto: shift, since green/0.png has one level" in (photos_run / "log.txt").read_text()
     prediction = keyhole.load(photos_run).predict(photos / "red" / "1.png")
     assert prediction.scores is not None
     boxes = prediction.scores.boxes(prediction.scores.index)

@@ -435,7 +435,7 @@ def test_the_resolution_of_new_images_is_given_on_the_command_line_or_in_a_csv(
         return {Path(name).name: int(box["width"]) for name, box in boxes.items()}
 
     assert main(["predict", model, a, "--out", str(tmp_path / "out")]) == 2
-    assert "to predict also --mpp" in capsys.readouterr().err
+    assert "or --mpp of keyhole predict" in capsys.readouterr().err
     assert main(["predict", model, a, "--mpp", "500", "--out", str(tmp_path / "out")]) == 2
     assert "mpp is '500.0'" in capsys.readouterr().err
     assert sizes(a, "--mpp", "0.25") == {"a.png": 32}

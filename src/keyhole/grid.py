@@ -61,7 +61,8 @@ def reading_level(
         why = f"are not known ({image.mpp_note})" if image.mpp_note else "the file does not say"
         raise ConfigError(
             f"{image.path}: patch.mpp (={mpp:g}) needs the image's microns per pixel, which {why}. "
-            "Give a column `mpp` in a CSV, to predict also --mpp; or train on pixels as they are: --patch.mpp none"
+            "Give a column `mpp` in a CSV, or --mpp of keyhole predict; or train on pixels as they are: "
+            "--patch.mpp none"
         )
     scale = mpp / image_mpp
     level = max(i for i, lv in enumerate(image.levels) if i == 0 or lv.downsample <= scale * (1 + SAME))

@@ -113,8 +113,8 @@ def settle_edge(config: Config, items: Sequence[Item], reader: Reader) -> tuple[
             reader.run(item.name, partial(store.open, item.image, bits=config.patch.bits)) as image,
         ):
             edge, levels = edge_for(image), len(image.levels)
-            kind = f"a slide ({levels} levels)" if levels > 1 else "a photograph (one level)"
-            line = f"patch.edge auto: {edge}, since {item.name} is {kind}"
+            kind = f"{levels} levels, as slides do" if levels > 1 else "one level, as photographs do"
+            line = f"patch.edge auto: {edge}, since {item.name} has {kind}"
             return replace(config, patch=replace(config.patch, edge=edge)), [line]
     return config, []
 

@@ -329,7 +329,8 @@ class FileOpener:
         if self.foreground == "mask" and self.mask is None:
             raise ConfigError(
                 f"{self.path}: patch.foreground (=mask) needs a mask of this image. Give a column `mask` (PNG or "
-                "GeoJSON), or a folder of masks with the images' names: --data.masks DIR"
+                "GeoJSON), or a folder of masks with the images' names: --data.masks DIR, or --masks DIR of keyhole "
+                "predict"
             )
         mask = self.mask if self.foreground == "mask" else None
         return self.store.foreground(self.path, self.foreground, mask, self.bits)
