@@ -20,7 +20,6 @@ from keyhole.config import Config
 from keyhole.config_file import load_config
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
-from keyhole.data.moved import check_same, stored_hashes
 from keyhole.errors import DataError, KeyholeError, RunError
 from keyhole.evaluation_folder import Subject, finish, open_folder
 from keyhole.evaluation_notes import seen_in_training, unfinished
@@ -100,9 +99,9 @@ def evaluate(
         features, masks: folders for `data`, as `data.features` and `data.masks` of a run.
 
     Raises:
-        RunError: no model, no such split, or data of other tasks.
+        RunError: no model, no such split, data of other tasks, or the run's own images changed.
         ImageError: an image cannot be read and `on_bad_image` is "fail".
-        DataError: likewise an annotation; or images that were moved are not in `root`, or not those of the run.
+        DataError: likewise an annotation; or images that were moved are not in `root`.
         OutputError: the folder cannot be written, or holds results of something else.
     """
     run = Path(run)
@@ -118,8 +117,9 @@ def evaluate(
             say(line)
     items = manifest.items
     folder, replaced = open_folder(subject, out)
-    notes = _notes(run, subject, manifest)
-    keeps_test = data is None and out is None and split == "test" and not unfinished(run)
+    begun = unfinished(run)
+    notes = _notes(run, subject, manifest, begun)
+    keeps_test = data is None and out is None and split == "test" and not begun
     if keeps_test:
         writable_folder(run / "predictions")
     left_out = {left.name: left.reason for left in manifest.left_out}
@@ -188,9 +188,9 @@ def evaluate(
     return Evaluation(folder, metrics, left_out, (*replaced, *notes), lesions, tuple(learning.lines(config)))
 
 
-def _notes(run: Path, subject: Subject, manifest: Manifest) -> list[str]:
-    """What is to be said before the figures."""
-    notes = [f"{run}: {note}"] if (note := unfinished(run)) else []
+def _notes(run: Path, subject: Subject, manifest: Manifest, begun: str) -> list[str]:
+    """What is to be said before the figures; `begun` is what `unfinished` says."""
+    notes = [f"{run}: {begun}"] if begun else []
     if subject.data is not None:
         notes += [note] if (note := seen_in_training(run, manifest.items)) else []
         notes += manifest.notes
@@ -210,10 +210,7 @@ def _manifest(
         raise RunError(f"{run}: no manifest.csv in it, so the images to evaluate are not known. Give --data.")
     given: dict[str, Any] = {"path": path, "on_bad_image": on_bad_image, **folders}
     config = dataclasses.replace(Config().data, **given)
-    manifest = read_for_tasks(config, tasks, (split,), run=data is None)
-    if data is None and config.root is not None:
-        check_same(manifest.items, stored_hashes(path))
-    return manifest
+    return read_for_tasks(config, tasks, (split,), run=data is None)
 
 
 def _metrics(task: Task, manifest: Manifest, seen: Sequence[tuple[Item, dict[str, np.ndarray]]]) -> TaskMetrics:

@@ -5,30 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from keyhole.checkpoint import read_info
-from keyhole.config_file import load_config
 from keyhole.data.hashes import hash_files
 from keyhole.data.item import Item
 from keyhole.data.moved import stored_hashes
 from keyhole.data.read_csv import read_csv
 from keyhole.errors import KeyholeError
 from keyhole.files import file_size
+from keyhole.training.run import Run
+from keyhole.training.seal import read_state, sealed_config
 
 
 def unfinished(run: Path) -> str:
     """A sentence where a run has not ended; "" where it has, or where the folder is a model without its run."""
-    if not (run / "last.safetensors").is_file() or not (run / "config.yaml").is_file():
+    if not (run / "last.safetensors").is_file():
         return ""
     try:
-        state, epochs = read_info(run / "last.safetensors"), load_config(run / "config.yaml").train.epochs
-        done, stopped = int(state["epoch"]), bool(state["stopped"])
-    except (KeyholeError, KeyError, TypeError, ValueError) as error:
+        state = read_state(Run(run))
+        epochs = sealed_config(state).train.epochs
+    except KeyholeError as error:
         return f"whether the run is finished is not known ({error})"
-    if done >= epochs or stopped:
+    if state.epoch >= epochs or state.stopped:
         return ""
-    best = state.get("best_epoch") or done
     return (
-        f"the run is not finished ({done} of {epochs} epochs): these are figures of its best model so far, epoch {best}"
+        f"the run is not finished ({state.epoch} of {epochs} epochs): these are figures of its best model so far, "
+        f"epoch {state.best_epoch or state.epoch}"
     )
 
 
@@ -47,7 +47,8 @@ def seen_in_training(run: Path, items: Sequence[Item]) -> str:
     places = {item.source: item.split for item in used}
     sizes = {stored[item.name].bytes for item in used if item.name in stored}
     alike = [item for item in items if item.source not in places and file_size(item.source) in sizes]
-    hashes = hash_files(alike) if splits else {}
+    # a file that cannot be read is told of when its image is opened
+    hashes = hash_files(alike, failed=lambda *_: None) if splits else {}
     found = [
         places.get(item.source) or splits.get(hashes[item.name].sha256 if item.name in hashes else "", "")
         for item in items

@@ -1,4 +1,4 @@
-"""The files of a run's manifest where they are now: found by relative path below a folder, told by size and hash."""
+"""The files of a run's manifest where they are now: found by relative path below a folder; and what they held."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from keyhole.data.hashes import FileHash, changed_files
+from keyhole.data.hashes import FileHash
 from keyhole.data.item import Item, Table, absolute
 from keyhole.errors import DataError
 
@@ -59,23 +59,6 @@ def moved_to(manifest: Path, table: Table, root: Path) -> Table:
             f"Name the folder that now holds what was in {common}, or one above it: --root DIR"
         )
     return replace(table, rows=[replace(row, item=_moved(row.item, old, root)) for row in table.rows])
-
-
-def check_same(items: Sequence[Item], stored: dict[str, FileHash]) -> None:
-    """Compares files with what a manifest says of them.
-
-    Raises:
-        DataError: a file of another size or SHA-256, naming the first.
-        ImageError: a file cannot be read.
-    """
-    changed = changed_files(items, stored)
-    if changed:
-        first = next(item for item in items if item.name in changed)
-        why = changed[first.name] + (f"; so are {len(changed) - 1} more" if len(changed) > 1 else "")
-        raise DataError(
-            f"{first.source}: another file than the one that the run used as {first.name} ({why})."
-            " Put the original there, or evaluate it as other data: --data"
-        )
 
 
 def _old_root(files: Sequence[Path], root: Path) -> Path | None:

@@ -11,6 +11,9 @@ from keyhole.progress import say
 from keyhole.reading.unreadable import Ledger, parse_share
 from keyhole.training.run import read_rows, write_rows
 
+LISTED_AGAIN = "Delete it: the next epochs list again what they cannot read."
+"""What to do about an unreadable.csv that is damaged."""
+
 
 class Damage:
     """The ledgers of all epochs. The limit holds for each: the next one tries again what failed in this.
@@ -24,7 +27,7 @@ class Damage:
 
     def __init__(self, path: Path, total: int, unreadable: str, epoch: int) -> None:
         self.path, self.total, self.share = path, total, parse_share(unreadable)
-        self._earlier = read_rows(path, "Delete it: the next epochs list again what they cannot read.")
+        self._earlier = read_rows(path, LISTED_AGAIN)
         self.epoch, self.ledger = epoch, Ledger(total, self.share)
         self._told = False
 

@@ -19,9 +19,12 @@ from keyhole.config_file import dump_config, load_config, parse_config
 from keyhole.data.hashes import OTHER_CONTENT, FileHash, changed_files
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest
+from keyhole.data.moved import stored_hashes
 from keyhole.errors import ConfigError, RunError
 from keyhole.files import write_atomic
+from keyhole.memory.budget import memory_text
 from keyhole.progress import say
+from keyhole.training.damage import LISTED_AGAIN
 from keyhole.training.run import Run, read_rows, rows_text
 from keyhole.training.state import State
 from keyhole.wording import listed as listed_names
@@ -115,24 +118,24 @@ def check_images(
         RunError: files changed; names them.
     """
     rows = read_rows(manifest, LAST, ("image", "name", "sha256", "bytes", "split"))
-    recorded = _recorded(manifest, rows)
+    recorded = stored_hashes(manifest)
     known = [recorded[item.name] for item in items if item.name in recorded]
     said = []
     if unhashed := sum(not each.sha256 for each in known):
         said.append(f"{unhashed} images are compared by size alone: manifest.csv has no SHA-256 of them (data.hash_gb)")
     if (size := sum(each.bytes for each in known if each.sha256)) > 10e9:
-        say(f"comparing {size / 1e9:.0f} GB of images with manifest.csv")
+        say(f"comparing {memory_text(size)} of images with manifest.csv")
     changed = changed_files(items, recorded, config.threads, config.stall)
     unopened = [_item(row) for row in rows if row["split"] in others]
     sizes = {item.name: FileHash("", recorded[item.name].bytes) for item in unopened if item.name in recorded}
     changed |= changed_files(unopened, sizes)
-    again = "Delete it: the next epochs list again what they cannot read."
-    unreadable = {row.get("image") for row in read_rows(run / "unreadable.csv", again)}
+    unreadable = {row.get("image") for row in read_rows(run / "unreadable.csv", LISTED_AGAIN)}
     listed = unreadable | {row.get("name") for row in read_rows(run / "left_out.csv", LEFT_OUT)}
     repaired = {name for name, what in changed.items() if name in listed or (unreadable and what == OTHER_CONTENT)}
     wrong = {name: what for name, what in changed.items() if name not in repaired}
     if wrong:
-        first = "; ".join(f"{name}: {what}" for name, what in list(wrong.items())[:5])
+        files = {item.name: item.source for item in (*items, *unopened)}
+        first = "; ".join(f"{files[name]}: {what}" for name, what in list(wrong.items())[:5])
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         count = f"{len(wrong)} images" if len(wrong) > 1 else "1 image"
         raise RunError(f"{run}: {count} changed since the run began: {first}{more}. {remedy}")
@@ -174,14 +177,6 @@ def _item(row: Mapping[str, str]) -> Item:
     return Item(row["name"], Path(row["image"]), {}, features=Path(features) if features else None)
 
 
-def _recorded(manifest: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, FileHash]:
-    """What each file held when the run began, by the image's name."""
-    try:
-        return {row["name"]: FileHash(row["sha256"], int(row["bytes"])) for row in rows if row["bytes"]}
-    except ValueError as error:
-        raise RunError(f"{manifest}: damaged ({error}). {LAST}") from error
-
-
 def check_manifest(path: Path, digest: str) -> None:
     """Raises RunError if manifest.csv is not the one that was written at the start."""
     if file_digest(path) != digest:
@@ -189,9 +184,10 @@ def check_manifest(path: Path, digest: str) -> None:
 
 
 def _check_config(path: Path, state: State) -> str:
-    if not path.is_file() or (state.config_before and path.read_bytes() == state.config_before.encode()):
+    before = path.is_file() and bool(state.config_before) and path.read_bytes() == state.config_before.encode()
+    if before or not path.is_file():
         write_atomic(path, state.config)
-        return f"{path.name} was not there; written again"
+        return f"{path.name} {'had the former number of epochs' if before else 'was not there'}; written again"
     if path.read_bytes() == state.config.encode():
         return ""
     try:
