@@ -158,7 +158,7 @@ def test_warnings_tell_what_would_not_stop_a_run_but_spoil_it(tmp_path: Path) ->
     problems = [finding.problem for finding in report.findings]
     assert any("23 training images of 'a', but 1 of 'b'" in problem for problem in problems)
     assert any("select.m (=9) keeps every patch (at most 9 per image)" in problem for problem in problems)
-    assert any("from 0.5 to 1 microns per pixel" in problem for problem in problems)
+    assert "images differ in resolution, 0.5 to 1 um per pixel" in problems
     assert any("1 grey images among colour ones: 5.png" in problem for problem in problems)
     assert by_name(report)["p"].problem.startswith("group with images in more than one split")
     assert by_name(report)["23.png"].problem == "same content as 24.png, 25.png, with another grade, in train and val"

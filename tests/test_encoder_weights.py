@@ -57,7 +57,7 @@ def test_a_run_of_another_encoder_is_refused_with_its_settings(
     assert "expected names such as" in error
     assert "found encoder.body" in error.replace("found heads", "found encoder.body")
     assert main([*line[:-2], "--out", str(tmp_path / "other"), "--model.weights", str(tmp_path)]) == 2
-    assert "there are no weights in it (no best/model.safetensors)" in capsys.readouterr().err
+    assert "there is no model in it (no model.safetensors)" in capsys.readouterr().err
 
 
 def test_a_run_embeds_with_its_own_encoder_and_patches(toy: Path, toy_run: Path, tmp_path: Path, capsys: Say) -> None:

@@ -142,8 +142,8 @@ def test_an_opener_that_fails_closes_the_file(picture: Path, monkeypatch: pytest
     closed = []
     original = Image.close
 
-    def spy(path: str | Path) -> Image:
-        image = open_image(path)
+    def spy(path: str | Path, bits: int | None = None) -> Image:
+        image = open_image(path, bits)
         monkeypatch.setattr(image, "close", lambda: (closed.append(path), original(image)))
         return image
 

@@ -89,7 +89,10 @@ def test_training_images_that_differ_are_told(tmp_path: Path, capsys: pytest.Cap
     table = data(tmp_path / "data", [0.25, 0.5, 0.25, 0.5, 0.25, 0.5])
     given = SMALL | {"train": {"epochs": 1, "batch": 4}}
     keyhole.train(table, tmp_path / "mixed", **given)
-    assert "images differ in resolution, 0.25 to 0.5 um per pixel; --patch.mpp" in capsys.readouterr().err
+    assert (
+        "images differ in resolution, 0.25 to 0.5 um per pixel. Read all at one: --patch.mpp 0.5."
+        in capsys.readouterr().err
+    )
     one = keyhole.train(table, tmp_path / "one", **(given | {"patch": {"size": 16, "mpp": 0.5}}))
     assert "differ in resolution" not in capsys.readouterr().err
     assert one.best["resolution"] == {"low": 0.5, "high": 0.5, "unknown": 0}

@@ -198,18 +198,24 @@ def load_encoder(encoder: nn.Module, path: Path) -> None:
 
 
 def weights_file(path: Path) -> Path:
-    """The file at `path`, or the best model of a run or a folder.
+    """The file at `path`, or the best model of a run or a folder. Raises RunError as `model_file`."""
+    return model_file(path) if path.is_dir() else path
+
+
+def model_file(folder: Path) -> Path:
+    """The best model of a run folder, or the model in a folder of its own.
 
     Raises:
-        RunError: the folder has no model.
+        RunError: there is none.
     """
-    if not path.is_dir():
-        return path
-    for file in (path / "best" / "model.safetensors", path / "model.safetensors"):
+    for file in (folder / "best" / "model.safetensors", folder / "model.safetensors"):
         if file.is_file():
             return file
-    hint = "its first epoch is not finished" if (path / "last.safetensors").is_file() else "give a run or a file"
-    raise RunError(f"{path}: there are no weights in it (no best/model.safetensors); {hint}")
+    hint = "give a run folder"
+    if (folder / "last.safetensors").is_file():
+        begun = (folder / "metrics.csv").is_file()
+        hint = "restore the folder best from a copy" if begun else "its first epoch is not finished"
+    raise RunError(f"{folder}: there is no model in it (no model.safetensors); {hint}")
 
 
 def _encoder_hint(file: Path, info: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ SCRATCH_LR, PRETRAINED_LR = 1e-3, 3e-4
 
 
 @dataclass(frozen=True)
-class Learning:
+class Rates:
     """How a model learns where the settings say `auto`.
 
     Attributes:
@@ -32,7 +32,7 @@ class Learning:
     why: str
 
 
-def learning_of(model: ModelConfig, epochs: int, features: bool) -> Learning:
+def rates_of(model: ModelConfig, epochs: int, features: bool) -> Rates:
     """The rate and the exploring that suit an encoder.
 
     Scores from random weights mean nothing, so half of the epochs explore. Pretrained weights and stored features tell
@@ -44,11 +44,11 @@ def learning_of(model: ModelConfig, epochs: int, features: bool) -> Learning:
         features: the data are stored features.
     """
     if features:
-        return Learning(PRETRAINED_LR, 0.0, "the data are stored features")
+        return Rates(PRETRAINED_LR, 0.0, "the data are stored features")
     if model.pretrained or model.weights is not None:
         given = "pretrained" if model.pretrained else "given"
-        return Learning(PRETRAINED_LR, 0.0, f"the encoder starts from {given} weights")
-    return Learning(SCRATCH_LR, round(epochs / 2, 1), "the encoder starts from random weights")
+        return Rates(PRETRAINED_LR, 0.0, f"the encoder starts from {given} weights")
+    return Rates(SCRATCH_LR, round(epochs / 2, 1), "the encoder starts from random weights")
 
 
 def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
@@ -59,7 +59,7 @@ def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
         features: the data are stored features.
     """
     train = config.train
-    found = learning_of(config.model, train.epochs, features)
+    found = rates_of(config.model, train.epochs, features)
     changes: dict[str, Any] = {}
     if train.lr == "auto":
         changes["lr"] = found.lr
@@ -81,7 +81,7 @@ def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
 def auto_reasons(config: Config) -> dict[str, str]:
     """What `auto` comes to in a configuration for images, by the setting's name; for `keyhole init`."""
     train = config.train
-    found = learning_of(config.model, train.epochs, features=False)
+    found = rates_of(config.model, train.epochs, features=False)
     reasons = {}
     if train.lr == "auto":
         reasons["train.lr"] = f"{found.lr:g}, since {found.why}"

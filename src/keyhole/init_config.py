@@ -125,7 +125,7 @@ def propose(config: Config, measured: Measured) -> Proposal:
     reasons["patch.size"] = f"about a sixteenth of the median shorter side, {shorter:,.0f} px, from 32 to 224"
     patches = -(-shorter // size) * -(-shorter * aspect // size)
     slides = measured.pyramids and None not in measured.mpp
-    m = max(4, min(256, _power_of_two(patches / 8), int(patches)))
+    m = _kept(patches)
     reasons["select.m"] = f"about an eighth of the {patches:,.0f} patches of a typical image, from 4 to 256"
     edge: Edge = "background" if measured.pyramids else "shift"
     reasons["patch.edge"] = (

@@ -213,7 +213,7 @@ def _wins(score: Float[Array, " a"], others: Float[Array, " b"]) -> Float[Array,
 
 
 def _mean_auroc(rankings: Sequence[Ranking], unit: Int[Array, " n"]) -> Interval:
-    """Of the mean over classes, whose AUROCs vary together because they are of the same images.
+    """Interval of the mean over classes, whose AUROCs vary together because they are of the same images.
 
     The correlations are those of the influences; where an AUROC is 0 or 1 it has none, and 1 is the safe value.
     """
@@ -229,7 +229,7 @@ def _mean_auroc(rankings: Sequence[Ranking], unit: Int[Array, " n"]) -> Interval
 
 
 def mean_interval(parts: Sequence[tuple[float, Interval | None]]) -> Interval | None:
-    """Of the mean of independent values; None where one has no interval."""
+    """Interval of the mean of independent values; None where one has no interval."""
     known = [(value, interval) for value, interval in parts if interval is not None]
     return _joined(known, np.eye(len(known))) if known and len(known) == len(parts) else None
 

@@ -170,7 +170,7 @@ def lesion_share(prediction: Prediction, regions: Sequence[Region]) -> LesionSha
 
 
 def _of_all(scores: Scores, regions: Sequence[Region]) -> tuple[int, float, float]:
-    """Of all patches looked at: how many touch a region, the share of their area inside, and the largest of one."""
+    """How many of all patches looked at touch a region, the share of their area inside, and the largest of one."""
     touched, inside, most = 0, 0.0, 0.0
     for start in range(0, len(scores), _BLOCK):
         boxes = scores.boxes(scores.index[start : start + _BLOCK])

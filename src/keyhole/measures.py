@@ -18,7 +18,7 @@ from keyhole.tasks import Task
 
 ECE_BINS = 15
 THRESHOLD = 0.5
-"""Of a probability, above which a binary or multilabel task says that an image is of the class."""
+"""Probability above which a binary or multilabel task says that an image is of the class."""
 CLASS_METRICS = ("accuracy", "balanced_accuracy", "auroc", "average_precision", "f1", "ece")
 BINARY_METRICS = (*CLASS_METRICS[:-1], "precision", "recall", "specificity", "ece")
 REGRESSION_METRICS = ("mae", "r2")

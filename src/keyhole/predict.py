@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 import keyhole
 from keyhole.answer import make_prediction, with_pictures
-from keyhole.checkpoint import load_weights, read_tensors
+from keyhole.checkpoint import load_weights, model_file, read_tensors
 from keyhole.compiling import choose_compile
 from keyhole.config import Config
 from keyhole.config_file import build
@@ -42,7 +42,7 @@ from keyhole.nn.build import patch_shape
 from keyhole.passes import Inference, infer, open_reader, opener
 from keyhole.patches import PatchSource
 from keyhole.prediction import Prediction
-from keyhole.progress import Progress
+from keyhole.progress import Progress, say
 from keyhole.reading import Reader
 from keyhole.reading.unreadable import Ledger, parse_share
 from keyhole.resolution import NOT_KNOWN, Resolution
@@ -119,14 +119,8 @@ class Predictor:
         path = Path(path)
         parse_memory(memory)
         parse_share(unreadable)
-        folder = path / "best" if (path / "best").is_dir() else path
-        if not folder.is_dir() or not (folder / "model.safetensors").is_file():
-            hint = "give a run folder"
-            if (path / "last.safetensors").is_file():
-                begun = (path / "metrics.csv").is_file()
-                hint = "restore the folder best from a copy" if begun else "its first epoch is not finished"
-            raise RunError(f"{path}: there is no model in it (no model.safetensors); {hint}")
-        weights, info = read_tensors(folder / "model.safetensors")
+        file = model_file(path)
+        weights, info = read_tensors(file)
         chosen = choose_device(device)
         try:
             tasks = [Task.from_json(task) for task in info["tasks"]]
@@ -136,12 +130,12 @@ class Predictor:
             resolution = Resolution.from_json(info.get("resolution"))
         except (KeyError, TypeError, ConfigError, RunError) as error:
             raise RunError(
-                f"{folder}/model.safetensors: its description does not fit keyhole {keyhole.__version__} ({error}). "
+                f"{file}: its description does not fit keyhole {keyhole.__version__} ({error}). "
                 "Was it made by another version?"
             ) from error
         with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; a caller's random state is not ours
             model = build_classifier(config.model, tasks, config.patch.size, pretrained=False)
-        load_weights(model, weights, folder / "model.safetensors")
+        load_weights(model, weights, file)
         settle_precision(model.to(chosen), precision, patch_shape(config.model, config.patch.size))
         return cls(model, config, tasks, name, resolution)
 
@@ -238,10 +232,72 @@ class Predictor:
             pace: the memory plan to follow; default its own.
             pictures: asked of each prediction whether it is to carry pictures; default none does.
         """
+        self._check_kind(items)
         with nullcontext(pace) if pace is not None else self._own_pace() as followed:
-            yield from self._predict_items(
-                items, reader, store, on_bad_image, left_out, on_chunk, description, quiet, followed, pictures
-            )
+            own = open_reader(self.config.run, self.device) if reader is None else None
+            reader, store = reader or own, store or ImageStore(keep=False)
+            assert reader is not None
+            size = self.config.train.batch
+            batches = [items[start : start + size] for start in range(0, len(items), size)]
+            openers = [[opener(self.config, store, item) for item in each] for each in batches]
+            doubtful = 0
+            progress, waited = None if quiet else Progress(len(items), description), reader.waited
+
+            def chunk(patches: int) -> None:
+                nonlocal waited
+                if on_chunk is not None:
+                    on_chunk(patches)
+                if progress is not None:
+                    progress.update(patches=patches, waited=reader.waited - waited)
+                waited = reader.waited
+
+            try:
+                if progress is not None:
+                    progress.__enter__()
+                stream = infer(
+                    self.model,
+                    reader,
+                    openers,
+                    self.config.select,
+                    "mask",
+                    keep_logits=True,
+                    on_chunk=chunk,
+                    pace=followed,
+                )
+                for number, (each, done) in enumerate(zip(batches, stream, strict=True), start=1):
+                    if number == 1:
+                        self._compile(done, followed.plan.chunk, len(batches) - 1)
+                    self._tell_doubts(done)
+                    failed = dict(done.batch.failed) | self._too_damaged(done)
+                    for row, error in sorted(failed.items()):
+                        if on_bad_image == "fail":
+                            raise error
+                        if left_out is not None:
+                            left_out(each[row], error)
+                    for place, row in enumerate(done.bags.rows):
+                        if row in failed:
+                            continue
+                        said = make_prediction(self.model, self.tasks, self.name, each[row], done, place, row, reader)
+                        doubt = self._resolution_doubt(said)
+                        open_questions = self._feature_doubts(done.batch.sources[row])
+                        said = replace(said, notes=(*open_questions, *filter(None, [doubt])))
+                        if doubt:
+                            doubtful += 1
+                            if self.tells_doubts and doubtful == 1:
+                                say(f"warning: {said.name}: {doubt}")
+                        if pictures is not None and pictures(each[row], said):
+                            said = with_pictures(said, done, row, reader)
+                        yield each[row], said
+                    if progress is not None:
+                        progress.update(images=len(each))
+                if self.tells_doubts and doubtful > 1:
+                    told = f"{doubtful} of {len(items)} images have another resolution than the model learned at"
+                    say(f"warning: {told} ({self.resolution} um per pixel), or none")
+            finally:
+                if progress is not None:
+                    progress.__exit__(*sys.exc_info())  # after an error no line says that all is done
+                if own is not None:
+                    own.close()
 
     @contextmanager
     def _own_pace(self) -> Iterator[Pace]:
@@ -263,87 +319,9 @@ class Predictor:
                     ahead=self.config.run.ahead,
                     keep_logits=True,
                 )
-            self._pace = Pace(plan, lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
+            self._pace = Pace(plan, lambda text: say(f"warning: {text}"))
         with cap(self._pace.plan, self.device):
             yield self._pace
-
-    def _predict_items(
-        self,
-        items: Sequence[Item],
-        reader: Reader | None,
-        store: ImageStore | None,
-        on_bad_image: Literal["fail", "skip"],
-        left_out: Callable[[Item, KeyholeError], None] | None,
-        on_chunk: Callable[[int], None] | None,
-        description: str,
-        quiet: bool,
-        pace: Pace,
-        pictures: Callable[[Item, Prediction], bool] | None,
-    ) -> Iterator[tuple[Item, Prediction]]:
-        own = open_reader(self.config.run, self.device) if reader is None else None
-        reader, store = reader or own, store or ImageStore(keep=False)
-        assert reader is not None
-        self._check_kind(items)
-        size = self.config.train.batch
-        batches = [items[start : start + size] for start in range(0, len(items), size)]
-        openers = [[opener(self.config, store, item) for item in each] for each in batches]
-        doubtful = 0
-        progress, waited = None if quiet else Progress(len(items), description), reader.waited
-
-        def chunk(patches: int) -> None:
-            nonlocal waited
-            if on_chunk is not None:
-                on_chunk(patches)
-            if progress is not None:
-                progress.update(patches=patches, waited=reader.waited - waited)
-            waited = reader.waited
-
-        try:
-            if progress is not None:
-                progress.__enter__()
-            stream = infer(
-                self.model,
-                reader,
-                openers,
-                self.config.select,
-                "mask",
-                keep_logits=True,
-                on_chunk=chunk,
-                pace=pace,
-            )
-            for number, (each, done) in enumerate(zip(batches, stream, strict=True), start=1):
-                if number == 1:
-                    self._compile(done, pace.plan.chunk, len(batches) - 1)
-                self._tell_doubts(done)
-                failed = dict(done.batch.failed) | self._too_damaged(done)
-                for row, error in sorted(failed.items()):
-                    if on_bad_image == "fail":
-                        raise error
-                    if left_out is not None:
-                        left_out(each[row], error)
-                for place, row in enumerate(done.bags.rows):
-                    if row in failed:
-                        continue
-                    said = make_prediction(self.model, self.tasks, self.name, each[row], done, place, row, reader)
-                    doubt = self._resolution_doubt(said)
-                    said = replace(said, notes=(*self._feature_doubts(done.batch.sources[row]), *filter(None, [doubt])))
-                    if doubt:
-                        doubtful += 1
-                        if self.tells_doubts and doubtful == 1:
-                            print(f"warning: {said.name}: {doubt}", file=sys.stderr, flush=True)
-                    if pictures is not None and pictures(each[row], said):
-                        said = with_pictures(said, done, row, reader)
-                    yield each[row], said
-                if progress is not None:
-                    progress.update(images=len(each))
-            if self.tells_doubts and doubtful > 1:
-                told = f"{doubtful} of {len(items)} images have another resolution than the model learned at"
-                print(f"warning: {told} ({self.resolution} um per pixel), or none", file=sys.stderr, flush=True)
-        finally:
-            if progress is not None:
-                progress.__exit__(*sys.exc_info())  # after an error no line says that all is done
-            if own is not None:
-                own.close()
 
     def _compile(self, done: Inference, chunk: int, batches: int) -> None:
         """Compiles the encoder after the first batch where that pays back over the others, if they are like it."""
@@ -355,7 +333,7 @@ class Predictor:
         choice = choose_compile("auto", self.model, source.patch_shape, chunk, expected)
         if choice.compile:
             self.model.accelerate(compile=True)
-            print(f"encoder compiled: {choice.why}", file=sys.stderr, flush=True)
+            say(f"encoder compiled: {choice.why}")
 
     def _resolution_doubt(self, prediction: Prediction) -> str:
         """A sentence where an image has another resolution than the model learned at; files of features may not say."""
@@ -372,7 +350,7 @@ class Predictor:
             for text in self._feature_doubts(source):
                 if source is not None and self.tells_doubts and text not in self._told:
                     self._told.add(text)
-                    print(f"warning: {source.name}: {text}", file=sys.stderr, flush=True)
+                    say(f"warning: {source.name}: {text}")
 
     def _check_kind(self, items: Sequence[Item]) -> None:
         """A model is of images or of stored features, and says nothing of the others."""

@@ -135,7 +135,7 @@ class Scores:
         return f"Scores({len(self)} patches on {self.rows} x {self.columns})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: the boxes themselves in the place of the grid, which holds the open image."""
+        """What is pickled: the boxes themselves instead of the grid, which holds the open image."""
         return {**self.__dict__, "boxes": Boxes(np.asarray(self.boxes(self.index), np.int64))}
 
     def map(self, task: str | None = None) -> NDArray[np.float32]:
@@ -404,7 +404,7 @@ def _json(data: Any, indent: int | None = None) -> str:
     try:
         return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
-        raise OutputError(f"a prediction holds a value that is no number and cannot be written ({error})") from error
+        raise OutputError(f"a prediction holds a value that is not a number and cannot be written ({error})") from error
 
 
 def _plain(value: np.float32) -> float:

@@ -61,15 +61,16 @@ class Resolution:
             return "unknown"
         return f"{self.low:.3g}" if self.high / self.low < 1.01 else f"{self.low:.3g} to {self.high:.3g}"
 
-    def spread(self) -> str:
-        """A sentence where the images differ among themselves; else ""."""
+    def spread(self) -> tuple[str, str] | None:
+        """What is wrong and what to do, where the images differ among themselves."""
         if self.low is None or self.high is None or self.low > MICROSCOPE:
-            return ""
+            return None
         if self.high / self.low > TOLERANCE:
-            return f"images differ in resolution, {self} um per pixel; --patch.mpp reads all of them at one"
+            return f"images differ in resolution, {self} um per pixel", f"Read all at one: --patch.mpp {self.high:.3g}."
         if self.unknown:
-            return f"{self.unknown} images do not say their resolution; the others have {self} um per pixel"
-        return ""
+            problem = f"{self.unknown} images do not say their resolution; the others have {self} um per pixel"
+            return problem, "Give it in a column `mpp`."
+        return None
 
     def doubt(self, mpp: float | None) -> str:
         """A sentence where patches of `mpp` microns per pixel are not what the model learned from; else ""."""
@@ -90,4 +91,4 @@ class Resolution:
 
 
 NOT_KNOWN = Resolution()
-"""Of a model that does not say at which resolution it learned."""
+"""The resolution of a model that does not say at which one it learned."""

@@ -118,14 +118,9 @@ class ResidentImage(Image):
 
     def _read(self, box: Box, level: int) -> Pixels:
         if level != self.level:
-            with _opened(self.path, self._given_bits) as image:
+            with open_image(self.path, self._given_bits) as image:
                 return image.read(box, level)
         return self._pixels[box.y : box.y + box.height, box.x : box.x + box.width]
-
-
-def _opened(path: Path, bits: int | None) -> Image:
-    """The image, with the bits in use where the user says them."""
-    return open_image(path) if bits is None else open_image(path, bits)
 
 
 Key = tuple[Path, str, Path | None]
@@ -208,7 +203,7 @@ class ImageStore:
 
     def _file(self, path: Path, bits: int | None) -> Image:
         """The image as it is stored."""
-        return _opened(path, bits)
+        return open_image(path, bits)
 
     def foreground(
         self,

@@ -17,6 +17,7 @@ from keyhole.data.settle import classes_of, give_splits
 from keyhole.data.splits import leaking_groups
 from keyhole.errors import ImageError
 from keyhole.features.origin import Origin
+from keyhole.resolution import Resolution
 from keyhole.wording import listed
 
 IMBALANCE = 10
@@ -82,7 +83,7 @@ def about_labels(manifest: Manifest, config: Config) -> list[Finding]:
 
 
 def about_bits(largest: Mapping[str, int], config: Config) -> list[Finding]:
-    """Of images of 16 bits that cannot be read as long as nobody says how many bits are in use: what they show.
+    """Findings on images of 16 bits that cannot be read as long as nobody says how many bits are in use.
 
     Args:
         largest: value of each image.
@@ -146,10 +147,9 @@ def _about_batch_norm(items: Sequence[Item], probed: Mapping[str, Probed], confi
 def _about_resolution(items: Sequence[Item], probed: Mapping[str, Probed], config: Config) -> list[Finding]:
     """Microns per pixel that differ between images, between CSV and file, or that a file does not say credibly."""
     found = []
-    mpps = [image.mpp for image in probed.values() if image.mpp is not None]
-    if mpps and config.patch.mpp is None and max(mpps) > 1.5 * min(mpps):
-        problem = f"from {min(mpps):g} to {max(mpps):g} microns per pixel: patches show areas of different size"
-        found.append(Finding("all images", problem, f"Read at one resolution: --patch.mpp {max(mpps):g}.", "warning"))
+    spread = Resolution.of(image.mpp for image in probed.values()).spread()
+    if spread is not None and config.patch.mpp is None:
+        found.append(Finding("all images", *spread, severity="warning"))
     noted = defaultdict(list)
     for item in items:
         image = probed[item.name]
@@ -222,12 +222,13 @@ def _about_features(probed: Mapping[str, Probed]) -> list[Finding]:
     doubts = defaultdict(list)
     for name, origin in origins.items():
         doubts[origin.doubt(first)].append(name)
-    fix = "It may be as it should; training says it as well, and goes on."
-    return [
-        Finding(names[0] if len(names) == 1 else f"{len(names)} images", f"{doubt}: {listed(names)}", fix, "warning")
-        for doubt, names in doubts.items()
-        if doubt
-    ]
+    fix = "This may be intended: training says the same and goes on."
+    found = []
+    for doubt, names in doubts.items():
+        if doubt:
+            name, which = _together(names)
+            found.append(Finding(name, f"{doubt}{which}", fix, "warning"))
+    return found
 
 
 def about_content(items: Sequence[Item], manifest: Manifest, config: Config) -> list[Finding]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 START_SECONDS = 120.0
 """For the process to start: importing from a cold network disk is slow and says nothing about the image."""
 DARK = 16
-"""Of 255: a picture whose brightest value is below is nearly black."""
+"""Value, of 255: a picture whose brightest value is below is nearly black."""
 FEW = 4
 """Patches that are read for the time it takes."""
 BEAT_SECONDS = 1.0
@@ -106,7 +106,7 @@ class Request:
 
     Attributes:
         path: the image, or the file of features.
-        patch: size, stride, level, mpp, bits, foreground and min_foreground, as `FileOpener` takes them.
+        patch: size, stride, level, mpp, bits, foreground, min_foreground and edge, as `FileOpener` takes them.
         image_mpp: microns per pixel over the file's own.
         mask: PNG or GeoJSON of the foreground.
         features: whether `path` holds stored features.
@@ -271,7 +271,7 @@ def _probe_image(path: Path, request: Request) -> Probed | Failed:
     mask = None if request.mask is None else Path(request.mask)
     opener = FileOpener(path=path, name=request.path, image_mpp=request.image_mpp, mask=mask, **request.patch)
     began = time.perf_counter()
-    with open_image(path) if opener.bits is None else open_image(path, opener.bits) as image:
+    with open_image(path, opener.bits) as image:
         file_mpp, problem = image.mpp, ""
         try:
             grid: PatchGrid | None = opener.grid(image)

@@ -91,7 +91,7 @@ class FeaturePatches:
             )
         if self._coords is None:
             raise ConfigError(
-                f"{self.file.path}: model.position 2d needs the dataset `coords`, which the file has not; "
+                f"{self.file.path}: model.position 2d needs the dataset `coords`, which is missing; "
                 "use 1d or none, or the .h5 files of the archive"
             )
         return self.grid.centers(index)

@@ -25,7 +25,7 @@ LOOKED_AT = 64 * 2**20
 
 
 def of_largest(largest: float | None) -> int | None:
-    """Bits in use by the largest value that a file states: 12 for 4095; None where that is no power of two less one.
+    """Bits in use by the largest value that a file states: 12 for 4095; None where it is not a power of two less one.
 
     Such a value is a property of the camera; any other is the largest of one picture, and says nothing of the next.
     """

@@ -75,6 +75,25 @@ def lost(path: Path, error: OSError) -> ImageLost:
     return ImageLost(path, f"cannot be reached ({error.strerror or one_line(error)}). Is its disk or share there?")
 
 
+_UNREADABLE: tuple[type[Exception], ...] = (*FAULTS, ImageError)
+
+
+@contextmanager
+def passed_over(path: Path) -> Iterator[None]:
+    """Pass over a part of a file that cannot be decoded; who needs its pixels says what is wrong with it.
+
+    Raises:
+        ImageLost: the disk or share does not answer.
+    """
+    try:
+        yield
+    except ImageLost:
+        raise
+    except _UNREADABLE as error:
+        if isinstance(error, OSError) and is_lost(path, error):
+            raise lost(path, error) from error
+
+
 def check_reachable(path: Path, problem: str) -> None:
     """Tells a lost file from a damaged one where a library gives only text: looks for the system's words, then asks.
 

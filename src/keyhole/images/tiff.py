@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from keyhole.errors import ImageError, ImageLost
+from keyhole.errors import ImageError
 from keyhole.images.depth import alpha_of, settled
-from keyhole.images.faults import FAULTS, ends_early, faults_of, is_lost, lost
+from keyhole.images.faults import ends_early, faults_of, passed_over
 from keyhole.images.geometry import Box, Level, Size, downsample_of
 from keyhole.images.pixels import Pixels, eight_bit, make_upright, on_white, stored_box, straight, upright_size
 from keyhole.images.recent import LARGE, RECENT
@@ -29,7 +29,6 @@ from keyhole.images.tiles import TiledImage
 
 GAP = 4096
 """Bytes between two tiles that are read over: alignment, or another writer's marks."""
-_UNREADABLE: tuple[type[Exception], ...] = (*FAULTS, ImageError)
 TOGETHER = 2**20
 """Encoded bytes that a thread reads at once."""
 
@@ -90,16 +89,11 @@ class TiffImage(TiledImage):
         for tile in (*range(number // 2, number), *range(number // 2)):
             for plane in range(min(page.planes, page.colors)):
                 index = plane * number + tile
-                try:
+                values = None
+                with passed_over(self.path):
                     data = self._bytes(*self._places(page, 0, [index])[0])
                     self._check_coded(page, data)
                     values = page.decode(data, index) if data else None
-                except ImageLost:
-                    raise
-                except _UNREADABLE as error:
-                    if isinstance(error, OSError) and is_lost(self.path, error):
-                        raise lost(self.path, error) from error
-                    continue
                 if values is not None:
                     yield values[..., : page.colors]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from keyhole.errors import ImageError, ImageLost
+from keyhole.errors import ImageError
 from keyhole.images.depth import settled
-from keyhole.images.faults import FAULTS, faults_of, is_lost, lost
+from keyhole.images.faults import faults_of, passed_over
 from keyhole.images.geometry import Box, Level, Size, downsample_of, same_shape
 from keyhole.images.ome_zarr import METADATA, Picture, picture_of
 from keyhole.images.pixels import Pixels, eight_bit
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 # Its remarks on odd files in the folder would appear between the lines of a progress bar.
 warnings.filterwarnings("ignore", module=r"zarr\.")
-_UNREADABLE: tuple[type[Exception], ...] = (*FAULTS, ImageError)
 
 
 class ZarrImage(TiledImage):
@@ -108,13 +107,11 @@ class ZarrImage(TiledImage):
         number = columns * rows
         for tile in (*range(number // 2, number), *range(number // 2)):
             y, x = tile // columns * high, tile % columns * wide
-            try:
-                yield self._cut(self._arrays[0], Box(x, y, min(wide, width - x), min(high, height - y)))
-            except ImageLost:
-                raise
-            except _UNREADABLE as error:  # reading it says what is wrong
-                if isinstance(error, OSError) and is_lost(self.path, error):
-                    raise lost(self.path, error) from error
+            values = None
+            with passed_over(self.path):
+                values = self._cut(self._arrays[0], Box(x, y, min(wide, width - x), min(high, height - y)))
+            if values is not None:
+                yield values
 
     def _chunk(self, level: int) -> Size:
         array = self._arrays[level]

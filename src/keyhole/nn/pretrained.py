@@ -45,7 +45,7 @@ class Source:
         form = "" if self.hub else ", as safetensors"
         return ConfigError(
             f"--model.encoder {self.name}: its pretrained weights cannot be downloaded or loaded ({why[:200]}). "
-            f" Fetch {where} where there is a network, and give it{form}: --model.weights FILE instead "
+            f"Fetch {where} where there is a network, and give it{form}: --model.weights FILE instead "
             "of --model.pretrained"
         )
 

@@ -20,6 +20,7 @@ from keyhole.data.hashes import FileHash
 from keyhole.data.manifest import Manifest
 from keyhole.errors import OutputError
 from keyhole.files import TEMPORARY, is_abandoned, umask, writable_folder, write_atomic
+from keyhole.memory.budget import memory_text
 from keyhole.training.lock import DEAD, NAME, RunLock, is_held
 from keyhole.training.run import environment
 from keyhole.training.seal import file_digest
@@ -88,7 +89,7 @@ def sweep(run: Path, say: Callable[[str], None]) -> None:
         size += path.stat().st_size
         path.unlink(missing_ok=True)
     if found:
-        say(f"removed {len(found)} unfinished files ({size / 1e6:.1f} MB) that a killed process left in {run}")
+        say(f"removed {len(found)} unfinished files ({memory_text(size)}) that a killed process left in {run}")
 
 
 def _temporary(folder: Path) -> list[Path]:

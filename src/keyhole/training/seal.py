@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from keyhole.checkpoint import read_info, read_tensors
+from keyhole.checkpoint import model_file, read_info, read_tensors
 from keyhole.config import Config, RunConfig
 from keyhole.config_check import leaves, validate
 from keyhole.config_file import dump_config, load_config, parse_config
@@ -160,8 +160,7 @@ def check_own_manifest(run: Path) -> None:
 
 
 def _best_info(run: Path) -> dict[str, Any]:
-    folder = run / "best" if (run / "best").is_dir() else run
-    return read_info(folder / "model.safetensors", LAST)
+    return read_info(model_file(run), LAST)
 
 
 def _check_owner(run: Path) -> None:

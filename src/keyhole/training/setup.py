@@ -168,7 +168,7 @@ def scan(
     if bad:
         lines.append(f"left out {len(bad)} images that cannot be read; they are listed in left_out.csv")
     resolution = Resolution.of(mpp.values())
-    lines += [f"warning: {spread}"] if (spread := resolution.spread()) else []
+    lines += [f"warning: {'. '.join(spread)}"] if (spread := resolution.spread()) else []
     store = ImageStore(keep=keep, masks=probe.masks)
     opened = _open_bytes(config, pictures, patches[len(patches) // 2], reader.pool.threads, keep)
     images = Images(config, store, counts, shape, total if keep else 0, opened, resolution)

@@ -68,7 +68,7 @@ class State:
 
     @classmethod
     def from_json(cls, data: dict[str, Any], path: Path) -> State:
-        """Of the file `path`.
+        """The state that a file holds; `path` is its name for messages.
 
         Raises:
             RunError: it describes no state of a run.

@@ -43,7 +43,7 @@ kernels."""
 WRITTEN = 16_000_000
 """Most bytes of the state that are written to time it."""
 LEARNED = 16
-"""Most patches that are learned from: so many take seconds with large encoders on a CPU."""
+"""Most patches that are learned from: with large encoders on a CPU these take seconds."""
 
 
 def estimate(job: Job) -> tuple[Estimate | None, str | None]:
@@ -90,7 +90,7 @@ def forecast(config: Config, work: Work, reading: tuple[float, float], feature_w
         shape = patch_shape(settings, config.patch.size)
         model = build_classifier(settings, [Task("label", "binary", ("no", "yes"))], config.patch.size).to(device)
         settle_precision(model, config.train.precision, shape)
-        for count in (4, 64):  # so many only where they are fast
+        for count in (4, 64):  # 64 only where 4 are fast
             noise = (
                 np.random.default_rng(0).integers(0, 256, (count, *shape)).astype(np.uint8 if shape[1:] else np.float32)
             )
