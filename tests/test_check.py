@@ -24,7 +24,8 @@ from keyhole.cli.check import run as run_check
 from keyhole.config import Config, DataConfig, PatchConfig, SelectConfig
 from keyhole.data import check as check_module
 from keyhole.data.check import CheckReport, Finding, check
-from keyhole.data.check_worker import Failed, ImageProbe, Probed, Request, probe_here, serve
+from keyhole.data.check_look import Failed, Probed, Request, probe_here
+from keyhole.data.check_worker import ImageProbe, serve
 from keyhole.errors import DataError, OutputError
 from keyhole.grid import PatchGrid
 from keyhole.images import ArrayImage, open_image

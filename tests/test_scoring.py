@@ -153,7 +153,7 @@ def test_large_targets_are_standardised_and_their_error_is_the_true_one(toy: Pat
 
 
 def test_probabilities_in_the_table_are_those_of_the_prediction_to_the_last_digit(toy_run: Path, toy: Path) -> None:
-    from keyhole.prediction import table_row
+    from keyhole.report.table import table_row
 
     prediction = keyhole.load(toy_run).predict(toy / "red" / "0.png")
     row = table_row(prediction)

@@ -28,10 +28,11 @@ from keyhole.learning import Learning, judge_task, unevenness
 from keyhole.lesions import Judged, Lesions, check_annotations, judge, lesion_means, lesion_table
 from keyhole.metrics import TaskMetrics, evaluate_task, evaluation_json, format_lines
 from keyhole.predict import Predictor
-from keyhole.prediction import Prediction, write_table
+from keyhole.prediction import Prediction
 from keyhole.progress import say
 from keyhole.report.contact_sheet import contact_sheet
 from keyhole.report.examples import Examples
+from keyhole.report.table import write_table
 from keyhole.tasks import Task
 from keyhole.training.seal import check_evaluated, check_own_manifest
 

@@ -22,10 +22,8 @@ import keyhole
 from keyhole.errors import OutputError, RunError
 from keyhole.files import atomic_file, writable_folder, write_atomic
 from keyhole.images.geometry import Size
-from keyhole.learning import unevenness
 from keyhole.report.geojson import kept_geojson
 from keyhole.tasks import Task
-from keyhole.wording import distinct
 
 BOX = ("x", "y", "width", "height")
 FILES = ("prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz")
@@ -271,7 +269,7 @@ def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Pa
     """
     folder = writable_folder(folder)
     paths = {
-        name: write_atomic(folder / name, _bytes(text))
+        name: write_atomic(folder / name, encoded(text))
         for name, text in {
             "prediction.json": _json(prediction.to_json(), indent=2),
             "kept.geojson": _json(kept_geojson(prediction)),
@@ -284,84 +282,15 @@ def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Pa
     return paths
 
 
-@dataclass(frozen=True)
-class TableRow:
-    """One image's row of predictions.csv: names of the columns, what stands in them, and how many patches failed.
-
-    `probability` and `uneven` are not written: by task what is said, and how far its attention is from equal
-    (`learning.unevenness`).
-    """
-
-    header: list[str]
-    cells: list[str]
-    unreadable: int
-    probability: dict[str, list[float]] = field(default_factory=dict)
-    uneven: dict[str, float] = field(default_factory=dict)
-
-
-def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, folder: str | None = None) -> TableRow:
-    """The row of a prediction; with `known` labels by task, these too, empty where unknown; with its own `folder`."""
-    header = ["image", "path", *([] if folder is None else ["folder"]), "width", "height"]
-    cells = [prediction.name, str(prediction.image), *([] if folder is None else [folder])]
-    cells += map(str, prediction.size)
-    for task in prediction.tasks:
-        header += [] if known is None else [f"{task.name}.true"]
-        cells += [] if known is None else [known.get(task.name, "")]
-        header += [f"{task.name}.predicted", *(f"{task.name}.probability.{name}" for name in task.classes)]
-        said = prediction.probability[task.name]
-        cells += [repr(said["value"]) if task.kind == "regression" else prediction.label[task.name]]
-        cells += [repr(said[name]) for name in task.classes]
-    return TableRow(
-        distinct(header),
-        cells,
-        0 if prediction.unreadable is None else len(prediction.unreadable),
-        {task: list(said.values()) for task, said in prediction.probability.items()},
-        unevenness(prediction.kept.attention),
-    )
-
-
-def write_table(
-    predictions: Iterable[Prediction | TableRow],
-    path: str | Path,
-    truth: Callable[[Prediction], Mapping[str, str]] | None = None,
-) -> Path:
-    """One CSV row per image: image, path, width, height, then per task TASK.predicted and TASK.probability.CLASS.
-
-    Numbers are written so that reading them gives the same float64 again.
-
-    Where patches of any image could not be read, the last column `unreadable` says how many.
-
-    Args:
-        predictions: of the same tasks, in the order of the rows; taken one at a time, so that they need not all be
-            in memory. Or their rows.
-        path: the CSV.
-        truth: the known labels of an image by task; adds TASK.true, empty where unknown.
-
-    Raises:
-        OutputError: it cannot be written; nothing of it is left then.
-    """
-    rows: list[TableRow] = []
-    with atomic_file(path) as file:  # open from the start, so that a place that cannot be written shows at once
-        for each in predictions:
-            row = each if isinstance(each, TableRow) else table_row(each, None if truth is None else truth(each))
-            rows.append(row)
-        counted = any(row.unreadable for row in rows)
-        header = rows[0].header if rows else ["image", "path", "width", "height"]
-        file.write(_bytes(_line([*header, *(["unreadable"] if counted else [])])))
-        for row in rows:
-            file.write(_bytes(_line([*row.cells, *([row.unreadable] if counted else [])])))
-    return Path(path)
-
-
 def _kept_lines(prediction: Prediction) -> Iterator[str]:
     kept = prediction.kept
-    yield _line(["rank", "index", *BOX, "score", *(f"attention.{task}" for task in kept.attention)])
+    yield csv_line(["rank", "index", *BOX, "score", *(f"attention.{task}" for task in kept.attention)])
     for rank, row in enumerate(kept.rows(), start=1):
-        yield _line([rank, row["index"], *row["box"], row["score"], *row["attention"].values()])
+        yield csv_line([rank, row["index"], *row["box"], row["score"], *row["attention"].values()])
 
 
 def _score_lines(scores: Scores) -> Iterator[str]:
-    yield _line(["index", "row", "column", *BOX, "score", *(f"score.{task}" for task in scores.per_task)])
+    yield csv_line(["index", "row", "column", *BOX, "score", *(f"score.{task}" for task in scores.per_task)])
     columns = [scores.score, *scores.per_task.values()]
     for start in range(0, len(scores), _ROWS):
         some = slice(start, start + _ROWS)
@@ -385,17 +314,19 @@ def _write_scores(path: Path, scores: Scores) -> Path:
 def _write_lines(path: Path, lines: Iterator[str]) -> Path:
     with atomic_file(path) as file:
         for line in lines:
-            file.write(_bytes(line))
+            file.write(encoded(line))
     return path
 
 
-def _line(values: Iterable[object]) -> str:
+def csv_line(values: Iterable[object]) -> str:
+    """A row of a CSV, with its end of line."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(values)
     return text.getvalue()
 
 
-def _bytes(text: str) -> bytes:
+def encoded(text: str) -> bytes:
+    """UTF-8 of what is written to a file."""
     # A file name need not be valid text; what cannot be encoded is written as an escape, which JSON reads as such.
     return text.encode("utf-8", "backslashreplace")
 

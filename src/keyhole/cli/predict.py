@@ -18,7 +18,8 @@ from keyhole.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from keyhole.data.item import Item
     from keyhole.errors import KeyholeError
-    from keyhole.prediction import Prediction, TableRow
+    from keyhole.prediction import Prediction
+    from keyhole.report.table import TableRow
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def run(argv: list[str]) -> int:
 
     from keyhole.data.manifest import write_left_out
     from keyhole.predict import load
-    from keyhole.prediction import write_table
     from keyhole.report.answers import AnswerFolder
+    from keyhole.report.table import write_table
 
     answers = AnswerFolder(options.out, [item.image for item in items])
     if answers.replaced:

@@ -21,7 +21,8 @@ from keyhole.data.check_findings import (
     about_labels,
     count_classes,
 )
-from keyhole.data.check_worker import Failed, ImageProbe, Probed, Request, Trouble
+from keyhole.data.check_look import Failed, Probed, Request, Trouble
+from keyhole.data.check_worker import ImageProbe
 from keyhole.data.companions import unused_masks
 from keyhole.data.embed_items import items_to_embed, without_labels
 from keyhole.data.item import SPLITS, Doubt, Item, LeftOut

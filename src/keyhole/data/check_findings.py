@@ -9,7 +9,7 @@ from statistics import median
 from typing import Literal
 
 from keyhole.config import Config
-from keyhole.data.check_worker import DARK, Probed
+from keyhole.data.check_look import DARK, Probed
 from keyhole.data.hashes import hash_files
 from keyhole.data.item import SPLITS, Item
 from keyhole.data.manifest import Manifest

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from keyhole.errors import OutputError
 from keyhole.files import remove_unfinished, writable_folder
-from keyhole.prediction import FILES, Prediction, TableRow, table_row, write_prediction
+from keyhole.prediction import FILES, Prediction, write_prediction
+from keyhole.report.table import TableRow, table_row
 
 
 class AnswerFolder:

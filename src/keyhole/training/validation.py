@@ -23,7 +23,7 @@ from keyhole.metrics import point_metrics
 from keyhole.nn import total_loss
 from keyhole.passes import infer
 from keyhole.predict import Predictor
-from keyhole.prediction import TableRow, table_row, write_table
+from keyhole.report.table import TableRow, table_row, write_table
 from keyhole.staging import Stager
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import Job
