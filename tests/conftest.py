@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from keyhole.cli.main import main
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 COLORS = {"green": (40, 220, 40), "red": (220, 40, 40)}
@@ -74,3 +76,20 @@ def toy_run(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import keyhole
 
     return keyhole.train(toy, tmp_path_factory.mktemp("runs") / "toy", **SMALL).path
+
+
+Say = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
+    """Runs a command line in an empty folder: exit code and all that is printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def run(*words: str | Path) -> tuple[int, str]:
+        code = main([str(word) for word in words])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return run

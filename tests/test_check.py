@@ -453,9 +453,9 @@ def with_reader(folder: Path, monkeypatch: pytest.MonkeyPatch, action: str) -> N
     (folder / "site/sitecustomize.py").write_text(
         "import os, sys, time, keyhole.images.image as image, keyhole.pool as pool\n"
         "opened = image.open_image\n"
-        "def open_image(path):\n"
+        "def open_image(path, bits=None):\n"
         f"    if str(path).endswith('bad.png'): {action}\n"
-        "    return opened(path)\n"
+        "    return opened(path, bits)\n"
         "image.open_image = open_image\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(folder / "site"))

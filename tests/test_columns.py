@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Say
 from PIL import Image
 
-from keyhole.cli.main import main
 from keyhole.config import DataConfig
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
 from keyhole.errors import ConfigError, DataError
 from keyhole.tasks import Task
 
-Say = Callable[..., tuple[int, str]]
 N = 24
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
-    """Runs a command line in an empty folder: exit code and all that is printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "400")
-
-    def run(*words: str | Path) -> tuple[int, str]:
-        code = main([str(word) for word in words])
-        said = capsys.readouterr()
-        return code, said.out + said.err
-
-    return run
 
 
 def table(folder: Path, columns: dict[str, Sequence[object]], delimiter: str = ",") -> Path:

@@ -19,6 +19,7 @@ from keyhole.cli.main import main
 from keyhole.errors import OutputError, RunError
 from keyhole.files import atomic_file
 from keyhole.training import lock as module
+from keyhole.training.folder import FIRST
 from keyhole.training.lock import DEAD, Holder, RunLock
 
 HOLD = "import sys, time; from pathlib import Path; from keyhole.training.lock import RunLock; " + (
@@ -118,11 +119,9 @@ def test_what_kills_left_is_removed_by_the_next_start_and_a_live_process_s_is_no
 ) -> None:
     left = [_half_written(run / "last.safetensors"), _half_written(run / "best" / "model.safetensors")]
     beside = run.parent / ".other.abc_1234"
-    shutil.copytree(run, beside)
-    for name in ("best", "predictions"):
-        shutil.rmtree(beside / name)
-    for name in ("metrics.csv", "learning.json", "log.txt"):
-        (beside / name).unlink()
+    beside.mkdir()
+    for name in FIRST - {"lock"}:
+        shutil.copy(run / name, beside)
     own = run.parent / ".other.users_01"
     own.mkdir()
     (own / "notes.txt").write_text("a user's own")

@@ -18,8 +18,10 @@ from PIL import Image, ImageOps
 import keyhole
 from keyhole.checkpoint import save_model
 from keyhole.config import Config, ModelConfig, PatchConfig, SelectConfig
+from keyhole.data.item import Item
 from keyhole.evaluation import evaluate
 from keyhole.images.pillow import PillowImage
+from keyhole.memory.pace import unlimited
 from keyhole.nn import build_classifier
 from keyhole.predict import describe
 from keyhole.report import contact_sheet as sheet
@@ -167,10 +169,11 @@ def relabelled(toy: Path, folder: Path) -> Path:
 def test_kept_pixels_that_are_not_held_are_read_from_the_same_source(toy: Path, tmp_path: Path) -> None:
     predictor = keyhole.load(model_folder(tmp_path / "model", size=16))
     whole = predictor.predict(toy / "red" / "0.png").pictures
-    predictor = keyhole.load(tmp_path / "model")
-    with predictor._own_pace() as pace:
-        pace.plan = replace(pace.plan, hold=0)
-    again = predictor.predict(toy / "red" / "0.png").pictures
+    pace = unlimited(predictor.config.select)
+    pace.plan = replace(pace.plan, hold=0)
+    item = Item("0.png", toy / "red" / "0.png", {})
+    ((_, prediction),) = predictor.predict_items([item], quiet=True, pace=pace, pictures=lambda *_: True)
+    again = prediction.pictures
     assert whole is not None
     assert again is not None
     np.testing.assert_array_equal(whole.patches, again.patches)

@@ -127,7 +127,7 @@ def test_an_import_that_ctrl_c_broke_is_no_fault_of_the_machine() -> None:
             raise ImportError("half loaded")  # noqa: B904 - as libraries do
 
     with pytest.raises(KeyboardInterrupt):
-        doctor._try("training", work)
+        doctor.attempt("training", work)
 
 
 def test_without_standard_streams_the_work_is_done(toy: Path, tmp_path: Path) -> None:

@@ -111,11 +111,11 @@ def _gpu() -> str:
 def readers(folder: Path) -> Iterator[Finding]:
     """Writes a picture in every format and reads it back: lossless ones exactly, JPEG and its like nearly."""
     for entry in entry_points(group="keyhole.images"):
-        yield _try(f"reader {entry.name}", partial(_load, entry))
+        yield attempt(f"reader {entry.name}", partial(_load, entry))
     for name, suffix, write, tolerance in _formats():
         path = folder / f"image-{name.replace(' ', '-')}.{suffix}"
-        yield _try(f"{suffix} {name}", partial(_read_back, path, write, tolerance))
-    yield _try("whole-slide file by OpenSlide", lambda: _read_by_openslide(folder / "slide.tiff"))
+        yield attempt(f"{suffix} {name}", partial(_read_back, path, write, tolerance))
+    yield attempt("whole-slide file by OpenSlide", lambda: _read_by_openslide(folder / "slide.tiff"))
 
 
 def _load(entry: EntryPoint) -> str:
@@ -244,7 +244,7 @@ def training(folder: Path) -> Finding:
             raise Interrupted("interrupted", stop.signal_number) from stop
         return f"{time.monotonic() - start:.1f} s"
 
-    return _try("training, one epoch", learn)
+    return attempt("training, one epoch", learn)
 
 
 def optional_parts() -> Iterator[Finding]:
@@ -254,7 +254,7 @@ def optional_parts() -> Iterator[Finding]:
         yield Finding(package, "ok" if there else "info", "" if there else f"not installed; would give {gives}")
 
 
-def _try(name: str, work: Callable[[], str]) -> Finding:
+def attempt(name: str, work: Callable[[], str]) -> Finding:
     try:
         return Finding(name, "ok", work())
     except Interrupted:

@@ -19,11 +19,11 @@ import torch
 
 from keyhole.bench.advice import Facts, advice
 from keyhole.bench.images import kind_of, write_images
-from keyhole.bench.steps import Steps, floor, run_steps
+from keyhole.bench.steps import Floor, Steps, floor, run_steps
 from keyhole.checkpoint import load_weights, read_info, read_tensors
 from keyhole.compiling import Setting, choose_compile
 from keyhole.config import Config, DataConfig
-from keyhole.config_auto import number, settle_learning
+from keyhole.config_auto import settle_learning
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
 from keyhole.data.settle import classes_of
@@ -36,6 +36,7 @@ from keyhole.training.job import Job, start_job
 from keyhole.training.run import Run, read_rows
 from keyhole.training.setup import cache_limit
 from keyhole.training.state import State
+from keyhole.training.trial import blind_epochs
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,11 @@ def speed(
             say(f"{warm} training step{'s' * (warm > 1)} to warm up, then up to {steps}")
             found = run_steps(job, warm, steps, seconds)
             say("the encoder alone")
-            rate, colored, blank = floor(job)
+            alone = floor(job)
         finally:
             job.close()
     epochs = _epochs(config, sizes, found, job.config.model.feature_width is not None)
-    return _summary(job, told, compiled, found, rate, colored, blank, epochs)
+    return _summary(job, told, compiled, found, alone, epochs)
 
 
 def _plain(config: Config, scratch: Path) -> Config:
@@ -179,7 +180,7 @@ def _epochs(config: Config, sizes: Sizes, found: Steps, features: bool) -> Epoch
     learning = found.parts["learning"] / found.images
     scoring = found.seconds / found.images - learning
     config, _ = settle_learning(config, features)
-    epochs, blind = config.train.epochs, min(config.train.epochs, number(config.train.explore, "train.explore") / 2)
+    epochs, blind = config.train.epochs, min(config.train.epochs, blind_epochs(config))
     epoch = sizes.train * (scoring + learning) + sizes.val * scoring
     run = epochs * epoch - blind * sizes.train * scoring + (sizes.train + sizes.val) * scoring
     images = f"{sizes.train:,} training images" + (f" and {sizes.val:,} to validate on" if sizes.val else "")
@@ -283,9 +284,8 @@ def _load(job: Job, run: Run) -> None:
 # What was found
 
 
-def _summary(
-    job: Job, told: str, compiled: str, found: Steps, rate: float, colored: float, blank: float, epochs: Epochs
-) -> Speed:
+def _summary(job: Job, told: str, compiled: str, found: Steps, alone: Floor, epochs: Epochs) -> Speed:
+    rate, colored, blank = alone
     config, plan = job.config, job.plan
     cuda, features = job.device.type == "cuda", len(job.images.patch_shape) == 1
     seconds = dict.fromkeys(PARTS, 0.0) | found.parts

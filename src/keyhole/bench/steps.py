@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,24 +116,34 @@ class _Clocked(Loop):
         return Steps(self.first, self.passed, self.done - self.warm, self.images, self.patches, self.parts)
 
 
-def floor(job: Job) -> tuple[float, float, float]:
-    """The encoder alone over one full chunk of real patches that is on the device already.
+class Floor(NamedTuple):
+    """The encoder alone.
+
+    Attributes:
+        rate: patches/s.
+        colored: the rate as a share of that where colours are changed as in training; 1 where they are not.
+        blank: share of the patches tried that are of one colour; 0 for features.
+    """
+
+    rate: float
+    colored: float
+    blank: float
+
+
+def floor(job: Job) -> Floor:
+    """Measure the encoder over one full chunk of real patches that is on the device already.
 
     Args:
         job: after its steps, so that nothing is built or compiled for it; weights and modes stay as they are.
-
-    Returns:
-        Patches/s; the rate as a share of that where colours are changed as in training (1 where they are not); and the
-        share of the chunk's patches that are of one colour (0 for features).
     """
     pixels = _chunk(job)
     blank = float(blank_rows(pixels.cpu().numpy()).mean())
     plain = _seconds(job, pixels, None)
     if pixels.dtype != torch.uint8 or not job.config.augment.color:
-        return len(pixels) / plain, 1.0, blank
+        return Floor(len(pixels) / plain, 1.0, blank)
     channels = pixels.shape[-1]
     color = torch.eye(channels, channels + 1, device=job.device).expand(len(pixels), -1, -1)
-    return len(pixels) / plain, plain / _seconds(job, pixels, color), blank
+    return Floor(len(pixels) / plain, plain / _seconds(job, pixels, color), blank)
 
 
 def _seconds(job: Job, pixels: Tensor, color: Tensor | None) -> float:
