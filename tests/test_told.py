@@ -16,6 +16,7 @@ import torch
 
 import keyhole
 from keyhole.cli.main import main
+from keyhole.config import DataConfig
 from keyhole.duration import Costs, Estimate, Work
 from keyhole.progress import Progress
 
@@ -146,7 +147,8 @@ def test_nothing_is_said_of_decoded_images_where_there_are_only_features(tmp_pat
     (tmp_path / "labels.csv").write_text("image,label\n" + "".join(f"{k}.svs,{'ab'[k % 2]}\n" for k in range(6)))
     for k in range(6):
         torch.save(torch.ones(30, 16), tmp_path / f"{k}.pt")
-    report = keyhole.check(tmp_path / "labels.csv", data={"features": tmp_path}, select={"m": 4})
+    data = DataConfig(path=tmp_path / "labels.csv", features=tmp_path)
+    report = keyhole.check(keyhole.Config(data=data), select={"m": 4})
     assert report.images == 6
     assert report.memory == ""
     assert not report.work.resident
