@@ -541,3 +541,30 @@ def test_init_says_that_features_have_nothing_to_measure(tmp_path: Path) -> None
                 file["features"] = np.zeros((4, 8), np.float32)
     with pytest.raises(ConfigError, match=r"stored features.*--recipe camelyon16-features"):
         measure(Config(data=DataConfig(path=tmp_path)))
+
+
+def test_a_process_ends_while_threads_still_read_features(tmp_path: Path) -> None:
+    """HDF5's lock, held by a thread that Python has stopped, is what the main thread would wait for, for ever."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("features", data=np.ones((4, 8), np.float32))
+        file.create_dataset("coords", data=np.zeros((4, 2), np.int64))
+        file["features"].attrs["encoder"] = "small"
+    code = f"""
+import time
+from pathlib import Path
+from keyhole.features.files import open_features
+from keyhole.pool import Pool
+
+def read():
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        open_features(path).close()
+
+path = Path({str(tmp_path / "a.h5")!r})
+kept = [open_features(path) for _ in range(20)]
+pool = Pool(2, 60)
+tasks = [pool.submit("a", read) for _ in range(2)]
+time.sleep(0.2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

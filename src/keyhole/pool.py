@@ -3,14 +3,19 @@
 They are daemons: `concurrent.futures` joins its threads at exit, so one read that hangs on a network share
 would keep the whole process alive. A task that gives no sign of life for `stall` seconds is given up with an
 error that names it, and its thread is replaced. `beat` is that sign; whatever reads calls it after each read.
+
+The end of the process waits for them, but not for long: a library that is in the middle of a read while Python shuts
+down may hold a lock for ever, as HDF5's, for which the main thread then waits for ever.
 """
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -18,6 +23,8 @@ from typing import Generic, TypeVar
 from keyhole.errors import StalledRead
 
 T = TypeVar("T")
+LINGER = 5.0
+"""Seconds that the end of the process waits for reads under way; longer ones hang."""
 _here = threading.local()
 
 
@@ -50,6 +57,7 @@ class Task(Generic[T]):
         self.name = name
         self.function: Callable[[], T] | None = function
         self.since: float | None = None  # when it started or last gave a sign of life
+        self.thread: threading.Thread | None = None  # that runs it
         self.done = False
         self.awaited = False  # somebody waits for it, and is to be woken at its end
         self.lost = False  # done by giving it up; its thread is still stuck in it
@@ -87,6 +95,8 @@ class Pool:
         self._urgent: deque[Task[object]] = deque()
         self._running: set[Task[object]] = set()
         self._started = 0
+        self._threads: list[threading.Thread] = []
+        _pools.add(self)
 
     def submit(self, name: str, function: Callable[[], T], urgent: bool = False) -> Task[T]:
         """Queue a function; urgent ones are taken before all others."""
@@ -140,6 +150,12 @@ class Pool:
             self._work.notify_all()
             self.changed.notify_all()
 
+    def join(self, seconds: float) -> None:
+        """Wait for the threads of a closed pool to end, so long at most."""
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
     def _give_up(self, now: float) -> None:
         for task in [task for task in self._running if now - (task.since or now) >= self.stall]:
             problem = (
@@ -149,12 +165,14 @@ class Pool:
             task.lost = True
             task.end([], StalledRead(task.name, problem))
             self._running.discard(task)
+            self._threads = [thread for thread in self._threads if thread is not task.thread]  # nobody waits for it
             self._start()
             self.changed.notify_all()
 
     def _start(self) -> None:
         self._started += 1
-        threading.Thread(target=self._run, name=f"keyhole-read-{self._started}", daemon=True).start()
+        self._threads.append(threading.Thread(target=self._run, name=f"keyhole-read-{self._started}", daemon=True))
+        self._threads[-1].start()
 
     def _run(self) -> None:
         while True:
@@ -166,6 +184,7 @@ class Pool:
                 task = (self._urgent or self._queue).popleft()
                 function = task.function
                 task.since = time.monotonic()
+                task.thread = threading.current_thread()
                 self._running.add(task)
             assert function is not None
             _here.task = task
@@ -184,3 +203,23 @@ class Pool:
                 if task.awaited:
                     self.changed.notify_all()
             del task, function, value, error  # an idle thread must not keep pixels or open files alive
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def end_reading() -> None:
+    """Let no thread be in the middle of a read when Python shuts down."""
+    end = time.monotonic() + LINGER
+    for pool in list(_pools):
+        pool.close()
+        pool.join(max(0.0, end - time.monotonic()))
+
+
+def end_reading_first() -> None:
+    """Have reads end before a library that was just imported is shut down: what is registered last comes first."""
+    atexit.unregister(end_reading)
+    atexit.register(end_reading)
+
+
+end_reading_first()

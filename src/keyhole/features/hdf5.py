@@ -25,6 +25,7 @@ from keyhole.features.files import (
     feature_faults,
 )
 from keyhole.features.origin import NAMES, STAMP, origin_of
+from keyhole.pool import end_reading_first
 from keyhole.wording import listed
 
 LARGEST_CHUNKS = 2**26
@@ -42,6 +43,7 @@ class Hdf5Features(FeatureFile):
     def __init__(self, path: Path) -> None:
         import h5py
 
+        end_reading_first()
         self.path = path
         self._lock = threading.Lock()
         with feature_faults(path, "not an HDF5 file, or damaged"):
