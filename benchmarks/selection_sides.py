@@ -13,7 +13,7 @@ from selection_inputs import Inputs, activations, published_labels
 from selection_settings import Setting
 from torch import Tensor
 
-from keyhole.config import Config, RunConfig, SelectConfig
+from keyhole.config import Config, RunConfig, SelectConfig, TrainConfig
 from keyhole.device import Arithmetic
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan
@@ -84,7 +84,7 @@ class Ours:
         self.model = copy.deepcopy(model).train()
         self.model.precision = precision.learn
         self.fast = self.model.accelerate(precision.look, compiled)
-        self.optimizer = new_optimizer(Config(), self.model)
+        self.optimizer = new_optimizer(Config(train=TrainConfig(lr=1e-3)), self.model)
         self.reader = open_reader(RunConfig(), device) if setting.source == "host" else None
         self.stager = Stager(device)
         self.openers = [Opener(str(image), patches) for image, patches in enumerate(inputs.ours)]

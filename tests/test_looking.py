@@ -174,7 +174,7 @@ def count(self, row):
 
 Loop.end_epoch = count
 train(sys.argv[1], sys.argv[2], patch={"size": 32}, model={"encoder": "small", "width": 4, "heads": 2},
-      select={"m": 2, "chunk": 16}, train={"epochs": 3, "batch": 3}, augment={"color": 0.1},
+      select={"m": 2, "chunk": 16}, train={"epochs": 3, "batch": 3, "explore": 0}, augment={"color": 0.1},
       run={"compile": "on", "threads": 1})
 print("graphs", *graphs)
 """

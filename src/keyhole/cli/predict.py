@@ -78,12 +78,12 @@ def run(argv: list[str]) -> int:
     from keyhole.report.answers import AnswerFolder
     from keyhole.report.table import write_table
 
-    answers = AnswerFolder(options.out, [item.image for item in items])
-    if answers.replaced:
-        print(f"{options.out}: replaces earlier answers for {answers.replaced} of these images", file=sys.stderr)
     predictor = load(options.run, options.device, options.memory, options.unreadable)
     if options.bits is not None:
         predictor.config = replace(predictor.config, patch=replace(predictor.config.patch, bits=options.bits))
+    answers = AnswerFolder(options.out, [item.image for item in items])
+    if answers.replaced:
+        print(f"{options.out}: replaces earlier answers for {answers.replaced} of these images", file=sys.stderr)
 
     def tell(item: Item, error: KeyholeError) -> None:
         skipped[item.name] = str(error)
