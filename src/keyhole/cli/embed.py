@@ -27,8 +27,8 @@ class EmbedOptions:
         "keyhole embed slides --encoder small --width 16 --weights small.safetensors --out features",
     )
     ESSENTIAL: ClassVar = (
-        *("out", "encoder", "pretrained", "weights", "patch.size", "patch.mpp", "patch.foreground", "masks", "root"),
-        *("dtype", "device", "on-bad-image", "print-config"),
+        *("out", "run", "encoder", "pretrained", "weights", "patch.size", "patch.mpp", "patch.foreground", "masks"),
+        *("root", "dtype", "device", "on-bad-image", "print-config"),
     )
 
     data: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
