@@ -139,6 +139,14 @@ def test_pixels_of_another_kind_are_refused_in_words(predictor: Predictor, image
 # What a prediction is to Python
 
 
+def test_a_file_that_is_not_there_is_told_before_a_reader_waits_for_it(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keyhole.predict.open_reader", lambda *_: pytest.fail("a reader tries again for 20 s"))
+    with pytest.raises(KeyholeError, match=r"nosuch.png: no such file"):
+        predictor.predict("nosuch.png")
+
+
 def test_a_prediction_shows_itself_in_a_line_and_survives_another_process(predictor: Predictor, toy: Path) -> None:
     path = toy / "red" / "1.png"
     prediction = predictor.predict(path)

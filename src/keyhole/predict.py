@@ -29,7 +29,7 @@ from keyhole.config_file import build
 from keyhole.data.companions import mask_of
 from keyhole.data.item import FEATURE_SUFFIXES, Item
 from keyhole.device import choose_device, settle_precision
-from keyhole.errors import ConfigError, KeyholeError, RunError
+from keyhole.errors import ConfigError, ImageLost, KeyholeError, RunError
 from keyhole.features import FeaturePatches, learned_origin
 from keyhole.images.memory import image_in_memory
 from keyhole.images.scale import given_scale
@@ -165,6 +165,8 @@ class Predictor:
         store = None
         if isinstance(image, str | Path):
             item = _item(image)
+            if not item.source.exists():  # the reader would wait for a share that may come back
+                raise ImageLost(item.source, "no such file. Check the path.")
         else:
             store = MemoryStore(image_in_memory(image))
             item = Item(str(store.image.path), store.image.path, {})
