@@ -506,3 +506,9 @@ def test_one_chunk_after_another_is_read_ahead_while_the_consumer_is_busy_with_a
         rows = batch.fetch([[0, 39]])[0]
         assert rows is not None
         assert len(seen) == (ahead + 1) * size
+
+
+def test_a_program_ends_though_a_stream_is_open_and_its_lock_is_held() -> None:
+    script = Path(__file__).parent / "ends_with_open_stream.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")

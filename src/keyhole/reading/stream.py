@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -291,6 +292,8 @@ class Stream:
 
     def close(self) -> None:
         """End the planning and close all sources; those being read close when that is done."""
+        if sys.is_finalizing():  # a thread may have been stopped while it held the lock, and nothing is left to end
+            return
         with self.changing():
             self.closed = True
             opened, self._opened = self._opened, set()
