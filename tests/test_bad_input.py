@@ -193,7 +193,7 @@ def test_evaluate_refuses_a_bad_image_or_leaves_it_out(
     assert not Path("out/predictions.csv").exists()
     said = say(*words, "--on-bad-image=skip")
     assert said.code == 0, said.err
-    assert "left out 1 images; they are listed in out/left_out.csv" in said.out
+    assert "left out 1 image; see out/left_out.csv" in said.out
     (left,) = rows(Path("out/left_out.csv"))
     assert left["name"] == str(faulty / name)
     assert len(rows(Path("out/predictions.csv"))) == 4

@@ -111,7 +111,7 @@ def test_what_is_not_known_or_differs_in_patches_is_said_once(
     broken.write_bytes(whole[:100])
     skipping = ["--data.features", str(unknown), *TINY, "--data.on-bad-image", "skip", "--out", str(tmp_path / "some")]
     assert main(["train", str(toy), *skipping]) == 0
-    assert "left out 1 images" in capsys.readouterr().err
+    assert "left out 1 image that cannot be read" in capsys.readouterr().err
     broken.write_bytes(whole)
     assert main(["train", str(toy), "--data.features", str(unknown), *TINY, "--out", str(tmp_path / "run")]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]

@@ -40,7 +40,7 @@ from keyhole.progress import Progress
 from keyhole.reading import Batch
 from keyhole.reading.unreadable import Ledger, parse_share
 from keyhole.store import ImageStore
-from keyhole.wording import listed
+from keyhole.wording import counted, listed
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Embedded:
             lines.append(f"{name}: {count} unreadable patches are not in its features")
         if self.left_out:
             listing = self.path / "left_out.csv"
-            lines.append(f"left out {len(self.left_out)} images or files; they are listed in {listing}")
+            lines.append(f"left out {counted(len(self.left_out), 'image or file', 'images or files')}; see {listing}")
         if self.unfinished:
             lines.append(
                 f"{len(self.unfinished)} unfinished files of runs that were killed can be deleted, unless another run "

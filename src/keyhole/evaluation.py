@@ -35,6 +35,7 @@ from keyhole.report.examples import Examples
 from keyhole.report.table import write_table
 from keyhole.tasks import Task
 from keyhole.training.seal import check_evaluated, check_own_manifest
+from keyhole.wording import counted
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Evaluation:
         if self.lesions is not None:
             lines += self.lesions.lines()
         if self.left_out:
-            lines.append(f"left out {len(self.left_out)} images; they are listed in {self.path / 'left_out.csv'}")
+            lines.append(f"left out {counted(len(self.left_out))}; see {self.path / 'left_out.csv'}")
         lines += [f"contact sheet: {self.path / 'contact_sheet.png'}", f"all files: {self.path}"]
         return [*lines, *self.warnings]
 

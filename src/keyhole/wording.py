@@ -27,6 +27,15 @@ def listed(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def counted(number: int, one: str = "image", several: str = "") -> str:
+    """A number with its noun.
+
+    >>> counted(1), counted(2), counted(2, "file or row", "files or rows")
+    ('1 image', '2 images', '2 files or rows')
+    """
+    return f"1 {one}" if number == 1 else f"{number} {several or one + 's'}"
+
+
 def from_to(low: str, high: str, joint: str = " to ") -> str:
     """A range in words: both ends, or one where they read the same.
 

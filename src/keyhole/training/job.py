@@ -39,6 +39,7 @@ from keyhole.training.score import choose_metric
 from keyhole.training.seal import LAST, LEFT_OUT, check_files, check_images, more_epochs, read_state, sealed_config
 from keyhole.training.setup import Images, absolute, new_model, new_optimizer, scan, targets, with_features
 from keyhole.training.state import State
+from keyhole.wording import counted
 
 
 @dataclass
@@ -228,7 +229,9 @@ def _overview(job: Job) -> list[str]:
     lines = [f"images: {splits}; tasks: {', '.join(task.describe() for task in job.tasks)}"]
     lines.append(job.plan.describe())
     if job.manifest.left_out:
-        lines.append(f"left out {len(job.manifest.left_out)} files or rows; they are listed in left_out.csv")
+        lines.append(
+            f"left out {counted(len(job.manifest.left_out), 'file or row', 'files or rows')}; see left_out.csv"
+        )
     best = f"best model by {job.state.metric} on the validation split" if job.state.metric else "the last epoch is kept"
     lines.append(f"{best}; computing on {job.device} in {arithmetic_of(job.model)}")
     return lines

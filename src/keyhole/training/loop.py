@@ -49,6 +49,7 @@ from keyhole.training.score import is_better, metric_value
 from keyhole.training.setup import learning_rate, targets
 from keyhole.training.trial import estimate
 from keyhole.training.validation import predict_splits, validate_epoch
+from keyhole.wording import counted
 
 
 def train(data: str | Path | Mapping[str, Any] | Config, out: str | Path | None = None, **settings: Any) -> Run:
@@ -147,7 +148,7 @@ class Loop:
             for line in job.run.learning.get("lines", ()):
                 job.log(line)
             if job.state.left_out:
-                say(f"left out {len(job.state.left_out)} images that failed; they are listed in left_out.csv")
+                say(f"left out {counted(len(job.state.left_out))} after a failure; see left_out.csv")
             if (unread := job.damage.summary()) is not None:
                 say(unread)
                 job.log(unread)

@@ -33,7 +33,7 @@ from keyhole.reading import Opener, Reader
 from keyhole.resolution import NOT_KNOWN, Resolution, patch_mpp
 from keyhole.store import ImageStore, decoded_bytes, fits
 from keyhole.tasks import Task
-from keyhole.wording import from_to
+from keyhole.wording import counted, from_to
 
 DECODING = 7 / 3
 """What decoding takes beside the pixels that it gives, as a multiple of them: Pillow has 4 bytes a pixel of RGB, and
@@ -166,7 +166,7 @@ def scan(
         lines.append(sentence)
     lines += [f"warning: {text} ({count} of {len(counts)} files)" for text, count in doubts.items()]
     if bad:
-        lines.append(f"left out {len(bad)} images that cannot be read; they are listed in left_out.csv")
+        lines.append(f"left out {counted(len(bad))} that cannot be read; see left_out.csv")
     resolution = Resolution.of(mpp.values())
     lines += [f"warning: {'. '.join(spread)}"] if (spread := resolution.spread()) else []
     store = ImageStore(keep=keep, masks=probe.masks)
