@@ -40,7 +40,7 @@ SHARE = 0.8
 """Of what is free, for `auto`: others want some too."""
 RESERVE = 2**28
 """Bytes of a GPU that `auto` leaves at least, for libraries that allocate beside torch."""
-GAPS = 1.6
+GAPS = 1.5
 """Resident memory over memory in use, where malloc keeps what is freed in a heap: 1.2 to 1.75 in whole runs, most of it
 from the second epoch on, when blocks of other sizes have left their gaps (benchmarks/host_memory.py)."""
 LATER = 24 * 2**20

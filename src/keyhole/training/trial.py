@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +43,9 @@ ENOUGH = 0.3
 kernels."""
 WRITTEN = 16_000_000
 """Most bytes of the state that are written to time it."""
-LEARNED = 16
-"""Most patches that are learned from: with large encoders on a CPU these take seconds."""
+LEARNED, AT_MOST = 16, 256
+"""Patches that are learned from first, since with large encoders on a CPU these take seconds; and, where they are fast,
+as many as in a step, up to so many: what a step takes beside its patches would else be counted for every few."""
 
 
 def estimate(job: Job) -> tuple[Estimate | None, str | None]:
@@ -96,7 +98,7 @@ def forecast(config: Config, work: Work, reading: tuple[float, float], feature_w
             )
             where = example_positions(model, (count,), device)
             began = time.perf_counter()
-            kept = min(config.select.m, count)
+            kept = min(config.select.m * config.train.batch, count)
             score, learn = model_seconds(model, noise, where, kept, config.augment.color > 0)
             if time.perf_counter() - began > ENOUGH:
                 break
@@ -126,7 +128,9 @@ def _measured(job: Job) -> tuple[Costs, str]:
     if job.model.position is not None:
         where = torch.cat([piece.where for piece in pieces if piece.where is not None])[: job.plan.chunk]
     with nullcontext() if job.model.compiled else room_for_code():
-        score, learn = model_seconds(job.model, pixels, where, config.select.m, config.augment.color > 0)
+        score, learn = model_seconds(
+            job.model, pixels, where, job.plan.split or job.plan.kept, config.augment.color > 0
+        )
     image, patch = (sum(part) / len(pieces) for part in list(zip(*pieces, strict=True))[:2])
     threads = min(job.reader.pool.threads, default_threads())
     costs = Costs(image, patch, score, learn, threads, job.device.type != "cpu", _saving(job.run.path))
@@ -173,7 +177,7 @@ def _reading(opener: Opener, job: Job) -> Callable[[], Piece]:
 
 
 def model_seconds(
-    model: IPSClassifier, pixels: NDArray[Any], where: Tensor | None, m: int, color: bool
+    model: IPSClassifier, pixels: NDArray[Any], where: Tensor | None, step: int, color: bool
 ) -> tuple[float, float]:
     """Measure scoring and learning.
 
@@ -181,7 +185,7 @@ def model_seconds(
         model: on its device; left as it was.
         pixels: (k h w c) uint8, or (k f) features, as read.
         where: positions (k) or (k 2), where the model has a position code.
-        m: patches kept of an image.
+        step: patches that a run learns from at once.
         color: whether training changes colours.
 
     Returns:
@@ -192,22 +196,26 @@ def model_seconds(
     if color and pixels.dtype == np.uint8:
         channels = pixels.shape[-1]
         colors = torch.eye(channels, channels + 1, device=device).expand(len(pixels), -1, -1)
-    count = max(2, min(m, LEARNED))
-    rows = np.resize(np.arange(len(pixels)), count)  # repeated where the images have fewer
-    some, mask = pixels[rows], torch.ones(1, count, dtype=torch.bool, device=device)
-    place = None if where is None else where[torch.from_numpy(rows).to(device)][None]
 
-    def part(start: int, stop: int) -> Tensor:
-        return to_tensor(some[start:stop], device, None if colors is None else colors[rows[start:stop]])
+    def learn(count: int) -> None:
+        rows = np.resize(np.arange(len(pixels)), count)  # repeated where the images have fewer
+        some, mask = pixels[rows], torch.ones(1, count, dtype=torch.bool, device=device)
+        place = None if where is None else where[torch.from_numpy(rows).to(device)][None]
 
-    def learn() -> None:
+        def part(start: int, stop: int) -> Tensor:
+            return to_tensor(some[start:stop], device, None if colors is None else colors[rows[start:stop]])
+
         model.train()
         split_backward(model, part, place, mask, lambda logits: torch.stack([x.sum() for x in logits.values()]).sum())
 
+    few, many = max(2, min(step, LEARNED)), max(2, min(step, AT_MOST))
     with as_it_was(model, device):
         with model.looking():
             score = _seconds(lambda: model.score(torch.from_numpy(pixels).to(device), where, colors), device)
-        return score / len(pixels), _seconds(learn, device) / count
+        learned = _seconds(partial(learn, few), device) / few
+        if few < many and learned * many < ENOUGH:
+            learned = _seconds(partial(learn, many), device) / many
+        return score / len(pixels), learned
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
