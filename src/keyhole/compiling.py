@@ -85,7 +85,7 @@ def _missing(device: torch.device) -> str:
 
 
 def _chunk_seconds(model: IPSClassifier, patch_shape: Sequence[int], chunk: int, device: torch.device) -> float:
-    """Of the fastest of three runs; the first builds and warms up."""
+    """Return the seconds of the fastest of three runs; the first builds and warms up."""
     dtype = torch.uint8 if len(patch_shape) > 1 else torch.float32
     pixels = torch.zeros(chunk, *patch_shape, dtype=dtype, device=device)
     seconds = math.inf

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 SIDE, SMOOTH = 64, 8
-"""Of the trial picture, and how many levels its decoded values may be off: colours are upsampled in different ways."""
+"""Side of the trial picture, and by how many levels its values may be off: decoders upsample colours differently."""
 
 _GREY, _RGB = 1, 3  # torchvision's ImageReadMode
 

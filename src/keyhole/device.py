@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Of the encoder: where it looks at patches without gradients, and where it learns."""
+    """Types the encoder computes in: where it scores patches without gradients, and where it learns."""
 
     look: torch.dtype
     learn: torch.dtype

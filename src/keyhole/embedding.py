@@ -336,7 +336,7 @@ def _own(item: Item) -> dict[str, Any]:
 
 
 def _bytes(item: Item) -> int:
-    """Of the image; 0 where it cannot be looked at, which shows when it is opened."""
+    """Return the size of the image file; 0 where that cannot be read, which shows when the image is opened."""
     try:
         return file_size(item.image)
     except OSError:

@@ -28,7 +28,7 @@ UNFINISHED = "unfinished.json"
 NAMES = re.compile(
     r"confusion_.*\.csv|(lesions|predictions|left_out)\.csv|contact_sheet\.png|(metrics|unfinished)\.json"
 )
-"""Of all files that an evaluation writes."""
+"""Names of all files that an evaluation writes."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class PatchSource(Protocol):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the patches."""
+        """Type of the values of a patch."""
 
     def __len__(self) -> int: ...
 

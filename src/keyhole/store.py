@@ -124,7 +124,7 @@ class ResidentImage(Image):
 
 
 Key = tuple[Path, str, Path | None]
-"""Of a mask: the image, the kind, and the mask's own file where it has one."""
+"""Key of a mask: the image, the kind, and the mask's own file where it has one."""
 
 
 class Masks:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 HIDDEN, LEARNING = 0.15, 1 / 3
 """Shares of the time up to which a part other than the encoder is no limit; some learning there has to be."""
 SLOWED = 0.75
-"""Of its own best rate: below it the encoder is held up while it encodes."""
+"""Share of its own best rate: below it the encoder is held up while it encodes."""
 BLANK = 0.2
 """Share of patches of one colour from which leaving them out is worth a sentence."""
 

@@ -147,7 +147,7 @@ def floor(job: Job) -> Floor:
 
 
 def _seconds(job: Job, pixels: Tensor, color: Tensor | None) -> float:
-    """Of looking at these patches once: the median."""
+    """Return the median seconds of scoring these patches once."""
     times: list[float] = []
     with job.model.looking(), torch.no_grad():
         for _ in range(2):  # builds, compiles, warms up

@@ -56,7 +56,7 @@ class EmbedOptions:
     masks: Path | None = None
     """Folder of masks (.png, .geojson), one an image by its name without suffix, for `--patch.foreground mask`."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Of the stored features; float16 halves the files."""
+    """Type of the stored features; float16 halves the files."""
     precision: Literal["auto", "float32", "bf16"] = "float32"
     """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it. Features outlive the machine, hence float32."""
     chunk: Positive = 64

@@ -58,7 +58,7 @@ def count_classes(manifest: Manifest) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def about_labels(manifest: Manifest, config: Config) -> list[Finding]:
-    """Of the images that could be opened: classes that lack or are rare, and groups on two sides."""
+    """Return what is odd about the labels of the images that open: missing or rare classes, groups in two splits."""
     found = []
     for task, classes in count_classes(manifest).items():
         train = {name: count["train"] for name, count in classes.items()}
@@ -104,7 +104,7 @@ def about_bits(largest: Mapping[str, int], config: Config) -> list[Finding]:
 
 
 def about_images(items: Sequence[Item], probed: Mapping[str, Probed], config: Config) -> list[Finding]:
-    """Of `items`, all of which could be opened: what is odd about their patches, resolutions and colours."""
+    """Return what is odd about the patches, resolutions and colours of `items`, all of which could be opened."""
     found = []
     most = max((image.patches for image in probed.values()), default=0)
     if probed and config.select.m >= most:

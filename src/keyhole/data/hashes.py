@@ -149,7 +149,7 @@ def _hash(path: Path, piece_read: Callable[[], None]) -> FileHash:
 
 
 def _hash_folder(folder: Path, piece_read: Callable[[], None]) -> FileHash:
-    """Of the names in the folder, sorted, each with the hash of its file; the bytes of all files."""
+    """Hash the sorted names in the folder, each with the hash of its file, and add up the bytes of all files."""
     digest, size = hashlib.sha256(), 0
     for path in sorted(Path(place) / name for place, _, names in os.walk(folder) for name in names):
         inner = hashlib.sha256()

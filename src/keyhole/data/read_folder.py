@@ -139,7 +139,7 @@ def list_images(
 
 
 def _one_a_slide(path: Path, stored: list[Path]) -> tuple[list[Path], list[LeftOut]]:
-    """Of files of features that differ in suffix alone, or in CLAM's folder for it, the one that says most."""
+    """Keep one of the feature files that differ in suffix alone, or in CLAM's folder for it: the one that says most."""
     best: dict[Path, Path] = {}
     for file in sorted(stored, key=lambda file: (FEATURE_ORDER.index(file.suffix.lower()), file)):
         inside = [part for part in file.relative_to(path).parts if part not in FEATURE_FOLDERS]

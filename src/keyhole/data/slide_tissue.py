@@ -19,7 +19,7 @@ from keyhole.images.geometry import Box
 Values = NDArray[np.float32]
 
 CELLS = 192
-"""Of a map, each way."""
+"""Number of cells along each side of a map."""
 EDGE = 64
 """Pixels from an edge of tissue within which it is rough; further inside all is tissue."""
 TISSUE = (0.3, 0.6)

@@ -125,7 +125,7 @@ class Hdf5Features(FeatureFile):
         return rows
 
     def _attributes(self, names: Sequence[str]) -> dict[str, Any]:
-        """Of `coords` over `features` over the file. What else there is may be of types that nobody can read."""
+        """Return these attributes of `coords`, else of `features`, else of the file. Others may be unreadable."""
         read = self.coords is not None or self.coords_um is not None
         places = [self._file, self._features, *([self._file["coords"]] if read else [])]
         return {name: place.attrs[name] for place in places for name in names if name in place.attrs}

@@ -70,7 +70,7 @@ def same_scale(one: float, other: float) -> bool:
 
 
 def agreed(text: Scale, tag: Scale) -> Scale:
-    """Of two statements in one file the first, unless they contradict each other."""
+    """Return the first of two statements in one file, unless they contradict each other."""
     if text.mpp is not None and tag.mpp is not None and not same_scale(text.mpp, tag.mpp):
         return Scale(None, f"the file's description says {text.mpp:.4g}, its resolution tag {tag.mpp:.4g} um per pixel")
     return text if text != Scale() else tag

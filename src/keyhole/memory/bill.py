@@ -112,7 +112,7 @@ class Bill:
 
 
 def powers(most: int) -> list[int]:
-    """Of two, up to `most`."""
+    """Return the powers of two up to `most`."""
     return [1 << power for power in range(most.bit_length())]
 
 

@@ -25,7 +25,7 @@ from keyhole.memory.process import STATUS, reset_peak, status
 
 MAPS = Path("/proc/self/maps")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of mallopt(3)."""
+"""Parameters of mallopt(3)."""
 BESIDES_TENSORS = 2
 """Where only tensors are counted: work space of convolutions and gaps in the heap took up to as much again on Linux."""
 

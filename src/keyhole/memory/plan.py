@@ -37,7 +37,7 @@ GPU_FEATURES = 16384
 STAGED = 4
 """Copies of a chunk as read that a GPU holds: two buffers, and what its JPEG decoder gives for each."""
 SHARE = 0.8
-"""Of what is free, for `auto`: others want some too."""
+"""Share of the free memory that `auto` takes: other processes need some too."""
 RESERVE = 2**28
 """Bytes of a GPU that `auto` leaves at least, for libraries that allocate beside torch."""
 GAPS = 1.5

@@ -63,7 +63,7 @@ def build_classifier(
 
 
 def patch_shape(model: ModelConfig, patch_size: int) -> tuple[int, ...]:
-    """Of one patch as it is read: (s, s, c), or (f,) of stored features."""
+    """Return the shape of one patch as it is read: (s, s, c), or (f,) of stored features."""
     return (patch_size, patch_size, model.channels) if model.feature_width is None else (model.feature_width,)
 
 

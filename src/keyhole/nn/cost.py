@@ -10,7 +10,7 @@ from keyhole.nn.selection import evaluating
 
 
 def multiply_adds(encoder: nn.Module, patch_shape: Sequence[int]) -> int:
-    """Of convolutions and linear layers, for one patch.
+    """Count the multiply-adds of convolutions and linear layers for one patch.
 
     Args:
         encoder: on its device; left as it is.

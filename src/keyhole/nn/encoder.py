@@ -86,8 +86,11 @@ class SmallEncoder(PixelEncoder):
 
 
 def _largest(features: Float[Tensor, "k d h w"]) -> Float[Tensor, "k d"]:
-    """Of each map. The gradient of `amax` is shared among equal values by comparing them again, which goes wrong where
-    a compiled backward pass computes the maps anew in other roundings: it divides by no equals at all."""
+    """Return the largest value of each map.
+
+    `amax` shares its gradient among equal values, which it finds by comparing again. A compiled backward pass computes
+    the maps again with other rounding, finds no equal value, and divides by zero.
+    """
     if torch.is_grad_enabled():
         return features.flatten(2).max(dim=2).values
     return features.amax(dim=(2, 3))

@@ -181,7 +181,7 @@ class Stream:
                 self._holding += size
 
     def let_go(self, batch: Batch) -> None:
-        """Of the pixels that a batch holds."""
+        """Free the pixels that a batch holds."""
         if batch.held is not None:
             self._holding -= batch.held.bytes
             batch.held.clear()

@@ -16,7 +16,7 @@ from keyhole.errors import ConfigError, KeyholeError, RunError
 from keyhole.files import write_atomic
 
 COLUMNS = ("image", "index", "patches", "x", "y", "width", "height", "reason")
-"""Of the list. A whole image has no index and no box, and `patches` says how many it has; else that is 1."""
+"""Columns of the list. A whole image has no index and no box, and `patches` says how many it has; else that is 1."""
 
 Box = tuple[int, int, int, int]
 

@@ -22,7 +22,7 @@ from keyhole.images.thumbnail import thumbnail
 SIDE = 1024
 """Longest side of the picture of the slide."""
 LEAST_WIDTH = 720
-"""Of the whole picture, so that the caption of a narrow slide can be read."""
+"""Smallest width of the whole picture, so that the caption of a narrow slide can be read."""
 VISIBLE = 7
 """Pixels of the picture from patch to patch, from which on each is outlined by itself."""
 MASK, PATCH, WRONG = (0, 150, 60), (30, 90, 220), (200, 30, 38)

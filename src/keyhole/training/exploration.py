@@ -33,7 +33,7 @@ class Exploration:
     seed: int
 
     def share(self, step: int) -> float:
-        """Of the kept patches that are drawn at random: 1 in the first half, then falling to 0."""
+        """Return the share of the kept patches that are drawn at random: 1 in the first half, then falling to 0."""
         return min(1.0, max(0.0, 2 * (1 - self._done(step))))
 
     def is_blind(self, step: int) -> bool:

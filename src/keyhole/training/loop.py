@@ -376,7 +376,7 @@ class Loop:
         self.saved = time.monotonic()
 
     def remove_journals(self) -> None:
-        """Of the last batch and epoch, where a kill came after the state was saved and before they were removed."""
+        """Remove the journals of the last batch and epoch, which a kill after saving the state leaves."""
         self.journal.end()
         (self.job.run.path / "validation.jsonl").unlink(missing_ok=True)
 
