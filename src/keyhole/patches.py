@@ -24,6 +24,7 @@ from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
 from keyhole.images.scale import given_scale
 from keyhole.pool import beat
+from keyhole.rows import take_rows
 from keyhole.store import ImageStore
 
 Array = NDArray[Any]
@@ -238,9 +239,14 @@ class TensorPatches(_Chunked):
 
     def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
         rows = index if isinstance(index, slice) else np.asarray(index, np.int64)
-        if out is None:
-            return np.array(self.array[rows])
-        out[...] = self.array[rows]
+        if isinstance(rows, slice):
+            if out is None:
+                return np.array(self.array[rows])
+            out[...] = self.array[rows]
+        elif out is None:
+            return np.asarray(self.array[rows])
+        else:
+            take_rows(self.array, rows, out)
         return out
 
     def positions_1d(self, index: ArrayLike | slice) -> Index:

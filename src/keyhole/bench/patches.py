@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from keyhole.rows import take_rows
+
 MARKS = 8
 """Bytes of a patch that hold its index; the rest is one of a few patterns."""
 COLUMNS = 1000
@@ -39,7 +41,7 @@ class MadePatches:
     def read(self, index: ArrayLike | slice, out: NDArray[Any] | None = None) -> NDArray[Any]:
         wanted = self._index(index)
         out = np.empty((len(wanted), *self.patch_shape), self.dtype) if out is None else out
-        np.take(self._patterns, wanted % len(self._patterns), axis=0, out=out)
+        take_rows(self._patterns, wanted % len(self._patterns), out)
         if self.dtype == np.uint8:
             out.reshape(len(wanted), -1)[:, :MARKS] = wanted[:, None].view(np.uint8)
         else:

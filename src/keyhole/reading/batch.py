@@ -116,7 +116,8 @@ class Batch:
             found = out[position]
             assert found is not None
             if len(absent) < len(found):
-                found[absent] = np.concatenate([found[:0], *(reading.out for reading in part)])
+                for start, reading in zip(range(0, len(absent), SHORT_RUN), part, strict=True):
+                    found[absent[start : start + SHORT_RUN]] = reading.out
             elif any(reading.spoiled for reading in part):
                 out[position] = np.concatenate([reading.out for reading in part])
         for position in self.failed:
@@ -135,9 +136,10 @@ class Batch:
         """Close the sources; what is still being read is dropped."""
         with self._stream.changing():
             self.closed = True
+            written = self.complete and all(planned.finished() for planned in self.planned)
             while self.planned:
                 self._stream.recycle(self.planned.popleft())
-            self._stream.let_go(self)
+            self._stream.let_go(self, written)
         for handle in self.handles:
             if handle is not None:
                 self._stream.drop(handle)

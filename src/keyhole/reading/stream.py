@@ -18,7 +18,7 @@ from keyhole.pool import given_up
 from keyhole.reading.assembled import assembled, encoded_rows, fill_in
 from keyhole.reading.batch import SHORT_RUN, Batch
 from keyhole.reading.chunks import Chunk, Delivery, Opener, pack
-from keyhole.reading.held import Held, held_bytes
+from keyhole.reading.held import Held, HeldMemory, held_bytes
 from keyhole.reading.readings import LOST, LeaveOut, Need, OpenSource, Planned, Reading
 from keyhole.reading.ring import Array, Ring
 
@@ -73,7 +73,7 @@ class Stream:
         self.leave_out: LeaveOut = "damaged" if on_error == "mask" else "nothing"
         self.retry = retry
         self.hold, self.deliver = hold, deliver
-        self._holding = 0  # bytes that open batches hold
+        self._held_memory = HeldMemory()
         self._batches = batches
         self._run = int(np.clip(chunk * reader.ahead // (2 * self.pool.threads), SHORT_RUN, RUN))
         self._shape: tuple[tuple[int, ...], np.dtype[Any]] | None = None
@@ -174,16 +174,20 @@ class Stream:
         if self._shape is None or not 0 < (size := held_bytes(streamed, *self._shape)) <= self.hold:
             return
         with self.pool.lock:
-            while self._holding + size > 2 * self.hold and not (self.closed or batch.closed):
+            while not (self.closed or batch.closed):
+                if (memory := self._held_memory.take(size, 2 * self.hold)) is not None:
+                    batch.held = Held(streamed, *self._shape, memory)
+                    return
                 self.pool.changed.wait()
-            if not (self.closed or batch.closed):
-                batch.held = Held(streamed, *self._shape)
-                self._holding += size
 
-    def let_go(self, batch: Batch) -> None:
-        """Free the pixels that a batch holds."""
+    def let_go(self, batch: Batch, written: bool) -> None:
+        """Take the pixels that a batch holds from it; the next batch gets their memory.
+
+        Args:
+            written: all that was to be read for the batch has been.
+        """
         if batch.held is not None:
-            self._holding -= batch.held.bytes
+            self._held_memory.give(batch.held.memory, written and not (batch.held.spoiled or self.closed))
             batch.held.clear()
             batch.held = None
 
@@ -301,5 +305,6 @@ class Stream:
             while self._shown:
                 self._give_back(self._shown.popleft())
             self._ring.close()
+            self._held_memory.clear()
         for handle in opened:
             handle.close()
