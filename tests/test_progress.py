@@ -43,10 +43,10 @@ def test_within_an_interval_only_the_end_is_printed() -> None:
 def test_a_line_says_rate_waiting_memory_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("keyhole.progress.time.monotonic", lambda: now[0])
-    progress = Progress(40, "reading", io.StringIO())
+    progress = Progress(40, "reading", io.StringIO(), device_bytes=lambda: 3_200_000_000)
     with progress:
         now[0] = 110.0
-        progress.update(images=10, patches=20_000, waited=2.5, text="loss 0.31", device_bytes=3_200_000_000)
+        progress.update(images=10, patches=20_000, waited=2.5, text="loss 0.31")
         assert progress.status() == (
             "reading: 10/40 images, 2,000 patches/s, 25% waiting for reading, "
             f"peak {memory_text(peak_memory())} and 3.2 GB on the device, loss 0.31, 0:00:30 left"
@@ -70,6 +70,27 @@ def test_a_line_says_where_the_time_goes(monkeypatch: pytest.MonkeyPatch) -> Non
         "epoch 1/30: 10/40 images, 2,000 patches/s, reading 3% encoding 80% learning 15%, "
         f"peak {memory_text(peak_memory())}, loss 0.31, 0:00:30 left"
     )
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(io.StringIO(), 3), (Terminal(), 103)], ids=["lines", "bar"])
+def test_the_device_is_asked_only_for_what_is_shown(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, shown: int
+) -> None:
+    """25 s of chunks, then two images: a line each 10 s and at the end; a bar each quarter, with each image and then."""
+    now, asked = [100.0], []
+    monkeypatch.setattr("keyhole.progress.time.monotonic", lambda: now[0])
+    with Progress(2, "epoch 1/1", stream, interval=10, device_bytes=lambda: asked.append(1)) as progress:
+        for _ in range(800):
+            now[0] += 1 / 32
+            progress.update(patches=64)
+        progress.update(images=1)
+        progress.update(images=1)
+    assert len(asked) == shown
 
 
 def test_the_shares_take_no_more_than_64_columns() -> None:

@@ -2,7 +2,8 @@
 
     epoch 3/30 ━━━━━━━━━╺━━ 112/160 00:41 1,830 patches/s, reading 1% encoding 84% learning 14%, peak 1.2 GB, loss 0.31
 
-Torch-free: memory of a device comes in as a number.
+What a line says is asked for when a line is drawn, and not at every update. Torch-free: memory of a device is told by a
+function.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from keyhole.shares import Shares
 
 
+REDRAWN = 0.25
+"""Seconds between two states of the bar, as often as rich draws it."""
+
+
 class Progress:
     """Counts images and patches, and shows them. Use as a context manager; safe to call from several threads.
 
@@ -35,6 +40,7 @@ class Progress:
         stream: where to show it; a bar if it is a terminal.
         interval: seconds between plain lines where it is not.
         after: seconds of the run that follow, from the seconds that all of this takes; None where it is all there is.
+        device_bytes: returns the peak memory of the device so far, None or 0 where there is no device.
     """
 
     def __init__(
@@ -44,13 +50,14 @@ class Progress:
         stream: TextIO | None = None,
         interval: float = 10.0,
         after: Callable[[float], float] | None = None,
+        device_bytes: Callable[[], int | None] | None = None,
     ) -> None:
         self.total_images, self.description, self.interval = total_images, description, interval
         self.stream = error_stream() if stream is None else stream
         self.after = after
         self.images = self.patches = 0
         self.waited = 0.0
-        self.device_bytes = 0
+        self.device_bytes = device_bytes
         self.shares: Shares | None = None
         self.text = ""
         self._start = self._shown = time.monotonic()
@@ -83,7 +90,6 @@ class Progress:
         patches: int = 0,
         waited: float = 0.0,
         text: str | None = None,
-        device_bytes: int | None = None,
         shares: Shares | None = None,
     ) -> None:
         """Adds to what is done.
@@ -93,7 +99,6 @@ class Progress:
             patches: patches read since the last call.
             waited: seconds spent waiting for reading since the last call.
             text: what else to show from now on, such as `loss 0.31`.
-            device_bytes: peak memory of the device so far, where there is one.
             shares: where the time has gone since this progress began, shown instead of `waited`; looked at without
                 waiting for the device.
         """
@@ -103,13 +108,13 @@ class Progress:
             self.waited += waited
             if text is not None:
                 self.text = text
-            if device_bytes is not None:
-                self.device_bytes = device_bytes
             if shares is not None:
                 self.shares = shares
+            since = time.monotonic() - self._shown
             if self._bar is not None:
-                self._show_bar()
-            elif self.images < self.total_images and time.monotonic() - self._shown >= self.interval:
+                if images or text is not None or since >= REDRAWN:
+                    self._show_bar()
+            elif self.images < self.total_images and since >= self.interval:
                 self._shown = time.monotonic()
                 self._print(self.status())
 
@@ -149,8 +154,8 @@ class Progress:
             elif told := shares_text(self.shares.so_far(), seconds):
                 parts.append(told)
         parts.append(f"peak {memory_text(peak_memory())}")
-        if self.device_bytes:
-            parts[-1] += f" and {memory_text(self.device_bytes)} on the device"
+        if self.device_bytes is not None and (device_bytes := self.device_bytes()):
+            parts[-1] += f" and {memory_text(device_bytes)} on the device"
         if self.text:
             parts.append(self.text)
         return parts
@@ -158,6 +163,7 @@ class Progress:
     def _show_bar(self) -> None:
         assert self._bar is not None
         assert self._task is not None
+        self._shown = time.monotonic()
         seconds = time.monotonic() - self._start
         run = self._run_left(seconds)
         status = ", ".join([*self._figures(seconds), *([f"{run} left"] if run else [])])

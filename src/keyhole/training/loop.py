@@ -200,11 +200,11 @@ class Loop:
         self.shares.reset()
         name = f"epoch {state.epoch + 1}/{config.train.epochs}"
         after = None if self.estimate is None else partial(self._after, len(items) / max(1, sum(map(len, batches))))
-        with Progress(sum(map(len, batches)), name, after=after) as progress:
+        with Progress(sum(map(len, batches)), name, after=after, device_bytes=self.device_bytes) as progress:
 
             def on_chunk(patches: int) -> None:
                 self.interrupt.check()
-                progress.update(patches=patches, shares=self.shares, device_bytes=self.device_bytes())
+                progress.update(patches=patches, shares=self.shares)
 
             self.chunk = self.pace.plan.chunk
             stream = job.reader.stream(openers, self.chunk, "mask", self.pace.plan.hold, self.stager.deliver)
