@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,48 @@ SMALL: dict[str, dict[str, Any]] = {
     "train": {"epochs": 2, "batch": 4, "lr": 3e-3, "explore": 0.0},
     "run": {"threads": 2},
 }
+
+
+# Tests on a GPU: see on_device.py.
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a device warnings are shown, not raised: the minutes there are few, and torch warns of much that is harmless."""
+    shown = "default", *(f"error::pytest.Pytest{kind}ExceptionWarning" for kind in ("Unraisable", "UnhandledThread"))
+    for item in items:
+        if item.get_closest_marker("cuda") is not None:
+            item.add_marker(pytest.mark.filterwarnings(*shown))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Hide the GPUs, also from child processes, unless all tests of this session are for them.
+
+    CUDA reads the variable when it is first used, which no module does while it is imported.
+    """
+    if not all(item.get_closest_marker("cuda") for item in session.items):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `cuda` where there is no GPU."""
+    if item.get_closest_marker("cuda") is not None:
+        import torch
+        from on_device import WITHOUT_GPU
+
+        if not torch.cuda.is_available():
+            pytest.skip(WITHOUT_GPU)
+
+
+@pytest.fixture(autouse=True)
+def device_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test marked `cuda` leaves no mode, memory limit, cached memory or compiled function to the next."""
+    if request.node.get_closest_marker("cuda") is None:
+        yield
+        return
+    from on_device import leaving_the_device_as_found
+
+    with leaving_the_device_as_found():
+        yield
 
 
 def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_device import no_waiting
 
 import keyhole.shares
 from keyhole.shares import NO_SHARES, PARTS, Shares
@@ -153,19 +154,16 @@ def test_a_host_far_ahead_keeps_a_bounded_number_of_events_and_the_sum(device: D
     assert shares.seconds()["encoding"] == pytest.approx(total * 0.002)  # those without events at the mean
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 def test_on_a_gpu_a_part_has_the_time_of_its_kernels_though_the_host_is_done_at_once() -> None:
     shares = Shares(torch.device("cuda"))
     matrix = torch.randn(8192, 8192, device="cuda")
     (matrix @ matrix).sum().item()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for _ in range(20):
             with shares.part("encoding"):
                 matrix = matrix @ matrix
             shares.so_far()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     begun = time.perf_counter()
     found = shares.seconds()
     waited = time.perf_counter() - begun

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from make_images import picture, write_tiff
+from on_device import no_waiting
 from test_reading import PATIENCE, Opener, Probe, eventually, no_thread_is_left, openers
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from keyhole.staging import Stager, prefetched
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 
 CPU = torch.device("cpu")
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
 
 
 def test_on_a_cpu_the_buffer_itself_is_what_is_encoded() -> None:
@@ -96,7 +98,8 @@ def test_the_next_stream_waits_for_copies_of_the_last() -> None:
         assert sum(chunk.count for chunk in batch.chunks()) == 12
 
 
-def test_what_came_encoded_is_turned_on_the_device_as_the_reader_turns_it() -> None:
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_what_came_encoded_is_turned_on_the_device_as_the_reader_turns_it(device: torch.device) -> None:
     pytest.importorskip("torchvision")
     import io
 
@@ -105,7 +108,7 @@ def test_what_came_encoded_is_turned_on_the_device_as_the_reader_turns_it() -> N
     pixels, streams = [], []
     for seed in range(16):
         data = io.BytesIO()
-        PIL.Image.fromarray(picture(3, 16, 16, seed)).save(data, "JPEG", quality=95)
+        PIL.Image.fromarray(picture(3, 16, 16, seed)).save(data, "JPEG", quality=95, subsampling=0)
         streams.append(data.getvalue())
         pixels.append(np.asarray(PIL.Image.open(data)))
     views = [View(bool(n & 1), bool(n & 2), n >> 2) for n in range(16)]
@@ -113,25 +116,18 @@ def test_what_came_encoded_is_turned_on_the_device_as_the_reader_turns_it() -> N
     encoded = {row + 2: Coded(stream, view) for row, (stream, view) in enumerate(zip(streams, views, strict=True))}
     buffer[:2] = 7
     chunk = Chunk(buffer, 18, np.zeros(18, np.int64), np.arange(18), encoded)
-    for device in (CPU, torch.device("cuda")) if torch.cuda.is_available() else (CPU,):
-        tensor = Stager(device, encoded=True)(chunk).cpu().numpy().astype(int)
-        assert (tensor[:2] == 7).all()
-        assert not tensor[18:].any()
-        for row, (block, view) in enumerate(zip(pixels, views, strict=True)):
-            expected = view.pixels(block[None])[0].astype(int)
-            assert np.abs(tensor[row + 2] - expected).mean() <= (1 if device.type == "cpu" else 6)
+    stager = Stager(device, encoded=True)
+    if stager.deliver is None:
+        pytest.skip(f"no decoder on the device: {stager.note}")
+    tensor = stager(chunk).cpu().numpy().astype(int)
+    assert (tensor[:2] == 7).all()
+    assert not tensor[18:].any()
+    for row, (block, view) in enumerate(zip(pixels, views, strict=True)):
+        expected = view.pixels(block[None])[0].astype(int)
+        assert np.abs(tensor[row + 2] - expected).mean() <= (1 if device.type == "cpu" else 2)
 
 
 # On a GPU.
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device, but for events, is an error."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def on_gpu(pixels: Tensor) -> Tensor:
@@ -141,14 +137,14 @@ def on_gpu(pixels: Tensor) -> Tensor:
     return pixels.flatten(1).sum(1)
 
 
-@gpu
-def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind(no_waiting: None) -> None:
+@pytest.mark.cuda
+def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind() -> None:
     from keyhole.passes import open_reader
 
     device = torch.device("cuda")
     arrays = [np.random.default_rng(n).integers(0, 256, (700, 64, 64, 3), dtype=np.uint8) for n in range(3)]
     stager, sums, places = Stager(device), [], []
-    with open_reader(RunConfig(), device) as reader:
+    with no_waiting(), open_reader(RunConfig(), device) as reader:
         for _ in range(3):
             lists = [[Opener(str(n), lambda array=array: TensorPatches(array))] for n, array in enumerate(arrays)]
             for number, batch in enumerate(reader.stream(lists, 128)):
@@ -157,14 +153,13 @@ def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind(no_wa
                     places.append(pixels.data_ptr())
                     sums.append((number, chunk.index, on_gpu(pixels)))
         assert len(set(places)) == 2, "two buffers for all batches and epochs"
-    torch.cuda.set_sync_debug_mode("default")
     for number, index, result in sums:
         expected = arrays[number][index].reshape(len(index), -1).sum(1, dtype=np.int64)
         np.testing.assert_array_equal(result.cpu()[: len(index)], expected)
         assert not result.cpu()[len(index) :].any()
 
 
-@gpu
+@pytest.mark.cuda
 def test_features_of_any_kind_arrive_as_float32_on_a_gpu() -> None:
     from keyhole.passes import open_reader
 
@@ -179,32 +174,39 @@ def test_features_of_any_kind_arrive_as_float32_on_a_gpu() -> None:
                     np.testing.assert_array_equal(tensor.cpu()[: chunk.count], expected)
 
 
-@gpu
-def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path) -> None:
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["rgb", "4:4:4", "4:2:0"])
+def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kind: str) -> None:
     from keyhole.passes import open_reader
 
     device = torch.device("cuda")
     stager = Stager(device)
     if stager.deliver is None:
         pytest.skip(f"no decoder on the device: {stager.note}")
-    for color, options in (("ycbcr", {}), ("rgb", {"compressionargs": {"outcolorspace": "rgb"}})):
-        path = write_tiff(
-            tmp_path / f"{color}.tif", picture(3, 1024, 512), tile=(64, 64), compression="jpeg", **options
-        )
-        opener = FileOpener(path, color, 64, view=View(turns=1))
-        source = opener()
+    options: dict[str, Any] = {"subsampling": (1, 1) if kind == "4:4:4" else (2, 2)}
+    if kind == "rgb":
+        options = {"compressionargs": {"outcolorspace": "rgb"}}
+    path = write_tiff(tmp_path / "tiles.tif", picture(3, 1024, 512), tile=(64, 64), compression="jpeg", **options)
+    opener = FileOpener(path, kind, 64, view=View(turns=1))
+    with closing(opener()) as source:
         expected = source.read(slice(None)).astype(int)
-        source.close()
-        with open_reader(RunConfig(), device) as reader:
-            deliver = Delivery(stager.deliver.colors, always=True)
-            for batch in reader.stream([[opener]], 48, deliver=deliver):
-                for chunk, pixels in prefetched(batch.chunks(), stager):
-                    found = pixels.cpu().numpy()[: chunk.count].astype(int)
-                    assert np.abs(found - expected[chunk.index]).mean() <= 2
-            assert reader.encoded_patches == (len(expected) if color in stager.deliver.colors else 0)
+    found = np.zeros_like(expected)
+    with open_reader(RunConfig(), device) as reader:
+        deliver = Delivery(stager.deliver.colors, always=True)
+        for batch in reader.stream([[opener]], 48, deliver=deliver):
+            for chunk, pixels in prefetched(batch.chunks(), stager):
+                found[chunk.index] = pixels.cpu().numpy()[: chunk.count]
+        delivered = (kind if kind == "rgb" else "ycbcr") in stager.deliver.colors
+        assert reader.encoded_patches == (len(expected) if delivered else 0)
+    # At edges of colour decoders differ where a JPEG holds less colour than brightness: libjpeg interpolates it, and
+    # nvJPEG, as torchvision calls it, repeats it. That alone is a mean of 8.5 levels in this picture. Brightness agrees.
+    brightness = np.array([0.299, 0.587, 0.114])
+    assert np.abs((found - expected) @ brightness).mean() <= 3
+    assert np.abs(found - expected).mean() <= (12 if kind == "4:2:0" else 2)
+    assert stager.refused == 0
 
 
-@gpu
+@pytest.mark.cuda
 def test_a_tile_that_the_gpu_refuses_is_named_by_the_host(tmp_path: Path) -> None:
     from test_encoded import break_quietly
 

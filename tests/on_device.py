@@ -1,0 +1,63 @@
+"""What the tests on a GPU share. They are marked `cuda`, and `pytest -m cuda` runs them on a machine that has one.
+
+A session sees either the GPUs, if it runs nothing but tests marked `cuda`, or none of them. So the laws of the CPU (to
+the bit, memory of the process, what is encoded once) hold for every other test on every machine, and for the processes
+that it starts: see `pytest_collection_finish` in conftest.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import config as jaxtyping_config
+
+WITHOUT_GPU = "needs a GPU: run pytest -m cuda on a machine that has one"
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device inside, except an event, raises RuntimeError.
+
+    What waits by its nature, such as building or compiling a model and trying the decoder, belongs before it.
+    """
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        _set_sync_debug_mode("error")
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    """Set it without the warning of its first call, which comes after the mode is set and would be an error here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextmanager
+def leaving_the_device_as_found() -> Iterator[None]:
+    """A test on the device: without checks of shapes, and with nothing left for the next test, however it ends.
+
+    The checks of shapes are for the CPU: dynamo cannot trace them and would break the graph at each.
+    """
+    checked = jaxtyping_config.jaxtyping_disable
+    jaxtyping_config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping_config.update("jaxtyping_disable", checked)
+        _set_sync_debug_mode("default")
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # it compiles a function for a limited number of shapes
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,71 @@
+"""Rules of the tests on a GPU: which tests see one, and what each leaves to the next."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from on_device import WITHOUT_GPU, no_waiting
+
+from keyhole.device import choose_device
+
+
+def test_a_test_without_the_mark_sees_no_gpu() -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert choose_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.cuda
+def test_a_test_with_the_mark_sees_one() -> None:
+    assert choose_device("auto").type == "cuda"
+    assert torch.zeros(1, device="cuda").is_cuda
+
+
+def test_a_session_of_nothing_but_tests_on_a_gpu_hides_none() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "shows_devices", "-p", "no:cacheprovider", "-rs", __file__]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    for words, devices in ((["-m", "cuda"], "99"), (["-k", "sees"], "")):
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "99", "PYTHONPATH": path}
+        done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout
+        assert f"devices {devices}\n" in done.stdout
+        assert WITHOUT_GPU in done.stdout  # there is no GPU of that number
+
+
+class Modes:
+    """Stands in for torch.cuda: the first time, it warns after it has set the mode, as torch does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+        self.now, self.warned, self.text = 1, False, text
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.now)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.set)
+
+    def set(self, mode: int | str) -> None:
+        self.now = mode if isinstance(mode, int) else ("default", "warn", "error").index(mode)
+        if not self.warned:
+            self.warned = True
+            warnings.warn(self.text, UserWarning, stacklevel=1)
+
+
+def test_waiting_is_an_error_inside_and_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = Modes(monkeypatch, "Synchronization debug mode is a prototype feature and does not yet detect all")
+    with no_waiting():
+        assert modes.now == 2
+    assert modes.now == 1
+    assert modes.warned
+    with pytest.raises(ValueError, match="within"), no_waiting():
+        raise ValueError("within")
+    assert modes.now == 1
+
+
+def test_the_mode_is_as_before_also_where_setting_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = Modes(monkeypatch, "something else")
+    with pytest.raises(UserWarning, match="something else"), no_waiting():
+        raise AssertionError("nothing runs inside")
+    assert modes.now == 1
