@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from keyhole.config import ModelConfig, SelectConfig
 from keyhole.decoding import Decoder, decodes
 from keyhole.errors import ImageError
 from keyhole.images.tiff_encoded import COLORS, segments, stored_colors
+from keyhole.images.tiff_tables import BLOCK
 from keyhole.nn import build_classifier
 from keyhole.passes import select_batch
 from keyhole.patches import FileOpener, FilePatches, PatchSource, View
@@ -167,6 +169,32 @@ def test_a_tile_that_is_missing_cut_off_or_of_another_size_stays_with_the_reader
     assert streams[:3] == [None, None, None]
     assert streams[3] is not None
     assert (source.read([0]) == source.image.background).all()
+
+
+@pytest.mark.parametrize("stride", [TILE, TILE // 2])
+def test_tiles_side_by_side_are_read_together_and_give_what_each_gives_alone(
+    files: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch, stride: int
+) -> None:
+    source = opened(files["4:2:0"], stride=stride)
+    index = np.random.default_rng(0).permutation(np.repeat(np.arange(len(source)), 2))
+    alone = {number: source.encoded([number], COLORS)[0] for number in index}
+    assert source.encoded(index, COLORS) == [alone[number] for number in index]
+    assert source.encoded([], COLORS) == []
+    reads = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *what: reads.append(what) or pread(*what))
+    streams = source.encoded(slice(None), COLORS)
+    assert sum(stream is not None for stream in streams) == WHOLE
+    assert len(reads) == 1
+
+
+def test_tiles_of_several_blocks_of_the_tables_are_found(tmp_path: Path, opened: Any) -> None:
+    pixels = picture(3, 16 * 160, 16 * 16)
+    source = opened(write_tiff(tmp_path / "long.tif", pixels, tile=(16, 16), compression="jpeg"), 16)
+    assert len(source) > 2 * BLOCK
+    some = [0, BLOCK - 1, BLOCK, 2 * BLOCK + 5]
+    decoded = Decoder(CPU)(source.encoded(some, COLORS), 3).numpy()
+    assert np.abs(decoded.astype(int) - source.read(some)).max() <= ROUNDING
 
 
 def staged(batch: Batch, stager: Stager) -> tuple[dict[tuple[int, int], np.ndarray], int]:

@@ -23,7 +23,6 @@ from keyhole.images.geometry import Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
 from keyhole.images.scale import given_scale
-from keyhole.pool import beat
 from keyhole.rows import take_rows
 from keyhole.store import ImageStore
 
@@ -197,11 +196,13 @@ class FilePatches(_Chunked):
         plain = self.channels == grid.channels and grid.scale == self.image.levels[grid.level].downsample
         if tiles is None or not plain or tiles.size != (grid.size, grid.size):
             return None
-        found: list[bytes | None] = []
-        for left, top in grid.corners(index).tolist():
-            (column, x), (row, y) = divmod(left, grid.size), divmod(top, grid.size)
-            found.append(tiles.tile(column, row, colors) if x == y == 0 else None)
-            beat()
+        cells, beside = np.divmod(grid.corners(index), grid.size)
+        aligned = (beside == 0).all(axis=1)
+        if aligned.all():
+            return tiles.tiles(cells, colors)
+        found: list[bytes | None] = [None] * len(cells)
+        for place, stream in zip(np.flatnonzero(aligned).tolist(), tiles.tiles(cells[aligned], colors), strict=True):
+            found[place] = stream
         return found
 
 

@@ -145,13 +145,15 @@ class TiffImage(TiledImage):
         values = parts[0] if page.planes == 1 else np.concatenate(parts, axis=-1)
         return to_pixels(values, page)
 
-    def _places(self, page: TiffLevel, level: int, numbers: Sequence[int]) -> list[tuple[int, int]]:
+    def _places(self, page: TiffLevel, level: int, numbers: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
         """Where the bytes of segments lie, given in rising order: (offset, count) each."""
-        found = []
-        for block, part in itertools.groupby(numbers, lambda number: number // BLOCK):
-            entries = np.fromiter(part, np.int64) - block * BLOCK
-            found.append(self._table(page, level, block, int(entries[-1]))[:, entries])
-        offsets, counts = np.concatenate(found, axis=1).tolist()
+        wanted = np.asarray(numbers, np.int64)
+        blocks, found = wanted // BLOCK, []
+        cuts = np.flatnonzero(np.diff(blocks)) + 1
+        for first, end in itertools.pairwise([0, *cuts.tolist(), len(wanted)]):
+            entries = wanted[first:end] % BLOCK
+            found.append(self._table(page, level, int(blocks[first]), int(entries[-1]))[:, entries])
+        offsets, counts = found[0].tolist() if len(found) == 1 else np.concatenate(found, axis=1).tolist()
         return list(zip(offsets, counts, strict=True))
 
     def _table(self, page: TiffLevel, level: int, block: int, last: int) -> NDArray[np.int64]:

@@ -11,12 +11,17 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from keyhole.images.faults import faults_of
 from keyhole.images.geometry import Size
 from keyhole.images.image import Image
 from keyhole.images.tiff import TiffImage
 from keyhole.images.tiff_checks import open_pages, page_size, tables_of
+from keyhole.images.tiff_jpeg import Coded
 from keyhole.images.tiff_tables import ShortTables
+from keyhole.pool import beat
 
 Colors = Literal["grey", "rgb", "ycbcr"]
 COLORS: frozenset[Colors] = frozenset(("grey", "rgb", "ycbcr"))
@@ -64,27 +69,44 @@ class EncodedTiles:
         self._samples = stored.channels
         self._head: Head | None = None
 
-    def tile(self, column: int, row: int, colors: frozenset[str]) -> bytes | None:
-        """A tile as a JPEG stream; None where it is missing, reaches over the image, or is not plain and whole.
+    def tiles(self, cells: NDArray[np.int64], colors: frozenset[str]) -> list[bytes | None]:
+        """Tiles as JPEG streams; None for one that is missing, reaches over the image, or is not plain and whole.
+
+        Args:
+            cells: (k, 2) column and row of each tile, in any order. Those that lie side by side are read together.
+            colors: what samples may mean; None for all others.
 
         Raises:
-            ImageError, ImageLost: it cannot be read.
+            ImageError, ImageLost: they cannot be read.
         """
-        if not (0 <= column < self._whole.width and 0 <= row < self._whole.height):
-            return None
-        image = self._image
-        with faults_of(image.path, f"damaged at tile {column}, {row} of level {self._level}"):
-            number = row * self._columns + column
-            data = image._bytes(*image._places(image._stored[self._level], self._level, [number])[0])
-        if not data or data.rfind(_EOI, max(0, len(data) - _PADDING)) < 0:
+        found: list[bytes | None] = [None] * len(cells)
+        inside = np.flatnonzero(((cells >= 0) & (cells < self._whole)).all(axis=1))
+        if not len(inside):
+            return found
+        columns, rows = cells[inside].T
+        numbers = rows * self._columns + columns
+        order = numbers.argsort(kind="stable")
+        image, ends = self._image, [tuple(cells[inside[end]].tolist()) for end in order[[0, -1]]]
+        with faults_of(image.path, f"damaged at tiles {ends[0]} to {ends[1]} of level {self._level}"):
+            places = image._places(image._stored[self._level], self._level, numbers[order])
+            for place, data in zip(inside[order].tolist(), image._many_bytes(places), strict=True):
+                found[place] = self._stream(data, colors)
+                beat()
+        return found
+
+    def _stream(self, data: Coded, colors: frozenset[str]) -> bytes | None:
+        """A tile as it is stored -> with its tables and the marker of its colours."""
+        if bytes(data[-_PADDING:]).rfind(_EOI) < 0:
             return None
         head = self._head
-        if head is None or not data.startswith(head.stored):  # tiles of a file have one head, nearly always
-            head = self._merged(data)
+        if (
+            head is None or bytes(data[: len(head.stored)]) != head.stored
+        ):  # tiles of a file have one head, nearly always
+            head = self._merged(bytes(data))
             if head is None:
                 return None
             self._head = head
-        return head.data + data[len(head.stored) :] if head.color in colors else None
+        return b"".join((head.data, data[len(head.stored) :])) if head.color in colors else None
 
     def _merged(self, data: bytes) -> Head | None:
         tables, own = segments(self._tables), segments(data)
