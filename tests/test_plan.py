@@ -103,6 +103,28 @@ def test_a_size_that_is_advised_is_never_less_than_what_is_needed(size: int) -> 
         (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("DefaultCPUAllocator"), False),
+        # CUDA's libraries; c10/cuda, ATen/native/cudnn/Conv_v8.cpp and ATen/cuda/Exceptions.h of torch
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_COMPILATION_FAILED"), False),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("FIND was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        # torchvision/csrc/io/image/cuda/decode_jpegs_cuda.cpp, which wraps what torch says of its own allocations
+        (RuntimeError("Error while decoding JPEG images: CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (RuntimeError("Error while decoding JPEG images: Failed to decode batch: 5"), True),
+        (RuntimeError("Failed to initialize nvjpeg with hardware backend: 5"), True),
+        (RuntimeError("Error while decoding JPEG images: Failed to decode batch: 3"), False),
+        (RuntimeError("Error while decoding JPEG images: Failed to decode jpeg stream: 8"), False),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: invalid device context"), False),
+        (RuntimeError("out of resource: shared memory, Required: 270336, Hardware limit: 232448"), False),
     ],
 )
 def test_only_want_of_memory_is_taken_for_it(error: Exception, is_one: bool) -> None:

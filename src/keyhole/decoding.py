@@ -16,6 +16,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from keyhole.memory.budget import out_of_memory
+
 SIDE, SMOOTH = 64, 8
 """Side of the trial picture, and by how many levels its values may be off: decoders upsample colours differently."""
 
@@ -77,6 +79,8 @@ def decodes(device: torch.device) -> tuple[frozenset[str], str]:
             streams = [_jpeg(picture, color, subsampling) for subsampling in ((0, 1, 2) if color == "ycbcr" else (0,))]
             found = decoder(streams, channels).cpu().numpy()
         except (ImportError, RuntimeError, AttributeError) as error:
+            if out_of_memory(error):  # says nothing of the decoder
+                raise
             return frozenset(), " ".join(str(error).split())[:200]
         if found.shape == (len(streams), *expected.shape) and np.abs(found - expected).max() <= SMOOTH:
             right.add(color)

@@ -182,7 +182,7 @@ def select_batch(
     stager = stager or Stager(device)
     looker, shares = Looker(model, color, pace, stager.shares), stager.shares
     with model.looking():
-        for part, pixels in prefetched(timed(batch.chunks(), shares), stager):
+        for part, pixels in prefetched(timed(batch.chunks(), shares), stager, pace):
             image, index, count = part.image[: part.count], part.index[: part.count], part.count
             logits = looker.score(part, pixels, _packed_positions(model, batch.sources, image, index, device))
             with shares.part("scoring"):
@@ -361,8 +361,12 @@ def infer(
         if bags.rows:
             with model.looking():
                 embedding = torch.cat(list(_embedded(model, bags, pace)))
-                logits = model.classify(_spread(embedding, bags.mask), bags.position, bags.mask)
+                logits = pace.run("select", partial(_classified, model, bags, embedding), shape="classified")
         yield Inference(batch, kept, bags, pixels, logits)
+
+
+def _classified(model: IPSClassifier, bags: Bags, embedding: Tensor, _plan: Plan) -> dict[str, Tensor]:
+    return model.classify(_spread(embedding, bags.mask), bags.position, bags.mask)
 
 
 def _spread(embedding: Tensor, mask: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Chunks from the reader -> pixels on the device, of one static shape, while the chunk before is encoded.
 
     stager = Stager(device)
-    for batch in reader.stream(batches, chunk, deliver=stager.deliver):
-        for chunk, pixels in prefetched(batch.chunks(), stager):
+    for batch in reader.stream(batches, pace.plan.chunk, deliver=stager.deliver):
+        for chunk, pixels in prefetched(batch.chunks(), stager, pace):
             ...                                   # pixels: all rows of the buffer; `chunk.count` of them are in use
+
+Where the device runs out of memory, a chunk that has been read is staged in parts, and so are those after it.
 
 On a GPU copies have a stream of their own and two buffers. Nothing here waits for the encoder: the copy does, on the
 device, for who used its buffer last, and the encoder for the copy. The host waits for a copy only, that of two chunks
@@ -19,6 +21,8 @@ time. Runs are the same to the bit on a CPU only, where nothing comes encoded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +30,9 @@ import torch
 from torch import Tensor
 
 from keyhole.decoding import Decoder, decodes
+from keyhole.memory.budget import out_of_memory
+from keyhole.memory.pace import Pace
+from keyhole.memory.plan import Plan
 from keyhole.patches import View
 from keyhole.reading.chunks import Chunk, Coded, Delivery
 from keyhole.shares import NO_SHARES, Shares
@@ -56,58 +63,80 @@ class Stager:
             colors, self.note = decodes(device)
             if colors:
                 self.deliver, self._decode = Delivery(colors), Decoder(device)
-        self._slots = _Slots(device) if device.type == "cuda" else None
+        self._slots = slots_for(device)
 
-    def __call__(self, chunk: Chunk) -> Tensor:
-        """All rows of a chunk's buffer on the device: uint8 (size h w c) or float32 (size f), zeros from `count` on.
+    def __call__(self, chunk: Chunk, rows: int | None = None) -> Tensor:
+        """Rows of a chunk's buffer on the device: uint8 (size h w c) or float32 (size f), zeros from `count` on.
 
         On a GPU, what uses the result must have been launched, on the stream that is current at the call, before the
         next call, and the result must not be used afterwards. `chunk` may lose rows, as `Chunk.decode_on_host` says.
 
+        Args:
+            chunk: as it came from the reader, or a part of that.
+            rows: stage only so many of its first rows; default all.
+
         Raises:
             KeyholeError: a patch that came encoded could not be read, and failures are raised.
+            An error of which `out_of_memory` is true: the device has no room. The chunk is as it was, so that fewer
+                rows of it may be tried.
         """
-        return self._on_host(chunk) if self._slots is None else self._on_device(chunk, self._slots)
+        rows = len(chunk.pixels) if rows is None else rows
+        if self._slots is None:
+            return self._on_host(chunk, rows)
+        try:
+            return self._on_device(chunk, rows, self._slots)
+        except BaseException:
+            self._slots.clear()  # a buffer may hold half of a chunk, and its memory may be what is missing
+            raise
 
-    def _on_host(self, chunk: Chunk) -> Tensor:
-        decoded = self._decoded(chunk)
+    def _on_host(self, chunk: Chunk, rows: int) -> Tensor:
+        decoded = self._decoded(chunk, rows)
         with self.shares.part("copying"):
-            pixels = _tensor(chunk)
-            for rows, block in decoded:
-                pixels[rows] = block
+            pixels = _tensor(chunk, rows)
+            for places, block in decoded:
+                pixels[places] = block
             return pixels if pixels.dtype == torch.uint8 else pixels.float()
 
-    def _on_device(self, chunk: Chunk, slots: _Slots) -> Tensor:
-        source = _tensor(chunk)
+    def _on_device(self, chunk: Chunk, rows: int, slots: Slots) -> Tensor:
+        source = _tensor(chunk, rows)
         pixels = slots.next(source)
-        with torch.cuda.stream(slots.stream), self.shares.part("copying"):
-            decoded = self._decoded(chunk)
-            for start, stop in _without(len(source), sorted(chunk.encoded)):
+        with slots.filling(), self.shares.part("copying"):
+            decoded = self._decoded(chunk, rows)
+            for start, stop in _without(len(source), [row for row in sorted(chunk.encoded) if row < rows]):
                 pixels[start:stop].copy_(source[start:stop], non_blocking=True)
-            for rows, block in decoded:
-                pixels.index_copy_(0, rows.pin_memory().to(self.device, non_blocking=True), block)
+            for places, block in decoded:
+                pixels.index_copy_(0, slots.moved(places), block)
             result = pixels if pixels.dtype == torch.uint8 else pixels.float()
         chunk.copied = slots.copied(result)
         return result
 
-    def _decoded(self, chunk: Chunk) -> list[tuple[Tensor, Tensor]]:
-        """Rows of a chunk and their pixels, for each way that patches are turned; none if the host decoded them."""
-        if not chunk.encoded:
+    def _decoded(self, chunk: Chunk, rows: int) -> list[tuple[Tensor, Tensor]]:
+        """Places in the first rows of a chunk and their pixels, for each way that patches are turned.
+
+        None where the decoder refuses one: the host has decoded all that came encoded then.
+        """
+        encoded = {row: coded for row, coded in chunk.encoded.items() if row < rows}
+        if not encoded:
             return []
         try:
             return [
-                (torch.tensor(rows), _turned(self._decode(streams, chunk.pixels.shape[-1]), view))
-                for view, rows, streams in _by_view(chunk.encoded)
+                (torch.tensor(places), _turned(self._decode(streams, chunk.pixels.shape[-1]), view))
+                for view, places, streams in _by_view(encoded)
             ]
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):
                 raise
             self.refused += 1
             chunk.decode_on_host()
             return []
 
 
-class _Slots:
+def slots_for(device: torch.device) -> Slots | None:
+    """The buffers that chunks are copied to on a device; None on a CPU, where the reader's own are used."""
+    return Slots(device) if device.type == "cuda" else None
+
+
+class Slots:
     """Two buffers on a GPU and the stream that fills them.
 
     A buffer is filled again two calls later. What reads it has been launched by the call between, and the event that is
@@ -121,6 +150,18 @@ class _Slots:
         self._used: list[torch.cuda.Event] = []  # of the last two calls: all that was launched before them
         self._copies: list[torch.cuda.Event] = []
 
+    def filling(self) -> AbstractContextManager[object]:
+        """Inside, work on the device goes to the stream that fills the buffers."""
+        return torch.cuda.stream(self.stream)
+
+    def moved(self, rows: Tensor) -> Tensor:
+        """A small tensor of the host on the device, without waiting for the device."""
+        return rows.pin_memory().to(self.device, non_blocking=True)
+
+    def clear(self) -> None:
+        """Give the buffers back. What is on its way to them, or reads them, ends before their memory is used again."""
+        self._buffers = []
+
     def next(self, like: Tensor) -> Tensor:
         """The buffer to fill, once the copy of two calls ago is done; `stream` waits until nobody reads it."""
         if len(self._copies) == 2:
@@ -129,6 +170,7 @@ class _Slots:
         now.record(torch.cuda.current_stream(self.device))
         fresh = not self._buffers or self._buffers[0].shape != like.shape or self._buffers[0].dtype != like.dtype
         if fresh:
+            self.clear()
             self._buffers = [torch.empty_like(like, device=self.device, pin_memory=False) for _ in range(2)]
             for buffer in self._buffers:
                 buffer.record_stream(self.stream)
@@ -149,20 +191,44 @@ class _Slots:
         return done.synchronize
 
 
-def prefetched(chunks: Iterable[Chunk], stage: Callable[[Chunk], T]) -> Iterator[tuple[Chunk, T]]:
+def prefetched(chunks: Iterable[Chunk], stage: Callable[..., T], pace: Pace | None = None) -> Iterator[tuple[Chunk, T]]:
     """Chunks, and what `stage` (a `Stager`) makes of them; those that have lost all rows on the way are left out.
 
     The next chunk is staged as soon as the consumer asks for it, which is when it has launched its work on this one:
     on a GPU the copy runs beside that work. A consumer that waits for the device in between keeps it from doing so.
+
+    Args:
+        chunks: from the reader.
+        stage: a `Stager`; without `pace` whatever takes a chunk.
+        pace: the memory plan to follow. A chunk with more rows than the plan has by now comes in parts. Staging that
+            runs out of memory makes the plan smaller and is repeated with fewer rows.
     """
     for chunk in chunks:
-        staged = stage(chunk)
-        if chunk.count:
-            yield chunk, staged
+        if pace is None:
+            staged = stage(chunk)
+            if chunk.count:
+                yield chunk, staged
+            continue
+        rest = chunk
+        while rest.count:
+            part, staged, behind = pace.run("select", partial(_first, rest, stage), shape="staged")
+            chunk.copied = rest.copied  # copies end in the order in which they begin
+            if part.count:
+                yield part, staged
+            rest = behind
 
 
-def _tensor(chunk: Chunk) -> Tensor:
-    return torch.from_numpy(np.require(chunk.pixels, requirements=["C", "W"]))
+def _first(rest: Chunk, stage: Callable[[Chunk, int], T], plan: Plan) -> tuple[Chunk, T, Chunk]:
+    """As many rows as a plan has, what `stage` makes of them, and the rows behind them."""
+    size = len(rest.pixels)
+    if plan.chunk >= size:
+        return rest, stage(rest, size), rest.part(size, size)
+    staged = stage(rest, plan.chunk)
+    return rest.part(0, plan.chunk), staged, rest.part(plan.chunk, size)  # cut when `rest` may have lost rows
+
+
+def _tensor(chunk: Chunk, rows: int) -> Tensor:
+    return torch.from_numpy(np.require(chunk.pixels, requirements=["C", "W"]))[:rows]
 
 
 def _by_view(encoded: dict[int, Coded]) -> Iterator[tuple[View, list[int], list[bytes]]]:
@@ -172,9 +238,11 @@ def _by_view(encoded: dict[int, Coded]) -> Iterator[tuple[View, list[int], list[
 
 
 def _turned(pixels: Tensor, view: View) -> Tensor:
-    """Patches (k h w c) turned as `View.pixels` turns them."""
-    axes = [axis for axis, flip in ((1, view.flip_y), (2, view.flip_x)) if flip]
-    return torch.rot90(pixels.flip(axes) if axes else pixels, view.turns, dims=(1, 2))
+    """Patches (k h w c) turned as `View.pixels` turns them, with one copy at most."""
+    turns = view.turns % 4  # a quarter turn is a flip and a transposition, which copies nothing
+    axes = [axis for axis, flip, of in ((1, view.flip_y, (2, 3)), (2, view.flip_x, (1, 2))) if flip != (turns in of)]
+    flipped = pixels.flip(axes) if axes else pixels
+    return flipped.transpose(1, 2) if turns % 2 else flipped
 
 
 def _without(size: int, rows: list[int]) -> Iterator[tuple[int, int]]:

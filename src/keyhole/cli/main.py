@@ -18,7 +18,7 @@ from pathlib import Path
 
 import keyhole
 from keyhole.errors import ConfigError, Interrupted, KeyholeError
-from keyhole.memory.budget import out_of_memory
+from keyhole.memory.budget import doubt, explained, out_of_memory
 
 VERBS = {
     "demo": "write images with small digits in them, train, evaluate: everything once, in minutes",
@@ -144,7 +144,8 @@ def _explain(error: Exception) -> int:
     if out_of_memory(error):
         lower = "--select.chunk, --select.m, --train.batch, --patch.size or --model.width"
         advice = f"give a budget with --memory, or lower {lower}"
-        return _say(f"out of memory ({error}): {advice}" if str(error) else f"out of memory: {advice}", USAGE_ERROR)
+        said = f"out of memory ({error})" if str(error) and not doubt(error) else "out of memory"
+        return _say(explained(error, said, advice), USAGE_ERROR)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return _say(f"{what} (--debug shows the traceback)", INTERNAL_ERROR, kind="internal error: ")
 

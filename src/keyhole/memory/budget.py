@@ -9,15 +9,21 @@ import re
 from keyhole.errors import ConfigError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-# What torch says on the CPU, where it has no class of its own for it: its allocator, oneDNN's, a C++ library's, and
-# those of CUDA's libraries that allocate for themselves.
-_WORDS = (
-    "DefaultCPUAllocator",
-    "could not create a memory object",
-    "bad_alloc",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+# What is said where torch has no class of its own for it: by its allocator on the CPU, oneDNN and C++ libraries; by
+# CUDA's libraries that allocate for themselves; by torchvision, which passes on no more than the text of an error, and
+# of nvJPEG's the number of its status, 5 (NVJPEG_STATUS_ALLOCATOR_FAILURE); and by compilers, which quote it all.
+_WORDS = re.compile(
+    r"DefaultCPUAllocator|could not create a memory object|bad_alloc"
+    r"|CUDA out of memory|(CUDA error|Triton Error \[CUDA\]): out of memory"
+    r"|(CUBLAS|CUSOLVER)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED"
+    r"|CUDNN_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_(HOST|DEVICE)_ALLOCATION_FAILED)"
+    r"|Failed to [a-z ]*(nvjpeg|jpeg|buffer|batch|decod|image info)[a-z ]*: 5\b"
+)
+# What cuDNN says where no engine could have its work space, and cuBLAS where it has no room for itself. Both say the
+# same of a computation or a device that they cannot do at all.
+_DOUBTFUL = re.compile(
+    r"[Uu]nable to find (an engine to execute this computation|a valid cuDNN algorithm)"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate"
 )
 
 
@@ -48,7 +54,7 @@ def memory_text(size: int, up: bool = False) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, of the device or of the process."""
+    """Whether an error means that memory ran out, of the device or of the process, or may mean it: see `doubt`."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError) and error.errno is not None:
@@ -56,5 +62,24 @@ def out_of_memory(error: BaseException) -> bool:
     text = str(error)
     # oneDNN has no other word for it here; what it says of a shape it cannot do is "... primitive descriptor ..."
     return isinstance(error, RuntimeError) and (
-        text == "could not create a primitive" or any(words in text for words in _WORDS)
+        text == "could not create a primitive" or _WORDS.search(text) is not None or bool(doubt(error))
+    )
+
+
+def doubt(error: BaseException) -> str:
+    """The line that may mean that memory ran out, or something that less work at a time does not mend; else ""."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or _WORDS.search(text) is not None:
+        return ""
+    return next((line.strip() for line in text.splitlines() if _DOUBTFUL.search(line)), "")
+
+
+def explained(error: BaseException, said: str, advice: str) -> str:
+    """What to tell of an error of which `out_of_memory` is true: `said` and `advice`; its own text where in doubt."""
+    own = doubt(error)
+    if not own:
+        return f"{said}: {advice}"
+    return (
+        f"{own} ({said}?). If memory is short, {advice}. If not, torch cannot compute this encoder on this device: "
+        "try another --model.encoder, or --run.device cpu"
     )

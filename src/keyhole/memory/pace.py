@@ -14,7 +14,7 @@ import torch
 from keyhole.config import SelectConfig
 from keyhole.errors import ConfigError
 from keyhole.memory.bill import HELD_BYTES
-from keyhole.memory.budget import out_of_memory
+from keyhole.memory.budget import doubt, explained, out_of_memory
 from keyhole.memory.cap import room_for_code
 from keyhole.memory.plan import Plan, Step
 
@@ -72,11 +72,11 @@ class Pace:
                     raise
                 smaller = self.plan.halved(step)
                 if smaller is None:
-                    raise ConfigError(
-                        f"out of memory even with the smallest plan ({self.plan.describe()}): raise --memory, or lower "
-                        "--patch.size, --select.m or the encoder's size"
-                    ) from error
-            self.warn(f"out of memory; going on with less at a time ({smaller.describe()})")
+                    said = f"out of memory even with the smallest plan ({self.plan.describe()})"
+                    advice = "raise --memory, or lower --patch.size, --select.m or the encoder's size"
+                    raise ConfigError(explained(error, said, advice)) from error
+                why = f"out of memory, or else: {own}" if (own := doubt(error)) else "out of memory"
+            self.warn(f"{why}; going on with less at a time ({smaller.describe()})")
             self.plan = smaller
             gc.collect()  # what the failed attempt held
             if torch.cuda.is_available():

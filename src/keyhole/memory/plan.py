@@ -19,7 +19,7 @@ import torch
 
 from keyhole.errors import ConfigError
 from keyhole.memory.bill import HELD_BYTES, MARGIN, SHARED_TILES, Bill, power_below, powers
-from keyhole.memory.budget import memory_text, out_of_memory
+from keyhole.memory.budget import explained, memory_text, out_of_memory
 from keyhole.memory.cap import cap
 from keyhole.memory.meter import steady_heap, taken
 from keyhole.memory.probe import SMALLEST, probe
@@ -170,9 +170,10 @@ def make_plan(
     except Exception as error:
         if not out_of_memory(error):
             raise
+        patches = f"{SMALLEST} patches of {'x'.join(map(str, patch_shape))}"
+        said = f"--memory: {memory_text(budget)} ({source}) does not hold the model and {patches}"
         raise ConfigError(
-            f"--memory: {memory_text(budget)} ({source}) does not hold the model and {SMALLEST} patches of "
-            f"{'x'.join(map(str, patch_shape))}. Choose a smaller --model.encoder or a smaller --patch.size."
+            explained(error, said, "choose a smaller --model.encoder or a smaller --patch.size")
         ) from error
     finally:
         if cpu:

@@ -96,6 +96,13 @@ class Chunk:
         if self.encoded and self.again is not None:
             self.again(self)
 
+    def part(self, start: int, stop: int) -> Chunk:
+        """Rows `start` to `stop` of the buffer, which stays the same memory, as a chunk of its own."""
+        used = slice(start, max(start, min(stop, self.count)))
+        encoded = {row - start: coded for row, coded in self.encoded.items() if start <= row < stop}
+        count = used.stop - used.start
+        return Chunk(self.pixels[start:stop], count, self.image[used], self.index[used], encoded, None, self.again)
+
 
 ALONE = 16
 """Chunks from which an image shares none with others: it costs at most a 16th more, and makes its chunks, and with them

@@ -1,0 +1,227 @@
+"""What a device without room does to a run: the plan becomes smaller, and nothing of what was read is lost.
+
+`Narrow` stands in for a GPU's buffers: it has room for so many patches at a time, and refuses more as torch does.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from make_images import picture, write_tiff
+from test_encoded import break_quietly
+from test_reading import PATIENCE
+from torch import Tensor
+
+import keyhole
+from keyhole import staging
+from keyhole.config import ModelConfig, SelectConfig
+from keyhole.decoding import Decoder
+from keyhole.errors import ConfigError
+from keyhole.memory.budget import out_of_memory
+from keyhole.memory.pace import Pace
+from keyhole.memory.plan import Plan
+from keyhole.nn import build_classifier
+from keyhole.passes import infer
+from keyhole.patches import FileOpener, View
+from keyhole.reading import Reader
+from keyhole.reading.chunks import Delivery
+from keyhole.staging import Stager
+from keyhole.tasks import Task
+
+CPU = torch.device("cpu")
+FULL = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB"
+NO_ENGINE = "GET was unable to find an engine to execute this computation"
+
+
+class Narrow:
+    """Buffers for `room` patches.
+
+    Attributes:
+        made: how many of these there have been.
+        sizes: rows that each buffer was asked for.
+    """
+
+    made = 0
+    sizes: list[int]
+    room: int
+
+    def __init__(self, device: torch.device) -> None:
+        type(self).made += 1
+
+    def filling(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def moved(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def clear(self) -> None: ...
+
+    def next(self, like: Tensor) -> Tensor:
+        self.sizes.append(len(like))
+        if len(like) > self.room:
+            raise torch.OutOfMemoryError(FULL)
+        return torch.full_like(like, 7)
+
+    def copied(self, result: Tensor) -> Callable[[], None]:
+        return lambda: None
+
+
+def narrow(monkeypatch: pytest.MonkeyPatch, room: int) -> type[Narrow]:
+    """Every stager from now on has room for so many patches."""
+    kind = type("Narrow", (Narrow,), {"room": room, "sizes": [], "made": 0})
+    monkeypatch.setattr(staging, "slots_for", kind)
+    return kind
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_without_room_to_stage_goes_on_with_less(
+    toy: Path, toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = narrow(monkeypatch, 4)
+    run = keyhole.train(toy, tmp_path / "run", **SMALL)
+    assert (run.path / "log.txt").read_text().count("out of memory; going on with less at a time") == 2, "16, 8, 4"
+    assert [size for size in kind.sizes if size > 4] == [16, 8]
+    found, expected = rows(run.path / "metrics.csv"), rows(toy_run / "metrics.csv")
+    assert [row["patches"] for row in found] == [row["patches"] for row in expected]
+    for name in ("train.loss", "val.loss"):
+        np.testing.assert_allclose(
+            [float(row[name]) for row in found], [float(row[name]) for row in expected], rtol=1e-3
+        )
+    for split in ("train", "val"):
+        table = f"predictions/{split}.csv"
+        assert len(rows(run.path / table)) == len(rows(toy_run / table))
+
+
+def test_a_prediction_without_room_to_stage_scores_every_patch(
+    toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = toy / "red" / "0.png"
+    expected = keyhole.load(toy_run).predict(image)
+    narrow(monkeypatch, 2)
+    found = keyhole.load(toy_run).predict(image)
+    assert "out of memory; going on with less at a time" in capsys.readouterr().err
+    assert found.scores is not None
+    assert expected.scores is not None
+    np.testing.assert_allclose(found.scores.score, expected.scores.score, rtol=1e-3)
+    np.testing.assert_array_equal(found.kept.boxes, expected.kept.boxes)
+
+
+def test_without_room_for_one_patch_the_message_says_what_to_do(
+    toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow(monkeypatch, 0)
+    with pytest.raises(ConfigError, match=r"even with the smallest plan .* raise --memory"):
+        keyhole.load(toy_run).predict(toy / "red" / "0.png")
+
+
+def full_decoder(monkeypatch: pytest.MonkeyPatch, room: int, text: str) -> list[int]:
+    """The decoder takes `room` streams at a time, and refuses more in these words; returned: what it was given."""
+    right, given = Decoder.__call__, []
+
+    def decode(self: Decoder, streams: Sequence[bytes], channels: int) -> Tensor:
+        given.append(len(streams))
+        if len(streams) > room:
+            raise RuntimeError(text)
+        return right(self, streams, channels)
+
+    monkeypatch.setattr(Decoder, "__call__", decode)
+    return given
+
+
+def looked_at(openers: Sequence[FileOpener], pace: Pace, stager: Stager, on_error: str) -> Any:
+    """What is inferred of one batch of images that come encoded, in chunks of 32."""
+    torch.manual_seed(0)
+    model = build_classifier(ModelConfig(width=4, heads=2), [Task("a", "binary", ("no", "yes"))], 16).eval()
+    assert stager.deliver is not None
+    stager.deliver = Delivery(stager.deliver.colors, always=True)
+    with Reader(2, stall=PATIENCE) as reader:
+        (found,) = list(
+            infer(model, reader, [openers], SelectConfig(m=3), on_error, keep_logits=True, pace=pace, stager=stager)
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    "text", [f"Error while decoding JPEG images: {FULL}", "Error while decoding JPEG images: Failed to decode batch: 5"]
+)
+def test_a_decoder_without_room_is_given_fewer_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    pytest.importorskip("torchvision")
+    path = write_tiff(tmp_path / "a.tif", picture(3, 160, 96), tile=(16, 16), compression="jpeg")
+    openers = [FileOpener(path, str(turns), 16, view=View(turns=turns)) for turns in (0, 1)]
+    stager, said = Stager(CPU, encoded=True), []
+    expected = looked_at(openers, Pace(Plan(32), said.append), stager, "raise")
+    given = full_decoder(monkeypatch, 5, text)
+    found = looked_at(openers, Pace(Plan(32), said.append), stager, "raise")
+    assert stager.refused == 0, "nothing is wrong with the tiles"
+    assert len(said) == 3, "32, 16, 8, 4"
+    assert sum(count for count in given if count <= 5) == 2 * 60, "each tile was decoded on the device, once"
+    for one, other in zip(found.kept, expected.kept, strict=True):
+        torch.testing.assert_close(one.logits, other.logits)
+        assert one.index.tolist() == other.index.tolist()
+
+
+def test_an_image_that_fails_in_one_part_of_a_chunk_is_not_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchvision")
+    whole = write_tiff(tmp_path / "good.tif", picture(3, 64, 64), tile=(16, 16), compression="jpeg")
+    bad = break_quietly(tmp_path / "bad.tif", whole, [5])
+    openers = [FileOpener(path, path.stem, 16) for path in (bad, whole)]
+    stager = Stager(CPU, encoded=True)
+    found = looked_at(openers, Pace(Plan(32), print), stager, "skip")
+    full_decoder(monkeypatch, 4, FULL)
+    parted = looked_at(openers, Pace(Plan(32), print), stager, "skip")
+    assert [list(each.batch.failed) for each in (found, parted)] == [[0], [0]]
+    assert parted.kept[0] is None
+    torch.testing.assert_close(parted.kept[1].logits, found.kept[1].logits)
+
+
+# Errors that may mean something else
+
+
+def compiled(error: Exception) -> Exception:
+    """An error inside a compiler, as `torch.compile` raises it."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def inductor() -> None: ...
+
+    return BackendCompilerFailed(inductor, error, None)
+
+
+def test_a_compiler_that_runs_out_of_memory_is_understood() -> None:
+    assert out_of_memory(compiled(torch.OutOfMemoryError(FULL)))
+    assert out_of_memory(compiled(RuntimeError(NO_ENGINE)))
+    assert not out_of_memory(compiled(ValueError("no kernel for float8")))
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, compiled])
+def test_an_error_that_may_be_another_ends_with_its_own_words(wrap: Callable[[Exception], Exception]) -> None:
+    """A computation that cuDNN cannot do at all says the same as one that finds no work space."""
+    said: list[str] = []
+    pace, sizes = Pace(Plan(64, None, 64), said.append), []
+
+    def work(plan: Plan) -> None:
+        sizes.append(plan.chunk)
+        raise wrap(RuntimeError(NO_ENGINE))
+
+    with pytest.raises(ConfigError, match=NO_ENGINE) as raised:
+        pace.run("select", work)
+    assert sizes == [64, 32, 16, 8, 4, 2, 1]
+    assert "--run.device cpu" in str(raised.value)
+    assert "--memory" in str(raised.value)
+    assert len(said) == 6
+    assert all(NO_ENGINE in line for line in said)
