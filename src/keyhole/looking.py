@@ -84,17 +84,20 @@ class Looker:
 
     def _embedded(self, pixels: Tensor, color: Tensor | None) -> Tensor:
         with self.shares.part("encoding"):
-            return torch.cat(list(self._goes(pixels, lambda go, _: self.model.look(pixels[go], _cut(color, go)))))
+            return torch.cat(list(self._goes(pixels, lambda go, _: self._look(pixels, color, go))))
 
     def _scored(self, pixels: Tensor, color: Tensor | None, position: Tensor | None, count: int) -> Tensor:
         def score(go: slice, rows: int) -> Tensor:
             with self.shares.part("encoding"):
-                embedding = self.model.look(pixels[go], _cut(color, go))
+                embedding = self._look(pixels, color, go)
             with self.shares.part("scoring"):
                 return self.model.score_embedding(embedding[:rows], _cut(position, slice(go.start, go.start + rows)))
 
         parts = list(self._goes(pixels, score, count))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _look(self, pixels: Tensor, color: Tensor | None, go: slice) -> Tensor:
+        return self.model.look(pixels[go], _cut(color, go), self.pace.plan.chunk)
 
     def _goes(self, pixels: Tensor, work: Callable[[slice, int], Tensor], count: int | None = None) -> Iterator[Tensor]:
         """`work` over the pixels, as many at a time as the plan says; of the last `count` rows only are in use."""

@@ -380,7 +380,7 @@ def _embedded(model: IPSClassifier, bags: Bags, pace: Pace) -> Iterator[Tensor]:
     while start < len(bags):
 
         def encode(plan: Plan, start: int = start) -> Tensor:
-            return model.look(bags.part(start, min(start + plan.chunk, len(bags))))
+            return model.look(bags.part(start, min(start + plan.chunk, len(bags))), rows=plan.chunk)
 
         embedding = pace.run("select", encode, shape=("kept", min(pace.plan.chunk, len(bags) - start)))
         start += len(embedding)

@@ -159,16 +159,17 @@ class IPSClassifier(nn.Module):
         return embedding.float()
 
     def look(
-        self, pixels: Shaped[Tensor, "k ..."], color: Float[Tensor, "k c c+1"] | None = None
+        self, pixels: Shaped[Tensor, "k ..."], color: Float[Tensor, "k c c+1"] | None = None, rows: int | None = None
     ) -> Float[Tensor, "k d"]:
         """Embeddings of loose patches, for use without gradients and in evaluation mode; see `looking`.
 
         Args:
             pixels: uint8 as read from files (k h w c), floats as the encoder takes them (k c h w), or features (k f).
             color: affine colour change of each patch, of uint8 only.
+            rows: the most patches that are encoded at once, for which a compiled encoder is compiled.
         """
         if self.fast is not None:
-            return self.fast(pixels, color)
+            return self.fast(pixels, color, rows)
         return self.encode(prepare(pixels, color) if pixels.dtype == torch.uint8 else pixels)
 
     def with_position(

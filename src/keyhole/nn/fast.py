@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from keyhole.nn.compiled import Compiled
 from keyhole.nn.encoder import PixelEncoder
 from keyhole.nn.pixels import prepare
 
@@ -37,8 +38,8 @@ class FastEncoder:
             and the result are float32.
 
     Attributes:
-        compiled: whether calls go through `torch.compile`; may be set at any time. It is compiled for the largest
-            number of patches seen; fewer are filled up with zeros.
+        compiled: whether calls go through `torch.compile`; may be set at any time. Each number of rows is compiled
+            once, see `__call__`.
         folded: batch norms that were folded, known after the first call.
     """
 
@@ -54,27 +55,34 @@ class FastEncoder:
         self._names: list[tuple[str, str]] = []
         self._pairs: list[tuple[nn.Module, nn.Module, tuple[Tensor, ...]]] = []
         self._plain: list[tuple[Tensor, Tensor]] = []
-        self._compiled_look: Callable[..., Tensor] | None = None
+        self._compiled: dict[int, Compiled] = {}
         self._rows = 0
 
-    def __call__(self, pixels: Tensor, color: Float[Tensor, "k c c+1"] | None = None) -> Float[Tensor, "k d"]:
+    def __call__(
+        self, pixels: Tensor, color: Float[Tensor, "k c c+1"] | None = None, rows: int | None = None
+    ) -> Float[Tensor, "k d"]:
         """Embeddings of patches.
 
         Args:
             pixels: on the encoder's device: (k h w c) uint8 as read from files, (k c h w) floats as the encoder takes
                 them, or (k f) features.
             color: affine colour change of each patch; for uint8 only.
+            rows: where it is compiled, fewer patches are filled up with zeros to this number, so that one compilation
+                serves; the number that the memory plan allows at a time. Default: the most patches of any call.
         """
         with torch.no_grad():
             if self._copy is None:
                 self._build(pixels)
             if not self.compiled:
                 return self._look(pixels, color)
-            if self._compiled_look is None:
-                self._compiled_look = torch.compile(self._look, dynamic=False)
-            k, self._rows = len(pixels), max(self._rows, len(pixels))
-            color = None if color is None else _filled(color, self._rows)
-            return self._compiled_look(_filled(pixels, self._rows), color)[:k]
+            k = len(pixels)
+            if rows is None:
+                rows = self._rows = max(self._rows, k)
+            rows = max(rows, k)
+            if rows not in self._compiled:
+                self._compiled[rows] = Compiled(self._look)
+            color = None if color is None else _filled(color, rows)
+            return self._compiled[rows](_filled(pixels, rows), color)[:k]
 
     def _look(self, pixels: Tensor, color: Tensor | None) -> Tensor:
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
@@ -238,13 +246,18 @@ class CompiledEncoder:
 
     def __init__(self, encoder: nn.Module, most: int = 2) -> None:
         self.encoder, self.most = encoder, most
-        self._compiled: Callable[[Tensor], Tensor] = torch.compile(self._encode, dynamic=False)
-        self._sizes: set[tuple[int, ...]] = set()
+        self._compiled: dict[tuple[int, ...], Compiled] = {}
 
     def __call__(self, patches: Tensor) -> Float[Tensor, "k d"]:
-        if len(self._sizes) < self.most:
-            self._sizes.add(tuple(patches.shape))
-        return self._compiled(patches) if tuple(patches.shape) in self._sizes else self._encode(patches)
+        size = tuple(patches.shape)
+        if size not in self._compiled and len(self._compiled) < self.most:
+            self._compiled[size] = Compiled(self._encode)
+        found: Tensor = self._compiled.get(size, self._encode)(patches)
+        return found
+
+    def forget(self) -> None:
+        """Compiles for the sizes that come next: after memory ran out, those before do not come again."""
+        self._compiled.clear()
 
     def _encode(self, patches: Tensor) -> Tensor:
         embedding: Tensor = self.encoder(patches)

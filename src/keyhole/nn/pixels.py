@@ -29,15 +29,20 @@ def prepare(
     largest = 255 if color is None else 1
     if scale is None or shift is None:
         return values if largest == 1 else values.div_(largest)
+    scale, shift = (scale / largest).to(dtype), shift.to(dtype)
+    if (
+        torch.compiler.is_compiling()
+    ):  # fused, and before torch 2.14 `out` in channels last would split what is compiled
+        return torch.addcmul(shift, values, scale)
     # written over the values: on a CPU fresh memory costs as much as the arithmetic
-    return torch.addcmul(shift.to(dtype), values, (scale / largest).to(dtype), out=values)
+    return torch.addcmul(shift, values, scale, out=values)
 
 
 def changed(
     values: UInt8[Tensor, "k c h w"], color: Float[Tensor, "k c c+1"], dtype: torch.dtype
 ) -> Float[Tensor, "k c h w"]:
     """Colours changed by one affine map a patch, in 0 ... 1."""
-    if values.device.type == "cpu":
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
         return _changed_by_image(values, color, dtype)
     matrix, bias = color[:, :, :-1] / 255, color[:, :, -1, None, None]
     mixed = bias

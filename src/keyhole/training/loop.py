@@ -320,9 +320,13 @@ class Loop:
                 plan.split,
             )
 
+        def again() -> None:
+            if job.model.learned is not None:
+                job.model.learned.forget()
+
         job.model.train()
         with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-            loss = self.pace.run("learn", learn, shape=(*bags.mask.shape, len(bags)))
+            loss = self.pace.run("learn", learn, again, shape=(*bags.mask.shape, len(bags)))
         job.state.plan = self.pace.plan.to_json()
         learned = [parameter for parameter in job.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(learned, config.clip or math.inf)

@@ -1,0 +1,37 @@
+"""Laws of compiled encoders: out of memory is survived, each is compiled, and what runs uncompiled is said."""
+
+import json
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def in_a_process(what: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "compiled_encoders.py"), what, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_where_memory_runs_out_a_compiled_encoder_takes_fewer_patches_until_they_fit(tmp_path: Path) -> None:
+    found = in_a_process("out_of_memory", tmp_path)
+    assert (found["chunk"], found["split"]) == (8, 8)
+    looked = found["looked"][found["looked"].index(64) :]  # a trial of the time to come is before it
+    assert [rows for rows, _ in groupby(looked)][:4] == [64, 32, 16, 8]
+    assert max(looked[looked.index(8) :]) == 8
+    assert [rows for rows, _ in groupby(found["learned"])] == [64, 32, 16, 8]
+
+
+def test_every_encoder_of_a_process_is_compiled_into_one_graph_or_this_is_said(tmp_path: Path) -> None:
+    found = in_a_process("instances", tmp_path)
+    assert found["breaks"] == []
+    assert found["written_over"] == [], "torch before 2.14 breaks the graph there"
+    assert found["warnings"] == []
+    assert found["graphs"] == [3] * 12, "looking with colours and without, learning"
+    assert len(found["past the limit"]) == 1
+    assert "uncompiled" in found["past the limit"][0]
