@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from keyhole import device
-from keyhole.device import Arithmetic, choose_precision
+from keyhole.device import Arithmetic, choose_device, choose_precision
 from keyhole.nn import SmallEncoder, TimmEncoder
 
 EXACT = Arithmetic(torch.float32, torch.float32)
@@ -43,3 +43,9 @@ def test_without_instructions_for_bf16_auto_is_float32(monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("instructions")
 def test_what_is_asked_for_is_taken() -> None:
     assert choose_precision("float32", TimmEncoder("resnet18", stages=2), PATCH) == EXACT
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_has_the_name_that_its_tensors_give(name: str) -> None:
+    assert choose_device(name) == torch.zeros(1, device=name.replace("auto", "cuda")).device

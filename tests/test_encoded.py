@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from test_damage import damage
 from test_reading import PATIENCE, Opener, eventually, no_thread_is_left
 
 from keyhole.config import ModelConfig, SelectConfig
-from keyhole.decoding import Decoder, decodes
+from keyhole.decoding import KNOWN, Decoder, decodes
+from keyhole.device import choose_device
 from keyhole.errors import ImageError
 from keyhole.images.tiff_encoded import COLORS, segments, stored_colors
 from keyhole.images.tiff_tables import BLOCK
@@ -391,29 +392,108 @@ def test_the_same_patches_are_kept(shared: Path, files: dict[str, Path]) -> None
             assert len(set(one.index.tolist()) & set(other.index.tolist())) >= 0.95 * len(one.index)
 
 
-def test_what_a_decoder_gets_wrong_is_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder that does not see the marker that says RGB, as some do."""
-    right = Decoder.__call__
+Decode = Callable[[Decoder, Sequence[bytes], int], torch.Tensor]
+ADOBE = b"\xff\xee\x00\x0eAdobe\x00d\x00\x00\x00\x00"
+faithful: Decode = Decoder.__call__
 
-    def blind(self: Decoder, streams: Sequence[bytes], channels: int) -> torch.Tensor:
-        return right(self, [stream.replace(b"\xff\xee\x00\x0eAdobe\x00d\x00\x00\x00\x00\x00",
-                                           b"\xff\xee\x00\x0eAdobe\x00d\x00\x00\x00\x00\x01") for stream in streams],
-                     channels)  # fmt: skip
 
-    monkeypatch.setattr(Decoder, "__call__", blind)
-    colors, note = decodes.__wrapped__(CPU)
+def numbers_of(stream: bytes) -> bytes:
+    """The numbers of a JPEG's samples."""
+    return next(body for marker, body in segments(stream) or [] if marker == 0xC0)[10:19:3]
+
+
+def blind(self: Decoder, streams: Sequence[bytes], channels: int) -> torch.Tensor:
+    """Does not see the marker that says RGB, as some decoders do."""
+    return faithful(self, [stream.replace(ADOBE + b"\0", ADOBE + b"\1") for stream in streams], channels)
+
+
+def by_names(self: Decoder, streams: Sequence[bytes], channels: int) -> torch.Tensor:
+    """Takes samples for RGB where they are called so."""
+    read = [
+        stream.replace(ADOBE + b"\0", ADOBE + b"\1") if numbers_of(stream) != b"RGB" else stream for stream in streams
+    ]
+    return faithful(self, read, channels)
+
+
+@pytest.fixture
+def decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decode], None]:
+    """Puts another decoder in the place of torchvision's; what is known of it is forgotten."""
+
+    def install(decode: Decode) -> None:
+        monkeypatch.setattr(Decoder, "__call__", decode)
+        monkeypatch.setattr("keyhole.decoding.KNOWN", {})
+
+    return install
+
+
+@pytest.mark.parametrize(("decode", "numbers"), [(blind, "R, G, B"), (by_names, "0, 1, 2")])
+def test_what_a_decoder_gets_wrong_is_not_delivered(
+    decoder: Callable[[Decode], None], files: dict[str, Path], decode: Decode, numbers: str
+) -> None:
+    decoder(decode)
+    colors, note = decodes(CPU)
     assert colors == {"grey", "ycbcr"}
-    assert "wrong colours for rgb" in note
+    assert f"wrong colours for rgb with samples {numbers}" in note
+    stager = Stager(CPU, encoded=True)
+    with Reader(2, stall=PATIENCE) as reader:
+        for batch in reader.stream([[FileOpener(files["rgb"], "rgb", TILE)]], 16, deliver=always(stager)):
+            staged(batch, stager)
+        assert reader.encoded_patches == 0
 
 
-def test_without_a_decoder_the_host_decodes_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_is_tried_once_on_pictures_as_tiles_are_delivered(
+    decoder: Callable[[Decode], None], files: dict[str, Path], opened: Any
+) -> None:
+    tried: list[bytes] = []
+
+    def noted(self: Decoder, streams: Sequence[bytes], channels: int) -> torch.Tensor:
+        tried.extend(streams)
+        return faithful(self, streams, channels)
+
+    decoder(noted)
+    assert decodes(CPU) == (COLORS, "")
+    once = len(tried)
+    assert decodes(CPU) == (COLORS, "")
+    assert len(tried) == once
+    assert {b"RGB", b"\0\1\2", b"\1\2\3"} == {numbers_of(stream) for stream in tried} - {b"\1"}
+    for kind in ("rgb", "4:2:0", "grey"):
+        tile = next(stream for stream in opened(files[kind]).encoded([0], COLORS) if stream)
+        markers = [body[:16] for marker, body in segments(tile) if 0xE0 <= marker <= 0xEF]
+        assert any([body[:16] for marker, body in segments(each) or [] if 0xE0 <= marker <= 0xEF] == markers
+                   for each in tried), f"no trial has the markers of a tile in {kind}"  # fmt: skip
+
+
+def test_a_decoder_that_fails_is_tried_again_later(decoder: Callable[[Decode], None]) -> None:
+    tries = 0
+
+    def waiting_is_an_error_at_first(self: Decoder, streams: Sequence[bytes], channels: int) -> torch.Tensor:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return faithful(self, streams, channels)
+
+    decoder(waiting_is_an_error_at_first)
+    colors, note = decodes(CPU)
+    assert colors == {"rgb", "ycbcr"}
+    assert note == "called a synchronizing CUDA operation for grey"
+    assert decodes(CPU) == (COLORS, "")
+
+
+def test_a_gpu_is_tried_once_whether_it_is_named_with_its_index_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setitem(KNOWN, torch.device("cuda", 0), (COLORS, "tried"))
+    for device in (torch.device("cuda", 0), torch.device("cuda"), choose_device("auto")):
+        assert decodes(device) == (COLORS, "tried")
+
+
+def test_without_a_decoder_the_host_decodes_and_says_why(decoder: Callable[[Decode], None]) -> None:
     def missing(self: Decoder, streams: Sequence[bytes], channels: int) -> torch.Tensor:
         raise RuntimeError("torchvision not compiled with nvJPEG support")
 
-    monkeypatch.setattr(Decoder, "__call__", missing)
-    decodes.cache_clear()
+    decoder(missing)
     stager = Stager(CPU, encoded=True)
-    decodes.cache_clear()
     assert stager.deliver is None
     assert "nvJPEG" in stager.note
 

@@ -6,22 +6,29 @@ from YCbCr, differs with versions; what does not come out right here is decoded 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import PIL.Image
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from keyhole.device import with_index
+from keyhole.images.tiff_encoded import Colors, adobe_marker, segments
 from keyhole.memory.budget import out_of_memory
 
-SIDE, SMOOTH = 64, 8
-"""Side of the trial picture, and by how many levels its values may be off: decoders upsample colours differently."""
+SIDE, SMOOTH = 256, 8
+"""Side of a trial picture, that of most tiles, since nvJPEG may decode small ones in another way; and the most levels
+that a device may differ from the host, since each upsamples colours in its own way."""
+
+KNOWN: dict[torch.device, tuple[frozenset[str], str]] = {}
+"""What `decodes` has found, by device."""
 
 _GREY, _RGB = 1, 3  # torchvision's ImageReadMode
+_APP0, _SOF0, _APP14 = 0xE0, 0xC0, 0xEE
 
 
 class Decoder:
@@ -34,7 +41,7 @@ class Decoder:
 
     def __init__(self, device: torch.device) -> None:
         importlib.import_module("torchvision.io")  # registers the operators, which are called without its warnings
-        self.device = device
+        self.device = with_index(device)  # torchvision holds one decoder, and replaces it for a device of another name
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._done: torch.cuda.Event | None = None
 
@@ -66,27 +73,86 @@ class Decoder:
         return pixels
 
 
-@functools.cache
 def decodes(device: torch.device) -> tuple[frozenset[str], str]:
-    """The kinds of JPEG that come out right on a device, of "grey", "rgb" and "ycbcr"; why others do not, or ""."""
-    right, wrong = set(), []
-    for color in ("grey", "rgb", "ycbcr"):
-        picture = _picture(color)
-        channels = 1 if color == "grey" else 3
-        expected = np.asarray(picture).reshape(SIDE, SIDE, channels).astype(np.int16)
+    """The kinds of JPEG that come out right on a device, of "grey", "rgb" and "ycbcr"; why others do not, or "".
+
+    A device is tried once, unless the trial ends with an error, which may be one of the moment.
+
+    Raises:
+        RuntimeError: the device has no memory left for the trial, which says nothing about its decoder.
+    """
+    device = with_index(device)
+    if device in KNOWN:
+        return KNOWN[device]
+    colors: dict[Colors, bool] = {}
+    wrong: dict[str, list[str]] = {}  # names of the trials by what is wrong with them
+    decoder, failed = None, False
+    for color, name, stream in _trials():
+        problem = ""
         try:
-            decoder = Decoder(device)
-            streams = [_jpeg(picture, color, subsampling) for subsampling in ((0, 1, 2) if color == "ycbcr" else (0,))]
-            found = decoder(streams, channels).cpu().numpy()
+            decoder = decoder or Decoder(device)
+            found = decoder([stream], 1 if color == "grey" else 3).cpu().numpy()[0]
         except (ImportError, RuntimeError, AttributeError) as error:
-            if out_of_memory(error):  # says nothing of the decoder
+            if out_of_memory(error):
                 raise
-            return frozenset(), " ".join(str(error).split())[:200]
-        if found.shape == (len(streams), *expected.shape) and np.abs(found - expected).max() <= SMOOTH:
-            right.add(color)
+            problem, failed = " ".join(str(error).split())[:200], True
         else:
-            wrong.append(color)
-    return frozenset(right), f"the decoder of {device} gives wrong colours for {', '.join(wrong)}" if wrong else ""
+            expected = _on_host(stream)
+            if found.shape != expected.shape or np.abs(found - expected).max() > SMOOTH:
+                problem = f"the decoder of {device} gives wrong colours"
+        colors[color] = colors.get(color, True) and not problem
+        if problem:
+            wrong.setdefault(problem, []).append(name)
+    right = frozenset(color for color, good in colors.items() if good)
+    note = "; ".join(f"{problem} for {', '.join(names)}" for problem, names in wrong.items())
+    if not failed:
+        KNOWN[device] = right, note
+    return right, note
+
+
+def _trials() -> Iterator[tuple[Colors, str, bytes]]:
+    """Kind, name and stream of pictures as tiles are delivered, with every numbering of samples that scanners write.
+
+    Decoders that do not obey the marker may tell colours by the numbers: Aperio's tiles in RGB have 0, 1, 2.
+    """
+    yield "grey", "grey", _delivered("grey", 0, b"\1")
+    for numbers in (b"RGB", b"\0\1\2", b"\1\2\3"):
+        named = "R, G, B" if numbers.isalpha() else ", ".join(map(str, numbers))
+        yield "rgb", f"rgb with samples {named}", _delivered("rgb", 0, numbers)
+    for subsampling, named in enumerate(("4:4:4", "4:2:2", "4:2:0")):
+        yield "ycbcr", f"ycbcr {named}", _delivered("ycbcr", subsampling, b"\1\2\3")
+    yield "ycbcr", "ycbcr with samples 0, 1, 2", _delivered("ycbcr", 2, b"\0\1\2")
+
+
+def _delivered(color: Colors, subsampling: int, numbers: bytes) -> bytes:
+    """A trial picture as `EncodedTiles` gives a tile: an Adobe marker names the colours, and nothing else does.
+
+    Args:
+        color: what is stored.
+        subsampling: Pillow's number of 4:4:4, 4:2:2 or 4:2:0.
+        numbers: of the samples, in the frame and in the scan.
+    """
+    data = io.BytesIO()
+    options = {"keep_rgb": True} if color == "rgb" else {"subsampling": subsampling} if color == "ycbcr" else {}
+    _picture(color).save(data, "JPEG", quality=95, **options)
+    pieces = segments(data.getvalue())
+    assert pieces is not None
+    scan = bytearray(data.getvalue()[2 + sum(len(body) for _, body in pieces) :])
+    scan[5 : 5 + 2 * len(numbers) : 2] = numbers
+    kept = bytearray()
+    for marker, body in pieces:
+        if marker == _SOF0:
+            body = body[:10] + b"".join(
+                bytes([one]) + body[11 + 3 * at : 13 + 3 * at] for at, one in enumerate(numbers)
+            )
+        if marker not in (_APP0, _APP14):
+            kept += body
+    return b"\xff\xd8" + adobe_marker(color) + bytes(kept + scan)
+
+
+def _on_host(stream: bytes) -> NDArray[np.int16]:
+    pixels = np.asarray(PIL.Image.open(io.BytesIO(stream)), np.int16)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _picture(color: str) -> PIL.Image.Image:
@@ -94,10 +160,3 @@ def _picture(color: str) -> PIL.Image.Image:
     across, down = np.meshgrid(np.linspace(40, 210, SIDE), np.linspace(60, 190, SIDE))
     planes = np.stack([across, down, 255 - across], axis=-1).astype(np.uint8)
     return PIL.Image.fromarray(planes[..., 0] if color == "grey" else planes)
-
-
-def _jpeg(picture: PIL.Image.Image, color: str, subsampling: int) -> bytes:
-    data = io.BytesIO()
-    options = {"keep_rgb": True} if color == "rgb" else {"subsampling": subsampling} if color == "ycbcr" else {}
-    picture.save(data, "JPEG", quality=95, **options)
-    return data.getvalue()

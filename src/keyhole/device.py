@@ -14,19 +14,26 @@ from keyhole.nn.cost import has_depthwise, multiply_adds
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU without one.
+    """`auto` is the first GPU, or the CPU without one. A GPU has its index: what is kept by device is kept once.
 
     Raises:
         ConfigError: torch does not know the device, or it is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return with_index(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        device = torch.device(name)
+        device = with_index(torch.device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"--run.device {name}: not usable here ({first}). Use auto or cpu.") from error
+    return device
+
+
+def with_index(device: torch.device) -> torch.device:
+    """`cuda` as `cuda:0`, or whichever is the current one, as tensors there have it; to torch the two are not equal."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
