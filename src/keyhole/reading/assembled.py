@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keyhole.grid import Index
 from keyhole.reading.chunks import Chunk, Coded
@@ -35,18 +36,19 @@ def assembled(planned: Planned, failed: Container[int], allocate: Callable[[], A
             buffer[row : row + count] = reading.out[rows]
             row += count
         buffer[row:] = 0
-    return Chunk(buffer, len(index), image, index, _encoded(kept, image, index))
+    return Chunk(buffer, len(index), image, index, _encoded(kept, readable))
 
 
-def _encoded(readings: Sequence[Reading], image: Index, index: Index) -> dict[int, Coded]:
-    """By row, what of the patches `index` of the images `image` came encoded."""
-    coded: dict[tuple[int, int], Coded] = {}
-    for reading in readings:
-        coded |= {(reading.position, patch): jpeg for patch, jpeg in reading.task.value().coded.items()}
-    if not coded:
-        return {}
-    keys = enumerate(zip(image.tolist(), index.tolist(), strict=True))
-    return {row: coded[key] for row, key in keys if key in coded}
+def _encoded(readings: Sequence[Reading], readable: Sequence[NDArray[np.bool_]]) -> dict[int, Coded]:
+    """What of the `readable` patches of readings came encoded, by row of their chunk."""
+    found: dict[int, Coded] = {}
+    row = 0
+    for reading, rows in zip(readings, readable, strict=True):
+        patches = reading.index[rows]
+        if coded := reading.task.value().coded:
+            found |= {at: coded[patch] for at, patch in enumerate(patches.tolist(), row) if patch in coded}
+        row += len(patches)
+    return found
 
 
 def encoded_rows(chunk: Chunk) -> Iterator[tuple[int, Index]]:
