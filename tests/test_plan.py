@@ -23,7 +23,7 @@ from keyhole.memory.budget import memory_text, out_of_memory, parse_memory
 from keyhole.memory.cap import cap, result_sizes
 from keyhole.memory.meter import growth, has_peak, steady_heap, tensor_bytes
 from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan, make_plan
+from keyhole.memory.plan import Plan, largest_chunk, make_plan
 from keyhole.memory.probe import Costs, Line
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.tasks import Task
@@ -162,6 +162,27 @@ def test_a_plan_fits_its_budget_and_more_memory_never_makes_it_smaller(
         assert learn or rich[0] >= poor[0]
     else:
         assert bill.wanted(1, 2 if learn and bill.kept > 3 else None) > budget * MB
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((256, 256, 3), (256, 512, 1024)),
+        ((100, 100, 3), (1024, 1024, 1024)),
+        ((1024, 1024, 3), (16, 32, 64)),
+        ((2048,), (8192, 16384, 16384)),
+        ((9000, 9000, 3), (2, 2, 2)),
+    ],
+)
+def test_chunks_on_a_gpu_hold_as_many_bytes_as_its_decoder_wants(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
+    gpu = torch.device("cuda")
+    assert largest_chunk(gpu, shape) == sizes[1]
+    for cap_bytes, size in zip((2**26, 2**27, 2**28), sizes, strict=True):
+        monkeypatch.setattr("keyhole.memory.plan.GPU_CHUNK_BYTES", cap_bytes)
+        assert largest_chunk(gpu, shape) == size
+        assert largest_chunk(torch.device("cpu"), shape) == 64
 
 
 def test_a_split_step_stays_within_one_budget_whatever_m_and_b_are() -> None:

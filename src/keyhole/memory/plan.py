@@ -30,8 +30,14 @@ __all__ = ["Plan", "cap", "make_plan"]
 
 CPU_CHUNK = 64
 """More patches at a time are not faster on a CPU, and results should not depend on the memory of the moment."""
-GPU_CHUNK, GPU_CHUNK_BYTES = 1024, 2**26
-"""Most patches at a time on a GPU, and most bytes of them: as many as that wait in the host's pinned buffers, each."""
+GPU_CHUNK = 1024
+"""Most patches at a time on a GPU."""
+GPU_CHUNK_BYTES = 2**27
+"""Most bytes of them as read: 512 patches of 256 px in RGB. A GPU's JPEG decoder wants hundreds of pictures a call, and
+gets those of a chunk that the host has not decoded. The host has `ahead` + 2 pinned buffers of this size, 0.8 GB, which
+no budget counts; with twice as much they would be a tenth of the memory of a machine with 16 GB. The copies on the GPU
+are in the plan, which takes fewer patches where they do not fit. No GPU has confirmed the choice yet: set this to 2**26
+or 2**28 to compare. `select.chunk` sets the number of patches itself."""
 GPU_FEATURES = 16384
 """Most stored features at a time on a GPU: the work on one is small, so that launching it would cost more."""
 STAGED = 4
@@ -150,7 +156,7 @@ def make_plan(
     budget, source = _budget(memory, device)
     cpu, named = device.type == "cpu", memory is not None
     patch_bytes = math.prod(patch_shape) * (1 if len(patch_shape) > 1 else 4)
-    most = chunk or _most(cpu, len(patch_shape), patch_bytes)
+    most = chunk or largest_chunk(device, patch_shape)
     chunks = [chunk] if chunk else powers(most)
     if cpu:
         steady_heap()
@@ -216,11 +222,13 @@ def make_plan(
     return Plan(*sizes, bill.kept if learn else 0, budget, source, named, peak, hold, steady)
 
 
-def _most(cpu: bool, axes: int, patch_bytes: int) -> int:
-    """Patches, or features where they have one axis, that are worth taking at a time."""
-    if cpu:
+def largest_chunk(device: torch.device, patch_shape: Sequence[int]) -> int:
+    """Patches as read, (s, s, c), or features (f,), that are worth taking at a time, whatever the budget is."""
+    if device.type == "cpu":
         return CPU_CHUNK
-    return min(GPU_CHUNK if axes > 1 else GPU_FEATURES, power_below(max(2, GPU_CHUNK_BYTES // patch_bytes) + 1))
+    pixels = len(patch_shape) > 1
+    patch_bytes = math.prod(patch_shape) * (1 if pixels else 4)
+    return min(GPU_CHUNK if pixels else GPU_FEATURES, power_below(max(2, GPU_CHUNK_BYTES // patch_bytes) + 1))
 
 
 def _hold(batch: int, left: int) -> int:
