@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from keyhole.config import ModelConfig, SelectConfig
 from keyhole.decoding import Decoder
 from keyhole.errors import ConfigError
 from keyhole.memory.budget import out_of_memory
+from keyhole.memory.meter import tensor_bytes
 from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan
+from keyhole.memory.plan import BUFFERS, DECODED, TURNED, Plan
 from keyhole.nn import build_classifier
 from keyhole.passes import infer
 from keyhole.patches import FileOpener, View
 from keyhole.reading import Reader
-from keyhole.reading.chunks import Delivery
+from keyhole.reading.chunks import Chunk, Coded, Delivery
 from keyhole.staging import Stager
 from keyhole.tasks import Task
 
@@ -172,6 +173,29 @@ def test_a_decoder_without_room_is_given_fewer_tiles(
     for one, other in zip(found.kept, expected.kept, strict=True):
         torch.testing.assert_close(one.logits, other.logits)
         assert one.index.tolist() == other.index.tolist()
+
+
+@pytest.mark.parametrize("view", [View(), View(True), View(turns=1), View(False, True, 2), View(True, True, 3)])
+def test_a_chunk_that_is_decoded_takes_what_the_plan_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: View
+) -> None:
+    """A buffer, what the decoder gives, the same in one tensor, and one copy more where patches are turned."""
+    pytest.importorskip("torchvision")
+    narrow(monkeypatch, 100)
+    path = write_tiff(tmp_path / "a.tif", picture(3, 512, 512), tile=(128, 128), compression="jpeg")
+    opener = FileOpener(path, "a", 128, view=view)
+    with closing(opener()) as source:
+        streams = source.encoded(slice(None), frozenset(("ycbcr",)))
+        expected = source.read(slice(None)).astype(int)
+    encoded = {row: Coded(stream, view) for row, stream in enumerate(streams)}
+    pixels, index = np.zeros((16, 128, 128, 3), np.uint8), np.arange(16)
+    stager = Stager(CPU, encoded=True)
+    found: list[Tensor] = []
+    peak = tensor_bytes(lambda: found.append(stager(Chunk(pixels, 16, np.zeros(16, np.int64), index, encoded))))
+    assert np.abs(found[0].numpy() - expected).max() <= 1
+    on_host = pixels.nbytes + sum(map(len, streams))  # counted too, since the device is the CPU here
+    copies = BUFFERS - 1 + DECODED - 1 + (TURNED if view != View() else 0)
+    assert peak - on_host <= (copies + 0.05) * pixels.nbytes
 
 
 def test_an_image_that_fails_in_one_part_of_a_chunk_is_not_in_the_next(

@@ -73,6 +73,32 @@ class Decoder:
         return pixels
 
 
+class Kinds:
+    """The kinds of JPEG that a device decodes: none until `known` is set, once there is JPEG that asks for it.
+
+    A decoder takes memory of the device beside torch's, and trying it takes up to a second. Most images and all stored
+    features have nothing for it.
+
+    Attributes:
+        known: the kinds, of "grey", "rgb" and "ycbcr"; None before they are known.
+        asked: whether a file had JPEG to give before they were known.
+    """
+
+    def __init__(self) -> None:
+        self.known: frozenset[str] | None = None
+        self.asked = False
+
+    def __contains__(self, kind: object) -> bool:
+        if self.known is None:
+            self.asked = True
+            return False
+        return kind in self.known
+
+    def __bool__(self) -> bool:
+        """Whether it is of use to ask; not between the first question and its answer."""
+        return not self.asked if self.known is None else bool(self.known)
+
+
 def decodes(device: torch.device) -> tuple[frozenset[str], str]:
     """The kinds of JPEG that come out right on a device, of "grey", "rgb" and "ycbcr"; why others do not, or "".
 

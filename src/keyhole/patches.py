@@ -7,17 +7,17 @@ from a file, so that opening can happen later, on a reading thread.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import PIL.Image
 from numpy.typing import ArrayLike, NDArray
 
 from keyhole.edge import Edge
-from keyhole.errors import ConfigError
+from keyhole.errors import ConfigError, ImageError
 from keyhole.grid import Index, NoPatches, PatchGrid, reading_level
 from keyhole.images.geometry import Size
 from keyhole.images.image import Image
@@ -25,6 +25,9 @@ from keyhole.images.pixels import Pixels
 from keyhole.images.scale import given_scale
 from keyhole.rows import take_rows
 from keyhole.store import ImageStore
+
+if TYPE_CHECKING:
+    from keyhole.images.tiff_encoded import EncodedTiles
 
 Array = NDArray[Any]
 
@@ -176,7 +179,14 @@ class FilePatches(_Chunked):
     def close(self) -> None:
         self.image.close()
 
-    def encoded(self, index: ArrayLike | slice, colors: frozenset[str]) -> list[bytes | None] | None:
+    def gives_jpeg(self) -> bool:
+        """Whether patches can come as JPEG streams: see `encoded`. What is damaged is for `read` to say."""
+        try:
+            return self._tiles() is not None
+        except ImageError:
+            return False
+
+    def encoded(self, index: ArrayLike | slice, colors: Container[str]) -> list[bytes | None] | None:
         """Patches as JPEG streams, taken from the file as they lie there; `view` is left to who decodes them.
 
         Args:
@@ -189,12 +199,8 @@ class FilePatches(_Chunked):
         Raises:
             ImageError: the file is damaged or gone.
         """
-        from keyhole.images.tiff_encoded import encoded_tiles
-
-        grid = self.grid
-        tiles = encoded_tiles(self.image, grid.level)
-        plain = self.channels == grid.channels and grid.scale == self.image.levels[grid.level].downsample
-        if tiles is None or not plain or tiles.size != (grid.size, grid.size):
+        grid, tiles = self.grid, self._tiles()
+        if tiles is None:
             return None
         cells, beside = np.divmod(grid.corners(index), grid.size)
         aligned = (beside == 0).all(axis=1)
@@ -204,6 +210,15 @@ class FilePatches(_Chunked):
         for place, stream in zip(np.flatnonzero(aligned).tolist(), tiles.tiles(cells[aligned], colors), strict=True):
             found[place] = stream
         return found
+
+    def _tiles(self) -> EncodedTiles | None:
+        """The tiles of the file, where patches are of their size and read as they are stored."""
+        from keyhole.images.tiff_encoded import encoded_tiles
+
+        grid = self.grid
+        tiles = encoded_tiles(self.image, grid.level)
+        plain = self.channels == grid.channels and grid.scale == self.image.levels[grid.level].downsample
+        return tiles if plain and tiles is not None and tiles.size == (grid.size, grid.size) else None
 
 
 def _grey(pixels: Pixels) -> Pixels:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keyhole.decoding import Decoder, decodes
+from keyhole.decoding import Decoder, Kinds, decodes
 from keyhole.memory.budget import out_of_memory
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan
@@ -46,23 +46,30 @@ class Stager:
     Args:
         device: where the encoder is.
         shares: counts the time of copies and decoding as "copying".
-        encoded: whether chunks may bring JPEG; by default on a GPU whose decoder can be had. On a CPU the readers
-            decode as well.
+        encoded: whether chunks may bring JPEG, with the decoder tried at once. By default they may on a GPU, whose
+            decoder is tried when a file has JPEG to give; on a CPU the readers decode as well.
+        tell: told the `note`.
 
     Attributes:
         deliver: for `Reader.stream`: what may come as JPEG; None where nothing may.
-        note: why some or all kinds of JPEG are left to the host; "" where none is, or nothing was asked.
+        note: why some or all kinds of JPEG are left to the host; "" where none is, or the decoder was not tried.
         refused: chunks whose encoded rows went back to the host.
     """
 
-    def __init__(self, device: torch.device, shares: Shares = NO_SHARES, encoded: bool | None = None) -> None:
-        self.device, self.shares = device, shares
-        self.deliver: Delivery | None = None
+    def __init__(
+        self,
+        device: torch.device,
+        shares: Shares = NO_SHARES,
+        encoded: bool | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self.device, self.shares, self.tell = device, shares, tell
         self.note, self.refused = "", 0
-        if device.type == "cuda" if encoded is None else encoded:
-            colors, self.note = decodes(device)
-            if colors:
-                self.deliver, self._decode = Delivery(colors), Decoder(device)
+        self._kinds = Kinds()
+        asks = may_decode(device) if encoded is None else encoded
+        self.deliver: Delivery | None = Delivery(self._kinds) if asks else None
+        if encoded:
+            self._try_decoder()
         self._slots = slots_for(device)
 
     def __call__(self, chunk: Chunk, rows: int | None = None) -> Tensor:
@@ -80,6 +87,8 @@ class Stager:
             An error of which `out_of_memory` is true: the device has no room. The chunk is as it was, so that fewer
                 rows of it may be tried.
         """
+        if self._kinds.asked and self._kinds.known is None:
+            self._try_decoder()
         rows = len(chunk.pixels) if rows is None else rows
         if self._slots is None:
             return self._on_host(chunk, rows)
@@ -88,6 +97,15 @@ class Stager:
         except BaseException:
             self._slots.clear()  # a buffer may hold half of a chunk, and its memory may be what is missing
             raise
+
+    def _try_decoder(self) -> None:
+        self._kinds.known, self.note = decodes(self.device)
+        if self._kinds.known:
+            self._decode = Decoder(self.device)
+        else:
+            self.deliver = None
+        if self.note and self.tell is not None:
+            self.tell(self.note)
 
     def _on_host(self, chunk: Chunk, rows: int) -> Tensor:
         decoded = self._decoded(chunk, rows)
@@ -129,6 +147,11 @@ class Stager:
             self.refused += 1
             chunk.decode_on_host()
             return []
+
+
+def may_decode(device: torch.device) -> bool:
+    """Whether a device may have a JPEG decoder of its own."""
+    return device.type == "cuda"
 
 
 def slots_for(device: torch.device) -> Slots | None:

@@ -94,6 +94,7 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
     from keyhole.nn import build_classifier, split_backward
     from keyhole.nn.build import patch_shape
     from keyhole.passes import fetch_kept, open_reader, select_batch
+    from keyhole.staging import Stager
     from keyhole.tasks import Task
 
     device = choose_device(config.run.device)
@@ -118,6 +119,7 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
         ahead=config.run.ahead,
         color=False,
         optimizer=optimizer,
+        jpeg=False,
     )
     if config.run.compile == "on":
         model.accelerate(compile=True)
@@ -125,10 +127,11 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.monotonic()
+    stager = Stager(device)
     batches = [[OpenMade(n, shape) for n in counts]] * steps
     with cap(plan, device), open_reader(config.run, device) as reader:
         for batch in reader.stream(batches, plan.chunk):
-            kept = select_batch(model, batch, config.select, pace=pace)
+            kept = select_batch(model, batch, config.select, pace=pace, stager=stager)
             bags, _, pixels = fetch_kept(model, batch, kept)
 
             def learn(plan: Plan, bags: Any = bags) -> torch.Tensor:

@@ -8,6 +8,7 @@ every decoder makes of a tile what this package's own does.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,7 +70,7 @@ class EncodedTiles:
         self._samples = stored.channels
         self._head: Head | None = None
 
-    def tiles(self, cells: NDArray[np.int64], colors: frozenset[str]) -> list[bytes | None]:
+    def tiles(self, cells: NDArray[np.int64], colors: Container[str]) -> list[bytes | None]:
         """Tiles as JPEG streams; None for one that is missing, reaches over the image, or is not plain and whole.
 
         Args:
@@ -94,7 +95,7 @@ class EncodedTiles:
                 beat()
         return found
 
-    def _stream(self, data: Coded, colors: frozenset[str]) -> bytes | None:
+    def _stream(self, data: Coded, colors: Container[str]) -> bytes | None:
         """A tile as it is stored -> with its tables and the marker of its colours."""
         if bytes(data[-_PADDING:]).rfind(_EOI) < 0:
             return None

@@ -40,8 +40,11 @@ are in the plan, which takes fewer patches where they do not fit. No GPU has con
 or 2**28 to compare. `select.chunk` sets the number of patches itself."""
 GPU_FEATURES = 16384
 """Most stored features at a time on a GPU: the work on one is small, so that launching it would cost more."""
-STAGED = 4
-"""Copies of a chunk as read that a GPU holds: two buffers, and what its JPEG decoder gives for each."""
+BUFFERS, DECODED, TURNED = 2, 3, 1
+"""Copies of a chunk as read that a GPU holds: two buffers; where its patches are decoded there, what the decoder gives,
+the same in one tensor, and that of the chunk before; and one more where decoded patches are turned."""
+STAGED_FEATURES = 3
+"""The same for stored features: two buffers, which are half as large for float16, and then two copies in float32."""
 SHARE = 0.8
 """Share of the free memory that `auto` takes: other processes need some too."""
 RESERVE = 2**28
@@ -129,6 +132,8 @@ def make_plan(
     color: bool = True,
     keep_logits: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
+    jpeg: bool = True,
+    turned: bool = False,
 ) -> Plan:
     """Probes the model and chooses. The model is left as it was.
 
@@ -149,6 +154,8 @@ def make_plan(
         color: whether training changes colours.
         keep_logits: whether the logits of all images of a batch are kept, as a prediction does.
         optimizer: if it has a state already (a resumed run), that is not counted twice.
+        jpeg: whether patches may come as JPEG, for a GPU to decode.
+        turned: whether patches are flipped or rotated.
 
     Raises:
         ConfigError: not even the smallest plan fits; the message says what would.
@@ -203,7 +210,7 @@ def make_plan(
         kept=batch * kept,
         learn=learn,
         gaps=GAPS if cpu else 1.0,
-        staged=0 if cpu else STAGED * patch_bytes,
+        staged=0 if cpu else _staged(len(patch_shape) > 1, jpeg, turned) * patch_bytes,
         pictures=open_pictures if cpu else 0,
     )
     # with a budget of the user's, a heap with gaps is for plans that lack nothing
@@ -229,6 +236,13 @@ def largest_chunk(device: torch.device, patch_shape: Sequence[int]) -> int:
     pixels = len(patch_shape) > 1
     patch_bytes = math.prod(patch_shape) * (1 if pixels else 4)
     return min(GPU_CHUNK if pixels else GPU_FEATURES, power_below(max(2, GPU_CHUNK_BYTES // patch_bytes) + 1))
+
+
+def _staged(pixels: bool, jpeg: bool, turned: bool) -> int:
+    """Copies of a chunk as read that a GPU holds."""
+    if not pixels:
+        return STAGED_FEATURES
+    return BUFFERS + (DECODED + (TURNED if turned else 0) if jpeg else 0)
 
 
 def _hold(batch: int, left: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -44,13 +44,14 @@ class Delivery:
     """Which patches come as the bytes of a JPEG instead of pixels, for a device that decodes them.
 
     Attributes:
-        colors: kinds of JPEG that the device decodes, of "grey", "rgb" and "ycbcr"; see `FilePatches.encoded`.
+        colors: kinds of JPEG that the device decodes, of "grey", "rgb" and "ycbcr"; see `FilePatches.encoded`. Empty,
+            and then false, where none comes encoded.
         always: all that can be; else only those that the consumer is already waiting for when a thread gets to them.
             So host threads decode what they can in time and the device the rest, and neither waits for the other.
             Which patches these are differs from run to run, and decoders differ in the last bit.
     """
 
-    colors: frozenset[str]
+    colors: Container[str]
     always: bool = False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,7 +62,7 @@ class OpenSource:
         with self._reading():
             return self._read(index, out, leave_out)
 
-    def encoded(self, index: Index, colors: frozenset[str]) -> dict[int, Coded]:
+    def encoded(self, index: Index, colors: Container[str]) -> dict[int, Coded]:
         """Those of the patches that can be had as JPEG; a part that cannot be read is left for `read` to say so.
 
         Raises:
@@ -208,7 +208,7 @@ class Reading:
             return Outcome()
         used.append(handle)
         coded: dict[int, Coded] = {}
-        if deliver is not None and (deliver.always or (self._need is not None and self._need.now)):
+        if deliver is not None and deliver.colors and (deliver.always or (self._need is not None and self._need.now)):
             coded = handle.encoded(self.index, deliver.colors)
         if not coded:
             return Outcome(self._pixels(handle, slice(None), out, leave_out))

@@ -194,6 +194,8 @@ def _plan(
         ahead=config.run.ahead,
         color=config.augment.color > 0,
         optimizer=optimizer,
+        jpeg=images.jpeg,
+        turned=config.augment.flip or config.augment.rotate,
     )
 
 

@@ -111,7 +111,7 @@ class Loop:
         self.estimate: Estimate | None = None
         self.first_epoch = job.state.epoch
         self.shares = Shares(job.device)
-        self.stager = Stager(job.device, self.shares)
+        self.stager = Stager(job.device, self.shares, tell=job.log)
         self.journal = SelectionJournal(job.run.path / "selection.safetensors")
         explore = number(job.config.train.explore, "train.explore")
         self.exploration = Exploration(explore, job.state.steps_per_epoch, job.config.train.seed)
@@ -134,8 +134,6 @@ class Loop:
                 say(line)
                 job.log(line)
         try:
-            if self.stager.note:
-                job.log(self.stager.note)
             while job.state.epoch < config.train.epochs and not job.state.stopped:
                 started = time.monotonic()
                 row = self.learn() | validate_epoch(job, self.pace, self.interrupt, self.weights, self.stager)

@@ -31,6 +31,7 @@ from keyhole.passes import opener
 from keyhole.patches import FilePatches, View
 from keyhole.reading import Opener, Reader
 from keyhole.resolution import NOT_KNOWN, Resolution, patch_mpp
+from keyhole.staging import may_decode
 from keyhole.store import ImageStore, decoded_bytes, fits
 from keyhole.tasks import Task
 from keyhole.wording import counted, from_to
@@ -95,6 +96,7 @@ class Images:
         held_bytes: of decoded images that stay in memory.
         open_bytes: of pictures that are decoded whole, as many as are open or being decoded at a time.
         resolution: of the training images' patches; goes into the model.
+        jpeg: whether a GPU may be given patches as JPEG.
     """
 
     config: Config
@@ -104,6 +106,7 @@ class Images:
     held_bytes: int
     open_bytes: int = 0
     resolution: Resolution = NOT_KNOWN
+    jpeg: bool = False
 
     def opener(self, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)) -> Opener:
         """What a reading thread calls to get the patches of `item`."""
@@ -132,6 +135,7 @@ def scan(
     doubts: Counter[str] = Counter()
     pictures: list[int] = []
     mpp: dict[str, float | None] = {}
+    jpeg = False
     for item in (*manifest.split("train"), *manifest.split("val")):
         try:
             source = reader.run(item.name, opener(config, probe, item))
@@ -147,6 +151,7 @@ def scan(
         if isinstance(source, FilePatches):
             total += decoded_bytes(source.image, source.grid.level)
             pictures.append(source.image.held_pixels * source.image.channels)
+            jpeg = jpeg or (may_decode(device) and source.gives_jpeg())
         elif isinstance(source, FeaturePatches):
             doubts.update(source.doubts(learned_origin(config.model)))
         source.close()
@@ -171,7 +176,7 @@ def scan(
     lines += [f"warning: {'. '.join(spread)}"] if (spread := resolution.spread()) else []
     store = ImageStore(keep=keep, masks=probe.masks)
     opened = _open_bytes(config, pictures, patches[len(patches) // 2], reader.pool.threads, keep)
-    images = Images(config, store, counts, shape, total if keep else 0, opened, resolution)
+    images = Images(config, store, counts, shape, total if keep else 0, opened, resolution, jpeg and not keep)
     return images, manifest, lines
 
 
