@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,16 @@ def noise(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Path:
     return path
 
 
-def damaged_tiff(path: Path, side: int = 320) -> Path:
-    """A TIFF of 100 tiles of 32 px of which one no longer decodes."""
+def damaged_tiff(path: Path, side: int = 320, tiles: Iterable[int] = (17,)) -> Path:
+    """A TIFF of tiles of 32 px, 100 unless said, of which one no longer decodes, or those that are named."""
     pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
     tifffile.imwrite(path, pixels, tile=(32, 32), compression="zlib", photometric="rgb")
     with tifffile.TiffFile(path) as tif:
-        offset = tif.pages.first.dataoffsets[17]
+        offsets = [tif.pages.first.dataoffsets[tile] for tile in tiles]
     with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(b"\xff" * 64)
+        for offset in offsets:
+            file.seek(offset)
+            file.write(b"\xff" * 64)
     return path
 
 

@@ -3,21 +3,19 @@
     keyhole.embed("slides.csv", "features", encoder="resnet50", pretrained=True)
 
 What is trained on the files does not read the images again. A run that was stopped goes on where it was: files are
-whole or not there, and those that are there are not made again.
+whole or not there, and those that are there are not made again. `encoding.py` makes the embeddings,
+`embedding_files.py` the files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 import keyhole
 from keyhole.checkpoint import load_encoder, read_info, weights_file
@@ -27,19 +25,22 @@ from keyhole.config_file import build
 from keyhole.data.embed_items import feature_names, items_to_embed
 from keyhole.data.item import Item
 from keyhole.data.manifest import write_left_out
-from keyhole.device import choose_device, choose_precision
+from keyhole.device import arithmetic_of, choose_device, settle_precision
+from keyhole.embedding_files import EmbeddingFiles, image_bytes, own_settings, settings_of, unfinished_files
+from keyhole.encoding import encoder_alone
 from keyhole.errors import ConfigError, DataError, KeyholeError, RunError
-from keyhole.features.writer import BYTES, SETTINGS, already_there, feature_writer
-from keyhole.files import file_size, writable_folder
+from keyhole.features.writer import already_there
+from keyhole.files import writable_folder
+from keyhole.memory.budget import parse_memory
+from keyhole.memory.cap import cap
 from keyhole.memory.meter import steady_heap
-from keyhole.nn import FastEncoder
+from keyhole.memory.pace import Pace
+from keyhole.memory.plan import CPU_CHUNK, Plan, make_plan
+from keyhole.nn import IPSClassifier
 from keyhole.nn.build import build_encoder, embedding_width, patch_shape
-from keyhole.passes import open_reader, opener, settle_edge
-from keyhole.patches import FilePatches
-from keyhole.progress import Progress
-from keyhole.reading import Batch
-from keyhole.reading.unreadable import Ledger, parse_share
-from keyhole.store import ImageStore
+from keyhole.passes import open_reader, settle_edge
+from keyhole.progress import Progress, say
+from keyhole.reading.unreadable import parse_share
 from keyhole.wording import counted, listed
 
 
@@ -94,7 +95,8 @@ def embed(
     masks: str | Path | None = None,
     dtype: Literal["float32", "float16"] = "float32",
     precision: Literal["auto", "float32", "bf16"] = "float32",
-    chunk: int = 64,
+    chunk: int | None = None,
+    memory: str = "auto",
     device: str = "auto",
     threads: int | None = None,
     on_bad_image: Literal["fail", "skip"] = "fail",
@@ -113,7 +115,8 @@ def embed(
         masks: folder of masks, for `patch.foreground` mask.
         dtype: of the stored features; float16 halves the files.
         precision: arithmetic of the encoder.
-        chunk: patches that are encoded at once.
+        chunk: patches that are encoded at once; default is what `memory` allows, 64 at most on a CPU.
+        memory: budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         threads: that read and decode.
         on_bad_image: an image that cannot be read ends the run, or is left out, counted and listed.
@@ -140,9 +143,11 @@ def embed(
         patch=build(Config(), {"patch": patch or PatchConfig()}).patch,
         model=model,
         run=RunConfig(device=device, threads=threads),
+        memory=memory,
         unreadable=unreadable,
     )
     validate(config)
+    parse_memory(memory)
     parse_share(unreadable)
     items, left_out = items_to_embed(Path(data), root, masks, on_bad_image)
     with open_reader(config.run, torch.device("cpu")) as reader:
@@ -153,17 +158,22 @@ def embed(
     if chosen.type == "cpu":
         steady_heap(False)
     network = _encoder(config, chosen)
-    arithmetic = choose_precision(precision, network, patch_shape(model, config.patch.size)).look
-    settings = _settings(config, network, dtype, arithmetic)
-    embedder = _Work(config, FastEncoder(network, arithmetic), chosen, dtype, chunk, settings)
+    settle_precision(network, precision, patch_shape(model, config.patch.size))
+    settings = settings_of(config, network.encoder, dtype, arithmetic_of(network).look)
     open_items = [
-        item for item in items if not already_there(files[item.name], {**settings, **_own(item)}, _bytes(item))
+        item
+        for item in items
+        if not already_there(files[item.name], {**settings, **own_settings(item)}, image_bytes(item))
     ]
-    unfinished = _unfinished(list(files.values()))
+    unfinished = unfinished_files(list(files.values()))
     bad: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         progress = None if quiet else stack.enter_context(Progress(len(open_items), "embedding"))
-        for item, missing in embedder.embed_all(open_items, files, progress):
+        found: Iterable[tuple[Item, int | KeyholeError]] = ()
+        if open_items:
+            pace = stack.enter_context(_own_pace(config, network, chunk))
+            found = EmbeddingFiles(config, network, pace, dtype, settings, progress).embed_all(open_items, files)
+        for item, missing in found:
             if isinstance(missing, KeyholeError):
                 if on_bad_image == "fail":
                     raise missing
@@ -176,73 +186,6 @@ def embed(
         raise DataError(f"{data}: none of the {len(items)} images can be embedded; see {folder / 'left_out.csv'}")
     made = sum(item.name in there for item in open_items)
     return Embedded(folder, there, made, left_out, bad, unfinished)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What is the same for all images."""
-
-    config: Config
-    encoder: FastEncoder
-    device: torch.device
-    dtype: str
-    chunk: int
-    settings: Mapping[str, Any]
-
-    def embed_all(
-        self, items: Sequence[Item], files: Mapping[str, Path], progress: Progress | None
-    ) -> Iterator[tuple[Item, int | KeyholeError]]:
-        """Each image with the number of its patches that could not be read, or with why it has no features."""
-        with open_reader(self.config.run, self.device) as reader:
-            # An image is a batch; the next is being read while the last chunks of one are encoded. A store keeps the
-            # masks of its images, hence one for each.
-            openers = ([opener(self.config, ImageStore(keep=False), item)] for item in items)
-            stream = reader.stream(openers, self.chunk, "mask")
-            for item, batch in zip(items, stream, strict=True):
-                waited = reader.waited
-                try:
-                    found: int | KeyholeError = self._embed(item, batch, files[item.name], progress)
-                except _Left as left:
-                    found = left.error
-                if progress is not None:
-                    progress.update(images=1, waited=reader.waited - waited)
-                yield item, found
-
-    def _embed(self, item: Item, batch: Batch, path: Path, progress: Progress | None) -> int:
-        source = batch.sources[0]
-        if source is None:
-            raise _Left(batch.failed[0])
-        assert isinstance(source, FilePatches)
-        writable_folder(path.parent)
-        with feature_writer(path, self.dtype) as writer:
-            for part in batch.chunks():
-                features = self.encoder(torch.from_numpy(part.pixels[: part.count]).to(self.device))
-                writer.add(features.cpu().numpy(), source.grid.boxes(part.index[: part.count])[:, :2], item.name)
-                if progress is not None:
-                    progress.update(patches=part.count)
-            if 0 in batch.failed:
-                raise _Left(batch.failed[0])
-            missing = batch.unreadable.get(0, {})
-            self._check(item, source, missing)
-            about = {
-                BYTES: _bytes(item),
-                SETTINGS: json.dumps({**self.settings, **_own(item)}),
-                "unreadable": len(missing),
-            }
-            writer.describe(source, {**self._about(), **about})
-        return len(missing)
-
-    def _check(self, item: Item, source: FilePatches, missing: Mapping[int, str]) -> None:
-        ledger = Ledger(len(source), parse_share(self.config.unreadable))
-        index = list(missing)
-        ledger.add(item.name, source.grid.boxes(index), index, list(missing.values()))
-        try:
-            ledger.check()
-        except KeyholeError as error:
-            raise _Left(error) from error
-
-    def _about(self) -> dict[str, Any]:
-        return {"encoder": self.config.model.encoder, "weights_sha256": self.settings["weights"]}
 
 
 def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
@@ -263,16 +206,8 @@ def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
     return ModelConfig(**kept, weights=file), own.patch
 
 
-class _Left(Exception):  # noqa: N818 - ends the writing of one file, and goes no further
-    """An image that has no features, and why."""
-
-    def __init__(self, error: KeyholeError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-def _encoder(config: Config, device: torch.device) -> nn.Module:
-    """The encoder, with its weights, ready to embed.
+def _encoder(config: Config, device: torch.device) -> IPSClassifier:
+    """The encoder, with its weights, on its device.
 
     Raises:
         ConfigError: no such encoder, or no weights: features of random weights would be of no use to anyone.
@@ -294,50 +229,49 @@ def _encoder(config: Config, device: torch.device) -> nn.Module:
             load_encoder(encoder, model.weights)
         except RunError as error:
             raise RunError(str(error).replace("--model.", "--")) from error
-    embedding_width(encoder, model, config.patch.size)
-    return encoder.eval().to(device)
+    width = embedding_width(encoder, model, config.patch.size)
+    return encoder_alone(encoder.to(device), width)
 
 
-def _settings(config: Config, encoder: nn.Module, dtype: str, precision: torch.dtype) -> dict[str, Any]:
-    """All that the features depend on but the image."""
-    model, patch = config.model, config.patch
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return {
-        "encoder": model.encoder,
-        "weights": digest.hexdigest(),
-        "stages": model.stages,
-        "channels": model.channels,
-        "patch.size": patch.size,
-        "patch.stride": patch.stride or patch.size,
-        "patch.level": patch.level,
-        "patch.mpp": patch.mpp,
-        "patch.foreground": patch.foreground,
-        "patch.min_foreground": patch.min_foreground,
-        "patch.edge": patch.edge,
-        **({} if patch.bits is None else {"patch.bits": patch.bits}),
-        "dtype": dtype,
-        "precision": str(precision).removeprefix("torch."),
-    }
+@contextlib.contextmanager
+def _own_pace(config: Config, model: IPSClassifier, chunk: int | None) -> Iterator[Pace]:
+    """How many patches are encoded at once: as many as asked for, or else as the budget allows, which is kept inside.
 
-
-def _unfinished(files: Sequence[Path]) -> tuple[Path, ...]:
-    """What killed processes have left of these files."""
-    known = {f".{file.name}" for file in files}
-    folders = sorted({file.parent for file in files if file.parent.is_dir()})
-    return tuple(left for folder in folders for left in sorted(folder.glob(".*.h5.????????")) if left.stem in known)
-
-
-def _own(item: Item) -> dict[str, Any]:
-    """Settings of one image."""
-    return {"image mpp": item.mpp, "mask": None if item.mask is None else item.mask.name}
-
-
-def _bytes(item: Item) -> int:
-    """Return the size of the image file; 0 where that cannot be read, which shows when the image is opened."""
+    Errors of the plan name the options that `embed` has.
+    """
+    device, memory = next(model.parameters()).device, parse_memory(config.memory)
+    plan = Plan(chunk=chunk or CPU_CHUNK)
     try:
-        return file_size(item.image)
-    except OSError:
-        return 0
+        if memory is not None or device.type == "cuda":
+            plan = make_plan(
+                model,
+                patch_shape=patch_shape(config.model, config.patch.size),
+                m=1,
+                batch=1,
+                device=device,
+                memory=memory,
+                chunk=chunk,
+                host_buffers=2 * 4 * model.pool.dim * (chunk or CPU_CHUNK),
+                largest_bag=1,
+                learn=False,
+                ahead=config.run.ahead,
+            )
+        with cap(plan, device):
+            yield Pace(plan, lambda text: say(f"warning: {text}"))
+    except ConfigError as error:
+        text = str(error)
+        for theirs, ours in _WORDS.items():
+            text = text.replace(theirs, ours)
+        if text == str(error):
+            raise
+        raise ConfigError(text) from error
+
+
+_WORDS = {
+    "--model.": "--",
+    "--run.device": "--device",
+    "--select.chunk": "--chunk",
+    "--patch.size, --select.m or": "--patch.size or",
+    "--select.m and --train.batch": "--encoder",
+    "--data.cache": "--encoder",
+}

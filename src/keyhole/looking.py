@@ -65,6 +65,20 @@ class Looker:
         with self.shares.part("scoring"):
             return self.model.score_embedding(embedding, position)
 
+    def embeddings(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Embeddings of loose patches one after the other, each (k d), `count` in all: a tensor for each go.
+
+        Args:
+            pixels: on the device; rows from `count` on are encoded with the others and left out of what is returned.
+            count: rows in use.
+        """
+
+        def look(go: slice, rows: int) -> Tensor:
+            with self.shares.part("encoding"):
+                return self.model.look(pixels[go])[:rows]
+
+        return list(self._goes(pixels, look, count))
+
     def _distinct(self, chunk: Chunk, pixels: Tensor, blank: NDArray[np.bool_]) -> Tensor:
         """Embeddings of a chunk some of whose patches are of one colour."""
         keys = {int(row): (int(chunk.image[row]), chunk.pixels[row, 0, 0].tobytes()) for row in blank.nonzero()[0]}

@@ -28,7 +28,7 @@ class EmbedOptions:
     )
     ESSENTIAL: ClassVar = (
         *("out", "run", "encoder", "pretrained", "weights", "patch.size", "patch.mpp", "patch.foreground", "masks"),
-        *("root", "dtype", "device", "on-bad-image", "print-config"),
+        *("root", "dtype", "memory", "device", "on-bad-image", "print-config"),
     )
 
     data: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
@@ -59,8 +59,10 @@ class EmbedOptions:
     """Type of the stored features; float16 halves the files."""
     precision: Literal["auto", "float32", "bf16"] = "float32"
     """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it. Features outlive the machine, hence float32."""
-    chunk: Positive = 64
-    """Patches that are encoded at once."""
+    chunk: Positive | None = None
+    """Patches that are encoded at once; default is what `--memory` allows, 64 at most on a CPU."""
+    memory: Quantity = "auto"
+    """Budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     threads: Positive | None = None
@@ -100,6 +102,7 @@ def run(argv: list[str]) -> int:
         dtype=options.dtype,
         precision=options.precision,
         chunk=options.chunk,
+        memory=options.memory,
         device=options.device,
         threads=options.threads,
         on_bad_image=options.on_bad_image,
@@ -136,7 +139,9 @@ def _check(options: EmbedOptions) -> None:
     """Raises ConfigError for options that do not fit each other, under the names they have here."""
     check_device(options.device)
     model = ModelConfig(options.encoder, stages=options.stages, pretrained=options.pretrained, weights=options.weights)
-    config = Config(patch=options.patch, model=model, run=RunConfig(), unreadable=options.unreadable)
+    config = Config(
+        memory=options.memory, patch=options.patch, model=model, run=RunConfig(), unreadable=options.unreadable
+    )
     try:
         validate(config, flags=True)
     except ConfigError as error:

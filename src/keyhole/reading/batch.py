@@ -75,11 +75,15 @@ class Batch:
             chunk = self._stream.finish(self, planned)
             if chunk.count:
                 yield chunk
-        for position, length in enumerate(self.lengths()):
-            missing = self.unreadable.get(position, {})
-            if length and len(missing) == length:
-                problem = f"none of its {length} patches can be read ({next(iter(missing.values()))})"
-                self.fail(position, ImageError(self.names[position], problem))
+        for position in range(len(self.names)):
+            self.settle(position)
+
+    def settle(self, position: int) -> None:
+        """Count an image as failed of which no patch could be read; all of them must have been tried."""
+        length, missing = self.lengths()[position], self.unreadable.get(position, {})
+        if length and len(missing) == length:
+            problem = f"none of its {length} patches can be read ({next(iter(missing.values()))})"
+            self.fail(position, ImageError(self.names[position], problem))
 
     def fetch(self, indices: Sequence[ArrayLike | None]) -> list[Array | None]:
         """Some patches of each image: those held, and the others read in parallel before all that is read ahead.
