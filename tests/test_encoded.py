@@ -30,6 +30,7 @@ from keyhole.nn import build_classifier
 from keyhole.passes import select_batch
 from keyhole.patches import FileOpener, FilePatches, PatchSource, View
 from keyhole.reading import Batch, Delivery, Reader
+from keyhole.reading.readings import LOOK_AGAIN
 from keyhole.staging import Stager, prefetched
 from keyhole.tasks import Task
 
@@ -369,6 +370,65 @@ def test_only_what_the_consumer_waits_for_comes_encoded(files: dict[str, Path]) 
         batch = next(stream)
         assert eventually(lambda: bool(batch.planned) and batch.planned[0].finished())
         assert not next(batch.chunks()).encoded, "all was read before the consumer asked"
+
+
+def test_what_threads_get_to_while_the_consumer_waits_comes_encoded_for_later_chunks_too(tmp_path: Path) -> None:
+    """Four threads, six chunks of two runs in the ring: runs of the chunk that is waited for have all begun."""
+    path = write_tiff(tmp_path / "many.tif", picture(3, 16 * 16, 21 * 16), tile=(16, 16), compression="jpeg")
+    run, chunk = 24, 48
+    waits, filled, again = threading.Event(), threading.Event(), threading.Event()
+    decoded: set[int] = set()
+    ended: set[int] = set()
+    begun: list[int] = []
+    asked: list[Batch] = []
+
+    class Gated(FilePatches):
+        def read(self, index: Any, out: np.ndarray | None = None) -> np.ndarray:
+            if index[0] < 4 * run:  # begun before the consumer waits: the first run ends when it does, the others later
+                begun.append(int(index[0]))
+                assert (waits if index[0] == 0 else filled).wait(PATIENCE)
+            if index[0] == 6 * chunk + LOOK_AGAIN:
+                assert again.wait(PATIENCE)
+            pixels = super().read(index, out)
+            decoded.update(index.tolist())
+            self.end(index)
+            return pixels
+
+        def encoded(self, index: Any, colors: frozenset[str]) -> list[bytes | None] | None:
+            streams = super().encoded(index, colors)
+            self.end(index)
+            return streams
+
+        def end(self, index: Any) -> None:
+            ended.update(index.tolist())
+            if ended >= set(range(4 * run, 6 * chunk)):
+                filled.set()
+
+    class Watched(Reader):
+        def wait(self, blocking: Any) -> Any:
+            if asked and len(asked[0].planned) < 6:  # the first chunk has been taken, and is waited for
+                waits.set()
+            if asked and not asked[0].planned:  # likewise the last
+                again.set()
+            return super().wait(blocking)
+
+    def gated() -> PatchSource:
+        source = FileOpener(path, "gated", 16)()
+        return Gated(source.image, source.grid)
+
+    with Watched(4, ahead=4, stall=PATIENCE) as reader:
+        batch = next(stream := reader.stream([[Opener("gated", gated)]], chunk, deliver=Delivery(COLORS)))
+        assert eventually(lambda: len(batch.planned) == 6 and len(begun) == 4)
+        asked.append(batch)
+        found = [next(chunks := batch.chunks())]
+        assert eventually(lambda: all(planned.finished() for planned in batch.planned))
+        found += [next(chunks), next(chunks)]
+        busy = {*range(6 * chunk, 6 * chunk + LOOK_AGAIN), *range(6 * chunk + run, 7 * chunk)}
+        assert eventually(lambda: decoded >= busy), "the consumer is busy: the host decodes"
+        found += chunks
+        encoded = [len(one.encoded) for one in found]
+        assert encoded == [0, 0, chunk, chunk, chunk, chunk, run - 2 * LOOK_AGAIN], "and a thread looks again"
+        assert not list(stream)
 
 
 def test_the_same_patches_are_kept(shared: Path, files: dict[str, Path]) -> None:

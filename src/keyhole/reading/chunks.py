@@ -46,8 +46,9 @@ class Delivery:
     Attributes:
         colors: kinds of JPEG that the device decodes, of "grey", "rgb" and "ycbcr"; see `FilePatches.encoded`. Empty,
             and then false, where none comes encoded.
-        always: all that can be; else only those that the consumer is already waiting for when a thread gets to them.
-            So host threads decode what they can in time and the device the rest, and neither waits for the other.
+        always: all that can be; else only those that a thread gets to while the consumer waits for pixels, of whichever
+            chunk. So host threads decode what they can in time and the device the rest: tiles that nobody decodes fill
+            the ring at once, the consumer does not wait any more, and the threads decode again.
             Which patches these are differs from run to run, and decoders differ in the last bit.
     """
 

@@ -26,6 +26,10 @@ LeaveOut = Literal["nothing", "damaged", "lost"]
 LOST = (ImageLost, StalledRead)
 """What may be over in a while; every other error would come again."""
 
+LOOK_AGAIN = 8
+"""Tiles that a thread decodes before it looks again whether the consumer waits. With 64 the consumer often waited for
+the rest of a run while the other threads, which had filled the ring with encoded tiles, had nothing to do."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -40,11 +44,13 @@ class OpenSource:
 
     Attributes:
         lost: why the file could not be reached. Nobody touches it through this source again.
+        delivers: some of its patches have come as JPEG.
     """
 
     def __init__(self, source: PatchSource) -> None:
         self.source = source
         self.lost: ImageError | None = None
+        self.delivers = False
         self._lock = threading.RLock()
         self._readers = 0
         self._closing = False
@@ -79,7 +85,9 @@ class OpenSource:
             except ImageError:
                 return {}
         rows = zip(index.tolist(), found or [], strict=found is not None)
-        return {number: Coded(data, source.view) for number, data in rows if data is not None}
+        coded = {number: Coded(data, source.view) for number, data in rows if data is not None}
+        self.delivers = self.delivers or bool(coded)
+        return coded
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -145,10 +153,23 @@ class Handles(Protocol):
 
 
 class Need:
-    """Whether the consumer waits for a chunk; its readings look when they begin."""
+    """Whether the consumer of a stream waits for pixels at this moment; readings look when they begin.
+
+    Readings begin in order, so those of the chunk that the consumer waits for have nearly always begun before it waits.
+    Those that can still spare it the next wait belong to later chunks: there is one need for the whole stream.
+    """
 
     def __init__(self) -> None:
         self.now = False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The consumer waits inside."""
+        self.now = True
+        try:
+            yield
+        finally:
+            self.now = False
 
 
 class Reading:
@@ -158,7 +179,7 @@ class Reading:
         leave_out: what may be left out.
         urgent: to be read before all that is read ahead.
         deliver: which patches may come encoded; None for none.
-        need: of the chunk that this is a part of.
+        need: of the stream that this is a part of.
         held: where pixels are put that stay.
 
     Attributes:
@@ -207,15 +228,25 @@ class Reading:
         if handle is None:  # the image has failed meanwhile
             return Outcome()
         used.append(handle)
-        coded: dict[int, Coded] = {}
-        if deliver is not None and deliver.colors and (deliver.always or (self._need is not None and self._need.now)):
-            coded = handle.encoded(self.index, deliver.colors)
-        if not coded:
-            return Outcome(self._pixels(handle, slice(None), out, leave_out))
         unreadable: dict[int, str] = {}
-        for row in np.flatnonzero(~np.isin(self.index, list(coded))).tolist():
-            unreadable |= self._pixels(handle, slice(row, row + 1), out, leave_out)
-        return Outcome(unreadable, coded)
+        row, count = 0, len(self.index)
+        while row < count and not given_up():
+            if deliver is not None and self._is_wanted_now(deliver):
+                coded = handle.encoded(self.index[row:], deliver.colors)
+                if coded:
+                    odd = row + np.flatnonzero(~np.isin(self.index[row:], list(coded)))
+                    for other in odd.tolist():
+                        unreadable |= self._pixels(handle, slice(other, other + 1), out, leave_out)
+                    return Outcome(unreadable, coded)
+                deliver = None
+            stop = min(count, row + LOOK_AGAIN) if deliver is not None and handle.delivers else count
+            unreadable |= self._pixels(handle, slice(row, stop), out, leave_out)
+            row = stop
+        return Outcome(unreadable)
+
+    def _is_wanted_now(self, deliver: Delivery) -> bool:
+        """Whether patches may come encoded at this moment."""
+        return bool(deliver.colors) and (deliver.always or (self._need is not None and self._need.now))
 
     def _pixels(self, handle: OpenSource, rows: slice, out: Array, leave_out: LeaveOut) -> dict[int, str]:
         unreadable = handle.read(self.index[rows], out[rows], leave_out)
@@ -249,7 +280,6 @@ class Planned:
     buffer: Array
     rows: int
     readings: list[Reading]
-    need: Need
 
     def finished(self) -> bool:
         """Whether no thread can write into the buffer any more."""

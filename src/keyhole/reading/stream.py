@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,6 +73,7 @@ class Stream:
         self.leave_out: LeaveOut = "damaged" if on_error == "mask" else "nothing"
         self.retry = retry
         self.hold, self.deliver = hold, deliver
+        self._need = Need()
         self._held_memory = HeldMemory()
         self._batches = batches
         self._run = int(np.clip(chunk * reader.ahead // (2 * self.pool.threads), SHORT_RUN, RUN))
@@ -217,17 +218,17 @@ class Stream:
 
     def _submit(self, batch: Batch, segments: list[tuple[int, int, int]], buffer: Array) -> Planned:
         readings: list[Reading] = []
-        need, row = Need(), 0
+        row = 0
         for position, start, stop in segments:
             for first in range(start, stop, self._run):
                 index = np.arange(first, min(first + self._run, stop), dtype=np.int64)
                 rows = buffer[row : row + len(index)]
                 if batch.handles[position] is not None:  # else it has failed meanwhile
                     what = batch, position, index, rows, self.pool, self.leave_out
-                    readings.append(Reading(*what, deliver=self.deliver, need=need, held=batch.held))
+                    readings.append(Reading(*what, deliver=self.deliver, need=self._need, held=batch.held))
                 row += len(index)
         buffer[row:] = 0
-        return Planned(buffer, row, readings, need)
+        return Planned(buffer, row, readings)
 
     # On the consumer's thread
 
@@ -256,8 +257,8 @@ class Stream:
 
     def finish(self, batch: Batch, planned: Planned) -> Chunk:
         """Wait for a chunk's pixels, and take out what belongs to images that failed and what is unreadable."""
-        planned.need.now = True
-        self.reader.wait(lambda: batch.finish(planned.readings))
+        with nullcontext() if planned.finished() else self._need.waiting():
+            self.reader.wait(lambda: batch.finish(planned.readings))
         chunk = assembled(planned, batch.failed, self._allocate)
         if chunk.encoded:
             chunk.again = partial(self._decode_on_host, batch)
