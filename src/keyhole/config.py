@@ -24,6 +24,8 @@ Auto = Literal["auto"]
 """The setting follows from others; see `keyhole.config_auto`."""
 Bits = Literal[8, 9, 10, 11, 12, 13, 14, 15, 16]
 """Bits in use of a value that is stored in 16."""
+Decode = Literal["auto", "cpu"]
+"""Where JPEG tiles are decoded; see `RunConfig.decode`."""
 Quantity = Annotated[str, MinLen(1)]
 """A number with or without a unit, such as 5GB or 1%."""
 
@@ -207,6 +209,10 @@ class RunConfig:
     """Compile the encoder for this machine; `auto` does on a GPU where that pays back within the run. It says why."""
     threads: Positive | None = None
     """Threads that read and decode; default is one per core, at most 16."""
+    decode: Decode = "auto"
+    """Where JPEG tiles of slides are decoded. `auto` gives a GPU those that the threads have not decoded in time; its
+    colours differ a little, and which tiles these are differs from run to run. `cpu` leaves all of them to the threads,
+    so that both passes see the same pixels."""
     ahead: Positive = 4
     """Chunks read ahead of the device; host memory grows with it."""
     stall: PositiveFloat = 120.0

@@ -19,7 +19,7 @@ import torch
 
 import keyhole
 from keyhole.checkpoint import load_encoder, read_info, weights_file
-from keyhole.config import Config, ModelConfig, PatchConfig, RunConfig
+from keyhole.config import Config, Decode, ModelConfig, PatchConfig, RunConfig
 from keyhole.config_check import validate
 from keyhole.config_file import build
 from keyhole.data.embed_items import feature_names, items_to_embed
@@ -98,6 +98,7 @@ def embed(
     chunk: int | None = None,
     memory: str = "auto",
     device: str = "auto",
+    decode: Decode = "auto",
     threads: int | None = None,
     on_bad_image: Literal["fail", "skip"] = "fail",
     unreadable: str = "1%",
@@ -118,6 +119,7 @@ def embed(
         chunk: patches that are encoded at once; default is what `memory` allows, 64 at most on a CPU.
         memory: budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        decode: `auto` lets a GPU decode JPEG tiles of slides too, `cpu` does not; see `RunConfig.decode`.
         threads: that read and decode.
         on_bad_image: an image that cannot be read ends the run, or is left out, counted and listed.
         unreadable: share of an image's patches that may be unreadable.
@@ -142,7 +144,7 @@ def embed(
     config = Config(
         patch=build(Config(), {"patch": patch or PatchConfig()}).patch,
         model=model,
-        run=RunConfig(device=device, threads=threads),
+        run=RunConfig(device=device, threads=threads, decode=decode),
         memory=memory,
         unreadable=unreadable,
     )
@@ -255,6 +257,7 @@ def _own_pace(config: Config, model: IPSClassifier, chunk: int | None) -> Iterat
                 largest_bag=1,
                 learn=False,
                 ahead=config.run.ahead,
+                jpeg=config.run.decode == "auto",
             )
         with cap(plan, device):
             yield Pace(plan, lambda text: say(f"warning: {text}"))

@@ -25,7 +25,7 @@ from keyhole.passes import open_reader, opener
 from keyhole.patches import FilePatches
 from keyhole.progress import Progress
 from keyhole.reading.unreadable import Ledger, parse_share
-from keyhole.staging import Stager
+from keyhole.staging import stager_for
 from keyhole.store import ImageStore
 
 
@@ -53,7 +53,7 @@ class EmbeddingFiles:
         """Each image with the number of its patches that could not be read, or with why it has no features."""
         device = next(self.model.parameters()).device
         with open_reader(self.config.run, device) as reader:
-            encoding = Encoding(self.model, reader, Stager(device), self.pace)
+            encoding = Encoding(self.model, reader, stager_for(self.config.run, device), self.pace)
             # A store keeps the masks of its images, hence one for each.
             openers = [opener(self.config, ImageStore(keep=False), item) for item in items]
             waited = reader.waited

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 import keyhole
-from keyhole.config import Config
+from keyhole.config import Config, Decode
 from keyhole.config_file import load_config
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
@@ -83,6 +83,7 @@ def evaluate(
     unreadable: str = "1%",
     features: str | Path | None = None,
     masks: str | Path | None = None,
+    decode: Decode = "auto",
 ) -> Evaluation:
     """Evaluates the best model of a run.
 
@@ -97,7 +98,7 @@ def evaluate(
             lesions.csv, and its image still counts for the metrics.
         root: with `data`, the folder that relative paths of a CSV start from; else the folder that the run's own
             images were moved to, where they are found by relative path, size and SHA-256.
-        memory, unreadable: as in `keyhole.load`.
+        memory, unreadable, decode: as in `keyhole.load`.
         features, masks: folders for `data`, as `data.features` and `data.masks` of a run.
 
     Raises:
@@ -108,7 +109,7 @@ def evaluate(
     """
     run = Path(run)
     subject = Subject(run, None if data is None else Path(data), split)
-    predictor = Predictor.open(run, device, memory, unreadable)
+    predictor = Predictor.open(run, device, memory, unreadable, decode)
     given = {"root": root, "features": features, "masks": masks}
     folders = {name: None if path is None else Path(path) for name, path in given.items()}
     if data is None and (run / "manifest.csv").is_file():

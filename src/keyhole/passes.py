@@ -3,7 +3,8 @@
 Letters: b image, k loose patches, m kept, c channels, h w height and width of a patch.
 
 Both passes turn pixels into tensors with the same function and the same colour change per image, so that what is
-learned from is what was selected.
+learned from is what was selected. JPEG tiles that a GPU decoded in the first pass are read again by the host for the
+second, whose decoder differs a little; under `run.decode cpu` the host decodes them in both.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import PIL.Image
 import torch
@@ -24,7 +24,7 @@ import keyhole
 from keyhole.answer import make_prediction, with_pictures
 from keyhole.checkpoint import load_weights, model_file, read_tensors
 from keyhole.compiling import choose_compile
-from keyhole.config import Config
+from keyhole.config import Config, Decode, RunConfig
 from keyhole.config_file import build
 from keyhole.data.companions import mask_of
 from keyhole.data.item import FEATURE_SUFFIXES, Item
@@ -46,6 +46,7 @@ from keyhole.progress import Progress, say
 from keyhole.reading import Reader
 from keyhole.reading.unreadable import Ledger, parse_share
 from keyhole.resolution import NOT_KNOWN, Resolution
+from keyhole.staging import stager_for
 from keyhole.store import ImageStore, MemoryStore
 from keyhole.tasks import Task
 
@@ -71,7 +72,9 @@ def describe(config: Config, tasks: Sequence[Task], **about: Any) -> dict[str, A
     }
 
 
-def load(run: str | Path, device: str = "auto", memory: str = "auto", unreadable: str = "1%") -> Predictor:
+def load(
+    run: str | Path, device: str = "auto", memory: str = "auto", unreadable: str = "1%", decode: Decode = "auto"
+) -> Predictor:
     """The best model of a run, or a model copied out of one.
 
     Args:
@@ -79,12 +82,13 @@ def load(run: str | Path, device: str = "auto", memory: str = "auto", unreadable
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         memory: budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free.
         unreadable: share of an image's patches that may be unreadable, such as `1%`.
+        decode: `auto` lets a GPU decode JPEG tiles of slides too, `cpu` does not; see `RunConfig.decode`.
 
     Raises:
         RunError: there is no model, or it is damaged.
         ConfigError: a device, budget or share that is none.
     """
-    return Predictor.open(run, device, memory, unreadable)
+    return Predictor.open(run, device, memory, unreadable, decode)
 
 
 class Predictor:
@@ -114,18 +118,27 @@ class Predictor:
         self._told: set[str] = set()
 
     @classmethod
-    def open(cls, path: str | Path, device: str = "auto", memory: str = "auto", unreadable: str = "1%") -> Predictor:
+    def open(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        memory: str = "auto",
+        unreadable: str = "1%",
+        decode: Decode = "auto",
+    ) -> Predictor:
         """See `load`."""
         path = Path(path)
         parse_memory(memory)
         parse_share(unreadable)
+        if decode not in get_args(Decode):
+            raise ConfigError(f"decode {decode}: expected {' or '.join(get_args(Decode))}")
         file = model_file(path)
         weights, info = read_tensors(file)
         chosen = choose_device(device)
         try:
             tasks = [Task.from_json(task) for task in info["tasks"]]
             given = {name: info[name] for name in SECTIONS} | {"train": {"batch": info["batch"]}}
-            config = build(Config(memory=memory, unreadable=unreadable), given)
+            config = build(Config(memory=memory, unreadable=unreadable, run=RunConfig(decode=decode)), given)
             name, precision = str(info["name"]), str(info["precision"])
             resolution = Resolution.from_json(info.get("resolution"))
         except (KeyError, TypeError, ConfigError, RunError) as error:
@@ -265,6 +278,7 @@ class Predictor:
                     keep_logits=True,
                     on_chunk=chunk,
                     pace=followed,
+                    stager=stager_for(self.config.run, self.device),
                 )
                 for number, (each, done) in enumerate(zip(batches, stream, strict=True), start=1):
                     if number == 1:
@@ -320,6 +334,7 @@ class Predictor:
                     learn=False,
                     ahead=self.config.run.ahead,
                     keep_logits=True,
+                    jpeg=self.config.run.decode == "auto",
                 )
             self._pace = Pace(plan, lambda text: say(f"warning: {text}"))
         with cap(self._pace.plan, self.device):

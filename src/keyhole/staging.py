@@ -1,6 +1,6 @@
 """Chunks from the reader -> pixels on the device, of one static shape, while the chunk before is encoded.
 
-    stager = Stager(device)
+    stager = stager_for(config.run, device)
     for batch in reader.stream(batches, pace.plan.chunk, deliver=stager.deliver):
         for chunk, pixels in prefetched(batch.chunks(), stager, pace):
             ...                                   # pixels: all rows of the buffer; `chunk.count` of them are in use
@@ -15,7 +15,7 @@ for that buffer's copy, on the reader's thread.
 JPEG tiles are decoded on the device, in one call for all of a chunk. A tile that the decoder there refuses sends the
 encoded rows of its chunk back to the host's readers, which name what is wrong with it as they always do. What decoders
 make of a JPEG differs in the last bit, more where colours are upsampled, and which tiles the device decodes depends on
-time. Runs are the same to the bit on a CPU only, where nothing comes encoded.
+time. On a CPU and under `run.decode cpu` nothing comes encoded, and both passes see the same pixels.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keyhole.config import RunConfig
 from keyhole.decoding import Decoder, Kinds, decodes
 from keyhole.memory.budget import out_of_memory
 from keyhole.memory.pace import Pace
@@ -147,6 +148,13 @@ class Stager:
             self.refused += 1
             chunk.decode_on_host()
             return []
+
+
+def stager_for(
+    run: RunConfig, device: torch.device, shares: Shares = NO_SHARES, tell: Callable[[str], None] | None = None
+) -> Stager:
+    """The stager of a run; under `run.decode cpu` no chunk brings JPEG."""
+    return Stager(device, shares, encoded=False if run.decode == "cpu" else None, tell=tell)
 
 
 def may_decode(device: torch.device) -> bool:

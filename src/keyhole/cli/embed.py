@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from keyhole.cli.arguments import check_device, parse, print_options
-from keyhole.config import Config, ModelConfig, PatchConfig, Positive, Quantity, RunConfig
+from keyhole.config import Config, Decode, ModelConfig, PatchConfig, Positive, Quantity, RunConfig
 from keyhole.config_check import validate
 from keyhole.errors import ConfigError
 
@@ -65,6 +65,9 @@ class EmbedOptions:
     """Budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    decode: Decode = "auto"
+    """Where JPEG tiles of slides are decoded: `auto` lets a GPU take part, which changes features a little from run to
+    run; `cpu` does not."""
     threads: Positive | None = None
     """Threads that read and decode; default is one per core, at most 16."""
     on_bad_image: Literal["fail", "skip"] = "fail"
@@ -104,6 +107,7 @@ def run(argv: list[str]) -> int:
         chunk=options.chunk,
         memory=options.memory,
         device=options.device,
+        decode=options.decode,
         threads=options.threads,
         on_bad_image=options.on_bad_image,
         unreadable=options.unreadable,

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from keyhole.cli.arguments import check_device, parse, print_options
+from keyhole.config import Decode
 from keyhole.errors import DataError
 
 
@@ -35,6 +36,9 @@ class EvaluateOptions:
     written into the run folder."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    decode: Decode = "auto"
+    """Where JPEG tiles of slides are decoded: `auto` lets a GPU take part, which changes results a little from run to
+    run; `cpu` does not."""
     features: Path | None = None
     """Folder of feature files of the images given with --data."""
     masks: Path | None = None
@@ -70,6 +74,7 @@ def run(argv: list[str]) -> int:
             unreadable=options.unreadable,
             features=options.features,
             masks=options.masks,
+            decode=options.decode,
         )
     except DataError as error:  # which names the options of `keyhole train`
         message = str(error).replace("--data.path PATH", "--data PATH").replace("--data.", "--")

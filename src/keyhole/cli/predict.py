@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from keyhole.cli.arguments import check_device, parse, print_options
-from keyhole.config import Bits
+from keyhole.config import Bits, Decode
 from keyhole.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class PredictOptions:
     """Folder to write to; created if it is not there."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    decode: Decode = "auto"
+    """Where JPEG tiles of slides are decoded: `auto` lets a GPU take part, which changes results a little from run to
+    run; `cpu` does not."""
     mpp: float | None = None
     """Microns per pixel of the full resolution, where the files do not say it or are wrong; a CSV says it per image."""
     masks: Path | None = None
@@ -78,7 +81,7 @@ def run(argv: list[str]) -> int:
     from keyhole.report.answers import AnswerFolder
     from keyhole.report.table import write_table
 
-    predictor = load(options.run, options.device, options.memory, options.unreadable)
+    predictor = load(options.run, options.device, options.memory, options.unreadable, options.decode)
     if options.bits is not None:
         predictor.config = replace(predictor.config, patch=replace(predictor.config.patch, bits=options.bits))
     answers = AnswerFolder(options.out, [item.image for item in items])

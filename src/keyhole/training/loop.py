@@ -37,7 +37,7 @@ from keyhole.progress import Progress, say
 from keyhole.reading import Batch, FetchOnly, Opener
 from keyhole.reading.chunks import is_alone
 from keyhole.shares import Shares
-from keyhole.staging import Stager
+from keyhole.staging import stager_for
 from keyhole.training.augment import draw, stack_colors
 from keyhole.training.exploration import Exploration
 from keyhole.training.interrupt import Interrupt, StopRequested
@@ -111,7 +111,7 @@ class Loop:
         self.estimate: Estimate | None = None
         self.first_epoch = job.state.epoch
         self.shares = Shares(job.device)
-        self.stager = Stager(job.device, self.shares, tell=job.log)
+        self.stager = stager_for(job.config.run, job.device, self.shares, job.log)
         self.journal = SelectionJournal(job.run.path / "selection.safetensors")
         explore = number(job.config.train.explore, "train.explore")
         self.exploration = Exploration(explore, job.state.steps_per_epoch, job.config.train.seed)

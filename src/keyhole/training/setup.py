@@ -151,7 +151,7 @@ def scan(
         if isinstance(source, FilePatches):
             total += decoded_bytes(source.image, source.grid.level)
             pictures.append(source.image.held_pixels * source.image.channels)
-            jpeg = jpeg or (may_decode(device) and source.gives_jpeg())
+            jpeg = jpeg or (config.run.decode == "auto" and may_decode(device) and source.gives_jpeg())
         elif isinstance(source, FeaturePatches):
             doubts.update(source.doubts(learned_origin(config.model)))
         source.close()

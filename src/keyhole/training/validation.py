@@ -106,7 +106,7 @@ def _batches(job: Job, items: Sequence[Item]) -> list[list[Item]]:
 
 def predict_splits(job: Job, pace: Pace, interrupt: Interrupt) -> None:
     """What the best model says of the training and validation images, one row each, from what can be read."""
-    predictor = Predictor.open(job.run.path, str(job.device))
+    predictor = Predictor.open(job.run.path, str(job.device), decode=job.config.run.decode)
     predictor.config = dataclasses.replace(predictor.config, unreadable="100%")
     predictor.tells_doubts = False  # the log of the run has them
     folder = job.run.path / "predictions"

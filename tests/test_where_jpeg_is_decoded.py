@@ -1,0 +1,106 @@
+"""Law of `run.decode cpu`: the reading threads decode every tile, so that both passes see the same pixels."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Say, settings
+from test_encoded import COLUMNS, ROWS, TILE, files
+from test_reading import PATIENCE, no_thread_is_left
+
+import keyhole
+from keyhole import staging
+from keyhole.config import RunConfig
+from keyhole.decoding import Decoder
+from keyhole.embedding import embed
+from keyhole.errors import ConfigError
+from keyhole.patches import FileOpener, View
+from keyhole.reading import Delivery, Reader
+from keyhole.staging import prefetched, stager_for
+
+__all__ = ["files", "no_thread_is_left"]  # fixtures
+
+pytest.importorskip("torchvision", reason="torchvision decodes JPEG for devices")
+CPU = torch.device("cpu")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
+faithful = Decoder.__call__
+
+
+@pytest.fixture
+def decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU may decode what comes as JPEG, as a GPU may, and its decoder is off by one level."""
+
+    def off_by_one(self: Decoder, streams: Sequence[bytes], channels: int) -> torch.Tensor:
+        return faithful(self, streams, channels) + 1
+
+    monkeypatch.setattr(staging, "may_decode", lambda _device: True)
+    monkeypatch.setattr(Decoder, "__call__", off_by_one)
+
+
+@pytest.mark.usefixtures("decoding")
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_the_pixels_looked_at_are_those_learned_from(files: dict[str, Path], device: torch.device) -> None:
+    stager = stager_for(RunConfig(decode="cpu"), device)
+    opener = FileOpener(files["4:2:0"], "tiles", TILE, view=View(flip_x=True, turns=1))
+    with Reader(2, stall=PATIENCE) as reader:
+        for batch in reader.stream([[opener]] * 2, 16, deliver=stager.deliver):
+            looked: dict[int, np.ndarray] = {}
+            for chunk, pixels in prefetched(batch.chunks(), stager):
+                looked |= zip(chunk.index.tolist(), pixels.cpu().numpy().copy(), strict=False)
+            (learned,) = batch.fetch([np.arange(ROWS * COLUMNS)])
+            np.testing.assert_array_equal(np.stack([looked[index] for index in range(ROWS * COLUMNS)]), learned)
+        assert reader.encoded_patches == 0
+
+
+@pytest.fixture
+def delivered(monkeypatch: pytest.MonkeyPatch) -> list[Delivery | None]:
+    """What every stream is told that it may deliver as JPEG."""
+    told: list[Delivery | None] = []
+    stream = Reader.stream
+
+    def note(
+        self: Reader, batches: Any, chunk: int, on_error: Any = "raise", hold: int = 0, deliver: Any = None
+    ) -> Any:
+        told.append(deliver)
+        return stream(self, batches, chunk, on_error, hold, deliver)
+
+    monkeypatch.setattr(Reader, "stream", note)
+    return told
+
+
+@pytest.mark.usefixtures("decoding")
+@pytest.mark.parametrize("decode", ["auto", "cpu"])
+def test_training_evaluating_predicting_and_embedding_leave_jpeg_to_the_cpu_where_asked_to(
+    files: dict[str, Path], tmp_path: Path, say: Say, delivered: list[Delivery | None], decode: Any
+) -> None:
+    for name, label in (("4:2:0", "a"), ("rgb", "b")):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(6):
+            shutil.copy(files[name], tmp_path / "data" / label / f"{number}.tif")
+    small = settings(patch={"size": TILE}, train={"epochs": 1})
+    image, answers = tmp_path / "data" / "a" / "0.tif", tmp_path / "answers"
+
+    def jpeg() -> bool:
+        """Whether the streams since the last call were to deliver JPEG."""
+        (told,) = {each is not None for each in delivered}
+        delivered.clear()
+        return told
+
+    run = keyhole.train(tmp_path / "data", tmp_path / "run", **small | {"run": {"threads": 2, "decode": decode}}).path
+    assert jpeg() == (decode == "auto")
+    for words in (("predict", run, image, "--out", answers), ("evaluate", run, "--out", tmp_path / "evaluation")):
+        assert say(*words, "--decode", decode)[0] == 0
+        assert jpeg() == (decode == "auto")
+    embed(tmp_path / "data", tmp_path / "features", run=run, decode=decode, quiet=True)
+    assert jpeg() == (decode == "auto")
+
+
+def test_another_word_is_refused(toy_run: Path) -> None:
+    with pytest.raises(ConfigError, match="decode gpu: expected auto or cpu"):
+        keyhole.load(toy_run, decode="gpu")  # type: ignore[arg-type]
