@@ -23,6 +23,7 @@ from keyhole.nn.selection import Rule
 from keyhole.passes import Bags, fetch_kept, open_reader, select_batch
 from keyhole.patches import TensorPatches
 from keyhole.staging import Stager
+from keyhole.training.finite import step_if_finite
 from keyhole.training.setup import new_optimizer
 
 
@@ -87,6 +88,7 @@ class Ours:
         self.optimizer = new_optimizer(Config(train=TrainConfig(lr=1e-3)), self.model)
         self.reader = open_reader(RunConfig(), device) if setting.source == "host" else None
         self.stager = Stager(device)
+        self.labels = {name: labels.cpu() for name, labels in inputs.labels.items()}
         self.openers = [Opener(str(image), patches) for image, patches in enumerate(inputs.ours)]
 
     def __enter__(self) -> Ours:
@@ -141,22 +143,21 @@ class Ours:
     def learn(self, bags: Bags) -> float:
         """The gradient step on the kept patches, as the training loop takes it."""
         self.optimizer.zero_grad(set_to_none=True)
-        tasks, labels = self.setting.tasks, self.inputs.labels
+        tasks, labels = self.setting.tasks, self.labels
         loss = split_backward(
             self.model, bags.part, bags.position, bags.mask, lambda logits: total_loss(tasks, logits, labels)
         )
         learned = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(learned, math.inf)
-        assert loss.isfinite()
-        assert norm.isfinite()
-        self.optimizer.step()
-        return loss.item()
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in learned if parameter.grad is not None])
+        figures = step_if_finite(self.optimizer, torch.stack([loss, norm]))
+        assert all(map(math.isfinite, figures))
+        return figures[0]
 
     def bags(self, index: Tensor) -> Bags:
         """The kept patches of every image, from the device's memory."""
         rows = torch.arange(len(index), device=self.inputs.ours.device)[:, None]
         loose = self.inputs.ours[rows, index.to(self.inputs.ours.device)].flatten(0, 1).to(self.device)
-        mask = torch.ones(index.shape, dtype=torch.bool, device=self.device)
+        mask = torch.ones(index.shape, dtype=torch.bool)
         position = index if self.model.position is not None else None
         return Bags(position, mask, list(range(len(index))), lambda start, stop: self._values(loose[start:stop]))
 

@@ -34,6 +34,22 @@ def no_waiting() -> Iterator[None]:
         _set_sync_debug_mode(before)
 
 
+@contextmanager
+def waits_counted() -> Iterator[list[str]]:
+    """Yield a list that is filled, at the end, with a text for each time the host waited for the device inside."""
+    torch.cuda.synchronize()
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            torch.cuda.set_sync_debug_mode("warn")
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            texts = (str(warning.message) for warning in told)
+            found += [text for text in texts if "called a synchronizing CUDA operation" in text]
+
+
 def _set_sync_debug_mode(mode: int | str) -> None:
     """Set it without the warning of its first call, which comes after the mode is set and would be an error here."""
     with warnings.catch_warnings():

@@ -32,8 +32,10 @@ from keyhole.memory.bill import HELD_BYTES
 from keyhole.memory.pace import Pace, unlimited
 from keyhole.memory.plan import Plan
 from keyhole.nn import CenterPosition, IPSClassifier, Kept, Selector
+from keyhole.nn.split import bags_of
 from keyhole.patches import FileOpener, FilePatches, PatchSource, View
 from keyhole.reading import Batch, Opener, Reader
+from keyhole.shares import Shares
 from keyhole.staging import Stager, prefetched
 from keyhole.store import ImageStore
 from keyhole.tensors import to_tensor
@@ -45,7 +47,7 @@ class Bags:
 
     Attributes:
         position: (b m) or (b m 2), or None where the model has no position code.
-        mask: (b m) True where there is a patch.
+        mask: (b m) True where there is a patch, on the host.
         rows: which images of the batch these are; the others could not be read.
         part: start, stop -> loose patches (stop - start c h w) on the device, in the order of `mask`.
     """
@@ -138,12 +140,15 @@ def positions(
     model: IPSClassifier, source: PatchSource, index: NDArray[np.int64], device: torch.device
 ) -> Tensor | None:
     """Positions of patches as the model's code wants them: index, or centres in pixels of the patches' resolution."""
-    if model.position is None:
-        return None
+    return None if model.position is None else on_device(_positions(model, source, index), device)
+
+
+def _positions(model: IPSClassifier, source: PatchSource, index: NDArray[np.int64]) -> NDArray[Any]:
+    """As `positions`, on the host."""
     if isinstance(model.position, CenterPosition):
         scale = source.grid.scale if isinstance(source, FilePatches | FeaturePatches) else 1.0
-        return on_device((source.positions_2d(index) / scale).astype(np.float32), device)
-    return on_device(source.positions_1d(index), device)
+        return (source.positions_2d(index) / scale).astype(np.float32)
+    return source.positions_1d(index)
 
 
 def select_batch(
@@ -173,7 +178,8 @@ def select_batch(
         stager: takes the chunks to the device, and counts where the time goes; one for all batches.
 
     Returns:
-        What each image keeps; None where the image could not be read.
+        What each image keeps, on the host; None where the image could not be read. On a GPU the host waits for that at
+        the end, once for all images.
     """
     device = next(model.parameters()).device
     known, pace = known or {}, pace or unlimited(select)
@@ -198,11 +204,27 @@ def select_batch(
                         on_image(number, selector.finish(number))
             if on_chunk is not None:
                 on_chunk(count)
-    kept: list[Kept | None] = []
-    for number in range(len(batch.names)):
-        found = None if number in batch.failed else known.get(number) or selector.finish(number)
-        kept.append(found if found is not None and len(found.index) else None)
-    return kept
+    numbers = [number for number in range(len(batch.names)) if number not in batch.failed]
+    found = _on_host({number: selector.finish(number) for number in numbers if number not in known})
+    kept = [known.get(number, found.get(number)) for number in range(len(batch.names))]
+    return [
+        None if image is None or number in batch.failed or not len(image.index) else image
+        for number, image in enumerate(kept)
+    ]
+
+
+def _on_host(kept: Mapping[int, Kept]) -> dict[int, Kept]:
+    """What images keep, index and score on the host; one copy for all, which waits for the device."""
+    if not kept:
+        return {}
+    index, score = (torch.cat([getattr(image, name) for image in kept.values()]) for name in ("index", "score"))
+    both = torch.stack([index.double(), score.double()]).cpu()  # holds either without rounding
+    sizes = [len(image.index) for image in kept.values()]
+    parts = torch.split(both[0].to(index.dtype), sizes), torch.split(both[1].to(score.dtype), sizes)
+    return {
+        number: replace(image, index=index, score=score)
+        for (number, image), index, score in zip(kept.items(), *parts, strict=True)
+    }
 
 
 def _packed_positions(
@@ -218,8 +240,8 @@ def _packed_positions(
     for number in dict.fromkeys(image.tolist()):
         source = sources[number]
         assert source is not None, "a chunk holds patches of an image that failed"
-        found.append(positions(model, source, index[image == number], device))
-    return torch.cat([where for where in found if where is not None])
+        found.append(_positions(model, source, index[image == number]))
+    return on_device(np.concatenate(found), device)
 
 
 def fetch_kept(
@@ -234,7 +256,7 @@ def fetch_kept(
     Args:
         model: on its device.
         batch: still open.
-        kept: of each image; None where it could not be read.
+        kept: of each image, on the host as `select_batch` returns it; None where it could not be read.
         color: (b c c+1) colour change per image.
         hold: most bytes of pixels that stay in host memory; beyond that `Bags.part` reads them each time.
 
@@ -266,19 +288,20 @@ def fetch_kept(
     rows_in = [row for row, image in enumerate(found) if image is not None]
     width = max((len(wanted[row]) for row in rows_in), default=0)
     mask = torch.zeros(len(rows_in), width, dtype=torch.bool)
-    wheres = []
+    where: NDArray[Any] | None = None
     for place, row in enumerate(rows_in):
         mask[place, : len(wanted[row])] = True
         source = batch.sources[row]
         assert source is not None
-        where = positions(model, source, wanted[row], device)
-        if where is not None:
-            wheres.append(_padded(where, width))
+        if model.position is not None:
+            one = _positions(model, source, wanted[row])
+            where = np.zeros((len(rows_in), width, *one.shape[1:]), one.dtype) if where is None else where
+            where[place, : len(one)] = one
 
     def part(start: int, stop: int) -> Tensor:
         return _part(batch, rows_in, wanted, pixels, color, device, start, stop)
 
-    return Bags(torch.stack(wheres) if wheres else None, mask.to(device), rows_in, part), found, pixels
+    return Bags(None if where is None else on_device(where, device), mask, rows_in, part), found, pixels
 
 
 def _readable(index: NDArray[np.int64], unreadable: Mapping[int, str]) -> NDArray[np.bool_]:
@@ -324,12 +347,6 @@ def _part(
     return to_tensor(np.concatenate([block for _, block in sorted(blocks.items())]), device, colors)
 
 
-def _padded(tensor: Tensor, width: int) -> Tensor:
-    if len(tensor) == width:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros(width - len(tensor), *tensor.shape[1:])])
-
-
 @dataclass(frozen=True)
 class Inference:
     """One batch after both passes: what each image kept, the bags, the pixels as read, and logits per task (rows o)."""
@@ -355,33 +372,33 @@ def infer(
     """Both passes in evaluation mode over many batches; used by validation, evaluation and prediction alike."""
     pace = pace or unlimited(select)
     stager = stager or Stager(next(model.parameters()).device)
-    for batch in reader.stream(batches, pace.plan.chunk, on_error, pace.plan.hold, stager.deliver):
+    stream = reader.stream(batches, pace.plan.chunk, on_error, pace.plan.hold, stager.deliver)
+    for batch in timed(stream, stager.shares):
         kept = select_batch(model, batch, select, None, keep_logits, on_chunk, pace=pace, stager=stager)
-        bags, kept, pixels = fetch_kept(model, batch, kept)
+        with stager.shares.part("reading"):
+            bags, kept, pixels = fetch_kept(model, batch, kept)
         logits = {}
         if bags.rows:
             with model.looking():
-                embedding = torch.cat(list(_embedded(model, bags, pace)))
+                embedding = torch.cat(list(_embedded(model, bags, pace, stager.shares)))
                 logits = pace.run("select", partial(_classified, model, bags, embedding), shape="classified")
         yield Inference(batch, kept, bags, pixels, logits)
 
 
 def _classified(model: IPSClassifier, bags: Bags, embedding: Tensor, _plan: Plan) -> dict[str, Tensor]:
-    return model.classify(_spread(embedding, bags.mask), bags.position, bags.mask)
+    padded, mask = bags_of(embedding, bags.mask)
+    return model.classify(padded, bags.position, mask)
 
 
-def _spread(embedding: Tensor, mask: Tensor) -> Tensor:
-    """Loose embeddings (k d) to (b m d), zeros at padding."""
-    return embedding.new_zeros(*mask.shape, embedding.shape[-1]).masked_scatter(mask[..., None], embedding)
-
-
-def _embedded(model: IPSClassifier, bags: Bags, pace: Pace) -> Iterator[Tensor]:
+def _embedded(model: IPSClassifier, bags: Bags, pace: Pace, shares: Shares) -> Iterator[Tensor]:
     """Embeddings of the kept patches, as many at a time as the plan says."""
     start = 0
     while start < len(bags):
 
         def encode(plan: Plan, start: int = start) -> Tensor:
-            return model.look(bags.part(start, min(start + plan.chunk, len(bags))), rows=plan.chunk)
+            pixels = bags.part(start, min(start + plan.chunk, len(bags)))
+            with shares.part("encoding"):
+                return model.look(pixels, rows=plan.chunk)
 
         embedding = pace.run("select", encode, shape=("kept", min(pace.plan.chunk, len(bags) - start)))
         start += len(embedding)

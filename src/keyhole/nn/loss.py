@@ -1,6 +1,9 @@
 """Logits and labels -> loss, one term per task, missing labels left out.
 
 Letters: b image, o outputs of a task, w width of an encoded label.
+
+Labels are made on the host, so what is missing is sorted out there: the logits never have to reach the host. Labels
+that are on a GPU are copied to the host first, which waits for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from keyhole.nn.to_device import to_device
 from keyhole.tasks import Task
 
 
@@ -27,26 +31,32 @@ def task_loss(
     Args:
         task: what the columns mean.
         logits: of the task's head.
-        target: encoded labels; NaN is missing.
+        target: encoded labels, on the host; NaN is missing.
         weight: per class (multiclass, binary: negative and positive) or of the positive (multilabel).
 
     Returns:
         Mean over the labels that are there; 0 if none is, with a gradient of 0.
     """
+    target, device = target.cpu(), logits.device
     known = ~target.isnan().any(dim=1)
     if not bool(known.any()):
         return logits.sum() * 0
-    logits, target = logits[known].float(), target[known]
+    if not bool(known.all()):
+        rows = to_device(known.nonzero()[:, 0], device)
+        logits, target = logits.index_select(0, rows), target[known]
+    logits, weight = logits.float(), None if weight is None else to_device(weight, device)
     if task.kind == "multiclass":
-        return F.cross_entropy(logits, target[:, 0].long(), weight)
+        return F.cross_entropy(logits, to_device(target[:, 0].long(), device), weight)
     if task.kind == "binary":
-        each = None if weight is None else weight[target[:, 0].long()]
-        loss = F.binary_cross_entropy_with_logits(logits[:, 0], target[:, 0], reduction="none")
-        return loss.mean() if each is None else (loss * each).sum() / each.sum()
+        loss = F.binary_cross_entropy_with_logits(logits[:, 0], to_device(target[:, 0], device), reduction="none")
+        if weight is None:
+            return loss.mean()
+        each = weight[to_device(target[:, 0].long(), device)]
+        return (loss * each).sum() / each.sum()
     if task.kind == "multilabel":
-        return F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
+        return F.binary_cross_entropy_with_logits(logits, to_device(target, device), pos_weight=weight)
     standardised = (target[:, 0].double() - task.mean) / task.std  # in float32 the mean would cancel the differences
-    return F.mse_loss(logits[:, 0], standardised.float())
+    return F.mse_loss(logits[:, 0], to_device(standardised.float(), device))
 
 
 def total_loss(
@@ -55,12 +65,20 @@ def total_loss(
     targets: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Mean of the tasks' losses; a task without a label in the batch does not count."""
+    """Mean of the tasks' losses; a task without a label in the batch does not count.
+
+    Args:
+        tasks: what the columns mean.
+        logits: of every task (b o).
+        targets: encoded labels (b w) of every task, on the host; see `task_loss`.
+        weights: of the classes, by task.
+    """
     terms = []
     for task in tasks:
-        if not bool(targets[task.name].isnan().any(dim=1).all()):
+        target = targets[task.name].cpu()
+        if not bool(target.isnan().any(dim=1).all()):
             weight = (weights or {}).get(task.name)
-            terms.append(task_loss(task, logits[task.name], targets[task.name], weight))
+            terms.append(task_loss(task, logits[task.name], target, weight))
     if not terms:
         return torch.stack([logits[task.name].sum() * 0 for task in tasks]).sum()
     return torch.stack(terms).mean()

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from keyhole.nn.classifier import IPSClassifier
+from keyhole.nn.to_device import to_device
 
 Fetch = Callable[[int, int], Tensor]
 """start, stop -> those of the loose patches, (stop - start ...) on the model's device."""
@@ -41,18 +42,20 @@ def split_backward(
         patches: gives the loose patches, in the order of `patches[mask]`. Called once for each chunk, and a second
             time where the encoder learns and there is more than one; pixels need not be on the device in between.
         position: as in `IPSClassifier.forward`.
-        mask: True where there is a patch; each image needs at least one.
+        mask: True where there is a patch, on the host; each image needs at least one. A mask on a GPU is copied to the
+            host first, which waits for it; nothing else here does.
         loss: logits of every task -> a number.
         chunk: patches to encode at once; None encodes all at once and, as any chunk that holds all, is the ordinary
             step with nothing computed twice. See `parts`.
 
     Returns:
-        The loss, detached. Where it is not finite there is no backward.
+        The loss, detached. Where it is not finite, neither are the gradients: look at both before the optimizer's step.
 
     Raises:
         Whatever the computation raises, such as an out-of-memory error. Running statistics are then as they were, so
         that the step can be repeated with a smaller chunk; gradients may be incomplete and are the caller's to drop.
     """
+    mask = mask.cpu()
     spans = parts(int(mask.sum()), chunk)
     learns = any(parameter.requires_grad for parameter in model.encoder.parameters())
     with kept_buffers(model, on_error_only=True):
@@ -117,11 +120,26 @@ def _behind(
     loss: Callable[[dict[str, Tensor]], Tensor],
 ) -> Float[Tensor, ""]:
     """Pool, heads, loss and their backward, down to where `embedding` comes from."""
-    padded = embedding.new_zeros(*mask.shape, embedding.shape[-1]).masked_scatter(mask[..., None], embedding)
-    value = loss(model.classify(padded, position, mask))
-    if value.isfinite():
-        value.backward()
+    padded, there = bags_of(embedding, mask)
+    value = loss(model.classify(padded, position, there))
+    value.backward()
     return value.detach()
+
+
+def bags_of(
+    embedding: Float[Tensor, "k d"], mask: Bool[Tensor, "b m"]
+) -> tuple[Float[Tensor, "b m d"], Bool[Tensor, "b m"] | None]:
+    """Loose embeddings as bags with zeros at padding, and the mask beside them; None where nothing is padded.
+
+    Args:
+        embedding: in the order of the mask.
+        mask: True where there is a patch, on the host, so that nobody has to wait for how many there are.
+    """
+    if bool(mask.all()):
+        return embedding.unflatten(0, mask.shape), None
+    rows = to_device(mask.flatten().nonzero()[:, 0], embedding.device)
+    flat = embedding.new_zeros(mask.numel(), embedding.shape[-1]).index_copy(0, rows, embedding)
+    return flat.unflatten(0, mask.shape), to_device(mask, embedding.device)
 
 
 class _Draws:
@@ -147,15 +165,22 @@ def kept_buffers(module: nn.Module, on_error_only: bool = False) -> Iterator[Non
         on_error_only: keep what changed unless an exception leaves the block.
     """
     places = [(part, name, buffer) for part in module.modules() for name, buffer in part.named_buffers(recurse=False)]
-    copies = [torch.empty_like(buffer) for _, _, buffer in places]
-    if copies:
-        torch._foreach_copy_(copies, [buffer for _, _, buffer in places])
+    buffers = [buffer for _, _, buffer in places]
+    copies = [torch.empty_like(buffer) for buffer in buffers]
+    _copy_each(copies, buffers)
     done = False
     try:
         yield
         done = True
     finally:
         if not (done and on_error_only):
-            for (part, name, buffer), before in zip(places, copies, strict=True):
-                buffer.copy_(before)
+            _copy_each(buffers, copies)
+            for part, name, buffer in places:
                 setattr(part, name, buffer)  # in case it was replaced, not changed
+
+
+def _copy_each(there: list[Tensor], here: list[Tensor]) -> None:
+    """Copies tensors of the same kind together: a list of mixed types would be copied one by one on a GPU."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in here):
+        pairs = [pair for pair in zip(there, here, strict=True) if pair[1].dtype == dtype]
+        torch._foreach_copy_([pair[0] for pair in pairs], [pair[1] for pair in pairs])

@@ -40,6 +40,7 @@ from keyhole.shares import Shares
 from keyhole.staging import stager_for
 from keyhole.training.augment import draw, stack_colors
 from keyhole.training.exploration import Exploration
+from keyhole.training.finite import step_if_finite
 from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job, open_job, start_job
 from keyhole.training.journal import MANY, SelectionJournal
@@ -116,10 +117,10 @@ class Loop:
         explore = number(job.config.train.explore, "train.explore")
         self.exploration = Exploration(explore, job.state.steps_per_epoch, job.config.train.seed)
         train = job.manifest.split("train")
-        labels = targets(job.manifest, train, job.device)
+        labels = targets(job.manifest, train)
         balance = job.config.train.balance == "loss"
         weights = {task.name: class_weights(task, labels[task.name]) for task in job.tasks} if balance else {}
-        self.weights = {name: weight for name, weight in weights.items() if weight is not None}
+        self.weights = {name: weight.to(job.device) for name, weight in weights.items() if weight is not None}
 
     def run(self) -> Run:
         with cap(self.job.plan, self.job.device):
@@ -303,7 +304,7 @@ class Loop:
             NonFiniteLoss: the loss or the gradient is not a number; the weights are as they were.
         """
         job, config = self.job, self.job.config.train
-        labels = targets(job.manifest, items, job.device)
+        labels = targets(job.manifest, items)
         seed = int(np.random.SeedSequence([config.seed, job.state.step]).generate_state(1)[0])
 
         def learn(plan: Plan) -> torch.Tensor:
@@ -327,17 +328,20 @@ class Loop:
             loss = self.pace.run("learn", learn, again, shape=(*bags.mask.shape, len(bags)))
         job.state.plan = self.pace.plan.to_json()
         learned = [parameter for parameter in job.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(learned, config.clip or math.inf)
-        if not loss.isfinite() or not norm.isfinite():
-            what = f"the loss is {loss.item()}" if not loss.isfinite() else f"the gradient's norm is {norm.item()}"
+        gradients = [parameter.grad for parameter in learned]
+        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+        if config.clip:
+            torch.nn.utils.clip_grads_with_norm_(learned, config.clip, norm)
+        for group in job.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        value, length = step_if_finite(job.optimizer, torch.stack([loss, norm]))
+        if not (math.isfinite(value) and math.isfinite(length)):
+            what = f"the gradient's norm is {length}" if math.isfinite(value) else f"the loss is {value}"
             raise NonFiniteLoss(
                 f"epoch {job.state.epoch + 1}, step {job.state.step}: {what}. Lower --train.lr, or look at the images "
                 f"of this step: {', '.join(item.name for item in items)}"
             )
-        for group in job.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-        job.optimizer.step()
-        return loss.item()
+        return value
 
     def end_epoch(self, row: dict[str, float]) -> None:
         """Keeps the best model, writes the metrics and the state; in this order, so that a kill loses no best model."""

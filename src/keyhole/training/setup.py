@@ -241,7 +241,10 @@ def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh
 
 
 def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
-    """AdamW; no decay on norms and biases, the encoder at its own rate, frozen weights left out."""
+    """AdamW; no decay on norms and biases, the encoder at its own rate, frozen weights left out.
+
+    On a GPU it is fused: a few kernels instead of dozens, and it can skip a step without the host, see `finite.py`.
+    """
     groups: list[dict[str, Any]] = []
     for part, factor in ((model.encoder, config.train.encoder_lr), (None, 1.0)):
         named = [
@@ -255,7 +258,8 @@ def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
         ):
             if chosen:
                 groups.append({"params": chosen, "weight_decay": decay, "factor": factor})
-    return torch.optim.AdamW(groups, lr=number(config.train.lr, "train.lr"))
+    fused = True if next(model.parameters()).device.type == "cuda" else None
+    return torch.optim.AdamW(groups, lr=number(config.train.lr, "train.lr"), fused=fused)
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:

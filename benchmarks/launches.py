@@ -1,0 +1,167 @@
+"""Operations that a training batch gives to its device, counted on a CPU, into a dated Markdown file.
+
+    python benchmarks/launches.py [--only CASE ...] [--no-write]
+
+On a GPU the host gives orders and does not compute; some 5 us each. Where a batch has thousands of them and little
+work for each, the host is the limit. `operations.py` says what is counted. Recipes are run as `keyhole train` runs
+them, with the numbers of images, patches and kept patches of the published settings; patches are smaller, which changes
+no count.
+
+To add a case, write a function that returns what was counted by part, and name it in `CASES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from machine import write_result
+from operations import Count, CountedShares, Operations
+from PIL import Image
+
+from keyhole.config_file import configuration, validate
+from keyhole.staging import Stager
+from keyhole.training.interrupt import Interrupt
+from keyhole.training.job import Job, start_job
+from keyhole.training.loop import Loop
+
+SIDE = 32
+"""Pixels of a patch here."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of blocks of the table: what it is, and what counts it by part."""
+
+    what: str
+    run: Callable[[Path], Mapping[str, Count]]
+
+
+def traffic(folder: Path) -> Mapping[str, Count]:
+    """16 images of 12 x 16 patches; 1,024 patches are encoded at once, as on a GPU."""
+    return training_batch(folder, "traffic", columns=16, rows=12, channels=3)
+
+
+def traffic_global(folder: Path) -> Mapping[str, Count]:
+    """The same under the rule that keyhole takes by default."""
+    return training_batch(folder, "traffic", columns=16, rows=12, channels=3, rule="global")
+
+
+def megapixel_mnist(folder: Path) -> Mapping[str, Count]:
+    """16 images of 30 x 30 patches, four tasks."""
+    return training_batch(folder, "megapixel-mnist", columns=30, rows=30, channels=1, tasks=4)
+
+
+CASES: Mapping[str, Case] = {
+    "traffic": Case("recipe `traffic` (rule `streaming`): 16 images, N = 192, M = 10, I = 32", traffic),
+    "traffic-global": Case("the same under the rule `global`", traffic_global),
+    "megapixel-mnist": Case(
+        "recipe `megapixel-mnist` (rule `streaming`): 16 images, N = 900, M = 100, I = 100, four tasks", megapixel_mnist
+    ),
+}
+
+
+class Counted(Loop):
+    """The loop of `keyhole train`, counted from the end of its first step, which builds things, to the next end."""
+
+    def __init__(self, job: Job, interrupt: Interrupt) -> None:
+        super().__init__(job, interrupt)
+        self.operations = Operations([*job.model.parameters(), *job.model.buffers()])
+        self.shares = CountedShares(self.operations)
+        self.stager = Stager(job.device, self.shares)
+        self.steps = 0
+        for group in job.optimizer.param_groups:
+            group["fused"] = True  # as on a GPU
+
+    def save_now_and_then(self, patches: int) -> None:
+        """Called at the end of each step."""
+        self.steps += 1
+        if self.steps == 1:
+            self.operations.__enter__()
+        else:
+            self.operations.__exit__()
+            raise Enough
+
+
+class Enough(Exception):  # noqa: N818 - an event, not an error
+    """A whole step has been counted."""
+
+
+def training_batch(
+    folder: Path, recipe: str, columns: int, rows: int, channels: int, tasks: int = 1, rule: str | None = None
+) -> Mapping[str, Count]:
+    """Counts one training step of a recipe over images of `columns` x `rows` patches."""
+    sections: dict[str, object] = {
+        "recipe": recipe,
+        "patch": {"size": SIDE, "stride": SIDE, "edge": "drop"},
+        "model": {"pretrained": False},
+        "run": {"device": "cpu", "threads": 1, "compile": "off"},
+        "train": {"metric": "auto"},
+    }
+    if rule is not None:
+        sections["select"] = {"rule": rule}
+    manifest = write_images(folder, columns * SIDE, rows * SIDE, channels, tasks)
+    data = {"path": manifest, "val": 0.0, "tasks": tuple(f"task{number}" for number in range(tasks))}
+    config = validate(replace(configuration(data, sections), out=folder / "run"))
+    with Interrupt() as interrupt, closing(start_job(config, lambda _: None)) as job:
+        job.plan = replace(job.plan, chunk=1024)
+        loop = Counted(job, interrupt)
+        with suppress(Enough):
+            loop.learn()
+        return loop.operations.parts
+
+
+def write_images(folder: Path, width: int, height: int, channels: int, tasks: int, count: int = 32) -> Path:
+    """Noise, as PNG, and a CSV with `tasks` columns; returns the CSV."""
+    draw = np.random.default_rng(0)
+    for number in range(count):
+        pixels = draw.integers(0, 256, (height, width, channels), np.uint8)
+        Image.fromarray(pixels.squeeze()).save(folder / f"{number}.png")
+    path = folder / "manifest.csv"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "split", *(f"task{task}" for task in range(tasks))])
+        for number in range(count):
+            table.writerow([f"{number}.png", "train", *("abc"[(number + task) % 3] for task in range(tasks))])
+    return path
+
+
+def table(parts: Mapping[str, Count]) -> list[str]:
+    """A row for each part of the batch, and their sum."""
+    whole = sum(parts.values(), Count())
+    lines = ["| part | launched | views | waits of the host |", "|---|---|---|---|"]
+    for name, count in (*parts.items(), ("whole batch", whole)):
+        lines.append(f"| {name} | {count.launched:,} | {count.views:,} | {count.waits:,} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="CASE", help=f"of {', '.join(CASES)}; default all")
+    parser.add_argument("--no-write", action="store_true", help="print only, as --only does")
+    options = parser.parse_args()
+    if unknown := set(options.only or CASES) - set(CASES):
+        sys.exit(f"--only {' '.join(sorted(unknown))}: not one of {', '.join(CASES)}")
+    text = [
+        "Operations that one batch of training gives to its device, counted while it runs on a CPU. 'launched' compute",
+        "or copy; 'views' only describe a tensor anew. A wait is a result that the host needs before it goes on.",
+    ]
+    for name in options.only or CASES:
+        case = CASES[name]
+        with tempfile.TemporaryDirectory() as scratch:
+            lines = ["", f"## {name}", "", f"{case.what}.", "", *table(case.run(Path(scratch)))]
+        print("\n".join(lines), flush=True)
+        text += lines
+    if not (options.no_write or options.only):
+        print(write_result("launches", "Operations of a batch", text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The optimizer's step, taken only where loss and gradient are finite; the host waits for the device once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[float]:
+    """Take the optimizer's step where all figures are finite; otherwise leave the weights and its state as they are.
+
+    A fused optimizer looks at the figures on the device and skips the step there, as it does for mixed precision. The
+    host launches the step at once and waits for the figures behind it, in one copy. Other optimizers take their step
+    when the host has looked, which costs nothing where the model is on the host.
+
+    Args:
+        optimizer: its gradients are there.
+        figures: loss and norm of the gradient, on the device.
+
+    Returns:
+        The figures.
+    """
+    if optimizer.param_groups[0].get("fused"):
+        optimizer.found_inf = (~figures.isfinite()).any().float()  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
+        return _values(figures)
+    found = _values(figures)
+    if all(map(math.isfinite, found)):
+        optimizer.step()
+    return found
+
+
+def _values(figures: Tensor) -> list[float]:
+    values: list[float] = figures.tolist()
+    return values

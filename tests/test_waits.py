@@ -1,0 +1,134 @@
+"""The host does not wait for the device inside a step: counted on the CPU through the loop of `keyhole train`."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import sys
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import settings, write_toy
+from on_device import waits_counted
+from torch import nn
+
+from keyhole.config_file import configuration, validate
+from keyhole.data.item import Item
+from keyhole.passes import Bags
+from keyhole.staging import Stager
+from keyhole.training.finite import step_if_finite
+from keyhole.training.interrupt import Interrupt
+from keyhole.training.job import start_job
+from keyhole.training.loop import Loop
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+KINDS = "kind=multiclass", "red=binary", "marks=multilabel", "size=regression"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    """What counts operations, imported as the benchmarks do it: from their own folder."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return SimpleNamespace(**{name: __import__(name) for name in ("operations", "launches")})
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def four_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images with a task of each kind; every third label of a task is missing."""
+    folder = write_toy(tmp_path_factory.mktemp("four") / "images", count=6)
+    path = folder / "four.csv"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "split", *(kind.partition("=")[0] for kind in KINDS)])
+        for number in range(12):
+            name = f"{'red' if number % 2 else 'green'}/{number // 2}.png"
+            labels = ["abc"[number % 3], "ny"[number % 2], ("", "p", "p|q", "q")[number % 4] or "p", str(number)]
+            shown = ["" if (number + place) % 3 == 2 else label for place, label in enumerate(labels)]
+            table.writerow([name, "train", *shown])
+    return path
+
+
+def loop_of(path: Path, out: Path, loop: type[Loop], device: str = "cpu") -> Loop:
+    """After one epoch over the four tasks, with classes balanced by the loss."""
+    sections: dict[str, Any] = settings(
+        train={"epochs": 1, "batch": 6, "balance": "loss", "clip": 1.0, "metric": "loss"},
+        run={"device": device, "compile": "off"},
+        select={"rule": "streaming"},
+    )
+    config = validate(dataclasses.replace(configuration({"path": path, "tasks": KINDS}, sections), out=out))
+    with Interrupt() as interrupt, closing(start_job(config, lambda _: None)) as job:
+        made = loop(job, interrupt)
+        made.learn()
+        return made
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_waits_once_and_reading_never(bench: Any, four_tasks: Path, tmp_path: Path, fused: bool) -> None:
+    class Counted(Loop):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            for group in self.job.optimizer.param_groups:
+                group["fused"] = fused  # as on a GPU
+            on_device = [*self.job.model.parameters(), *self.job.model.buffers(), *self.weights.values()]
+            self.whole = bench.operations.Operations(on_device)
+            self.shares = bench.operations.CountedShares(self.whole)
+            self.stager = Stager(self.job.device, self.shares)
+
+        def learn(self) -> dict[str, float]:
+            with self.whole:
+                return super().learn()
+
+    parts = loop_of(four_tasks, tmp_path / "run", Counted).whole.parts  # type: ignore[attr-defined]
+    steps = 2
+    assert parts["learning"].launched > 100
+    # in `learning` for the loss and whether it is finite, outside of all parts for what was selected
+    assert {name: count.waits for name, count in parts.items() if count.waits} == {"learning": steps, "other": steps}
+
+
+def momentum_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value.clone() for state in optimizer.state.values() for value in state.values()]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("figures", [(1.0, 2.0), (torch.nan, 1.0), (1.0, torch.inf)])
+def test_a_step_is_taken_only_where_all_figures_are_finite(fused: bool, figures: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1, fused=fused)
+    for given in ((1.0, 1.0), figures):
+        layer(torch.ones(2, 5)).sum().backward()
+        before = [weight.detach().clone() for weight in layer.parameters()], momentum_of(optimizer)
+        found = step_if_finite(optimizer, torch.tensor(given))
+        finite = all(torch.tensor(given).isfinite())
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(given), equal_nan=True)
+        after = list(layer.parameters()), momentum_of(optimizer)
+        same = all(a.equal(b) for a, b in zip(before[0], after[0], strict=True))
+        assert same != finite
+        if not finite:
+            assert all(a.equal(b) for a, b in zip(before[1], after[1], strict=True))
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_step_waits_once(four_tasks: Path, tmp_path: Path) -> None:
+    waits: list[list[str]] = []
+
+    class Counted(Loop):
+        def step(self, items: list[Item], bags: Bags, rate: float) -> float:
+            whole = bags.part(0, len(bags))
+            bags = dataclasses.replace(bags, part=lambda start, stop: whole[start:stop])
+            super().step(items, bags, rate)  # builds what there is to build
+            with waits_counted() as found:
+                loss = super().step(items, bags, rate)
+            waits.append(found)
+            return loss
+
+    loop_of(four_tasks, tmp_path / "run", Counted, "cuda")
+    assert [len(each) for each in waits] == [1] * len(waits)
+    assert len(waits) == 2
