@@ -205,16 +205,17 @@ def select_batch(
             if on_chunk is not None:
                 on_chunk(count)
     numbers = [number for number in range(len(batch.names)) if number not in batch.failed]
-    found = _on_host({number: selector.finish(number) for number in numbers if number not in known})
-    kept = [known.get(number, found.get(number)) for number in range(len(batch.names))]
-    return [
-        None if image is None or number in batch.failed or not len(image.index) else image
-        for number, image in enumerate(kept)
-    ]
+    found = {number: selector.finish(number) for number in numbers if number not in known}
+    found = {number: known[number] for number in numbers if number in known} | _on_host(found)
+    return [one if (one := found.get(row)) and len(one.index) else None for row in range(len(batch.names))]
 
 
 def _on_host(kept: Mapping[int, Kept]) -> dict[int, Kept]:
-    """What images keep, index and score on the host; one copy for all, which waits for the device."""
+    """What images keep, index and score on the host; one copy for all, which waits for the device.
+
+    Those that keep nothing are left out.
+    """
+    kept = {number: image for number, image in kept.items() if len(image.index)}
     if not kept:
         return {}
     index, score = (torch.cat([getattr(image, name) for image in kept.values()]) for name in ("index", "score"))
