@@ -58,17 +58,23 @@ def _set_sync_debug_mode(mode: int | str) -> None:
 
 
 @contextmanager
-def leaving_the_device_as_found() -> Iterator[None]:
-    """A test on the device: without checks of shapes, and with nothing left for the next test, however it ends.
-
-    The checks of shapes are for the CPU: dynamo cannot trace them and would break the graph at each.
-    """
-    checked = jaxtyping_config.jaxtyping_disable
+def without_checks_of_shapes() -> Iterator[None]:
+    """Annotations of shapes are not checked inside: dynamo cannot trace the checks, and would break the graph at each."""
+    before = jaxtyping_config.jaxtyping_disable
     jaxtyping_config.update("jaxtyping_disable", True)
     try:
         yield
     finally:
-        jaxtyping_config.update("jaxtyping_disable", checked)
+        jaxtyping_config.update("jaxtyping_disable", before)
+
+
+@contextmanager
+def leaving_the_device_as_found() -> Iterator[None]:
+    """A test on the device: without checks of shapes, and with nothing left for the next test, however it ends."""
+    try:
+        with without_checks_of_shapes():
+            yield
+    finally:
         _set_sync_debug_mode("default")
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # it compiles a function for a limited number of shapes

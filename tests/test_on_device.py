@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_device import WITHOUT_GPU, no_waiting
+from on_device import WITHOUT_GPU, leaving_the_device_as_found, no_waiting, without_checks_of_shapes
 
 from keyhole.device import choose_device
+from keyhole.nn import SmallEncoder
+from keyhole.nn.fast import FastEncoder
 
 
 def test_a_test_without_the_mark_sees_no_gpu() -> None:
@@ -27,14 +29,31 @@ def test_a_test_with_the_mark_sees_one() -> None:
 
 
 def test_a_session_of_nothing_but_tests_on_a_gpu_hides_none() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "shows_devices", "-p", "no:cacheprovider", "-rs", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "shows_devices",
+        "-p",
+        "no:cacheprovider",
+        "-rs",
+        "-m",
+        "cuda",
+        __file__,
+    ]
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    for words, devices in ((["-m", "cuda"], "99"), (["-k", "sees"], "")):
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "99", "PYTHONPATH": path}
-        done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stdout
-        assert f"devices {devices}\n" in done.stdout
-        assert WITHOUT_GPU in done.stdout  # there is no GPU of that number
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "99", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert "devices 99\n" in done.stdout
+    assert WITHOUT_GPU in done.stdout  # there is no GPU of that number
+
+
+def test_no_test_looks_for_a_gpu_by_itself() -> None:
+    """Where a module does as it is imported, CUDA begins to work, and cannot be hidden any more."""
+    for path in Path(__file__).parent.glob("test_*.py"):
+        assert "torch.cuda.is_" + "available()" not in path.read_text(), f"{path.name}: mark the test cuda instead"
 
 
 class Modes:
@@ -69,3 +88,27 @@ def test_the_mode_is_as_before_also_where_setting_it_fails(monkeypatch: pytest.M
     with pytest.raises(UserWarning, match="something else"), no_waiting():
         raise AssertionError("nothing runs inside")
     assert modes.now == 1
+
+
+def test_a_test_leaves_no_mode_limit_or_cached_memory_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes, done = Modes(monkeypatch, "Synchronization debug mode is a prototype feature"), []
+    for name in ("set_per_process_memory_fraction", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, name=name: done.append((name, *given)))
+    modes.now = 2
+    with pytest.raises(ValueError, match="within"), leaving_the_device_as_found():
+        raise ValueError("within")
+    assert modes.now == 0
+    assert done == [("set_per_process_memory_fraction", 1.0), ("empty_cache",), ("reset_peak_memory_stats",)]
+
+
+def test_dynamo_traces_the_encoder_in_one_graph_where_shapes_are_not_checked() -> None:
+    from torch._dynamo.utils import counters
+
+    compiled = torch.compile
+    encoder = FastEncoder(SmallEncoder(3, width=4).eval(), compile=True)
+    with without_checks_of_shapes(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda *args, **options: compiled(*args, **options, backend="eager"))
+        counters.clear()
+        encoder(torch.zeros(4, 24, 24, 3, dtype=torch.uint8))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
