@@ -180,7 +180,7 @@ def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kin
     from keyhole.passes import open_reader
 
     device = torch.device("cuda")
-    stager = Stager(device)
+    stager = Stager(device, encoded=True)
     if stager.deliver is None:
         pytest.skip(f"no decoder on the device: {stager.note}")
     options: dict[str, Any] = {"subsampling": (1, 1) if kind == "4:4:4" else (2, 2)}
@@ -213,7 +213,7 @@ def test_a_tile_that_the_gpu_refuses_is_named_by_the_host(tmp_path: Path) -> Non
     from keyhole.passes import open_reader
 
     device = torch.device("cuda")
-    stager = Stager(device)
+    stager = Stager(device, encoded=True)
     if stager.deliver is None:
         pytest.skip(f"no decoder on the device: {stager.note}")
     whole = write_tiff(tmp_path / "whole.tif", picture(3, 256, 256), tile=(64, 64), compression="jpeg")
