@@ -1,13 +1,13 @@
 """What a device without room does to a run: the plan becomes smaller, and nothing of what was read is lost.
 
-`Narrow` stands in for a GPU's buffers: it has room for so many patches at a time, and refuses more as torch does.
+`narrow` stands in for a GPU's buffers.
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import pytest
 import torch
 from conftest import SMALL
 from make_images import picture, write_tiff
+from narrow_device import FULL, narrow
 from test_encoded import break_quietly
 from test_reading import PATIENCE
 from torch import Tensor
 
 import keyhole
-from keyhole import staging
 from keyhole.config import ModelConfig, SelectConfig
 from keyhole.decoding import Decoder
 from keyhole.errors import ConfigError
@@ -38,48 +38,7 @@ from keyhole.staging import Stager
 from keyhole.tasks import Task
 
 CPU = torch.device("cpu")
-FULL = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB"
 NO_ENGINE = "GET was unable to find an engine to execute this computation"
-
-
-class Narrow:
-    """Buffers for `room` patches.
-
-    Attributes:
-        made: how many of these there have been.
-        sizes: rows that each buffer was asked for.
-    """
-
-    made = 0
-    sizes: list[int]
-    room: int
-
-    def __init__(self, device: torch.device) -> None:
-        type(self).made += 1
-
-    def filling(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def moved(self, rows: Tensor) -> Tensor:
-        return rows
-
-    def clear(self) -> None: ...
-
-    def next(self, like: Tensor) -> Tensor:
-        self.sizes.append(len(like))
-        if len(like) > self.room:
-            raise torch.OutOfMemoryError(FULL)
-        return torch.full_like(like, 7)
-
-    def copied(self, result: Tensor) -> Callable[[], None]:
-        return lambda: None
-
-
-def narrow(monkeypatch: pytest.MonkeyPatch, room: int) -> type[Narrow]:
-    """Every stager from now on has room for so many patches."""
-    kind = type("Narrow", (Narrow,), {"room": room, "sizes": [], "made": 0})
-    monkeypatch.setattr(staging, "slots_for", kind)
-    return kind
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from keyhole.memory.cap import cap, result_sizes
 from keyhole.memory.meter import growth, has_peak, steady_heap, tensor_bytes
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan, largest_chunk, make_plan
-from keyhole.memory.probe import Costs, Line
+from keyhole.memory.probe import ENOUGH_SECONDS, Costs, Line, probe
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.tasks import Task
 
@@ -162,6 +164,43 @@ def test_a_plan_fits_its_budget_and_more_memory_never_makes_it_smaller(
         assert learn or rich[0] >= poor[0]
     else:
         assert bill.wanted(1, 2 if learn and bill.kept > 3 else None) > budget * MB
+
+
+def test_a_run_that_predicts_at_its_end_has_room_for_the_logits_of_a_batch() -> None:
+    bill = bill_of(8, 16)
+    predicting = replace(bill, predicted=16)
+    assert predicting.peak(64, None) == bill.peak(64, None), "learning takes more"
+    large = {"logits": 300 * MB, "finishing": 400 * MB}
+    bill, predicting = replace(bill, **large), replace(predicting, **large)
+    assert predicting.peak(64, None) >= bill.now + 16 * 300 * MB > bill.peak(64, None)
+    assert predicting.peak(64, None) == replace(bill, training=0, images=16, learn=False).peak(64, None)
+
+
+def test_the_probe_sees_what_a_patch_costs_where_memory_comes_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: 20 MB at a time, and the first run of each kind loads libraries for longer than a probe may take."""
+    runs, scale, step = [], 3_000, 20 * MB
+
+    def exact(function: Any) -> int:
+        return scale * tensor_bytes(function)
+
+    def reserved(device: torch.device, function: Any, repeats: int = 1) -> int:
+        kind = function.__qualname__
+        if kind not in runs:
+            runs.append(kind)
+            time.sleep(ENOUGH_SECONDS)
+        return -(-exact(function) // step) * step
+
+    monkeypatch.setattr("keyhole.memory.probe.comes_in_steps", lambda _device: True)
+    monkeypatch.setattr("keyhole.memory.probe.growth", reserved)
+    model, chunk, m = model_of(), 256, 64
+    given = {"images": 4, "m": m, "chunk": chunk, "learn": True, "color": False, "room": 10**12}
+    costs = probe(model, (16, 16, 3), **given)
+    assert len(runs) == 3
+    monkeypatch.setattr("keyhole.memory.probe.growth", lambda _device, function, _repeats=1: exact(function))
+    monkeypatch.setattr("keyhole.memory.probe.ENOUGH_BYTES", 10**12)
+    true = probe(model, (16, 16, 3), **given)
+    assert costs.score(chunk) == pytest.approx(true.score(chunk), rel=0.1)
+    assert costs.learn(4 * m) == pytest.approx(true.learn(4 * m), rel=0.1)
 
 
 @pytest.mark.parametrize(

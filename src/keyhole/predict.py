@@ -35,8 +35,7 @@ from keyhole.images.memory import image_in_memory
 from keyhole.images.scale import given_scale
 from keyhole.memory.budget import parse_memory
 from keyhole.memory.cap import cap
-from keyhole.memory.pace import Pace, fixed_chunk, unlimited
-from keyhole.memory.plan import make_plan
+from keyhole.memory.pace import Pace, predicting
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
 from keyhole.passes import Inference, infer, open_reader, opener
@@ -46,12 +45,10 @@ from keyhole.progress import Progress, say
 from keyhole.reading import Reader
 from keyhole.reading.unreadable import Ledger, parse_share
 from keyhole.resolution import NOT_KNOWN, Resolution
-from keyhole.staging import stager_for
+from keyhole.staging import Stager, Stagers
 from keyhole.store import ImageStore, MemoryStore
 from keyhole.tasks import Task
 
-LARGE = 250_000
-"""Patches of an image that a plan for predicting has room for."""
 SECTIONS = ("patch", "model", "select")
 """Sections of the configuration that a model carries with it."""
 
@@ -114,6 +111,7 @@ class Predictor:
         self.device = next(model.parameters()).device
         self.resolution = resolution
         self._pace: Pace | None = None
+        self._stagers = Stagers()
         self.tells_doubts = True  # about features and resolution; off where they have been told
         self._told: set[str] = set()
 
@@ -125,8 +123,9 @@ class Predictor:
         memory: str = "auto",
         unreadable: str = "1%",
         decode: Decode = "auto",
+        into: IPSClassifier | None = None,
     ) -> Predictor:
-        """See `load`."""
+        """See `load`. A model of the same settings may be given that takes the weights (`into`), on its own device."""
         path = Path(path)
         parse_memory(memory)
         parse_share(unreadable)
@@ -147,9 +146,10 @@ class Predictor:
                 "Was it made by another version?"
             ) from error
         with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; a caller's random state is not ours
-            model = build_classifier(config.model, tasks, config.patch.size, pretrained=False)
+            model = into or build_classifier(config.model, tasks, config.patch.size, pretrained=False)
         load_weights(model, weights, file)
-        settle_precision(model.to(chosen), precision, patch_shape(config.model, config.patch.size))
+        if into is None:
+            settle_precision(model.to(chosen), precision, patch_shape(config.model, config.patch.size))
         return cls(model, config, tasks, name, resolution)
 
     def predict(
@@ -232,6 +232,7 @@ class Predictor:
         quiet: bool = False,
         pace: Pace | None = None,
         pictures: Callable[[Item, Prediction], bool] | None = None,
+        stager: Stager | None = None,
     ) -> Iterator[tuple[Item, Prediction]]:
         """As `predict_many`, for rows of a manifest.
 
@@ -246,9 +247,11 @@ class Predictor:
             quiet: show no progress.
             pace: the memory plan to follow; default its own.
             pictures: asked of each prediction whether it is to carry pictures; default none does.
+            stager: takes patches to the device; default its own.
         """
         self._check_kind(items)
-        with nullcontext(pace) if pace is not None else self._own_pace() as followed:
+        lent = self._stagers.lent(self.config.run, self.device) if stager is None else nullcontext(stager)
+        with nullcontext(pace) if pace is not None else self._own_pace() as followed, lent as staging:
             own = open_reader(self.config.run, self.device) if reader is None else None
             reader, store = reader or own, store or ImageStore(keep=False)
             assert reader is not None
@@ -278,7 +281,7 @@ class Predictor:
                     keep_logits=True,
                     on_chunk=chunk,
                     pace=followed,
-                    stager=stager_for(self.config.run, self.device),
+                    stager=staging,
                 )
                 for number, (each, done) in enumerate(zip(batches, stream, strict=True), start=1):
                     if number == 1:
@@ -319,24 +322,7 @@ class Predictor:
     def _own_pace(self) -> Iterator[Pace]:
         """A plan of its own within the budget; a model is measured once, and only where that matters."""
         if self._pace is None:
-            plan = unlimited(self.config.select).plan
-            memory = parse_memory(self.config.memory)
-            if memory is not None or self.device.type == "cuda":
-                plan = make_plan(
-                    self.model,
-                    patch_shape=patch_shape(self.config.model, self.config.patch.size),
-                    m=self.config.select.m,
-                    batch=self.config.train.batch,
-                    device=self.device,
-                    memory=memory,
-                    chunk=fixed_chunk(self.config.select),
-                    largest_bag=LARGE,
-                    learn=False,
-                    ahead=self.config.run.ahead,
-                    keep_logits=True,
-                    jpeg=self.config.run.decode == "auto",
-                )
-            self._pace = Pace(plan, lambda text: say(f"warning: {text}"))
+            self._pace = predicting(self.model, self.config, self.device, lambda text: say(f"warning: {text}"))
         with cap(self._pace.plan, self.device):
             yield self._pace
 

@@ -21,7 +21,7 @@ time. On a CPU and under `run.decode cpu` nothing comes encoded, and both passes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -155,6 +155,25 @@ def stager_for(
 ) -> Stager:
     """The stager of a run; under `run.decode cpu` no chunk brings JPEG."""
     return Stager(device, shares, encoded=False if run.decode == "cpu" else None, tell=tell)
+
+
+class Stagers:
+    """Stagers for calls that may overlap: each has one of its own, and one serves all calls in a row."""
+
+    def __init__(self) -> None:
+        self._left: list[Stager] = []
+
+    @contextmanager
+    def lent(self, run: RunConfig, device: torch.device) -> Iterator[Stager]:
+        """A stager that nobody else uses inside."""
+        try:
+            stager = self._left.pop()
+        except IndexError:
+            stager = stager_for(run, device)
+        try:
+            yield stager
+        finally:
+            self._left.append(stager)
 
 
 def may_decode(device: torch.device) -> bool:

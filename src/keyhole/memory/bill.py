@@ -36,6 +36,7 @@ class Bill:
         logits: of the largest image.
         finishing: scores, softmax and order of the largest image, once its last patch is there.
         images: whose logits are held at a time.
+        predicted: the same in a prediction at the end of a run, when nothing is held for learning any more; 0 without.
         m, kept: patches of an image and of a batch that are kept.
         learn: whether there is a gradient step.
         gaps: what measured costs are multiplied with.
@@ -59,9 +60,11 @@ class Bill:
     gaps: float = 1.0
     staged: int = 0
     pictures: int = 0
+    predicted: int = 0
 
-    def select(self, chunk: int) -> int:
-        return self.images * self.logits + max(self.gap(self.costs.score(chunk)), self.finishing)
+    def select(self, chunk: int, images: int) -> int:
+        """The pass over all patches, while the logits of so many images are held."""
+        return images * self.logits + max(self.gap(self.costs.score(chunk)), self.finishing)
 
     def second(self, chunk: int, split: int | None) -> int:
         """The pass over the kept patches."""
@@ -79,12 +82,13 @@ class Bill:
 
     def added(self, chunk: int, split: int | None) -> int:
         """The most that is added to what is taken now."""
-        steps = [self.select(chunk), self.second(chunk, split)]
+        steps = [self.select(chunk, self.images), self.second(chunk, split)]
         if self.learn:
             steps.append(self.stepping)
-        return (
-            self.host + self.pictures + (self.buffers * self.patch + self.staged) * chunk + self.training + max(steps)
-        )
+        learning = self.training + max(steps)
+        predicting = self.select(chunk, self.predicted) if self.predicted else 0
+        read = self.host + self.pictures + (self.buffers * self.patch + self.staged) * chunk
+        return read + max(learning, predicting)
 
     def peak(self, chunk: int, split: int | None) -> int:
         return self.now + self.added(chunk, split)

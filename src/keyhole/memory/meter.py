@@ -40,6 +40,11 @@ def taken(device: torch.device) -> int:
     return status("VmRSS") if STATUS.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
+def comes_in_steps(device: torch.device) -> bool:
+    """Whether `growth` is a multiple of some size: torch's allocator for CUDA reserves 2 or 20 MB at a time."""
+    return device.type == "cuda"
+
+
 def growth(device: torch.device, function: Callable[[], object], repeats: int = 1) -> int:
     """Bytes by which the peak of a computation, made so many times, exceeds what was taken before it."""
     if device.type == "cuda":

@@ -11,15 +11,19 @@ from typing import TypeVar
 
 import torch
 
-from keyhole.config import SelectConfig
+from keyhole.config import Config, SelectConfig
 from keyhole.errors import ConfigError
 from keyhole.memory.bill import HELD_BYTES
-from keyhole.memory.budget import doubt, explained, out_of_memory
+from keyhole.memory.budget import doubt, explained, out_of_memory, parse_memory
 from keyhole.memory.cap import room_for_code
-from keyhole.memory.plan import Plan, Step
+from keyhole.memory.plan import Plan, Step, make_plan
+from keyhole.nn import IPSClassifier
+from keyhole.nn.build import patch_shape
 
 T = TypeVar("T")
 
+LARGE = 250_000
+"""Patches of an image that a plan for predicting has room for."""
 KNOWN = 16
 """Shapes that are remembered: of oneDNN's thousand operations with their code, ResNet-18 needs 60 to learn from one."""
 
@@ -83,6 +87,27 @@ class Pace:
                 torch.cuda.empty_cache()
             if again is not None:
                 again()
+
+
+def predicting(model: IPSClassifier, config: Config, device: torch.device, warn: Callable[[str], None]) -> Pace:
+    """For a model that predicts images of up to `LARGE` patches; it is measured only where memory is limited."""
+    plan, memory = unlimited(config.select).plan, parse_memory(config.memory)
+    if memory is not None or device.type == "cuda":
+        plan = make_plan(
+            model,
+            patch_shape=patch_shape(config.model, config.patch.size),
+            m=config.select.m,
+            batch=config.train.batch,
+            device=device,
+            memory=memory,
+            chunk=fixed_chunk(config.select),
+            largest_bag=LARGE,
+            learn=False,
+            ahead=config.run.ahead,
+            keep_logits=True,
+            jpeg=config.run.decode == "auto",
+        )
+    return Pace(plan, warn)
 
 
 def fixed_chunk(select: SelectConfig) -> int | None:

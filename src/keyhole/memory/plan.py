@@ -132,6 +132,7 @@ def make_plan(
     color: bool = True,
     keep_logits: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
+    predicts: bool = False,
     jpeg: bool = True,
     turned: bool = False,
 ) -> Plan:
@@ -154,6 +155,7 @@ def make_plan(
         color: whether training changes colours.
         keep_logits: whether the logits of all images of a batch are kept, as a prediction does.
         optimizer: if it has a state already (a resumed run), that is not counted twice.
+        predicts: whether a prediction of batches of such images follows the last gradient step.
         jpeg: whether patches may come as JPEG, for a GPU to decode.
         turned: whether patches are flipped or rotated.
 
@@ -206,6 +208,7 @@ def make_plan(
         logits=logits,
         finishing=logits + 32 * largest_bag,
         images=batch if keep_logits else 1,
+        predicted=batch if predicts else 0,
         m=kept,
         kept=batch * kept,
         learn=learn,

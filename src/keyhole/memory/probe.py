@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from keyhole.memory.budget import out_of_memory
-from keyhole.memory.meter import growth
+from keyhole.memory.meter import comes_in_steps, growth
 from keyhole.nn import CenterPosition, IPSClassifier, evaluating
 from keyhole.nn.split import kept_buffers
 from keyhole.tensors import to_tensor
@@ -131,24 +131,34 @@ def probe(
         with torch.set_grad_enabled(learn):
             return growth(device, step, REPEATS)
 
+    steps = comes_in_steps(device)
     learns = learn and any(parameter.requires_grad for parameter in model.encoder.parameters())
     with as_it_was(model, device):
         with evaluating(model):
             dim = model.encode(convert(patches(2))).shape[1]
-        scoring = _line(score, chunk, room)
+        scoring = _line(score, chunk, room, steps)
         model.train(learn)
-        learning = _line(encode, max(2, images * m), room) if learns else scoring
-        return Costs(scoring, learning, _line(pool, m, room), dim)
+        learning = _line(encode, max(2, images * m), room, steps) if learns else scoring
+        return Costs(scoring, learning, _line(pool, m, room, steps), dim)
 
 
-def _line(measure: Callable[[int], int], most: int, room: int) -> Line:
+def _line(measure: Callable[[int], int], most: int, room: int, steps: bool) -> Line:
     """Measures growing sizes up to `most`, two of them at least where there is room, and lays a line through the last.
 
     Each is measured twice and the smaller figure taken: what a first run leaves for good (kernels, plans, threads) is
     no part of what a pass needs.
+
+    Args:
+        measure: patches to bytes.
+        most: patches.
+        room: bytes that there are.
+        steps: whether bytes come in steps. Then a size that is small beside these says nothing of a patch, and a first
+            run that takes long, while libraries are loaded, is no reason to stop there.
     """
     points: list[tuple[int, int]] = []
     k = min(SMALLEST, most)
+    if steps:
+        measure(k)
     while True:
         began = time.perf_counter()
         try:
@@ -158,7 +168,7 @@ def _line(measure: Callable[[int], int], most: int, room: int) -> Line:
                 raise
             break
         seconds, size = time.perf_counter() - began, points[-1][1]
-        enough = len(points) > 1 and (size >= ENOUGH_BYTES or seconds >= ENOUGH_SECONDS)
+        enough = len(points) > 1 and (size >= ENOUGH_BYTES or (seconds >= ENOUGH_SECONDS and not steps))
         if enough or k >= most or size * STEP > room:
             break
         k = min(k * STEP, most)

@@ -59,6 +59,7 @@ class Job:
     device: torch.device
     plan: Plan
     damage: Damage
+    learning: bool = True
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -71,8 +72,20 @@ class Job:
             OutputError: it cannot be written; the state before is whole.
             RunError: another process has taken over the run.
         """
+        assert self.learning, "the model is another by now"
         self.lock.check()
         save_state(self.run.path / "last.safetensors", self.model, self.optimizer, self.state.to_json())
+
+    def end_learning(self) -> IPSClassifier:
+        """Free what only learning needs; the state must be saved already, and is not to be saved again.
+
+        Returns:
+            The model, for other weights to be loaded into.
+        """
+        self.learning = False
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        return self.model
 
     def usable(self, item: Item) -> bool:
         """Whether an image has not failed in an earlier epoch."""
@@ -194,6 +207,7 @@ def _plan(
         ahead=config.run.ahead,
         color=config.augment.color > 0,
         optimizer=optimizer,
+        predicts=True,
         jpeg=images.jpeg,
         turned=config.augment.flip or config.augment.rotate,
     )

@@ -143,7 +143,7 @@ class Loop:
                 for logger in loggers:
                     logger.log(row, job.state.epoch)
             self.remove_journals()
-            predict_splits(job, self.pace, self.interrupt)
+            predict_splits(job, self.pace, self.interrupt, self.stager)
             for line in job.run.learning.get("lines", ()):
                 job.log(line)
             if job.state.left_out:
@@ -152,7 +152,8 @@ class Loop:
                 say(unread)
                 job.log(unread)
         except StopRequested as stop:
-            job.save()
+            if job.learning:  # else the state is that of the last epoch's end, and the model another
+                job.save()
             self.journal.flush()
             job.log("stopped by a signal; the state is saved")
             assert self.interrupt.signal is not None

@@ -104,9 +104,16 @@ def _batches(job: Job, items: Sequence[Item]) -> list[list[Item]]:
     return [each for each in found if each]
 
 
-def predict_splits(job: Job, pace: Pace, interrupt: Interrupt) -> None:
-    """What the best model says of the training and validation images, one row each, from what can be read."""
-    predictor = Predictor.open(job.run.path, str(job.device), decode=job.config.run.decode)
+def predict_splits(job: Job, pace: Pace, interrupt: Interrupt, stager: Stager) -> None:
+    """What the best model says of the training and validation images, one row each, from what can be read.
+
+    Args:
+        job: that has learned all it will; its model takes the weights of the best.
+        pace: the memory plan to follow.
+        interrupt: asked after each chunk.
+        stager: the run's.
+    """
+    predictor = Predictor.open(job.run.path, decode=job.config.run.decode, into=job.end_learning())
     predictor.config = dataclasses.replace(predictor.config, unreadable="100%")
     predictor.tells_doubts = False  # the log of the run has them
     folder = job.run.path / "predictions"
@@ -126,6 +133,7 @@ def predict_splits(job: Job, pace: Pace, interrupt: Interrupt) -> None:
             on_chunk=interrupt.check,
             description=f"predicting {split}",
             pace=pace,
+            stager=stager,
         )
         for item, prediction in found:
             done[item.name] = table_row(prediction)
