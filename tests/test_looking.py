@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from on_device import no_waiting
+from on_device import waits_counted
 from PIL import Image
 from torch import Tensor, nn
 
@@ -117,7 +116,7 @@ def sources(count: int, n: int) -> list[TensorPatches]:
 @pytest.mark.cuda
 @pytest.mark.parametrize("rule", ["global", "streaming"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_nothing_waits_for_the_device_in_the_chunk_loop(rule: Any, compiled: bool) -> None:
+def test_a_batch_waits_for_the_device_once_and_not_in_the_chunk_loop(rule: Any, compiled: bool) -> None:
     device = torch.device("cuda")
     model = model_of(encoder=SmallEncoder).to(device)  # no counter: dynamo would compile again as it counts
     model.precision = torch.bfloat16
@@ -128,8 +127,9 @@ def test_nothing_waits_for_the_device_in_the_chunk_loop(rule: Any, compiled: boo
     with open_reader(RunConfig(threads=2), device) as reader:
         batches = [[opener_of(source) for source in sources(3, 100)] for _ in range(3)]
         for number, batch in enumerate(reader.stream(batches, 32)):
-            with no_waiting() if number else nullcontext():  # the first builds and compiles
+            with waits_counted() as waits:
                 kept = select_batch(model, batch, select, colors, stager=stager)
+            assert not number or len(waits) == 1, "once, for what was selected; the first batch builds and compiles"
             assert [len(image.index) for image in kept if image is not None] == [4, 4, 4]
 
 
