@@ -18,7 +18,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from keyhole.errors import StalledRead
 
@@ -53,14 +53,16 @@ def default_threads() -> int:
 class Task(Generic[T]):
     """A function handed to the pool, and what became of it. `name` is the file, for messages."""
 
-    def __init__(self, name: str, function: Callable[[], T]) -> None:
+    def __init__(self, name: str, function: Callable[[], T], urgent: bool = False) -> None:
         self.name = name
         self.function: Callable[[], T] | None = function
+        self.urgent = urgent
         self.since: float | None = None  # when it started or last gave a sign of life
         self.thread: threading.Thread | None = None  # that runs it
         self.done = False
         self.awaited = False  # somebody waits for it, and is to be woken at its end
         self.lost = False  # done by giving it up; its thread is still stuck in it
+        self.followers: list[Task[Any]] = []  # to be queued when this one has ended
         self.error: BaseException | None = None
         self._value: list[T] = []
 
@@ -91,20 +93,33 @@ class Pool:
         self.changed = threading.Condition(self.lock)
         self.closed = False
         self._work = threading.Condition(self.lock)
-        self._queue: deque[Task[object]] = deque()
-        self._urgent: deque[Task[object]] = deque()
+        self._queue: deque[Task[Any]] = deque()
+        self._urgent: deque[Task[Any]] = deque()
         self._running: set[Task[object]] = set()
         self._started = 0
         self._threads: list[threading.Thread] = []
         _pools.add(self)
 
-    def submit(self, name: str, function: Callable[[], T], urgent: bool = False) -> Task[T]:
-        """Queue a function; urgent ones are taken before all others."""
-        task = Task(name, function)
+    def submit(
+        self, name: str, function: Callable[[], T], urgent: bool = False, after: Task[Any] | None = None
+    ) -> Task[T]:
+        """Queue a function; urgent ones are taken before all others.
+
+        Args:
+            name: the file, for messages.
+            function: what to do.
+            urgent: whether it goes before all that are not.
+            after: a task of this pool that has to end first, in whichever way. Then this one goes before all that is
+                queued: no thread waits in between, and what follows a task is not left behind by later ones.
+        """
+        task = Task(name, function, urgent)
         with self.lock:
             if self.closed:
                 raise RuntimeError("the reader is closed")
-            (self._urgent if urgent else self._queue).append(task)  # type: ignore[arg-type]
+            if after is not None and not after.done:
+                after.followers.append(task)
+                return task
+            (self._urgent if urgent else self._queue).append(task)
             while self._started < self.threads:
                 self._start()
             self._work.notify()
@@ -165,9 +180,18 @@ class Pool:
             task.lost = True
             task.end([], StalledRead(task.name, problem))
             self._running.discard(task)
+            self._follow(task)
             self._threads = [thread for thread in self._threads if thread is not task.thread]  # nobody waits for it
             self._start()
             self.changed.notify_all()
+
+    def _follow(self, task: Task[Any]) -> None:
+        """Queue what was to begin after a task, in order, before all else."""
+        if not self.closed:
+            for each in reversed(task.followers):
+                (self._urgent if each.urgent else self._queue).appendleft(each)
+            self._work.notify(len(task.followers))
+        task.followers.clear()
 
     def _start(self) -> None:
         self._started += 1
@@ -200,6 +224,7 @@ class Pool:
                     return
                 self._running.discard(task)
                 task.end(value, error)
+                self._follow(task)
                 if task.awaited:
                     self.changed.notify_all()
             del task, function, value, error  # an idle thread must not keep pixels or open files alive

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from keyhole.errors import ImageError
+from keyhole.errors import ImageError, ImageLost
 from keyhole.images.depth import DEEP, scaled, settled
 from keyhole.images.faults import faults_of
 from keyhole.images.geometry import Box, Level, Size
@@ -84,6 +84,7 @@ class PillowImage(Image):
         self.bits = 8 if self._stored is None else self._stored.bits
         self._lock = threading.Lock()
         self._pixels: Pixels | None = None
+        self._damage: str | None = None
         self._closed = False
 
     @classmethod
@@ -140,8 +141,17 @@ class PillowImage(Image):
         with self._lock:
             if self._closed:
                 raise ImageError(self.path, "read after it was closed")
+            if self._damage is not None:  # decoding it again, for each of its patches, would end the same way
+                raise ImageError(self.path, self._damage)
             if self._pixels is None:
-                self._pixels = self._decode()
+                try:
+                    self._pixels = self._decode()
+                except ImageLost:
+                    raise
+                except ImageError as error:
+                    if not isinstance(error.__cause__, MemoryError):
+                        self._damage = error.problem
+                    raise
             pixels = self._pixels
         return pixels[box.y : box.y + box.height, box.x : box.x + box.width]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,11 +49,29 @@ class OpenSource:
 
     def __init__(self, source: PatchSource) -> None:
         self.source = source
+        self._whole = isinstance(source, FilePatches) and source.image.held_pixels > 0
+        self._first: Task[Outcome] | None = None  # the reading that decodes the image, where it is decoded whole
         self.lost: ImageError | None = None
         self.delivers = False
         self._lock = threading.RLock()
         self._readers = 0
         self._closing = False
+
+    def submit(self, pool: Pool, name: str, job: Callable[[], Outcome], urgent: bool) -> Task[Outcome]:
+        """Have a thread read from here.
+
+        The first read of an image that is decoded whole decodes it. All others begin when that has ended, so that no
+        thread waits for another's decoding: as many images are decoded at once as there are threads.
+        """
+        with pool.lock:
+            first = self._first
+            late = first is not None and first.since is None and urgent and not first.urgent  # far back in the queue
+            if first is not None and not late:
+                return pool.submit(name, job, urgent, after=first)
+            task = pool.submit(name, job, urgent)
+            if self._whole:
+                self._first = task
+            return task
 
     def read(self, index: Index, out: Array, leave_out: LeaveOut = "nothing") -> dict[int, str]:
         """Read into `out`.
@@ -93,6 +111,9 @@ class OpenSource:
     def _reading(self) -> Iterator[None]:
         """The source stays open inside."""
         with self._lock:
+            if self.lost is None and self._first is not None and self._first.lost:
+                assert isinstance(self._first.error, StalledRead)
+                self.lost = self._first.error  # a read here would wait for the same decoding
             if self.lost is not None or self._closing:
                 problem = "closed" if self.lost is None else self.lost.problem
                 raise ImageLost(self.source.name, problem)
@@ -212,7 +233,10 @@ class Reading:
     def _submit(self, leave_out: LeaveOut, urgent: bool) -> Task[Outcome]:
         self._used: list[OpenSource] = []
         job = partial(self._read, self.out, self._used, leave_out, self._deliver)
-        return self._pool.submit(self._batch.names[self.position], job, urgent)
+        name, handle = self._batch.names[self.position], self._batch.handles[self.position]
+        if handle is None:  # the image has failed meanwhile
+            return self._pool.submit(name, job, urgent)
+        return handle.submit(self._pool, name, job, urgent)
 
     def again(self, leave_out: LeaveOut) -> None:
         """Have it read once more, before all that is read ahead, from the source of the image that is open by then."""
