@@ -1,7 +1,7 @@
 """Whole training steps on a slide of sixteen gigapixels, read from its file, inside a memory budget.
 
     python benchmarks/gigapixel.py [--side 128000] [--device auto] [--batch B] [--steps 2] [--memory 3GB]
-                                   [--folder DIR] [--keep]
+                                   [--compile auto] [--folder DIR] [--keep]
 
 Writes a pyramidal JPEG TIFF of generated tissue (128,000 x 128,000 pixels, 250,000 patches of 256 px, no glass) and
 takes training steps on it through the code of `keyhole train`: every patch is read, decoded and scored, M = 64 are
@@ -15,26 +15,64 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from epochs import run_passive
 from machine import write_result
 
-from keyhole.bench.memory import peak_process
 from keyhole.config import Config
 from keyhole.config_file import build
 from keyhole.data.slides import make_slide
 from keyhole.memory.cap import cap
+from keyhole.memory.plan import Plan
+from keyhole.memory.process import peak_memory
 from keyhole.training.interrupt import Interrupt
-from keyhole.training.job import Job, start_job
+from keyhole.training.job import start_job
 from keyhole.training.loop import Loop
 
 CPU = {"encoder": "small", "channels": 3, "width": 8, "stages": 2}
 GPU = {"encoder": "resnet18", "channels": 3}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Training steps that were taken.
+
+    Attributes:
+        config: of the run.
+        plan: of its memory.
+        number, batch, patches: steps, slides of each, patches of a slide.
+        precision: of the encoder where it learns.
+        seconds: of all steps.
+        shares: seconds by part.
+        allocated, reserved: peaks of torch's allocator on a GPU in bytes; None on a CPU.
+    """
+
+    config: Config
+    plan: Plan
+    number: int
+    batch: int
+    patches: int
+    precision: torch.dtype
+    seconds: float
+    shares: dict[str, float]
+    allocated: int | None
+    reserved: int | None
+
+    @property
+    def looked_at(self) -> int:
+        """Patches of all steps."""
+        return self.number * self.batch * self.patches
+
+    @property
+    def rate(self) -> float:
+        """Patches a second."""
+        return self.looked_at / self.seconds
 
 
 def main() -> None:
@@ -44,17 +82,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="slides a step; default 16 on a GPU, 1 on a CPU")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--memory", default="3GB")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="as --run.compile")
     parser.add_argument("--folder", type=Path, help="where the slide is written, or lies already")
     parser.add_argument("--keep", action="store_true", help="keep the slide")
     options = parser.parse_args()
     cuda = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
+    device = "cpu" if not cuda else "cuda" if options.device == "auto" else options.device
     batch = options.batch or (16 if cuda else 1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         slide, made = write_slide(folder, options.side)
         try:
-            data = write_links(Path(scratch), slide, batch * options.steps)
-            run_steps(options, cuda, batch, slide, made, data, Path(scratch))
+            links = write_links(Path(scratch), slide, batch * options.steps)
+            config = settings(device, links, batch, options.memory, options.compile)
+            report(options.side, slide, made, take_steps(config, options.steps))
         finally:
             if made and not options.keep:
                 slide.unlink()
@@ -90,15 +131,15 @@ def write_links(scratch: Path, slide: Path, count: int) -> Path:
     return path
 
 
-def run_steps(
-    options: argparse.Namespace, cuda: bool, batch: int, slide: Path, made: float, data: Path, scratch: Path
-) -> None:
-    config = build(
+def settings(device: str, links: Path, batch: int, memory: str, compiled: str = "auto") -> Config:
+    """The configuration of `keyhole train`; the run folder is beside the table of slides."""
+    cuda = device.startswith("cuda")
+    return build(
         Config(),
         {
-            "out": str(scratch / "run"),
-            "memory": options.memory,
-            "data": {"path": str(data), "cache": 0.0, "val": 0.0, "test": 0.0},
+            "out": str(links.parent / "run"),
+            "memory": memory,
+            "data": {"path": str(links), "cache": 0.0, "val": 0.0, "test": 0.0},
             "patch": {"size": 256},
             "model": GPU if cuda else CPU,
             "select": {"m": 64},
@@ -109,75 +150,75 @@ def run_steps(
                 "explore": 0.0,
                 "precision": "bf16" if cuda else "float32",
             },
-            "augment": {"color": 0.0},  # none, as published for slides
-            "run": {"device": "cuda" if cuda else "cpu"},
+            "augment": {"flip": False, "rotate": False, "shift": False, "color": 0.0},  # none, as published for slides
+            "run": {"device": device, "compile": compiled},
         },
     )
+
+
+def take_steps(config: Config, number: int) -> Steps:
+    """Take so many steps, each on the next `train.batch` slides of the table."""
     job = start_job(config, lambda line: print(line, file=sys.stderr, flush=True))
-    loop = Loop(job, Interrupt())
-    items = list(job.manifest.split("train"))[: batch * options.steps]
-    loop.epoch_items = lambda: items  # type: ignore[method-assign]
-    with cap(job.plan, job.device):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(job.device)
-        start = time.monotonic()
-        row = loop.learn()
-        seconds = time.monotonic() - start
-    allocated = torch.cuda.max_memory_allocated(job.device) if cuda else None
-    reserved = torch.cuda.max_memory_reserved(job.device) if cuda else None
-    report(options, job, batch, slide, made, row, seconds, loop.shares.seconds(), allocated, reserved)
-    job.close()
+    cuda, batch = job.device.type == "cuda", config.train.batch
+    try:
+        loop = Loop(job, Interrupt())
+        items = list(job.manifest.split("train"))[: batch * number]
+        loop.epoch_items = lambda: items  # type: ignore[method-assign]
+        with cap(job.plan, job.device):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(job.device)
+            start = time.monotonic()
+            row = loop.learn()
+            seconds = time.monotonic() - start
+        return Steps(
+            config=job.config,
+            plan=job.plan,
+            number=int(row["step"]),
+            batch=batch,
+            patches=next(iter(job.images.counts.values())),
+            precision=job.model.precision,
+            seconds=seconds,
+            shares=loop.shares.seconds(),
+            allocated=torch.cuda.max_memory_allocated(job.device) if cuda else None,
+            reserved=torch.cuda.max_memory_reserved(job.device) if cuda else None,
+        )
+    finally:
+        job.close()
 
 
-def report(
-    options: argparse.Namespace,
-    job: Job,
-    batch: int,
-    slide: Path,
-    made: float,
-    row: dict[str, float],
-    seconds: float,
-    shares: dict[str, float],
-    allocated: int | None,
-    reserved: int | None,
-) -> None:
-    patches = job.images.counts
-    steps = int(row["step"])
-    looked_at = batch * steps * next(iter(patches.values()))
-    device = str(job.device)
-    peak = peak_process()
-    model = dataclasses.asdict(job.config.model)
+def report(side: int, slide: Path, made: float, steps: Steps) -> None:
+    config, number, batch = steps.config, steps.number, steps.batch
+    model = dataclasses.asdict(config.model)
+    device, seconds = config.run.device, steps.seconds
     lines = [
-        f"{steps} training step{'s' * (steps > 1)} on {batch} slide{'s' * (batch > 1)} of "
-        f"{options.side:,} x {options.side:,} pixels ({options.side**2 / 1e9:.1f} gigapixels, "
-        f"{next(iter(patches.values())):,} patches of 256 px), "
-        f"M = {job.config.select.m}, encoder {model['encoder']}"
+        f"{number} training step{'s' * (number > 1)} on {batch} slide{'s' * (batch > 1)} of "
+        f"{side:,} x {side:,} pixels ({side**2 / 1e9:.1f} gigapixels, {steps.patches:,} patches of 256 px), "
+        f"M = {config.select.m}, encoder {model['encoder']}"
         + (f" (width {model['width']}, {model['stages']} halvings)" if model["encoder"] == "small" else "")
-        + f", {str(job.model.precision).removeprefix('torch.')}. Generated tissue without glass, a JPEG TIFF of "
+        + f", {str(steps.precision).removeprefix('torch.')}. Generated tissue without glass, a JPEG TIFF of "
         f"{slide.stat().st_size / 1e9:.2f} GB; every slide of a step is read from the file anew.",
         "",
-        f"Plan: {job.plan.describe()}.",
+        f"Plan: {steps.plan.describe()}.",
         "",
         "| | |",
         "|---|---|",
-        f"| budget (`--memory`) | {options.memory} |",
-        *([f"| peak device memory, allocated | {allocated / 2**30:.2f} GiB |"] if allocated is not None else []),
-        *([f"| peak device memory, reserved | {reserved / 1e9:.2f} GB |"] if reserved is not None else []),
-        f"| peak resident memory of the process | {peak / 1e9:.2f} GB |",
-        f"| patches looked at | {looked_at:,} |",
-        f"| time | {seconds:,.0f} s, {seconds / steps:,.0f} s a step |",
-        f"| rate | {looked_at / seconds:,.0f} patches/s, {looked_at * 256**2 / seconds / 1e9:.2f} gigapixels/s |",
-        *(f"| share of the time: {name} | {part / seconds:.0%} |" for name, part in shares.items()),
+        f"| budget (`--memory`) | {config.memory} |",
+        *([f"| peak device memory, allocated | {steps.allocated / 2**30:.2f} GiB |"] if steps.allocated else []),
+        *([f"| peak device memory, reserved | {steps.reserved / 1e9:.2f} GB |"] if steps.reserved else []),
+        f"| peak resident memory of the process | {peak_memory() / 1e9:.2f} GB |",
+        f"| patches looked at | {steps.looked_at:,} |",
+        f"| time | {seconds:,.0f} s, {seconds / number:,.0f} s a step |",
+        f"| rate | {steps.rate:,.0f} patches/s, {steps.rate * 256**2 / 1e9:.2f} gigapixels/s |",
+        *(f"| share of the time: {name} | {part / seconds:.0%} |" for name, part in steps.shares.items()),
     ]
     if made:
-        lines.append(f"| writing the slide | {made:,.0f} s, {options.side**2 / made / 1e6:,.0f} megapixels/s |")
-    title = f"{options.side**2 / 1e9:.1f} gigapixels, {'GPU' if job.device.type == 'cuda' else 'CPU'}"
+        lines.append(f"| writing the slide | {made:,.0f} s, {side**2 / made / 1e6:,.0f} megapixels/s |")
+    title = f"{side**2 / 1e9:.1f} gigapixels, {'GPU' if device.startswith('cuda') else 'CPU'}"
     path = write_result("gigapixel", title, lines, device)
     print("\n".join(lines))
     print(path)
 
 
 if __name__ == "__main__":
-    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded; see keyhole/cli/main.py
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+    run_passive()
     main()

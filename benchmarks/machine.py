@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -45,7 +46,13 @@ def hardware(device: str = "cpu") -> str:
         return f"{cores()}cpu"
     import torch
 
-    return torch.cuda.get_device_name(device).split()[-1].lower()
+    return card(torch.cuda.get_device_name(device))
+
+
+def card(name: str) -> str:
+    """Return a GPU's short name from its full one: "NVIDIA H100 80GB HBM3" gives `h100`, "GeForce RTX 4090" `4090`."""
+    found = re.search(r"\b[A-Z]+\d+\w*", name) or re.search(r"\d+\w*", name)
+    return (found[0] if found else name.split()[-1]).lower()
 
 
 def write_result(theme: str, title: str, lines: Sequence[str], device: str = "cpu") -> Path:

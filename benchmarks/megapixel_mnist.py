@@ -5,7 +5,8 @@
 Three digits of a canvas are of one class and two of others; none touches another. Fifty patterns of straight lines of
 the digits' size lie among them; everything else is black. The tasks are those of the paper (Bergner, Lippert,
 Mahendran, ICLR 2023): `majority` the class of the three, `max` the largest digit, `top` the one whose box is highest,
-`multi` which digits there are. The noise is our own rendering of "line noise", not the published generator's.
+`multi` which digits there are. The noise is our own rendering of "line noise", which is drawn anew for
+each canvas; `published_canvases.py` has the published generator's.
 
 The digits are the 28 px ones of MNIST where its files are given, else the 8 x 8 ones that scikit-learn carries,
 enlarged. Splits never share a handwriting sample.
@@ -18,7 +19,7 @@ import csv
 import gzip
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,8 @@ from PIL import Image, ImageDraw
 from keyhole.files import writable_folder, write_atomic
 
 Pixels = NDArray[np.uint8]
+Labels = tuple[int, int, int, str]
+"""Of a canvas: majority, max, top, multi (classes joined by `|`)."""
 
 MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
 SIDE = 28
@@ -76,12 +79,20 @@ def write_canvases(folder: Path, counts: Mapping[str, int], side: int = 1500, se
         seed: everything random follows from it.
     """
     digits = source_digits()
+
+    def draw(split: str, number: int) -> tuple[Pixels, Labels]:
+        return draw_canvas(np.random.default_rng([seed, SPLITS.index(split), number]), digits[split], side)
+
+    return write_drawn(folder, counts, draw)
+
+
+def write_drawn(folder: Path, counts: Mapping[str, int], draw: Callable[[str, int], tuple[Pixels, Labels]]) -> Path:
+    """Writes what `draw` gives for each (split, number), on several threads, and the manifest."""
     writable_folder(folder / "images")
 
     def write(job: tuple[str, int]) -> tuple[object, ...]:
         split, number = job
-        rng = np.random.default_rng([seed, SPLITS.index(split), number])
-        pixels, labels = draw_canvas(rng, digits[split], side)
+        pixels, labels = draw(split, number)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG", compress_level=1)
         name = f"images/{split}-{number:05d}.png"
@@ -102,11 +113,11 @@ def has_mnist() -> bool:
     return MNIST.is_dir()
 
 
-def source_digits() -> dict[str, Digits]:
+def source_digits(mnist: Path = MNIST) -> dict[str, Digits]:
     """What each split draws from."""
-    if not has_mnist():
+    if not mnist.is_dir():
         return _bundled_digits()
-    train, test = _mnist("train"), _mnist("t10k")
+    train, test = read_mnist(mnist, "train"), read_mnist(mnist, "t10k")
     return {
         "train": Digits(train.pixels[:-VAL_DIGITS], train.labels[:-VAL_DIGITS]),
         "val": Digits(train.pixels[-VAL_DIGITS:], train.labels[-VAL_DIGITS:]),
@@ -114,10 +125,10 @@ def source_digits() -> dict[str, Digits]:
     }
 
 
-def _mnist(name: str) -> Digits:
-    """MNIST's idx files: 16 bytes of header before the pixels, 8 before the labels."""
-    pixels = gzip.decompress((MNIST / f"{name}-images-idx3-ubyte.gz").read_bytes())
-    labels = gzip.decompress((MNIST / f"{name}-labels-idx1-ubyte.gz").read_bytes())
+def read_mnist(folder: Path, name: str) -> Digits:
+    """MNIST's idx files of `train` or `t10k`: 16 bytes of header before the pixels, 8 before the labels."""
+    pixels = gzip.decompress((folder / f"{name}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / f"{name}-labels-idx1-ubyte.gz").read_bytes())
     return Digits(
         np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, SIDE, SIDE),
         np.frombuffer(labels, np.uint8, offset=8).astype(np.int64),
@@ -142,18 +153,23 @@ def _bundled_digits() -> dict[str, Digits]:
     return found
 
 
-def draw_canvas(rng: np.random.Generator, digits: Digits, side: int) -> tuple[Pixels, tuple[int, int, int, str]]:
-    """One canvas (side, side) and its labels: majority, max, top, multi (classes joined by `|`)."""
+def draw_canvas(rng: np.random.Generator, digits: Digits, side: int) -> tuple[Pixels, Labels]:
+    """One canvas (side, side) and its labels."""
     majority, *others = rng.choice(10, 1 + OTHERS, replace=False).tolist()
     shown = [majority] * COPIES + others
-    places = _free_places(rng, len(shown) + NOISE, side)
+    places = free_places(rng, len(shown) + NOISE, side)
     canvas = np.zeros((side, side), np.uint8)
     for digit, (x, y) in zip(shown, places, strict=False):
         canvas[y : y + SIDE, x : x + SIDE] = digits.pixels[rng.choice(np.flatnonzero(digits.labels == digit))]
     for x, y in places[len(shown) :]:
         canvas[y : y + SIDE, x : x + SIDE] = draw_noise(rng)
+    return canvas, labels_of(shown, places)
+
+
+def labels_of(shown: Sequence[int], places: Sequence[tuple[int, int]]) -> Labels:
+    """The labels of digits, the majority first, with their left upper corners (x, y)."""
     top = shown[min(range(len(shown)), key=lambda number: places[number][1])]
-    return canvas, (majority, max(shown), top, "|".join(map(str, sorted(set(shown)))))
+    return shown[0], max(shown), top, "|".join(map(str, sorted(set(shown))))
 
 
 def draw_noise(rng: np.random.Generator) -> Pixels:
@@ -166,7 +182,7 @@ def draw_noise(rng: np.random.Generator) -> Pixels:
     return np.asarray(large.reduce(4))
 
 
-def _free_places(rng: np.random.Generator, count: int, side: int) -> list[tuple[int, int]]:
+def free_places(rng: np.random.Generator, count: int, side: int) -> list[tuple[int, int]]:
     """Left upper corners of boxes of 28 px that do not overlap."""
     taken = np.empty((0, 2), np.int64)
     while len(taken) < count:

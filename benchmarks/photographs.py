@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each, alternating")
     parser.add_argument("--workers", type=int, default=min(16, cores()), help="processes of the published pipeline")
     parser.add_argument("--compile", choices=("auto", "on", "off"), help="as --run.compile; default auto, off if quick")
+    parser.add_argument("--stages", type=int, help="of ResNet-18; default all")
     parser.add_argument("--folder", type=Path, help="where the scenes are written, or lie already")
     parser.add_argument("--quick", action="store_true", help="a run of half a minute; its figures are rough")
     parser.add_argument("--no-write", action="store_true", help="print only, as --quick does")
@@ -67,8 +70,6 @@ def main() -> None:
 
 def write_scenes(folder: Path, count: int) -> str:
     """`stored/` at 1280 x 960 and `enlarged/` at 1600 x 1200, each with `images.csv`; says what they show."""
-    from PIL import Image
-
     stored, enlarged = folder / "stored", folder / "enlarged"
     if SCENES.exists():
         kind = "composite traffic scenes"
@@ -79,17 +80,27 @@ def write_scenes(folder: Path, count: int) -> str:
     else:
         kind = "generated pictures"
         stored.mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            made_picture(number).save(stored / f"{number:05d}.jpg", quality=88)
+        with ThreadPoolExecutor(cores()) as pool:
+            list(pool.map(partial(store_made, stored), range(count)))
     enlarged.mkdir(parents=True, exist_ok=True)
     files = sorted(stored.glob("*.jpg"))[:count]
-    for path in files:
-        if not (enlarged / path.name).exists():
-            with Image.open(path) as image:
-                image.resize(SIZE, Image.Resampling.BILINEAR).save(enlarged / path.name, quality=88)
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(partial(store_enlarged, enlarged), files))
     for each in (stored, enlarged):
         write_csv(each, [each / path.name for path in files])
     return kind
+
+
+def store_made(folder: Path, number: int) -> None:
+    made_picture(number).save(folder / f"{number:05d}.jpg", quality=88)
+
+
+def store_enlarged(folder: Path, path: Path) -> None:
+    from PIL import Image
+
+    if not (folder / path.name).exists():
+        with Image.open(path) as image:
+            image.resize(SIZE, Image.Resampling.BILINEAR).save(folder / path.name, quality=88)
 
 
 def made_picture(seed: int) -> Any:
@@ -102,8 +113,8 @@ def made_picture(seed: int) -> Any:
     return Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
 
 
-def compare(options: argparse.Namespace, folder: Path, kind: str, scratch: Path) -> None:
-    """Data part and whole epochs of all three, in turns."""
+def compare(options: argparse.Namespace, folder: Path, kind: str, scratch: Path) -> dict[str, dict[str, float]]:
+    """Data part (`read`) and whole epochs (`learn`) of all three, in turns: seconds by part and side."""
     device = torch.device(options.device)
     small = Ours(options, folder / "stored", PATCH * STORED[0] // SIZE[0], scratch / "small")
     equal = Ours(options, folder / "enlarged", PATCH, scratch / "equal")
@@ -131,6 +142,7 @@ def compare(options: argparse.Namespace, folder: Path, kind: str, scratch: Path)
     equal.job.close()
     if not options.no_write:
         print(write_result("photographs", "Photographs from JPEG files", lines, options.device))
+    return seconds
 
 
 def describe(options: argparse.Namespace, kind: str, small: Ours, equal: Ours) -> list[str]:
@@ -168,7 +180,7 @@ class Ours(Epochs):
                     "cache": 0.0,
                 },
                 "patch": {"size": patch, "stride": patch},
-                "model": {"pretrained": False},
+                "model": {"pretrained": False, "stages": options.stages},
                 "train": {"batch": options.batch},
                 "run": {"device": options.device, "compile": options.compile},
             },

@@ -145,9 +145,37 @@ def measured(settings: list[Setting], device: torch.device, options: argparse.Na
 
 def measure(setting: Setting, device: torch.device, options: argparse.Namespace) -> Result:
     """Times one setting and compares what is kept."""
+    inputs, model = settled(setting, device)
+    result = timed(setting, model, inputs, device, options)
+    precision, compiled = result.precision, result.choice.compile
+    result.agreement.append(compare("fresh", setting, model, inputs, device, precision, compiled))
+    if options.lite0_weights and setting.encoder == "tf_efficientnet_lite0":
+        load_lite0(model, options.lite0_weights)
+        result.agreement.append(compare("pretrained", setting, model, inputs, device, precision, compiled))
+    if options.trained and setting.inputs != "features":
+        trained = train(setting, model, inputs, device, options.trained)
+        about = f"{result.agreement[-1].weights}, after {options.trained} steps"
+        result.agreement.append(compare(about, setting, trained, inputs, device, precision, compiled))
+    return result
+
+
+def settled(setting: Setting, device: torch.device) -> tuple[Inputs, IPSClassifier]:
+    """The patches of a setting, and a model with fresh weights whose batch norm has seen some of them."""
     inputs, model = make_inputs(setting, device), build(setting, device)
     some = torch.linspace(0, setting.n - 1, 512 // setting.b).long()
     settle(model, inputs.theirs[:, some.to(inputs.theirs.device)].flatten(0, 1).to(device))
+    return inputs, model
+
+
+def timed(
+    setting: Setting, model: IPSClassifier, inputs: Inputs, device: torch.device, options: argparse.Namespace
+) -> Result:
+    """Both sides in turns, and what else is timed beside them; nothing is compared yet.
+
+    Args:
+        setting, model, inputs, device: what is timed; the model stays as it is.
+        options: `rounds`, `precision`, `compile` and `quick` of the command line.
+    """
     precision = choose_precision(setting.precision or options.precision, model.encoder, patch_shape(setting))
     theirs = Theirs(setting, model, inputs)
     choice = choose(setting, model, precision, device, options.compile)
@@ -173,18 +201,9 @@ def measure(setting: Setting, device: torch.device, options: argparse.Namespace)
         seconds[name] /= setting.steps
     ratios = [here / there for here, there in zip(taken["published"], taken["keyhole"], strict=True)]
     work = multiply_adds(model.encoder, patch_shape(setting))
-    result = Result(
+    return Result(
         setting, seconds, (min(ratios), max(ratios)), first - seconds["keyhole"], choice, precision, work, peak
     )
-    result.agreement.append(compare("fresh", setting, model, inputs, device, precision, choice.compile))
-    if options.lite0_weights and setting.encoder == "tf_efficientnet_lite0":
-        load_lite0(model, options.lite0_weights)
-        result.agreement.append(compare("pretrained", setting, model, inputs, device, precision, choice.compile))
-    if options.trained and setting.inputs != "features":
-        trained = train(setting, model, inputs, device, options.trained)
-        about = f"{result.agreement[-1].weights}, after {options.trained} steps"
-        result.agreement.append(compare(about, setting, trained, inputs, device, precision, choice.compile))
-    return result
 
 
 def patch_shape(setting: Setting) -> tuple[int, ...]:

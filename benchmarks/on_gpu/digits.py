@@ -1,0 +1,85 @@
+"""Megapixel MNIST in the published setting, trained for the time that is left: accuracy and seconds of every epoch."""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import closing
+from pathlib import Path
+
+from keyhole.config import Config
+from keyhole.config_file import build, resolve
+from keyhole.errors import Interrupted
+from keyhole.training.interrupt import Interrupt
+from keyhole.training.job import start_job
+from keyhole.training.loop import Loop
+from on_gpu.bench import Bench
+from on_gpu.draw import write_digits
+
+EPOCHS, WARMUP = 24, 3
+"""As the published code was run on one H200, so that every epoch has its counterpart."""
+TASKS = ("majority", "max", "top", "multi")
+PUBLISHED = {9: ".61 .72 .60 .06", 13: ".95 .83 .83 .41", 24: ".981 .905 .904 .655"}
+"""Accuracy of the tasks after an epoch, published code and generator, seed 0."""
+SPARE = 5.0
+"""Seconds that the end of a run takes."""
+
+
+class Timed(Loop):
+    """Tells of every epoch, and asks the run to stop where there is no time for another."""
+
+    def __init__(self, bench: Bench, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self.bench = bench
+
+    def learn(self) -> dict[str, float]:
+        start = time.monotonic()
+        row = super().learn()
+        self.seconds = time.monotonic() - start
+        return row
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        super().end_epoch(row)
+        bench, epoch, last = self.bench, int(row["epoch"]), row["seconds"]
+        accuracy = {task: self.accuracy(row, task) for task in TASKS}
+        bench.figure("digits.epochs", epoch, f"{epoch}")
+        rest = f"with the 1,000 canvases to measure on {last:.1f} s"
+        bench.figure("digits.seconds", self.seconds, f"{self.seconds:.1f}, {rest}")
+        published = f" (published {PUBLISHED[epoch]})" if epoch in PUBLISHED else ""
+        shown = " ".join(f"{task} {value:.3f}" for task, value in accuracy.items())
+        bench.say(f"epoch {epoch}: {shown}{published}; loss {row['train.loss']:.4f}; {last:.1f} s")
+        for task, value in accuracy.items():
+            bench.figure(f"digits.{task}", value, f"{value:.3f} after epoch {epoch} of {EPOCHS}")
+        if bench.left < SPARE + 1.1 * last:
+            bench.say(f"{bench.left:.0f} s are left: no time for another epoch")
+            signal.raise_signal(signal.SIGTERM)
+
+    def accuracy(self, row: dict[str, float], task: str) -> float:
+        return next(
+            (row[key] for key in (f"val.{task}.accuracy", f"val.{task}.exact_match") if key in row), float("nan")
+        )
+
+
+def digits(bench: Bench) -> None:
+    config = settings(bench, write_digits(bench))
+    source = "MNIST" if bench.mnist else "scikit-learn's digits, enlarged: another, harder problem"
+    bench.say(f"canvases of the published construction from {source}; {EPOCHS} epochs, {WARMUP} of them warm-up")
+    with Interrupt() as interrupt, closing(start_job(config, bench.say)) as job:
+        try:
+            Timed(bench, job, interrupt).run()
+        except Interrupted as stop:
+            bench.say(str(stop))
+
+
+def settings(bench: Bench, manifest: Path) -> Config:
+    """The recipe `megapixel-mnist` with the epochs of the run that it is compared with."""
+    changed: dict[str, dict[str, object]] = {
+        "data": {"path": str(manifest), "val": 0.0, "test": 0.0},
+        "train": {"epochs": 2 if bench.dry else EPOCHS, "warmup": 1 if bench.dry else WARMUP},
+        "run": {"device": str(bench.device), "compile": "off" if bench.dry else "on"},
+    }
+    if bench.dry:
+        changed["model"] = {"encoder": "small", "width": 4, "stages": 2, "hidden": 16, "channels": 1}
+        changed["select"] = {"m": 4, "chunk": 8}
+        changed["train"] |= {"batch": 2}
+    return build(resolve("megapixel-mnist", None), {"out": str(bench.scratch / "digits"), **changed})

@@ -1,0 +1,37 @@
+"""Writes what the parts of `measures` read: canvases of Megapixel MNIST, a slide, photographs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megapixel_mnist import MNIST
+from photographs import write_scenes
+from published_canvases import write_published
+
+from on_gpu.bench import Bench
+from on_gpu.slides import write_slide
+
+SIDE = 1500
+
+
+def draw(bench: Bench) -> None:
+    for name, work in (("slide", write_slide), ("photographs", write_photographs), ("canvases", write_digits)):
+        start = time.monotonic()
+        if bench.attempt(name, lambda work=work: work(bench)):  # type: ignore[misc]
+            bench.say(f"{name} written in {time.monotonic() - start:.1f} s")
+
+
+def write_photographs(bench: Bench) -> tuple[Path, str, int]:
+    """Their folder, what they show and how many they are; those that are there are not drawn again."""
+    folder, count = bench.scratch / "photographs", 2 if bench.dry else 256
+    return folder, write_scenes(folder, count), count
+
+
+def write_digits(bench: Bench) -> Path:
+    """The manifest of the published construction, 5,000 canvases to learn from and 1,000 to measure on."""
+    folder = bench.scratch / "canvases"
+    if (folder / "manifest.csv").exists():
+        return folder / "manifest.csv"
+    counts = {"train": 60, "val": 4} if bench.dry else {"train": 5000, "val": 1000}
+    return write_published(folder, counts, 200 if bench.dry else SIDE, mnist=bench.mnist or MNIST)

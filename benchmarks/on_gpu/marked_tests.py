@@ -1,0 +1,37 @@
+"""The tests that need a GPU, in a session of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from on_gpu.bench import Bench
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_TESTS = 5
+"""Exit code of pytest where nothing was selected."""
+
+
+def tests(bench: Bench) -> None:
+    """Only files that have such tests are loaded; one that cannot be loaded counts as failed, and the others run."""
+    files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "mark.cuda" in path.read_text())
+    files = files[:1] if bench.dry else files
+    found = bench.scratch / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", f"--junitxml={found}", "-rA"]
+    command += ["--continue-on-collection-errors", "--tb=short", "--durations=5", *map(str, files)]
+    env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if bench.dry else {})
+    code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+    if not found.exists():
+        raise RuntimeError(f"pytest ended with exit code {code} before it had run a test")
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    for suite in ET.parse(found).getroot().iter("testsuite"):
+        for name in counts:
+            counts[name] += int(suite.get(name, 0))
+    wrong, ran = counts["failures"] + counts["errors"], counts["tests"] - counts["skipped"]
+    shown = f"{wrong} of {counts['tests']} in {len(files)} files, {counts['skipped']} skipped"
+    if code not in (0, 1, NO_TESTS):
+        shown += f"; exit code {code}"
+    bench.figure("tests", wrong if ran or bench.dry else float("nan"), shown)

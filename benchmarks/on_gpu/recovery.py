@@ -1,0 +1,97 @@
+"""Memory: whether running out of it is survived, and how well the peak of whole steps is predicted."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+
+import memory
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from keyhole.bench.memory import plain_config
+from keyhole.config import Config, RunConfig, SelectConfig
+from keyhole.memory.cap import cap
+from keyhole.memory.pace import Pace
+from keyhole.memory.plan import Plan
+from keyhole.nn import IPSClassifier
+from keyhole.passes import open_reader, select_batch
+from keyhole.staging import Stager
+from on_gpu.bench import Bench, new_model
+from on_gpu.streams import InMemory
+
+ROOM = 2**31
+"""Bytes beyond what the model takes: too few for 1,024 patches of 256 px at once, enough for a quarter of them."""
+
+
+class NoRoom(nn.Module):
+    """An encoder for a dry run that is out of memory for more than `most` patches, as a GPU would be."""
+
+    def __init__(self, encoder: nn.Module, most: int) -> None:
+        super().__init__()
+        self.encoder, self.most = encoder, most
+
+    def forward(self, patches: Tensor) -> Tensor:
+        if len(patches) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory (of a dry run)")
+        found: Tensor = self.encoder(patches)
+        return found
+
+
+def recovery(bench: Bench) -> None:
+    """Begins with chunks for which there is no room."""
+    for compiled in (False, True):
+        name = "recovery.compiled" if compiled else "recovery.eager"
+        if not bench.attempt(name, lambda name=name, compiled=compiled: survive(bench, name, compiled)):  # type: ignore[misc]
+            bench.figure(name, 0, "failed")
+
+
+def survive(bench: Bench, name: str, compiled: bool) -> None:
+    chunk, patches = (32, 64) if bench.dry else (1024, 2048)
+    model = new_model(bench, compiled)
+    if bench.dry:
+        model = copy.deepcopy(model)
+        model.encoder = NoRoom(model.encoder, chunk // 4)
+        model.accelerate(torch.bfloat16)
+    gc.collect()
+    budget = 2**34
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+        budget = torch.cuda.memory_reserved(bench.device) + ROOM
+    kept, pace = select(bench, model, Plan(chunk=chunk, budget=budget, named=bench.device.type == "cuda"), patches)
+    below = pace.plan.chunk
+    bench.figure(name, below < chunk and kept == 8, f"went on with chunks of {below} after {chunk}, kept {kept} of 8")
+
+
+def select(bench: Bench, model: IPSClassifier, plan: Plan, patches: int) -> tuple[int, Pace]:
+    """How many patches a pass under a plan keeps of 8, and what became of the plan."""
+    pixels = np.random.default_rng(0).integers(0, 256, (patches, bench.side, bench.side, 3), np.uint8)
+    pace, stager, kept = Pace(plan, bench.say, model.compiled), Stager(bench.device), 0
+    with cap(plan, bench.device), open_reader(RunConfig(threads=2), bench.device) as reader:
+        for batch in reader.stream([[InMemory(pixels)]], plan.chunk, deliver=stager.deliver):
+            found = select_batch(model, batch, SelectConfig(m=8), pace=pace, stager=stager)
+            kept = sum(len(image.index) for image in found if image is not None)
+    return kept, pace
+
+
+def plan(bench: Bench) -> None:
+    """Whole steps under a budget, each number of patches in a process of its own, as `benchmarks/memory.py --quick`."""
+    base, worst, peak = budgeted(bench), 1.0, 0
+    for n in memory.QUICK[:1] if bench.dry else (*memory.QUICK, 50_000):
+        setting = memory.PLAIN | {"n": n} | ({"n": 200, "m": 16, "b": 1} if bench.dry else {})
+        found = memory.steps(base, **setting)
+        ratio = found.predicted / found.measured
+        worst = max(worst, ratio, key=lambda each: abs(np.log(each)))
+        peak = max(peak, found.measured)
+        bench.say(memory.row(setting, found))
+        bench.say(f"allocated {found.device / 1e6:,.0f} MB, reserved {found.measured / 1e6:,.0f} MB of {base.memory}")
+        bench.figure("plan.ratio", worst, f"{worst:.2f}")
+        bench.figure("plan.peak", peak / 1e9, f"{peak / 1e9:.2f}")
+
+
+def budgeted(bench: Bench) -> Config:
+    """The configuration that `benchmarks/memory.py` measures."""
+    base = plain_config(not bench.dry)
+    return dataclasses.replace(base, run=RunConfig(device=str(bench.device)))

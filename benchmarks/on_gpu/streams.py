@@ -1,0 +1,155 @@
+"""The pass without gradients over patches from device memory, host memory and a JPEG TIFF, as shares of the encoder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from alternate import wait
+from machine import cores
+from repeated_slide import write_repeated
+
+from keyhole.config import RunConfig, SelectConfig
+from keyhole.decoding import decodes
+from keyhole.images.tiff_encoded import COLORS
+from keyhole.memory.pace import Pace
+from keyhole.memory.plan import Plan
+from keyhole.passes import open_reader, select_batch
+from keyhole.patches import FileOpener, PatchSource, TensorPatches
+from keyhole.reading import Delivery, Reader
+from keyhole.staging import Stager
+from on_gpu.bench import Bench, floor, new_model, rate
+
+if TYPE_CHECKING:
+    from keyhole.nn import IPSClassifier
+
+SECONDS = 2.5
+"""Of a stream, if it were as fast as the encoder alone."""
+SELECT = SelectConfig(m=64)
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Opens patches that lie in host memory."""
+
+    patches: np.ndarray[Any, np.dtype[np.uint8]]
+    name: str = "patches"
+
+    def __call__(self) -> PatchSource:
+        return TensorPatches(self.patches, self.name)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One way to bring patches to the encoder.
+
+    Attributes:
+        title: for the reader.
+        opener: of one image.
+        patches: that it has.
+        chunk: patches that are encoded together.
+        threads: that read; None is the default.
+        deliver: which tiles the device decodes: "as built", those that come while it waits; "all" or "none".
+    """
+
+    title: str
+    opener: Callable[[], PatchSource]
+    patches: int
+    chunk: int
+    threads: int | None = None
+    deliver: str = "as built"
+
+
+def memory_stream(bench: Bench) -> None:
+    """Patches of 256 px that all differ from their neighbours, from the device's memory and from the host's."""
+    some = np.random.default_rng(0).integers(0, 256, (64 if bench.dry else 1024, bench.side, bench.side, 3), np.uint8)
+    patches = some if bench.dry else np.concatenate([some] * 8)
+    for chunk in (16,) if bench.dry else (256, 1024):
+        model = new_model(bench, compiled=True)
+        alone = floor(bench, model, chunk)
+        bench.say(f"encoder alone, chunk {chunk}: {alone:,.0f} patches/s")
+        measured = Stream(f"host memory, chunk {chunk}", InMemory(patches), len(patches), chunk)
+        share = stream(bench, measured, model, alone)
+        if chunk <= 256:
+            bench.figure("stream.host", share, f"{share:.3f}: {share * alone:,.0f} of {alone:,.0f} patches/s")
+        found = on_device(bench, model, patches, chunk)
+        shown = f"{found / alone:.3f}: {found:,.0f} of {alone:,.0f} patches/s"
+        bench.say(f"device memory, chunk {chunk}: {shown}")
+        if chunk <= 256:
+            bench.figure("stream.device", found / alone, shown)
+
+
+def on_device(bench: Bench, model: IPSClassifier, patches: np.ndarray[Any, Any], chunk: int) -> float:
+    """Patches a second of `IPSClassifier.select` on patches that lie on the device."""
+    there = torch.from_numpy(patches).to(bench.device)
+    images = there.permute(0, 3, 1, 2)[None]  # (b n c h w), as it takes pixels; the bytes stay as they are
+    return rate(bench, lambda: model.select(images, SELECT.m, chunk, "global"), len(patches))
+
+
+def file_stream(bench: Bench) -> None:
+    """Tiles of a JPEG TIFF on an aligned grid: as built first, then who decodes, how many threads, how large chunks."""
+    side = 512 if bench.dry else 32_768
+    path = write_repeated(Path(bench.scratch) / f"tiles-{side}.tif", side, source=2048 if bench.dry else 8192)
+    opener, patches = FileOpener(path, "tiles", 256), (side // 256) ** 2
+    small, large = (16, 32) if bench.dry else (256, 1024)
+    model = new_model(bench, compiled=True)
+    alone = floor(bench, model, small)
+    bench.say(f"encoder alone, chunk {small}: {alone:,.0f} patches/s; decoder: {decodes(bench.device)[1] or 'there'}")
+    first = Stream(f"as built, chunk {small}", opener, patches, small)
+    share = stream(bench, first, model, alone)
+    bench.figure("stream.jpeg", share, f"{share:.3f}: {share * alone:,.0f} of {alone:,.0f} patches/s, as built")
+    others = [
+        Stream("the host decodes all", opener, patches, small, deliver="none"),
+        Stream("the device decodes all", opener, patches, small, deliver="all"),
+        *(
+            Stream(f"as built, {threads} threads", opener, patches, small, threads)
+            for threads in (8, 12, 15, 16)
+            if threads <= max(8, cores())
+        ),
+    ]
+    for each in others[:3] if bench.dry else others:
+        bench.attempt(each.title, lambda each=each: stream(bench, each, model, alone))  # type: ignore[misc]
+    if bench.dry:
+        return
+    model = new_model(bench, compiled=True)
+    alone = floor(bench, model, large)
+    bench.say(f"encoder alone, chunk {large}: {alone:,.0f} patches/s")
+    stream(bench, Stream(f"as built, chunk {large}", opener, patches, large), model, alone)
+
+
+def stream(bench: Bench, what: Stream, model: IPSClassifier, alone: float) -> float:
+    """Selects from the same image again and again; the share of the encoder alone that is reached."""
+    stager = Stager(bench.device)
+    deliver = stager.deliver
+    if what.deliver != "as built":
+        deliver = None if what.deliver == "none" or deliver is None else Delivery(deliver.colors & COLORS, always=True)
+    pace = Pace(Plan(chunk=what.chunk), bench.say, model.compiled)
+    images = 1 if bench.dry else max(2, round(SECONDS * alone / what.patches))
+    with open_reader(RunConfig(threads=what.threads), bench.device) as reader:
+        start = _counts(reader)
+        for number, batch in enumerate(reader.stream([[what.opener]] * (images + 1), what.chunk, deliver=deliver)):
+            select_batch(model, batch, SELECT, pace=pace, stager=stager)
+            if number == 0:  # opens the file, compiles and fills buffers
+                wait(bench.device)
+                start = _counts(reader)
+        wait(bench.device)
+        now = _counts(reader)
+        threads = reader.pool.threads
+    seconds, patches, encoded, waited = (there - here for here, there in zip(start, now, strict=True))
+    found = patches / seconds
+    bench.say(
+        f"{what.title} ({threads} threads): {found:9,.0f} patches/s = {found / alone:.3f} of the encoder; "
+        f"{encoded / patches:.0%} came as JPEG, the consumer waited {waited / seconds:.0%} of the time, "
+        f"{stager.refused} chunks refused"
+    )
+    return found / alone
+
+
+def _counts(reader: Reader) -> tuple[float, int, int, float]:
+    """Time, patches handed over, those of them as JPEG, and seconds that the consumer has waited."""
+    return time.perf_counter(), reader.read_patches, reader.encoded_patches, reader.waited

@@ -1,0 +1,237 @@
+"""`benchmarks/on_gpu`: every part runs (dry, on a CPU), whatever one does the others run, and the result is written."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keyhole.patches import FileOpener
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ON_GPU = BENCHMARKS / "on_gpu"
+MODULES = (
+    "on_gpu.aims",
+    "on_gpu.calls",
+    "on_gpu.harness",
+    "on_gpu.result",
+    "machine",
+    "published_canvases",
+    "repeated_slide",
+)
+ONLY_ON_A_GPU = {"slides.reserved", "slides.allocated", "slides.ratio"}
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    """The scripts' modules, imported as the scripts do it: from their folder."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        found = {name.split(".")[-1]: __import__(name, fromlist=["_"]) for name in MODULES}
+        yield SimpleNamespace(**found, run=script("run"), collect=script("collect"))
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def script(name: str) -> ModuleType:
+    """A command as a module."""
+    spec = spec_from_loader(f"on_gpu_{name}", SourceFileLoader(f"on_gpu_{name}", str(ON_GPU / name)))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Handlers as they were, after a command that sets them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def ends(text: str) -> dict[str, str]:
+    """How each part ended, as the result says it."""
+    return dict(re.findall(r"^\| ([a-z-]+) \| (.+?) \| \d+ \| \d+ \|$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("call", ["works", "measures"])
+def test_a_dry_run_runs_every_part_and_has_every_figure_of_a_cpu(call: str, bench: Any, tmp_path: Path) -> None:
+    command = [sys.executable, str(ON_GPU / "run"), call, "--dry", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (path,) = tmp_path.glob("*.md")
+    text = path.read_text()
+    assert path.name.startswith(f"on_gpu_{call}_dry_")
+    assert set(ends(text)) == {part.name for part in bench.calls.CALLS[call].parts}
+    assert set(ends(text).values()) == {"done"}, done.stdout[-4000:]
+    assert done.returncode == 0
+    measured = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]*\| [^|]*\|$", text, re.MULTILINE))
+    missing = {aim.key for aim in bench.aims.AIMS[call] if measured[aim.what] == "-"}
+    assert missing <= ONLY_ON_A_GPU
+    assert "no figure means anything" in text
+    assert (tmp_path / f"on_gpu_{call}.log").read_text().count("== done") == len(ends(text))
+
+
+def parts_that_go_wrong(bench: Any, kept: Path) -> Any:
+    """A part that fails, one that hangs and has started another process, one that is killed, and sound ones."""
+    part, python = bench.calls.Part, (sys.executable, "-c")
+    left = "import subprocess as s, time; p = s.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
+    return bench.calls.Call(
+        "wrong",
+        "what goes wrong",
+        60,
+        (
+            (part("fails", "exits with 3", command=(*python, "print('before'); raise SystemExit(3)")),),
+            (
+                part("hangs", "never ends", limit=1, command=(*python, left)),
+                part("beside", "runs at the same time", command=(*python, "print('beside')")),
+            ),
+            (part("dies", "kills itself", command=(*python, "import os; os.kill(os.getpid(), 9)")),),
+            (part("sound", "runs", command=(*python, f"open({str(kept)!r}, 'w').write('x'); print('sound at last')")),),
+        ),
+    )
+
+
+def test_a_part_that_fails_hangs_or_dies_leaves_the_others_and_the_result_alone(
+    bench: Any, tmp_path: Path, signals: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    calls = {"wrong": parts_that_go_wrong(bench, tmp_path / "kept")}
+    assert bench.run.main(["wrong", "--dry", "--out", str(tmp_path)], calls) == 1
+    (path,) = tmp_path.glob("*.md")
+    text = path.read_text()
+    assert ends(text) == {
+        "fails": "failed with exit code 3",
+        "hangs": "stopped at its limit of 1 s",
+        "beside": "done",
+        "dies": "killed by signal 9",
+        "sound": "done",
+    }
+    assert "before" in text
+    assert "sound at last" in text
+    assert (tmp_path / "kept").exists()
+    (left,) = re.findall(r"^hangs: (\d+)$", capfd.readouterr().out, re.MULTILINE)
+    state = Path(f"/proc/{left}/stat")
+    assert not state.exists() or state.read_text().split(") ")[1][0] == "Z", "the process that it had started has ended"
+
+
+def test_a_call_that_is_cut_leaves_what_it_had_found(bench: Any, tmp_path: Path, signals: None) -> None:
+    part, python = bench.calls.Part, (sys.executable, "-c")
+    cuts = "import os, signal, time; print('cutting'); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    stages = (
+        (part("first", "runs", command=(*python, "print('found')")),),
+        (part("cuts", "ends the call", command=(*python, cuts)),),
+        (part("never", "does not run", command=(*python, "")),),
+    )
+    calls = {"cut": bench.calls.Call("cut", "is cut", 60, stages)}
+    with pytest.raises(SystemExit) as stop:
+        bench.run.main(["cut", "--dry", "--out", str(tmp_path)], calls)
+    assert stop.value.code == 128 + signal.SIGTERM
+    (path,) = tmp_path.glob("*.md")
+    assert ends(path.read_text()) == {"first": "done", "cuts": "cut with the call", "never": "not begun"}
+    assert "found" in path.read_text()
+    assert "cut before its end" in path.read_text()
+
+
+def test_a_call_ends_in_time_and_says_what_did_not_run(
+    bench: Any, tmp_path: Path, signals: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.harness, "LEAST", 0.3)
+    part, python = bench.calls.Part, (sys.executable, "-c", "import time; time.sleep(60)")
+    stages = ((part("long", "takes all", command=python),), (part("late", "comes too late", command=python),))
+    calls = {"short": bench.calls.Call("short", "ends", 12, stages)}
+    assert bench.run.main(["short", "--dry", "--minutes", "0.06", "--out", str(tmp_path)], calls) == 1
+    (path,) = tmp_path.glob("*.md")
+    assert ends(path.read_text()) == {"long": "stopped at its limit of 1 s", "late": "not run: no time was left"}
+
+
+def test_the_parts_fit_into_the_minutes_of_their_calls(bench: Any) -> None:
+    calls = bench.calls.CALLS.values()
+    assert sum(call.seconds for call in calls) <= 12 * 60
+    for call in calls:
+        names = [part.name for part in call.parts]
+        assert len(set(names)) == len(names)
+        assert all(part.expected < part.limit for part in call.parts)
+        assert sum(max(part.expected for part in stage) for stage in call.stages) <= call.seconds
+        limits = sum(max(part.limit for part in stage) for stage in call.stages[:-1])
+        assert limits + 45 <= call.seconds, "no part can take all the time of those in the last stage"
+
+
+def test_figures_are_judged_by_their_aims_and_a_half_written_one_is_left_out(bench: Any, tmp_path: Path) -> None:
+    aims, figure = bench.aims, bench.aims.Figure
+    aim = aims.Aim("share", "a share", least=0.55, better=0.7)
+    told = [aim.verdict(each if each is None else figure(each, "")) for each in (None, 0.5, 0.55, 0.7, float("nan"))]
+    assert told == ["not measured", "**not reached**", "reached", "reached, the better aim too", "**not reached**"]
+    result = bench.result.Result(bench.calls.WORKS, tmp_path, tmp_path, dry=True)
+    (tmp_path / "part.jsonl").write_text('["breaks", 3, "3 breaks"]\n["breaks", 0, "0 breaks"]\n["folding", 1, "all')
+    assert result.figures() == {"breaks": figure(0, "0 breaks")}, "the later one counts"
+    assert "| 0 breaks | at most 0 | reached |" in result.write().read_text()
+
+
+def test_cards_have_short_names(bench: Any) -> None:
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA GeForce RTX 4090": "4090",
+        "NVIDIA L4": "l4",
+    }
+    assert {name: bench.machine.card(name) for name in names} == names
+
+
+def test_what_is_collected_is_refused_beyond_its_size(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "small.whl").open("wb") as file:
+        file.truncate(2**20)
+    assert bench.collect.report(tmp_path) == 0
+    with (tmp_path / "large.whl").open("wb") as file:
+        file.truncate(bench.collect.MOST)
+    assert bench.collect.report(tmp_path) == 1
+    assert "60.00 MiB  large.whl" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds other files"):
+        bench.collect.main(["--to", str(tmp_path)])
+
+
+def test_a_repeated_slide_has_all_its_patches_and_hands_them_over_as_jpeg(bench: Any, tmp_path: Path) -> None:
+    source = FileOpener(bench.repeated_slide.write_repeated(tmp_path / "a.tif", 5120, source=2048), "a", 256)()
+    assert len(source) == 400
+    patches = source.read(np.array([0, 1, 64, 399]))
+    assert (patches[0] == patches[2]).all()
+    assert (patches[0] != patches[1]).any()
+    encoded = source.encoded(slice(None), frozenset(("ycbcr",)))
+    assert encoded is not None
+    assert all(encoded)
+    source.close()
+
+
+def test_canvases_of_the_published_construction_show_what_their_labels_say(bench: Any) -> None:
+    """Each digit is a square of the value of its class, so that the canvas can be read."""
+    module = bench.published_canvases
+    labels = np.repeat(np.arange(10), 20)
+    digits = module.Digits(np.uint8(np.broadcast_to(labels[:, None, None] + 1, (200, 28, 28))), labels)
+    patterns = module.draw_patterns(np.random.default_rng(0))
+    assert patterns.shape == (50, 28, 28)
+    assert patterns[patterns > 0].min() >= 204, "values are 0.8 to 1"
+    assert (patterns > 0).sum(axis=(1, 2)).max() <= 2 * module.POINTS
+    for seed in range(5):
+        canvas, said = module.draw_canvas(np.random.default_rng(seed), digits, patterns, 400)
+        shown = {int(value) - 1: (canvas == value).sum() // 28**2 for value in np.unique(canvas) if 0 < value <= 10}
+        assert sum(shown.values()) == 5, "none covers another"
+        assert shown[said[0]] == 3
+        assert said[1] == max(shown)
+        first = next(value for value in canvas.ravel() if 0 < value <= 10)
+        assert said[2] == first - 1, "the first digit from above"
+        assert said[3] == "|".join(map(str, sorted(shown)))
+        assert set(np.unique(canvas)) <= {0, *range(1, 11), *np.unique(patterns)}, "noise is of the split's patterns"
