@@ -26,7 +26,7 @@ from keyhole.memory.cap import cap, result_sizes
 from keyhole.memory.meter import growth, has_peak, steady_heap, tensor_bytes
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan, largest_chunk, make_plan
-from keyhole.memory.probe import ENOUGH_SECONDS, Costs, Line, probe
+from keyhole.memory.probe import Costs, Line, probe
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.tasks import Task
 
@@ -177,25 +177,27 @@ def test_a_run_that_predicts_at_its_end_has_room_for_the_logits_of_a_batch() -> 
 
 
 def test_the_probe_sees_what_a_patch_costs_where_memory_comes_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: 20 MB at a time, and the first run of each kind loads libraries for longer than a probe may take."""
-    runs, scale, step = [], 3_000, 20 * MB
+    """As on a GPU: 20 MB at a time, and runs of the first two sizes load libraries for longer than a probe may take."""
+    scale, step, slow = 60, 20 * MB, 0.05
+    sizes: dict[str, set[int]] = {}
 
     def exact(function: Any) -> int:
         return scale * tensor_bytes(function)
 
     def reserved(device: torch.device, function: Any, repeats: int = 1) -> int:
-        kind = function.__qualname__
-        if kind not in runs:
-            runs.append(kind)
-            time.sleep(ENOUGH_SECONDS)
-        return -(-exact(function) // step) * step
+        size, known = exact(function), sizes.setdefault(function.__qualname__, set())
+        if size not in known and len(known) < 2:
+            time.sleep(slow)
+        known.add(size)
+        return -(-size // step) * step
 
+    monkeypatch.setattr("keyhole.memory.probe.ENOUGH_SECONDS", slow)
     monkeypatch.setattr("keyhole.memory.probe.comes_in_steps", lambda _device: True)
     monkeypatch.setattr("keyhole.memory.probe.growth", reserved)
     model, chunk, m = model_of(), 256, 64
     given = {"images": 4, "m": m, "chunk": chunk, "learn": True, "color": False, "room": 10**12}
     costs = probe(model, (16, 16, 3), **given)
-    assert len(runs) == 3
+    assert [len(known) for known in sizes.values()] == [4, 4, 3], "patches: 4, 16, 64, 256"
     monkeypatch.setattr("keyhole.memory.probe.growth", lambda _device, function, _repeats=1: exact(function))
     monkeypatch.setattr("keyhole.memory.probe.ENOUGH_BYTES", 10**12)
     true = probe(model, (16, 16, 3), **given)
