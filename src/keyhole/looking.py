@@ -75,7 +75,7 @@ class Looker:
 
         def look(go: slice, rows: int) -> Tensor:
             with self.shares.part("encoding"):
-                return self.model.look(pixels[go])[:rows]
+                return self._look(pixels, None, go)[:rows]
 
         return list(self._goes(pixels, look, count))
 
