@@ -16,7 +16,7 @@ from keyhole.nn.heads import Heads
 from keyhole.nn.lone import lone_patch
 from keyhole.nn.pixels import prepare
 from keyhole.nn.position import CenterPosition
-from keyhole.nn.selection import Rule, Selection, Selector, evaluating
+from keyhole.nn.selection import Rule, Selection, Selector, evaluating, keep_global, whole_bags
 
 
 def _loose(tensor: Shaped[Tensor, "b n ..."], mask: Bool[Tensor, "b n"] | None) -> Shaped[Tensor, "k ..."]:
@@ -219,6 +219,7 @@ class IPSClassifier(nn.Module):
             position: as in `forward`; default 0 ... n-1 for the 1-D code.
             mask: True where there is a patch, for bags of different size.
             at_once: patches to encode at once; default `chunk`. Where the encoder is compiled it should stay the same.
+                Of features on a GPU give some ten thousand: the work on each is small, and launching it is not.
 
         Raises:
             ValueError: patches, positions or a mask of another shape; `m` or `chunk` below 1.
@@ -232,33 +233,32 @@ class IPSClassifier(nn.Module):
         b, n = patches.shape[:2]
         if position is None and self.position is not None and not isinstance(self.position, CenterPosition):
             position = torch.arange(n, device=patches.device).expand(b, n)
-        on_host = torch.ones(b, n, dtype=torch.bool) if mask is None else mask.cpu()
-        image, index = on_host.nonzero(as_tuple=True)
         loose = _loose(patches, mask)
         where = None if position is None else _loose(position, mask)
         if loose.dtype == torch.uint8 and loose.ndim == 4:
             loose = loose.permute(0, 2, 3, 1)  # as if read from files
-        selector = Selector([n] * b, m, chunk, rule, keep_logits=rule == "global")
-        selector.skip((~on_host).nonzero(as_tuple=True)[0])
-        with self.looking():
-            for start in range(0, len(image), at_once or chunk):
-                go = slice(start, start + (at_once or chunk))
-                selector.add(image[go], index[go], self.score(loose[go], None if where is None else where[go]))
-        return self._collect(selector, b, n, m, rule)
+        goes = [slice(start, start + (at_once or chunk)) for start in range(0, len(loose), at_once or chunk)]
+        scored = ((go, self.score(loose[go], None if where is None else where[go])) for go in goes)
+        with self.looking():  # what is scored, is scored in here
+            if rule == "global":
+                shape = (b, n, self.pool.heads, self.pool.queries)
+                return keep_global(whole_bags([logits for _, logits in scored], mask, shape, loose.device), m, mask)
+            on_host = torch.ones(b, n, dtype=torch.bool) if mask is None else mask.cpu()
+            image, index = on_host.nonzero(as_tuple=True)
+            selector = Selector([n] * b, m, chunk, rule)
+            selector.skip((~on_host).nonzero(as_tuple=True)[0])
+            for go, logits in scored:
+                selector.add(image[go], index[go], logits)
+        return self._collect(selector, b, n, m)
 
-    def _collect(self, selector: Selector, b: int, n: int, m: int, rule: Rule) -> Selection:
+    def _collect(self, selector: Selector, b: int, n: int, m: int) -> Selection:
         kept = [selector.finish(image) for image in range(b)]
-        device = self.pool.query.device
-        width = min(m, n)
-        index = torch.full((b, width), -1, dtype=torch.long, device=device)
-        score = torch.zeros(b, width, device=device)
-        logits = torch.full((b, n, self.pool.heads, self.pool.queries), -torch.inf, device=device)
+        index = torch.full((b, min(m, n)), -1, dtype=torch.long, device=self.pool.query.device)
+        score = torch.zeros(index.shape, device=index.device)
         for row, image in enumerate(kept):
             index[row, : len(image.index)] = image.index
             score[row, : len(image.index)] = image.score
-            if image.logits is not None:
-                logits[row] = image.logits
-        return Selection(index, score, index >= 0, logits if rule == "global" else None)
+        return Selection(index, score, index >= 0)
 
     @contextmanager
     def looking(self) -> Iterator[None]:

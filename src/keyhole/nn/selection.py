@@ -154,6 +154,49 @@ class GlobalRule:
         return index, score[index]
 
 
+def whole_bags(
+    loose: Sequence[Float[Tensor, "_ h t"]],
+    mask: Bool[Tensor, "b n"] | None,
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+) -> Float[Tensor, "b n h t"]:
+    """Logits of loose patches as bags; -inf at padding.
+
+    Args:
+        loose: one tensor after the other, in the order of the mask.
+        mask: True where there is a patch; None where none is missing.
+        shape: b, n, h, t.
+        device: of the result.
+    """
+    if mask is None and loose:
+        return torch.cat(list(loose)).unflatten(0, shape[:2])
+    bags = torch.full(shape, -torch.inf, device=device)
+    if mask is not None and loose:
+        bags[mask.to(device)] = torch.cat(list(loose))
+    return bags
+
+
+def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b n"] | None = None) -> Selection:
+    """What `GlobalRule` keeps of images whose logits are all there: the host looks at no patch.
+
+    Args:
+        logits: -inf at padding.
+        m: patches to keep.
+        mask: True where there is a patch; None where none is missing.
+    """
+    b, n = logits.shape[:2]
+    index = torch.full((b, min(m, n)), -1, dtype=torch.long, device=logits.device)
+    score = torch.zeros(index.shape, device=logits.device)
+    counts = [n] * b if mask is None else mask.sum(dim=1).tolist()
+    mask = None if mask is None else mask.to(logits.device)
+    for row, count in enumerate(counts):
+        of = scores(logits[row])
+        ranked = of if mask is None else of.masked_fill(~mask[row], -1.0)  # a score of 0 is still better than none
+        kept = best(ranked, min(m, count))
+        index[row, : len(kept)], score[row, : len(kept)] = kept, of[kept]
+    return Selection(index, score, index >= 0, logits)
+
+
 class StreamingRule:
     """The published rule: the first m, then i at a time against the m at hand, whatever sizes arrive.
 
