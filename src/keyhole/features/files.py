@@ -6,6 +6,7 @@ HDF5 as CLAM, TRIDENT and `keyhole embed` write it, and tensors in `.pt`. Rows s
 from __future__ import annotations
 
 import stat
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from keyhole.wording import from_to
 TORCH_SUFFIX = ".pt"
 PIECE = 2**22
 """Bytes read at once."""
+ALONE = 2**15
+"""Numbers that torch converts on the thread that asks for it."""
 LARGEST_COORDINATE = 2**31 - 1
 ATTRIBUTES = (
     *("patch_size", "patch_size_level0", "patch_level", "downsample", "custom_downsample", "overlap", "level_dim"),
@@ -83,6 +86,24 @@ class FeatureFile(ABC):
 
     @abstractmethod
     def close(self) -> None: ...
+
+
+def widen(rows: NDArray[Any], out: Floats) -> None:
+    """Writes numbers (k, d) of any kind into `out` as float32.
+
+    numpy converts float16 number by number, which takes three times as long as reading them. torch does not; where it
+    is loaded, as in every process that computes, it converts. Few numbers at a time: of many it would start threads of
+    its own in each reading thread.
+    """
+    torch, step = sys.modules.get("torch"), ALONE // max(1, out.shape[1])
+    loaded = hasattr(torch, "vmap")  # its last name: else another thread is still importing it
+    if rows.dtype != np.float16 or not loaded or step == 0:
+        out[...] = rows
+        return
+    assert torch is not None
+    narrow, wide = torch.from_numpy(rows), torch.from_numpy(out)
+    for start in range(0, len(rows), step):
+        wide[start : start + step].copy_(narrow[start : start + step])
 
 
 def open_features(path: Path) -> FeatureFile:

@@ -23,6 +23,7 @@ from keyhole.features.files import (
     check_coords_shape,
     checked_coords,
     feature_faults,
+    widen,
 )
 from keyhole.features.origin import NAMES, STAMP, origin_of
 from keyhole.pool import end_reading_first
@@ -135,7 +136,7 @@ class Hdf5Features(FeatureFile):
             if not self._file:
                 raise RuntimeError(f"{self.path} is closed")
             rows = self._features[(*self._lead, slice(start, stop))]
-        out[...] = rows[0] if self._lead else rows
+        widen(rows[0] if self._lead else rows, out)
 
     def close(self) -> None:
         with self._lock:

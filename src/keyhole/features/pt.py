@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
-from keyhole.features.files import ATTRIBUTES, FeatureFile, Floats, checked_coords, feature_faults
+from keyhole.features.files import ATTRIBUTES, FeatureFile, Floats, checked_coords, feature_faults, widen
 from keyhole.features.origin import Origin, origin_of
 from keyhole.wording import listed
 
@@ -67,7 +67,7 @@ class TorchFeatures(FeatureFile):
         if there < wanted.nbytes:
             raise EOFError("the file ends early")
         rows = flat.reshape(-1, stride)[:, : self.d]
-        out[...] = (rows.astype(np.uint32) << 16).view(np.float32) if self._kind == "bfloat16" else rows
+        widen((rows.astype(np.uint32) << 16).view(np.float32) if self._kind == "bfloat16" else rows, out)
 
     def close(self) -> None:
         with self._lock:

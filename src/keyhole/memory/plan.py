@@ -38,8 +38,9 @@ gets those of a chunk that the host has not decoded. The host has `ahead` + 2 pi
 no budget counts; with twice as much they would be a tenth of the memory of a machine with 16 GB. The copies on the GPU
 are in the plan, which takes fewer patches where they do not fit. No GPU has confirmed the choice yet: set this to 2**26
 or 2**28 to compare. `select.chunk` sets the number of patches itself."""
-GPU_FEATURES = 16384
-"""Most stored features at a time on a GPU: the work on one is small, so that launching it would cost more."""
+GPU_FEATURES = 2**16
+"""Most stored features at a time on a GPU: the work on one is small, so that launching it would cost more. Those of
+more than 512 numbers reach GPU_CHUNK_BYTES before: 16,384 of 2,048 numbers, whose copy to the GPU takes some 2.5 ms."""
 BUFFERS, DECODED, TURNED = 2, 3, 1
 """Copies of a chunk as read that a GPU holds: two buffers; where its patches are decoded there, what the decoder gives,
 the same in one tensor, and that of the chunk before; and one more where decoded patches are turned."""
