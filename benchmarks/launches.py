@@ -1,11 +1,12 @@
-"""Operations that a training batch gives to its device, counted on a CPU, into a dated Markdown file.
+"""Operations that a batch gives to its device, counted on a CPU, into a dated Markdown file.
 
     python benchmarks/launches.py [--only CASE ...] [--no-write]
 
 On a GPU the host gives orders and does not compute; some 5 us each. Where a batch has thousands of them and little
 work for each, the host is the limit. `operations.py` says what is counted. Recipes are run as `keyhole train` runs
-them, with the numbers of images, patches and kept patches of the published settings; patches are smaller, which changes
-no count.
+them, with the numbers of images, patches and kept patches of the published settings; patches are smaller, and features
+narrower, which changes no count. Of stored features, of which the gradient step is as of patches, only the selection is
+counted.
 
 To add a case, write a function that returns what was counted by part, and name it in `CASES`.
 """
@@ -21,12 +22,23 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import h5py
 import numpy as np
+import torch
 from machine import write_result
 from operations import Count, CountedShares, Operations
 from PIL import Image
+from torch import Tensor, nn
 
+from keyhole.config import SelectConfig
 from keyhole.config_file import configuration, validate
+from keyhole.features import FeatureOpener
+from keyhole.memory.pace import Pace
+from keyhole.memory.plan import Plan, largest_chunk
+from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier
+from keyhole.passes import select_batch
+from keyhole.reading import Reader
+from keyhole.reading.chunks import Chunk
 from keyhole.staging import Stager
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import Job, start_job
@@ -34,6 +46,9 @@ from keyhole.training.loop import Loop
 
 SIDE = 32
 """Pixels of a patch here."""
+SLIDES, FEATURES, KEPT = 16, 250_000, 5000
+NARROW = 8
+"""Numbers of a feature here."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +74,62 @@ def megapixel_mnist(folder: Path) -> Mapping[str, Count]:
     return training_batch(folder, "megapixel-mnist", columns=30, rows=30, channels=1, tasks=4)
 
 
+def features(_folder: Path) -> Mapping[str, Count]:
+    """16 bags of 250,000 features on the device, a quarter of a bag at a time, as `selection.py` selects from them."""
+    model = feature_model()
+    bags = torch.randn(SLIDES, FEATURES, NARROW)
+    model.select(bags[:, :8], 4, 8)  # builds things
+    with Operations([*tensors_of(model), bags]) as operations:
+        model.select(bags, KEPT, FEATURES // 4)
+    return operations.parts
+
+
+def features_files(folder: Path) -> Mapping[str, Count]:
+    """The same from files, as `keyhole train` reads them, as many at a time as a GPU's plan takes of 2,048 numbers."""
+    path = folder / "features.h5"
+    with h5py.File(path, "w") as file:
+        file["features"] = np.random.default_rng(0).standard_normal((FEATURES, NARROW), np.float32)
+    model = feature_model()
+    openers = [FeatureOpener(path, str(number)) for number in range(SLIDES)]
+    select, pace = SelectConfig(m=KEPT), Pace(Plan(largest_chunk(torch.device("cuda"), (2048,))), print)
+    operations = Operations(tensors_of(model))
+    shares = CountedShares(operations)
+    with Reader(1) as reader:
+        for batch in reader.stream([openers], pace.plan.chunk):
+            with operations:
+                select_batch(model, batch, select, pace=pace, stager=CopyingStager(shares))
+    return operations.parts
+
+
+class CopyingStager(Stager):
+    """Copies chunks as for a GPU: what it copies is on the device."""
+
+    def __init__(self, shares: CountedShares) -> None:
+        super().__init__(torch.device("cpu"), shares)
+
+    def __call__(self, chunk: Chunk, rows: int | None = None) -> Tensor:
+        return Operations.put(super().__call__(chunk, rows).clone())
+
+
+def feature_model() -> IPSClassifier:
+    """The published model of stored features, narrower, and ready to look."""
+    model = IPSClassifier(FeatureProjector(NARROW, 16), CrossAttentionPool(16, 8), {"label": nn.Linear(16, 1)})
+    model.accelerate()(torch.randn(2, NARROW))
+    return model
+
+
+def tensors_of(model: IPSClassifier) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
 CASES: Mapping[str, Case] = {
     "traffic": Case("recipe `traffic` (rule `streaming`): 16 images, N = 192, M = 10, I = 32", traffic),
     "traffic-global": Case("the same under the rule `global`", traffic_global),
     "megapixel-mnist": Case(
         "recipe `megapixel-mnist` (rule `streaming`): 16 images, N = 900, M = 100, I = 100, four tasks", megapixel_mnist
     ),
+    "features": Case("selection from 16 bags of 250,000 features on the device, M = 5,000, 62,500 at a time", features),
+    "features-files": Case("the same from files of stored features, 16,384 at a time", features_files),
 }
 
 
@@ -150,7 +215,7 @@ def main() -> None:
     if unknown := set(options.only or CASES) - set(CASES):
         sys.exit(f"--only {' '.join(sorted(unknown))}: not one of {', '.join(CASES)}")
     text = [
-        "Operations that one batch of training gives to its device, counted while it runs on a CPU. 'launched' compute",
+        "Operations that one batch gives to its device, counted while it runs on a CPU. 'launched' compute",
         "or copy; 'views' only describe a tensor anew. A wait is a result that the host needs before it goes on.",
     ]
     for name in options.only or CASES:

@@ -83,6 +83,12 @@ class Operations:
     def __exit__(self, *_: object) -> None:
         self._modes.close()
 
+    @staticmethod
+    def put(tensor: Tensor) -> Tensor:
+        """A tensor that is on the device from now on."""
+        _put(tensor)
+        return tensor
+
     @property
     def total(self) -> Count:
         return sum(self.parts.values(), Count())

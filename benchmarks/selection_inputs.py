@@ -104,7 +104,9 @@ def make_inputs(setting: Setting, device: torch.device, seed: int = 0) -> Inputs
         ours = torch.empty(setting.b, setting.n, setting.size, device=place)
         for image in ours:
             image.copy_(torch.randn(image.shape, device=device, generator=generator))
-        return Inputs(ours, ours, labels)
+            if setting.half:
+                image.copy_(image.half())
+        return Inputs(ours.half() if setting.half else ours, ours, labels)
     if setting.inputs == "canvases":
         ours = canvases(setting, seed).to(place)
     elif setting.inputs == "scenes" and SCENES.is_dir():
