@@ -23,6 +23,7 @@ from keyhole.nn.selection import Rule
 from keyhole.passes import Bags, fetch_kept, open_reader, select_batch
 from keyhole.patches import TensorPatches
 from keyhole.staging import Stager
+from keyhole.tensors import values_of
 from keyhole.training.finite import step_if_finite
 from keyhole.training.setup import new_optimizer
 
@@ -137,7 +138,7 @@ class Ours:
         for batch in self.reader.stream([self.openers] * batches, setting.chunk, hold=hold):
             found = select_batch(self.model, batch, select, keep_logits=keep_logits, pace=pace, stager=self.stager)
             kept = [image for image in found if image is not None]
-            done.append((kept, self.learn(fetch_kept(self.model, batch, found)[0]) if learn else 0.0))
+            done.append((kept, self.learn(fetch_kept(self.model, batch, found, together=True)[0]) if learn else 0.0))
         return done
 
     def learn(self, bags: Bags) -> float:
@@ -180,7 +181,7 @@ class Ours:
         """
         setting = self.setting
         bags = self.bags(torch.arange(setting.m, device=self.device).expand(setting.b, setting.m))
-        loose = bags.part(0, len(bags))
+        loose = values_of(bags.part(0, len(bags)))
         encoder = copy.deepcopy(self.model.encoder).train()
         forward = torch.compile(encoder, dynamic=False) if compiled else encoder
         precision, enabled = self.model.precision, self.model.precision != torch.float32

@@ -96,7 +96,7 @@ def out_of_memory(folder: Path) -> dict[str, Any]:
 
 
 def instances(_: Path) -> dict[str, Any]:
-    """Graphs of twelve encoders in one process, looking with colours and without and learning; where graphs broke; warnings."""
+    """Graphs of twelve encoders in one process, looking with colours and without, learning from pixels and from numbers; where graphs broke; warnings."""
     graphs = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -107,6 +107,7 @@ def instances(_: Path) -> dict[str, Any]:
             for rows in (6, 4):
                 fast(torch.zeros(rows, 16, 16, 3, dtype=torch.uint8), rows=6)
                 fast(torch.zeros(rows, 16, 16, 3, dtype=torch.uint8), torch.eye(3, 4).repeat(rows, 1, 1), rows=6)
+            learning(torch.zeros(6, 16, 16, 3, dtype=torch.uint8), torch.eye(3, 4).repeat(6, 1, 1))
             learning(torch.zeros(6, 3, 16, 16))
             graphs.append(counters["stats"]["unique_graphs"] - before)
     return {

@@ -32,6 +32,6 @@ def test_every_encoder_of_a_process_is_compiled_into_one_graph_or_this_is_said(t
     assert found["breaks"] == []
     assert found["written_over"] == [], "torch before 2.14 breaks the graph there"
     assert found["warnings"] == []
-    assert found["graphs"] == [3] * 12, "looking with colours and without, learning"
+    assert found["graphs"] == [4] * 12, "looking with colours and without, learning from pixels and from numbers"
     assert len(found["past the limit"]) == 1
     assert "uncompiled" in found["past the limit"][0]

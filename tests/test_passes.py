@@ -19,12 +19,19 @@ from keyhole.patches import View
 from keyhole.reading import Batch
 from keyhole.store import ImageStore
 from keyhole.tasks import Task
-from keyhole.tensors import to_tensor
+from keyhole.tensors import as_read, values_of
 from keyhole.training.augment import Draw, draw, stack_colors
 
 SIZE = 16
 TASKS = [Task("a", "binary", ("no", "yes")), Task("b", "multiclass", ("x", "y", "z"))]
 CPU = torch.device("cpu")
+
+
+def values(pixels: np.ndarray, color: torch.Tensor | None = None) -> torch.Tensor:
+    """What the encoder is given."""
+    return values_of(as_read(torch.from_numpy(pixels.copy()), CPU, color))
+
+
 LAW = settings(max_examples=15, deadline=None)
 
 
@@ -81,7 +88,7 @@ def test_both_passes_see_the_same_pixels(
     seen: dict[tuple[int, int], torch.Tensor] = {}
     for part in batch.chunks():
         rows = torch.from_numpy(part.image[: part.count])
-        tensors = to_tensor(part.pixels[: part.count], CPU, colors[rows])
+        tensors = values(part.pixels[: part.count], colors[rows])
         for image, index, tensor in zip(part.image, part.index, tensors, strict=False):
             seen[int(image), int(index)] = tensor
     model, rng = model_of(conf), np.random.default_rng(seed)
@@ -115,7 +122,7 @@ def test_streaming_from_files_selects_what_the_modules_select_in_memory(
         assert source is not None
         assert found is not None
         every = np.arange(len(source))
-        patches = to_tensor(source.read(every), CPU)[None]
+        patches = values(source.read(every))[None]
         where = positions(model, source, every, CPU)
         expected = model.select(patches, m, chunk, rule, None if where is None else where[None])  # type: ignore[arg-type]
         assert set(found.index.tolist()) == set(expected.index[0].tolist())
@@ -125,11 +132,11 @@ def test_streaming_from_files_selects_what_the_modules_select_in_memory(
 
 def test_colour_reaches_patches_as_one_affine_map() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), dtype=np.uint8)
-    torch.testing.assert_close(to_tensor(pixels, CPU), torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+    torch.testing.assert_close(values(pixels), torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
     identity = torch.cat([torch.eye(3), torch.zeros(3, 1)], dim=1).expand(4, 3, 4)
-    torch.testing.assert_close(to_tensor(pixels, CPU, identity), to_tensor(pixels, CPU))
+    torch.testing.assert_close(values(pixels, identity), values(pixels))
     features = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
-    assert torch.equal(to_tensor(features, CPU), torch.from_numpy(features))
+    assert torch.equal(values(features), torch.from_numpy(features))
 
 
 def test_an_image_that_fails_between_the_passes_is_left_out_alone(images: list[Path], tmp_path: Path) -> None:

@@ -369,7 +369,7 @@ from keyhole.memory.process import status
 from keyhole.nn import Selector, build_classifier, evaluating, split_backward
 from keyhole.memory.plan import make_plan
 from keyhole.tasks import Task
-from keyhole.tensors import to_tensor
+from keyhole.tensors import as_read, values_of
 
 encoder, stages, size, n, m, b, memory = sys.argv[1:]
 size, n, m, b = map(int, (size, n, m, b))
@@ -389,7 +389,8 @@ with cap(plan, cpu):
             for image in range(b):
                 for start in range(0, n, plan.chunk):
                     index = torch.arange(start, min(start + plan.chunk, n))
-                    pixels = to_tensor(ring[start % 6][: len(index)], cpu, color.expand(len(index), -1, -1))
+                    rows = torch.from_numpy(ring[start % 6][: len(index)])
+                    pixels = values_of(as_read(rows, cpu, color.expand(len(index), -1, -1)))
                     selector.add(torch.full_like(index, image), index, model.score(pixels))
         kept = [selector.finish(image) for image in range(b)]
         held = rng.integers(0, 256, (b * m, *shape), np.uint8)
@@ -397,7 +398,7 @@ with cap(plan, cpu):
         optimizer.zero_grad()
         split_backward(
             model,
-            lambda start, stop: to_tensor(held[start:stop].copy(), cpu, color.expand(stop - start, -1, -1)),
+            lambda start, stop: as_read(torch.from_numpy(held[start:stop].copy()), cpu, color.expand(stop - start, -1, -1)),
             None,
             torch.ones(b, m, dtype=torch.bool),
             lambda logits: logits["a"].square().mean(),

@@ -9,7 +9,6 @@ second, whose decoder differs a little; under `run.decode cpu` the host decodes 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,20 +24,22 @@ from torch import Tensor
 from keyhole.config import Config, RunConfig, SelectConfig
 from keyhole.data.item import Item
 from keyhole.edge import edge_for
-from keyhole.errors import ImageError, KeyholeError
+from keyhole.errors import KeyholeError
 from keyhole.features import FeatureOpener, FeaturePatches, learned_origin
+from keyhole.kept import KeptPixels
 from keyhole.looking import Looker, on_device, timed
 from keyhole.memory.bill import HELD_BYTES
 from keyhole.memory.pace import Pace, unlimited
 from keyhole.memory.plan import Plan
 from keyhole.nn import CenterPosition, IPSClassifier, Kept, Selector
+from keyhole.nn.pixels import AsRead
 from keyhole.nn.split import bags_of
 from keyhole.patches import FileOpener, FilePatches, PatchSource, View
 from keyhole.reading import Batch, Opener, Reader
 from keyhole.shares import Shares
 from keyhole.staging import Stager, prefetched
 from keyhole.store import ImageStore
-from keyhole.tensors import to_tensor
+from keyhole.tensors import host_memory, values_of
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,14 @@ class Bags:
         position: (b m) or (b m 2), or None where the model has no position code.
         mask: (b m) True where there is a patch, on the host.
         rows: which images of the batch these are; the others could not be read.
-        part: start, stop -> loose patches (stop - start c h w) on the device, in the order of `mask`.
+        part: start, stop -> loose patches (stop - start) on the device, in the order of `mask`: pixels as they were
+            read, or features (stop - start f). On a GPU the host does not wait for the copy.
     """
 
     position: Tensor | None
     mask: Tensor
     rows: list[int]
-    part: Callable[[int, int], Tensor]
+    part: Callable[[int, int], Tensor | AsRead]
 
     def __len__(self) -> int:
         """How many patches there are."""
@@ -63,7 +65,7 @@ class Bags:
 
     def patches(self) -> Tensor:
         """All at once on the device, as `IPSClassifier.forward` takes them: (b m c h w), zeros at padding."""
-        loose = self.part(0, len(self))
+        loose = values_of(self.part(0, len(self)))
         whole = loose.new_zeros(*self.mask.shape, *loose.shape[1:])
         whole[self.mask] = loose
         return whole
@@ -126,8 +128,7 @@ def open_reader(run: RunConfig, device: torch.device) -> Reader:
     """The reading threads of a run; buffers are pinned where a GPU copies from them."""
 
     def pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        empty = torch.from_numpy(np.empty(0, dtype)).dtype
-        return torch.empty(shape, dtype=empty, pin_memory=True).numpy()
+        return host_memory(shape, dtype, device).numpy()
 
     def tell(name: str, reason: str) -> None:
         print(f"{name}: {reason}", file=sys.stderr, flush=True)
@@ -251,6 +252,7 @@ def fetch_kept(
     kept: Sequence[Kept | None],
     color: Tensor | None = None,
     hold: int = HELD_BYTES,
+    together: bool = False,
 ) -> tuple[Bags, list[Kept | None], list[NDArray[np.uint8] | None]]:
     """Second pass's input: the kept patches, padded to one width.
 
@@ -260,6 +262,8 @@ def fetch_kept(
         kept: of each image, on the host as `select_batch` returns it; None where it could not be read.
         color: (b c c+1) colour change per image.
         hold: most bytes of pixels that stay in host memory; beyond that `Bags.part` reads them each time.
+        together: pixels of all images lie in one block, from which `Bags.part` copies to the device and nothing else.
+            Not for callers who keep pixels of some images: these would keep the whole block.
 
     Returns:
         The bags; what each image really keeps, since a patch may have become unreadable after it was selected; and
@@ -267,26 +271,19 @@ def fetch_kept(
     """
     device = next(model.parameters()).device
     wanted = [np.empty(0, np.int64) if image is None else image.index.cpu().numpy() for image in kept]
-    total = sum(
-        len(index) * math.prod(source.patch_shape) * source.dtype.itemsize
-        for index, source in zip(wanted, batch.sources, strict=True)
-        if source is not None
-    )
-    pixels: list[NDArray[np.uint8] | None] = [None] * len(wanted)
-    if total <= hold:
-        pixels = batch.fetch(wanted)
+    held = KeptPixels(batch, wanted, color, device)
+    if held.nbytes <= hold:
+        held.fetch(together)
     found = list(kept)
     for row, image in enumerate(kept):
-        good = _readable(wanted[row], batch.unreadable.get(row, {}))
+        good = held.readable(row)
         if image is None or row in batch.failed or not good.any():
-            found[row], pixels[row] = None, None
+            found[row], good[:] = None, False
         elif not good.all():
             rows = torch.from_numpy(good).to(image.index.device)
             found[row] = replace(image, index=image.index[rows], score=image.score[rows])
-            block = pixels[row]
-            pixels[row] = None if block is None else block[good]
-            wanted[row] = wanted[row][good]
-    rows_in = [row for row, image in enumerate(found) if image is not None]
+        held.keep(row, good)
+    wanted, rows_in = held.wanted, [row for row, image in enumerate(found) if image is not None]
     width = max((len(wanted[row]) for row in rows_in), default=0)
     mask = torch.zeros(len(rows_in), width, dtype=torch.bool)
     where: NDArray[Any] | None = None
@@ -298,54 +295,7 @@ def fetch_kept(
             one = _positions(model, source, wanted[row])
             where = np.zeros((len(rows_in), width, *one.shape[1:]), one.dtype) if where is None else where
             where[place, : len(one)] = one
-
-    def part(start: int, stop: int) -> Tensor:
-        return _part(batch, rows_in, wanted, pixels, color, device, start, stop)
-
-    return Bags(None if where is None else on_device(where, device), mask, rows_in, part), found, pixels
-
-
-def _readable(index: NDArray[np.int64], unreadable: Mapping[int, str]) -> NDArray[np.bool_]:
-    return ~np.isin(index, list(unreadable))
-
-
-def _part(
-    batch: Batch,
-    rows: Sequence[int],
-    wanted: Sequence[NDArray[np.int64]],
-    pixels: Sequence[NDArray[np.uint8] | None],
-    color: Tensor | None,
-    device: torch.device,
-    start: int,
-    stop: int,
-) -> Tensor:
-    """Loose patches start ... stop of the bags, from host memory or else from the files."""
-    asked: list[NDArray[np.int64] | None] = [None] * len(wanted)
-    blocks: dict[int, NDArray[np.generic]] = {}
-    first = 0
-    for row in rows:
-        low, high = max(start - first, 0), min(stop - first, len(wanted[row]))
-        first += len(wanted[row])
-        if low < high:
-            held = pixels[row]
-            if held is not None:
-                blocks[row] = held[low:high]
-            else:
-                asked[row] = wanted[row][low:high]
-    if any(index is not None for index in asked):
-        read = batch.fetch([np.empty(0, np.int64) if one is None else one for one in asked])
-        for row, (index, block) in enumerate(zip(asked, read, strict=True)):
-            if index is None:
-                continue
-            if block is None or not _readable(index, batch.unreadable.get(row, {})).all():
-                reasons = [str(batch.failed.get(row, "")), *getattr(batch, "unreadable", {}).get(row, {}).values()]
-                raise ImageError(batch.names[row], f"a patch that was selected cannot be read again ({reasons[0]})")
-            blocks[row] = block
-    colors = None
-    if color is not None:
-        counts = torch.tensor([len(block) for _, block in sorted(blocks.items())])
-        colors = color[torch.tensor(sorted(blocks))].repeat_interleave(counts, dim=0).to(device)
-    return to_tensor(np.concatenate([block for _, block in sorted(blocks.items())]), device, colors)
+    return Bags(None if where is None else on_device(where, device), mask, rows_in, held.part), found, held.pixels
 
 
 @dataclass(frozen=True)

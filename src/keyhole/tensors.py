@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from keyhole.nn.pixels import prepare
+from keyhole.nn.pixels import AsRead
 
 
-def to_tensor(pixels: NDArray[np.generic], device: torch.device, color: Tensor | None = None) -> Tensor:
-    """Patches (k h w c) uint8 from the host -> (k c h w) in 0 ... 1 on the device; features (k f) as float32.
+def host_memory(shape: tuple[int, ...], dtype: np.dtype[Any], device: torch.device) -> Tensor:
+    """Memory of the host, pinned where a GPU copies from it: the host then does not wait for such a copy."""
+    empty = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.empty(shape, dtype=empty, pin_memory=device.type == "cuda")
+
+
+def as_read(patches: Tensor, device: torch.device, color: Tensor | None = None) -> Tensor | AsRead:
+    """Patches of the host on the device: pixels (k h w c) uint8 as they are, features (k f) as float32 of their own.
 
     Args:
-        pixels: uint8 until here, so that a quarter of the bytes is copied.
+        patches: in pinned memory, where nobody is to wait for a GPU.
         device: where the model is.
-        color: (k c c+1) affine colour change of each patch, or None.
+        color: (k c c+1) affine colour change of each patch on the device, or None.
     """
-    tensor = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(device)
-    return prepare(tensor, color) if tensor.dtype == torch.uint8 else tensor.float()
+    there = patches.to(device, non_blocking=True)
+    if there.dtype == torch.uint8:
+        return AsRead(there, color)
+    values = there.float()  # on the device: half as much is copied of float16
+    return values.clone() if values is patches else values
+
+
+def values_of(patches: Tensor | AsRead) -> Tensor:
+    """Pixels as values 0 ... 1, (k c h w); features as they are."""
+    return patches.values() if isinstance(patches, AsRead) else patches

@@ -132,7 +132,7 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
     with cap(plan, device), open_reader(config.run, device) as reader:
         for batch in reader.stream(batches, plan.chunk):
             kept = select_batch(model, batch, config.select, pace=pace, stager=stager)
-            bags, _, pixels = fetch_kept(model, batch, kept)
+            bags, _, _ = fetch_kept(model, batch, kept, together=True)
 
             def learn(plan: Plan, bags: Any = bags) -> torch.Tensor:
                 optimizer.zero_grad(set_to_none=True)
@@ -143,7 +143,7 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
             model.train()
             pace.run("learn", learn, shape=(*bags.mask.shape, len(bags)))
             optimizer.step()
-            del bags, pixels, kept
+            del bags, kept
     process = peak_memory()
     measured = torch.cuda.max_memory_reserved(device) if cuda else process
     return Peak(

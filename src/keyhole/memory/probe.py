@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from keyhole.memory.budget import out_of_memory
 from keyhole.memory.meter import comes_in_steps, growth
 from keyhole.nn import CenterPosition, IPSClassifier, evaluating
+from keyhole.nn.pixels import AsRead
 from keyhole.nn.split import kept_buffers
-from keyhole.tensors import to_tensor
+from keyhole.tensors import as_read
 
 ENOUGH_BYTES = 2**28
 """A growth of this size is measured well; larger probes would only take longer."""
@@ -97,10 +98,9 @@ def probe(
         channels = patch_shape[-1]
         return torch.eye(channels, channels + 1, device=device).expand(k, -1, -1)
 
-    def convert(pixels: NDArray[Any]) -> Tensor:
-        if not color or pixels.dtype != np.uint8:
-            return to_tensor(pixels, device)
-        return to_tensor(pixels, device, identity(len(pixels)))
+    def convert(pixels: NDArray[Any]) -> Tensor | AsRead:
+        colors = identity(len(pixels)) if color and pixels.dtype == np.uint8 else None
+        return as_read(torch.from_numpy(pixels), device, colors)
 
     def score(k: int) -> int:
         pixels, where = patches(k), example_positions(model, (k,), device)

@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from keyhole.nn.attention import CrossAttentionPool, check_mask
-from keyhole.nn.fast import CompiledEncoder, FastEncoder
+from keyhole.nn.fast import CompiledEncoder, FastEncoder, encoded
 from keyhole.nn.heads import Heads
 from keyhole.nn.lone import lone_patch
-from keyhole.nn.pixels import prepare
+from keyhole.nn.pixels import AsRead, prepare
 from keyhole.nn.position import CenterPosition
 from keyhole.nn.selection import Rule, Selection, Selector, evaluating, keep_global, whole_bags
 
@@ -34,6 +34,14 @@ def _check_bags(patches: Tensor, position: Tensor | None, mask: Tensor | None) -
     if position is not None and position.shape[:2] != patches.shape[:2]:
         wanted = tuple(patches.shape[:2])
         raise ValueError(f"`position` must begin with {wanted}, as the patches do, not {tuple(position.shape)}")
+
+
+def _encoder_input(patches: Tensor | AsRead) -> tuple[Tensor, Tensor | None]:
+    """Patches and their colour change. On a CPU numbers are made of pixels before the encoder begins: colours are
+    changed in float32 there, whatever its precision is, and results do not depend on what is fused."""
+    if isinstance(patches, Tensor):
+        return patches, None
+    return (patches.values(), None) if patches.device.type == "cpu" else (patches.pixels, patches.color)
 
 
 class IPSClassifier(nn.Module):
@@ -142,32 +150,42 @@ class IPSClassifier(nn.Module):
         """Whether its encoder goes through `torch.compile`, see `accelerate`."""
         return self.fast is not None and self.fast.compiled
 
-    def encode(self, patches: Shaped[Tensor, "k ..."]) -> Float[Tensor, "k d"]:
+    def encode(self, patches: Shaped[Tensor, "k ..."] | AsRead) -> Float[Tensor, "k d"]:
         """The encoder over loose patches, in the model's precision; the result is float32.
 
         A single patch has no statistics of its own: see `lone_patch`.
+
+        Args:
+            patches: floats, or uint8 in the same order (k c h w); or as they were read.
         """
-        if patches.dtype == torch.uint8:
+        if isinstance(patches, Tensor) and patches.dtype == torch.uint8:
             patches = patches.to(torch.float32) / 255
         alone = self.training and len(patches) == 1
-        encoder = self.encoder if self.learned is None or not self.training or alone else self.learned
+        compiled = self.learned if self.training and not alone else None
+        pixels, color = _encoder_input(patches)
         with (
-            torch.autocast(patches.device.type, self.precision, enabled=self.precision != torch.float32),
+            torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32),
             lone_patch(self.encoder) if alone else nullcontext(),
         ):
-            embedding: Tensor = encoder(patches)
-        return embedding.float()
+            if compiled is not None:
+                return compiled(pixels, color).float()
+            return encoded(self.encoder, pixels, color, torch.float32).float()
 
     def look(
-        self, pixels: Shaped[Tensor, "k ..."], color: Float[Tensor, "k c c+1"] | None = None, rows: int | None = None
+        self,
+        pixels: Shaped[Tensor, "k ..."] | AsRead,
+        color: Float[Tensor, "k c c+1"] | None = None,
+        rows: int | None = None,
     ) -> Float[Tensor, "k d"]:
         """Embeddings of loose patches, for use without gradients and in evaluation mode; see `looking`.
 
         Args:
             pixels: uint8 as read from files (k h w c), floats as the encoder takes them (k c h w), or features (k f).
-            color: affine colour change of each patch, of uint8 only.
+            color: affine colour change of each patch, of uint8 only; that of `AsRead` is in it.
             rows: the most patches that are encoded at once, for which a compiled encoder is compiled.
         """
+        if isinstance(pixels, AsRead):
+            pixels, color = _encoder_input(pixels)
         if self.fast is not None:
             return self.fast(pixels, color, rows)
         return self.encode(prepare(pixels, color) if pixels.dtype == torch.uint8 else pixels)

@@ -29,6 +29,22 @@ FOLDED_ERROR = 1e-3
 """Largest relative difference that folding may make in float32; beyond it the network is not what its hooks showed."""
 
 
+def encoded(encoder: Callable[..., Tensor], pixels: Tensor, color: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What an encoder makes of patches, normalized in the pass that makes numbers of uint8 pixels where it allows that.
+
+    Args:
+        encoder: of patches (k ...).
+        pixels: (k h w c) uint8 as read from files, (k c h w) floats as the encoder takes them, or (k f) features.
+        color: affine colour change (k c c+1) of each patch; for uint8 only.
+        dtype: of the numbers.
+    """
+    if pixels.dtype != torch.uint8:
+        return encoder(pixels)
+    if isinstance(encoder, PixelEncoder):
+        return encoder.embed(prepare(pixels, color, dtype, encoder.scale, encoder.shift))
+    return encoder(prepare(pixels, color))
+
+
 class FastEncoder:
     """Looks at patches without gradients, in evaluation mode.
 
@@ -86,18 +102,9 @@ class FastEncoder:
 
     def _look(self, pixels: Tensor, color: Tensor | None) -> Tensor:
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
-            return self._encode(self._copy, pixels, color, self.precision).float()
-
-    @staticmethod
-    def _encode(
-        encoder: Callable[..., Tensor] | None, pixels: Tensor, color: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        assert encoder is not None
-        if pixels.dtype != torch.uint8:
-            return encoder(pixels.float())
-        if isinstance(encoder, PixelEncoder):
-            return encoder.embed(prepare(pixels, color, dtype, encoder.scale, encoder.shift))
-        return encoder(prepare(pixels, color))
+            assert self._copy is not None
+            pixels = pixels if pixels.dtype == torch.uint8 else pixels.float()
+            return encoded(self._copy, pixels, color, self.precision).float()
 
     def refresh(self) -> None:
         """Takes over the encoder's weights and running statistics as they are now."""
@@ -119,7 +126,7 @@ class FastEncoder:
         else:
             example = torch.rand(shape, generator=generator, device=pixels.device)
         whole = copy.deepcopy(self.encoder).eval().requires_grad_(False)
-        self._names = self._foldable(whole, lambda module: self._encode(module, example, None, torch.float32))
+        self._names = self._foldable(whole, lambda module: encoded(module, example, None, torch.float32))
         self.folded = len(self._names)
         _fold(whole, self._names)
         for layer in whole.modules():
@@ -248,17 +255,17 @@ class CompiledEncoder:
         self.encoder, self.most = encoder, most
         self._compiled: dict[tuple[int, ...], Compiled] = {}
 
-    def __call__(self, patches: Tensor) -> Float[Tensor, "k d"]:
+    def __call__(self, patches: Tensor, color: Float[Tensor, "k c c+1"] | None = None) -> Float[Tensor, "k d"]:
+        """Embeddings of patches, see `encoded`."""
         size = tuple(patches.shape)
         if size not in self._compiled and len(self._compiled) < self.most:
             self._compiled[size] = Compiled(self._encode)
-        found: Tensor = self._compiled.get(size, self._encode)(patches)
+        found: Tensor = self._compiled.get(size, self._encode)(patches, color)
         return found
 
     def forget(self) -> None:
         """Compiles for the sizes that come next: after memory ran out, those before do not come again."""
         self._compiled.clear()
 
-    def _encode(self, patches: Tensor) -> Tensor:
-        embedding: Tensor = self.encoder(patches)
-        return embedding
+    def _encode(self, patches: Tensor, color: Tensor | None) -> Tensor:
+        return encoded(self.encoder, patches, color, torch.float32)

@@ -3,10 +3,36 @@
 Letters: k loose patches, c channels, h w height and width of a patch.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class AsRead:
+    """Patches as they were read, on the encoder's device: a quarter of the bytes of the numbers that it takes.
+
+    Attributes:
+        pixels: (k h w c) uint8.
+        color: (k c c+1) affine change of each patch's colours, or None.
+    """
+
+    pixels: Tensor
+    color: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixels.device
+
+    def values(self) -> Float[Tensor, "k c h w"]:
+        """Values 0 ... 1, with changed colours; channels last in memory."""
+        return prepare(self.pixels, self.color)
 
 
 def prepare(

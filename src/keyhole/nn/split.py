@@ -21,9 +21,10 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from keyhole.nn.classifier import IPSClassifier
+from keyhole.nn.pixels import AsRead
 from keyhole.nn.to_device import to_device
 
-Fetch = Callable[[int, int], Tensor]
+Fetch = Callable[[int, int], Tensor | AsRead]
 """start, stop -> those of the loose patches, (stop - start ...) on the model's device."""
 
 

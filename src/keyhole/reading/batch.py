@@ -85,11 +85,13 @@ class Batch:
             problem = f"none of its {length} patches can be read ({next(iter(missing.values()))})"
             self.fail(position, ImageError(self.names[position], problem))
 
-    def fetch(self, indices: Sequence[ArrayLike | None]) -> list[Array | None]:
+    def fetch(self, indices: Sequence[ArrayLike | None], block: Array | None = None) -> list[Array | None]:
         """Some patches of each image: those held, and the others read in parallel before all that is read ahead.
 
         Args:
             indices: as many as `sources`, each (m,) integers in any order, of any number; ignored where failed.
+            block: (sum of m, *patch_shape) of images that have not failed, in which the result is put image by image;
+                default is memory of its own for each. Where a thread is stuck, the result may lie elsewhere.
 
         Returns:
             (m, *patch_shape) for each image, None where failed. Rows of patches in `unreadable` are zeros.
@@ -108,7 +110,11 @@ class Batch:
                 continue
             index = np.asarray(wanted)
             index = index.astype(np.int64) if index.size else np.empty(0, np.int64)
-            rows = out[position] = np.empty((len(index), *handle.source.patch_shape), handle.source.dtype)
+            if block is None:
+                rows = np.empty((len(index), *handle.source.patch_shape), handle.source.dtype)
+            else:
+                rows, block = block[: len(index)], block[len(index) :]
+            out[position] = rows
             held = np.zeros(len(index), np.bool_) if self.held is None else self.held.take(position, index, rows)
             absent = np.flatnonzero(~held)
             into = np.empty((len(absent), *rows.shape[1:]), rows.dtype) if held.any() else rows

@@ -212,7 +212,7 @@ class Loop:
                 colors = stack_colors(changes)
                 kept = self.select(each, batch, colors, on_chunk)
                 with self.shares.part("reading"):
-                    bags, _, _ = fetch_kept(job.model, batch, kept, colors)
+                    bags, _, _ = fetch_kept(job.model, batch, kept, colors, together=True)
                 self.job.note_unreadable(each, batch)
                 if bags.rows:
                     rate = learning_rate(config, state.step, state.steps_per_epoch)

@@ -31,11 +31,12 @@ from keyhole.memory.cap import room_for_code
 from keyhole.memory.probe import as_it_was, example_positions
 from keyhole.nn import IPSClassifier, build_classifier, split_backward
 from keyhole.nn.build import patch_shape
+from keyhole.nn.pixels import AsRead
 from keyhole.passes import positions
 from keyhole.pool import default_threads
 from keyhole.reading import Opener
 from keyhole.tasks import Task
-from keyhole.tensors import to_tensor
+from keyhole.tensors import as_read
 from keyhole.training.job import Job
 
 ENOUGH = 0.3
@@ -202,8 +203,9 @@ def model_seconds(
         some, mask = pixels[rows], torch.ones(1, count, dtype=torch.bool, device=device)
         place = None if where is None else where[torch.from_numpy(rows).to(device)][None]
 
-        def part(start: int, stop: int) -> Tensor:
-            return to_tensor(some[start:stop], device, None if colors is None else colors[rows[start:stop]])
+        def part(start: int, stop: int) -> Tensor | AsRead:
+            some_colors = None if colors is None else colors[rows[start:stop]]
+            return as_read(torch.from_numpy(some[start:stop]), device, some_colors)
 
         model.train()
         split_backward(model, part, place, mask, lambda logits: torch.stack([x.sum() for x in logits.values()]).sum())
