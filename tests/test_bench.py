@@ -169,6 +169,8 @@ IDLE = dict.fromkeys((*PARTS, "other"), 0.0)
         ({"encoding": 0.97, "reading": 0.6}, Facts(cuda=True), "as it should be"),
         ({"encoding": 0.4, "reading": 0.6}, Facts(threads=2, cores=8), "--run.threads (now 2)"),
         ({"encoding": 0.4, "reading": 0.6}, Facts(threads=2, cores=2), "--data.cache"),
+        ({"encoding": 0.4, "reading": 0.6}, Facts(threads=7, cores=8), "--run.threads (now 7)"),
+        ({"encoding": 0.4, "reading": 0.6}, Facts(threads=7, cores=8, cuda=True), "--data.cache"),
         ({"encoding": 0.4, "reading": 0.6}, Facts(threads=2, cores=2, patches=50_000), "tiled pyramids"),
         ({"encoding": 0.4, "reading": 0.6}, Facts(kind="features"), "float16"),
         ({"encoding": 0.4, "copying": 0.5}, Facts(), "--select.chunk"),

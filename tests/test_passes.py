@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from keyhole.config import AugmentConfig, Config, ModelConfig, PatchConfig, SelectConfig
+from keyhole.config import AugmentConfig, Config, ModelConfig, PatchConfig, RunConfig, SelectConfig
 from keyhole.data.item import Item
 from keyhole.nn import IPSClassifier, Kept, build_classifier
 from keyhole.passes import fetch_kept, open_reader, opener, positions, select_batch
@@ -167,3 +167,15 @@ def test_positions_are_those_of_the_turned_image(images: list[Path]) -> None:
     assert where is not None
     assert where[0].tolist() == [64 - SIZE / 2, SIZE / 2]
     del stream, reader
+
+
+@pytest.mark.parametrize(("cores", "on_cpu", "on_gpu"), [(1, 1, 1), (2, 2, 2), (4, 4, 3), (16, 16, 15), (64, 16, 16)])
+def test_reading_leaves_a_core_to_the_thread_that_launches_the_work_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, cores: int, on_cpu: int, on_gpu: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    for device, threads in (("cpu", on_cpu), ("cuda", on_gpu)):
+        with open_reader(RunConfig(), torch.device(device)) as reader:
+            assert reader.pool.threads == threads
+        with open_reader(RunConfig(threads=cores), torch.device(device)) as reader:
+            assert reader.pool.threads == cores

@@ -208,7 +208,7 @@ class RunConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the encoder for this machine; `auto` does on a GPU where that pays back within the run. It says why."""
     threads: Positive | None = None
-    """Threads that read and decode; default is one per core, at most 16."""
+    """Threads that read and decode; default one per core, at most 16. With a GPU one core of 3 or more stays free."""
     decode: Decode = "auto"
     """Where JPEG tiles of slides are decoded. `auto` gives a GPU those that the threads have not decoded in time; its
     colours differ a little, and which tiles these are differs from run to run. `cpu` leaves all of them to the threads,

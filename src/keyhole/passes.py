@@ -35,6 +35,7 @@ from keyhole.nn import CenterPosition, IPSClassifier, Kept, Selector
 from keyhole.nn.pixels import AsRead
 from keyhole.nn.split import bags_of
 from keyhole.patches import FileOpener, FilePatches, PatchSource, View
+from keyhole.pool import default_threads
 from keyhole.reading import Batch, Opener, Reader
 from keyhole.shares import Shares
 from keyhole.staging import Stager, prefetched
@@ -134,7 +135,8 @@ def open_reader(run: RunConfig, device: torch.device) -> Reader:
         print(f"{name}: {reason}", file=sys.stderr, flush=True)
 
     allocate = pinned if device.type == "cuda" else np.empty
-    return Reader(run.threads, run.ahead, run.stall, allocate, retries=run.retries, on_retry=tell)
+    threads = run.threads or default_threads(beside_gpu=device.type == "cuda")
+    return Reader(threads, run.ahead, run.stall, allocate, retries=run.retries, on_retry=tell)
 
 
 def positions(

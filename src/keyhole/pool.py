@@ -44,10 +44,22 @@ def given_up() -> bool:
     return task is not None and task.lost
 
 
-def default_threads() -> int:
-    """One thread per core that this process may use, at most 16."""
+def default_threads(beside_gpu: bool = False) -> int:
+    """One thread per core that this process may use, at most 16.
+
+    Args:
+        beside_gpu: whether one more thread gives work to a GPU; see `reading_cores`.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
+    return min(reading_cores(cores, beside_gpu), 16)
+
+
+def reading_cores(cores: int, beside_gpu: bool) -> int:
+    """Cores for the threads that read.
+
+    With a GPU and more than 2 cores one is left to the thread that launches the work: while it waits, the GPU does.
+    """
+    return cores - 1 if beside_gpu and cores > 2 else cores
 
 
 class Task(Generic[T]):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from keyhole.pool import reading_cores
+
 HIDDEN, LEARNING = 0.15, 1 / 3
 """Shares of the time up to which a part other than the encoder is no limit; some learning there has to be."""
 SLOWED = 0.75
@@ -84,7 +86,7 @@ def _of_encoder(facts: Facts) -> str:
 
 
 def _of_reading(facts: Facts) -> str:
-    if facts.threads < facts.cores:
+    if facts.threads < reading_cores(facts.cores, facts.cuda):
         return f"give it more of the {facts.cores} cores with --run.threads (now {facts.threads})"
     if facts.kind == "features":
         return "a local disk, or files of float16 (keyhole embed --dtype float16), would be read faster"

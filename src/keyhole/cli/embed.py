@@ -69,7 +69,7 @@ class EmbedOptions:
     """Where JPEG tiles of slides are decoded: `auto` lets a GPU take part, which changes features a little from run to
     run; `cpu` does not."""
     threads: Positive | None = None
-    """Threads that read and decode; default is one per core, at most 16."""
+    """Threads that read and decode; default one per core, at most 16. With a GPU one core of 3 or more stays free."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What an unreadable image does: end the run, or be left out, counted and listed."""
     unreadable: Quantity = "1%"

@@ -105,7 +105,7 @@ def forecast(config: Config, work: Work, reading: tuple[float, float], feature_w
                 break
     except (KeyholeError, ValueError, RuntimeError) as error:
         return f"time: not estimated, since the model cannot be built or tried ({' '.join(str(error).split())})"
-    threads = min(config.run.threads or default_threads(), default_threads())
+    threads = min(config.run.threads or default_threads(device.type == "cuda"), default_threads())
     costs = Costs(*reading, score, learn, threads, overlap=device.type != "cpu")
     found = Estimate(dataclasses.replace(work, blind=blind_epochs(config)), costs)
     return found.line(f"reading a few patches of each image, scoring {count} patches of noise and learning from some")
