@@ -162,7 +162,7 @@ def select_batch(
     keep_logits: bool = False,
     on_chunk: Callable[[int], None] | None = None,
     known: Mapping[int, Kept] | None = None,
-    on_image: Callable[[int, Kept], None] | None = None,
+    on_image: Callable[[int, Callable[[], Kept]], None] | None = None,
     pace: Pace | None = None,
     stager: Stager | None = None,
 ) -> list[Kept | None]:
@@ -176,7 +176,8 @@ def select_batch(
         keep_logits: keep the logits of all patches.
         on_chunk: called with the number of patches after each chunk; may raise to stop.
         known: what images keep of which the pass was made before; their patches are not streamed.
-        on_image: called with an image's place and what it keeps, as soon as its last patch has been seen.
+        on_image: called with an image's place, as soon as its last patch has been seen, and with what gives what it
+            keeps. Under the rule "streaming" small images take their steps together, if nobody asks for one earlier.
         pace: how many patches are encoded at once; by default a chunk as it comes.
         stager: takes the chunks to the device, and counts where the time goes; one for all batches.
 
@@ -204,11 +205,12 @@ def select_batch(
                 for number in set(image.tolist()) - reported:
                     if selector.finished(number):
                         reported.add(number)
-                        on_image(number, selector.finish(number))
+                        on_image(number, partial(selector.finish, number))
             if on_chunk is not None:
                 on_chunk(count)
     numbers = [number for number in range(len(batch.names)) if number not in batch.failed]
-    found = {number: selector.finish(number) for number in numbers if number not in known}
+    with shares.part("scoring"):
+        found = {number: selector.finish(number) for number in numbers if number not in known}
     found = {number: known[number] for number in numbers if number in known} | _on_host(found)
     return [one if (one := found.get(row)) and len(one.index) else None for row in range(len(batch.names))]
 

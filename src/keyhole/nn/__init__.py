@@ -8,8 +8,9 @@ from keyhole.nn.fast import FastEncoder
 from keyhole.nn.loss import class_weights, task_loss, total_loss
 from keyhole.nn.position import CenterPosition, IndexPosition
 from keyhole.nn.reference import from_reference, reference_tasks
-from keyhole.nn.selection import GlobalRule, Kept, Selection, Selector, StreamingRule, evaluating, explore
+from keyhole.nn.selection import GlobalRule, Kept, Selection, Selector, evaluating, explore
 from keyhole.nn.split import parts, split_backward
+from keyhole.nn.streaming import StreamingRule
 
 __all__ = [
     "CenterPosition",

@@ -12,11 +12,17 @@ A patch's logits do not depend on the others, so neither rule ever needs an embe
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from keyhole.nn.streaming import LATE, Best, StreamingRule
+from keyhole.nn.to_device import to_device
 
 Rule = Literal["global", "streaming"]
 
@@ -60,9 +66,11 @@ def scores(logits: Float[Tensor, "n h t"]) -> Float[Tensor, " n"]:
     return logits.softmax(dim=0).mean(dim=(1, 2))
 
 
-def best(score: Float[Tensor, " n"], m: int) -> Int[Tensor, " m"]:
-    """The m highest, best first; the earlier patch wins a tie."""
-    return score.argsort(descending=True, stable=True)[:m]
+def best(score: Float[Tensor, " n"], m: int) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
+    """The m highest and their scores, best first; the earlier patch wins a tie."""
+    found = score.sort(descending=True, stable=True)
+    index, value = found.indices[:m], found.values[:m]
+    return (index.clone(), value.clone()) if len(score) > LATE else (index, value)  # a view holds the memory of all
 
 
 def explore(
@@ -100,11 +108,6 @@ def explore(
     return replace(kept, index=torch.cat([best_index, chosen]), score=score)
 
 
-def _on(index: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting for what the device is at."""
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
-
-
 class LogitStore:
     """Logits of an image by patch index, in one block: thousands of small tensors would fragment the memory.
 
@@ -119,13 +122,18 @@ class LogitStore:
         self.logits: Tensor | None = None
 
     def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
+        rows = index.numpy()
+        first, last = int(rows[0]), int(rows[-1])
+        in_order = last - first == len(rows) - 1 and bool((rows[1:] > rows[:-1]).all())
+        if in_order and len(rows) == self.n:  # all at once: they are the block
+            self.logits = logits
+            return
         if self.logits is None:
             self.logits = logits.new_full((self.n, *logits.shape[1:]), -torch.inf)
-        first, last = int(index[0]), int(index[-1])
-        if last - first == len(index) - 1 and bool((index[1:] > index[:-1]).all()):
+        if in_order:
             self.logits[first : last + 1] = logits  # patches mostly come in order: nothing has to reach the device
         else:
-            self.logits[_on(index, logits.device)] = logits
+            self.logits[to_device(index, logits.device)] = logits
 
 
 class GlobalRule:
@@ -147,11 +155,9 @@ class GlobalRule:
         assert self.store.logits is not None
         score = scores(self.store.logits)
         if arrived is None:
-            index = best(score, self.m)
-        else:  # a score that underflows to 0 is still better than none
-            ranked = score.masked_fill(~arrived.to(score.device), -1.0)
-            index = best(ranked, min(self.m, int(arrived.sum())))
-        return index, score[index]
+            return best(score, self.m)
+        # a score that underflows to 0 is still better than none
+        return best(score.masked_fill(~to_device(arrived, score.device), -1.0), min(self.m, int(arrived.sum())))
 
 
 def whole_bags(
@@ -192,56 +198,17 @@ def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b 
     for row, count in enumerate(counts):
         of = scores(logits[row])
         ranked = of if mask is None else of.masked_fill(~mask[row], -1.0)  # a score of 0 is still better than none
-        kept = best(ranked, min(m, count))
-        index[row, : len(kept)], score[row, : len(kept)] = kept, of[kept]
+        places = min(m, count)
+        index[row, :places], score[row, :places] = best(ranked, places)
     return Selection(index, score, index >= 0, logits)
-
-
-class StreamingRule:
-    """The published rule: the first m, then i at a time against the m at hand, whatever sizes arrive.
-
-    Needs memory for m + i patches only.
-    """
-
-    def __init__(self, m: int, chunk: int) -> None:
-        self.m, self.chunk = m, chunk
-        self._memory: tuple[Tensor, Tensor] | None = None
-        self._waiting: list[tuple[Tensor, Tensor]] = []
-        self._count = 0
-
-    def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        index = _on(index, logits.device)
-        while len(index):
-            wanted = (self.m if self._memory is None else self.chunk) - self._count
-            self._waiting.append((index[:wanted], logits[:wanted]))
-            self._count += min(wanted, len(index))
-            if wanted <= len(index):
-                self._step()
-            index, logits = index[wanted:], logits[wanted:]
-
-    def _step(self) -> None:
-        groups = self._waiting if self._memory is None else [self._memory, *self._waiting]
-        index = torch.cat([group[0] for group in groups])
-        logits = torch.cat([group[1] for group in groups])
-        kept = best(scores(logits), self.m)
-        self._memory, self._waiting, self._count = (index[kept], logits[kept]), [], 0
-
-    def finish(self, arrived: Bool[Tensor, " n"] | None) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
-        """Index and score of the kept; a patch that never came has never been a candidate."""
-        if self._waiting:
-            self._step()
-        assert self._memory is not None
-        index, logits = self._memory
-        score = scores(logits)
-        order = best(score, self.m)
-        return index[order], score[order]
 
 
 class Selector:
     """Hands packed chunks, which may hold patches of several images, to one rule per image.
 
     An image is finished when its last patch has arrived or been skipped, and its logits are dropped then: a batch
-    whose images arrive one after the other needs the logits of one, whatever its size.
+    whose images arrive one after the other needs the logits of one, whatever its size. Under "streaming" small images
+    wait for each other, since they take their steps together; `finish` of one makes all take theirs.
 
     Args:
         counts: patches of each image.
@@ -258,15 +225,24 @@ class Selector:
             raise ValueError(f"m (={m}) and chunk (={chunk}) must be at least 1")
         if rule not in ("global", "streaming"):
             raise ValueError(f"rule (={rule!r}) must be 'global' or 'streaming'")
-        self._images = [_Image(n, m, chunk, rule, keep_logits) for n in counts]
+        self._streaming = StreamingRule(m, chunk) if rule == "streaming" else None
+        self._ended: set[int] = set()  # images whose last steps are still to be taken
+        self._images = [_Image(n, GlobalRule(m, n) if rule == "global" else None, keep_logits) for n in counts]
 
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
         """Takes the logits of k patches; `image` and `index` live on the host, in order of arrival."""
-        start = 0
-        owners, counts = torch.unique_consecutive(image, return_counts=True)
-        for owner, count in zip(owners.tolist(), counts.tolist(), strict=True):
-            self._images[owner].add(index[start : start + count], logits[start : start + count])
-            start += count
+        owner = image.numpy()
+        if not len(owner):
+            return
+        if self._streaming is not None:
+            self._streaming.add(image, index, logits)
+        starts = [0, *(np.flatnonzero(owner[1:] != owner[:-1]) + 1).tolist(), len(owner)]
+        for start, stop in pairwise(starts):
+            number = int(owner[start])
+            self._images[number].add(index[start:stop], logits, start)
+            self._count(number, stop - start)
+        if self._streaming is not None and self._streaming.late:
+            self._step()
 
     def skip(self, image: Int[Tensor, " k"]) -> None:
         """Notes that k patches, whose images these are, will never arrive.
@@ -274,61 +250,92 @@ class Selector:
         Patches need not be skipped, but an image that lacks some is then finished, and its logits dropped, by
         `finish` only.
         """
-        owners, counts = image.unique(return_counts=True)
-        for owner, count in zip(owners.tolist(), counts.tolist(), strict=True):
-            self._images[owner].count(count)
+        for number, count in zip(
+            *(part.tolist() for part in np.unique(image.numpy(), return_counts=True)), strict=True
+        ):
+            self._count(number, count)
+
+    def _count(self, number: int, patches: int) -> None:
+        """Fewer patches of an image are still to come."""
+        image = self._images[number]
+        image.left -= patches
+        assert image.left >= 0, "more patches arrived or were skipped than the image has"
+        if image.left == 0:
+            self._end(number)
+
+    def _end(self, number: int) -> None:
+        """No further patch of an image will come; under "streaming" it takes its last steps with others, later."""
+        if self._streaming is None or self._images[number].arrived is None:
+            self._images[number].finish()
+        else:
+            self._ended.add(number)
+
+    def _step(self) -> None:
+        """Takes the steps of the rule "streaming" for which there are patches."""
+        assert self._streaming is not None
+        for number, best in self._streaming.step(self._ended).items():
+            self._images[number].finish(best)
+        self._ended.clear()
 
     def finished(self, image: int) -> bool:
         """Whether the last patch of image number `image` has arrived or been skipped."""
-        return self._images[image].kept is not None
+        return self._images[image].kept is not None or image in self._ended
 
     def finish(self, image: int) -> Kept:
         """What image number `image` keeps of the patches that have arrived; none may be added afterwards."""
-        return self._images[image].finish()
+        if not self.finished(image):
+            self._end(image)
+        if image in self._ended:
+            self._step()
+        kept = self._images[image].kept
+        assert kept is not None
+        return kept
 
 
 class _Image:
-    """One image on its way through the selection: which of its patches have come, and its rule until it is finished."""
+    """One image on its way through the selection: which of its patches have come, and its logits where they are kept.
 
-    def __init__(self, n: int, m: int, chunk: int, rule: Rule, keep_logits: bool) -> None:
+    Attributes:
+        left: patches still to come.
+        arrived: (n,) True where a patch has come; None before the first.
+        rule: under "global".
+        store: of the logits that are handed out.
+        kept: once it is finished.
+    """
+
+    def __init__(self, n: int, rule: GlobalRule | None, keep_logits: bool) -> None:
         self.n = self.left = n
-        self.arrived: Tensor | None = None
-        self.rule: GlobalRule | StreamingRule | None = GlobalRule(m, n) if rule == "global" else StreamingRule(m, chunk)
+        self.arrived: NDArray[np.bool_] | None = None
+        self.rule = rule
         self.store: LogitStore | None = None
         if keep_logits:
-            self.store = self.rule.store if isinstance(self.rule, GlobalRule) else LogitStore(n)
+            self.store = LogitStore(n) if rule is None else rule.store
         self.kept: Kept | None = None
 
-    def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        assert self.rule is not None, "a patch arrived after its image was finished"
+    def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "r h t"], start: int) -> None:
+        """Takes k of the rows of a chunk's logits, from `start` on."""
+        assert self.kept is None, "a patch arrived after its image was finished"
         if self.arrived is None:
-            self.arrived = torch.zeros(self.n, dtype=torch.bool)
-        assert not self.arrived[index].any(), "a patch arrived twice"
-        self.arrived[index] = True
-        self.rule.add(index, logits)
-        if isinstance(self.rule, StreamingRule) and self.store is not None:
-            self.store.add(index, logits)
-        self.count(len(index))
+            self.arrived = np.zeros(self.n, np.bool_)
+        rows = index.numpy()
+        assert not self.arrived[rows].any(), "a patch arrived twice"
+        self.arrived[rows] = True
+        store = self.store if self.rule is None else self.rule.store
+        if store is not None:
+            store.add(index, logits[start : start + len(index)])
 
-    def count(self, patches: int) -> None:
-        """So many fewer are still to come."""
-        self.left -= patches
-        assert self.left >= 0, "more patches arrived or were skipped than the image has"
-        if self.left == 0:
-            self.finish()
-
-    def finish(self) -> Kept:
-        if self.kept is None:
-            if self.arrived is None:
-                nothing = torch.zeros(self.n, dtype=torch.bool) if self.n else None
-                self.kept = Kept(torch.empty(0, dtype=torch.long), torch.empty(0), None, nothing)
-            else:
-                assert self.rule is not None
-                arrived = None if bool(self.arrived.all()) else self.arrived
-                index, score = self.rule.finish(arrived)
-                self.kept = Kept(index, score, None if self.store is None else self.store.logits, arrived)
-            self.rule = self.store = self.arrived = None
-        return self.kept
+    def finish(self, best: Best | None = None) -> None:
+        """Notes what is kept of what has arrived: under "streaming" as given, if anything has arrived."""
+        if self.arrived is None:
+            nothing = torch.zeros(self.n, dtype=torch.bool) if self.n else None
+            self.kept = Kept(torch.empty(0, dtype=torch.long), torch.empty(0), None, nothing)
+        else:
+            arrived = None if self.arrived.all() else torch.from_numpy(self.arrived)
+            if self.rule is not None:
+                best = Best(*self.rule.finish(arrived))
+            assert best is not None
+            self.kept = Kept(best.index, best.score, None if self.store is None else self.store.logits, arrived)
+        self.rule = self.store = self.arrived = None
 
 
 @contextmanager

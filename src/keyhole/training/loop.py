@@ -271,11 +271,11 @@ class Loop:
         )
         return self.exploration.mix(step, kept, batch.sources)
 
-    def note_image(self, batch: Batch, row: int, kept: Kept) -> None:
+    def note_image(self, batch: Batch, row: int, finish: Callable[[], Kept]) -> None:
         """Writes down what an image keeps if it is large; a small one's last bits depend on its neighbours' chunks."""
         source = batch.sources[row]
         if source is not None and is_alone(len(source), self.chunk):
-            self.journal.add(row, kept)
+            self.journal.add(row, finish())
 
     def shrink(self, text: str) -> None:
         """Says that the plan had to become smaller."""

@@ -1,0 +1,222 @@
+"""The published rule: the first m patches, then i at a time against the m at hand; many images take a step together.
+
+Letters: b image, m kept, i new patches of a step, k candidates of a step, r row (a patch at hand), h head, t query.
+
+A step is a dozen operations, whatever its size, and an image takes one for every i of its patches. So steps are taken
+late: logits wait until the batch ends or many of them wait. Then all images that have a step to take do so together, as
+the published code does with a batch in memory. What an image keeps does not depend on when that is, nor on the other
+images: its steps begin and end at the same patches, and padding is never kept.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from keyhole.nn.to_device import to_device
+
+LATE = 2**14
+"""Patches that may wait beside those of a whole step; with 8 heads and 4 queries their logits are 2 MB."""
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Best:
+    """What an image keeps, best first."""
+
+    index: Int[Tensor, " m"]
+    score: Float[Tensor, " m"]
+
+
+class StreamingRule:
+    """Takes the steps of the images of a batch, whatever numbers of patches arrive at a time.
+
+    Needs memory for the logits of m patches an image, and of those that wait.
+
+    Args:
+        m: patches to keep of each image.
+        chunk: i, the new patches of a step.
+    """
+
+    def __init__(self, m: int, chunk: int) -> None:
+        self.m, self.chunk = m, chunk
+        self._memory: dict[int, tuple[Tensor, Tensor]] = {}  # of images under way: index (m,) and logits (m h t)
+        self._waiting: list[tuple[Ints, Ints, Tensor]] = []  # image, index and logits of patches, in order of arrival
+
+    @property
+    def late(self) -> bool:
+        """Whether so many patches wait that steps should be taken."""
+        return sum(len(image) for image, _, _ in self._waiting) > LATE + self.m + self.chunk
+
+    def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
+        """Takes the logits of k patches; `image` and `index` live on the host, in order of arrival."""
+        self._waiting.append((image.numpy(), index.numpy(), logits))
+
+    def step(self, ended: Collection[int]) -> dict[int, Best]:
+        """Takes all steps for which there are patches.
+
+        Args:
+            ended: images of which no further patch will come; their last step may be a short one.
+
+        Returns:
+            What those of them keep that have any patch. They are forgotten.
+        """
+        if not self._waiting and not self._memory:
+            return {}
+        held = _Held.of(self._memory, self._waiting)
+        todo = sorted(self._todo(held, ended), key=lambda each: len(each.blocks), reverse=True)
+        if not todo:
+            return {}
+        rows = self._kept(held, todo)
+        self._wait(held, todo)
+        self._memory = {image: pair for image, pair in self._memory.items() if image not in ended}
+        for place, each in enumerate(todo):
+            if each.image not in ended:
+                self._memory[each.image] = held.index[rows[place]], held.logits[rows[place]]
+        return self._finished(held, rows, [each if each.image in ended else None for each in todo])
+
+    def _todo(self, held: "_Held", ended: Collection[int]) -> list["_Todo"]:
+        """The steps of every image that has any to take, or has ended."""
+        found = []
+        order = np.argsort(held.image, kind="stable")  # an image's memory is in front of its new patches
+        owners, starts = np.unique(held.image[order], return_index=True)
+        for image, rows in zip(owners.tolist(), np.split(order, starts[1:]), strict=True):
+            memory, new = (rows[: self.m], rows[self.m :]) if image in self._memory else (rows[:0], rows)
+            first = self.chunk if len(memory) else self.m
+            last = len(new)
+            if image not in ended:
+                last = first + (last - first) // self.chunk * self.chunk if last >= first else 0
+                if not last:
+                    continue
+            blocks = np.split(new[:last], range(first, last, self.chunk)) if last else []
+            found.append(_Todo(image, memory, blocks))
+        return found
+
+    def _kept(self, held: "_Held", todo: Sequence["_Todo"]) -> Int[Tensor, "b m"]:
+        """The rows that each image has kept after its steps; those with more steps come first."""
+        later = [
+            [each.blocks[step] for each in todo if len(each.blocks) > step] for step in range(1, len(todo[0].blocks))
+        ]
+        tables = [held.table([each.candidates(0) for each in todo], self.m), *map(held.table, later)]
+        first, *rest = held.on_device(tables)
+        stepping = sum(bool(each.blocks) for each in todo)
+        kept = [first[stepping:, : self.m]] if stepping < len(todo) else []
+        padded = [bool((table == held.padding).any()) for table in tables]
+        rows = self._best(held, first[:stepping], padded[0])[0]
+        for new, short in zip(rest, padded[1:], strict=True):
+            if len(new) < len(rows):
+                kept.append(rows[len(new) :])
+            rows = self._best(held, torch.cat([rows[: len(new)], new], dim=1), short)[0]
+        return torch.cat([rows, *reversed(kept)]) if kept else rows
+
+    def _best(
+        self, held: "_Held", rows: Int[Tensor, "b k"], padded: bool
+    ) -> tuple[Int[Tensor, "b m"], Float[Tensor, "b m"]]:
+        """The m best candidates of each image and their scores, best first; the earlier candidate wins a tie."""
+        score = held.logits[rows].softmax(dim=1).mean(dim=(2, 3))
+        if padded:  # a score that underflows to 0 is still better than none
+            score = score.masked_fill(rows == held.padding, -1.0)
+        best = score.sort(dim=1, descending=True, stable=True)
+        return rows.gather(1, best.indices[:, : self.m]), best.values[:, : self.m]
+
+    def _finished(self, held: "_Held", rows: Int[Tensor, "b m"], ended: Sequence["_Todo | None"]) -> dict[int, Best]:
+        """What the images that have ended keep, by a last look at all that each has kept."""
+        places = [place for place, each in enumerate(ended) if each is not None]
+        if not places:
+            return {}
+        if len(places) < len(rows):
+            rows = rows[to_device(torch.tensor(places), rows.device)]
+        done = [each for each in ended if each is not None]
+        rows, score = self._best(held, rows, min(each.patches for each in done) < self.m)
+        index = held.index[rows]
+        kept = [min(self.m, each.patches) for each in done]
+        return {
+            each.image: Best(index[place, :m], score[place, :m])
+            for place, (each, m) in enumerate(zip(done, kept, strict=True))
+        }
+
+    def _wait(self, held: "_Held", todo: Sequence["_Todo"]) -> None:
+        """Leaves waiting what no step has taken."""
+        taken = np.zeros(held.padding, np.bool_)
+        taken[: held.memory] = True
+        for each in todo:
+            for block in each.blocks:
+                taken[block] = True
+        left = np.flatnonzero(~taken)
+        image, index = held.image[left], held.patch[left - held.memory]
+        logits = held.logits[to_device(torch.from_numpy(left), held.logits.device)] if len(left) else None
+        self._waiting = [] if logits is None else [(image, index, logits)]
+
+
+@dataclass(frozen=True)
+class _Todo:
+    """Steps of an image: the rows of its memory, if it has one, and the new rows of each step."""
+
+    image: int
+    memory: Ints
+    blocks: list[Ints]
+
+    @property
+    def patches(self) -> int:
+        return len(self.memory) + sum(map(len, self.blocks))
+
+    def candidates(self, step: int) -> Ints:
+        """The candidates of the first step, the memory alone where there is none."""
+        return np.concatenate([self.memory, *self.blocks[step : step + 1]])
+
+
+@dataclass(frozen=True)
+class _Held:
+    """All patches at hand, a row each: first those in the memory of their image, then those that wait, then padding.
+
+    Attributes:
+        image: (r,) whose they are, on the host.
+        patch: which patch of it, on the host; of those that wait.
+        memory: how many rows are memory.
+        index: (r + 1,) which patch each is, on the device.
+        logits: (r + 1, h, t); -inf in the last row, which is the padding.
+    """
+
+    image: Ints
+    patch: Ints
+    memory: int
+    index: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, memory: dict[int, tuple[Tensor, Tensor]], waiting: Sequence[tuple[Ints, Ints, Tensor]]) -> "_Held":
+        logits = [each for _, each in memory.values()] + [each for _, _, each in waiting]
+        owners = [np.full(len(index), image) for image, (index, _) in memory.items()]
+        patch = np.concatenate([np.empty(0, np.int64), *(index for _, index, _ in waiting)])
+        device = logits[0].device
+        new = to_device(torch.from_numpy(np.append(patch, -1)), device)
+        return cls(
+            np.concatenate([*owners, *(image for image, _, _ in waiting)]),
+            patch,
+            sum(map(len, owners)),
+            torch.cat([*(index for index, _ in memory.values()), new]),
+            torch.cat([*logits, logits[0].new_full((1, *logits[0].shape[1:]), -torch.inf)]),
+        )
+
+    @property
+    def padding(self) -> int:
+        """The row that is no patch."""
+        return len(self.image)
+
+    def table(self, rows: Sequence[Ints], width: int = 0) -> Ints:
+        """Rows (b k) of several images, filled up with padding, `width` at least."""
+        table = np.full((len(rows), max(width, *map(len, rows))), self.padding)
+        for place, each in enumerate(rows):
+            table[place, : len(each)] = each
+        return table
+
+    def on_device(self, tables: Sequence[Ints]) -> list[Tensor]:
+        """Tables in one copy."""
+        flat = to_device(torch.from_numpy(np.concatenate([table.ravel() for table in tables])), self.index.device)
+        parts = torch.split(flat, [table.size for table in tables])
+        return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
