@@ -168,13 +168,19 @@ def settled(setting: Setting, device: torch.device) -> tuple[Inputs, IPSClassifi
 
 
 def timed(
-    setting: Setting, model: IPSClassifier, inputs: Inputs, device: torch.device, options: argparse.Namespace
+    setting: Setting,
+    model: IPSClassifier,
+    inputs: Inputs,
+    device: torch.device,
+    options: argparse.Namespace,
+    parts: bool = True,
 ) -> Result:
-    """Both sides in turns, and what else is timed beside them; nothing is compared yet.
+    """Both sides in turns; nothing is compared yet.
 
     Args:
         setting, model, inputs, device: what is timed; the model stays as it is.
         options: `rounds`, `precision`, `compile` and `quick` of the command line.
+        parts: time the encoder alone as well, or of a step the learning and its encoder.
     """
     precision = choose_precision(setting.precision or options.precision, model.encoder, patch_shape(setting))
     theirs = Theirs(setting, model, inputs)
@@ -186,9 +192,8 @@ def timed(
             pieces = {
                 name: partial(side.step, setting.steps) for name, side in (("published", theirs), ("keyhole", ours))
             }
-            pieces |= ours.learning(choice.compile)
-        else:
-            pieces["encoder"] = ours.floor()
+        if parts:
+            pieces |= ours.learning(choice.compile) if setting.step else {"encoder": ours.floor()}
         pieces = {name: (as_plain if name == "published" else as_keyhole)(piece) for name, piece in pieces.items()}
         for piece in pieces.values():
             piece()

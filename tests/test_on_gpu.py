@@ -84,6 +84,14 @@ def test_a_dry_run_runs_every_part_and_has_every_figure_of_a_cpu(call: str, benc
     assert (tmp_path / f"on_gpu_{call}.log").read_text().count("== done") == len(ends(text))
 
 
+def test_a_part_runs_in_a_process_of_its_own_as_it_does_on_a_gpu(tmp_path: Path) -> None:
+    """A dry run starts its parts in another way."""
+    command = [sys.executable, "-u", str(ON_GPU / "part.py"), "facts", "--dry", "--seconds", "60"]
+    done = subprocess.run([*command, "--scratch", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '["foreach", 1.0, "right"]' in (tmp_path / "figures" / "facts.jsonl").read_text()
+
+
 def parts_that_go_wrong(bench: Any, kept: Path) -> Any:
     """A part that fails, one that hangs and has started another process, one that is killed, and sound ones."""
     part, python = bench.calls.Part, (sys.executable, "-c")

@@ -95,6 +95,7 @@ MEASURES = (
     Aim("steps.traffic-step", "traffic step, patches on the device, times published", least=2.5),
     Aim("steps.traffic-step-host", "traffic step, patches in host memory, times published", least=8),
     Aim("steps.mnist-step", "Megapixel MNIST step, patches on the device, times published", least=3),
+    Aim("steps.learning", "Megapixel MNIST, learning from kept patches, times its own encoder", most=1.3),
     Aim("slides.rate", "a step on slides of 250,000 patches from their files, patches/s"),
     Aim("slides.batch", "images of that step", least=16),
     Aim("slides.reserved", "its reserved memory under --memory 3GB, GB", most=3.0),

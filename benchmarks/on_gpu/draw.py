@@ -24,7 +24,7 @@ def draw(bench: Bench) -> None:
 
 def write_photographs(bench: Bench) -> tuple[Path, str, int]:
     """Their folder, what they show and how many they are; those that are there are not drawn again."""
-    folder, count = bench.scratch / "photographs", 2 if bench.dry else 256
+    folder, count = bench.scratch / "photographs", 2 if bench.dry else 128
     return folder, write_scenes(folder, count), count
 
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from on_gpu.bench import Bench, floor, new_model
+from on_gpu.streams import CHUNK, OTHERS
 
 NETWORKS = ("resnet18", "tf_efficientnet_lite0", "mobilenetv3_large_100")
 
@@ -15,7 +16,7 @@ NETWORKS = ("resnet18", "tf_efficientnet_lite0", "mobilenetv3_large_100")
 def encoder(bench: Bench) -> None:
     bench.attempt("compiled", lambda: compiled(bench))
     bench.attempt("folding", lambda: folding(bench))
-    for chunk in (8,) if bench.dry else (256, 512, 1024):
+    for chunk in (8,) if bench.dry else (CHUNK, OTHERS[-1]):
         bench.attempt("eager", lambda chunk=chunk: alone(bench, chunk, False))  # type: ignore[misc]
 
 
@@ -23,12 +24,12 @@ def compiled(bench: Bench) -> None:
     """One graph without a break, then rates; what is compiled here lies in torch's cache for the parts that follow."""
     from torch._dynamo.utils import counters
 
-    for chunk in (8,) if bench.dry else (256, 1024):
+    for chunk in (8,) if bench.dry else (CHUNK, *OTHERS):
         counters.clear()
         found = alone(bench, chunk, True)
         breaks = sorted(counters["graph_break"])
         graphs = counters["stats"]["unique_graphs"]
-        if chunk <= 256:
+        if bench.dry or chunk == CHUNK:
             bench.figure("floor", found, f"{found:,.0f} (chunks of {chunk})")
             bench.figure("breaks", len(breaks), f"{len(breaks)} breaks, {graphs} graphs")
         for each in breaks:

@@ -22,7 +22,7 @@ def photographs(bench: Bench) -> None:
         device=str(bench.device),
         images=count,
         batch=batch,
-        rounds=1 if bench.dry else 3,
+        rounds=1 if bench.dry else 2,
         workers=0 if bench.dry else min(16, cores(), most_workers(batch)),
         compile="off" if bench.dry else "auto",
         stages=1 if bench.dry else None,

@@ -79,7 +79,7 @@ def select(bench: Bench, model: IPSClassifier, plan: Plan, patches: int) -> tupl
 def plan(bench: Bench) -> None:
     """Whole steps under a budget, each number of patches in a process of its own, as `benchmarks/memory.py --quick`."""
     base, worst, peak = budgeted(bench), 1.0, 0
-    for n in memory.QUICK[:1] if bench.dry else (*memory.QUICK, 50_000):
+    for n in memory.QUICK[:1] if bench.dry else memory.QUICK:
         setting = memory.PLAIN | {"n": n} | ({"n": 200, "m": 16, "b": 1} if bench.dry else {})
         found = memory.steps(base, **setting)
         ratio = found.predicted / found.measured

@@ -13,7 +13,7 @@ from repeated_slide import write_repeated
 
 from keyhole.patches import FileOpener
 from on_gpu.bench import Bench, floor, new_model
-from on_gpu.streams import Stream, stream
+from on_gpu.streams import CHUNK, Stream, stream
 
 SIDE, BATCH, MEMORY = 128_000, 16, "3GB"
 START = 15.0
@@ -37,9 +37,10 @@ def rate_of_files(bench: Bench) -> float:
     """Patches a second of the pass without gradients, from a smaller slide."""
     side = 1024 if bench.dry else 16_384
     opener = FileOpener(write_repeated(bench.scratch / f"rate-{side}.tif", side, source=2048), "slide", 256)
-    model, chunk = new_model(bench, compiled=True), 16 if bench.dry else 256
+    model, chunk = new_model(bench, compiled=True), 16 if bench.dry else CHUNK
     alone = floor(bench, model, chunk)
-    return alone * stream(bench, Stream("as built", opener, (side // 256) ** 2, chunk), model, alone)
+    share, _ = stream(bench, Stream("as built", opener, (side // 256) ** 2, chunk), model, alone)
+    return share * alone
 
 
 def step(bench: Bench, slide: Path, batch: int) -> Steps:
@@ -76,10 +77,11 @@ def write_slide(bench: Bench) -> Path:
 def compile_slides(bench: Bench) -> None:
     """Takes a step on small slides: what it compiles lies in torch's cache on disk afterwards."""
     side = 512 if bench.dry else 4096
-    slide = write_repeated(bench.scratch / f"warm-{side}.tif", side, source=2048)
-    for batch in (1,) if bench.dry else (1, BATCH):
-        found = step(bench, slide, batch)
-        bench.say(f"{batch} x {found.patches} patches in {found.seconds:.1f} s; {found.plan.describe()}")
+    found = step(
+        bench, write_repeated(bench.scratch / f"warm-{side}.tif", side, source=2048), 1 if bench.dry else BATCH
+    )
+    bench.say(f"{found.batch} x {found.patches} patches in {found.seconds:.1f} s; {found.plan.describe()}")
+    rate_of_files(bench)
 
 
 def _compile(bench: Bench) -> str:

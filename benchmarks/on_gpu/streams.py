@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,21 +16,21 @@ from machine import cores
 from repeated_slide import write_repeated
 
 from keyhole.config import RunConfig, SelectConfig
-from keyhole.decoding import decodes
-from keyhole.images.tiff_encoded import COLORS
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import Plan
 from keyhole.passes import open_reader, select_batch
 from keyhole.patches import FileOpener, PatchSource, TensorPatches
-from keyhole.reading import Delivery, Reader
+from keyhole.reading import Reader
 from keyhole.staging import Stager
 from on_gpu.bench import Bench, floor, new_model, rate
 
 if TYPE_CHECKING:
     from keyhole.nn import IPSClassifier
 
-SECONDS = 2.5
+SECONDS = 2.0
 """Of a stream, if it were as fast as the encoder alone."""
+CHUNK, OTHERS = 512, (256, 1024)
+"""Patches of 256 px that a memory plan takes at a time where nothing is scarce, and others to compare with."""
 SELECT = SelectConfig(m=64)
 
 
@@ -69,18 +70,18 @@ def memory_stream(bench: Bench) -> None:
     """Patches of 256 px that all differ from their neighbours, from the device's memory and from the host's."""
     some = np.random.default_rng(0).integers(0, 256, (64 if bench.dry else 1024, bench.side, bench.side, 3), np.uint8)
     patches = some if bench.dry else np.concatenate([some] * 8)
-    for chunk in (16,) if bench.dry else (256, 1024):
+    for chunk in (16,) if bench.dry else (CHUNK, OTHERS[-1]):
         model = new_model(bench, compiled=True)
         alone = floor(bench, model, chunk)
         bench.say(f"encoder alone, chunk {chunk}: {alone:,.0f} patches/s")
         measured = Stream(f"host memory, chunk {chunk}", InMemory(patches), len(patches), chunk)
-        share = stream(bench, measured, model, alone)
-        if chunk <= 256:
+        share, _ = stream(bench, measured, model, alone)
+        if bench.dry or chunk == CHUNK:
             bench.figure("stream.host", share, f"{share:.3f}: {share * alone:,.0f} of {alone:,.0f} patches/s")
         found = on_device(bench, model, patches, chunk)
         shown = f"{found / alone:.3f}: {found:,.0f} of {alone:,.0f} patches/s"
         bench.say(f"device memory, chunk {chunk}: {shown}")
-        if chunk <= 256:
+        if bench.dry or chunk == CHUNK:
             bench.figure("stream.device", found / alone, shown)
 
 
@@ -96,38 +97,33 @@ def file_stream(bench: Bench) -> None:
     side = 512 if bench.dry else 32_768
     path = write_repeated(Path(bench.scratch) / f"tiles-{side}.tif", side, source=2048 if bench.dry else 8192)
     opener, patches = FileOpener(path, "tiles", 256), (side // 256) ** 2
-    small, large = (16, 32) if bench.dry else (256, 1024)
+    chunk, others = (8, (4,)) if bench.dry else (CHUNK, OTHERS)
     model = new_model(bench, compiled=True)
-    alone = floor(bench, model, small)
-    bench.say(f"encoder alone, chunk {small}: {alone:,.0f} patches/s; decoder: {decodes(bench.device)[1] or 'there'}")
-    first = Stream(f"as built, chunk {small}", opener, patches, small)
-    share = stream(bench, first, model, alone)
+    alone = floor(bench, model, chunk)
+    bench.say(f"encoder alone, chunk {chunk}: {alone:,.0f} patches/s")
+    built = Stream("as built", opener, patches, chunk)
+    share, threads = stream(bench, built, model, alone)
     bench.figure("stream.jpeg", share, f"{share:.3f}: {share * alone:,.0f} of {alone:,.0f} patches/s, as built")
-    others = [
-        Stream("the host decodes all", opener, patches, small, deliver="none"),
-        Stream("the device decodes all", opener, patches, small, deliver="all"),
-        *(
-            Stream(f"as built, {threads} threads", opener, patches, small, threads)
-            for threads in (8, 12, 15, 16)
-            if threads <= max(8, cores())
-        ),
-    ]
-    for each in others[:3] if bench.dry else others:
-        bench.attempt(each.title, lambda each=each: stream(bench, each, model, alone))  # type: ignore[misc]
-    if bench.dry:
-        return
-    model = new_model(bench, compiled=True)
-    alone = floor(bench, model, large)
-    bench.say(f"encoder alone, chunk {large}: {alone:,.0f} patches/s")
-    stream(bench, Stream(f"as built, chunk {large}", opener, patches, large), model, alone)
+    for title, deliver in (("the host decodes all", "none"), ("the device decodes all", "all")):
+        changed = dataclasses.replace(built, title=title, deliver=deliver)
+        bench.attempt(title, lambda changed=changed: stream(bench, changed, model, alone))  # type: ignore[misc]
+    for count in (2,) if bench.dry else (8, 12, 15, 16):
+        if count != threads and (bench.dry or count <= cores()):
+            changed = dataclasses.replace(built, title="other threads", threads=count)
+            bench.attempt(changed.title, lambda changed=changed: stream(bench, changed, model, alone))  # type: ignore[misc]
+    for chunk in others:
+        model = new_model(bench, compiled=True)
+        alone = floor(bench, model, chunk)
+        bench.say(f"encoder alone, chunk {chunk}: {alone:,.0f} patches/s")
+        stream(bench, dataclasses.replace(built, title=f"chunk {chunk}", chunk=chunk), model, alone)
 
 
-def stream(bench: Bench, what: Stream, model: IPSClassifier, alone: float) -> float:
-    """Selects from the same image again and again; the share of the encoder alone that is reached."""
-    stager = Stager(bench.device)
-    deliver = stager.deliver
-    if what.deliver != "as built":
-        deliver = None if what.deliver == "none" or deliver is None else Delivery(deliver.colors & COLORS, always=True)
+def stream(bench: Bench, what: Stream, model: IPSClassifier, alone: float) -> tuple[float, int]:
+    """Selects from the same image again and again: the share of the encoder alone that is reached, reading threads."""
+    stager = Stager(bench.device, encoded=True if bench.dry else None)  # a CPU can decode as a device does
+    deliver = None if what.deliver == "none" else stager.deliver
+    if deliver is not None and what.deliver == "all":
+        deliver = dataclasses.replace(deliver, always=True)
     pace = Pace(Plan(chunk=what.chunk), bench.say, model.compiled)
     images = 1 if bench.dry else max(2, round(SECONDS * alone / what.patches))
     with open_reader(RunConfig(threads=what.threads), bench.device) as reader:
@@ -147,7 +143,7 @@ def stream(bench: Bench, what: Stream, model: IPSClassifier, alone: float) -> fl
         f"{encoded / patches:.0%} came as JPEG, the consumer waited {waited / seconds:.0%} of the time, "
         f"{stager.refused} chunks refused"
     )
-    return found / alone
+    return found / alone, threads
 
 
 def _counts(reader: Reader) -> tuple[float, int, int, float]:
