@@ -89,3 +89,25 @@ def test_a_run_that_is_stopped_while_it_predicts_keeps_its_state(
     for split in ("train", "val"):
         name = f"predictions/{split}.csv"
         assert rows(tmp_path / "run" / name) == rows(toy_run / name)
+
+
+@pytest.mark.cuda
+def test_predictions_in_a_row_make_no_stream_after_the_first(
+    toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    kind = torch.cuda.Stream
+
+    def counted(*given: Any, **options: Any) -> Any:
+        if "stream_id" not in options:  # else torch describes one that is there
+            made.append(1)
+        return kind(*given, **options)
+
+    monkeypatch.setattr(torch.cuda, "Stream", counted)
+    predictor = keyhole.load(toy_run, device="cuda")
+    images = sorted((toy / "red").iterdir())[:4]
+    for image in images:
+        predictor.predict(image)
+        assert len(made) == 1
+    list(predictor.predict_many(images))
+    assert len(made) == 1

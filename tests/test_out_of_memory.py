@@ -6,32 +6,36 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import SMALL
 from make_images import picture, write_tiff
 from narrow_device import FULL, narrow
 from test_encoded import break_quietly
-from test_reading import PATIENCE
+from test_reading import PATIENCE, Opener
 from torch import Tensor
 
 import keyhole
-from keyhole.config import ModelConfig, SelectConfig
+from keyhole.config import ModelConfig, RunConfig, SelectConfig
 from keyhole.decoding import Decoder
 from keyhole.errors import ConfigError
 from keyhole.memory.budget import out_of_memory
-from keyhole.memory.meter import tensor_bytes
+from keyhole.memory.cap import cap
+from keyhole.memory.meter import growth, taken, tensor_bytes
 from keyhole.memory.pace import Pace
 from keyhole.memory.plan import BUFFERS, DECODED, TURNED, Plan
 from keyhole.nn import build_classifier
-from keyhole.passes import infer
-from keyhole.patches import FileOpener, View
+from keyhole.passes import fetch_kept, infer, open_reader
+from keyhole.patches import FileOpener, TensorPatches, View
 from keyhole.reading import Reader
 from keyhole.reading.chunks import Chunk, Coded, Delivery
 from keyhole.staging import Stager
@@ -84,6 +88,27 @@ def test_without_room_for_one_patch_the_message_says_what_to_do(
     narrow(monkeypatch, 0)
     with pytest.raises(ConfigError, match=r"even with the smallest plan .* raise --memory"):
         keyhole.load(toy_run).predict(toy / "red" / "0.png")
+
+
+def test_kept_patches_that_do_not_fit_come_to_the_device_in_parts(
+    toy: Path, toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(*given: Any, **options: Any) -> Any:
+        bags, kept, pixels = fetch_kept(*given, **options)
+
+        def part(start: int, stop: int) -> Tensor:
+            if stop - start > 4:
+                raise torch.OutOfMemoryError(FULL)
+            return bags.part(start, stop)
+
+        return replace(bags, part=part), kept, pixels
+
+    monkeypatch.setattr("keyhole.training.loop.fetch_kept", fetch)
+    monkeypatch.setattr("keyhole.passes.fetch_kept", fetch)
+    run = keyhole.train(toy, tmp_path / "run", **SMALL)
+    assert "learning from 16 kept patches in chunks of 4;" in (run.path / "log.txt").read_text()
+    assert len(rows(run.path / "metrics.csv")) == 2
+    assert len(rows(run.path / "predictions" / "train.csv")) == len(rows(toy_run / "predictions" / "train.csv"))
 
 
 def full_decoder(monkeypatch: pytest.MonkeyPatch, room: int, text: str) -> list[int]:
@@ -208,3 +233,74 @@ def test_an_error_that_may_be_another_ends_with_its_own_words(wrap: Callable[[Ex
     assert "--memory" in str(raised.value)
     assert len(said) == 6
     assert all(NO_ENGINE in line for line in said)
+
+
+# On a GPU
+
+
+def no_room(plan: Plan, more: int) -> Plan:
+    """The plan with a budget of so many bytes beyond what is taken on the GPU now."""
+    return replace(plan, budget=taken(torch.device("cuda")) + more)
+
+
+@pytest.mark.cuda
+def test_a_gpu_without_room_for_a_chunk_looks_at_it_in_parts() -> None:
+    device = torch.device("cuda")
+    noise = np.random.default_rng(0).integers(0, 32, (1024, 128, 128, 3), dtype=np.uint8)  # 50 MB, and two buffers
+    pixels = noise + np.arange(1024, dtype=np.uint16).astype(np.uint8)[:, None, None, None] % 224
+    torch.manual_seed(0)
+    model = build_classifier(ModelConfig(width=4, heads=2), [Task("a", "binary", ("no", "yes"))], 128).eval().to(device)
+    found: list[Any] = []
+    for more in (4 * 10**9, 80 * 10**6):
+        said: list[str] = []
+        plan = no_room(Plan(1024), more)
+        pace, stager = Pace(plan, said.append), Stager(device)
+        with cap(plan, device), open_reader(RunConfig(), device) as reader:
+            opener = Opener("a", lambda: TensorPatches(pixels))
+            found += infer(model, reader, [[opener]], SelectConfig(m=8), keep_logits=True, pace=pace, stager=stager)
+        assert bool(said) == (more < 10**9)
+    (one,), (other,) = (each.kept for each in found)
+    assert one.logits.isfinite().all()
+    difference = (one.logits - other.logits).abs().max()
+    assert difference <= 0.02 * (one.logits.max() - one.logits.min()), "each patch has its own score"
+
+
+@pytest.mark.cuda
+def test_a_gpu_decoder_without_room_says_so_in_words_that_are_known() -> None:
+    device = torch.device("cuda")
+    if Stager(device, encoded=True).deliver is None:
+        pytest.skip("no decoder on the device")
+    streams = [jpeg(256)] * 512  # 100 MB of pixels
+    plan = no_room(Plan(512), 30 * 10**6)
+    with cap(plan, device), pytest.raises(RuntimeError) as raised:
+        Decoder(device)(streams, 3)
+    assert out_of_memory(raised.value), raised.value
+    assert Decoder(device)(streams, 3).shape == (512, 256, 256, 3)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("view", [View(), View(True, False, 1)])
+def test_staging_on_a_gpu_takes_what_the_plan_counts(view: View) -> None:
+    device = torch.device("cuda")
+    stager = Stager(device, encoded=True)
+    if stager.deliver is None:
+        pytest.skip("no decoder on the device")
+    pixels = torch.zeros(256, 256, 256, 3, dtype=torch.uint8, pin_memory=True).numpy()
+    encoded = dict.fromkeys(range(256), Coded(jpeg(256), view))
+    image, index = np.zeros(256, np.int64), np.arange(256)
+
+    def three() -> None:
+        for _ in range(3):
+            stager(Chunk(pixels, 256, image, index, encoded)).float().sum()
+
+    three()
+    stager = Stager(device, encoded=True)
+    looked = 4 * pixels.nbytes  # what this test makes of them
+    copies = BUFFERS + DECODED + (TURNED if view != View() else 0)
+    assert growth(device, three) <= copies * pixels.nbytes + looked + 40 * 10**6
+
+
+def jpeg(side: int) -> bytes:
+    data = io.BytesIO()
+    PIL.Image.fromarray(picture(3, side, side)).save(data, "JPEG", quality=90)
+    return data.getvalue()
