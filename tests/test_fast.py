@@ -1,10 +1,13 @@
 """Laws of the fast encoder: it computes what the encoder computes, and follows its weights."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keyhole.nn import CrossAttentionPool, FastEncoder, FeatureProjector, IPSClassifier, SmallEncoder, TimmEncoder
 from keyhole.nn.fast import FOLDED_ERROR
@@ -89,6 +92,107 @@ def test_refresh_follows_weights_and_statistics_without_building_anew() -> None:
     assert error(fast(pixels()), plain(encoder, pixels())) < 1e-5
     assert fast._copy is built
     assert [tensor.data_ptr() for tensor in built.parameters()] == addresses  # type: ignore[union-attr]
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations inside, but for views, with their first two arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in ("view", "split", "split_with_sizes", "detach", "t", "_unsafe_view", "alias"):
+            self.seen.append((name, args[:2]))
+        return func(*args, **(kwargs or {}))
+
+
+def refreshing(encoder: nn.Module, patches: Tensor, precision: torch.dtype = torch.bfloat16) -> Operations:
+    fast = FastEncoder(encoder, precision)
+    fast(patches)
+    with Operations() as operations:
+        fast.refresh()
+    return operations
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet18", 20), ("resnet50", 53)])
+def test_refresh_takes_few_operations_besides_one_for_each_layer(name: str, layers: int) -> None:
+    assert len(refreshing(TimmEncoder(name).eval(), pixels(1, 32)).seen) <= layers + 13
+
+
+@pytest.mark.parametrize(
+    ("make", "patches"),
+    [
+        (lambda: TimmEncoder("vit_tiny_patch16_224", 1, stages=1), pixels(1, 224, 1)),
+        (lambda: nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 8), nn.BatchNorm1d(8), nn.ReLU()), torch.randn(4, 32)),
+        (ENCODERS["lite0"], pixels(1, 32)),
+    ],
+    ids=["vit", "layer norm", "lite0"],
+)
+def test_no_copy_of_many_tensors_mixes_types(make: Callable[[], nn.Module], patches: Tensor) -> None:
+    """Before 2.11, torch writes wrong values on a GPU where it does."""
+    copies = [args for name, args in refreshing(make().eval(), patches).seen if name == "_foreach_copy_"]
+    assert copies
+    for there, here in copies:
+        assert len({(to.dtype, of.dtype) for to, of in zip(there, here, strict=True)}) == 1
+
+
+def model_of(seed: int = 0) -> IPSClassifier:
+    encoder = lived(ENCODERS["small"](), seed)
+    model = IPSClassifier(encoder, CrossAttentionPool(encoder.dim, 2), {"a": nn.Linear(encoder.dim, 2)}).eval()
+    model.accelerate()
+    return model
+
+
+def fused_step(encoder: nn.Module) -> None:
+    """Torch does not count what a fused optimizer changes."""
+    encoder.train()(pixels().permute(0, 3, 1, 2) / 255).square().sum().backward()
+    torch.optim.AdamW(encoder.parameters(), 0.01, fused=True).step()
+    encoder.eval()
+
+
+def write_data(encoder: nn.Module) -> None:
+    for parameter in encoder.parameters():
+        parameter.data.mul_(0.9)
+
+
+def load(encoder: nn.Module) -> None:
+    encoder.load_state_dict(lived(ENCODERS["small"](), seed=3).state_dict())
+
+
+def replace_tensors(encoder: nn.Module) -> None:
+    encoder.load_state_dict(lived(ENCODERS["small"](), seed=3).state_dict(), assign=True)
+
+
+def train_statistics(encoder: nn.Module) -> None:
+    with torch.no_grad():
+        encoder.train()(pixels().permute(0, 3, 1, 2) / 255)
+    encoder.eval()
+
+
+@pytest.mark.parametrize("change", [fused_step, write_data, load, replace_tensors, train_statistics])
+def test_looking_sees_the_weights_of_now_however_they_changed(change: Callable[[nn.Module], None]) -> None:
+    model = model_of()
+    for _ in range(2):
+        change(model.encoder)
+        with model.looking():
+            assert error(model.look(pixels()), plain(model.encoder, pixels())) < 1e-5
+
+
+@pytest.mark.parametrize("change", [load, replace_tensors, train_statistics])
+def test_many_batches_with_one_set_of_weights_take_it_over_once(change: Callable[[nn.Module], None]) -> None:
+    model = model_of()
+    with model.looking():
+        model.look(pixels())
+    with model.steady():
+        with Operations() as operations, model.looking():
+            pass
+        assert operations.seen == []
+        change(model.encoder)
+        with Operations() as operations, model.looking():
+            assert error(model.look(pixels()), plain(model.encoder, pixels())) < 1e-5
+        assert any(name == "_foreach_copy_" for name, _ in operations.seen)
 
 
 class Branching(nn.Module):

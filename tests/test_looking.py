@@ -87,6 +87,24 @@ def test_patches_of_one_colour_are_encoded_once_and_get_what_they_would_get(
             assert all(torch.equal(one, equal[0]) for one in equal), "equal patches have equal logits, to the bit"
 
 
+def test_the_query_is_folded_once_for_all_chunks_and_anew_for_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, embedding = model_of(), torch.rand(5, 64)
+    calls, folded_query = [], CrossAttentionPool.folded_query
+    monkeypatch.setattr(CrossAttentionPool, "folded_query", lambda pool: (calls.append(1), folded_query(pool))[1])
+    for _ in range(2):
+        expected = model.pool.logits(embedding[None])[0]
+        calls.clear()
+        with model.looking():
+            found = [model.score_embedding(embedding) for _ in range(3)]
+        assert len(calls) == 1
+        assert all(torch.equal(each, expected) for each in found)
+        with torch.no_grad():
+            model.pool.query.mul_(2)
+    model.score_embedding(embedding).sum().backward()
+    assert model.pool.query.grad is not None
+    assert model.pool.key_proj.weight.grad is not None
+
+
 @given(st.integers(1, 30), st.integers(0, 2**32 - 1))
 def test_blank_is_one_colour_in_every_pixel(k: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

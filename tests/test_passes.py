@@ -14,7 +14,7 @@ from PIL import Image
 from keyhole.config import AugmentConfig, Config, ModelConfig, PatchConfig, RunConfig, SelectConfig
 from keyhole.data.item import Item
 from keyhole.nn import IPSClassifier, Kept, build_classifier
-from keyhole.passes import fetch_kept, open_reader, opener, positions, select_batch
+from keyhole.passes import fetch_kept, infer, open_reader, opener, positions, select_batch
 from keyhole.patches import View
 from keyhole.reading import Batch
 from keyhole.store import ImageStore
@@ -154,6 +154,23 @@ def test_an_image_that_fails_between_the_passes_is_left_out_alone(images: list[P
         assert pixels[1] is None
         assert bags.patches().shape[:2] == (2, 4)
     reader.close()
+
+
+def test_weights_are_taken_over_once_for_many_batches(images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = config()
+    model, store = model_of(conf), ImageStore(keep=False)
+    model.accelerate()
+    copies, real = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: (copies.append(1), real(*args))[1])
+    counts = []
+    with open_reader(conf.run, CPU) as reader:
+        batches = [[opener(conf, store, Item(path.name, path, {}))] for path in images]
+        for each in (batches[:1], batches[:1], batches):
+            copies.clear()
+            assert len(list(infer(model, reader, each, SelectConfig(4, 8)))) == len(each)
+            counts.append(len(copies))
+    assert counts[1] > 0, "weights may have changed since, in a way that torch does not count"
+    assert counts[2] == counts[1]
 
 
 def test_positions_are_those_of_the_turned_image(images: list[Path]) -> None:

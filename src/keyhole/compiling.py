@@ -35,6 +35,17 @@ class Choice:
     compile: bool
     why: str
 
+    def describe(self, model: IPSClassifier, patch_shape: Sequence[int]) -> str:
+        """The choice, its reason and how many batch norms are folded, in words.
+
+        Args:
+            model: with `fast`, whose copy of the encoder is made.
+            patch_shape: as in `choose_compile`.
+        """
+        folding = "" if model.fast is None else model.fast.folding(patch_shape)
+        said = f"{'compiled' if self.compile else 'not compiled'}: {self.why}"
+        return f"{said}; {folding}" if folding else said
+
 
 def choose_compile(
     setting: Setting, model: IPSClassifier, patch_shape: Sequence[int], chunk: int, expected: int

@@ -172,9 +172,10 @@ class TrainConfig:
     """Largest norm of the gradient; 0 never clips."""
     balance: Literal["none", "loss"] = "none"
     """`loss` weighs classes by the inverse of their frequency in the training split."""
-    precision: Literal["auto", "float32", "bf16"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
     """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it, and on a CPU that has it for looking with all but
-    small encoders; else float32."""
+    small encoders; else float32, which is not rounded to TF32. `tf32` is float32 rounded in convolutions and matrix
+    products on a GPU, which is faster."""
     metric: str = "auto"
     """Validation metric that names the best model: `loss`, `TASK.METRIC` or `METRIC` (mean over the tasks where it is
     defined); `auto` is `auroc` where all tasks have classes, `mae` for one regression task, else `loss`, also where

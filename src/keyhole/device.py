@@ -39,14 +39,23 @@ def with_index(device: torch.device) -> torch.device:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Types the encoder computes in: where it scores patches without gradients, and where it learns."""
+    """Types the encoder computes in: where it scores patches without gradients, and where it learns.
+
+    Attributes:
+        tf32: on a GPU, float32 is rounded to TF32 in convolutions and matrix products; see `keyhole.nn.tf32`.
+    """
 
     look: torch.dtype
     learn: torch.dtype
+    tf32: bool = False
 
     def __str__(self) -> str:
-        look, learn = (str(each).removeprefix("torch.") for each in (self.look, self.learn))
+        look, learn = (self.name(each) for each in (self.look, self.learn))
         return look if look == learn else f"{look} where it looks, {learn} where it learns"
+
+    def name(self, kind: torch.dtype) -> str:
+        """A type in words."""
+        return "tf32" if self.tf32 and kind == torch.float32 else str(kind).removeprefix("torch.")
 
 
 ENOUGH_WORK = 10_000_000
@@ -64,15 +73,18 @@ def choose_precision(name: str, encoder: nn.Module, shape: Sequence[int]) -> Ari
     of ImageNet kept 5 % other patches than in float32, more after training. What is chosen depends on nothing but the
     model and the machine, so that a run can be repeated.
 
+    `float32` is not rounded: not to TF32 either, which torch by default does to convolutions on a GPU. That is `tf32`,
+    in which the whole gradient step multiplies; on a CPU it is float32.
+
     Args:
-        name: "auto", "float32" or "bf16".
+        name: "auto", "float32", "tf32" or "bf16".
         encoder: on its device.
         shape: of a patch as it is read.
     """
     device = next(encoder.parameters()).device
     if name != "auto":
         chosen = torch.bfloat16 if name == "bf16" else torch.float32
-        return Arithmetic(chosen, chosen)
+        return Arithmetic(chosen, chosen, tf32=name == "tf32" and device.type == "cuda")
     if not has_bf16(device):
         return Arithmetic(torch.float32, torch.float32)
     if device.type != "cpu":
@@ -90,13 +102,14 @@ def settle_precision(model: IPSClassifier, name: str, shape: Sequence[int]) -> N
         shape: of a patch as it is read.
     """
     arithmetic = choose_precision(name, model.encoder, shape)
-    model.precision = arithmetic.learn
+    model.precision, model.tf32 = arithmetic.learn, arithmetic.tf32
     model.accelerate(arithmetic.look)
 
 
 def arithmetic_of(model: IPSClassifier) -> Arithmetic:
     """What a model computes in."""
-    return Arithmetic(model.precision if model.fast is None else model.fast.precision, model.precision)
+    look = model.precision if model.fast is None else model.fast.precision
+    return Arithmetic(look, model.precision, model.tf32)
 
 
 def has_bf16(device: torch.device) -> bool:

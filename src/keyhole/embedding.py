@@ -94,7 +94,7 @@ def embed(
     root: str | Path | None = None,
     masks: str | Path | None = None,
     dtype: Literal["float32", "float16"] = "float32",
-    precision: Literal["auto", "float32", "bf16"] = "float32",
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "float32",
     chunk: int | None = None,
     memory: str = "auto",
     device: str = "auto",
@@ -161,7 +161,8 @@ def embed(
         steady_heap(False)
     network = _encoder(config, chosen)
     settle_precision(network, precision, patch_shape(model, config.patch.size))
-    settings = settings_of(config, network.encoder, dtype, arithmetic_of(network).look)
+    arithmetic = arithmetic_of(network)
+    settings = settings_of(config, network.encoder, dtype, arithmetic.name(arithmetic.look))
     open_items = [
         item
         for item in items

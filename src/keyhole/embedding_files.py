@@ -118,7 +118,7 @@ class _Left(Exception):  # noqa: N818 - ends the writing of one file, and goes n
         self.error = error
 
 
-def settings_of(config: Config, encoder: nn.Module, dtype: str, precision: torch.dtype) -> dict[str, Any]:
+def settings_of(config: Config, encoder: nn.Module, dtype: str, precision: str) -> dict[str, Any]:
     """All that the features depend on but the image."""
     model, patch = config.model, config.patch
     digest = hashlib.sha256()
@@ -139,7 +139,7 @@ def settings_of(config: Config, encoder: nn.Module, dtype: str, precision: torch
         "patch.edge": patch.edge,
         **({} if patch.bits is None else {"patch.bits": patch.bits}),
         "dtype": dtype,
-        "precision": str(precision).removeprefix("torch."),
+        "precision": precision,
     }
 
 

@@ -328,15 +328,18 @@ def infer(
     pace = pace or unlimited(select)
     stager = stager or Stager(next(model.parameters()).device)
     stream = reader.stream(batches, pace.plan.chunk, on_error, pace.plan.hold, stager.deliver)
+    if model.fast is not None:
+        model.fast.refresh()
     for batch in timed(stream, stager.shares):
-        kept = select_batch(model, batch, select, None, keep_logits, on_chunk, pace=pace, stager=stager)
-        with stager.shares.part("reading"):
-            bags, kept, pixels = fetch_kept(model, batch, kept)
-        logits = {}
-        if bags.rows:
-            with model.looking():
-                embedding = torch.cat(list(_embedded(model, bags, pace, stager.shares)))
-                logits = pace.run("select", partial(_classified, model, bags, embedding), shape="classified")
+        with model.steady():
+            kept = select_batch(model, batch, select, None, keep_logits, on_chunk, pace=pace, stager=stager)
+            with stager.shares.part("reading"):
+                bags, kept, pixels = fetch_kept(model, batch, kept)
+            logits = {}
+            if bags.rows:
+                with model.looking():
+                    embedding = torch.cat(list(_embedded(model, bags, pace, stager.shares)))
+                    logits = pace.run("select", partial(_classified, model, bags, embedding), shape="classified")
         yield Inference(batch, kept, bags, pixels, logits)
 
 

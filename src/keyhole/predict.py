@@ -336,7 +336,7 @@ class Predictor:
         choice = choose_compile("auto", self.model, source.patch_shape, chunk, expected)
         if choice.compile:
             self.model.accelerate(compile=True)
-            say(f"encoder compiled: {choice.why}")
+            say(f"encoder {choice.describe(self.model, source.patch_shape)}")
 
     def _resolution_doubt(self, prediction: Prediction) -> str:
         """A sentence where an image has another resolution than the model learned at; files of features may not say."""

@@ -159,7 +159,7 @@ def _compile(job: Job, setting: Setting, share: float) -> str:
         job.model.accelerate(compile=True)
     if not choice.compile and len(job.images.patch_shape) == 1:
         return "none: the data are stored features, which are projected"
-    return f"{'compiled' if choice.compile else 'not compiled'}: {choice.why}"
+    return choice.describe(job.model, job.images.patch_shape)
 
 
 @dataclass(frozen=True)

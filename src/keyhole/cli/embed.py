@@ -57,8 +57,9 @@ class EmbedOptions:
     """Folder of masks (.png, .geojson), one an image by its name without suffix, for `--patch.foreground mask`."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the stored features; float16 halves the files."""
-    precision: Literal["auto", "float32", "bf16"] = "float32"
-    """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it. Features outlive the machine, hence float32."""
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "float32"
+    """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it, `tf32` is float32 rounded in convolutions and
+    products on a GPU; both are faster. Features outlive the machine, hence float32, without TF32."""
     chunk: Positive | None = None
     """Patches that are encoded at once; default is what `--memory` allows, 64 at most on a CPU."""
     memory: Quantity = "auto"

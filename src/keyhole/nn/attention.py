@@ -79,15 +79,22 @@ class CrossAttentionPool(nn.Module):
         key = rearrange(self.key_proj.weight, "(h k) d -> h d k", h=self.heads)
         return rearrange(key @ query, "h d t -> d (h t)")
 
-    def logits(self, embedding: Float[Tensor, "b n d"]) -> Float[Tensor, "b n h t"]:
+    def logits(
+        self, embedding: Float[Tensor, "b n d"], query: Float[Tensor, "d ht"] | None = None
+    ) -> Float[Tensor, "b n h t"]:
         """Attention logits of every patch under every head and query; each patch's are its own alone.
+
+        Args:
+            embedding: one row a patch.
+            query: `folded_query()`, for calls with the same weights; default computes it.
 
         Raises:
             ValueError: embeddings of another shape.
         """
         if embedding.ndim != 3 or embedding.shape[-1] != self.dim:
             raise ValueError(f"embeddings must be (b n d) with `dim` d = {self.dim}, not {tuple(embedding.shape)}")
-        return rearrange(embedding @ self.folded_query(), "b n (h t) -> b n h t", h=self.heads)
+        query = self.folded_query() if query is None else query
+        return rearrange(embedding @ query, "b n (h t) -> b n h t", h=self.heads)
 
     def forward(
         self, embedding: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None

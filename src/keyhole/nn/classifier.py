@@ -3,8 +3,9 @@
 Letters: b image, n patches, m kept, i chunk, t query, h head, d width, o outputs of a task.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -17,6 +18,7 @@ from keyhole.nn.lone import lone_patch
 from keyhole.nn.pixels import AsRead, prepare
 from keyhole.nn.position import CenterPosition
 from keyhole.nn.selection import Rule, Selection, Selector, evaluating, keep_global, whole_bags
+from keyhole.nn.tf32 import tf32
 
 
 def _loose(tensor: Shaped[Tensor, "b n ..."], mask: Bool[Tensor, "b n"] | None) -> Shaped[Tensor, "k ..."]:
@@ -58,6 +60,9 @@ class IPSClassifier(nn.Module):
 
     Attributes:
         fast: what looks at patches without gradients in the encoder's place, see `accelerate`; None: the encoder.
+        tf32: a GPU may round float32 to TF32 in `fast` and in `split_backward`, see `keyhole.nn.tf32`; set it before
+            `accelerate`. Off, it does not in either, nor in `select`. In training steps of your own torch's settings
+            hold.
 
     Raises:
         ValueError: a head's query does not exist in the pool.
@@ -77,8 +82,11 @@ class IPSClassifier(nn.Module):
         self.heads = Heads(heads)
         self.queries = dict(queries) if queries is not None else {task: t for t, task in enumerate(heads)}
         self.precision = precision
+        self.tf32 = False
         self.fast: FastEncoder | None = None
         self.learned: CompiledEncoder | None = None
+        self._query: Callable[[], Tensor] | None = None
+        self._steady = False
         for task, t in self.queries.items():
             if not 0 <= t < pool.queries:
                 raise ValueError(f"task {task!r} needs query {t}, the pool has `queries` (={pool.queries})")
@@ -133,7 +141,7 @@ class IPSClassifier(nn.Module):
         precision: torch.dtype | None = None,
         compile: bool = False,  # noqa: A002 - torch's word for it
     ) -> FastEncoder:
-        """From now on a folded copy of the encoder looks at patches, see `FastEncoder`.
+        """From now on a folded copy of the encoder looks at patches, see `FastEncoder`; a copy that fits is kept.
 
         Args:
             precision: its arithmetic; default is that of the last call, or else the model's.
@@ -141,9 +149,12 @@ class IPSClassifier(nn.Module):
         """
         if precision is None:
             precision = self.precision if self.fast is None else self.fast.precision
-        self.fast = FastEncoder(self.encoder, precision, compile)
+        fast, wanted = self.fast, (self.encoder, precision, self.tf32)
+        if fast is None or (fast.encoder, fast.precision, fast.tf32) != wanted:
+            fast = self.fast = FastEncoder(self.encoder, precision, tf32=self.tf32)
+        fast.compiled = compile
         self.learned = CompiledEncoder(self.encoder) if compile else None
-        return self.fast
+        return fast
 
     @property
     def compiled(self) -> bool:
@@ -215,7 +226,9 @@ class IPSClassifier(nn.Module):
         self, embedding: Float[Tensor, "k d"], position: Shaped[Tensor, "k ..."] | None = None
     ) -> Float[Tensor, "k h t"]:
         """Attention logits of loose patches, from their embeddings."""
-        return self.pool.logits(self.with_position(embedding[None], None if position is None else position[None]))[0]
+        query = None if self._query is None else self._query()
+        placed = self.with_position(embedding[None], None if position is None else position[None])
+        return self.pool.logits(placed, query)[0]
 
     def select(
         self,
@@ -280,11 +293,33 @@ class IPSClassifier(nn.Module):
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Evaluation mode without gradients, and `fast` with the weights of now; afterwards all is as it was."""
-        with evaluating(self):
+        """Evaluation mode without gradients, and `fast` with the weights of now; afterwards all is as it was.
+
+        Weights must not change inside: what follows from them alone is computed once.
+        """
+        outer = self._query
+        with evaluating(self), tf32(False):
             if self.fast is not None:
-                self.fast.refresh()
+                self.fast.refresh(changed_only=self._steady)
+            self._query = cache(self.pool.folded_query)
+            try:
+                yield
+            finally:
+                self._query = outer
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Inside, `looking` takes over weights only where torch has counted a change of them since the last time.
+
+        For many batches with one set of weights. Torch counts what is loaded or moved and most operations in place,
+        but not what fused optimizers do, nor what is written through `.data`.
+        """
+        outer = self._steady
+        try:
+            self._steady = True
             yield
+        finally:
+            self._steady = outer
 
     def train(self, mode: bool = True) -> "IPSClassifier":
         """Training mode, except for what is frozen: a part whose parameters all stay fixed keeps evaluating.

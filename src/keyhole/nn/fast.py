@@ -12,7 +12,7 @@ Letters: k loose patches, c channels, h w height and width, f features, d width.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from keyhole.nn.compiled import Compiled
 from keyhole.nn.encoder import PixelEncoder
+from keyhole.nn.folding import Follower, Norm, fold, foldable_pairs
 from keyhole.nn.pixels import prepare
-
-Norm = nn.modules.batchnorm._BatchNorm
-"""Every batch norm of torch, and timm's, which are kinds of it and may have an activation."""
+from keyhole.nn.tf32 import tf32
 
 FOLDED_ERROR = 1e-3
 """Largest relative difference that folding may make in float32; beyond it the network is not what its hooks showed."""
@@ -52,11 +51,14 @@ class FastEncoder:
         encoder: with its weights on its device; stays as it is.
         precision: torch.float32 or torch.bfloat16, of convolutions and matrix products; norms that cannot be folded
             and the result are float32.
+        compile: as the attribute `compiled`.
+        tf32: a GPU may round float32 to TF32, see `keyhole.nn.tf32`.
 
     Attributes:
         compiled: whether calls go through `torch.compile`; may be set at any time. Each number of rows is compiled
             once, see `__call__`.
         folded: batch norms that were folded, known after the first call.
+        norms: batch norms of the encoder.
     """
 
     def __init__(
@@ -64,13 +66,13 @@ class FastEncoder:
         encoder: nn.Module,
         precision: torch.dtype = torch.float32,
         compile: bool = False,  # noqa: A002 - torch's word for it
+        tf32: bool = False,
     ) -> None:
-        self.encoder, self.precision, self.compiled = encoder, precision, compile
+        self.encoder, self.precision, self.compiled, self.tf32 = encoder, precision, compile, tf32
         self.folded = 0
+        self.norms = sum(isinstance(part, Norm) for part in encoder.modules())
         self._copy: nn.Module | None = None
-        self._names: list[tuple[str, str]] = []
-        self._pairs: list[tuple[nn.Module, nn.Module, tuple[Tensor, ...]]] = []
-        self._plain: list[tuple[Tensor, Tensor]] = []
+        self._follower: Follower | None = None
         self._compiled: dict[int, Compiled] = {}
         self._rows = 0
 
@@ -86,7 +88,7 @@ class FastEncoder:
             rows: where it is compiled, fewer patches are filled up with zeros to this number, so that one compilation
                 serves; the number that the memory plan allows at a time. Default: the most patches of any call.
         """
-        with torch.no_grad():
+        with torch.no_grad(), tf32(self.tf32):
             if self._copy is None:
                 self._build(pixels)
             if not self.compiled:
@@ -106,16 +108,31 @@ class FastEncoder:
             pixels = pixels if pixels.dtype == torch.uint8 else pixels.float()
             return encoded(self._copy, pixels, color, self.precision).float()
 
-    def refresh(self) -> None:
-        """Takes over the encoder's weights and running statistics as they are now."""
+    def folding(self, patch_shape: Sequence[int]) -> str:
+        """How many batch norms are folded, in words; empty where the encoder has none. Makes the copy.
+
+        Args:
+            patch_shape: of one patch as it is read: (s, s, c) uint8, or (f,) float32.
+        """
         if self._copy is None:
-            return
-        with torch.no_grad():
-            if self._plain:
-                torch._foreach_copy_([there for there, _ in self._plain], [here for _, here in self._plain])
-            for layer, norm, there in self._pairs:
-                for tensor, value in zip(there, _folded(layer, norm), strict=True):
-                    tensor.copy_(value)
+            dtype = torch.uint8 if len(patch_shape) > 1 else torch.float32
+            with torch.no_grad():
+                self._build(torch.empty(1, *patch_shape, dtype=dtype, device=next(self.encoder.parameters()).device))
+        return f"{self.folded} of {self.norms} batch norms folded" if self.norms else ""
+
+    def refresh(self, changed_only: bool = False) -> None:
+        """Takes over the encoder's weights and running statistics as they are now.
+
+        Args:
+            changed_only: do nothing where torch has counted no change since the last time; see
+                `IPSClassifier.steady` for what it does not count.
+        """
+        if self._follower is not None:
+            if self._follower.moved():
+                self._copy = self._follower = None  # built again by the next call
+                self._compiled.clear()
+            else:
+                self._follower.follow(changed_only)
 
     def _build(self, pixels: Tensor) -> None:
         """The copy, folded where that leaves the result as it is."""
@@ -126,14 +143,15 @@ class FastEncoder:
         else:
             example = torch.rand(shape, generator=generator, device=pixels.device)
         whole = copy.deepcopy(self.encoder).eval().requires_grad_(False)
-        self._names = self._foldable(whole, lambda module: encoded(module, example, None, torch.float32))
-        self.folded = len(self._names)
-        _fold(whole, self._names)
+        with tf32(False):  # with what it rounds, folding would seem to change the result
+            names = self._foldable(whole, lambda module: encoded(module, example, None, torch.float32))
+        self.folded = len(names)
+        fold(whole, names)
         for layer in whole.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.to(self.precision)
         self._copy = whole.to(memory_format=torch.channels_last)
-        self._link()
+        self._follower = Follower(self.encoder, self._copy, names)
 
     @staticmethod
     def _foldable(encoder: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[tuple[str, str]]:
@@ -149,37 +167,10 @@ class FastEncoder:
                         steps = torch.linspace(0.7, 1.3, tensor.numel(), device=tensor.device)
                         tensor.copy_(steps if at < 2 else steps - 1.1)
         expected = run(trial)
-        pairs = _pairs(trial, lambda: run(trial))
-        _fold(trial, pairs)
+        pairs = foldable_pairs(trial, lambda: run(trial))
+        fold(trial, pairs)
         changed = (run(trial) - expected).norm() > FOLDED_ERROR * expected.norm()
         return [] if changed else pairs
-
-    def _link(self) -> None:
-        """Which weight of the copy follows which of the encoder."""
-        assert self._copy is not None
-        here = dict(self.encoder.named_parameters()) | dict(self.encoder.named_buffers())
-        there = dict(self._copy.named_parameters()) | dict(self._copy.named_buffers())
-        self._pairs = [
-            (
-                self.encoder.get_submodule(before),
-                self.encoder.get_submodule(behind),
-                tuple(there[f"{before}.{part}"] for part in ("weight", "bias")),
-            )
-            for before, behind in self._names
-        ]
-        changed = {f"{before}.{part}" for before, _ in self._names for part in ("weight", "bias")}
-        self._plain = [(tensor, here[name]) for name, tensor in there.items() if name not in changed]
-
-
-def _fold(encoder: nn.Module, pairs: list[tuple[str, str]]) -> None:
-    """Takes the batch norms of `pairs` out of an encoder, and gives the layers before them their weights."""
-    for before, behind in pairs:
-        layer, norm = encoder.get_submodule(before), encoder.get_submodule(behind)
-        weight, bias = _folded(layer, norm)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.bias = nn.Parameter(bias, requires_grad=False)
-        rest = [part for name in ("drop", "act") if isinstance(part := getattr(norm, name, None), nn.Module)]
-        encoder.set_submodule(behind, nn.Sequential(*rest) if rest else nn.Identity())
 
 
 def _filled(tensor: Tensor, rows: int) -> Tensor:
@@ -187,58 +178,6 @@ def _filled(tensor: Tensor, rows: int) -> Tensor:
     if len(tensor) == rows:
         return tensor
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
-
-
-def _folded(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the layer that does what `layer` and `norm` do one after the other."""
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    assert isinstance(norm, Norm)
-    assert norm.running_var is not None
-    assert norm.running_mean is not None
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    bias = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
-    bias = bias * scale if norm.bias is None else norm.bias + bias * scale
-    return layer.weight * scale.reshape(-1, *[1] * (layer.weight.ndim - 1)), bias
-
-
-def _pairs(encoder: nn.Module, run: Callable[[], Tensor]) -> list[tuple[str, str]]:
-    """Names of (convolution or linear layer, batch norm that takes its output), as a run shows them.
-
-    A layer that is called more than once, or whose norm is, is left out.
-    """
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are held, so that no address is used twice
-    found: list[tuple[str, str]] = []
-    calls: list[str] = []
-    hooks = []
-
-    def after(name: str) -> Callable[..., None]:
-        def note(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            calls.append(name)
-            made[id(output)] = (name, output)
-
-        return note
-
-    def before(name: str, norm: Norm) -> Callable[..., None]:
-        def note(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            calls.append(name)
-            if norm.running_var is not None and id(inputs[0]) in made:
-                found.append((made[id(inputs[0])][0], name))
-
-        return note
-
-    for name, part in encoder.named_modules():
-        if isinstance(part, nn.Conv2d | nn.Linear):
-            hooks.append(part.register_forward_hook(after(name)))
-        elif isinstance(part, Norm):
-            hooks.append(part.register_forward_pre_hook(before(name, part)))
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [(layer, norm) for layer, norm in found if calls.count(layer) == 1 and calls.count(norm) == 1]
 
 
 class CompiledEncoder:

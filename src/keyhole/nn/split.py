@@ -21,7 +21,9 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from keyhole.nn.classifier import IPSClassifier
+from keyhole.nn.folding import copy_all
 from keyhole.nn.pixels import AsRead
+from keyhole.nn.tf32 import tf32
 from keyhole.nn.to_device import to_device
 
 Fetch = Callable[[int, int], Tensor | AsRead]
@@ -59,7 +61,7 @@ def split_backward(
     mask = mask.cpu()
     spans = parts(int(mask.sum()), chunk)
     learns = any(parameter.requires_grad for parameter in model.encoder.parameters())
-    with kept_buffers(model, on_error_only=True):
+    with tf32(model.tf32), kept_buffers(model, on_error_only=True):
         if len(spans) > 1 and learns:
             return _twice(model, patches, spans, position, mask, loss)
         with torch.set_grad_enabled(learns):
@@ -168,20 +170,13 @@ def kept_buffers(module: nn.Module, on_error_only: bool = False) -> Iterator[Non
     places = [(part, name, buffer) for part in module.modules() for name, buffer in part.named_buffers(recurse=False)]
     buffers = [buffer for _, _, buffer in places]
     copies = [torch.empty_like(buffer) for buffer in buffers]
-    _copy_each(copies, buffers)
+    copy_all(copies, buffers)
     done = False
     try:
         yield
         done = True
     finally:
         if not (done and on_error_only):
-            _copy_each(buffers, copies)
+            copy_all(buffers, copies)
             for part, name, buffer in places:
                 setattr(part, name, buffer)  # in case it was replaced, not changed
-
-
-def _copy_each(there: list[Tensor], here: list[Tensor]) -> None:
-    """Copies tensors of the same kind together: a list of mixed types would be copied one by one on a GPU."""
-    for dtype in dict.fromkeys(tensor.dtype for tensor in here):
-        pairs = [pair for pair in zip(there, here, strict=True) if pair[1].dtype == dtype]
-        torch._foreach_copy_([pair[0] for pair in pairs], [pair[1] for pair in pairs])

@@ -266,7 +266,7 @@ def _compile(job: Job) -> list[str]:
         job.model.accelerate(compile=True)
     elif len(job.images.patch_shape) == 1:
         return []
-    return [f"encoder {'compiled' if choice.compile else 'not compiled'}: {choice.why}"]
+    return [f"encoder {choice.describe(job.model, job.images.patch_shape)}"]
 
 
 def open_job(run: Run, say: Callable[[str], None], root: Path | None = None, epochs: int | None = None) -> Job:

@@ -1,0 +1,58 @@
+"""What a GPU does with float32: multiply it as it is, or round it to TF32 before.
+
+TF32 keeps 10 of the 23 bits of what goes into a convolution or a matrix product, whose results then differ by a
+thousandth, and is many times as fast. By default torch takes it for convolutions and not for matrix products. The
+settings are of the whole process, so keyhole makes them around its own computations only.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def tf32(use: bool) -> Iterator[None]:
+    """Inside, float32 is rounded to TF32 in convolutions and matrix products, or never; afterwards all is as it was.
+
+    Torch has two interfaces for this, an older one and that of torch 2.9, and the older one refuses to read what only
+    the newer one can say. Here the older one is used, which exists everywhere and which torch's own compiler reads,
+    unless a caller has used the newer one.
+    """
+    places = _places()
+    precisions = [place.fp32_precision for place in places]
+    try:
+        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        before = None
+    try:
+        if before is None:
+            _set_each(places[:2], ["tf32" if use else "ieee"] * 2)
+        else:
+            _set(use, "high" if use else "highest")
+        yield
+    finally:
+        if before is not None:
+            _set(*before)
+        _set_each(places, precisions)
+
+
+def _set(convolutions: bool, products: str) -> None:
+    if torch.backends.cudnn.allow_tf32 != convolutions:
+        torch.backends.cudnn.allow_tf32 = convolutions
+    if torch.get_float32_matmul_precision() != products:
+        torch.set_float32_matmul_precision(products)
+
+
+def _places() -> list[Any]:
+    """What the newer interface sets: convolutions and products of a GPU, and products of a CPU; nothing without it."""
+    backends: Any = torch.backends
+    has = hasattr(backends.cudnn, "conv")
+    return [backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.matmul] if has else []
+
+
+def _set_each(places: list[Any], precisions: list[str]) -> None:
+    for place, precision in zip(places, precisions, strict=True):
+        if place.fp32_precision != precision:
+            place.fp32_precision = precision
