@@ -42,7 +42,10 @@ def model() -> IPSClassifier:
 
 
 class Largest(TorchDispatchMode):
-    """Numbers of the largest integer or boolean tensor of any operation: places and masks, which the host makes."""
+    """Numbers of the largest integer or boolean tensor of any operation: places and masks, which the host makes.
+
+    The order of scores is left out: the device makes it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +54,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for each in tree_leaves(found):
-            if isinstance(each, torch.Tensor) and not each.is_floating_point():
+            if isinstance(each, torch.Tensor) and not each.is_floating_point() and func._schema.name != "aten::sort":
                 self.size = max(self.size, each.numel())
         return found
 
@@ -70,7 +73,7 @@ def test_selecting_from_features_in_memory_gives_the_device_a_few_operations_a_g
 def test_selecting_from_features_in_memory_the_host_looks_at_no_patch(model: IPSClassifier) -> None:
     with Largest() as largest:
         model.select(torch.randn(B, N, F), 10, GO)
-    assert largest.size == N, "the order of one image's scores, on the device"
+    assert largest.size == 10 * B, "what is kept"
 
 
 def test_the_published_slides_are_selected_from_in_goes_that_are_full(bench: Any) -> None:

@@ -121,8 +121,6 @@ def test_on_a_gpu_a_step_waits_once(four_tasks: Path, tmp_path: Path) -> None:
 
     class Counted(Loop):
         def step(self, items: list[Item], bags: Bags, rate: float) -> float:
-            whole = bags.part(0, len(bags))
-            bags = dataclasses.replace(bags, part=lambda start, stop: whole[start:stop])
             super().step(items, bags, rate)  # builds what there is to build
             with waits_counted() as found:
                 loss = super().step(items, bags, rate)

@@ -26,6 +26,9 @@ from keyhole.nn.to_device import to_device
 
 Rule = Literal["global", "streaming"]
 
+TOGETHER = 2**22
+"""Logits of all images of a batch up to which they are ranked together: the softmax takes as much memory again."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -191,16 +194,19 @@ def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b 
         mask: True where there is a patch; None where none is missing.
     """
     b, n = logits.shape[:2]
-    index = torch.full((b, min(m, n)), -1, dtype=torch.long, device=logits.device)
-    score = torch.zeros(index.shape, device=logits.device)
-    counts = [n] * b if mask is None else mask.sum(dim=1).tolist()
+    index = torch.empty(b, min(m, n), dtype=torch.long, device=logits.device)
+    score = torch.empty(index.shape, device=logits.device)
     mask = None if mask is None else mask.to(logits.device)
-    for row, count in enumerate(counts):
-        of = scores(logits[row])
-        ranked = of if mask is None else of.masked_fill(~mask[row], -1.0)  # a score of 0 is still better than none
-        places = min(m, count)
-        index[row, :places], score[row, :places] = best(ranked, places)
-    return Selection(index, score, index >= 0, logits)
+    at_once = b if logits.numel() <= TOGETHER else 1
+    for rows in (slice(start, start + at_once) for start in range(0, b, at_once)):
+        of = logits[rows].softmax(dim=1).mean(dim=(2, 3))
+        ranked = of if mask is None else of.masked_fill(~mask[rows], -1.0)  # a score of 0 is still better than none
+        found = ranked.sort(dim=1, descending=True, stable=True)
+        index[rows], score[rows] = found.indices[:, :m], found.values[:, :m]
+    if mask is None:
+        return Selection(index, score, torch.ones_like(index, dtype=torch.bool), logits)
+    kept = torch.arange(index.shape[1], device=index.device) < mask.sum(dim=1, keepdim=True)
+    return Selection(index.where(kept, -1), score.where(kept, 0), kept, logits)
 
 
 class Selector:
