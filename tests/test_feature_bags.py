@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +14,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from h5py._objects import phil
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from keyhole.errors import ImageError
 from keyhole.features import FeatureOpener
 from keyhole.features.files import ALONE, widen
 from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier
@@ -81,6 +86,63 @@ def test_the_published_slides_are_selected_from_in_goes_that_are_full(bench: Any
         if setting.inputs == "features":
             assert setting.b * setting.n % setting.chunk == 0
             assert setting.source == "host" or setting.chunk >= 60_000
+
+
+# Rows that are read from their places in the file
+
+
+STORED = np.random.default_rng(0).standard_normal((150, 6)).astype(np.float32)
+LAYOUTS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "contiguous": (True, {}),
+    "chunks of many rows": (True, {"chunks": (32, 6), "maxshape": (None, 6)}),
+    "chunks of one row": (True, {"chunks": (1, 6)}),
+    "one chunk": (True, {"chunks": (150, 6)}),
+    "float16": (True, {"chunks": (7, 6), "dtype": "f2"}),
+    "float64": (True, {"dtype": "f8"}),
+    "big-endian": (False, {"dtype": ">f4"}),
+    "compressed": (False, {"chunks": (32, 6), "compression": "gzip"}),
+    "with checksums": (False, {"chunks": (32, 6), "fletcher32": True}),
+    "rows in two chunks": (False, {"chunks": (32, 4)}),
+}
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["n d", "1 n d"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_stored_as_they_are_do_not_wait_for_hdf5(layout: str, flat: bool, tmp_path: Path) -> None:
+    direct, options = LAYOUTS[layout]
+    if not flat and "chunks" in options:
+        options = options | {"chunks": (1, *options["chunks"])}
+    options = {name: value for name, value in options.items() if name != "maxshape" or flat}
+    with h5py.File(tmp_path / "a.h5", "w", libver=["earliest", "latest"][flat]) as file:
+        stored = file.create_dataset("features", data=STORED if flat else STORED[None], **options)
+        expected = stored[()].reshape(STORED.shape).astype(np.float32)
+    source = FeatureOpener(tmp_path / "a.h5", "a")()
+    np.testing.assert_array_equal(source.read(slice(3, 40)), expected[3:40])
+    with ThreadPoolExecutor(1) as pool:
+        with phil:  # what every call of HDF5 takes
+            waiting = pool.submit(source.read, slice(20, 150))
+            assert (wait([waiting], 20 if direct else 0.2).done == {waiting}) == direct
+        np.testing.assert_array_equal(waiting.result(), expected[20:])
+    for start, stop in itertools.product(range(0, 140, 9), (17, 64, 150)):
+        index = np.arange(start, min(start + stop, 150))
+        np.testing.assert_array_equal(source.read(index), expected[index])
+    index = np.random.default_rng(1).permutation(150)
+    np.testing.assert_array_equal(source.read(index), expected[index])
+    source.close()
+    with pytest.raises(ImageError, match="closed"):
+        source.read(slice(0, 50))
+
+
+def test_a_file_that_was_cut_short_while_it_was_open_says_so(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"] = STORED
+    source = FeatureOpener(tmp_path / "a.h5", "a")()
+    source.read(slice(None))
+    os.truncate(tmp_path / "a.h5", (tmp_path / "a.h5").stat().st_size - 100)
+    with pytest.raises(ImageError, match=r"a\.h5: .*the file ends early"):
+        source.read(slice(None))
+    source.read(slice(0, 100))
+    source.close()
 
 
 # float16

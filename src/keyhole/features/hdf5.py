@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,12 +25,15 @@ from keyhole.features.files import (
     feature_faults,
     widen,
 )
+from keyhole.features.hdf5_rows import StoredRows, stored_rows
 from keyhole.features.origin import NAMES, STAMP, origin_of
 from keyhole.pool import end_reading_first
 from keyhole.wording import listed
 
 LARGEST_CHUNKS = 2**26
 """Bytes of the compressed chunks that one row lies in, decoded: what a file decides that a read takes, and keeps."""
+LONG_RUN = 16
+"""Rows in a row from which finding the places of all pays: whoever streams a file reads such runs."""
 INDEX_CACHE = 2**20
 """Bytes per open file for HDF5's index, which is long where every row is a chunk of its own."""
 
@@ -38,7 +41,7 @@ INDEX_CACHE = 2**20
 class Hdf5Features(FeatureFile):
     """Features in HDF5. Rows that a writer has declared but not written are an error, not zeros.
 
-    HDF5 lets one thread in at a time, in the whole process.
+    HDF5 lets one thread in at a time, in the whole process; rows that are stored as they are do not go through it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +49,7 @@ class Hdf5Features(FeatureFile):
 
         end_reading_first()
         self.path = path
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         with feature_faults(path, "not an HDF5 file, or damaged"):
             # Without locks, which many network shares refuse; nothing is written.
             self._file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)
@@ -62,6 +65,7 @@ class Hdf5Features(FeatureFile):
                 *lead, self.n, self.d = features.shape
                 self._lead = tuple(slice(0, 1) for _ in lead)
                 self._features = features
+                self._places: StoredRows | Literal[False] | None = None  # not asked for yet
                 self.coords = self._coords() if "coords" in self._file and name == "features" else None
                 self.coords_um = self._coords_um() if "coords" in self._file and name == "feats" else None
                 self.attributes = self._attributes((*ATTRIBUTES, *STAMP))
@@ -133,13 +137,21 @@ class Hdf5Features(FeatureFile):
 
     def _read(self, start: int, stop: int, out: Floats) -> None:
         with self._lock:
-            if not self._file:
+            if self._closed:  # asking h5py would wait for its lock
                 raise RuntimeError(f"{self.path} is closed")
-            rows = self._features[(*self._lead, slice(start, stop))]
-        widen(rows[0] if self._lead else rows, out)
+            if self._places is None and stop - start >= LONG_RUN:
+                self._places = stored_rows(self._file, self._features) or False
+            places = self._places
+            if not places:
+                rows = self._features[(*self._lead, slice(start, stop))]
+        if places:
+            places.read(start, stop, out)
+        else:
+            widen(rows[0] if self._lead else rows, out)
 
     def close(self) -> None:
         with self._lock:
+            self._closed, self._places = True, False
             self._file.close()
 
 
