@@ -21,7 +21,7 @@ from keyhole.memory.meter import comes_in_steps, growth
 from keyhole.nn import CenterPosition, IPSClassifier, evaluating
 from keyhole.nn.pixels import AsRead
 from keyhole.nn.split import kept_buffers
-from keyhole.tensors import as_read
+from keyhole.tensors import as_read, values_of
 
 ENOUGH_BYTES = 2**28
 """A growth of this size is measured well; larger probes would only take longer."""
@@ -100,7 +100,8 @@ def probe(
 
     def convert(pixels: NDArray[Any]) -> Tensor | AsRead:
         colors = identity(len(pixels)) if color and pixels.dtype == np.uint8 else None
-        return as_read(torch.from_numpy(pixels), device, colors)
+        read = as_read(torch.from_numpy(pixels), device, colors)
+        return values_of(read) if device.type == "cpu" else read  # pixels on the host are counted by the bill
 
     def score(k: int) -> int:
         pixels, where = patches(k), example_positions(model, (k,), device)
