@@ -3,11 +3,15 @@
 A session sees either the GPUs, if it runs nothing but tests marked `cuda`, or none of them. So the laws of the CPU (to
 the bit, memory of the process, what is encoded once) hold for every other test on every machine, and for the processes
 that it starts: see `pytest_collection_finish` in conftest.py.
+
+`CUDA_TESTS_ON=cpu pytest -m cuda` is a dry run: the same tests on the CPU, where waiting for the device is not seen. It
+shows tests that no longer fit the code, which would cost minutes on a GPU.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +20,9 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import config as jaxtyping_config
 
+DRY = os.environ.get("CUDA_TESTS_ON") == "cpu"
+GPU = torch.device("cpu" if DRY else "cuda")
+"""Where the tests marked `cuda` compute."""
 WITHOUT_GPU = "needs a GPU: run pytest -m cuda on a machine that has one"
 
 
@@ -25,6 +32,9 @@ def no_waiting() -> Iterator[None]:
 
     What waits by its nature, such as building or compiling a model and trying the decoder, belongs before it.
     """
+    if DRY:
+        yield
+        return
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     try:
@@ -36,7 +46,13 @@ def no_waiting() -> Iterator[None]:
 
 @contextmanager
 def waits_counted() -> Iterator[list[str]]:
-    """Yield a list that is filled, at the end, with a text for each time the host waited for the device inside."""
+    """Yield a list that is filled, at the end, with a text for each time the host waited for the device inside.
+
+    In a dry run it has one text, since it cannot be seen there.
+    """
+    if DRY:
+        yield ["a dry run"]
+        return
     torch.cuda.synchronize()
     found: list[str] = []
     with warnings.catch_warnings(record=True) as told:
@@ -75,11 +91,17 @@ def leaving_the_device_as_found() -> Iterator[None]:
         with without_checks_of_shapes():
             yield
     finally:
-        _set_sync_debug_mode("default")
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()  # it compiles a function for a limited number of shapes
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        if not DRY:
+            _forget()
+
+
+def _forget() -> None:
+    """Undo what is kept for the whole process."""
+    _set_sync_debug_mode("default")
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # it compiles a function for a limited number of shapes
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from on_device import DRY, GPU
 
 from keyhole import device
 from keyhole.device import Arithmetic, choose_device, choose_precision
@@ -46,6 +47,6 @@ def test_what_is_asked_for_is_taken() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+@pytest.mark.parametrize("name", ["auto", str(GPU), "cpu" if DRY else "cuda:0"])
 def test_a_gpu_has_the_name_that_its_tensors_give(name: str) -> None:
-    assert choose_device(name) == torch.zeros(1, device=name.replace("auto", "cuda")).device
+    assert choose_device(name) == torch.zeros(1, device=name.replace("auto", str(GPU))).device

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Say
-from on_device import no_waiting
+from on_device import GPU, no_waiting
 from safetensors.torch import save_file
 from test_embed import damaged_tiff, noise
 from test_out_of_memory import narrow
@@ -247,13 +247,13 @@ def test_images_that_fail_take_nothing_from_those_around_them(
 @pytest.mark.cuda
 def test_features_of_a_gpu_are_those_of_the_cpu(images: Path, weights: Path, tmp_path: Path) -> None:
     expected = run(images, tmp_path / "cpu", weights, device="cpu")
-    found = run(images, tmp_path / "cuda", weights, device="cuda")
+    found = run(images, tmp_path / "cuda", weights, device=str(GPU))
     same(found, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.cuda
 def test_encoding_on_a_gpu_waits_for_nothing_but_the_chunk_before(encoder: SmallEncoder, images: Path) -> None:
-    device = torch.device("cuda")
+    device = GPU
     model = encoder_alone(SmallEncoder(3, 8).eval().to(device), encoder.dim)
     model.accelerate()(torch.zeros(8, 16, 16, 3, dtype=torch.uint8, device=device))
     config = Config(patch=PatchConfig(size=16), model=ModelConfig(encoder="small", width=8))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from on_device import no_waiting
+from on_device import GPU, no_waiting
 from test_copies import ROW, taking
 from test_reading import PATIENCE, Opener, no_thread_is_left
 from torch import Tensor
@@ -169,7 +169,7 @@ def test_on_a_gpu_the_numbers_are_made_once_where_the_encoder_runs(training: boo
 
 @pytest.mark.cuda
 def test_on_a_gpu_parts_come_without_waiting_and_learn_as_on_the_host() -> None:
-    device, results = torch.device("cuda"), []
+    device, results = GPU, []
     for where in (CPU, device):
         model, sources = model_of().to(where).train(), [Source(image) for image in range(3)]
         with open_reader(RunConfig(), where) as reader:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from on_device import waits_counted
+from on_device import GPU, waits_counted
 from PIL import Image
 from torch import Tensor, nn
 
@@ -135,7 +135,7 @@ def sources(count: int, n: int) -> list[TensorPatches]:
 @pytest.mark.parametrize("rule", ["global", "streaming"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_batch_waits_for_the_device_once_and_not_in_the_chunk_loop(rule: Any, compiled: bool) -> None:
-    device = torch.device("cuda")
+    device = GPU
     model = model_of(encoder=SmallEncoder).to(device)  # no counter: dynamo would compile again as it counts
     model.precision = torch.bfloat16
     model.accelerate(compile=compiled)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_device import WITHOUT_GPU, leaving_the_device_as_found, no_waiting, without_checks_of_shapes
+from on_device import GPU, leaving_the_device_as_found, no_waiting, without_checks_of_shapes
 
 from keyhole.device import choose_device
 from keyhole.nn import SmallEncoder
@@ -24,30 +24,19 @@ def test_a_test_without_the_mark_sees_no_gpu() -> None:
 
 @pytest.mark.cuda
 def test_a_test_with_the_mark_sees_one() -> None:
-    assert choose_device("auto").type == "cuda"
-    assert torch.zeros(1, device="cuda").is_cuda
+    assert choose_device("auto").type == GPU.type
+    assert torch.zeros(1, device=GPU).device.type == GPU.type
 
 
-def test_a_session_of_nothing_but_tests_on_a_gpu_hides_none() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "shows_devices",
-        "-p",
-        "no:cacheprovider",
-        "-rs",
-        "-m",
-        "cuda",
-        __file__,
-    ]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "99", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+def test_the_tests_on_a_gpu_fit_the_code_and_a_session_of_them_hides_no_gpu() -> None:
+    here = Path(__file__).parent
+    files = [str(path) for path in here.glob("test_*.py") if "mark.cuda" in path.read_text()]
+    path = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
+    dry = {"CUDA_TESTS_ON": "cpu", "TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "99", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "shows_devices", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dry)
     assert done.returncode == 0, done.stdout
     assert "devices 99\n" in done.stdout
-    assert WITHOUT_GPU in done.stdout  # there is no GPU of that number
 
 
 def test_no_test_looks_for_a_gpu_by_itself() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_device import no_waiting
+from on_device import DRY, GPU, no_waiting
 
 import keyhole.shares
 from keyhole.shares import NO_SHARES, PARTS, Shares
@@ -156,8 +156,8 @@ def test_a_host_far_ahead_keeps_a_bounded_number_of_events_and_the_sum(device: D
 
 @pytest.mark.cuda
 def test_on_a_gpu_a_part_has_the_time_of_its_kernels_though_the_host_is_done_at_once() -> None:
-    shares = Shares(torch.device("cuda"))
-    matrix = torch.randn(8192, 8192, device="cuda")
+    shares = Shares(GPU)
+    matrix = torch.randn(*[64 if DRY else 8192] * 2, device=GPU)
     (matrix @ matrix).sum().item()
     with no_waiting():
         for _ in range(20):
@@ -168,5 +168,5 @@ def test_on_a_gpu_a_part_has_the_time_of_its_kernels_though_the_host_is_done_at_
     found = shares.seconds()
     waited = time.perf_counter() - begun
     assert found["encoding"] > 0
-    assert found["encoding"] >= 0.5 * waited
+    assert DRY or found["encoding"] >= 0.5 * waited
     assert sum(found.values()) == found["encoding"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from make_images import picture, write_tiff
-from on_device import no_waiting
+from on_device import DRY, GPU, no_waiting
 from test_reading import PATIENCE, Opener, Probe, eventually, no_thread_is_left, openers
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from keyhole.staging import Stager, prefetched
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 
 CPU = torch.device("cpu")
-DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
+DEVICES = [CPU, pytest.param(GPU, marks=pytest.mark.cuda)]
 
 
 def test_on_a_cpu_the_buffer_itself_is_what_is_encoded() -> None:
@@ -141,7 +141,7 @@ def on_gpu(pixels: Tensor) -> Tensor:
 def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind() -> None:
     from keyhole.passes import open_reader
 
-    device = torch.device("cuda")
+    device = GPU
     arrays = [np.random.default_rng(n).integers(0, 256, (700, 64, 64, 3), dtype=np.uint8) for n in range(3)]
     stager, sums, places = Stager(device), [], []
     with no_waiting(), open_reader(RunConfig(), device) as reader:
@@ -152,7 +152,7 @@ def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind() -> 
                     assert pixels.shape == (128, 64, 64, 3)
                     places.append(pixels.data_ptr())
                     sums.append((number, chunk.index, on_gpu(pixels)))
-        assert len(set(places)) == 2, "two buffers for all batches and epochs"
+        assert DRY or len(set(places)) == 2, "two buffers for all batches and epochs"
     for number, index, result in sums:
         expected = arrays[number][index].reshape(len(index), -1).sum(1, dtype=np.int64)
         np.testing.assert_array_equal(result.cpu()[: len(index)], expected)
@@ -163,7 +163,7 @@ def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind() -> 
 def test_features_of_any_kind_arrive_as_float32_on_a_gpu() -> None:
     from keyhole.passes import open_reader
 
-    device = torch.device("cuda")
+    device = GPU
     for dtype in (np.float16, np.float32):
         features = np.random.default_rng(0).normal(size=(50, 7)).astype(dtype)
         with open_reader(RunConfig(), device) as reader:
@@ -179,7 +179,7 @@ def test_features_of_any_kind_arrive_as_float32_on_a_gpu() -> None:
 def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kind: str) -> None:
     from keyhole.passes import open_reader
 
-    device = torch.device("cuda")
+    device = GPU
     stager = Stager(device, encoded=True)
     if stager.deliver is None:
         pytest.skip(f"no decoder on the device: {stager.note}")
@@ -212,7 +212,7 @@ def test_a_tile_that_the_gpu_refuses_is_named_by_the_host(tmp_path: Path) -> Non
 
     from keyhole.passes import open_reader
 
-    device = torch.device("cuda")
+    device = GPU
     stager = Stager(device, encoded=True)
     if stager.deliver is None:
         pytest.skip(f"no decoder on the device: {stager.note}")

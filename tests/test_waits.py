@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import settings, write_toy
-from on_device import waits_counted
+from on_device import GPU, waits_counted
 from torch import nn
 
 from keyhole.config_file import configuration, validate
@@ -127,6 +127,6 @@ def test_on_a_gpu_a_step_waits_once(four_tasks: Path, tmp_path: Path) -> None:
             waits.append(found)
             return loss
 
-    loop_of(four_tasks, tmp_path / "run", Counted, "cuda")
+    loop_of(four_tasks, tmp_path / "run", Counted, str(GPU))
     assert [len(each) for each in waits] == [1] * len(waits)
     assert len(waits) == 2

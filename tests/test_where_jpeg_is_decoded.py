@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Say, settings
+from on_device import GPU
 from test_encoded import COLUMNS, ROWS, TILE, files
 from test_reading import PATIENCE, no_thread_is_left
 
@@ -28,7 +29,7 @@ __all__ = ["files", "no_thread_is_left"]  # fixtures
 
 pytest.importorskip("torchvision", reason="torchvision decodes JPEG for devices")
 CPU = torch.device("cpu")
-DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
+DEVICES = [CPU, pytest.param(GPU, marks=pytest.mark.cuda)]
 faithful = Decoder.__call__
 
 
