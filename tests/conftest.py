@@ -50,11 +50,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what is marked `cuda` where there is no GPU."""
-    if item.get_closest_marker("cuda") is not None:
+    mark = item.get_closest_marker("cuda")
+    if mark is not None:
         import torch
-        from on_device import DRY, WITHOUT_GPU
+        from on_device import DRY, ONLY_GPU, WITHOUT_GPU
 
-        if not DRY and not torch.cuda.is_available():
+        if DRY:
+            if not mark.kwargs.get("dry", True):
+                pytest.skip(ONLY_GPU)
+        elif not torch.cuda.is_available():
             pytest.skip(WITHOUT_GPU)
 
 

@@ -5,7 +5,8 @@ the bit, memory of the process, what is encoded once) hold for every other test 
 that it starts: see `pytest_collection_finish` in conftest.py.
 
 `CUDA_TESTS_ON=cpu pytest -m cuda` is a dry run: the same tests on the CPU, where waiting for the device is not seen. It
-shows tests that no longer fit the code, which would cost minutes on a GPU.
+shows tests that no longer fit the code, which would cost minutes on a GPU. Those that a CPU cannot stand in for are
+marked `cuda(dry=False)`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jaxtyping import config as jaxtyping_config
 DRY = os.environ.get("CUDA_TESTS_ON") == "cpu"
 GPU = torch.device("cpu" if DRY else "cuda")
 """Where the tests marked `cuda` compute."""
+ONLY_GPU = "is of what a CPU does not have"
 WITHOUT_GPU = "needs a GPU: run pytest -m cuda on a machine that has one"
 
 

@@ -91,7 +91,7 @@ def test_a_run_that_is_stopped_while_it_predicts_keeps_its_state(
         assert rows(tmp_path / "run" / name) == rows(toy_run / name)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(dry=False)
 def test_predictions_in_a_row_make_no_stream_after_the_first(
     toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -243,7 +243,7 @@ def no_room(plan: Plan, more: int) -> Plan:
     return replace(plan, budget=taken(torch.device("cuda")) + more)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(dry=False)
 def test_a_gpu_without_room_for_a_chunk_looks_at_it_in_parts() -> None:
     device = torch.device("cuda")
     noise = np.random.default_rng(0).integers(0, 32, (1024, 128, 128, 3), dtype=np.uint8)  # 50 MB, and two buffers
@@ -265,7 +265,7 @@ def test_a_gpu_without_room_for_a_chunk_looks_at_it_in_parts() -> None:
     assert difference <= 0.02 * (one.logits.max() - one.logits.min()), "each patch has its own score"
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(dry=False)
 def test_a_gpu_decoder_without_room_says_so_in_words_that_are_known() -> None:
     device = torch.device("cuda")
     if Stager(device, encoded=True).deliver is None:
@@ -278,7 +278,7 @@ def test_a_gpu_decoder_without_room_says_so_in_words_that_are_known() -> None:
     assert Decoder(device)(streams, 3).shape == (512, 256, 256, 3)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(dry=False)
 @pytest.mark.parametrize("view", [View(), View(True, False, 1)])
 def test_staging_on_a_gpu_takes_what_the_plan_counts(view: View) -> None:
     device = torch.device("cuda")

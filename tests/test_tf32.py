@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from on_device import DRY, GPU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -162,10 +163,10 @@ def test_a_gpu_folds_batch_norm_and_computes_float32_as_a_cpu_does() -> None:
     before = settings()
     errors = {}
     for use in (False, True):
-        fast = FastEncoder(encoder.cuda(), tf32=use)
-        found = fast(patches.cuda()).cpu()
+        fast = FastEncoder(encoder.to(GPU), tf32=use)
+        found = fast(patches.to(GPU)).cpu()
         assert (fast.folded, fast.norms) == (49, 49)
         errors[use] = ((found - expected).norm() / expected.norm()).item()
     assert settings() == before
     assert errors[False] < 1e-5
-    assert errors[True] > 10 * errors[False], "TF32 rounds, and only where it is asked for"
+    assert DRY or errors[True] > 10 * errors[False], "TF32 rounds, and only where it is asked for"
