@@ -92,6 +92,14 @@ def test_a_step_waits_once_and_reading_never(bench: Any, four_tasks: Path, tmp_p
     assert {name: count.waits for name, count in parts.items() if count.waits} == {"learning": steps, "other": steps}
 
 
+def test_a_batch_of_a_published_recipe_takes_few_operations_and_two_waits(bench: Any, tmp_path: Path) -> None:
+    parts = bench.launches.training_batch(tmp_path, "megapixel-mnist", columns=2, rows=2, channels=1, tasks=4)
+    whole = sum(parts.values(), bench.operations.Count())
+    assert whole.waits == 2
+    assert parts["learning"].launched <= 230
+    assert whole.launched - parts["encoding"].launched <= 290
+
+
 def momentum_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [value.clone() for state in optimizer.state.values() for value in state.values()]
 

@@ -200,7 +200,7 @@ def model_seconds(
 
     def learn(count: int) -> None:
         rows = np.resize(np.arange(len(pixels)), count)  # repeated where the images have fewer
-        some, mask = pixels[rows], torch.ones(1, count, dtype=torch.bool, device=device)
+        some, mask = pixels[rows], torch.ones(1, count, dtype=torch.bool)
         place = None if where is None else where[torch.from_numpy(rows).to(device)][None]
 
         def part(start: int, stop: int) -> Tensor | AsRead:
