@@ -207,6 +207,22 @@ def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kin
 
 
 @pytest.mark.cuda
+def test_a_gpu_that_waits_for_patches_decodes_some_of_them(tmp_path: Path) -> None:
+    from keyhole.passes import open_reader
+
+    device = torch.device("cuda")
+    stager = Stager(device, encoded=True)
+    if stager.deliver is None:
+        pytest.skip(f"no decoder on the device: {stager.note}")
+    path = write_tiff(tmp_path / "tiles.tif", picture(3, 2048, 2048), tile=(64, 64), compression="jpeg")
+    with open_reader(RunConfig(), device) as reader:
+        for batch in reader.stream([[FileOpener(path, "tiles", 64)]] * 3, 64, deliver=stager.deliver):
+            assert sum(chunk.count for chunk, _ in prefetched(batch.chunks(), stager)) == 32 * 32
+        assert reader.encoded_patches > 0
+    assert not stager.refused
+
+
+@pytest.mark.cuda
 def test_a_tile_that_the_gpu_refuses_is_named_by_the_host(tmp_path: Path) -> None:
     from test_encoded import break_quietly
 

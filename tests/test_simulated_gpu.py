@@ -1,0 +1,32 @@
+"""The simulated GPU: through the real reader its decoder gets tiles with as many threads and as small chunks as runs have."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, imported as scripts are: from their own folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return __import__("simulated_gpu")
+
+
+def test_the_device_decodes_a_share_of_the_tiles(simulated: ModuleType) -> None:
+    shares = {name: simulated.slides(16, 256, deliver, 0.4)[1] for name, deliver in simulated.POLICIES.items()}
+    assert shares["as built"] > 0
+    assert shares["host only"] == 0
+    assert shares["always the device"] == 1
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_each_photograph_is_decoded_once(simulated: ModuleType, fetched: bool) -> None:
+    _, most, mean = simulated.photographs(16, 1024, fetched, 0.1)
+    assert 0 < mean <= most <= 16
