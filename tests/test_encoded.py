@@ -536,7 +536,7 @@ def test_a_decoder_that_fails_is_tried_again_later(decoder: Callable[[Decode], N
     decoder(waiting_is_an_error_at_first)
     colors, note = decodes(CPU)
     assert colors == {"rgb", "ycbcr"}
-    assert note == "called a synchronizing CUDA operation for grey"
+    assert note == "the CPU decodes JPEG tiles in grey: called a synchronizing CUDA operation for grey"
     assert decodes(CPU) == (COLORS, "")
 
 
@@ -555,7 +555,7 @@ def test_without_a_decoder_the_host_decodes_and_says_why(decoder: Callable[[Deco
     decoder(missing)
     stager = Stager(CPU, encoded=True)
     assert stager.deliver is None
-    assert "nvJPEG" in stager.note
+    assert stager.note == "the CPU decodes JPEG tiles in grey, rgb, ycbcr: torchvision not compiled with nvJPEG support"
 
 
 def test_colours_are_told_as_libjpeg_tells_them() -> None:

@@ -130,7 +130,10 @@ def decodes(device: torch.device) -> tuple[frozenset[str], str]:
         if problem:
             wrong.setdefault(problem, []).append(name)
     right = frozenset(color for color, good in colors.items() if good)
-    note = "; ".join(f"{problem} for {', '.join(names)}" for problem, names in wrong.items())
+    note = ""
+    if wrong:
+        told = [f"{problem} for {', '.join(names)}" if right else problem for problem, names in wrong.items()]
+        note = f"the CPU decodes JPEG tiles in {', '.join(sorted(colors.keys() - right))}: {'; '.join(told)}"
     if not failed:
         KNOWN[device] = right, note
     return right, note
