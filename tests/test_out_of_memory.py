@@ -20,6 +20,7 @@ import torch
 from conftest import SMALL
 from make_images import picture, write_tiff
 from narrow_device import FULL, narrow
+from on_device import DRY, GPU
 from test_encoded import break_quietly
 from test_reading import PATIENCE, Opener
 from torch import Tensor
@@ -240,20 +241,25 @@ def test_an_error_that_may_be_another_ends_with_its_own_words(wrap: Callable[[Ex
 
 def no_room(plan: Plan, more: int) -> Plan:
     """The plan with a budget of so many bytes beyond what is taken on the GPU now."""
-    return replace(plan, budget=taken(torch.device("cuda")) + more)
+    return replace(plan, budget=taken(GPU) + more)
 
 
-@pytest.mark.cuda(dry=False)
-def test_a_gpu_without_room_for_a_chunk_looks_at_it_in_parts() -> None:
-    device = torch.device("cuda")
-    noise = np.random.default_rng(0).integers(0, 32, (1024, 128, 128, 3), dtype=np.uint8)  # 50 MB, and two buffers
-    pixels = noise + np.arange(1024, dtype=np.uint16).astype(np.uint8)[:, None, None, None] % 224
+@pytest.mark.cuda
+def test_a_gpu_without_room_for_a_chunk_looks_at_it_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = GPU
+    chunk, side = (64, 16) if DRY else (1024, 128)
+    noise = np.random.default_rng(0).integers(0, 32, (chunk, side, side, 3), dtype=np.uint8)  # 50 MB, and two buffers
+    pixels = noise + np.arange(chunk, dtype=np.uint16).astype(np.uint8)[:, None, None, None] % 224
     torch.manual_seed(0)
-    model = build_classifier(ModelConfig(width=4, heads=2), [Task("a", "binary", ("no", "yes"))], 128).eval().to(device)
+    model = (
+        build_classifier(ModelConfig(width=4, heads=2), [Task("a", "binary", ("no", "yes"))], side).eval().to(device)
+    )
     found: list[Any] = []
     for more in (4 * 10**9, 80 * 10**6):
         said: list[str] = []
-        plan = no_room(Plan(1024), more)
+        if DRY and found:
+            narrow(monkeypatch, chunk // 3)
+        plan = no_room(Plan(chunk), more)
         pace, stager = Pace(plan, said.append), Stager(device)
         with cap(plan, device), open_reader(RunConfig(), device) as reader:
             opener = Opener("a", lambda: TensorPatches(pixels))
@@ -265,28 +271,32 @@ def test_a_gpu_without_room_for_a_chunk_looks_at_it_in_parts() -> None:
     assert difference <= 0.02 * (one.logits.max() - one.logits.min()), "each patch has its own score"
 
 
-@pytest.mark.cuda(dry=False)
-def test_a_gpu_decoder_without_room_says_so_in_words_that_are_known() -> None:
-    device = torch.device("cuda")
+@pytest.mark.cuda
+def test_a_gpu_decoder_without_room_says_so_in_words_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = GPU
     if Stager(device, encoded=True).deliver is None:
         pytest.skip("no decoder on the device")
     streams = [jpeg(256)] * 512  # 100 MB of pixels
     plan = no_room(Plan(512), 30 * 10**6)
+    if DRY:
+        full_decoder(monkeypatch, 100, f"Error while decoding JPEG images: {FULL}")
     with cap(plan, device), pytest.raises(RuntimeError) as raised:
         Decoder(device)(streams, 3)
     assert out_of_memory(raised.value), raised.value
+    monkeypatch.undo()
     assert Decoder(device)(streams, 3).shape == (512, 256, 256, 3)
 
 
-@pytest.mark.cuda(dry=False)
+@pytest.mark.cuda
 @pytest.mark.parametrize("view", [View(), View(True, False, 1)])
 def test_staging_on_a_gpu_takes_what_the_plan_counts(view: View) -> None:
-    device = torch.device("cuda")
+    device = GPU
     stager = Stager(device, encoded=True)
     if stager.deliver is None:
         pytest.skip("no decoder on the device")
-    pixels = torch.zeros(256, 256, 256, 3, dtype=torch.uint8, pin_memory=True).numpy()
-    encoded = dict.fromkeys(range(256), Coded(jpeg(256), view))
+    side = 32 if DRY else 256
+    pixels = torch.zeros(256, side, side, 3, dtype=torch.uint8, pin_memory=not DRY).numpy()
+    encoded = dict.fromkeys(range(256), Coded(jpeg(side), view))
     image, index = np.zeros(256, np.int64), np.arange(256)
 
     def three() -> None:
@@ -297,7 +307,8 @@ def test_staging_on_a_gpu_takes_what_the_plan_counts(view: View) -> None:
     stager = Stager(device, encoded=True)
     looked = 4 * pixels.nbytes  # what this test makes of them
     copies = BUFFERS + DECODED + (TURNED if view != View() else 0)
-    assert growth(device, three) <= copies * pixels.nbytes + looked + 40 * 10**6
+    grown = growth(device, three)
+    assert DRY or grown <= copies * pixels.nbytes + looked + 40 * 10**6
 
 
 def jpeg(side: int) -> bytes:
