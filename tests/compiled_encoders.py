@@ -31,7 +31,7 @@ torch.compile = functools.partial(torch.compile, backend=backend)  # type: ignor
 
 from keyhole.memory.plan import Plan  # noqa: E402
 from keyhole.nn import FastEncoder, SmallEncoder  # noqa: E402
-from keyhole.nn.fast import CompiledEncoder  # noqa: E402
+from keyhole.nn.fast import CompiledEncoder, encoded  # noqa: E402
 from keyhole.training.loop import Loop, train  # noqa: E402
 from keyhole.training.seal import read_state  # noqa: E402
 
@@ -96,22 +96,31 @@ def out_of_memory(folder: Path) -> dict[str, Any]:
 
 
 def instances(_: Path) -> dict[str, Any]:
-    """Graphs of twelve encoders in one process, looking with colours and without, learning from pixels and from numbers; where graphs broke; warnings."""
-    graphs = []
+    """Twelve encoders in one process, the last two like earlier ones but with other weights.
+
+    How many graphs each gives, looking with colours and without, learning from pixels and from numbers; where graphs
+    broke; warnings; and the largest difference from what is not compiled.
+    """
+    graphs, apart = [], 0.0
+    pixels, numbers = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8), torch.rand(6, 3, 16, 16)
+    color = torch.eye(3, 4).repeat(6, 1, 1) * torch.rand(6, 1, 1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(12):
-            encoder = SmallEncoder(3, 4, stages=1)
+        for width in (*range(4, 14), 4, 5):
+            encoder = SmallEncoder(3, width, stages=1).eval()
             before = counters["stats"]["unique_graphs"]
             fast, learning = FastEncoder(encoder, compile=True), CompiledEncoder(encoder)
-            for rows in (6, 4):
-                fast(torch.zeros(rows, 16, 16, 3, dtype=torch.uint8), rows=6)
-                fast(torch.zeros(rows, 16, 16, 3, dtype=torch.uint8), torch.eye(3, 4).repeat(rows, 1, 1), rows=6)
-            learning(torch.zeros(6, 16, 16, 3, dtype=torch.uint8), torch.eye(3, 4).repeat(6, 1, 1))
-            learning(torch.zeros(6, 3, 16, 16))
+            looked = [fast(pixels[:k], each, rows=6) for k in (6, 4) for each in (None, color[:k])]
+            learned = [learning(pixels, color), learning(numbers)]
             graphs.append(counters["stats"]["unique_graphs"] - before)
+            fast.compiled = False
+            looked_plainly = [fast(pixels[:k], each) for k in (6, 4) for each in (None, color[:k])]
+            learned_plainly = [encoded(encoder, pixels, color, torch.float32), encoder(numbers)]
+            for found, expected in zip(looked + learned, looked_plainly + learned_plainly, strict=True):
+                apart = max(apart, (found - expected).abs().max().item())
     return {
         "graphs": graphs,
+        "apart": apart,
         "breaks": list(counters["graph_break"]),
         "written_over": written_over,
         "warnings": [str(each.message) for each in caught],

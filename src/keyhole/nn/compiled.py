@@ -1,14 +1,14 @@
-"""A function compiled by `torch.compile` for one object alone.
+"""A function compiled by `torch.compile`, together with its like and apart from all others.
 
 Dynamo, which traces what is compiled, counts the compilations of a function by its code: those of all objects of a
 class together, in the whole process. After 8 it goes on uncompiled, and only its log says so. A copy of the function
-with code of its own has a count of its own.
+with code of its own has a count of its own; objects that share the copy share what is compiled.
 """
 
 import warnings
-from collections.abc import Callable
-from types import FunctionType
-from typing import Any
+from collections.abc import Callable, Hashable
+from types import CodeType, FunctionType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,13 @@ class Compiled:
 
     Args:
         function: of tensors.
+        kind: equal for functions that compile to the same, such as those of two encoders of one architecture, which
+            are then compiled once.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    _codes: ClassVar[dict[Hashable, CodeType]] = {}
+
+    def __init__(self, function: Callable[..., Tensor], kind: Hashable) -> None:
         self._warned = False
 
         def run(*inputs: Any) -> Tensor:
@@ -29,7 +33,8 @@ class Compiled:
                 self._warn()
             return function(*inputs)
 
-        own = FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+        code = self._codes.setdefault(kind, run.__code__.replace())
+        own = FunctionType(code, run.__globals__, run.__name__, None, run.__closure__)
         self._run: Callable[..., Tensor] = torch.compile(own, dynamic=False)
 
     def __call__(self, *inputs: Any) -> Tensor:

@@ -98,7 +98,7 @@ class FastEncoder:
                 rows = self._rows = max(self._rows, k)
             rows = max(rows, k)
             if rows not in self._compiled:
-                self._compiled[rows] = Compiled(self._look)
+                self._compiled[rows] = Compiled(self._look, ("look", rows, self.precision, repr(self._copy)))
             color = None if color is None else _filled(color, rows)
             return self._compiled[rows](_filled(pixels, rows), color)[:k]
 
@@ -198,7 +198,7 @@ class CompiledEncoder:
         """Embeddings of patches, see `encoded`."""
         size = tuple(patches.shape)
         if size not in self._compiled and len(self._compiled) < self.most:
-            self._compiled[size] = Compiled(self._encode)
+            self._compiled[size] = Compiled(self._encode, ("encode", size, repr(self.encoder)))
         found: Tensor = self._compiled.get(size, self._encode)(patches, color)
         return found
 
