@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from on_device import GPU, waits_counted
 from PIL import Image
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from keyhole.config import RunConfig, SelectConfig
 from keyhole.looking import Looker, blank_rows
-from keyhole.memory.pace import unlimited
-from keyhole.nn import CrossAttentionPool, IPSClassifier, SmallEncoder
+from keyhole.memory.pace import Pace, unlimited
+from keyhole.memory.plan import Plan
+from keyhole.nn import CrossAttentionPool, FastEncoder, IPSClassifier, SmallEncoder
 from keyhole.passes import open_reader, select_batch
 from keyhole.patches import TensorPatches
 from keyhole.reading import Chunk
@@ -233,3 +235,71 @@ assert (compiled - eager).norm() < 1e-3 * eager.norm(), (compiled - eager).norm(
 def test_compiled_learning_has_the_gradients_of_plain_learning() -> None:
     done = subprocess.run([sys.executable, "-c", GRADIENTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+class OnDevice(nn.Module):
+    """Stands in for a model on a GPU: says how many rows it was given, and of how many its compiled encoder is."""
+
+    def __init__(self, compiled: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, device="meta"))
+        self.compiled, self.given = compiled, []
+
+    def look(self, pixels: Tensor, color: Tensor | None, rows: int) -> Tensor:
+        self.given.append((len(pixels), rows))
+        return pixels[:, 0, 0].float()
+
+    def score_embedding(self, embedding: Tensor, position: Tensor | None) -> Tensor:
+        return embedding[:, None, :1]
+
+
+@pytest.mark.parametrize(
+    ("compiled", "used", "given"),
+    [
+        (True, 64, (64, 64)),
+        (True, 33, (64, 64)),
+        (True, 32, (32, 0)),
+        (True, 9, (16, 0)),
+        (True, 1, (8, 0)),
+        (False, 33, (40, 0)),
+        (False, 60, (64, 64)),
+        (False, 3, (8, 0)),
+    ],
+)
+def test_a_gpu_encodes_no_more_of_the_last_chunk_than_it_needs_to(
+    compiled: bool, used: int, given: tuple[int, int]
+) -> None:
+    model, pace = OnDevice(compiled), Pace(Plan(chunk=64), warn=print)
+    pixels = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8)
+    chunk = Chunk(pixels.numpy(), used, np.zeros(used, np.int64), np.arange(used))
+    logits = Looker(model, None, pace).score(chunk, pixels, None)  # type: ignore[arg-type]
+    assert logits[:, 0, 0].tolist() == pixels[:used, 0, 0, 0].tolist()
+    assert model.given == [given]
+
+
+def test_after_a_plan_was_halved_only_the_last_part_of_a_chunk_is_cut_short() -> None:
+    model, pace = OnDevice(compiled=True), Pace(Plan(chunk=16), warn=print)
+    pixels = torch.zeros(64, 8, 8, 3, dtype=torch.uint8)
+    chunk = Chunk(pixels.numpy(), 37, np.zeros(37, np.int64), np.arange(37))
+    assert len(Looker(model, None, pace).score(chunk, pixels, None)) == 37  # type: ignore[arg-type]
+    assert model.given == [(16, 16), (16, 16), (6, 0)]
+
+
+def test_too_few_patches_for_a_compiled_encoder_go_uncompiled() -> None:
+    torch.manual_seed(0)
+    encoder, before = SmallEncoder(3, 8).eval(), counters["stats"]["unique_graphs"]
+    pixels = torch.randint(0, 256, (5, 24, 24, 3), dtype=torch.uint8)
+    found = FastEncoder(encoder, compile=True)(pixels, rows=0)
+    assert found.equal(FastEncoder(encoder)(pixels))
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_the_last_chunk_and_the_kept_patches_score_as_in_a_whole_chunk() -> None:
+    torch.manual_seed(0)
+    model = model_of(encoder=SmallEncoder).to(GPU)
+    pixels = torch.randint(0, 256, (20, 24, 24, 3), dtype=torch.uint8, device=GPU)
+    model.accelerate(torch.float32, compile=True)
+    with model.looking():
+        whole, few = model.look(pixels, rows=64), model.look(pixels, rows=0)
+    torch.testing.assert_close(few, whole, rtol=0.02, atol=0.02)

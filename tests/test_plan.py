@@ -224,7 +224,8 @@ def test_chunks_on_a_gpu_hold_as_many_bytes_as_its_decoder_wants(
     for cap_bytes, size in zip((2**26, 2**27, 2**28), sizes, strict=True):
         monkeypatch.setattr("keyhole.memory.plan.GPU_CHUNK_BYTES", cap_bytes)
         assert largest_chunk(gpu, shape) == size
-        assert largest_chunk(torch.device("cpu"), shape) == 64
+        assert largest_chunk(gpu, shape, patches=5) == min(size, 8), "no batch fills more"
+        assert largest_chunk(torch.device("cpu"), shape, patches=5) == 64
 
 
 def test_a_split_step_stays_within_one_budget_whatever_m_and_b_are() -> None:

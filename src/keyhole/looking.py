@@ -21,14 +21,17 @@ from keyhole.shares import NO_SHARES, Shares
 
 T = TypeVar("T")
 
+SIZES = 8
+"""Numbers of rows in which a chunk that is not full is encoded on a GPU."""
+
 
 class Looker:
     """Scores the chunks of one batch with the weights of now.
 
     On a CPU, patches of which all pixels are equal (empty canvas, padding, glass without noise) are encoded once for
     each colour and image: what the encoder makes of them is the same. Not once for a batch: what an image keeps must
-    not depend, in its last bits, on which others were looked at before it. On a GPU, where chunks keep one size and
-    the host should not look at pixels, all are encoded.
+    not depend, in its last bits, on which others were looked at before it. On a GPU, where the host should not look at
+    pixels, all are encoded, and chunks keep one size, but for the last of a batch; see `rows_to_encode`.
 
     Args:
         model: inside `IPSClassifier.looking`.
@@ -111,7 +114,9 @@ class Looker:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _look(self, pixels: Tensor, color: Tensor | None, go: slice) -> Tensor:
-        return self.model.look(pixels[go], _cut(color, go), self.pace.plan.chunk)
+        chunk = self.pace.plan.chunk
+        rows = rows_to_encode(go.stop - go.start, chunk, self.model)
+        return self.model.look(pixels[go], _cut(color, go), chunk if rows == chunk else 0)
 
     def _goes(self, pixels: Tensor, work: Callable[[slice, int], Tensor], count: int | None = None) -> Iterator[Tensor]:
         """`work` over the pixels, as many at a time as the plan says; of the last `count` rows only are in use."""
@@ -119,8 +124,9 @@ class Looker:
         while start < count:
 
             def run(plan: Plan, start: int = start) -> Tensor:
-                stop = min(start + plan.chunk, len(pixels))
-                return work(slice(start, stop), min(stop, count) - start)
+                rows = min(plan.chunk, count - start)
+                stop = min(start + rows_to_encode(rows, plan.chunk, self.model), len(pixels))
+                return work(slice(start, stop), rows)
 
             shape = (min(self.pace.plan.chunk, len(pixels) - start), *pixels.shape[1:])
             part = self.pace.run("select", run, shape=shape)
@@ -129,6 +135,21 @@ class Looker:
 
     def _colors(self, image: NDArray[np.int64]) -> Tensor | None:
         return None if self.color is None else self.color[on_device(image, self.device)]
+
+
+def rows_to_encode(used: int, chunk: int, model: IPSClassifier) -> int:
+    """Rows of a chunk to encode of which only the first are in use.
+
+    On a CPU always all: what comes of a patch must not depend, in its last bits, on how many others there are. On a GPU
+    a compiled encoder takes the whole chunk, for which it was compiled, if more than half is in use. Fewer cost less
+    uncompiled: that takes about half as long again for each. A second size would take longer to compile than it saves
+    in most runs. Numbers of rows are a few, so that memory is used again.
+    """
+    if next(model.parameters()).device.type == "cpu" or used >= chunk:
+        return chunk
+    step = max(1, chunk // SIZES)
+    rows = min(chunk, -(-used // step) * step)
+    return chunk if model.compiled and 2 * rows > chunk else rows
 
 
 def blank_rows(pixels: NDArray[np.generic]) -> NDArray[np.bool_]:

@@ -27,7 +27,7 @@ from keyhole.edge import edge_for
 from keyhole.errors import KeyholeError
 from keyhole.features import FeatureOpener, FeaturePatches, learned_origin
 from keyhole.kept import KeptPixels
-from keyhole.looking import Looker, on_device, timed
+from keyhole.looking import Looker, on_device, rows_to_encode, timed
 from keyhole.memory.bill import HELD_BYTES
 from keyhole.memory.pace import Pace, unlimited
 from keyhole.memory.plan import Plan
@@ -354,9 +354,10 @@ def _embedded(model: IPSClassifier, bags: Bags, pace: Pace, shares: Shares) -> I
     while start < len(bags):
 
         def encode(plan: Plan, start: int = start) -> Tensor:
-            pixels = bags.part(start, min(start + plan.chunk, len(bags)))
+            count = min(plan.chunk, len(bags) - start)
+            pixels, whole = bags.part(start, start + count), rows_to_encode(count, plan.chunk, model) == plan.chunk
             with shares.part("encoding"):
-                return model.look(pixels, rows=plan.chunk)
+                return model.look(pixels, rows=plan.chunk if whole else 0)
 
         embedding = pace.run("select", encode, shape=("kept", min(pace.plan.chunk, len(bags) - start)))
         start += len(embedding)

@@ -166,7 +166,7 @@ def make_plan(
     budget, source = _budget(memory, device)
     cpu, named = device.type == "cpu", memory is not None
     patch_bytes = math.prod(patch_shape) * (1 if len(patch_shape) > 1 else 4)
-    most = chunk or largest_chunk(device, patch_shape)
+    most = chunk or largest_chunk(device, patch_shape, batch * largest_bag if learn else None)
     chunks = [chunk] if chunk else powers(most)
     if cpu:
         steady_heap()
@@ -233,13 +233,20 @@ def make_plan(
     return Plan(*sizes, bill.kept if learn else 0, budget, source, named, peak, hold, steady)
 
 
-def largest_chunk(device: torch.device, patch_shape: Sequence[int]) -> int:
-    """Patches as read, (s, s, c), or features (f,), that are worth taking at a time, whatever the budget is."""
+def largest_chunk(device: torch.device, patch_shape: Sequence[int], patches: int | None = None) -> int:
+    """Patches that are worth taking at a time, whatever the budget is.
+
+    Args:
+        device: where the model is.
+        patch_shape: of one patch as it is read: (s, s, c) pixels, or (f,) features.
+        patches: of the largest batch, where that is known: a GPU encodes all of a chunk, so that none should be larger.
+    """
     if device.type == "cpu":
         return CPU_CHUNK
     pixels = len(patch_shape) > 1
     patch_bytes = math.prod(patch_shape) * (1 if pixels else 4)
-    return min(GPU_CHUNK if pixels else GPU_FEATURES, power_below(max(2, GPU_CHUNK_BYTES // patch_bytes) + 1))
+    most = min(GPU_CHUNK if pixels else GPU_FEATURES, power_below(max(2, GPU_CHUNK_BYTES // patch_bytes) + 1))
+    return most if patches is None else min(most, 2 * power_below(max(2, patches)))
 
 
 def _staged(pixels: bool, jpeg: bool, turned: bool) -> int:

@@ -193,7 +193,8 @@ class IPSClassifier(nn.Module):
         Args:
             pixels: uint8 as read from files (k h w c), floats as the encoder takes them (k c h w), or features (k f).
             color: affine colour change of each patch, of uint8 only; that of `AsRead` is in it.
-            rows: the most patches that are encoded at once, for which a compiled encoder is compiled.
+            rows: the most patches that are encoded at once, for which a compiled encoder is compiled; 0: too few for
+                that, see `FastEncoder`.
         """
         if isinstance(pixels, AsRead):
             pixels, color = _encoder_input(pixels)

@@ -86,12 +86,13 @@ class FastEncoder:
                 them, or (k f) features.
             color: affine colour change of each patch; for uint8 only.
             rows: where it is compiled, fewer patches are filled up with zeros to this number, so that one compilation
-                serves; the number that the memory plan allows at a time. Default: the most patches of any call.
+                serves; the number that the memory plan allows at a time. Default: the most patches of any call. 0: the
+                patches are so few that they are encoded uncompiled instead.
         """
         with torch.no_grad(), tf32(self.tf32):
             if self._copy is None:
                 self._build(pixels)
-            if not self.compiled:
+            if not self.compiled or rows == 0:
                 return self._look(pixels, color)
             k = len(pixels)
             if rows is None:
