@@ -1,7 +1,7 @@
 """Whole epochs from photographs on disk, decoding and augmentation included, beside the published pipeline.
 
     python benchmarks/photographs.py [--device auto] [--images N] [--batch B] [--rounds 5] [--workers W]
-                                     [--compile auto] [--folder DIR] [--quick] [--no-write]
+                                     [--compile auto] [--stages S] [--folder DIR] [--quick] [--no-write]
 
 Traffic scenes of 1280 x 960 px as JPEG files, composed by ../shared/tools/make_traffic_scenes.py where that is there
 and generated otherwise. The published pipeline decodes, enlarges to 1600 x 1200, jitters, shifts and unfolds image

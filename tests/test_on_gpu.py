@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from keyhole import config_check
+from keyhole.cli.main import main
 from keyhole.patches import FileOpener
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -243,3 +246,22 @@ def test_canvases_of_the_published_construction_show_what_their_labels_say(bench
         assert said[2] == first - 1, "the first digit from above"
         assert said[3] == "|".join(map(str, sorted(shown)))
         assert set(np.unique(canvas)) <= {0, *range(1, 11), *np.unique(patterns)}, "noise is of the split's patterns"
+
+
+def test_what_a_gpu_is_asked_for_is_valid(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes and settings that a dry run replaces by small ones."""
+    from on_gpu import commands, digits, slides, steps
+    from on_gpu.bench import Bench
+
+    gpu = Bench("any", torch.device("cuda"), dry=False, scratch=tmp_path, mnist=None, end=0.0)
+    config = digits.settings(gpu, tmp_path / "manifest.csv")
+    assert (config.train.epochs, config.train.batch, config.select.m, config.model.stages) == (24, 16, 100, 2)
+    assert not config_check.validate(config).out.exists()
+    published = {name: steps.chosen(name, dry=False) for name in steps.SETTINGS}
+    assert {(each.b, each.m, each.step) for each in published.values()} == {(16, 10, True), (16, 100, True)}
+    whole = slides.settings("cuda", tmp_path / "slides.csv", slides.BATCH, slides.MEMORY, "on")
+    assert (whole.memory, whole.train.batch, whole.select.m, whole.patch.size) == ("3GB", 16, 64, 256)
+    assert (slides.SIDE // whole.patch.size) ** 2 == 250_000
+    assert {whole.augment.shift, whole.augment.flip, whole.augment.rotate} == {False}, "tiles stay tiles"
+    assert main(["train", "slides.csv", *commands.flags(dry=False), "--print-config"]) == 0
+    assert "encoder: resnet18" in capsys.readouterr().out
