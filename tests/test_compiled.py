@@ -7,6 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
@@ -18,13 +20,23 @@ def in_a_process(what: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_where_memory_runs_out_a_compiled_encoder_takes_fewer_patches_until_they_fit(tmp_path: Path) -> None:
-    found = in_a_process("out_of_memory", tmp_path)
+def shrinks(folder: Path) -> None:
+    found = in_a_process("out_of_memory", folder)
     assert (found["chunk"], found["split"]) == (8, 8)
     looked = found["looked"][found["looked"].index(64) :]  # a trial of the time to come is before it
     assert [rows for rows, _ in groupby(looked)][:4] == [64, 32, 16, 8]
     assert max(looked[looked.index(8) :]) == 8
     assert [rows for rows, _ in groupby(found["learned"])] == [64, 32, 16, 8]
+
+
+def test_where_memory_runs_out_a_compiled_encoder_takes_fewer_patches_until_they_fit(tmp_path: Path) -> None:
+    shrinks(tmp_path)
+
+
+@pytest.mark.cuda(dry=False)
+def test_where_the_memory_of_a_gpu_runs_out_too(tmp_path: Path) -> None:
+    shrinks(tmp_path)
+    assert "computing on cuda" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_every_encoder_of_a_process_is_compiled_into_one_graph_or_this_is_said(tmp_path: Path) -> None:

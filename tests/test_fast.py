@@ -180,6 +180,16 @@ def test_looking_sees_the_weights_of_now_however_they_changed(change: Callable[[
             assert error(model.look(pixels()), plain(model.encoder, pixels())) < 1e-5
 
 
+@pytest.mark.cuda(dry=False)
+def test_the_copy_follows_a_model_to_a_gpu() -> None:
+    model = model_of()
+    with model.looking():
+        expected = model.look(pixels())
+    model.cuda()
+    with model.looking():
+        assert error(model.look(pixels().cuda()).cpu(), expected) < 1e-5
+
+
 @pytest.mark.parametrize("change", [load, replace_tensors, train_statistics])
 def test_many_batches_with_one_set_of_weights_take_it_over_once(change: Callable[[nn.Module], None]) -> None:
     model = model_of()

@@ -154,7 +154,7 @@ def test_tf32_is_float32_on_a_cpu() -> None:
     assert choose_precision("tf32", encoder, (64, 64, 3)) == choose_precision("float32", encoder, (64, 64, 3))
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(dry=False)
 def test_a_gpu_folds_batch_norm_and_computes_float32_as_a_cpu_does() -> None:
     torch.manual_seed(0)
     encoder = TimmEncoder("tf_efficientnet_lite0").eval()

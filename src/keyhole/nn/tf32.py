@@ -20,17 +20,21 @@ def tf32(use: bool) -> Iterator[None]:
     the newer one can say. Here the older one is used, which exists everywhere and which torch's own compiler reads,
     unless a caller has used the newer one.
     """
-    places = _places()
-    precisions = [place.fp32_precision for place in places]
+    wanted = use, "high" if use else "highest"
     try:
         before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     except RuntimeError:
         before = None
+    if before == wanted:
+        yield
+        return
+    places = _places()
+    precisions = [place.fp32_precision for place in places]
     try:
         if before is None:
             _set_each(places[:2], ["tf32" if use else "ieee"] * 2)
         else:
-            _set(use, "high" if use else "highest")
+            _set(*wanted)
         yield
     finally:
         if before is not None:
