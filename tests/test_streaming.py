@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_device import no_waiting
 from test_reading import Opener
 from torch import Tensor, nn
 
@@ -47,8 +48,10 @@ def arrive(selector: Selector, logits: Sequence[Tensor], size: int) -> None:
     """All patches of all images, one image after the other, `size` at a time."""
     image = torch.cat([torch.full((len(each),), number) for number, each in enumerate(logits)])
     index = torch.cat([torch.arange(len(each)) for each in logits])
-    for part in torch.arange(len(image)).split(size):
-        selector.add(image[part], index[part], torch.cat(list(logits))[part])
+    whole = torch.cat(list(logits))
+    for start in range(0, len(image), size):
+        part = slice(start, start + size)
+        selector.add(image[part], index[part], whole[part])
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,6 +92,23 @@ def test_a_bounded_number_of_logits_waits() -> None:
         waiting.append(weakref.ref(logits))
         del logits
         assert sum(each() is not None for each in waiting) <= (LATE + m + chunk) // size + 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rule", ["streaming", "global"])
+def test_on_a_gpu_the_same_patches_are_kept_and_the_host_does_not_wait(rule: Any) -> None:
+    counts, m, chunk = [300, 7, 40, 299, 10, 300], 10, 32
+    logits = [torch.randn(n, 8, 2, generator=torch.Generator().manual_seed(n + 1)) * 3 for n in counts]
+    there = [each.cuda() for each in logits]
+    with no_waiting():
+        selector = Selector(counts, m, chunk, rule)
+        arrive(selector, there, 128)
+        kept = [selector.finish(number) for number in range(len(counts))]
+    here = Selector(counts, m, chunk, rule)
+    arrive(here, logits, 50)
+    for number, found in enumerate(kept):
+        assert set(found.index.tolist()) == set(here.finish(number).index.tolist())
+        torch.testing.assert_close(found.score.cpu(), here.finish(number).score)
 
 
 # How many operations it takes: counted through the reader and the pass that production makes.
