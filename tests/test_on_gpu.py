@@ -19,6 +19,7 @@ import torch
 
 from keyhole import config_check
 from keyhole.cli.main import main
+from keyhole.memory.plan import largest_chunk
 from keyhole.patches import FileOpener
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -250,7 +251,7 @@ def test_canvases_of_the_published_construction_show_what_their_labels_say(bench
 
 def test_what_a_gpu_is_asked_for_is_valid(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Sizes and settings that a dry run replaces by small ones."""
-    from on_gpu import commands, digits, slides, steps
+    from on_gpu import commands, digits, slides, steps, streams
     from on_gpu.bench import Bench
 
     gpu = Bench("any", torch.device("cuda"), dry=False, scratch=tmp_path, mnist=None, end=0.0)
@@ -263,5 +264,6 @@ def test_what_a_gpu_is_asked_for_is_valid(bench: Any, tmp_path: Path, capsys: py
     assert (whole.memory, whole.train.batch, whole.select.m, whole.patch.size) == ("3GB", 16, 64, 256)
     assert (slides.SIDE // whole.patch.size) ** 2 == 250_000
     assert {whole.augment.shift, whole.augment.flip, whole.augment.rotate} == {False}, "tiles stay tiles"
+    assert largest_chunk(gpu.device, (256, 256, 3)) == streams.CHUNK
     assert main(["train", "slides.csv", *commands.flags(dry=False), "--print-config"]) == 0
     assert "encoder: resnet18" in capsys.readouterr().out

@@ -76,7 +76,7 @@ def write_slide(bench: Bench) -> Path:
 
 def compile_slides(bench: Bench) -> None:
     """Takes a step on small slides: what it compiles lies in torch's cache on disk afterwards."""
-    side = 512 if bench.dry else 4096
+    side = 512 if bench.dry else 8192
     found = step(
         bench, write_repeated(bench.scratch / f"warm-{side}.tif", side, source=2048), 1 if bench.dry else BATCH
     )
