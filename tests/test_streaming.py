@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_device import no_waiting
+from on_device import GPU, no_waiting
 from test_reading import Opener
 from torch import Tensor, nn
 
@@ -99,7 +99,7 @@ def test_a_bounded_number_of_logits_waits() -> None:
 def test_on_a_gpu_the_same_patches_are_kept_and_the_host_does_not_wait(rule: Any) -> None:
     counts, m, chunk = [300, 7, 40, 299, 10, 300], 10, 32
     logits = [torch.randn(n, 8, 2, generator=torch.Generator().manual_seed(n + 1)) * 3 for n in counts]
-    there = [each.cuda() for each in logits]
+    there = [each.to(GPU) for each in logits]
     with no_waiting():
         selector = Selector(counts, m, chunk, rule)
         arrive(selector, there, 128)
