@@ -210,7 +210,7 @@ def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kin
 def test_a_gpu_that_waits_for_patches_decodes_some_of_them(tmp_path: Path) -> None:
     from keyhole.passes import open_reader
 
-    device = torch.device("cuda")
+    device = GPU
     stager = Stager(device, encoded=True)
     if stager.deliver is None:
         pytest.skip(f"no decoder on the device: {stager.note}")

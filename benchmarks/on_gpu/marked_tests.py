@@ -20,7 +20,20 @@ def tests(bench: Bench) -> None:
     files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "mark.cuda" in path.read_text())
     files = files[:1] if bench.dry else files
     found = bench.scratch / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", f"--junitxml={found}", "-rA"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "cuda",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={found}",
+        "-v",
+        "-rfEs",
+    ]
+    command += ["-p", "no:logging"]  # where a test fails, dynamo's thousands of lines would be shown
+    command += ["-W", "default"]  # of other versions, what a module warns of while it is imported is no error
     command += ["--continue-on-collection-errors", "--tb=short", "--durations=5", *map(str, files)]
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if bench.dry else {})
     code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
