@@ -99,7 +99,7 @@ def traffic(name: str, title: str, goal: float, **changes: object) -> Setting:
 def slides(name: str, title: str, goal: float, **changes: object) -> Setting:
     """CAMELYON16 features: 250k of 2048 numbers a slide, 16 slides, M and I 5,000, selected one slide at a time.
 
-    In float32 they are 32.8 GB. On the device keyhole takes 62,500 at a time, a quarter of a slide: some 390 operations
+    In float32 they are 32.8 GB. On the device keyhole takes 62,500 at a time, a quarter of a slide: some 350 operations
     for all slides, where 16,000 at a time were thousands (`launches.py`). What is left is memory: uncompiled, the
     projector moves some 5 times these bytes, which takes 35 ms at the 4.8 TB/s of an H200. 20 times the published code,
     which took 681 ms on one, is 34 ms: that needs `--compile on`.
