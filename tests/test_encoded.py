@@ -374,8 +374,9 @@ def test_only_what_the_consumer_waits_for_comes_encoded(files: dict[str, Path]) 
 
 def test_what_threads_get_to_while_the_consumer_waits_comes_encoded_for_later_chunks_too(tmp_path: Path) -> None:
     """Four threads, six chunks of two runs in the ring: runs of the chunk that is waited for have all begun."""
-    path = write_tiff(tmp_path / "many.tif", picture(3, 16 * 16, 21 * 16), tile=(16, 16), compression="jpeg")
-    run, chunk = 24, 48
+    run = 5 * LOOK_AGAIN // 2
+    chunk = 2 * run
+    path = write_tiff(tmp_path / "many.tif", picture(3, 16 * 16, 7 * chunk), tile=(16, 16), compression="jpeg")
     waits, filled, again = threading.Event(), threading.Event(), threading.Event()
     decoded: set[int] = set()
     ended: set[int] = set()

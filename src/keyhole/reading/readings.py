@@ -26,9 +26,10 @@ LeaveOut = Literal["nothing", "damaged", "lost"]
 LOST = (ImageLost, StalledRead)
 """What may be over in a while; every other error would come again."""
 
-LOOK_AGAIN = 8
+LOOK_AGAIN = 16
 """Tiles that a thread decodes before it looks again whether the consumer waits. With 64 the consumer often waited for
-the rest of a run while the other threads, which had filled the ring with encoded tiles, had nothing to do."""
+the rest of a run while the other threads, which had filled the ring with encoded tiles, had nothing to do; with 8 each
+tile cost the interpreter 10 us more, with 16 it costs 4 (benchmarks/simulated_gpu.py does not show that)."""
 
 
 @dataclass(frozen=True)
