@@ -25,12 +25,16 @@ SURE = 0.85
 def slides(bench: Bench) -> None:
     """As many images as there is time for, up to 16; each has all of its patches, however many images there are."""
     slide = write_slide(bench)
-    patches = (SIDE // 256) ** 2
-    fit = int((bench.left - START) * SURE * rate_of_files(bench) / patches)
-    batch = 2 if bench.dry else max(1, min(BATCH, fit))
+    rate = rate_of_files(bench)
+    batch = 2 if bench.dry else images_in_time(rate, bench.left)
     if batch < BATCH:
         bench.say(f"there is time for {batch} of {BATCH} images; each has all of its patches")
     tell(bench, step(bench, slide, batch))
+
+
+def images_in_time(rate: float, left: float) -> int:
+    """How many images of all their patches a step can have, at `rate` patches a second with `left` seconds to go."""
+    return max(1, min(BATCH, int((left - START) * SURE * rate / (SIDE // 256) ** 2)))
 
 
 def rate_of_files(bench: Bench) -> float:
