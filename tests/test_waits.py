@@ -123,6 +123,24 @@ def test_a_step_is_taken_only_where_all_figures_are_finite(fused: bool, figures:
             assert all(a.equal(b) for a, b in zip(before[1], after[1], strict=True))
 
 
+def test_a_fused_step_takes_gradients_in_the_layout_of_their_weights() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 8, 1), nn.Conv2d(1, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(5, 3)]
+    weights = [weight for layer in layers for weight in layer.parameters()]
+    plain = [weight.detach().clone().requires_grad_() for weight in weights]
+    for weight, other in zip(weights, plain, strict=True):
+        gradient = torch.randn_like(weight)
+        layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+        weight.grad, other.grad = torch.empty_like(gradient, memory_format=layout).copy_(gradient), gradient
+    assert sum(weight.grad.stride() != weight.stride() for weight in weights if weight.grad is not None) == 3
+    step_if_finite(torch.optim.AdamW(weights, fused=True), torch.ones(2))
+    torch.optim.AdamW(plain, fused=True).step()
+    for weight, other in zip(weights, plain, strict=True):
+        assert weight.grad is not None
+        assert weight.grad.stride() == weight.stride()
+        assert weight.equal(other)
+
+
 @pytest.mark.cuda
 def test_on_a_gpu_a_step_waits_once(four_tasks: Path, tmp_path: Path) -> None:
     waits: list[list[str]] = []

@@ -23,6 +23,9 @@ def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[fl
         The figures.
     """
     if optimizer.param_groups[0].get("fused"):
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                _lay_out_gradient(weight)
         optimizer.found_inf = (~figures.isfinite()).any().float()  # type: ignore[attr-defined]
         try:
             optimizer.step()
@@ -33,6 +36,21 @@ def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[fl
     if all(map(math.isfinite, found)):
         optimizer.step()
     return found
+
+
+def _lay_out_gradient(weight: Tensor) -> None:
+    """Gives a gradient the strides of its weight, also along axes of length 1, where autograd leaves them as they come.
+
+    Nothing moves in memory. Fused kernels refuse tensors whose strides differ, in some versions of torch these too.
+    """
+    gradient = weight.grad
+    if gradient is None or gradient.stride() == weight.stride():
+        return
+    pairs = zip(weight.shape, gradient.stride(), weight.stride(), strict=True)
+    if all(size == 1 or here == there for size, here, there in pairs):
+        weight.grad = gradient.as_strided(weight.shape, weight.stride())
+    else:
+        weight.grad = torch.empty_like(weight).copy_(gradient)
 
 
 def _values(figures: Tensor) -> list[float]:
