@@ -162,6 +162,11 @@ def commit_of(folder: Path) -> str:
 
 
 def command_line() -> str:
-    """As typed, without folders, which mean nothing to a reader."""
+    """As typed, without folders and the options that name them, which mean nothing to a reader."""
     words: Sequence[str] = sys.argv[1:]
-    return " ".join(["benchmarks/on_gpu/run", *(word for word in words if os.sep not in word)])
+    told = [
+        word
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+        if os.sep not in word and not (word.startswith("--") and os.sep in after)
+    ]
+    return " ".join(["benchmarks/on_gpu/run", *told])
