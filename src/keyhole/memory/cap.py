@@ -8,6 +8,9 @@ oneDNN writes code for each shape that it meets, a quarter of a megabyte mapped 
 touched. Such code is taken for what it is, not for data (`_DataLimit.follow`). Where it cannot be mapped, oneDNN fails
 in most places with an error and in some by calling what it has not got, which ends the process; so the operations that
 write code find room for it (`room_for_code`): what is beyond the budget is refused before them.
+
+Caps may overlap and end in any order, as those of two predictions do that are iterated over in turn: the lowest of
+those that have not ended holds, and after the last one the limit is as it was before the first.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ CODE_TOUCHED = 1 / 8
 
 @contextmanager
 def cap(plan: Plan, device: torch.device) -> Iterator[None]:
-    """Inside, no more than the plan's budget can be had; afterwards the limits are as before.
+    """Inside, no more than the plan's budget can be had; after the last cap the limits are as before the first.
 
     On the CPU only where the user named the budget: `auto` is what seemed free, not a promise.
     """
@@ -55,33 +58,41 @@ def cap(plan: Plan, device: torch.device) -> Iterator[None]:
         yield
 
 
+_SHARES: dict[int, tuple[float, list[float]]] = {}
+"""By GPU: the share of its memory that torch could have before the first cap, and those of the caps that hold."""
+
+
 @contextmanager
 def _cap_cuda(budget: int, device: torch.device) -> Iterator[None]:
     index = torch.cuda.current_device() if device.index is None else device.index
-    before = torch.cuda.memory.get_per_process_memory_fraction(index)
-    total = torch.cuda.get_device_properties(index).total_memory
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(before, budget / total), index)
+    share = budget / torch.cuda.get_device_properties(index).total_memory
+    if index not in _SHARES:
+        _SHARES[index] = torch.cuda.memory.get_per_process_memory_fraction(index), []
+    before, held = _SHARES[index]
+    held.append(share)
     try:
+        if torch.cuda.memory_reserved(index) > budget:  # else what torch holds back serves, as for call after call
+            torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(before, *held), index)
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, index)
+        held.remove(share)
+        torch.cuda.set_per_process_memory_fraction(min([before, *held]), index)
+        if not held:
+            del _SHARES[index]
 
 
 @contextmanager
 def _cap_data(budget: int, steady: bool) -> Iterator[None]:
     steady_heap(steady, capped=True)
     give_back()
-    shared, RECENT.shared_limit = RECENT.shared_limit, SHARED_TILES
-    outer = _DataLimit.now
-    limit = _DataLimit.now = _DataLimit(budget)
+    limit = _DataLimit(budget, steady)
     try:
         yield
     finally:
         limit.lift()
-        _DataLimit.now = outer
-        RECENT.shared_limit = shared
-        steady_heap(False)
+        rest = _DataLimit.now()
+        steady_heap(rest is not None and rest.steady, capped=rest is not None)
 
 
 def room_for_code() -> AbstractContextManager[object]:
@@ -89,7 +100,8 @@ def room_for_code() -> AbstractContextManager[object]:
 
     Code that is compiled (`torch.compile`) would run uncompiled in here.
     """
-    return nullcontext() if _DataLimit.now is None else _RoomForCode(_DataLimit.now)
+    limit = _DataLimit.now()
+    return nullcontext() if limit is None else _RoomForCode(limit)
 
 
 class _DataLimit:
@@ -99,49 +111,73 @@ class _DataLimit:
     within the heap, which may become resident without anything being mapped.
 
     Attributes:
-        now: the one that holds for the process, if any.
+        steady: see `Plan.steady`.
         seen: operations with the shapes of their arguments, whose code is counted.
     """
 
-    now: ClassVar[_DataLimit | None] = None
+    _held: ClassVar[list[_DataLimit]] = []  # those that hold for the process
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _more: ClassVar[int] = 0
+    _code: ClassVar[int] = 0  # bytes of code mapped so far
+    _tiles: ClassVar[int] = 0  # `RECENT.shared_limit` before the first
+    _before: ClassVar[tuple[int, int]]
 
-    def __init__(self, budget: int) -> None:
-        self._before = resource.getrlimit(resource.RLIMIT_DATA)
+    def __init__(self, budget: int, steady: bool) -> None:
+        self.steady = steady
         self.seen: set[tuple[Any, ...]] = set()
-        self._lock, self._more = threading.Lock(), 0
-        self._code = self._code_then = mapped_code()
-        self._limit = status("VmData") - free_in_heap() + max(0, budget - status("VmRSS")) + UNTOUCHED
-        self._set()
+        kind = type(self)
+        with self._lock:
+            if not self._held:
+                kind._before = resource.getrlimit(resource.RLIMIT_DATA)
+                kind._tiles, RECENT.shared_limit = RECENT.shared_limit, SHARED_TILES
+            kind._code = self._code_then = mapped_code()
+            self._limit = status("VmData") - free_in_heap() + max(0, budget - status("VmRSS")) + UNTOUCHED
+            self._held.append(self)
+            self._set()
+
+    @classmethod
+    def now(cls) -> _DataLimit | None:
+        """The last one that holds."""
+        with cls._lock:
+            return cls._held[-1] if cls._held else None
 
     def lift(self) -> None:
-        """Sets the limit as it was before."""
-        resource.setrlimit(resource.RLIMIT_DATA, self._before)
+        """What others allow is the limit then, or what it was before the first."""
+        with self._lock:
+            self._held.remove(self)
+            if not self._held:
+                RECENT.shared_limit = self._tiles
+            self._set()
 
     def follow(self) -> None:
         """Adds what oneDNN has mapped meanwhile and not touched."""
         code = mapped_code()
         with self._lock:
-            self._code = code
+            type(self)._code = code
             self._set()
 
     @contextmanager
     def more(self, size: int) -> Iterator[None]:
         """Inside, so many bytes more can be had."""
+        kind = type(self)
         with self._lock:
-            self._more += size
+            kind._more += size
             self._set()
         try:
             yield
         finally:
             with self._lock:
-                self._more -= size
+                kind._more -= size
                 self._set()
 
-    def _set(self) -> None:
-        code = int((self._code - self._code_then) * (1 - CODE_TOUCHED))
-        soft, hard = self._before
-        known = [each for each in (self._limit + code + self._more, soft, hard) if each != resource.RLIM_INFINITY]
-        resource.setrlimit(resource.RLIMIT_DATA, (min(known), hard))
+    @classmethod
+    def _set(cls) -> None:
+        soft, hard = cls._before
+        allowed = [each._limit + int((cls._code - each._code_then) * (1 - CODE_TOUCHED)) for each in cls._held]
+        known = [
+            each for each in (*(each + cls._more for each in allowed), soft, hard) if each != resource.RLIM_INFINITY
+        ]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(known, default=resource.RLIM_INFINITY), hard))
 
 
 class _BeforeEach:
