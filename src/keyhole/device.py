@@ -13,8 +13,12 @@ from keyhole.nn import IPSClassifier
 from keyhole.nn.cost import has_depthwise, multiply_adds
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, remedy: str = "Use auto or cpu.") -> torch.device:
     """`auto` is the first GPU, or the CPU without one. A GPU has its index: what is kept by device is kept once.
+
+    Args:
+        name: of the setting `run.device`.
+        remedy: what an error tells the user to do.
 
     Raises:
         ConfigError: torch does not know the device, or it is not there.
@@ -26,7 +30,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise ConfigError(f"--run.device {name}: not usable here ({first}). Use auto or cpu.") from error
+        raise ConfigError(f"--run.device {name}: not usable here ({first}). {remedy}") from error
     return device
 
 
@@ -115,7 +119,8 @@ def arithmetic_of(model: IPSClassifier) -> Arithmetic:
 def has_bf16(device: torch.device) -> bool:
     """Whether there are instructions for bf16: a CPU without them computes in float32 and converts, which is slower."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):  # it asks the current one
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return device.type == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16") or _older_torch_says())
 

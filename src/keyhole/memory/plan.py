@@ -74,6 +74,7 @@ class Plan:
         hold: bytes of pixels up to which a batch stays in host memory, so that what is kept of it is not read again;
             the batch after it may hold as many.
         steady: memory is so scarce that freed blocks are given back at once, at some cost in speed; see `steady_heap`.
+        device: kind of device that it was made for, "cpu" or "cuda"; "" where that is not known.
     """
 
     chunk: int = 64
@@ -85,6 +86,7 @@ class Plan:
     peak: int = 0
     hold: int = 0
     steady: bool = False
+    device: str = ""
 
     def describe(self) -> str:
         """One line for people."""
@@ -230,7 +232,7 @@ def make_plan(
     # images that stay in memory decoded are not read again anyway
     hold = 0 if host_buffers else _hold(batch * largest_bag * patch_bytes, left)
     peak = bill.peak(*sizes) + (2 * hold if cpu else 0)
-    return Plan(*sizes, bill.kept if learn else 0, budget, source, named, peak, hold, steady)
+    return Plan(*sizes, bill.kept if learn else 0, budget, source, named, peak, hold, steady, device.type)
 
 
 def largest_chunk(device: torch.device, patch_shape: Sequence[int], patches: int | None = None) -> int:

@@ -297,7 +297,7 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
     checked = check_files(run, state)
     longer = "" if epochs is None else more_epochs(state, epochs)
     config = dataclasses.replace(sealed_config(state), out=run.path)
-    device = choose_device(config.run.device)
+    device = choose_device(config.run.device, "A run keeps its device: resume it where there is one.")
     path = run.path / "manifest.csv"
     written = dataclasses.replace(config.data, path=path, root=root)
     if root is not None:  # the manifest names every file; these folders may have moved too
@@ -313,6 +313,10 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
         images, manifest, lines = scan(config, manifest, reader, device)
         reasons = {name: reason for name, (_, reason) in state.left_out.items()}
         add_left_out(run, {left.name: left.reason for left in manifest.left_out} | reasons)
+        if (before := Plan.from_json(state.plan).device) not in ("", device.type):
+            plan = _plan(config, images, model, optimizer, device)
+            state.plan = plan.to_json()
+            checked.append(f"the run was on {before} and is now on {device.type}, with a new plan: {plan.describe()}")
         job = _job(lock, config, manifest, images, reader, model, optimizer, state, device)
         if longer:
             checked += [longer, *_go_on_longer(job)]

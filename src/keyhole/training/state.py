@@ -26,7 +26,8 @@ class State:
         best_epoch: counted from 1.
         waiting: epochs since.
         stopped: early stopping has ended the learning.
-        plan: how memory is used; with another one the last bits of a resumed run could differ.
+        plan: how memory is used; with another one the last bits of a resumed run could differ. It is made
+            anew where the run goes on with another kind of device.
         left_out: image -> (epoch it failed in, reason); it is used no more from the next epoch on.
         tasks: as resolved at the start.
         history: the rows of metrics.csv.
