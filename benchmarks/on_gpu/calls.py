@@ -69,10 +69,10 @@ WORKS = Call(
         (Part("memory-stream", "patches from device and host memory, as shares of the encoder", 35, 45),),
         (Part("file-stream", "patches from a JPEG TIFF, by threads, chunk and who decodes", 60, 70),),
         (
-            Part("commands", "train, stop, resume, evaluate, predict, embed through the command line", 60, 85),
-            Part("tests", "the tests that are marked `cuda`", 60, 85),
-            Part("recovery", "running out of memory, compiled and not", 45, 85),
-            Part("plan", "predicted and measured memory of whole steps", 40, 85),
+            Part("commands", "train, stop, resume, evaluate, predict, embed through the command line", 60, 120),
+            Part("tests", "the tests that are marked `cuda`", 60, 120),
+            Part("recovery", "running out of memory, compiled and not", 45, 120),
+            Part("plan", "predicted and measured memory of whole steps", 40, 120),
         ),
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -11,6 +12,8 @@ from pathlib import Path
 from on_gpu.bench import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
+TO_END = 8.0
+"""Seconds that a session is given to report, when its time is over."""
 NO_TESTS = 5
 """Exit code of pytest where nothing was selected."""
 
@@ -36,7 +39,12 @@ def tests(bench: Bench) -> None:
     command += ["-W", "default"]  # of other versions, what a module warns of while it is imported is no error
     command += ["--continue-on-collection-errors", "--tb=short", "--durations=5", *map(str, files)]
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if bench.dry else {})
-    code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+    session = subprocess.Popen(command, cwd=ROOT, env=env)
+    try:
+        code = session.wait(max(1.0, bench.left - TO_END))
+    except subprocess.TimeoutExpired:  # asked to, it reports of those that have run
+        session.send_signal(signal.SIGINT)
+        code = session.wait()
     if not found.exists():
         raise RuntimeError(f"pytest ended with exit code {code} before it had run a test")
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
