@@ -8,6 +8,7 @@ from on_device import DRY, GPU
 
 from keyhole import device
 from keyhole.device import Arithmetic, choose_device, choose_precision
+from keyhole.errors import ConfigError
 from keyhole.nn import SmallEncoder, TimmEncoder
 
 EXACT = Arithmetic(torch.float32, torch.float32)
@@ -44,6 +45,15 @@ def test_without_instructions_for_bf16_auto_is_float32(monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("instructions")
 def test_what_is_asked_for_is_taken() -> None:
     assert choose_precision("float32", TimmEncoder("resnet18", stages=2), PATCH) == EXACT
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("auto", "Use cpu."), ("cuda", "Use auto or cpu."), ("cuda:1", "Use auto")]
+)
+def test_a_gpu_that_cannot_be_used_is_said(name: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as where another process has it to itself
+    with pytest.raises(ConfigError, match=f"--run.device {name}: not usable here .*{advice}"):
+        choose_device(name)
 
 
 @pytest.mark.cuda

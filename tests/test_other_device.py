@@ -48,7 +48,6 @@ def test_a_plan_of_the_same_device_stays(toy_run: Path, tmp_path: Path, device: 
     assert found == dataclasses.replace(given, device=device)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_run_that_names_a_gpu_says_what_to_do_without_one(toy_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(toy_run, tmp_path / "run")
     tensors, info = read_tensors(run / "last.safetensors")

@@ -257,6 +257,17 @@ def test_norms_and_biases_are_not_decayed_and_the_encoder_has_its_rate(toy_run: 
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
+def test_a_new_model_leaves_the_random_state_of_gpus_alone(toy_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, tasks = load_config(toy_run / "config.yaml"), keyhole.load(toy_run).tasks
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    first, second = (new_model(config, tasks, torch.device("cpu")).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
+
+
 def test_augmentation_follows_from_seed_epoch_and_image_alone() -> None:
     config = AugmentConfig()
     first = draw(config, 0, 3, "a.png", 50, 3)

@@ -36,7 +36,7 @@ class Decoder:
 
     torchvision's decoder for GPUs writes, on a stream of its own, into memory that it takes as the current stream's. It
     does not wait for what that stream has yet to do with it. So it has a stream to itself here, on which nothing is
-    pending when it is called.
+    pending when it is called. Torch hands out 32 streams in turn: another one may be the same, and is waited for then.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,6 +63,8 @@ class Decoder:
             return torch.stack(pictures).permute(0, 2, 3, 1)
         if self._done is not None:
             self._done.synchronize()
+        if not self._stream.query():
+            self._stream.synchronize()
         with torch.cuda.stream(self._stream):
             pixels = torch.stack(torch.ops.image.decode_jpegs_cuda(coded, mode, self.device)).permute(0, 2, 3, 1)
             self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

@@ -13,24 +13,23 @@ from keyhole.nn import IPSClassifier
 from keyhole.nn.cost import has_depthwise, multiply_adds
 
 
-def choose_device(name: str, remedy: str = "Use auto or cpu.") -> torch.device:
+def choose_device(name: str, remedy: str = "") -> torch.device:
     """`auto` is the first GPU, or the CPU without one. A GPU has its index: what is kept by device is kept once.
 
     Args:
         name: of the setting `run.device`.
-        remedy: what an error tells the user to do.
+        remedy: what an error tells the user to do; default is to use another one.
 
     Raises:
-        ConfigError: torch does not know the device, or it is not there.
+        ConfigError: torch does not know the device, or it is not there, or another process has it to itself.
     """
-    if name == "auto":
-        return with_index(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    first = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = with_index(torch.device(name))
+        device = with_index(torch.device(first if name == "auto" else name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"--run.device {name}: not usable here ({first}). {remedy}") from error
+        remedy = remedy or f"Use {'cpu' if name == 'auto' else 'auto or cpu'}."
+        raise ConfigError(f"--run.device {name}: not usable here ({str(error).splitlines()[0]}). {remedy}") from error
     return device
 
 

@@ -224,7 +224,7 @@ def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh
         fresh: start from the encoder's pretrained or given weights; off when weights are loaded afterwards.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
+        torch.default_generator.manual_seed(config.train.seed)  # not those of the GPUs, which would not be put back
         model = build_classifier(
             config.model,
             tasks,
