@@ -47,7 +47,8 @@ def write_repeated(path: Path, side: int, source: int = SOURCE) -> Path:
     if side % TILE:
         raise ValueError(f"side (={side}) must be a multiple of {TILE}")
     tiles = tissue_tiles(source)
-    with path.open("wb") as file:
+    part = path.with_suffix(".part")  # so that a process that is stopped leaves no half of a slide
+    with part.open("wb") as file:
         file.write(bytes(16))
         offsets = []
         for tile in tiles:
@@ -63,7 +64,7 @@ def write_repeated(path: Path, side: int, source: int = SOURCE) -> Path:
         )
         file.seek(0)
         file.write(struct.pack("<2sHHHQ", b"II", 43, 8, 0, directory))  # a BigTIFF
-    return path
+    return part.replace(path)
 
 
 def tissue_tiles(source: int = SOURCE) -> list[bytes]:

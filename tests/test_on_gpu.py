@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -134,8 +138,7 @@ def test_a_part_that_fails_hangs_or_dies_leaves_the_others_and_the_result_alone(
     assert "sound at last" in text
     assert (tmp_path / "kept").exists()
     (left,) = re.findall(r"^hangs: (\d+)$", capfd.readouterr().out, re.MULTILINE)
-    state = Path(f"/proc/{left}/stat")
-    assert not state.exists() or state.read_text().split(") ")[1][0] == "Z", "the process that it had started has ended"
+    assert not running(int(left)), "the process that it had started has ended"
 
 
 def test_a_call_that_is_cut_leaves_what_it_had_found(bench: Any, tmp_path: Path, signals: None) -> None:
@@ -178,6 +181,69 @@ def test_the_parts_fit_into_the_minutes_of_their_calls(bench: Any) -> None:
         assert sum(max(part.expected for part in stage) for stage in call.stages) <= call.seconds
         limits = sum(max(part.limit for part in stage) for stage in call.stages[:-1])
         assert limits + 45 <= call.seconds, "no part can take all the time of those in the last stage"
+
+
+def test_a_part_ends_when_its_call_was_killed(tmp_path: Path) -> None:
+    """What it has started ends too: nothing computes beside the next call."""
+    part = [sys.executable, str(ON_GPU / "part.py"), "commands", "--dry", "--seconds", "60", "--scratch", str(tmp_path)]
+    call = (
+        f"import subprocess as s, time; print(s.Popen({part}, start_new_session=True).pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        group = int(process.stdout.readline())
+        try:
+            time.sleep(1)  # Python has begun
+            process.kill()
+            end = time.monotonic() + 30
+            while running(group) and time.monotonic() < end:
+                time.sleep(0.05)
+            assert not running(group)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+
+
+def running(pid: int) -> bool:
+    """Whether a process does anything."""
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().split(") ")[1][0] != "Z"
+
+
+def test_a_wheel_that_cannot_be_installed_leaves_the_others_alone(
+    bench: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    carried = tmp_path / "carried"
+    carried.mkdir()
+    with zipfile.ZipFile(carried / "sound-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("sound.py", "")
+        wheel.writestr("sound-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: sound\nVersion: 1\n")
+        wheel.writestr("sound-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("sound-1.dist-info/RECORD", "")
+    (carried / "other-1-cp27-cp27m-linux_x86_64.whl").write_bytes(b"of another Python")
+    assert (bench.run.install(carried, tmp_path / "site") / "sound.py").exists()
+    assert "installed 1 of 2 wheels" in capfd.readouterr().out
+
+
+def test_a_folder_that_takes_no_result_is_refused_before_anything_runs(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        bench.run.main(["works", "--dry", "--out", str(tmp_path / "file")])
+    assert stop.value.code == 2
+    assert f"--out: nothing can be written to {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_tests_that_were_cut_do_not_reach_their_aim(bench: Any, tmp_path: Path) -> None:
+    from on_gpu.marked_tests import counted
+
+    report = tmp_path / "tests.xml"
+    report.write_text('<testsuites><testsuite tests="3" failures="0" errors="0" skipped="1"/></testsuites>')
+    aim = next(each for each in bench.aims.AIMS["works"] if each.key == "tests")
+    verdicts = [aim.verdict(bench.aims.Figure(*counted(report, code))) for code in (0, 2, 5)]
+    assert verdicts == ["reached", "**not reached**", "**not reached**"]
+    assert counted(report, 2)[1] == "0 of 3, 1 skipped, the others have not run (exit code 2)"
 
 
 def test_figures_are_judged_by_their_aims_and_a_half_written_one_is_left_out(bench: Any, tmp_path: Path) -> None:

@@ -47,12 +47,24 @@ def tests(bench: Bench) -> None:
         code = session.wait()
     if not found.exists():
         raise RuntimeError(f"pytest ended with exit code {code} before it had run a test")
+    wrong, shown = counted(found, code)
+    bench.figure("tests", 0 if bench.dry and code == NO_TESTS else wrong, f"{shown}, {len(files)} files")
+
+
+def counted(report: Path, code: int) -> tuple[float, str]:
+    """How many tests failed, in numbers and words; not a number where some have not run, or none.
+
+    Args:
+        report: JUnit's XML.
+        code: with which pytest ended.
+    """
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    for suite in ET.parse(found).getroot().iter("testsuite"):
+    for suite in ET.parse(report).getroot().iter("testsuite"):
         for name in counts:
             counts[name] += int(suite.get(name, 0))
-    wrong, ran = counts["failures"] + counts["errors"], counts["tests"] - counts["skipped"]
-    shown = f"{wrong} of {counts['tests']} in {len(files)} files, {counts['skipped']} skipped"
+    wrong = counts["failures"] + counts["errors"]
+    shown = f"{wrong} of {counts['tests']}, {counts['skipped']} skipped"
     if code not in (0, 1, NO_TESTS):
-        shown += f"; exit code {code}"
-    bench.figure("tests", wrong if ran or bench.dry else float("nan"), shown)
+        shown += f", the others have not run (exit code {code})"
+    ran = code in (0, 1) and counts["tests"] > counts["skipped"]
+    return wrong if ran else float("nan"), shown

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from importlib import import_module
@@ -33,6 +35,21 @@ MODULES = {
     "digits": "digits",
 }
 """Where the function of a part is, under its name with `_` for `-`."""
+LOOK = 1.0
+"""Seconds between two looks at whether the call is still there."""
+
+
+def end_with_call() -> None:
+    """Ends this process group once the call that started it is gone, so that nothing computes beside the next one."""
+    call = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == call:
+            time.sleep(LOOK)
+        os.killpg(0, signal.SIGKILL)
+
+    if os.getpgrp() == os.getpid():  # as the call starts a part
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -44,6 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args(arguments)
     begun = time.monotonic()
+    end_with_call()
     if options.dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first asks for a GPU
 
