@@ -225,6 +225,16 @@ def test_a_wheel_that_cannot_be_installed_leaves_the_others_alone(
     assert "installed 1 of 2 wheels" in capfd.readouterr().out
 
 
+def test_the_code_of_the_checkout_is_known_from_that_of_the_wheel(bench: Any, tmp_path: Path) -> None:
+    sources, site = tmp_path / "src", tmp_path / "site"
+    for folder in (sources, site):
+        (folder / "keyhole" / "nn").mkdir(parents=True)
+        (folder / "keyhole" / "nn" / "a.py").write_text("x = 1\n")
+    assert not bench.run.differs(sources, site)
+    (sources / "keyhole" / "nn" / "a.py").write_text("x = 2\n")
+    assert bench.run.differs(sources, site)
+
+
 def test_a_folder_that_takes_no_result_is_refused_before_anything_runs(
     bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,13 +47,13 @@ class Result:
         folder: for the Markdown.
         figures: folder to which the parts append their figures, each to a file of its own.
         dry: the figures mean nothing.
-        commit: of the sources; default by git.
+        commit: of the sources, where git does not tell.
     """
 
-    def __init__(self, call: Call, folder: Path, figures: Path, dry: bool, commit: str | None = None) -> None:
+    def __init__(self, call: Call, folder: Path, figures: Path, dry: bool, commit: str = "") -> None:
         self.call, self.figures_folder, self.dry = call, figures, dry
         self.records = {part.name: Record(part) for part in call.parts}
-        self.machine = describe(commit or commit_of(ROOT))
+        self.machine = describe(commit_of(ROOT) or commit)
         gpu = gpu_name()
         name = f"on_gpu_{call.name}_{'dry' if dry else card(gpu) if gpu else f'{cores()}cpu'}"
         self.path = folder / f"{name}_{time.strftime('%Y-%m-%d')}.md"
