@@ -60,11 +60,15 @@ def test_a_run_that_names_a_gpu_says_what_to_do_without_one(toy_run: Path, tmp_p
 
 
 class Learner:
-    """Two layers and an optimizer, fused as on a GPU or not as on a CPU, with weight decay on one layer only."""
+    """Two layers and an optimizer, fused as on a GPU or not as on a CPU, with weight decay on one layer only.
+
+    The weights of one layer do not lie in memory as a file has them.
+    """
 
     def __init__(self, fused: bool) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
+        self.model[2].weight = nn.Parameter(torch.randn(4 * 36, 2).t() / 12)
         groups = [{"params": [*self.model[at].parameters()], "weight_decay": at * 0.1, "factor": 1.0} for at in (0, 2)]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=fused or None)
 
@@ -80,9 +84,11 @@ class Learner:
         return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_state_of_an_optimizer_serves_a_fused_one_and_one_that_is_not(fused: bool, tmp_path: Path) -> None:
-    whole, first, second = Learner(not fused), Learner(fused), Learner(not fused)
+@pytest.mark.parametrize(("fused", "then"), [(True, False), (False, True), (True, True)])
+def test_the_state_of_an_optimizer_serves_a_fused_one_and_one_that_is_not(
+    fused: bool, then: bool, tmp_path: Path
+) -> None:
+    whole, first, second = Learner(then), Learner(fused), Learner(then)
     for seed in range(3):
         first.step(seed)
         whole.step(seed)
@@ -91,7 +97,7 @@ def test_the_state_of_an_optimizer_serves_a_fused_one_and_one_that_is_not(fused:
     for seed in range(3, 6):
         whole.step(seed)
         second.step(seed)
-    assert second.optimizer.param_groups[0]["fused"] is (None if fused else True)
+    assert second.optimizer.param_groups[0]["fused"] is (then or None)
     assert [group["weight_decay"] for group in second.optimizer.param_groups] == [0.0, 0.2]
     torch.testing.assert_close(second.weights(), whole.weights())
     steps = {float(state["step"]) for state in second.optimizer.state.values()}

@@ -152,6 +152,10 @@ def load_state(
             _, number, key = name.split(".", 2)
             entries.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    for weight, entry in optimizer.state.items():  # fused optimizers take weight and state as they lie in memory
+        for name, value in entry.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                entry[name] = torch.empty_like(weight).copy_(value)
     return progress
 
 
