@@ -54,6 +54,8 @@ def test_a_gpu_that_cannot_be_used_is_said(name: str, advice: str, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as where another process has it to itself
     with pytest.raises(ConfigError, match=f"--run.device {name}: not usable here .*{advice}"):
         choose_device(name)
+    with pytest.raises(ConfigError, match=f"^--device {name}: not usable here"):
+        choose_device(name, option="--device")
 
 
 @pytest.mark.cuda

@@ -245,6 +245,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(weights: Path, tmp_path: Pat
     assert run(tmp_path / "data", tmp_path / "out", weights).made == 1
 
 
+@pytest.mark.parametrize(
+    "options", [{"chunk": 0}, {"chunk": -1}, {"chunk": True}, {"precision": "fp8"}, {"decode": "gpu"}], ids=str
+)
+def test_options_from_python_are_checked_as_those_of_the_command(
+    options: dict[str, Any], weights: Path, tmp_path: Path
+) -> None:
+    noise(tmp_path / "data" / "0.png")
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}: expected"):
+        run(tmp_path / "data", tmp_path / "out", weights, **options)
+    assert not (tmp_path / "out").exists()
+
+
 # What cannot be read
 
 

@@ -68,8 +68,10 @@ def test_sizes_are_read(text: str, size: int | None) -> None:
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "5", "0GB", "-1GB", "5XB", "GB", "five GB", "1e9B", "5GBB", "nan GB", "auto5"])
-def test_what_is_no_size_is_refused_with_what_is_expected(text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "5", "0GB", "-1GB", "5XB", "GB", "five GB", "1e9B", "5GBB", "nan GB", "auto5", 5, 0.5]
+)
+def test_what_is_no_size_is_refused_with_what_is_expected(text: str | float) -> None:
     with pytest.raises(ConfigError, match=r"--memory .*expected `auto` or a size with its unit, such as 5GB"):
         parse_memory(text)
 

@@ -13,12 +13,13 @@ from keyhole.nn import IPSClassifier
 from keyhole.nn.cost import has_depthwise, multiply_adds
 
 
-def choose_device(name: str, remedy: str = "") -> torch.device:
+def choose_device(name: str, remedy: str = "", option: str = "--run.device") -> torch.device:
     """`auto` is the first GPU, or the CPU without one. A GPU has its index: what is kept by device is kept once.
 
     Args:
         name: of the setting `run.device`.
         remedy: what an error tells the user to do; default is to use another one.
+        option: that the user gave it with, for errors.
 
     Raises:
         ConfigError: torch does not know the device, or it is not there, or another process has it to itself.
@@ -29,7 +30,7 @@ def choose_device(name: str, remedy: str = "") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         remedy = remedy or f"Use {'cpu' if name == 'auto' else 'auto or cpu'}."
-        raise ConfigError(f"--run.device {name}: not usable here ({str(error).splitlines()[0]}). {remedy}") from error
+        raise ConfigError(f"{option} {name}: not usable here ({str(error).splitlines()[0]}). {remedy}") from error
     return device
 
 

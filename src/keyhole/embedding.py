@@ -19,7 +19,7 @@ import torch
 
 import keyhole
 from keyhole.checkpoint import load_encoder, read_info, weights_file
-from keyhole.config import Config, Decode, ModelConfig, PatchConfig, RunConfig
+from keyhole.config import Config, Decode, ModelConfig, PatchConfig, RunConfig, SelectConfig, TrainConfig
 from keyhole.config_check import validate
 from keyhole.config_file import build
 from keyhole.data.embed_items import feature_names, items_to_embed
@@ -144,6 +144,8 @@ def embed(
     config = Config(
         patch=build(Config(), {"patch": patch or PatchConfig()}).patch,
         model=model,
+        select=SelectConfig(chunk=chunk),
+        train=TrainConfig(precision=precision),
         run=RunConfig(device=device, threads=threads, decode=decode),
         memory=memory,
         unreadable=unreadable,
@@ -156,7 +158,7 @@ def embed(
         config, _ = settle_edge(config, items, reader)
     folder = writable_folder(out)
     files = feature_names(folder, items)
-    chosen = choose_device(device)
+    chosen = choose_device(device, option="--device")
     if chosen.type == "cpu":
         steady_heap(False)
     network = _encoder(config, chosen)
@@ -174,7 +176,7 @@ def embed(
         progress = None if quiet else stack.enter_context(Progress(len(open_items), "embedding"))
         found: Iterable[tuple[Item, int | KeyholeError]] = ()
         if open_items:
-            pace = stack.enter_context(_own_pace(config, network, chunk))
+            pace = stack.enter_context(_own_pace(config, network))
             found = EmbeddingFiles(config, network, pace, dtype, settings, progress).embed_all(open_items, files)
         for item, missing in found:
             if isinstance(missing, KeyholeError):
@@ -237,12 +239,13 @@ def _encoder(config: Config, device: torch.device) -> IPSClassifier:
 
 
 @contextlib.contextmanager
-def _own_pace(config: Config, model: IPSClassifier, chunk: int | None) -> Iterator[Pace]:
+def _own_pace(config: Config, model: IPSClassifier) -> Iterator[Pace]:
     """How many patches are encoded at once: as many as asked for, or else as the budget allows, which is kept inside.
 
     Errors of the plan name the options that `embed` has.
     """
     device, memory = next(model.parameters()).device, parse_memory(config.memory)
+    chunk = config.select.chunk
     plan = Plan(chunk=chunk or CPU_CHUNK)
     try:
         if memory is not None or device.type == "cuda":

@@ -133,7 +133,7 @@ class Predictor:
             raise ConfigError(f"decode {decode}: expected {' or '.join(get_args(Decode))}")
         file = model_file(path)
         weights, info = read_tensors(file)
-        chosen = choose_device(device)
+        chosen = choose_device(device, option="--device")
         try:
             tasks = [Task.from_json(task) for task in info["tasks"]]
             given = {name: info[name] for name in SECTIONS} | {"train": {"batch": info["batch"]}}

@@ -27,12 +27,13 @@ _DOUBTFUL = re.compile(
 )
 
 
-def parse_memory(text: str, option: str = "--memory") -> int | None:
+def parse_memory(text: str | float, option: str = "--memory") -> int | None:
     """Bytes of `5GB`, `4GiB`, `800MB` or `1.5g`; None for `auto`. GB is 10^9 bytes, GiB 2^30.
 
     Raises:
         ConfigError: neither `auto` nor a positive number with a unit.
     """
+    text = str(text)
     if text.strip().lower() == "auto":
         return None
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?)?(b?)", text.strip(), re.IGNORECASE)
