@@ -477,7 +477,7 @@ def by_names(self: Decoder, streams: Sequence[bytes], channels: int) -> torch.Te
 
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decode], None]:
-    """Puts another decoder in the place of torchvision's; what is known of it is forgotten."""
+    """Replace torchvision's decoder by another, of which nothing is known yet."""
 
     def install(decode: Decode) -> None:
         monkeypatch.setattr(Decoder, "__call__", decode)

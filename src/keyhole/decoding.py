@@ -97,7 +97,7 @@ class Kinds:
         return kind in self.known
 
     def __bool__(self) -> bool:
-        """Whether it is of use to ask; not between the first question and its answer."""
+        """Whether asking helps: false while the first question has no answer yet, and where nothing is decoded."""
         return not self.asked if self.known is None else bool(self.known)
 
 

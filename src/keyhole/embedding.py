@@ -240,7 +240,7 @@ def _encoder(config: Config, device: torch.device) -> IPSClassifier:
 
 @contextlib.contextmanager
 def _own_pace(config: Config, model: IPSClassifier) -> Iterator[Pace]:
-    """How many patches are encoded at once: as many as asked for, or else as the budget allows, which is kept inside.
+    """Plan how many patches are encoded at once: as many as asked for, or else as the budget allows. It is kept inside.
 
     Errors of the plan name the options that `embed` has.
     """

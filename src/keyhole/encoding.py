@@ -53,7 +53,7 @@ class Rows:
     _place: slice
 
     def embedding(self) -> NDArray[np.float32]:
-        """(k d), valid until the next `Rows` are asked for; waits until the device is done with them."""
+        """Return the embeddings (k d); waits until the device has copied them. Valid until the next `Rows` come."""
         return self._chunk.array()[self._place]
 
 
@@ -170,7 +170,7 @@ class _OnHost:
         self._embedding, self._done = embedding, done
 
     def array(self) -> NDArray[np.float32]:
-        """(k d), once the copy is done."""
+        """Return them (k d), once the copy is done."""
         if self._done is not None:
             self._done.synchronize()
         found: NDArray[np.float32] = self._embedding.numpy()

@@ -54,8 +54,8 @@ class KeptPixels:
         """Take all pixels to the host, where they stay; without it `part` reads them each time.
 
         Args:
-            together: into one block, from which `part` copies to the device and nowhere else. Who keeps the pixels of
-                one image then keeps the whole block.
+            together: into one block, from which `part` copies straight to the device. Keeping the pixels of one image
+                then keeps the whole block in memory.
         """
         sources = [source for source in self.batch.sources if source is not None]
         if together and sources:
@@ -127,7 +127,7 @@ def _readable(index: Index, batch: Batch, row: int) -> NDArray[np.bool_]:
 
 
 def _fills(whole: Tensor, parts: Sequence[NDArray[Any] | None]) -> bool:
-    """Whether the parts are the whole, one behind the other: none has failed, and none was read twice."""
+    """Return whether the parts lie in `whole` one behind the other without a gap: none failed or was read twice."""
     at = whole.data_ptr()
     for part in parts:
         if part is not None and len(part):

@@ -176,8 +176,8 @@ def select_batch(
         keep_logits: keep the logits of all patches.
         on_chunk: called with the number of patches after each chunk; may raise to stop.
         known: what images keep of which the pass was made before; their patches are not streamed.
-        on_image: called with an image's place, as soon as its last patch has been seen, and with what gives what it
-            keeps. Under the rule "streaming" small images take their steps together, if nobody asks for one earlier.
+        on_image: called with an image's place and a function that returns what it keeps, as soon as its last patch has
+            been seen. Under the rule "streaming" asking at once costs time: small images take their steps together.
         pace: how many patches are encoded at once; by default a chunk as it comes.
         stager: takes the chunks to the device, and counts where the time goes; one for all batches.
 
@@ -266,8 +266,8 @@ def fetch_kept(
         kept: of each image, on the host as `select_batch` returns it; None where it could not be read.
         color: (b c c+1) colour change per image.
         hold: most bytes of pixels that stay in host memory; beyond that `Bags.part` reads them each time.
-        together: pixels of all images lie in one block, from which `Bags.part` copies to the device and nothing else.
-            Not for callers who keep pixels of some images: these would keep the whole block.
+        together: pixels of all images lie in one block, from which `Bags.part` copies straight to the device. Not for
+            callers that keep the pixels of some images: these would keep the whole block in memory.
 
     Returns:
         The bags; what each image really keeps, since a patch may have become unreadable after it was selected; and

@@ -1,4 +1,4 @@
-"""Rows of an array that are copied into memory which is there already, once."""
+"""Rows of an array, copied once, into memory that exists already."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Stager:
 
         Args:
             chunk: as it came from the reader, or a part of that.
-            rows: stage only so many of its first rows; default all.
+            rows: how many of its first rows to stage; default all.
 
         Raises:
             KeyholeError: a patch that came encoded could not be read, and failures are raised.
@@ -132,7 +132,7 @@ class Stager:
     def _decoded(self, chunk: Chunk, rows: int) -> list[tuple[Tensor, Tensor]]:
         """Places in the first rows of a chunk and their pixels, for each way that patches are turned.
 
-        None where the decoder refuses one: the host has decoded all that came encoded then.
+        Empty where the decoder refuses one: the host has then decoded all that came encoded.
         """
         encoded = {row: coded for row, coded in chunk.encoded.items() if row < rows}
         if not encoded:

@@ -21,7 +21,7 @@ def as_read(patches: Tensor, device: torch.device, color: Tensor | None = None) 
     """Patches of the host on the device: pixels (k h w c) uint8 as they are, features (k f) as float32 of their own.
 
     Args:
-        patches: in pinned memory, where nobody is to wait for a GPU.
+        patches: in pinned memory where the host is not to wait for a GPU.
         device: where the model is.
         color: (k c c+1) affine colour change of each patch on the device, or None.
     """

@@ -33,7 +33,7 @@ from keyhole.wording import listed
 LARGEST_CHUNKS = 2**26
 """Bytes of the compressed chunks that one row lies in, decoded: what a file decides that a read takes, and keeps."""
 LONG_RUN = 16
-"""Rows in a row from which finding the places of all pays: whoever streams a file reads such runs."""
+"""Consecutive rows in one read from which finding the places of all rows pays: streaming a file reads such runs."""
 INDEX_CACHE = 2**20
 """Bytes per open file for HDF5's index, which is long where every row is a chunk of its own."""
 

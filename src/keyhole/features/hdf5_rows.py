@@ -24,7 +24,7 @@ class StoredRows:
     """The rows of one dataset (n, d) or (1, n, d), of which each lies in the file without a gap.
 
     Args:
-        handle: a descriptor of the file, of which this keeps a copy until nobody reads any more.
+        handle: a descriptor of the file, which is duplicated and closed with this object.
         dataset: open.
 
     Raises:

@@ -100,9 +100,8 @@ class EncodedTiles:
         if bytes(data[-_PADDING:]).rfind(_EOI) < 0:
             return None
         head = self._head
-        if (
-            head is None or bytes(data[: len(head.stored)]) != head.stored
-        ):  # tiles of a file have one head, nearly always
+        # nearly always, all tiles of a file have one head
+        if head is None or bytes(data[: len(head.stored)]) != head.stored:
             head = self._merged(bytes(data))
             if head is None:
                 return None

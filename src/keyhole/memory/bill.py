@@ -63,7 +63,7 @@ class Bill:
     predicted: int = 0
 
     def select(self, chunk: int, images: int) -> int:
-        """The pass over all patches, while the logits of so many images are held."""
+        """Bytes of the pass over all patches, while the logits of `images` images are held."""
         return images * self.logits + max(self.gap(self.costs.score(chunk)), self.finishing)
 
     def second(self, chunk: int, split: int | None) -> int:

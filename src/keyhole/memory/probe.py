@@ -153,8 +153,8 @@ def _line(measure: Callable[[int], int], most: int, room: int, steps: bool) -> L
         measure: patches to bytes.
         most: patches.
         room: bytes that there are.
-        steps: whether bytes come in steps. Then a size that is small beside these says nothing of a patch, and a first
-            run that takes long, while libraries are loaded, is no reason to stop there.
+        steps: whether bytes come in steps. A growth that is small beside a step then says nothing about a patch, and a
+            first run that is slow because libraries are loaded is not a reason to stop.
     """
     points: list[tuple[int, int]] = []
     k = min(SMALLEST, most)

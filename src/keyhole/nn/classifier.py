@@ -39,8 +39,11 @@ def _check_bags(patches: Tensor, position: Tensor | None, mask: Tensor | None) -
 
 
 def _encoder_input(patches: Tensor | AsRead) -> tuple[Tensor, Tensor | None]:
-    """Patches and their colour change. On a CPU numbers are made of pixels before the encoder begins: colours are
-    changed in float32 there, whatever its precision is, and results do not depend on what is fused."""
+    """Return what the encoder is given of patches, and the colour change that is left to it.
+
+    On a CPU pixels become numbers before the encoder begins: colours are changed in float32 there, whatever the
+    encoder's precision is, and results do not depend on what is fused.
+    """
     if isinstance(patches, Tensor):
         return patches, None
     return (patches.values(), None) if patches.device.type == "cpu" else (patches.pixels, patches.color)
@@ -60,9 +63,9 @@ class IPSClassifier(nn.Module):
 
     Attributes:
         fast: what looks at patches without gradients in the encoder's place, see `accelerate`; None: the encoder.
-        tf32: a GPU may round float32 to TF32 in `fast` and in `split_backward`, see `keyhole.nn.tf32`; set it before
-            `accelerate`. Off, it does not in either, nor in `select`. In training steps of your own torch's settings
-            hold.
+        tf32: whether a GPU may round float32 to TF32 in `fast` and in `split_backward`, see `keyhole.nn.tf32`; set it
+            before `accelerate`. If it is off, neither these nor `select` round. In a training step of your own, the
+            settings that you made in torch hold.
 
     Raises:
         ValueError: a head's query does not exist in the pool.
@@ -192,7 +195,7 @@ class IPSClassifier(nn.Module):
 
         Args:
             pixels: uint8 as read from files (k h w c), floats as the encoder takes them (k c h w), or features (k f).
-            color: affine colour change of each patch, of uint8 only; that of `AsRead` is in it.
+            color: affine colour change of each patch, for uint8 only; `AsRead` brings its own.
             rows: the most patches that are encoded at once, for which a compiled encoder is compiled; 0: too few for
                 that, see `FastEncoder`.
         """
@@ -251,7 +254,7 @@ class IPSClassifier(nn.Module):
             position: as in `forward`; default 0 ... n-1 for the 1-D code.
             mask: True where there is a patch, for bags of different size.
             at_once: patches to encode at once; default `chunk`. Where the encoder is compiled it should stay the same.
-                Of features on a GPU give some ten thousand: the work on each is small, and launching it is not.
+                For features on a GPU give tens of thousands: the work on each is small, and launching it is not.
 
         Raises:
             ValueError: patches, positions or a mask of another shape; `m` or `chunk` below 1.
@@ -271,7 +274,7 @@ class IPSClassifier(nn.Module):
             loose = loose.permute(0, 2, 3, 1)  # as if read from files
         goes = [slice(start, start + (at_once or chunk)) for start in range(0, len(loose), at_once or chunk)]
         scored = ((go, self.score(loose[go], None if where is None else where[go])) for go in goes)
-        with self.looking():  # what is scored, is scored in here
+        with self.looking():  # `scored` is lazy: all scoring happens inside
             if rule == "global":
                 shape = (b, n, self.pool.heads, self.pool.queries)
                 return keep_global(whole_bags([logits for _, logits in scored], mask, shape, loose.device), m, mask)

@@ -1,4 +1,4 @@
-"""A function compiled by `torch.compile`, together with its like and apart from all others.
+"""A function compiled by `torch.compile`; functions of one kind share what is compiled, others do not.
 
 Dynamo, which traces what is compiled, counts the compilations of a function by its code: those of all objects of a
 class together, in the whole process. After 8 it goes on uncompiled, and only its log says so. A copy of the function

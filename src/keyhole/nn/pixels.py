@@ -56,9 +56,8 @@ def prepare(
     if scale is None or shift is None:
         return values if largest == 1 else values.div_(largest)
     scale, shift = (scale / largest).to(dtype), shift.to(dtype)
-    if (
-        torch.compiler.is_compiling()
-    ):  # fused, and before torch 2.14 `out` in channels last would split what is compiled
+    if torch.compiler.is_compiling():
+        # It is fused with the rest. Before torch 2.14, `out` in channels last breaks the graph.
         return torch.addcmul(shift, values, scale)
     # written over the values: on a CPU fresh memory costs as much as the arithmetic
     return torch.addcmul(shift, values, scale, out=values)

@@ -186,7 +186,7 @@ def whole_bags(
 
 
 def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b n"] | None = None) -> Selection:
-    """What `GlobalRule` keeps of images whose logits are all there: the host looks at no patch.
+    """Select from images whose logits are all there, as `GlobalRule` does, with no work of the host for single patches.
 
     Args:
         logits: -inf at padding.
@@ -256,9 +256,8 @@ class Selector:
         Patches need not be skipped, but an image that lacks some is then finished, and its logits dropped, by
         `finish` only.
         """
-        for number, count in zip(
-            *(part.tolist() for part in np.unique(image.numpy(), return_counts=True)), strict=True
-        ):
+        numbers, counts = np.unique(image.numpy(), return_counts=True)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
             self._count(number, count)
 
     def _count(self, number: int, patches: int) -> None:

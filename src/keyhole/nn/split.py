@@ -136,7 +136,7 @@ def bags_of(
 
     Args:
         embedding: in the order of the mask.
-        mask: True where there is a patch, on the host, so that nobody has to wait for how many there are.
+        mask: True where there is a patch, on the host, so that their number is known without waiting for the device.
     """
     if bool(mask.all()):
         return embedding.unflatten(0, mask.shape), None

@@ -1,6 +1,6 @@
-"""The published rule: the first m patches, then i at a time against the m at hand; many images take a step together.
+"""The published rule: the first m patches, then i at a time against the m kept so far, for many images at once.
 
-Letters: b image, m kept, i new patches of a step, k candidates of a step, r row (a patch at hand), h head, t query.
+Letters: b image, m kept, i new patches of a step, k candidates of a step, r row (a held patch), h head, t query.
 
 A step is a dozen operations, whatever its size, and an image takes one for every i of its patches. So steps are taken
 late: logits wait until the batch ends or many of them wait. Then all images that have a step to take do so together, as
@@ -50,7 +50,7 @@ class StreamingRule:
 
     @property
     def late(self) -> bool:
-        """Whether so many patches wait that steps should be taken."""
+        """Whether enough patches wait for steps to be taken now."""
         return sum(len(image) for image, _, _ in self._waiting) > LATE + self.m + self.chunk
 
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
@@ -125,7 +125,7 @@ class StreamingRule:
         return rows.gather(1, best.indices[:, : self.m]), best.values[:, : self.m]
 
     def _finished(self, held: "_Held", rows: Int[Tensor, "b m"], ended: Sequence["_Todo | None"]) -> dict[int, Best]:
-        """What the images that have ended keep, by a last look at all that each has kept."""
+        """What the images that have ended keep: a last ranking of what each has kept so far."""
         places = [place for place, each in enumerate(ended) if each is not None]
         if not places:
             return {}
@@ -172,7 +172,7 @@ class _Todo:
 
 @dataclass(frozen=True)
 class _Held:
-    """All patches at hand, a row each: first those in the memory of their image, then those that wait, then padding.
+    """All held patches, a row each: first those in the memory of their image, then those that wait, then padding.
 
     Attributes:
         image: (r,) whose they are, on the host.

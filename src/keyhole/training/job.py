@@ -72,7 +72,7 @@ class Job:
             OutputError: it cannot be written; the state before is whole.
             RunError: another process has taken over the run.
         """
-        assert self.learning, "the model is another by now"
+        assert self.learning, "the model has other weights by now"
         self.lock.check()
         save_state(self.run.path / "last.safetensors", self.model, self.optimizer, self.state.to_json())
 
