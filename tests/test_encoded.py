@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import threading
@@ -17,6 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_images import picture, write_tiff
+from on_device import GPU
+from PIL import Image
 from test_damage import damage
 from test_reading import PATIENCE, Opener, eventually, no_thread_is_left
 
@@ -545,6 +548,23 @@ def test_a_gpu_is_tried_once_whether_it_is_named_with_its_index_or_not(monkeypat
     monkeypatch.setitem(KNOWN, torch.device("cuda", 0), (COLORS, "tried"))
     for device in (torch.device("cuda", 0), torch.device("cuda")):
         assert decodes(device) == (COLORS, "tried")
+
+
+@pytest.mark.cuda(dry=False)
+def test_a_decoder_waits_for_whoever_has_the_same_stream() -> None:
+    if "ycbcr" not in decodes(GPU)[0]:
+        pytest.skip("this GPU decodes no JPEG")
+    data = io.BytesIO()
+    Image.effect_noise((256, 256), 50).convert("RGB").save(data, "JPEG")
+    decoder = Decoder(GPU)
+    expected = decoder([data.getvalue()], 3).cpu()
+    for _ in range(32):  # as many streams as torch has
+        with torch.cuda.stream(torch.cuda.Stream(GPU)):
+            block = torch.empty(expected.numel(), dtype=torch.uint8, device=GPU)
+            torch.cuda._sleep(200_000_000)
+            block.fill_(7)
+            del block  # the decoder may be given its memory, to which this stream has yet to write
+    assert decoder([data.getvalue()], 3).cpu().equal(expected)
 
 
 def test_without_a_decoder_the_host_decodes_and_says_why(decoder: Callable[[Decode], None]) -> None:
