@@ -16,7 +16,7 @@ from keyhole.data.item import Item
 from keyhole.nn import IPSClassifier, Kept, build_classifier
 from keyhole.passes import fetch_kept, infer, open_reader, opener, positions, select_batch
 from keyhole.patches import View
-from keyhole.reading import Batch
+from keyhole.reading import Batch, Reader
 from keyhole.store import ImageStore
 from keyhole.tasks import Task
 from keyhole.tensors import as_read, values_of
@@ -58,7 +58,7 @@ def model_of(config: Config, seed: int = 0) -> IPSClassifier:
     return build_classifier(config.model, TASKS, SIZE).eval()
 
 
-def only_batch(config: Config, images: list[Path], draws: list[Draw], chunk: int) -> tuple[Batch, object, object]:
+def only_batch(config: Config, images: list[Path], draws: list[Draw], chunk: int) -> tuple[Batch, object, Reader]:
     reader = open_reader(config.run, CPU)
     store = ImageStore(keep=False)
     openers = [
@@ -84,7 +84,7 @@ def test_both_passes_see_the_same_pixels(
     changes = [draw(AugmentConfig(color=0.5), seed, epoch, path.name, stride, 3) for path in images]
     colors = stack_colors(changes)
     assert colors is not None
-    batch, stream, reader = only_batch(conf, images, changes, chunk)
+    batch, _stream, reader = only_batch(conf, images, changes, chunk)
     seen: dict[tuple[int, int], torch.Tensor] = {}
     for part in batch.chunks():
         rows = torch.from_numpy(part.image[: part.count])
@@ -101,7 +101,7 @@ def test_both_passes_see_the_same_pixels(
         for place, patch in enumerate(index):
             torch.testing.assert_close(patches[row, place], seen[row, int(patch)], rtol=0, atol=1e-6)
     assert bags.mask.sum(dim=1).tolist() == [len(index) for index in wanted]
-    del stream, reader
+    reader.close()
 
 
 @LAW
@@ -116,7 +116,7 @@ def test_streaming_from_files_selects_what_the_modules_select_in_memory(
 ) -> None:
     conf = config(position=position)
     model = model_of(conf)
-    batch, stream, reader = only_batch(conf, images, [Draw()] * 3, chunk)
+    batch, _stream, reader = only_batch(conf, images, [Draw()] * 3, chunk)
     kept = select_batch(model, batch, SelectConfig(m, chunk, rule), keep_logits=True)  # type: ignore[arg-type]
     for source, found in zip(batch.sources, kept, strict=True):
         assert source is not None
@@ -127,7 +127,7 @@ def test_streaming_from_files_selects_what_the_modules_select_in_memory(
         expected = model.select(patches, m, chunk, rule, None if where is None else where[None])  # type: ignore[arg-type]
         assert set(found.index.tolist()) == set(expected.index[0].tolist())
         torch.testing.assert_close(found.score, expected.score[0], atol=1e-5, rtol=1e-4)
-    del stream, reader
+    reader.close()
 
 
 def test_colour_reaches_patches_as_one_affine_map() -> None:
@@ -177,13 +177,13 @@ def test_positions_are_those_of_the_turned_image(images: list[Path]) -> None:
     """A patch that a flip moves to the right has the position of the place it moves to."""
     conf = config(position="2d")
     model = model_of(conf)
-    batch, stream, reader = only_batch(conf, [images[2]], [Draw(view=View(flip_x=True))], 8)
+    batch, _stream, reader = only_batch(conf, [images[2]], [Draw(view=View(flip_x=True))], 8)
     source = batch.sources[0]
     assert source is not None
     where = positions(model, source, np.arange(len(source)), CPU)
     assert where is not None
     assert where[0].tolist() == [64 - SIZE / 2, SIZE / 2]
-    del stream, reader
+    reader.close()
 
 
 @pytest.mark.parametrize(("cores", "on_cpu", "on_gpu"), [(1, 1, 1), (2, 2, 2), (4, 4, 3), (16, 16, 15), (64, 16, 16)])
