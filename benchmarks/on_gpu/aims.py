@@ -101,7 +101,7 @@ MEASURES = (
     Aim("slides.reserved", "its reserved memory under --memory 3GB, GB", most=3.0),
     Aim("slides.allocated", "its allocated memory, GB"),
     Aim("slides.ratio", "its predicted over its reserved memory", least=0.87, most=1.15),
-    Aim("photographs", "whole epochs from photographs with 100 px patches, times the published pipeline", least=4),
+    Aim("photographs", "short epochs from photographs with 100 px patches, times the published pipeline", least=4),
     Aim("digits.epochs", "Megapixel MNIST, epochs trained, of a schedule of 24"),
     Aim("digits.seconds", "seconds to train an epoch (published: 18.1 on one H200, data on the device)", most=18.1),
     Aim("digits.majority", "accuracy of `majority` after the last epoch"),

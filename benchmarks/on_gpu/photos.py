@@ -32,3 +32,7 @@ def photographs(bench: Bench) -> None:
     ratio = seconds["published"] / seconds[OURS]
     rates = f"{count / seconds[OURS]:,.0f} images/s, published {count / seconds['published']:,.0f}"
     bench.figure("photographs", ratio, f"{ratio:.2f}: {rates}, {options.workers} workers")
+    bench.say(
+        f"an epoch is {count // batch} batches, and a worker of the published pipeline makes whole batches: in epochs "
+        f"so short some of {options.workers} workers have none, and the first batch is waited for; see photographs.py"
+    )
