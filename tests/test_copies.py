@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from keyhole.bench.patches import MadePatches
 from keyhole.errors import ImageError
 from keyhole.patches import TensorPatches
 from keyhole.reading import Reader
+from keyhole.reading.held import HeldMemory
 from keyhole.rows import take_rows
 
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
@@ -103,6 +105,20 @@ def test_batches_hold_their_pixels_in_the_memory_of_those_before() -> None:
             np.testing.assert_array_equal(batch.fetch([wanted])[0], probe.array[wanted])
         assert reader.reread_patches == 0
     assert len(places) <= 3, "two batches of 20, and one more where a small one was read while both were in use"
+
+
+@pytest.mark.parametrize("lengths", [range(10, 250, 4), [10, 200, 60, 120, 30, 220] * 8, range(250, 10, -4)], ids=str)
+def test_batches_whose_sizes_vary_take_no_more_memory_than_two_of_the_largest(lengths: Sequence[int]) -> None:
+    memory, taken, most = HeldMemory(), deque[np.ndarray](), 0
+    for length in lengths:
+        held = memory.take(length, 2 * 10_000)  # as of a prediction, which does not know its largest batch before
+        assert held is not None
+        assert len(held) >= length
+        taken.append(held)
+        most = max(most, memory.taken + memory.left)
+        if len(taken) == 2:
+            memory.give(taken.popleft(), reusable=True)
+    assert most <= 2 * max(lengths)
 
 
 def test_memory_that_a_stuck_thread_may_write_to_is_not_used_again() -> None:

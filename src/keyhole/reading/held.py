@@ -41,7 +41,10 @@ class HeldMemory:
         return sum(memory.nbytes for memory in self._left)
 
     def take(self, size: int, most: int) -> Array | None:
-        """Memory of at least `size` bytes, if all that is taken and left is then `most` at most; else None."""
+        """Memory of at least `size` bytes, if all that is taken and left is then `most` at most; else None.
+
+        What is left and too small makes room for what is new, or it would pile up where batches become larger.
+        """
         fitting = [place for place, memory in enumerate(self._left) if memory.nbytes >= size]
         best = min(fitting, key=lambda place: self._left[place].nbytes, default=None)
         if best is not None and self.taken + self.left <= most:
@@ -49,6 +52,8 @@ class HeldMemory:
         else:
             if self.taken + size > most:
                 return None
+            if self._left:
+                self._left.pop()
             while self._left and self.taken + self.left + size > most:
                 self._left.pop()
             memory = np.empty(size, np.uint8)
