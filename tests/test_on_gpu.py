@@ -290,6 +290,8 @@ def test_what_is_collected_is_refused_beyond_its_size(
     assert "60.00 MiB  large.whl" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds other files"):
         bench.collect.main(["--to", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"there is no .*train-images-idx3-ubyte\.gz"):
+        bench.collect.main(["--to", str(tmp_path / "new"), "--mnist", str(tmp_path)])
 
 
 def test_a_repeated_slide_has_all_its_patches_and_hands_them_over_as_jpeg(bench: Any, tmp_path: Path) -> None:
