@@ -199,6 +199,9 @@ def test_tiles_of_several_blocks_of_the_tables_are_found(tmp_path: Path, opened:
     some = [0, BLOCK - 1, BLOCK, 2 * BLOCK + 5]
     decoded = Decoder(CPU)(source.encoded(some, COLORS), 3).numpy()
     assert np.abs(decoded.astype(int) - source.read(some)).max() <= ROUNDING
+    drawn = pixels.reshape(16, 16, 160, 16, 3).swapaxes(1, 2).reshape(-1, 16, 16, 3)
+    off = np.abs(decoded.astype(int)[:, None] - drawn).mean(axis=(2, 3, 4))
+    assert off.argmin(axis=1).tolist() == some, "each looks like the tile that was asked for"
 
 
 def staged(batch: Batch, stager: Stager) -> tuple[dict[tuple[int, int], np.ndarray], int]:

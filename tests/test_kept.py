@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,6 +113,31 @@ def test_patches_that_become_unreadable_are_left_out_however_the_others_are_held
         assert part.color.equal(colors[[0, 2, 2, 2]])
         np.testing.assert_array_equal(pixels[0], drawn(0)[good[0]])
         assert pixels[1] is None
+
+
+def test_pixels_that_were_read_again_beside_a_stuck_thread_are_taken_from_where_they_are() -> None:
+    gate, stuck = threading.Event(), threading.Event()
+
+    class Stuck(Source):
+        def read(self, index: Any, out: np.ndarray | None = None) -> np.ndarray:
+            if stuck.is_set():
+                stuck.clear()
+                gate.wait(PATIENCE)
+                raise ImageError(self.name, "too late")
+            return super().read(index, out)
+
+    sources = [Source(0), Stuck(1), Source(2)]
+    with Reader(2, stall=0.5, retry_wait=0.01) as reader:
+        batch = looked(reader, sources, 0)
+        stuck.set()
+        bags, kept, _ = fetch_kept(model_of(), batch, kept_of(KEPT), together=True)
+        assert None not in kept
+        part = bags.part(0, 8)
+        assert isinstance(part, AsRead)
+        np.testing.assert_array_equal(
+            part.pixels, np.concatenate([drawn(image)[index] for image, index in enumerate(KEPT)])
+        )
+        gate.set()
 
 
 def test_images_that_keep_nothing_leave_no_hole() -> None:
