@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,3 +100,10 @@ def test_call_after_call_memory_of_a_gpu_is_used_again(
     allocator = Allocator(monkeypatch, reserved)
     with cap(Plan(budget=40 * 10**9), SECOND):
         assert allocator.emptied == emptied, "only what exceeds the budget has to go back"
+
+
+@LINUX
+def test_a_thread_begins_where_the_heap_has_more_free_than_the_budget_leaves() -> None:
+    script = Path(__file__).with_name("thread_under_a_cap.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "started\n"

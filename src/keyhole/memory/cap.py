@@ -131,7 +131,10 @@ class _DataLimit:
                 kind._before = resource.getrlimit(resource.RLIMIT_DATA)
                 kind._tiles, RECENT.shared_limit = RECENT.shared_limit, SHARED_TILES
             kind._code = self._code_then = mapped_code()
-            self._limit = status("VmData") - free_in_heap() + max(0, budget - status("VmRSS")) + UNTOUCHED
+            # Never below what is mapped: what the heap holds free is of no use to a new thread. It would not begin, and
+            # whoever started it would wait for it for ever.
+            mapped = status("VmData")
+            self._limit = max(mapped, mapped - free_in_heap() + max(0, budget - status("VmRSS"))) + UNTOUCHED
             self._held.append(self)
             self._set()
 
