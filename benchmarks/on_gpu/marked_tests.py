@@ -48,7 +48,7 @@ def tests(bench: Bench) -> None:
     if not found.exists():
         raise RuntimeError(f"pytest ended with exit code {code} before it had run a test")
     wrong, shown = counted(found, code)
-    bench.figure("tests", 0 if bench.dry and code == NO_TESTS else wrong, f"{shown}, {len(files)} files")
+    bench.figure("tests", 0 if bench.dry and code in (0, NO_TESTS) else wrong, f"{shown}, {len(files)} files")
 
 
 def counted(report: Path, code: int) -> tuple[float, str]:
