@@ -344,6 +344,12 @@ def test_default_is_under_recipe_is_under_file_is_under_flags(say: Say) -> None:
     assert printed(say, "train", "--select.m", "32", "--recipe", "traffic")["select"]["m"] == 32  # a default as a flag
 
 
+def test_the_options_of_a_verb_are_printed_as_yaml_with_their_sections(say: Say) -> None:
+    options = printed(say, "embed", "data", "--patch.size", "32", "--precision", "tf32", "--decode", "cpu")
+    assert (options["patch"]["size"], options["patch"]["mpp"]) == (32, None)
+    assert (options["data"], options["precision"], options["decode"]) == ("data", "tf32", "cpu")
+
+
 def test_flags_of_every_type_arrive(say: Say) -> None:
     line = (
         "train d.csv --out r --data.tasks a b=binary --patch.stride None --patch.mpp 0.5 --augment.no-flip "

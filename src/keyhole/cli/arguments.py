@@ -110,8 +110,12 @@ def print_options(options: Any) -> int:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.name != "print_config":
-            print(f"{field.name}: {json.dumps(value, default=lambda part: str(part), ensure_ascii=False)}")
+            print(f"{field.name}: {json.dumps(value, default=_as_json, ensure_ascii=False)}")
     return 0
+
+
+def _as_json(part: Any) -> Any:
+    return dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else str(part)
 
 
 def check_device(device: str) -> None:
