@@ -102,6 +102,12 @@ def test_training_evaluating_predicting_and_embedding_leave_jpeg_to_the_cpu_wher
     assert jpeg() == (decode == "auto")
 
 
+@pytest.mark.usefixtures("decoding")
+def test_a_gpu_takes_part_unless_it_is_told_not_to() -> None:
+    assert stager_for(RunConfig(), CPU).deliver is not None
+    assert stager_for(RunConfig(decode="cpu"), CPU).deliver is None
+
+
 def test_another_word_is_refused(toy_run: Path) -> None:
     with pytest.raises(ConfigError, match="decode gpu: expected auto or cpu"):
         keyhole.load(toy_run, decode="gpu")  # type: ignore[arg-type]
