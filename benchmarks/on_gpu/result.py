@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 
 from machine import card, cores, processor
@@ -166,7 +167,7 @@ def command_line() -> str:
     words: Sequence[str] = sys.argv[1:]
     told = [
         word
-        for word, after in zip(words, [*words[1:], ""], strict=True)
+        for word, after in pairwise([*words, ""])
         if os.sep not in word and not (word.startswith("--") and os.sep in after)
     ]
     return " ".join(["benchmarks/on_gpu/run", *told])
