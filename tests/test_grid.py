@@ -99,6 +99,14 @@ def test_a_patch_does_not_depend_on_what_it_is_read_with(grid: PatchGrid, data: 
     np.testing.assert_array_equal(grid.read(index), grid.read(slice(None))[index])
 
 
+@pytest.mark.parametrize("edge", EDGES)
+def test_no_patch_is_there_twice_where_the_image_is_as_large_as_a_patch(edge: Edge) -> None:
+    grid = PatchGrid(ArrayImage(noise(8, 8)), 8, 4, offset=(-3, -3), edge=edge)
+    assert len(np.unique(grid.boxes(slice(None)), axis=0)) == len(grid)
+    if edge in ("drop", "shift"):
+        assert len(grid) == 1
+
+
 @laws
 @given(grids())
 def test_boxes_centers_and_cells_agree(grid: PatchGrid) -> None:

@@ -48,7 +48,8 @@ def place_patches(extent: int, size: int, stride: int, offset: int, edge: Edge) 
     covering = -((first - last) // stride) + 1
     touching = -((first - extent) // stride)  # fewer than `covering` only where the stride exceeds the size
     starts = first + np.arange(max(1, min(covering, touching)), dtype=np.int64) * stride
-    return inside(starts, extent, size) if edge == "shift" else starts
+    # Of patches that are moved to the same place, as where the image is no larger than a patch, there is one.
+    return np.unique(inside(starts, extent, size)) if edge == "shift" else starts
 
 
 def inside(starts: Index, extent: int, size: int) -> Index:
