@@ -386,7 +386,7 @@ plan = make_plan(model, patch_shape=shape, m=m, batch=b, device=cpu, memory=budg
 color = torch.eye(3, 4)
 ring = [rng.integers(0, 256, (plan.chunk, *shape), np.uint8) for _ in range(6)]  # as the reader holds it
 with cap(plan, cpu):
-    for step in range(2):
+    for step in range(6):  # gaps in the heap, which the plan counts, take some steps to come
         selector = Selector([n] * b, m, plan.chunk)
         with evaluating(model):
             for image in range(b):
