@@ -140,3 +140,23 @@ def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
         return code, said.out + said.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Any:
+    """A `SmallEncoder` that `keyhole embed` uses; its weights are in the file `weights`. Do not change it."""
+    import torch
+
+    from keyhole.nn import SmallEncoder
+
+    torch.manual_seed(0)
+    return SmallEncoder(3, 8).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(encoder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
+    save_file(encoder.state_dict(), path)
+    return path

@@ -45,19 +45,6 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def encoder() -> SmallEncoder:
-    torch.manual_seed(0)
-    return SmallEncoder(3, 8).eval()
-
-
-@pytest.fixture(scope="module")
-def weights(encoder: SmallEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
-    save_file(encoder.state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def archive(toy: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Embedded:
     """The features of the toy images; do not change them."""
     return run(toy, tmp_path_factory.mktemp("archive") / "features", weights)

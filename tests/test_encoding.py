@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import Say
 from on_device import GPU, no_waiting
-from safetensors.torch import save_file
 from test_embed import damaged_tiff, noise
 from test_out_of_memory import narrow
 from torch import Tensor
@@ -37,19 +36,6 @@ CPU = torch.device("cpu")
 SIDES = ((64, 64), (96, 80), (16, 16), (160, 48), (48, 48))
 COUNTS = [16, 30, 1, 30, 9]
 """Patches of 16 px of images of these sides. No call gets two of them, which is what the trial of a new copy gets."""
-
-
-@pytest.fixture(scope="module")
-def encoder() -> SmallEncoder:
-    torch.manual_seed(0)
-    return SmallEncoder(3, 8).eval()
-
-
-@pytest.fixture(scope="module")
-def weights(encoder: SmallEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
-    save_file(encoder.state_dict(), path)
-    return path
 
 
 @pytest.fixture(scope="module")
