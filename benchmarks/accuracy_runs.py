@@ -14,7 +14,7 @@ from digit_encoder import write_encoder
 from machine import cores
 from megapixel_mnist import write_canvases
 
-from keyhole.data.digits import make_digits
+from keyhole.datasets.digits import make_digits
 
 FAST, FLOAT32 = "fast", "float32"
 PATHS = (FAST, FLOAT32)

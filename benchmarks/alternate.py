@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from keyhole.memory.meter import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, steady_heap
+from keyhole.engine.memory.meter import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, steady_heap
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from megapixel_mnist import SIDE, Digits, draw_noise, source_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keyhole.files import atomic_file
 from keyhole.nn import SmallEncoder
+from keyhole.util.files import atomic_file
 
 PATCH = 50
 SEEN = 0.5

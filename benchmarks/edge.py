@@ -28,12 +28,12 @@ import torch
 from machine import write_result
 
 import keyhole
-from keyhole.config import Config, ModelConfig, PatchConfig, SelectConfig
-from keyhole.edge import Edge
+from keyhole.config.settings import Config, ModelConfig, PatchConfig, SelectConfig
+from keyhole.inference.predictor import Predictor
 from keyhole.nn import build_classifier
-from keyhole.predict import Predictor
-from keyhole.prediction import Prediction
-from keyhole.tasks import Task
+from keyhole.patches.edge import Edge
+from keyhole.report.prediction import Prediction
+from keyhole.tasks.kinds import Task
 
 SCENES = Path(__file__).resolve().parents[2] / "shared" / "data" / "traffic" / "scenes"
 EDGES: tuple[Edge, ...] = get_args(Edge)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keyhole.config_file import build, resolve
-from keyhole.memory.plan import cap
+from keyhole.config.file import build, resolve
+from keyhole.engine.memory.plan import cap
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job
 from keyhole.training.loop import Loop

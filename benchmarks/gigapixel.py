@@ -25,15 +25,15 @@ import torch
 from epochs import run_passive
 from machine import write_result
 
-from keyhole.config import Config
-from keyhole.config_file import build
-from keyhole.data.slides import make_slide
-from keyhole.memory.cap import cap
-from keyhole.memory.plan import Plan
-from keyhole.memory.process import peak_memory
+from keyhole.config.file import build
+from keyhole.config.settings import Config
+from keyhole.datasets.slides import make_slide
+from keyhole.engine.memory.cap import cap
+from keyhole.engine.memory.plan import Plan
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job
 from keyhole.training.loop import Loop
+from keyhole.util.process import peak_memory
 
 CPU = {"encoder": "small", "channels": 3, "width": 8, "stages": 2}
 GPU = {"encoder": "resnet18", "channels": 3}

@@ -30,16 +30,16 @@ from operations import Count, CountedShares, Operations
 from PIL import Image
 from torch import Tensor, nn
 
-from keyhole.config import SelectConfig
-from keyhole.config_file import configuration, validate
-from keyhole.features import FeatureOpener
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan, largest_chunk
+from keyhole.config.file import configuration, validate
+from keyhole.config.settings import SelectConfig
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan, largest_chunk
+from keyhole.engine.passes import select_batch
+from keyhole.engine.to_device import Stager
+from keyhole.loading import Reader
+from keyhole.loading.chunks import Chunk
 from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier
-from keyhole.passes import select_batch
-from keyhole.reading import Reader
-from keyhole.reading.chunks import Chunk
-from keyhole.staging import Stager
+from keyhole.patches.features import FeatureOpener
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import Job, start_job
 from keyhole.training.loop import Loop

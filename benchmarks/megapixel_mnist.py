@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from keyhole.files import writable_folder, write_atomic
+from keyhole.util.files import writable_folder, write_atomic
 
 Pixels = NDArray[np.uint8]
 Labels = tuple[int, int, int, str]
@@ -137,7 +137,7 @@ def read_mnist(folder: Path, name: str) -> Digits:
 
 def _bundled_digits() -> dict[str, Digits]:
     """scikit-learn's digits, enlarged to 24 px inside a border of 2."""
-    from keyhole.data.digits import handwriting
+    from keyhole.datasets.digits import handwriting
 
     found = {}
     for split, samples in handwriting(range(10)).items():

@@ -4,8 +4,8 @@
                                 [--quick] [--no-write]
 
 One of N patches an image, M kept patches and B images a step varies, around N = 10,000, M = 64 and B = 4, each in a
-process of its own. `keyhole.bench.memory` has the steps: patches come through the reader as they do from files, but are
-made from their index: 32 px and the small encoder at width 8 on a CPU, 256 px and ResNet-18 on a GPU. On a CPU the
+process of its own. `keyhole.tools.bench.memory` has the steps: patches come through the reader as they do from files,
+but are made from their index: 32 px and the small encoder at width 8 on a CPU, 256 px and ResNet-18 on a GPU. On a CPU the
 budget is that of the whole process; on a GPU that of torch's allocator, and the process's peak is given beside it.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from machine import write_result
 
-from keyhole.bench.memory import Peak, growths, lines, measure_apart, plain_config
-from keyhole.config import Config, RunConfig
+from keyhole.config.settings import Config, RunConfig
+from keyhole.tools.bench.memory import Peak, growths, lines, measure_apart, plain_config
 
 PATCHES, KEPT, IMAGES = (1_000, 10_000, 100_000, 250_000, 1_000_000), (16, 64, 256, 1_024), (1, 4, 16)
 QUICK = (1_000, 10_000)

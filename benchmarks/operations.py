@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from keyhole.shares import Part, Shares
+from keyhole.util.timing import Part, Shares
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
 WAITS |= {"unique_consecutive", "unique_dim_consecutive", "bincount", "masked_scatter_backward"}

@@ -31,10 +31,10 @@ from machine import cores, write_result
 from photographs_published import PATCH, PATCHES, SIZE, load, most_workers
 from published import published_from
 
-from keyhole.device import arithmetic_of
+from keyhole.engine.device import arithmetic_of
+from keyhole.engine.to_device import prefetched
 from keyhole.nn import TimmEncoder
 from keyhole.nn.pixels import prepare
-from keyhole.staging import prefetched
 from keyhole.training.augment import draw, stack_colors
 
 SCENES = Path(__file__).resolve().parents[2] / "shared" / "tools" / "make_traffic_scenes.py"

@@ -3,7 +3,7 @@
     python benchmarks/reading.py [--side 20480] [--rounds 5] [--quick] [--folder DIR] [--only JPEG,Zstd]
 
 Writes a JPEG pyramid of generated tissue, cuts a square out of it into TIFF and OME-Zarr of other codecs, and reads
-patches of one tile through `keyhole.reading.Reader`: the grid laid on the tiles (aligned), half a tile beside them
+patches of one tile through `keyhole.loading.Reader`: the grid laid on the tiles (aligned), half a tile beside them
 (unaligned), and with patches that overlap by half. The floor is the codec of the format decoding the same tiles into
 memory that is used again and again, bytes read by their offsets, by as many threads. All pieces take turns; medians.
 """
@@ -27,10 +27,10 @@ import numpy as np
 import tifffile
 from machine import cores, write_result
 
-from keyhole.data.slides import make_slide
+from keyhole.datasets.slides import make_slide
 from keyhole.images import open_image
-from keyhole.patches import FileOpener
-from keyhole.reading import Reader
+from keyhole.loading import Reader
+from keyhole.patches.sources import FileOpener
 
 TILE = 256
 CHUNK = 64

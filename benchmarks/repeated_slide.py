@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from keyhole.data.slides import make_slide
+from keyhole.datasets.slides import make_slide
 
 TILE = 256
 SOURCE = 8192

@@ -24,7 +24,7 @@ from alternate import alternate, medians
 from epochs import Epochs, run_passive, write_csv
 from machine import cores, hardware, write_result
 
-from keyhole.data.slides import make_slide
+from keyhole.datasets.slides import make_slide
 
 PARTS = ("reading", "copying", "encoding", "scoring", "learning")
 

@@ -31,8 +31,8 @@ from selection_inputs import Inputs, build, load_lite0, make_inputs, settle
 from selection_settings import CPU, CUDA, QUICK, Setting
 from selection_sides import Ours, Theirs, logits_error, overlap
 
-from keyhole.compiling import Choice, choose_compile
-from keyhole.device import Arithmetic, choose_device, choose_precision
+from keyhole.engine.compiling import Choice, choose_compile
+from keyhole.engine.device import Arithmetic, choose_device, choose_precision
 from keyhole.nn import IPSClassifier
 from keyhole.nn.cost import multiply_adds
 

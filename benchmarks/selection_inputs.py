@@ -20,7 +20,7 @@ from selection_settings import Setting
 from torch import Tensor, nn
 
 from keyhole.nn import CrossAttentionPool, FeatureProjector, IndexPosition, IPSClassifier, TimmEncoder
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 SCENES = Path(__file__).resolve().parents[2] / "shared" / "data" / "traffic" / "scenes"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from keyhole.nn.selection import Rule
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 DIGITS = tuple(map(str, range(10)))
 

@@ -13,17 +13,17 @@ from selection_inputs import Inputs, activations, published_labels
 from selection_settings import Setting
 from torch import Tensor
 
-from keyhole.config import Config, RunConfig, SelectConfig, TrainConfig
-from keyhole.device import Arithmetic
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan
+from keyhole.config.settings import Config, RunConfig, SelectConfig, TrainConfig
+from keyhole.engine.device import Arithmetic
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
+from keyhole.engine.passes import Bags, fetch_kept, open_reader, select_batch
+from keyhole.engine.to_device import Stager
 from keyhole.nn import IPSClassifier, Kept, split_backward, total_loss
 from keyhole.nn.pixels import prepare
 from keyhole.nn.selection import Rule
-from keyhole.passes import Bags, fetch_kept, open_reader, select_batch
-from keyhole.patches import TensorPatches
-from keyhole.staging import Stager
-from keyhole.tensors import values_of
+from keyhole.nn.tensors import values_of
+from keyhole.patches.sources import TensorPatches
 from keyhole.training.finite import step_if_finite
 from keyhole.training.setup import new_optimizer
 

@@ -28,12 +28,12 @@ import numpy as np
 from machine import cores, write_result
 from PIL import Image as Pictures
 
-from keyhole.grid import PatchGrid
 from keyhole.images.image import ArrayImage
 from keyhole.images.pillow import PillowImage
 from keyhole.images.pixels import Pixels
-from keyhole.patches import FilePatches
-from keyhole.reading import Chunk, Delivery, FetchOnly, Reader
+from keyhole.loading import Chunk, Delivery, FetchOnly, Reader
+from keyhole.patches.grid import PatchGrid
+from keyhole.patches.sources import FilePatches
 
 HOST, DECODER, ENCODER = 23_600 / 16, 40_000.0, 50_400.0
 """Patches of 256 px a second: decoded by one thread of sixteen, by the device's decoder, and encoded (ResNet-18)."""

@@ -29,11 +29,11 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
 
 torch.compile = functools.partial(torch.compile, backend=backend)  # type: ignore[assignment]
 
-from keyhole.memory.plan import Plan  # noqa: E402
+from keyhole.engine.memory.plan import Plan  # noqa: E402
 from keyhole.nn import FastEncoder, SmallEncoder  # noqa: E402
 from keyhole.nn.fast import CompiledEncoder, encoded  # noqa: E402
+from keyhole.runs.seal import read_state  # noqa: E402
 from keyhole.training.loop import Loop, train  # noqa: E402
-from keyhole.training.seal import read_state  # noqa: E402
 
 ROOM = 10
 seen: list[int] | None = None

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from keyhole.cli.main import main
-from keyhole.memory.meter import taken
-from keyhole.memory.process import reset_peak, status
+from keyhole.engine.memory.meter import taken
 from keyhole.nn import SmallEncoder
+from keyhole.util.process import reset_peak, status
 
 
 def embed(out: str, data: str, weights: str, room: int) -> dict[str, object]:

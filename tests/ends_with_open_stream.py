@@ -14,8 +14,8 @@ atexit.register(hold)  # before keyhole is imported: what is registered first co
 
 import numpy as np  # noqa: E402
 
-from keyhole.patches import TensorPatches  # noqa: E402
-from keyhole.reading import Reader  # noqa: E402
+from keyhole.loading import Reader  # noqa: E402
+from keyhole.patches.sources import TensorPatches  # noqa: E402
 
 
 class Opener:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from keyhole import staging
+from keyhole.engine import to_device as staging
 
 FULL = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB"
 

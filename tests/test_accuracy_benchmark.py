@@ -11,7 +11,7 @@ import pytest
 
 from keyhole.cli.arguments import parse_config
 from keyhole.cli.train import TrainOptions
-from keyhole.config_check import validate
+from keyhole.config.check import validate
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -17,11 +17,11 @@ from conftest import SMALL
 from PIL import Image
 
 import keyhole
-from keyhole.config import Config, PatchConfig, SelectConfig
-from keyhole.config_file import build
+from keyhole.config.file import build
+from keyhole.config.settings import Config, PatchConfig, SelectConfig
 from keyhole.errors import ConfigError, KeyholeError
-from keyhole.predict import Predictor
-from keyhole.prediction import Prediction, write_prediction
+from keyhole.inference.predictor import Predictor
+from keyhole.report.prediction import Prediction, write_prediction
 
 
 def test_every_name_of_the_api_is_there_and_no_submodule_can_hide_it() -> None:
@@ -142,7 +142,9 @@ def test_pixels_of_another_kind_are_refused_in_words(predictor: Predictor, image
 def test_a_file_that_is_not_there_is_told_before_a_reader_waits_for_it(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("keyhole.predict.open_reader", lambda *_: pytest.fail("a reader tries again for 20 s"))
+    monkeypatch.setattr(
+        "keyhole.inference.predictor.open_reader", lambda *_: pytest.fail("a reader tries again for 20 s")
+    )
     with pytest.raises(KeyholeError, match=r"nosuch.png: no such file"):
         predictor.predict("nosuch.png")
 

@@ -11,13 +11,13 @@ from test_encoded import COLUMNS, CPU, ROWS, TILE, always, files
 from test_reading import PATIENCE, no_thread_is_left
 
 import keyhole
-from keyhole import staging
-from keyhole.decoding import decodes
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan
-from keyhole.patches import FileOpener
-from keyhole.reading import Reader
-from keyhole.staging import Stager, prefetched
+from keyhole.engine import to_device as staging
+from keyhole.engine.jpeg import decodes
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
+from keyhole.engine.to_device import Stager, prefetched
+from keyhole.loading import Reader
+from keyhole.patches.sources import FileOpener
 
 __all__ = ["files", "no_thread_is_left"]  # fixtures
 

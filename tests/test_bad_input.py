@@ -22,8 +22,8 @@ from conftest import settings, small_files
 from PIL import Image
 from safetensors.torch import save_file
 
-from keyhole.checkpoint import read_tensors, write_tensors
 from keyhole.cli.main import main
+from keyhole.runs.checkpoint import read_tensors, write_tensors
 
 SETTINGS = settings(train={"epochs": 1})
 FLAGS = [

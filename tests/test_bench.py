@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import yaml
 
-from keyhole.bench.advice import Facts, advice
-from keyhole.bench.images import DIFFERENT, Kind, kind_of, write_images
-from keyhole.bench.memory import Growth, Peak, growths, measure_apart, plain_config
 from keyhole.cli.bench_memory import parse_patches, report
 from keyhole.cli.main import main
-from keyhole.config import Config
-from keyhole.config_file import build, read_recipe, recipes
+from keyhole.config.file import build, read_recipe, recipes
+from keyhole.config.settings import Config
 from keyhole.data.manifest import read_manifest
 from keyhole.errors import ConfigError
 from keyhole.images.geometry import Size
-from keyhole.shares import PARTS
+from keyhole.tools.bench.advice import Facts, advice
+from keyhole.tools.bench.images import DIFFERENT, Kind, kind_of, write_images
+from keyhole.tools.bench.memory import Growth, Peak, growths, measure_apart, plain_config
+from keyhole.util.timing import PARTS
 
 Say = Callable[..., tuple[int, str, str]]
 
@@ -211,7 +211,7 @@ def test_memory_of_a_real_step_is_flat_and_the_process_ends_with_0(say: Say) -> 
 
 KEEPING = """
 import sys
-from keyhole.bench import memory, patches
+from keyhole.tools.bench import memory, patches
 
 held, read = [], patches.MadePatches.read
 

@@ -13,7 +13,7 @@ import pytest
 import tifffile
 
 from keyhole.cli.main import main
-from keyhole.data.camelyon16 import OFFICIAL, read_camelyon16
+from keyhole.datasets.camelyon16 import OFFICIAL, read_camelyon16
 from keyhole.errors import DataError
 
 SIDE, SPOT = 512, 64

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import keyhole
+from keyhole.engine.memory.cap import cap, room_for_code
+from keyhole.engine.memory.plan import Plan
 from keyhole.images.recent import RECENT
-from keyhole.memory.cap import cap, room_for_code
-from keyhole.memory.plan import Plan
-from keyhole.memory.process import STATUS
+from keyhole.util.process import STATUS
 
 LINUX = pytest.mark.skipif(not STATUS.exists(), reason="reads /proc")
 CPU, SECOND = torch.device("cpu"), torch.device("cuda", 1)

@@ -21,17 +21,17 @@ import tifffile
 from PIL import Image
 
 from keyhole.cli.check import run as run_check
-from keyhole.config import Config, DataConfig, PatchConfig, SelectConfig
-from keyhole.data import check as check_module
-from keyhole.data.check import CheckReport, Finding, check
-from keyhole.data.check_look import Failed, Probed, Request, probe_here
-from keyhole.data.check_worker import ImageProbe, serve
+from keyhole.config.settings import Config, DataConfig, PatchConfig, SelectConfig
 from keyhole.errors import DataError, OutputError
-from keyhole.grid import PatchGrid
 from keyhole.images import ArrayImage, open_image
+from keyhole.patches.grid import PatchGrid
 from keyhole.report import mask_preview
 from keyhole.report.mask_preview import preview_names
-from keyhole.wording import problem_and_fix
+from keyhole.tools.check import run as check_module
+from keyhole.tools.check.look import Failed, Probed, Request, probe_here
+from keyhole.tools.check.run import CheckReport, Finding, check
+from keyhole.tools.check.worker import ImageProbe, serve
+from keyhole.util.wording import problem_and_fix
 
 PATCH = {"size": 32, "stride": None, "level": None, "mpp": None, "foreground": "all"}
 
@@ -451,7 +451,7 @@ def with_reader(folder: Path, monkeypatch: pytest.MonkeyPatch, action: str) -> N
     """Makes processes started from here do `action` when they open a file called bad.png."""
     (folder / "site").mkdir()
     (folder / "site/sitecustomize.py").write_text(
-        "import os, sys, time, keyhole.images.image as image, keyhole.pool as pool\n"
+        "import os, sys, time, keyhole.images.image as image, keyhole.util.threads as pool\n"
         "opened = image.open_image\n"
         "def open_image(path, bits=None):\n"
         f"    if str(path).endswith('bad.png'): {action}\n"
@@ -490,7 +490,7 @@ def test_the_answer_wakes_whoever_waits_for_it(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_process_ends_with_its_input_and_never_imports_torch() -> None:
-    code = "import sys, keyhole.data.check_worker as worker; worker.main(); assert 'torch' not in sys.modules"
+    code = "import sys, keyhole.tools.check.worker as worker; worker.main(); assert 'torch' not in sys.modules"
     line = json.dumps({"limit": 5, **asdict(request(Path("none.png")))})
     done = subprocess.run(
         [sys.executable, "-c", code],

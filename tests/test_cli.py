@@ -23,9 +23,9 @@ from PIL import Image
 from keyhole.cli.arguments import _one_line
 from keyhole.cli.help import entries
 from keyhole.cli.main import VERBS, main
-from keyhole.config import Config
-from keyhole.config_check import leaves
-from keyhole.config_file import load_config, recipes
+from keyhole.config.check import leaves
+from keyhole.config.file import load_config, recipes
+from keyhole.config.settings import Config
 from keyhole.errors import Interrupted
 
 Say = Callable[..., tuple[int, str, str]]
@@ -507,7 +507,7 @@ def test_an_output_that_is_a_file_is_one_line(say: Say, run: Path, images: Path)
 
 def test_demo_is_given_its_folder_and_seed(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr("keyhole.demo.demo", lambda out, seed: given.append((out, seed)))
+    monkeypatch.setattr("keyhole.tools.demo.demo", lambda out, seed: given.append((out, seed)))
     assert say("demo", "--seed", "2", "--out", "d")[0] == 0
     assert given == [(Path("d"), 2)]
 

@@ -11,10 +11,10 @@ import pytest
 from conftest import Say
 from PIL import Image
 
-from keyhole.config import DataConfig
+from keyhole.config.settings import DataConfig
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
 from keyhole.errors import ConfigError, DataError
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 N = 24
 
@@ -190,7 +190,7 @@ def test_words_for_unknown_are_unknown_in_every_kind_of_task(word: str, cells: t
 
 
 def infer(cells: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    from keyhole.tasks import infer_task
+    from keyhole.tasks.kinds import infer_task
 
     task = infer_task("label", cells)
     return task.kind, task.classes

@@ -13,15 +13,29 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyhole.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainConfig
-from keyhole.config_check import check_value, describe, leaves, validate
-from keyhole.config_file import build, dump_config, load_config, read_config, recipes, resolve
+from keyhole.config.check import check_value, describe, leaves, validate
+from keyhole.config.file import (
+    build,
+    dump_config,
+    load_config,
+    read_config,
+    recipes,
+    resolve,
+)
+from keyhole.config.settings import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    PatchConfig,
+    RunConfig,
+    TrainConfig,
+)
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest
 from keyhole.errors import ConfigError
 from keyhole.images import Size
-from keyhole.init_config import Measured, propose
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
+from keyhole.tools.init import Measured, propose
 
 # --- any configuration, made from the types of the dataclasses -------------------------------------------------------
 

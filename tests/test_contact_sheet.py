@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image as Picture
 
 from keyhole.images.geometry import Size
-from keyhole.prediction import Kept, Pictures, Prediction, by_class
 from keyhole.report import contact_sheet as sheet
 from keyhole.report.contact_sheet import SheetEntry, contact_sheet
-from keyhole.tasks import Task
+from keyhole.report.prediction import Kept, Pictures, Prediction, by_class
+from keyhole.tasks.kinds import Task
 
 LONG = "adenocarcinoma of the descending colon, poorly differentiated, with " + "W" * 900
 COLON = Task("diagnosis", "multiclass", ("normal", LONG, "adenoma"))

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_reading import PATIENCE, Opener, Probe, no_thread_is_left
 
-from keyhole.bench.patches import MadePatches
 from keyhole.errors import ImageError
-from keyhole.patches import TensorPatches
-from keyhole.reading import Reader
-from keyhole.reading.held import HeldMemory
-from keyhole.rows import take_rows
+from keyhole.loading import Reader
+from keyhole.loading.held import HeldMemory
+from keyhole.patches.sources import TensorPatches
+from keyhole.tools.bench.patches import MadePatches
+from keyhole.util.rows import take_rows
 
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 

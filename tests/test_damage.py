@@ -20,9 +20,9 @@ from make_images import picture, write_tiff
 from test_reading import PATIENCE, Opener, eventually, no_thread_is_left
 
 from keyhole.errors import ImageError, ImageLost, StalledRead
-from keyhole.patches import FileOpener, TensorPatches, View
-from keyhole.reading import Batch, OnError, Reader
-from keyhole.reading.chunks import FetchOnly
+from keyhole.loading import Batch, OnError, Reader
+from keyhole.loading.chunks import FetchOnly
+from keyhole.patches.sources import FileOpener, TensorPatches, View
 
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 

@@ -16,9 +16,9 @@ from test_reading import PATIENCE, eventually, no_thread_is_left, threads
 from keyhole.errors import StalledRead
 from keyhole.images.pillow import PillowImage
 from keyhole.images.pixels import Pixels
-from keyhole.patches import FileOpener
-from keyhole.pool import Pool
-from keyhole.reading import FetchOnly, Reader
+from keyhole.loading import FetchOnly, Reader
+from keyhole.patches.sources import FileOpener
+from keyhole.util.threads import Pool
 
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 import keyhole
 from keyhole.cli.main import main
-from keyhole.config import Config, ModelConfig, TrainConfig
-from keyhole.config_auto import settle_learning
-from keyhole.config_file import build, read_recipe, recipes
+from keyhole.config.auto import settle_learning
+from keyhole.config.file import build, read_recipe, recipes
+from keyhole.config.settings import Config, ModelConfig, TrainConfig
 from keyhole.nn import SmallEncoder
 
 TINY = "--patch.size 16 --model.width 4 --model.heads 2 --select.m 4 --train.epochs 2 --train.batch 8 --run.threads 2"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from keyhole.config import Config
-from keyhole.config_file import build, read_recipe
-from keyhole.demo import demo, demo_config, free_folder
+from keyhole.config.file import build, read_recipe
+from keyhole.config.settings import Config
 from keyhole.errors import OutputError
+from keyhole.tools.demo import demo, demo_config, free_folder
 
 
 def test_the_demo_trains_as_keyhole_train_with_its_recipe(tmp_path: Path) -> None:

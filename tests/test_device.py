@@ -6,8 +6,8 @@ import pytest
 import torch
 from on_device import DRY, GPU
 
-from keyhole import device
-from keyhole.device import Arithmetic, choose_device, choose_precision
+from keyhole.engine import device
+from keyhole.engine.device import Arithmetic, choose_device, choose_precision
 from keyhole.errors import ConfigError
 from keyhole.nn import SmallEncoder, TimmEncoder
 

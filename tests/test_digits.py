@@ -17,10 +17,18 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from keyhole.config import DataConfig
-from keyhole.data import digits
-from keyhole.data.digits import CLASSES, COPIES, Rendered, handwriting, make_digits, render, scribbles
+from keyhole.config.settings import DataConfig
 from keyhole.data.manifest import read_manifest
+from keyhole.datasets import digits
+from keyhole.datasets.digits import (
+    CLASSES,
+    COPIES,
+    Rendered,
+    handwriting,
+    make_digits,
+    render,
+    scribbles,
+)
 from keyhole.errors import ConfigError, OutputError
 
 SIDE = 1536

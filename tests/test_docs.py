@@ -23,12 +23,12 @@ from safetensors import safe_open
 from keyhole.cli import bench, data
 from keyhole.cli.arguments import parse
 from keyhole.cli.main import VERBS
-from keyhole.config import Config
-from keyhole.config_check import leaves
-from keyhole.config_file import recipes
+from keyhole.config.check import leaves
+from keyhole.config.file import recipes
+from keyhole.config.settings import Config
 from keyhole.errors import ConfigError
-from keyhole.memory.budget import parse_memory
-from keyhole.reading.unreadable import parse_share
+from keyhole.loading.unreadable import parse_share
+from keyhole.util.budget import parse_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from keyhole import doctor
 from keyhole.cli.main import main
-from keyhole.config_check import validate
+from keyhole.config.check import validate
 from keyhole.errors import ImageError
+from keyhole.tools import doctor
 
 
 def test_a_sound_machine_is_found_sound(
@@ -79,7 +79,7 @@ def test_training_that_fails_and_a_package_that_is_missing_are_failures(
     found = doctor.training(tmp_path)
     assert (found.state, found.detail) == ("FAIL", "RuntimeError: no kernel for this device")
 
-    monkeypatch.setattr("keyhole.training.run.PACKAGES", ("no-such-package",))
+    monkeypatch.setattr("keyhole.runs.run.PACKAGES", ("no-such-package",))
     states = {finding.name: finding.state for finding in doctor.machine()}
     assert states["no-such-package"] == "FAIL"
 

@@ -15,16 +15,16 @@ from safetensors.torch import save_file
 
 import keyhole
 from keyhole.cli.main import main
-from keyhole.config import Config, PatchConfig
-from keyhole.config_file import resolve
-from keyhole.edge import Edge
+from keyhole.config.file import resolve
+from keyhole.config.settings import Config, PatchConfig
 from keyhole.errors import ConfigError
-from keyhole.features import FeatureOpener
-from keyhole.grid import PatchGrid
 from keyhole.images import open_image
 from keyhole.nn import SmallEncoder
-from keyhole.prediction import write_prediction
-from keyhole.training.run import find_run
+from keyhole.patches.edge import Edge
+from keyhole.patches.features import FeatureOpener
+from keyhole.patches.grid import PatchGrid
+from keyhole.report.prediction import write_prediction
+from keyhole.runs.run import find_run
 
 EDGES: tuple[Edge, ...] = ("drop", "shift", "reflect", "background")
 SIDE = 58

@@ -25,15 +25,15 @@ from safetensors.torch import save_file
 
 import keyhole
 from keyhole.cli.main import main
-from keyhole.config import PatchConfig
+from keyhole.config.settings import PatchConfig
 from keyhole.data.read_folder import list_images
-from keyhole.embedding import Embedded, embed
 from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, OutputError
-from keyhole.evaluation import evaluate
-from keyhole.features import FeatureOpener
-from keyhole.grid import PatchGrid
 from keyhole.images import open_image
+from keyhole.inference.embed import Embedded, embed
+from keyhole.inference.evaluate import evaluate
 from keyhole.nn import SmallEncoder
+from keyhole.patches.features import FeatureOpener
+from keyhole.patches.grid import PatchGrid
 
 PATCH = PatchConfig(size=16)
 FEATURES: dict[str, dict[str, Any]] = {
@@ -146,7 +146,7 @@ def test_names_are_as_short_as_they_can_be_and_training_finds_them(weights: Path
         "b/3.bmp": "3.bmp.h5",
         "c/4.x.png": "4.x.h5",
     }
-    from keyhole.config import DataConfig
+    from keyhole.config.settings import DataConfig
     from keyhole.data.manifest import read_manifest
 
     data = DataConfig(path=tmp_path / "data", features=done.path, val=0, test=0)
@@ -315,8 +315,8 @@ def test_help_needs_no_torch() -> None:
 CHILD = """
 import re, sys
 from pathlib import Path
-from keyhole.config import PatchConfig
-from keyhole.embedding import embed
+from keyhole.config.settings import PatchConfig
+from keyhole.inference.embed import embed
 embed(sys.argv[1], sys.argv[2], encoder="small", width=8, weights=sys.argv[3], patch=PatchConfig(size=16), threads=2,
       quiet=True)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

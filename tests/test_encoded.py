@@ -23,18 +23,18 @@ from PIL import Image
 from test_damage import damage
 from test_reading import PATIENCE, Opener, eventually, no_thread_is_left
 
-from keyhole.config import ModelConfig, SelectConfig
-from keyhole.decoding import KNOWN, Decoder, decodes
+from keyhole.config.settings import ModelConfig, SelectConfig
+from keyhole.engine.jpeg import KNOWN, Decoder, decodes
+from keyhole.engine.passes import select_batch
+from keyhole.engine.to_device import Stager, prefetched
 from keyhole.errors import ImageError
 from keyhole.images.tiff_encoded import COLORS, segments, stored_colors
 from keyhole.images.tiff_tables import BLOCK
+from keyhole.loading import Batch, Delivery, Reader
+from keyhole.loading.readings import LOOK_AGAIN
 from keyhole.nn import build_classifier
-from keyhole.passes import select_batch
-from keyhole.patches import FileOpener, FilePatches, PatchSource, View
-from keyhole.reading import Batch, Delivery, Reader
-from keyhole.reading.readings import LOOK_AGAIN
-from keyhole.staging import Stager, prefetched
-from keyhole.tasks import Task
+from keyhole.patches.sources import FileOpener, FilePatches, PatchSource, View
+from keyhole.tasks.kinds import Task
 
 pytest.importorskip("torchvision", reason="torchvision decodes JPEG for devices")
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
@@ -487,7 +487,7 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decode], None]:
 
     def install(decode: Decode) -> None:
         monkeypatch.setattr(Decoder, "__call__", decode)
-        monkeypatch.setattr("keyhole.decoding.KNOWN", {})
+        monkeypatch.setattr("keyhole.engine.jpeg.KNOWN", {})
 
     return install
 

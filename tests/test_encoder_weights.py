@@ -12,11 +12,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import keyhole
-from keyhole.checkpoint import load_encoder
 from keyhole.cli.main import main
 from keyhole.errors import ConfigError, RunError
 from keyhole.nn import SmallEncoder, TimmEncoder
 from keyhole.nn.pretrained import check_pretrained
+from keyhole.runs.checkpoint import load_encoder
 
 Say = pytest.CaptureFixture[str]
 TINY = "--patch.size 16 --model.heads 2 --select.m 4 --train.epochs 1 --train.lr 1e-30 --train.warmup 0 --run.threads 2"

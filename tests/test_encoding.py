@@ -20,17 +20,17 @@ from test_embed import damaged_tiff, noise
 from test_out_of_memory import narrow
 from torch import Tensor
 
-from keyhole.config import Config, ModelConfig, PatchConfig, RunConfig
+from keyhole.config.settings import Config, ModelConfig, PatchConfig, RunConfig
 from keyhole.data.item import Item
-from keyhole.embedding import Embedded, embed
-from keyhole.encoding import Encoding, End, Rows, encoder_alone
-from keyhole.memory.meter import has_peak
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan
+from keyhole.engine.encoding import Encoding, End, Rows, encoder_alone
+from keyhole.engine.memory.meter import has_peak
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
+from keyhole.engine.passes import open_reader, opener
+from keyhole.engine.to_device import Stager
+from keyhole.inference.embed import Embedded, embed
 from keyhole.nn import SmallEncoder
-from keyhole.passes import open_reader, opener
-from keyhole.staging import Stager
-from keyhole.store import ImageStore
+from keyhole.patches.image_cache import ImageStore
 
 CPU = torch.device("cpu")
 SIDES = ((64, 64), (96, 80), (16, 16), (160, 48), (48, 48))

@@ -171,7 +171,7 @@ def test_an_evaluation_that_was_killed_is_repeated_in_its_own_folder(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("keyhole.evaluation.evaluate_task", killed)
+        patch.setattr("keyhole.inference.evaluate.evaluate_task", killed)
         with pytest.raises(KeyboardInterrupt):
             keyhole.evaluate(own_run, data, out=place)
     assert (folder / "predictions.csv").is_file()
@@ -200,7 +200,9 @@ def test_what_cannot_be_written_is_known_before_the_work(
     own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (own_run / "evaluation").write_text("a file where the folder should be")
-    monkeypatch.setattr("keyhole.predict.Predictor.predict_items", lambda *_, **__: pytest.fail("the work had begun"))
+    monkeypatch.setattr(
+        "keyhole.inference.predictor.Predictor.predict_items", lambda *_, **__: pytest.fail("the work had begun")
+    )
     with pytest.raises(OutputError, match=r"cannot write here.*--out DIR"):
         keyhole.evaluate(own_run)
 
@@ -254,7 +256,7 @@ class Stop:
         self.after_epochs = after_epochs
 
     def train(self, data: Path, out: Path) -> None:
-        from keyhole.config_file import build, validate
+        from keyhole.config.file import build, validate
         from keyhole.training.job import start_job
 
         config = validate(build(keyhole.Config(), SMALL | {"data": {"path": str(data)}, "out": str(out)}))

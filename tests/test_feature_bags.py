@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from keyhole.errors import ImageError
-from keyhole.features import FeatureOpener
-from keyhole.features.files import ALONE, widen
 from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier
+from keyhole.patches.features import FeatureOpener
+from keyhole.patches.features.files import ALONE, widen
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 B, N, F, GO = 4, 1000, 8, 125

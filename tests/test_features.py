@@ -24,18 +24,18 @@ from PIL import Image
 from torch.nn import functional as F
 
 import keyhole
-from keyhole.config import Config, ModelConfig, SelectConfig
+from keyhole.config.settings import Config, ModelConfig, SelectConfig
 from keyhole.data.item import Item
 from keyhole.errors import ConfigError, ImageError, ImageLost
-from keyhole.features import FeatureOpener, FeaturePatches, check_features_config, feature_width
-from keyhole.features.grid import FeatureGrid
 from keyhole.images.geometry import Size
+from keyhole.inference.predictor import Predictor
+from keyhole.loading import Reader
 from keyhole.nn import FeatureProjector, build_classifier
-from keyhole.predict import Predictor
-from keyhole.prediction import write_prediction
-from keyhole.reading import Reader
+from keyhole.patches.features import FeatureOpener, FeaturePatches, check_features_config, feature_width
+from keyhole.patches.features.grid import FeatureGrid
 from keyhole.report.contact_sheet import SheetEntry, contact_sheet
-from keyhole.tasks import Task
+from keyhole.report.prediction import write_prediction
+from keyhole.tasks.kinds import Task
 
 N, D = 60, 5
 ROWS = np.random.default_rng(0).normal(size=(N, D)).astype(np.float16).astype(np.float32)
@@ -158,7 +158,7 @@ CHILD = """
 import re, sys
 from pathlib import Path
 import numpy as np, torch
-from keyhole.features import FeatureOpener
+from keyhole.patches.features import FeatureOpener
 sources = [FeatureOpener(Path(path), path)() for path in sys.argv[1:]]
 n = len(sources[0])
 for source in sources:  # as a batch: all are open until the last is read
@@ -531,8 +531,8 @@ def test_the_sheet_shows_the_slide_where_it_is_and_the_scores_where_it_is_not(tm
 
 
 def test_init_says_that_features_have_nothing_to_measure(tmp_path: Path) -> None:
-    from keyhole.config import Config, DataConfig
-    from keyhole.init_config import measure
+    from keyhole.config.settings import Config, DataConfig
+    from keyhole.tools.init import measure
 
     for name in "ab":
         for number in range(3):
@@ -552,8 +552,8 @@ def test_a_process_ends_while_threads_still_read_features(tmp_path: Path) -> Non
     code = f"""
 import time
 from pathlib import Path
-from keyhole.features.files import open_features
-from keyhole.pool import Pool
+from keyhole.patches.features.files import open_features
+from keyhole.util.threads import Pool
 
 def read():
     end = time.monotonic() + 1

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from keyhole import foreground as module
-from keyhole import tissue
 from keyhole.errors import ConfigError
-from keyhole.foreground import foreground
-from keyhole.grid import PatchGrid
 from keyhole.images import ArrayImage, Box, Image, Level, Size, open_image
-from keyhole.tissue import find_tissue, otsu
+from keyhole.patches.foreground import mask as module
+from keyhole.patches.foreground import tissue
+from keyhole.patches.foreground.mask import foreground
+from keyhole.patches.foreground.tissue import find_tissue, otsu
+from keyhole.patches.grid import PatchGrid
 
 
 def blank(width: int, height: int, channels: int = 1, value: int = 0) -> NDArray[np.uint8]:

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyhole.edge import Edge
 from keyhole.errors import ConfigError, ImageError
-from keyhole.grid import NoPatches, PatchGrid
 from keyhole.images import ArrayImage, Box, Image, Level, Size
 from keyhole.images.pixels import Pixels
+from keyhole.patches.edge import Edge
+from keyhole.patches.grid import NoPatches, PatchGrid
 
 laws = settings(max_examples=60, deadline=None)
 EDGES: tuple[Edge, ...] = ("drop", "shift", "reflect", "background")

@@ -17,8 +17,8 @@ from make_images import picture, write_tiff
 from test_damage import COLUMNS, ROWS, Disk, MakePipe, damage, disk, pipe, read_chunks, whole
 from test_reading import PATIENCE, Opener, Probe, eventually, no_thread_is_left, openers, sources
 
-from keyhole.patches import FileOpener, FilePatches
-from keyhole.reading import Batch, FetchOnly, OnError, Reader
+from keyhole.loading import Batch, FetchOnly, OnError, Reader
+from keyhole.patches.sources import FileOpener, FilePatches
 
 __all__ = ["disk", "no_thread_is_left", "pipe", "whole"]  # fixtures that tests here use
 

@@ -17,8 +17,8 @@ from test_training import rows
 
 import keyhole
 from keyhole.errors import Interrupted
+from keyhole.inference.predictor import Predictor
 from keyhole.nn import IPSClassifier
-from keyhole.predict import Predictor
 
 
 def test_predictions_in_a_row_share_streams_and_buffers(

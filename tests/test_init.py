@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from keyhole.cli.main import main
-from keyhole.config import Config
-from keyhole.config_file import load_config
-from keyhole.data.check import check
-from keyhole.data.slides import make_slides
+from keyhole.config.file import load_config
+from keyhole.config.settings import Config
+from keyhole.datasets.slides import make_slides
+from keyhole.tools.check.run import check
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,15 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keyhole.config import ModelConfig, RunConfig
+from keyhole.config.settings import ModelConfig, RunConfig
+from keyhole.engine.passes import fetch_kept, open_reader
 from keyhole.errors import ImageError
+from keyhole.loading import Batch, Reader
 from keyhole.nn import IPSClassifier, Kept, build_classifier
 from keyhole.nn.pixels import AsRead
-from keyhole.passes import fetch_kept, open_reader
-from keyhole.patches import TensorPatches
-from keyhole.reading import Batch, Reader
-from keyhole.tasks import Task
-from keyhole.tensors import values_of
+from keyhole.nn.tensors import values_of
+from keyhole.patches.sources import TensorPatches
+from keyhole.tasks.kinds import Task
 
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 

@@ -12,10 +12,10 @@ import pytest
 from conftest import Say
 from PIL import Image
 
-from keyhole.config import DataConfig
+from keyhole.config.settings import DataConfig
 from keyhole.data.manifest import Manifest, expand_images, read_for_tasks, read_manifest
 from keyhole.errors import DataError
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 import keyhole
 from keyhole.cli.main import main
-from keyhole.config import Config, ModelConfig, TrainConfig
-from keyhole.learning import Learning, TaskLearning, judge_task, unevenness, what_to_try
-from keyhole.tasks import Task
+from keyhole.config.settings import Config, ModelConfig, TrainConfig
+from keyhole.tasks.kinds import Task
+from keyhole.tasks.learning import Learning, TaskLearning, judge_task, unevenness, what_to_try
 
 PAIR, THREE = Task("x", "binary", ("n", "y")), Task("x", "multiclass", ("a", "b", "c"))
 TAGS, SIZE = Task("x", "multilabel", ("p", "q")), Task("x", "regression", mean=50.0, std=10.0)

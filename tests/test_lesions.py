@@ -11,10 +11,10 @@ import pytest
 
 from keyhole.errors import DataError
 from keyhole.images.geometry import Size
-from keyhole.lesions import LesionShare, judge, lesion_means, lesion_share, lesion_table
-from keyhole.prediction import Kept, Prediction, Scores
-from keyhole.regions import Region
-from keyhole.tasks import Task
+from keyhole.inference.lesions import LesionShare, judge, lesion_means, lesion_share, lesion_table
+from keyhole.patches.foreground.regions import Region
+from keyhole.report.prediction import Kept, Prediction, Scores
+from keyhole.tasks.kinds import Task
 
 TASKS = (Task("label", "binary", ("normal", "tumor")), Task("grade", "binary", ("1", "2")))
 SIDE, COLUMNS = 16, 10
@@ -164,7 +164,7 @@ def annotated(toy: Path, tmp_path: Path) -> Path:
 
 
 def test_all_attention_lies_in_a_lesion_that_is_everywhere(toy_run: Path, annotated: Path, tmp_path: Path) -> None:
-    from keyhole.evaluation import evaluate
+    from keyhole.inference.evaluate import evaluate
 
     evaluation = evaluate(toy_run, annotated, out=tmp_path / "out")
 
@@ -181,7 +181,7 @@ def test_all_attention_lies_in_a_lesion_that_is_everywhere(toy_run: Path, annota
 def test_a_broken_annotation_ends_it_at_once_or_is_left_out_and_listed(
     toy_run: Path, annotated: Path, tmp_path: Path
 ) -> None:
-    from keyhole.evaluation import evaluate
+    from keyhole.inference.evaluate import evaluate
 
     (tmp_path / "1.geojson").write_text("{")
     (tmp_path / "2.geojson").write_text("")
@@ -201,7 +201,7 @@ def test_a_broken_annotation_ends_it_at_once_or_is_left_out_and_listed(
 
 
 def test_without_annotations_nothing_is_said_of_lesions(toy_run: Path, tmp_path: Path) -> None:
-    from keyhole.evaluation import evaluate
+    from keyhole.inference.evaluate import evaluate
 
     evaluation = evaluate(toy_run, out=tmp_path / "out")
 

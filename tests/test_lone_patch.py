@@ -14,7 +14,7 @@ from torch import nn
 from keyhole.cli.main import main
 from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier, SmallEncoder, split_backward
 from keyhole.nn.encoder import TimmEncoder
-from keyhole.training.run import find_run
+from keyhole.runs.run import find_run
 
 TINY = "--select.m 1 --train.epochs 2 --train.batch 4 --data.val 0 --data.test 0 --run.threads 1".split()
 

@@ -17,17 +17,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from keyhole.config import RunConfig, SelectConfig
-from keyhole.looking import Looker, blank_rows
-from keyhole.memory.pace import Pace, unlimited
-from keyhole.memory.plan import Plan
+from keyhole.config.settings import RunConfig, SelectConfig
+from keyhole.engine.looking import Looker, blank_rows
+from keyhole.engine.memory.pace import Pace, unlimited
+from keyhole.engine.memory.plan import Plan
+from keyhole.engine.passes import open_reader, select_batch
+from keyhole.engine.to_device import Stager
+from keyhole.loading import Chunk
 from keyhole.nn import CrossAttentionPool, FastEncoder, IPSClassifier, SmallEncoder
-from keyhole.passes import open_reader, select_batch
-from keyhole.patches import TensorPatches
-from keyhole.reading import Chunk
-from keyhole.shares import Shares
-from keyhole.staging import Stager
+from keyhole.patches.sources import TensorPatches
 from keyhole.training.augment import color_matrix
+from keyhole.util.timing import Shares
 
 Array = NDArray[Any]
 
@@ -154,7 +154,7 @@ def test_a_batch_waits_for_the_device_once_and_not_in_the_chunk_loop(rule: Any, 
 
 
 def test_what_is_kept_is_not_read_again_where_a_batch_fits() -> None:
-    from keyhole.passes import fetch_kept
+    from keyhole.engine.passes import fetch_kept
 
     model, select = model_of(), SelectConfig(m=5, chunk=16)
     for hold, again in ((2**20, 0), (0, 10)):

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from keyhole.config import DataConfig
+from keyhole.config.settings import DataConfig
 from keyhole.data.hashes import hash_files
 from keyhole.data.manifest import Manifest, expand_images, read_for_tasks, read_manifest
 from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, StalledRead
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from keyhole import masks as module
 from keyhole.errors import ImageError, ImageLost
-from keyhole.grid import PatchGrid
 from keyhole.images import ArrayImage, Size
-from keyhole.masks import read_mask
+from keyhole.patches.foreground import masks as module
+from keyhole.patches.foreground.masks import read_mask
+from keyhole.patches.grid import PatchGrid
 
 SIZE = Size(600, 400)
 

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-from keyhole.config import ModelConfig, SelectConfig
+from keyhole.config.settings import ModelConfig, SelectConfig
 from keyhole.nn import build_classifier
-from keyhole.passes import fetch_kept, select_batch
-from keyhole.patches import FileOpener
-from keyhole.reading import Reader
-from keyhole.tasks import Task
+from keyhole.engine.passes import fetch_kept, select_batch
+from keyhole.patches.sources import FileOpener
+from keyhole.loading import Reader
+from keyhole.tasks.kinds import Task
 
 
 def peak() -> int:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from keyhole.bootstrap import bootstrap
 from keyhole.errors import RunError
-from keyhole.measures import ClassMeasures, RegressionMeasures
-from keyhole.metrics import evaluate_task, evaluation_json, format_lines, point_metrics
-from keyhole.tasks import Task
+from keyhole.tasks.bootstrap import bootstrap
+from keyhole.tasks.kinds import Task
+from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
+from keyhole.tasks.metrics import evaluate_task, evaluation_json, format_lines, point_metrics
 
 DIGIT = Task("digit", "multiclass", ("a", "b", "c"))
 TUMOUR = Task("tumour", "binary", ("no", "yes"))

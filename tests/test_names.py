@@ -10,8 +10,8 @@ import pytest
 
 import keyhole
 from keyhole.cli.main import main
-from keyhole.files import file_names
-from keyhole.wording import distinct
+from keyhole.util.files import file_names
+from keyhole.util.wording import distinct
 
 COLUMNS = [
     "type", "tumor.grade", "values", "ER/PR status", "a/b", "..", "x" * 300, "肿瘤", "Grade", "grade", "training",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from keyhole.config import ModelConfig
+from keyhole.config.settings import ModelConfig
 from keyhole.errors import ConfigError
 from keyhole.nn import (
     CenterPosition,
@@ -27,7 +27,7 @@ from keyhole.nn import (
 )
 from keyhole.nn.loss import class_weights
 from keyhole.nn.selection import Selector
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 LAW = settings(max_examples=25, deadline=None)
 FEATURES, DIM = 12, 16

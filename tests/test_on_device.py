@@ -12,7 +12,7 @@ import pytest
 import torch
 from on_device import GPU, leaving_the_device_as_found, no_waiting, without_checks_of_shapes
 
-from keyhole.device import choose_device
+from keyhole.engine.device import choose_device
 from keyhole.nn import SmallEncoder
 from keyhole.nn.fast import FastEncoder
 

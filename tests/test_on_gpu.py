@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 
-from keyhole import config_check
 from keyhole.cli.main import main
-from keyhole.memory.plan import largest_chunk
-from keyhole.patches import FileOpener
+from keyhole.config import check as config_check
+from keyhole.engine.memory.plan import largest_chunk
+from keyhole.patches.sources import FileOpener
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 ON_GPU = BENCHMARKS / "on_gpu"

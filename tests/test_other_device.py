@@ -12,9 +12,9 @@ from conftest import SMALL
 from torch import nn
 
 import keyhole
-from keyhole.checkpoint import load_state, read_info, read_tensors, save_state, write_tensors
+from keyhole.engine.memory.plan import CPU_CHUNK, Plan
 from keyhole.errors import ConfigError
-from keyhole.memory.plan import CPU_CHUNK, Plan
+from keyhole.runs.checkpoint import load_state, read_info, read_tensors, save_state, write_tensors
 from keyhole.training.finite import step_if_finite
 
 

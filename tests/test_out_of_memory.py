@@ -26,21 +26,21 @@ from test_reading import PATIENCE, Opener
 from torch import Tensor
 
 import keyhole
-from keyhole.config import ModelConfig, RunConfig, SelectConfig
-from keyhole.decoding import Decoder
+from keyhole.config.settings import ModelConfig, RunConfig, SelectConfig
+from keyhole.engine.jpeg import Decoder
+from keyhole.engine.memory.cap import cap
+from keyhole.engine.memory.meter import growth, taken, tensor_bytes
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import BUFFERS, DECODED, TURNED, Plan
+from keyhole.engine.passes import fetch_kept, infer, open_reader
+from keyhole.engine.to_device import Stager, prefetched
 from keyhole.errors import ConfigError
-from keyhole.memory.budget import out_of_memory
-from keyhole.memory.cap import cap
-from keyhole.memory.meter import growth, taken, tensor_bytes
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import BUFFERS, DECODED, TURNED, Plan
+from keyhole.loading import Reader
+from keyhole.loading.chunks import Chunk, Coded, Delivery
 from keyhole.nn import build_classifier
-from keyhole.passes import fetch_kept, infer, open_reader
-from keyhole.patches import FileOpener, TensorPatches, View
-from keyhole.reading import Reader
-from keyhole.reading.chunks import Chunk, Coded, Delivery
-from keyhole.staging import Stager, prefetched
-from keyhole.tasks import Task
+from keyhole.patches.sources import FileOpener, TensorPatches, View
+from keyhole.tasks.kinds import Task
+from keyhole.util.budget import out_of_memory
 
 CPU = torch.device("cpu")
 NO_ENGINE = "GET was unable to find an engine to execute this computation"
@@ -116,7 +116,7 @@ def test_kept_patches_that_do_not_fit_come_to_the_device_in_parts(
         return replace(bags, part=part), kept, pixels
 
     monkeypatch.setattr("keyhole.training.loop.fetch_kept", fetch)
-    monkeypatch.setattr("keyhole.passes.fetch_kept", fetch)
+    monkeypatch.setattr("keyhole.engine.passes.fetch_kept", fetch)
     run = keyhole.train(toy, tmp_path / "run", **SMALL)
     assert "learning from 16 kept patches in chunks of 4;" in (run.path / "log.txt").read_text()
     assert len(rows(run.path / "metrics.csv")) == 2

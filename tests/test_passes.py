@@ -11,15 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from keyhole.config import AugmentConfig, Config, ModelConfig, PatchConfig, RunConfig, SelectConfig
+from keyhole.config.settings import (
+    AugmentConfig,
+    Config,
+    ModelConfig,
+    PatchConfig,
+    RunConfig,
+    SelectConfig,
+)
 from keyhole.data.item import Item
+from keyhole.engine.passes import (
+    fetch_kept,
+    infer,
+    open_reader,
+    opener,
+    positions,
+    select_batch,
+)
+from keyhole.loading import Batch, Reader
 from keyhole.nn import IPSClassifier, Kept, build_classifier
-from keyhole.passes import fetch_kept, infer, open_reader, opener, positions, select_batch
-from keyhole.patches import View
-from keyhole.reading import Batch, Reader
-from keyhole.store import ImageStore
-from keyhole.tasks import Task
-from keyhole.tensors import as_read, values_of
+from keyhole.nn.tensors import as_read, values_of
+from keyhole.patches.image_cache import ImageStore
+from keyhole.patches.sources import View
+from keyhole.tasks.kinds import Task
 from keyhole.training.augment import Draw, draw, stack_colors
 
 SIZE = 16

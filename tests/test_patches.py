@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyhole import store as store_module
 from keyhole.errors import ConfigError, ImageError
-from keyhole.grid import NoPatches, PatchGrid
 from keyhole.images import ArrayImage, Image, open_image
 from keyhole.images.pixels import Pixels
-from keyhole.patches import FileOpener, FilePatches, PatchSource, TensorPatches, View
-from keyhole.store import ImageStore, Masks, ResidentImage, decoded_bytes, fits
+from keyhole.patches import image_cache as store_module
+from keyhole.patches.grid import NoPatches, PatchGrid
+from keyhole.patches.image_cache import ImageStore, Masks, ResidentImage, decoded_bytes, fits
+from keyhole.patches.sources import FileOpener, FilePatches, PatchSource, TensorPatches, View
 
 laws = settings(max_examples=40, deadline=None)
 views = st.builds(View, st.booleans(), st.booleans(), st.integers(0, 3))

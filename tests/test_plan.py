@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from keyhole.config import ModelConfig
+from keyhole.config.settings import ModelConfig
+from keyhole.engine.memory.bill import Bill, powers
+from keyhole.engine.memory.cap import cap, result_sizes
+from keyhole.engine.memory.meter import growth, has_peak, steady_heap, tensor_bytes
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan, largest_chunk, make_plan
+from keyhole.engine.memory.probe import Costs, Line, probe
 from keyhole.errors import ConfigError
-from keyhole.memory.bill import Bill, powers
-from keyhole.memory.budget import memory_text, out_of_memory, parse_memory
-from keyhole.memory.cap import cap, result_sizes
-from keyhole.memory.meter import growth, has_peak, steady_heap, tensor_bytes
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan, largest_chunk, make_plan
-from keyhole.memory.probe import Costs, Line, probe
 from keyhole.nn import IPSClassifier, build_classifier
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
+from keyhole.util.budget import memory_text, out_of_memory, parse_memory
 
 CPU = torch.device("cpu")
 TASKS = [Task("a", "binary", ("no", "yes")), Task("b", "multiclass", ("x", "y", "z"))]
@@ -193,15 +193,15 @@ def test_the_probe_sees_what_a_patch_costs_where_memory_comes_in_steps(monkeypat
         known.add(size)
         return -(-size // step) * step
 
-    monkeypatch.setattr("keyhole.memory.probe.ENOUGH_SECONDS", slow)
-    monkeypatch.setattr("keyhole.memory.probe.comes_in_steps", lambda _device: True)
-    monkeypatch.setattr("keyhole.memory.probe.growth", reserved)
+    monkeypatch.setattr("keyhole.engine.memory.probe.ENOUGH_SECONDS", slow)
+    monkeypatch.setattr("keyhole.engine.memory.probe.comes_in_steps", lambda _device: True)
+    monkeypatch.setattr("keyhole.engine.memory.probe.growth", reserved)
     model, chunk, m = model_of(), 256, 64
     given = {"images": 4, "m": m, "chunk": chunk, "learn": True, "color": False, "room": 10**12}
     costs = probe(model, (16, 16, 3), **given)
     assert [len(known) for known in sizes.values()] == [4, 4, 3], "patches: 4, 16, 64, 256"
-    monkeypatch.setattr("keyhole.memory.probe.growth", lambda _device, function, _repeats=1: exact(function))
-    monkeypatch.setattr("keyhole.memory.probe.ENOUGH_BYTES", 10**12)
+    monkeypatch.setattr("keyhole.engine.memory.probe.growth", lambda _device, function, _repeats=1: exact(function))
+    monkeypatch.setattr("keyhole.engine.memory.probe.ENOUGH_BYTES", 10**12)
     true = probe(model, (16, 16, 3), **given)
     assert costs.score(chunk) == pytest.approx(true.score(chunk), rel=0.1)
     assert costs.learn(4 * m) == pytest.approx(true.learn(4 * m), rel=0.1)
@@ -224,7 +224,7 @@ def test_chunks_on_a_gpu_hold_as_many_bytes_as_its_decoder_wants(
     gpu = torch.device("cuda")
     assert largest_chunk(gpu, shape) == sizes[1]
     for cap_bytes, size in zip((2**26, 2**27, 2**28), sizes, strict=True):
-        monkeypatch.setattr("keyhole.memory.plan.GPU_CHUNK_BYTES", cap_bytes)
+        monkeypatch.setattr("keyhole.engine.memory.plan.GPU_CHUNK_BYTES", cap_bytes)
         assert largest_chunk(gpu, shape) == size
         assert largest_chunk(gpu, shape, patches=5) == min(size, 8), "no batch fills more"
         assert largest_chunk(torch.device("cpu"), shape, patches=5) == 64
@@ -291,7 +291,7 @@ def test_probing_leaves_everything_as_it_was(position: str, freeze: bool) -> Non
 
 
 def test_where_the_system_keeps_no_peak_tensors_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keyhole.memory.meter.has_peak", lambda: False)
+    monkeypatch.setattr("keyhole.engine.memory.meter.has_peak", lambda: False)
     plan = plan_for(model_of(), m=50)
     assert (plan.chunk, plan.split, plan.kept) == (64, None, 100)
     assert plan.peak > 0
@@ -311,7 +311,7 @@ def test_an_optimizer_that_has_its_state_is_not_counted_twice() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
     optimizer.step()
-    from keyhole.memory.plan import _state_bytes
+    from keyhole.engine.memory.plan import _state_bytes
 
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert 2 * weights <= _state_bytes(optimizer) <= 2.1 * weights
@@ -364,15 +364,15 @@ import json, sys
 import numpy as np
 import torch
 
-from keyhole.memory.cap import cap
-from keyhole.config import ModelConfig
-from keyhole.memory.budget import parse_memory
-from keyhole.memory.meter import taken
-from keyhole.memory.process import status
+from keyhole.engine.memory.cap import cap
+from keyhole.config.settings import ModelConfig
+from keyhole.util.budget import parse_memory
+from keyhole.engine.memory.meter import taken
+from keyhole.util.process import status
 from keyhole.nn import Selector, build_classifier, evaluating, split_backward
-from keyhole.memory.plan import make_plan
-from keyhole.tasks import Task
-from keyhole.tensors import as_read, values_of
+from keyhole.engine.memory.plan import make_plan
+from keyhole.tasks.kinds import Task
+from keyhole.nn.tensors import as_read, values_of
 
 encoder, stages, size, n, m, b, memory = sys.argv[1:]
 size, n, m, b = map(int, (size, n, m, b))
@@ -436,14 +436,14 @@ import copy, json
 
 import torch
 
-from keyhole.memory.cap import cap
-from keyhole.config import ModelConfig
-from keyhole.memory.meter import steady_heap, taken
-from keyhole.memory.process import status
+from keyhole.engine.memory.cap import cap
+from keyhole.config.settings import ModelConfig
+from keyhole.engine.memory.meter import steady_heap, taken
+from keyhole.util.process import status
 from keyhole.nn import build_classifier, split_backward
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan
-from keyhole.tasks import Task
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
+from keyhole.tasks.kinds import Task
 
 cpu = torch.device("cpu")
 torch.manual_seed(0)
@@ -511,14 +511,14 @@ import json, resource
 
 import torch
 
-from keyhole.memory.cap import cap
-from keyhole.config import ModelConfig
-from keyhole.memory.meter import free_in_heap, mapped_code, taken
-from keyhole.memory.process import status
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan
+from keyhole.engine.memory.cap import cap
+from keyhole.config.settings import ModelConfig
+from keyhole.engine.memory.meter import free_in_heap, mapped_code, taken
+from keyhole.util.process import status
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
 from keyhole.nn import build_classifier, evaluating
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 cpu = torch.device("cpu")
 model = build_classifier(ModelConfig(encoder="resnet18", stages=3), [Task("a", "binary", ("n", "y"))], 32)
@@ -553,10 +553,10 @@ import json, mmap, resource, sys
 import torch
 from torch.nn.functional import conv2d
 
-from keyhole.memory.budget import out_of_memory
-from keyhole.memory.cap import cap, room_for_code
-from keyhole.memory.meter import mapped_code, taken
-from keyhole.memory.plan import Plan
+from keyhole.util.budget import out_of_memory
+from keyhole.engine.memory.cap import cap, room_for_code
+from keyhole.engine.memory.meter import mapped_code, taken
+from keyhole.engine.memory.plan import Plan
 
 cpu = torch.device("cpu")
 weight = torch.randn(16, 8, 3, 3, requires_grad=True)
@@ -668,7 +668,7 @@ def test_the_cap_is_set_for_a_named_budget_only_and_taken_off_again() -> None:
 
 
 def test_images_that_stay_in_memory_get_a_quarter_of_a_budget_that_they_count_in() -> None:
-    from keyhole.config import Config, DataConfig
+    from keyhole.config.settings import Config, DataConfig
     from keyhole.training.setup import cache_limit
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")

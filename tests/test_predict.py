@@ -19,19 +19,19 @@ from conftest import settings
 from PIL import Image
 
 import keyhole
-from keyhole.checkpoint import save_model
 from keyhole.cli.main import main
-from keyhole.config import Config, ModelConfig, PatchConfig, SelectConfig
+from keyhole.config.settings import Config, ModelConfig, PatchConfig, SelectConfig
 from keyhole.errors import KeyholeError
-from keyhole.evaluation import evaluate
-from keyhole.files import atomic_file
-from keyhole.grid import PatchGrid
 from keyhole.images import open_image
+from keyhole.inference.evaluate import evaluate
+from keyhole.inference.predictor import Predictor, describe
+from keyhole.loading import Reader
 from keyhole.nn import build_classifier
-from keyhole.predict import Predictor, describe
-from keyhole.prediction import Prediction, write_prediction
-from keyhole.reading import Reader
-from keyhole.tasks import Task
+from keyhole.patches.grid import PatchGrid
+from keyhole.report.prediction import Prediction, write_prediction
+from keyhole.runs.checkpoint import save_model
+from keyhole.tasks.kinds import Task
+from keyhole.util.files import atomic_file
 
 COLOR = Task("color", "multiclass", ("red", "green", "blue"))
 AMOUNT = Task("amount", "regression", mean=10.0, std=2.0)
@@ -108,7 +108,7 @@ def test_each_patch_is_encoded_and_read_once_and_each_kept_one_once_more(rule: A
         assert encoded == n + min(6, n), "the score map is a by-product"
     encoded = 0
     reader = Reader(2)
-    items = [keyhole.predict.Item(path.name, path, {}) for path in images]
+    items = [keyhole.inference.predictor.Item(path.name, path, {}) for path in images]
     assert len(list(predictor.predict_items(items, reader=reader, quiet=True))) == 5
     reader.close()
     assert encoded == reader.read_patches == 98 + 6 + 1 + 6 + 6 + 6
@@ -332,7 +332,7 @@ def test_a_model_of_several_tasks_survives_its_folder(toy: Path, tmp_path: Path)
             lines.append(f"{toy / color / f'{number}.png'},{color},{number * 1.5},{('a', 'b', 'a|b', '|')[number % 4]}")
     (tmp_path / "data.csv").write_text("\n".join(lines))
     run = keyhole.train(tmp_path / "data.csv", tmp_path / "run", **settings(train={"epochs": 1}))
-    prediction = run.predictor().predict(toy / "red" / "0.png")
+    prediction = keyhole.load(run.path).predict(toy / "red" / "0.png")
     assert [task.name for task in prediction.tasks] == ["color", "amount", "tags"]
     assert set(prediction.probability["amount"]) == {"value"}
     assert set(prediction.label["tags"].split("|")) <= {"a", "b", ""}

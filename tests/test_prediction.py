@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 import keyhole
 from keyhole.errors import OutputError, RunError
 from keyhole.images.geometry import Size
-from keyhole.prediction import Kept, Prediction, Scores, by_class, write_prediction
 from keyhole.report.geojson import kept_geojson
+from keyhole.report.prediction import Kept, Prediction, Scores, by_class, write_prediction
 from keyhole.report.table import write_table
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 DIGIT = Task("digit", "multiclass", ("0", "1", "2"))
 TAGS = Task("tags, all", "multilabel", ("röt", 'b"q'))

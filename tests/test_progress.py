@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from keyhole.memory.budget import memory_text
-from keyhole.memory.process import peak_memory
-from keyhole.progress import Progress, shares_text
-from keyhole.shares import PARTS, Shares
+from keyhole.util.budget import memory_text
+from keyhole.util.process import peak_memory
+from keyhole.util.progress import Progress, shares_text
+from keyhole.util.timing import PARTS, Shares
 
 
 def test_without_a_terminal_it_prints_a_line_per_interval_and_one_at_the_end() -> None:
@@ -42,7 +42,7 @@ def test_within_an_interval_only_the_end_is_printed() -> None:
 
 def test_a_line_says_rate_waiting_memory_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("keyhole.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("keyhole.util.progress.time.monotonic", lambda: now[0])
     progress = Progress(40, "reading", io.StringIO(), device_bytes=lambda: 3_200_000_000)
     with progress:
         now[0] = 110.0
@@ -55,8 +55,8 @@ def test_a_line_says_rate_waiting_memory_and_text(monkeypatch: pytest.MonkeyPatc
 
 def test_a_line_says_where_the_time_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("keyhole.progress.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("keyhole.shares.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("keyhole.util.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("keyhole.util.timing.time.perf_counter", lambda: now[0])
     shares = Shares(torch.device("cpu"))
     stream = io.StringIO()
     with Progress(40, "epoch 1/30", stream, interval=0) as progress:
@@ -83,7 +83,7 @@ def test_the_device_is_asked_only_for_what_is_shown(
 ) -> None:
     """25 s of chunks, then two images: a line each 10 s and at the end; a bar each quarter, with each image and then."""
     now, asked = [100.0], []
-    monkeypatch.setattr("keyhole.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("keyhole.util.progress.time.monotonic", lambda: now[0])
     with Progress(2, "epoch 1/1", stream, interval=10, device_bytes=lambda: asked.append(1)) as progress:
         for _ in range(800):
             now[0] += 1 / 32
@@ -130,7 +130,7 @@ def test_updates_of_several_threads_are_all_counted() -> None:
 
 
 SCRIPT = """
-from keyhole.progress import Progress
+from keyhole.util.progress import Progress
 with Progress(4, "epoch 1/2") as progress:
     for number in range(4):
         progress.update(images=1, patches=50, waited=0.0, text="loss 0.5")

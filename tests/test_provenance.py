@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 import keyhole
 from keyhole.cli.main import main
 from keyhole.errors import ConfigError, ImageError
-from keyhole.features import FeatureOpener
 from keyhole.nn import SmallEncoder
+from keyhole.patches.features import FeatureOpener
 
 Say = pytest.CaptureFixture[str]
 TINY = "--model.dim 8 --model.heads 2 --select.m 4 --train.epochs 1 --train.batch 8 --run.threads 2".split()

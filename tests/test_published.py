@@ -24,7 +24,7 @@ from keyhole.nn import (
     reference_tasks,
     total_loss,
 )
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TASKS = (Task("digit", "multiclass", ("0", "1", "2")), Task("any", "multilabel", ("a", "b")))

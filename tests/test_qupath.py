@@ -15,13 +15,13 @@ from test_predict import random_predictor
 
 import keyhole
 from keyhole.cli.main import main
-from keyhole.config import PatchConfig, SelectConfig
+from keyhole.config.settings import PatchConfig, SelectConfig
 from keyhole.errors import ConfigError
 from keyhole.images import open_image
-from keyhole.lesions import LesionShare, judge
-from keyhole.predict import Predictor
-from keyhole.prediction import Prediction, write_prediction
-from keyhole.regions import read_regions
+from keyhole.inference.lesions import LesionShare, judge
+from keyhole.inference.predictor import Predictor
+from keyhole.patches.foreground.regions import read_regions
+from keyhole.report.prediction import Prediction, write_prediction
 
 ORIGIN = 96, 64
 """Corner of the bounds of the Leica slide, which are half its width and height."""
@@ -132,7 +132,7 @@ def test_features_carry_the_origin_of_their_slide(slide: Path, tmp_path: Path) -
     save_file(SmallEncoder(channels=3, width=4).state_dict(), str(weights))
     assert main([*made, "--weights", str(weights), "--out", str(tmp_path / "features")]) == 0
     (file,) = (tmp_path / "features").rglob("*.h5")
-    source = keyhole.features.FeatureOpener(file, "a")()
+    source = keyhole.patches.features.FeatureOpener(file, "a")()
     try:
         assert source.grid.qupath_origin == ORIGIN
     finally:

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyhole.errors import ConfigError, ImageError, StalledRead
-from keyhole.grid import PatchGrid
 from keyhole.images import ArrayImage, Box
 from keyhole.images.pixels import Pixels
-from keyhole.patches import FilePatches, PatchSource, TensorPatches, View
-from keyhole.pool import beat
-from keyhole.reading import Reader
-from keyhole.reading.chunks import is_alone
+from keyhole.loading import Reader
+from keyhole.loading.chunks import is_alone
+from keyhole.patches.grid import PatchGrid
+from keyhole.patches.sources import FilePatches, PatchSource, TensorPatches, View
+from keyhole.util.threads import beat
 
 PATIENCE = 30.0
 """Seconds until a test that waits for something that must happen gives up."""
@@ -445,7 +445,7 @@ def test_a_process_with_a_stuck_read_ends(tmp_path: Path) -> None:
     script.write_text(
         "import threading\n"
         "from keyhole.errors import StalledRead\n"
-        "from keyhole.reading import Reader\n"
+        "from keyhole.loading import Reader\n"
         "with Reader(threads=2, stall=0.1) as reader:\n"
         "    try:\n"
         "        reader.run('a.svs', threading.Event().wait)\n"

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keyhole.errors import DataError
-from keyhole.regions import Region, covered, rasterize, read_regions, touching
+from keyhole.patches.foreground.regions import Region, covered, rasterize, read_regions, touching
 
 Rectangle = tuple[int, int, int, int]
 SIDE = 40

@@ -13,7 +13,7 @@ from conftest import COLORS, SMALL
 
 import keyhole
 from keyhole.cli.main import main
-from keyhole.resolution import Resolution
+from keyhole.data.resolution import Resolution
 
 
 def slide(path: Path, mpp: float | None, seed: int = 0) -> Path:

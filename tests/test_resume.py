@@ -19,10 +19,10 @@ import torch
 from conftest import write_toy
 from safetensors.torch import load_file
 
-from keyhole.checkpoint import read_info
 from keyhole.errors import RunError
+from keyhole.runs.checkpoint import read_info
+from keyhole.runs.run import read_rows
 from keyhole.training.loop import resume
-from keyhole.training.run import read_rows
 
 FLAGS = (
     "--patch.size 16 --model.width 8 --model.heads 2 --select.m 4 --select.chunk 16 --train.epochs 4 --train.batch 2 "

@@ -17,12 +17,12 @@ from conftest import SMALL, small_files
 import keyhole
 from keyhole.cli.main import main
 from keyhole.errors import OutputError, RunError
-from keyhole.files import atomic_file
-from keyhole.training import lock as module
-from keyhole.training.folder import FIRST
-from keyhole.training.lock import DEAD, Holder, RunLock
+from keyhole.runs import lock as module
+from keyhole.runs.folder import FIRST
+from keyhole.runs.lock import DEAD, Holder, RunLock
+from keyhole.util.files import atomic_file
 
-HOLD = "import sys, time; from pathlib import Path; from keyhole.training.lock import RunLock; " + (
+HOLD = "import sys, time; from pathlib import Path; from keyhole.runs.lock import RunLock; " + (
     "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(100)"
 )
 

@@ -15,7 +15,7 @@ import torch
 import keyhole
 from keyhole.cli.main import main
 from keyhole.nn import task_loss
-from keyhole.tasks import Task, fit_regression
+from keyhole.tasks.kinds import Task, fit_regression
 from keyhole.training.score import choose_metric, is_better, metric_value
 
 SETTINGS = "--patch.size=16 --model.width=4 --model.heads=2 --select.m=2 --run.threads=1".split()

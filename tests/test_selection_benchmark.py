@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from keyhole.device import Arithmetic
+from keyhole.engine.device import Arithmetic
 from keyhole.nn import TimmEncoder
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from on_device import DRY, GPU, no_waiting
 
-import keyhole.shares
-from keyhole.shares import NO_SHARES, PARTS, Shares
+import keyhole.util.timing
+from keyhole.util.timing import NO_SHARES, PARTS, Shares
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     class Clock:
         now = 0.0
 
-    monkeypatch.setattr(keyhole.shares.time, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(keyhole.util.timing.time, "perf_counter", lambda: Clock.now)
     return Clock
 
 
@@ -72,7 +72,7 @@ def test_whoever_does_not_ask_pays_nothing_and_may_nest() -> None:
 
 
 def test_torch_is_not_loaded_for_it() -> None:
-    script = "import sys, keyhole.shares, keyhole.progress; sys.exit('torch' in sys.modules)"
+    script = "import sys, keyhole.util.timing, keyhole.util.progress; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0
 
 
@@ -147,10 +147,10 @@ def test_reading_is_measured_on_the_host_also_with_a_device(device: Device, cloc
 
 def test_a_host_far_ahead_keeps_a_bounded_number_of_events_and_the_sum(device: Device) -> None:
     shares = Shares(torch.device("cuda"))
-    total = 3 * keyhole.shares.IN_FLIGHT
+    total = 3 * keyhole.util.timing.IN_FLIGHT
     for _ in range(total):
         work(shares, device, "encoding", 2)
-    assert device.events == 2 * keyhole.shares.IN_FLIGHT
+    assert device.events == 2 * keyhole.util.timing.IN_FLIGHT
     assert shares.seconds()["encoding"] == pytest.approx(total * 0.002)  # those without events at the mean
 
 

@@ -16,17 +16,17 @@ import torch
 from PIL import Image, ImageOps
 
 import keyhole
-from keyhole.checkpoint import save_model
-from keyhole.config import Config, ModelConfig, PatchConfig, SelectConfig
+from keyhole.config.settings import Config, ModelConfig, PatchConfig, SelectConfig
 from keyhole.data.item import Item
-from keyhole.evaluation import evaluate
+from keyhole.engine.memory.pace import unlimited
 from keyhole.images.pillow import PillowImage
-from keyhole.memory.pace import unlimited
+from keyhole.inference.evaluate import evaluate
+from keyhole.inference.predictor import describe
 from keyhole.nn import build_classifier
-from keyhole.predict import describe
 from keyhole.report import contact_sheet as sheet
 from keyhole.report.pictures import SHOWN, most_attended, small_patches
-from keyhole.tasks import Task
+from keyhole.runs.checkpoint import save_model
+from keyhole.tasks.kinds import Task
 
 TASK = Task("label", "binary", ("no", "yes"))
 SIDE = sheet.PATCH_SIDE - 8
@@ -198,7 +198,9 @@ def test_a_prediction_of_many_large_patches_carries_few_small_pictures(tmp_path:
 def test_the_most_attended_of_every_task_are_shown() -> None:
     rng = np.random.default_rng(0)
     weights = {name: rng.dirichlet(np.ones(500)).astype(np.float32) for name in "ab"}
-    kept = keyhole.prediction.Kept(np.arange(500), np.zeros((500, 4), np.int64), np.zeros(500, np.float32), weights)
+    kept = keyhole.report.prediction.Kept(
+        np.arange(500), np.zeros((500, 4), np.int64), np.zeros(500, np.float32), weights
+    )
     place = most_attended(kept)
     assert len(place) == SHOWN
     for each in weights.values():

@@ -23,12 +23,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from keyhole.cli.main import main
-from keyhole.config import DataConfig
-from keyhole.data import slides, tiff_pyramid
+from keyhole.config.settings import DataConfig
 from keyhole.data.manifest import read_manifest
-from keyhole.data.slide_texture import REACH
-from keyhole.data.slide_tissue import no_nests
-from keyhole.data.slides import (
+from keyhole.datasets import slides, tiff_pyramid
+from keyhole.datasets.slide_texture import REACH
+from keyhole.datasets.slide_tissue import no_nests
+from keyhole.datasets.slides import (
     LARGEST_SHARE,
     LARGEST_SIDE,
     SMALLEST_SIDE,
@@ -36,7 +36,7 @@ from keyhole.data.slides import (
     make_slide,
     make_slides,
 )
-from keyhole.data.tiff_pyramid import TILE, level_sizes, smaller, write_pyramid
+from keyhole.datasets.tiff_pyramid import TILE, level_sizes, smaller, write_pyramid
 from keyhole.errors import ConfigError, OutputError
 from keyhole.images import Box, open_image
 from keyhole.images.geometry import Size
@@ -143,8 +143,8 @@ CHILD = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from keyhole.data.slides import make_slide
-from keyhole.data.tiff_pyramid import write_pyramid
+from keyhole.datasets.slides import make_slide
+from keyhole.datasets.tiff_pyramid import write_pyramid
 from keyhole.images.geometry import Size
 
 what, out, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -323,7 +323,7 @@ def test_a_slide_does_not_change_when_there_are_more(written: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("positive", [0.0, 0.25, 0.5, 1.0])
 def test_the_share_of_positive_slides_is_the_one_asked_for_at_every_count(positive: float) -> None:
-    from keyhole.data.slides import _label
+    from keyhole.datasets.slides import _label
 
     labels = np.array([_label(number, positive) for number in range(40)])
     count = np.arange(1, 41)

@@ -15,11 +15,11 @@ from on_device import DRY, GPU, no_waiting
 from test_reading import PATIENCE, Opener, Probe, eventually, no_thread_is_left, openers
 from torch import Tensor
 
-from keyhole.config import RunConfig
-from keyhole.patches import FileOpener, TensorPatches, View
-from keyhole.reading import Delivery, Reader
-from keyhole.reading.chunks import Chunk, Coded
-from keyhole.staging import Stager, prefetched
+from keyhole.config.settings import RunConfig
+from keyhole.engine.to_device import Stager, prefetched
+from keyhole.loading import Delivery, Reader
+from keyhole.loading.chunks import Chunk, Coded
+from keyhole.patches.sources import FileOpener, TensorPatches, View
 
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 
@@ -139,7 +139,7 @@ def on_gpu(pixels: Tensor) -> Tensor:
 
 @pytest.mark.cuda
 def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind() -> None:
-    from keyhole.passes import open_reader
+    from keyhole.engine.passes import open_reader
 
     device = GPU
     arrays = [np.random.default_rng(n).integers(0, 256, (700, 64, 64, 3), dtype=np.uint8) for n in range(3)]
@@ -161,7 +161,7 @@ def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind() -> 
 
 @pytest.mark.cuda
 def test_features_of_any_kind_arrive_as_float32_on_a_gpu() -> None:
-    from keyhole.passes import open_reader
+    from keyhole.engine.passes import open_reader
 
     device = GPU
     for dtype in (np.float16, np.float32):
@@ -177,7 +177,7 @@ def test_features_of_any_kind_arrive_as_float32_on_a_gpu() -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", ["rgb", "4:4:4", "4:2:0"])
 def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kind: str) -> None:
-    from keyhole.passes import open_reader
+    from keyhole.engine.passes import open_reader
 
     device = GPU
     stager = Stager(device, encoded=True)
@@ -208,7 +208,7 @@ def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kin
 
 @pytest.mark.cuda
 def test_a_gpu_that_waits_for_patches_decodes_some_of_them(tmp_path: Path) -> None:
-    from keyhole.passes import open_reader
+    from keyhole.engine.passes import open_reader
 
     device = GPU
     stager = Stager(device, encoded=True)
@@ -226,7 +226,7 @@ def test_a_gpu_that_waits_for_patches_decodes_some_of_them(tmp_path: Path) -> No
 def test_a_tile_that_the_gpu_refuses_is_named_by_the_host(tmp_path: Path) -> None:
     from test_encoded import break_quietly
 
-    from keyhole.passes import open_reader
+    from keyhole.engine.passes import open_reader
 
     device = GPU
     stager = Stager(device, encoded=True)

@@ -16,13 +16,13 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-from keyhole import doctor
 from keyhole.cli.main import main
-from keyhole.config_file import load_config
-from keyhole.progress import Progress
+from keyhole.config.file import load_config
+from keyhole.runs.run import read_rows
+from keyhole.tools import doctor
 from keyhole.training import loop
 from keyhole.training.interrupt import Interrupt
-from keyhole.training.run import read_rows
+from keyhole.util.progress import Progress
 
 
 def copy(run: Path, to: Path) -> Path:

@@ -18,14 +18,14 @@ from on_device import GPU, no_waiting
 from test_reading import Opener
 from torch import Tensor, nn
 
-from keyhole.config import RunConfig, SelectConfig
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan
+from keyhole.config.settings import RunConfig, SelectConfig
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
+from keyhole.engine.passes import open_reader, select_batch
+from keyhole.engine.to_device import Stager
 from keyhole.nn import CrossAttentionPool, IPSClassifier, Selector
 from keyhole.nn.streaming import LATE
-from keyhole.passes import open_reader, select_batch
-from keyhole.patches import TensorPatches
-from keyhole.staging import Stager
+from keyhole.patches.sources import TensorPatches
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CPU = torch.device("cpu")

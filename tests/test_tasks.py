@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from keyhole.errors import ConfigError, DataError, RunError
-from keyhole.tasks import SEPARATOR, Task, fit_regression, infer_task, positive_note
+from keyhole.tasks.kinds import SEPARATOR, Task, fit_regression, infer_task, positive_note
 
 FRUIT = Task("fruit", "multiclass", ("apple", "pear", "plum"))
 TUMOUR = Task("tumour", "binary", ("no", "yes"))

@@ -9,9 +9,9 @@ from on_device import GPU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keyhole.device import choose_precision
+from keyhole.engine.device import choose_precision
 from keyhole.nn import CrossAttentionPool, FastEncoder, IPSClassifier, SmallEncoder, TimmEncoder, split_backward
-from keyhole.nn.tf32 import tf32
+from keyhole.util.tf32 import tf32
 
 
 def rounded(tensor: Tensor) -> Tensor:

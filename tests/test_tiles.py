@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from make_images import picture, write_tiff
 from make_zarr import write_multiscale
 
-from keyhole.edge import Edge
-from keyhole.grid import PatchGrid
 from keyhole.images import Image, open_image
 from keyhole.images.recent import RECENT, Recent
 from keyhole.images.tiff import TiffImage
 from keyhole.images.tiff_jpeg import frame_of
 from keyhole.images.tiles import TiledImage
-from keyhole.patches import FileOpener, FilePatches, View
-from keyhole.reading import Reader
+from keyhole.loading import Reader
+from keyhole.patches.edge import Edge
+from keyhole.patches.grid import PatchGrid
+from keyhole.patches.sources import FileOpener, FilePatches, View
 
 WIDTH, HEIGHT, TILE = 200, 136, 32
 COLUMNS, ROWS = 7, 5

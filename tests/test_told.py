@@ -16,9 +16,9 @@ import torch
 
 import keyhole
 from keyhole.cli.main import main
-from keyhole.config import DataConfig
-from keyhole.duration import Costs, Estimate, Work
-from keyhole.progress import Progress
+from keyhole.config.settings import DataConfig
+from keyhole.training.duration import Costs, Estimate, Work
+from keyhole.util.progress import Progress
 
 SHORT = ("--patch.size=16", "--model.width=4", "--select.m=4", "--train.batch=4", "--train.epochs=1")
 SHORT += ("--train.warmup=0",)
@@ -122,7 +122,7 @@ def test_what_is_left_follows_what_epochs_really_take() -> None:
 
 def test_the_progress_line_says_what_is_left_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("keyhole.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("keyhole.util.progress.time.monotonic", lambda: now[0])
     with Progress(40, "epoch 1/3", io.StringIO(), after=lambda seconds: 2 * seconds) as progress:
         now[0] = 110.0
         progress.update(images=10)

@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import keyhole
-from keyhole.checkpoint import read_tensors, write_tensors
-from keyhole.config import AugmentConfig, Config, TrainConfig
-from keyhole.config_file import load_config
+from keyhole.config.file import load_config
+from keyhole.config.settings import AugmentConfig, Config, TrainConfig
 from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, NonFiniteLoss, OutputError, RunError
-from keyhole.evaluation import evaluate
-from keyhole.reading.unreadable import TooMuchUnreadable
-from keyhole.tasks import Task
+from keyhole.inference.evaluate import evaluate
+from keyhole.loading.unreadable import TooMuchUnreadable
+from keyhole.runs.checkpoint import read_tensors, write_tensors
+from keyhole.tasks.kinds import Task
 from keyhole.training.augment import color_matrix, draw
 from keyhole.training.score import choose_metric, is_better
 from keyhole.training.setup import learning_rate, new_model, new_optimizer
@@ -155,7 +155,7 @@ def test_tasks_of_every_kind_are_learned_at_once(tmp_path: Path) -> None:
     assert "val.amount.mae" in run.metrics[0]
     metrics = {result.task.name: result for result in evaluate(run.path, split="train").metrics}
     assert metrics["side"].missing + metrics["side"].n == metrics["color"].n
-    prediction = run.predictor().predict(tmp_path / "data" / "red" / "0.png")
+    prediction = keyhole.load(run.path).predict(tmp_path / "data" / "red" / "0.png")
     assert set(prediction.probability["side"]) == {"a", "b", "c"}
     assert set(prediction.probability["amount"]) == {"value"}
 

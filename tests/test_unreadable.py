@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keyhole.errors import ConfigError, KeyholeError, RunError
-from keyhole.reading.unreadable import COLUMNS, Ledger, TooMuchUnreadable, parse_share
+from keyhole.loading.unreadable import COLUMNS, Ledger, TooMuchUnreadable, parse_share
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from conftest import settings, write_toy
 from on_device import GPU, waits_counted
 from torch import nn
 
-from keyhole.config_file import configuration, validate
+from keyhole.config.file import configuration, validate
 from keyhole.data.item import Item
-from keyhole.passes import Bags
-from keyhole.staging import Stager
+from keyhole.engine.passes import Bags
+from keyhole.engine.to_device import Stager
 from keyhole.training.finite import step_if_finite
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job

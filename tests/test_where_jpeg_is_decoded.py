@@ -16,14 +16,14 @@ from test_encoded import COLUMNS, ROWS, TILE, files
 from test_reading import PATIENCE, no_thread_is_left
 
 import keyhole
-from keyhole import staging
-from keyhole.config import RunConfig
-from keyhole.decoding import Decoder
-from keyhole.embedding import embed
+from keyhole.config.settings import RunConfig
+from keyhole.engine import to_device as staging
+from keyhole.engine.jpeg import Decoder
+from keyhole.engine.to_device import prefetched, stager_for
 from keyhole.errors import ConfigError
-from keyhole.patches import FileOpener, View
-from keyhole.reading import Delivery, Reader
-from keyhole.staging import prefetched, stager_for
+from keyhole.inference.embed import embed
+from keyhole.loading import Delivery, Reader
+from keyhole.patches.sources import FileOpener, View
 
 __all__ = ["files", "no_thread_is_left"]  # fixtures
 

@@ -19,11 +19,11 @@ from conftest import settings
 from safetensors.torch import load_file
 
 import keyhole
-from keyhole.checkpoint import read_info
 from keyhole.errors import KeyholeError
-from keyhole.reading.unreadable import TooMuchUnreadable
+from keyhole.loading.unreadable import TooMuchUnreadable
+from keyhole.runs.checkpoint import read_info
+from keyhole.runs.run import read_rows
 from keyhole.training.loop import resume
-from keyhole.training.run import read_rows
 
 TILE = 32
 QUICK = settings(train={"epochs": 1}, augment={"shift": False, "flip": False, "rotate": False})
@@ -116,7 +116,7 @@ FLAGS = (
 ).split()
 EAGER = """
 import sys
-import keyhole.training.journal as journal
+import keyhole.runs.journal as journal
 from keyhole.cli.main import main
 
 journal.SECONDS = 0.0

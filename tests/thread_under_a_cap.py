@@ -9,9 +9,9 @@ import threading
 
 import torch
 
-from keyhole.memory.cap import cap
-from keyhole.memory.meter import free_in_heap, taken
-from keyhole.memory.plan import Plan
+from keyhole.engine.memory.cap import cap
+from keyhole.engine.memory.meter import free_in_heap, taken
+from keyhole.engine.memory.plan import Plan
 
 CPU = torch.device("cpu")
 

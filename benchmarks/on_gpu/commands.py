@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from keyhole.cli.main import main
-from keyhole.data.slides import make_slides
+from keyhole.datasets.slides import make_slides
 from on_gpu.bench import Bench
 
 EPOCHS, EPOCHS_ON_A_GPU = 3, 8

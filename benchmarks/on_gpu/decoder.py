@@ -11,10 +11,10 @@ import numpy as np
 import PIL.Image
 import torch
 
-from keyhole.data.slides import make_slide
-from keyhole.decoding import Decoder, decodes
+from keyhole.datasets.slides import make_slide
+from keyhole.engine.jpeg import Decoder, decodes
 from keyhole.images.tiff_encoded import COLORS, segments
-from keyhole.patches import FileOpener
+from keyhole.patches.sources import FileOpener
 from on_gpu.bench import Bench, rate
 
 SIDE, SMOOTH = 64, 8

@@ -11,8 +11,8 @@ from pathlib import Path
 from megapixel_mnist import MNIST
 from published_canvases import write_published
 
-from keyhole.config import Config
-from keyhole.config_file import build, resolve
+from keyhole.config.file import build, resolve
+from keyhole.config.settings import Config
 from keyhole.errors import Interrupted
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from keyhole.bench.memory import plain_config
-from keyhole.config import Config, RunConfig, SelectConfig
-from keyhole.memory.cap import cap
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan
+from keyhole.config.settings import Config, RunConfig, SelectConfig
+from keyhole.engine.memory.cap import cap
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
+from keyhole.engine.passes import open_reader, select_batch
+from keyhole.engine.to_device import Stager
 from keyhole.nn import IPSClassifier
-from keyhole.passes import open_reader, select_batch
-from keyhole.staging import Stager
+from keyhole.tools.bench.memory import plain_config
 from on_gpu.bench import Bench, new_model
 from on_gpu.streams import InMemory
 

@@ -15,13 +15,13 @@ from alternate import wait
 from machine import cores
 from repeated_slide import write_repeated
 
-from keyhole.config import RunConfig, SelectConfig
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan
-from keyhole.passes import open_reader, select_batch
-from keyhole.patches import FileOpener, PatchSource, TensorPatches
-from keyhole.reading import Reader
-from keyhole.staging import Stager
+from keyhole.config.settings import RunConfig, SelectConfig
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
+from keyhole.engine.passes import open_reader, select_batch
+from keyhole.engine.to_device import Stager
+from keyhole.loading import Reader
+from keyhole.patches.sources import FileOpener, PatchSource, TensorPatches
 from on_gpu.bench import Bench, floor, new_model, rate
 
 if TYPE_CHECKING:

@@ -8,33 +8,35 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from keyhole.util.version import VERSION
+
 if TYPE_CHECKING:
-    from keyhole.config import Config as Config
-    from keyhole.data.check import check as check
-    from keyhole.embedding import embed as embed
-    from keyhole.evaluation import evaluate as evaluate
-    from keyhole.grid import PatchGrid as PatchGrid
+    from keyhole.config.settings import Config as Config
     from keyhole.images import open_image as open_image
-    from keyhole.predict import Predictor as Predictor
-    from keyhole.predict import load as load
-    from keyhole.prediction import Prediction as Prediction
+    from keyhole.inference.embed import embed as embed
+    from keyhole.inference.evaluate import evaluate as evaluate
+    from keyhole.inference.predictor import Predictor as Predictor
+    from keyhole.inference.predictor import load as load
+    from keyhole.patches.grid import PatchGrid as PatchGrid
+    from keyhole.report.prediction import Prediction as Prediction
+    from keyhole.runs.run import Run as Run
+    from keyhole.tools.check.run import check as check
     from keyhole.training.loop import resume as resume
     from keyhole.training.loop import train as train
-    from keyhole.training.run import Run as Run
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 # No module directly in keyhole may have the name of a function here: importing it would hide the function.
 _HOME = {
-    "Config": "keyhole.config",
-    "PatchGrid": "keyhole.grid",
-    "Prediction": "keyhole.prediction",
-    "Predictor": "keyhole.predict",
-    "Run": "keyhole.training.run",
-    "check": "keyhole.data.check",
-    "embed": "keyhole.embedding",
-    "evaluate": "keyhole.evaluation",
-    "load": "keyhole.predict",
+    "Config": "keyhole.config.settings",
+    "PatchGrid": "keyhole.patches.grid",
+    "Prediction": "keyhole.report.prediction",
+    "Predictor": "keyhole.inference.predictor",
+    "Run": "keyhole.runs.run",
+    "check": "keyhole.tools.check.run",
+    "embed": "keyhole.inference.embed",
+    "evaluate": "keyhole.inference.evaluate",
+    "load": "keyhole.inference.predictor",
     "open_image": "keyhole.images",
     "resume": "keyhole.training.loop",
     "train": "keyhole.training.loop",

@@ -1,1 +1,1 @@
-"""The command line, one file per verb; heavy imports stay inside the functions."""
+"""The command line: one module per command."""

@@ -19,10 +19,10 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 from keyhole.cli.help import HELP, HELP_ALL, show_help
-from keyhole.config import Config, RunConfig
-from keyhole.config_check import check_text, describe, is_none, validate
+from keyhole.config.check import check_text, describe, is_none, validate
+from keyhole.config.settings import Config, RunConfig
 from keyhole.errors import ConfigError
-from keyhole.wording import nearest
+from keyhole.util.wording import nearest
 
 Options = TypeVar("Options")
 Configured = TypeVar("Configured", bound="ConfigOptions")
@@ -66,7 +66,7 @@ def parse_config(kind: type[Configured], argv: Sequence[str], prog: str) -> tupl
     """The verb's own options, and the configuration: default < recipe < --config < flags, not yet validated."""
     options = parse(kind, argv, prog)
     if options.recipe is not None or options.config is not None:
-        from keyhole.config_file import resolve
+        from keyhole.config.file import resolve
 
         options = parse_over(kind, argv, prog, resolve(options.recipe, options.config))
     return options, _config_of(options)
@@ -99,7 +99,7 @@ def config_with_data(options: ConfigOptions, config: Config, verb: str) -> Confi
 
 def print_config(config: Config) -> int:
     """What `--print-config` prints."""
-    from keyhole.config_file import dump_config
+    from keyhole.config.file import dump_config
 
     print(dump_config(config), end="")
     return 0

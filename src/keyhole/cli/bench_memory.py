@@ -15,13 +15,13 @@ import tyro
 
 from keyhole.cli.arguments import ConfigOptions, check_device, parse, parse_over, print_config
 from keyhole.cli.bench_source import source_of
-from keyhole.config import Config
-from keyhole.config_check import validate
+from keyhole.config.check import validate
+from keyhole.config.settings import Config
 from keyhole.errors import ConfigError
-from keyhole.memory.budget import parse_memory
+from keyhole.util.budget import parse_memory
 
 if TYPE_CHECKING:
-    from keyhole.bench.memory import Growth
+    from keyhole.tools.bench.memory import Growth
 
 PROG = "keyhole bench memory"
 NOT_FLAT = 1
@@ -66,7 +66,7 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         return print_config(config)
 
-    from keyhole.bench.memory import growths, measure_apart
+    from keyhole.tools.bench.memory import growths, measure_apart
 
     kept, others, peaks = config.select.m, config.train.batch - 1, []
     for n in numbers:
@@ -78,7 +78,7 @@ def run(argv: list[str]) -> int:
 
 def report(found: Sequence[Growth], as_json: bool) -> int:
     """Prints what was found; returns the exit code."""
-    from keyhole.bench.memory import lines, to_json
+    from keyhole.tools.bench.memory import lines, to_json
 
     print(json.dumps(to_json(found), indent=2) if as_json else "\n".join(lines(found)))
     return 0 if all(each.flat for each in found) else NOT_FLAT
@@ -105,7 +105,7 @@ def parse_patches(text: str) -> list[int]:
 
 
 def _settings(argv: Sequence[str]) -> tuple[MemoryOptions, Config]:
-    from keyhole.config_file import resolve
+    from keyhole.config.file import resolve
 
     options = parse(MemoryOptions, argv, PROG)
     recipe, file = source_of(options.source, options.recipe, options.config, "a recipe or a settings file")
@@ -120,8 +120,8 @@ def _settings(argv: Sequence[str]) -> tuple[MemoryOptions, Config]:
 
 
 def _plain(device: str) -> Config:
-    from keyhole.bench.memory import plain_config
-    from keyhole.device import choose_device
+    from keyhole.engine.device import choose_device
+    from keyhole.tools.bench.memory import plain_config
 
     check_device(device)
     return plain_config(choose_device(device).type == "cuda")
@@ -129,7 +129,7 @@ def _plain(device: str) -> Config:
 
 def _of_features(recipe: str | None, config: Config) -> Config:
     """With the width of the features that a recipe for stored features is meant for, where none is given."""
-    from keyhole.bench.images import kind_of
+    from keyhole.tools.bench.images import kind_of
 
     kind = kind_of(recipe, config)
     width = config.model.feature_width or (kind.size.width if kind.what == "features" else None)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from keyhole.config_file import recipes
+from keyhole.config.file import recipes
 from keyhole.errors import ConfigError
-from keyhole.wording import nearest
+from keyhole.util.wording import nearest
 
 
 def source_of(named: Path | None, recipe: str | None, file: Path | None, kinds: str) -> tuple[str | None, Path | None]:

@@ -14,13 +14,13 @@ import tyro
 
 from keyhole.cli.arguments import ConfigOptions, parse, parse_over, print_config
 from keyhole.cli.bench_source import source_of
-from keyhole.config import Config, Positive, PositiveFloat
-from keyhole.config_check import validate
+from keyhole.config.check import validate
+from keyhole.config.settings import Config, Positive, PositiveFloat
 from keyhole.errors import ConfigError
-from keyhole.memory.budget import parse_memory
+from keyhole.util.budget import parse_memory
 
 if TYPE_CHECKING:
-    from keyhole.training.run import Run
+    from keyhole.runs.run import Run
 
 PROG = "keyhole bench speed"
 
@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         return print_config(config)
 
-    from keyhole.bench.speed import speed
+    from keyhole.tools.bench.speed import speed
 
     found = speed(config, run=run, recipe=recipe, steps=options.steps, seconds=options.seconds, say=_say)
     print(json.dumps(found.to_json(), indent=2) if options.json else "\n".join(found.lines()))
@@ -81,7 +81,7 @@ def _short_data(argv: Sequence[str]) -> Iterator[str]:
 
 def _settings(argv: Sequence[str]) -> tuple[SpeedOptions, Config, Run | None, str | None]:
     """The options, the configuration, the run where one is named, and the recipe where one is."""
-    from keyhole.config_file import recipes, resolve
+    from keyhole.config.file import recipes, resolve
 
     options = parse(SpeedOptions, argv, PROG)
     named, run = options.source, None
@@ -105,7 +105,7 @@ def _settings(argv: Sequence[str]) -> tuple[SpeedOptions, Config, Run | None, st
 
 def _of_run(folder: Path) -> tuple[Config, Run]:
     """A run and its configuration, without what says where its data are: its manifest does."""
-    from keyhole.training.run import find_run
+    from keyhole.runs.run import find_run
 
     run = find_run(folder)
     config = run.config

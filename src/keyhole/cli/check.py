@@ -13,8 +13,8 @@ import tyro
 from keyhole.cli.arguments import ConfigOptions, config_with_data, parse_config, print_config
 
 if TYPE_CHECKING:
-    from keyhole.config import Config
-    from keyhole.data.check import CheckReport
+    from keyhole.config.settings import Config
+    from keyhole.tools.check.run import CheckReport
 
 SOON = 50_000
 """Patches in all epochs together that no machine needs long for: torch is not imported to say so."""
@@ -59,9 +59,9 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         return print_config(config)
 
-    from keyhole.data.check import check
-    from keyhole.files import write_atomic
-    from keyhole.progress import Progress
+    from keyhole.tools.check.run import check
+    from keyhole.util.files import write_atomic
+    from keyhole.util.progress import Progress
 
     with Progress(0, "checking") as progress:
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from keyhole.cli.arguments import parse, print_options
-from keyhole.config import NotNegative, Rate
+from keyhole.config.settings import NotNegative, Rate
 from keyhole.errors import DataError, OutputError
 
 
@@ -44,8 +44,8 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         return print_options(options)
 
-    from keyhole.data.camelyon16 import read_camelyon16
-    from keyhole.files import writable_folder, write_atomic
+    from keyhole.datasets.camelyon16 import read_camelyon16
+    from keyhole.util.files import writable_folder, write_atomic
 
     out = options.out
     found = read_camelyon16(options.root, options.val, options.seed, options.features, options.reference)

@@ -11,7 +11,7 @@ import tyro
 from annotated_types import Interval
 
 from keyhole.cli.arguments import parse, print_options
-from keyhole.config import Fraction, NotNegative, Positive
+from keyhole.config.settings import Fraction, NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         return print_options(options)
 
-    from keyhole.data.slides import make_slides
-    from keyhole.progress import Progress
+    from keyhole.datasets.slides import make_slides
+    from keyhole.util.progress import Progress
 
     start, whole, pixels = time.monotonic(), options.side**2, 0
     with Progress(options.count, "writing slides") as progress:

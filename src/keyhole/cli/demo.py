@@ -29,7 +29,7 @@ class DemoOptions:
 
 def run(argv: list[str]) -> int:
     options = parse(DemoOptions, argv, "keyhole demo")
-    from keyhole.demo import demo, demo_config, free_folder
+    from keyhole.tools.demo import demo, demo_config, free_folder
 
     out = free_folder() if options.out is None else options.out
     if options.print_config:

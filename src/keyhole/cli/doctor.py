@@ -24,7 +24,7 @@ class DoctorOptions:
 
 def run(argv: list[str]) -> int:
     options = parse(DoctorOptions, argv, "keyhole doctor")
-    from keyhole import doctor
+    from keyhole.tools import doctor
 
     if options.print_config:
         return print_config(doctor.training_config(Path("temporary")))

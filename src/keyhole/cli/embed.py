@@ -10,8 +10,16 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from keyhole.cli.arguments import check_device, parse, print_options
-from keyhole.config import Config, Decode, ModelConfig, PatchConfig, Positive, Quantity, RunConfig
-from keyhole.config_check import validate
+from keyhole.config.check import validate
+from keyhole.config.settings import (
+    Config,
+    Decode,
+    ModelConfig,
+    PatchConfig,
+    Positive,
+    Quantity,
+    RunConfig,
+)
 from keyhole.errors import ConfigError
 
 
@@ -89,7 +97,7 @@ def run(argv: list[str]) -> int:
     if options.out is None:
         raise ConfigError("--out is missing: keyhole embed DATA --out DIR, a folder for the files of features")
 
-    from keyhole.embedding import embed
+    from keyhole.inference.embed import embed
 
     done = embed(
         options.data.expanduser(),
@@ -129,7 +137,7 @@ def _over_run(options: EmbedOptions, argv: list[str]) -> EmbedOptions:
     """
     if options.run is None:
         return options
-    from keyhole.embedding import encoder_of
+    from keyhole.inference.embed import encoder_of
 
     names = ("encoder", "pretrained", "weights", "stages", "width", "channels")
     plain = EmbedOptions()

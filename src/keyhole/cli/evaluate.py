@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from keyhole.cli.arguments import check_device, parse, print_options
-from keyhole.config import Decode
+from keyhole.config.settings import Decode
 from keyhole.errors import DataError
 
 
@@ -59,7 +59,7 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         return print_options(options)
 
-    from keyhole.evaluation import evaluate
+    from keyhole.inference.evaluate import evaluate
 
     try:
         evaluation = evaluate(

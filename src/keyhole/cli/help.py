@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
-from keyhole.config import Quantity
-from keyhole.docstrings import field_texts
+from keyhole.config.docstrings import field_texts
+from keyhole.config.settings import Quantity
 
 WIDEST = 110
 """Columns, where the terminal has as many."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from keyhole.cli.arguments import ConfigOptions, parse_config, parse_over
-from keyhole.config import Config
-from keyhole.config_check import validate
+from keyhole.config.check import validate
+from keyhole.config.settings import Config
 from keyhole.errors import ConfigError, OutputError
 
 
@@ -41,9 +41,9 @@ def run(argv: list[str]) -> int:
     if not options.print_config and (target.exists() or target.is_symlink()):
         raise OutputError(f"{target}: is there already, and is not overwritten. Remove it or give another --out.")
 
-    from keyhole.config_auto import auto_reasons
-    from keyhole.config_file import dump_config, resolve
-    from keyhole.init_config import measure, propose, with_counted_patches
+    from keyhole.config.auto import auto_reasons
+    from keyhole.config.file import dump_config, resolve
+    from keyhole.tools.init import measure, propose, with_counted_patches
 
     measured = measure(config)
     proposal = with_counted_patches(propose(Config(data=config.data), measured), measured, config)
@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
         print(text, end="")
         return 0
 
-    from keyhole.files import write_atomic
+    from keyhole.util.files import write_atomic
 
     write_atomic(target, text)
     print("\n".join(proposal.summary))

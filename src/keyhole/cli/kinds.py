@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from keyhole.errors import ConfigError
-from keyhole.wording import nearest
+from keyhole.util.wording import nearest
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-import keyhole
 from keyhole.errors import ConfigError, Interrupted, KeyholeError
-from keyhole.memory.budget import doubt, explained, out_of_memory
+from keyhole.util.budget import doubt, explained, out_of_memory
+from keyhole.util.version import VERSION
 
 VERBS = {
     "demo": "write images with small digits in them, train, evaluate: everything once, in minutes",
@@ -73,12 +73,12 @@ def _dispatch(arguments: list[str]) -> int:
         code: int = import_module(f"keyhole.cli.{first}").run(arguments[1:])
         return code
     if first in ("--version", "-V"):
-        print(f"keyhole {keyhole.__version__}")
+        print(f"keyhole {VERSION}")
         return 0
     if first in ("", "-h", "--help"):
         print(_help())
         return 0 if first else USAGE_ERROR
-    from keyhole.wording import nearest
+    from keyhole.util.wording import nearest
 
     known = ["--help", "--version"] if first.startswith("-") else list(VERBS)
     kind = "option" if first.startswith("-") else "verb"

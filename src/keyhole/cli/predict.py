@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from keyhole.cli.arguments import check_device, parse, print_options
-from keyhole.config import Bits, Decode
+from keyhole.config.settings import Bits, Decode
 from keyhole.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from keyhole.data.item import Item
     from keyhole.errors import KeyholeError
-    from keyhole.prediction import Prediction
+    from keyhole.report.prediction import Prediction
     from keyhole.report.table import TableRow
 
 
@@ -77,7 +77,7 @@ def run(argv: list[str]) -> int:
     skipped = {other.name: other.reason for other in others}
 
     from keyhole.data.manifest import write_left_out
-    from keyhole.predict import load
+    from keyhole.inference.predictor import load
     from keyhole.report.answers import AnswerFolder
     from keyhole.report.table import write_table
 

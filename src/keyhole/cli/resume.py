@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from keyhole.cli.arguments import parse, print_config
-from keyhole.config import Positive
+from keyhole.config.settings import Positive
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ResumeOptions:
 def run(argv: list[str]) -> int:
     options = parse(ResumeOptions, argv, "keyhole resume")
     if options.print_config:
-        from keyhole.config_file import load_config
+        from keyhole.config.file import load_config
 
         return print_config(load_config(options.run / "config.yaml"))
 

@@ -1,1 +1,1 @@
-"""Manifests, splits, checks and generated data sets."""
+"""Which images there are, their labels and splits."""

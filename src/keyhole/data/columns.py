@@ -16,8 +16,8 @@ from pathlib import Path
 from keyhole.data.item import Doubt, Row, Table
 from keyhole.data.layout import split_named
 from keyhole.errors import ConfigError, DataError
-from keyhole.tasks import MOST_NUMBERED_CLASSES, SEPARATOR, looks_like_number
-from keyhole.wording import listed, nearest
+from keyhole.tasks.kinds import MOST_NUMBERED_CLASSES, SEPARATOR, looks_like_number
+from keyhole.util.wording import listed, nearest
 
 GROUPS = (
     "patient",

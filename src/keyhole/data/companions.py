@@ -8,11 +8,11 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from keyhole.config import DataConfig
+from keyhole.config.settings import DataConfig
 from keyhole.data.item import FEATURE_SUFFIXES, Item, Row, Table, absolute
 from keyhole.errors import DataError
 from keyhole.images.image import image_suffixes
-from keyhole.wording import listed
+from keyhole.util.wording import listed
 
 FEATURE_ORDER = (".h5", ".hdf5", ".pt")
 """Where a slide has several: HDF5 has coordinates."""

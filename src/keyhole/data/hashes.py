@@ -12,8 +12,8 @@ from pathlib import Path
 
 from keyhole.data.item import Item
 from keyhole.errors import ImageError, StalledRead
-from keyhole.files import file_size
 from keyhole.images.image import folder_suffixes
+from keyhole.util.files import file_size
 
 PIECE = 8 << 20
 """Bytes read at a time: the unit in which a read may stall."""

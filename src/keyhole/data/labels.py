@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from keyhole.data.item import Doubt, Table
-from keyhole.tasks import Task, looks_like_number
+from keyhole.tasks.kinds import Task, looks_like_number
 
 SPREADSHEET_ERRORS = frozenset({"#ref!", "#value!", "#div/0!", "#name?", "#num!", "#null!", "#na"})
 """What a spreadsheet writes where a formula failed."""

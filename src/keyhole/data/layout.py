@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from keyhole.errors import DataError
-from keyhole.wording import listed
+from keyhole.util.wording import listed
 
 _SPLIT_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("train", "training", "trn"), "train"),

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from keyhole.config import DataConfig
+from keyhole.config.settings import DataConfig
 from keyhole.data.columns import column_notes, refuse_column_for_folder, tasks_among, with_columns_read
 from keyhole.data.companions import with_companions
 from keyhole.data.hashes import FileHash
@@ -28,10 +28,10 @@ from keyhole.data.read_csv import FILES, read_csv
 from keyhole.data.read_folder import FOLDER_TASK, expand_images, read_folder
 from keyhole.data.settle import check_training, settle_splits
 from keyhole.errors import ConfigError, DataError
-from keyhole.files import write_atomic
 from keyhole.images.image import folder_suffixes
-from keyhole.tasks import Task, fit_regression, infer_task, positive_note
-from keyhole.wording import listed, nearest
+from keyhole.tasks.kinds import Task, fit_regression, infer_task, positive_note
+from keyhole.util.files import write_atomic
+from keyhole.util.wording import listed, nearest
 
 __all__ = ["Item", "LeftOut", "Manifest", "expand_images", "read_for_tasks", "read_manifest", "write_left_out"]
 

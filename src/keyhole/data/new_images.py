@@ -13,7 +13,7 @@ from keyhole.data.item import FEATURE_SUFFIXES, Item, LeftOut, absolute
 from keyhole.data.read_csv import read_csv
 from keyhole.data.read_folder import expand_images
 from keyhole.errors import DataError
-from keyhole.wording import listed
+from keyhole.util.wording import listed
 
 TABLES = (".csv", ".tsv", ".txt")
 """Suffixes of a list of images."""

@@ -11,7 +11,7 @@ from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table, absolute
 from keyhole.data.layout import split_named
 from keyhole.errors import ConfigError, DataError
 from keyhole.images.scale import given_scale
-from keyhole.wording import listed, nearest
+from keyhole.util.wording import listed, nearest
 
 FILES = ("mask", "annotation", "features")
 """Columns that name a file beside the image, with paths as those of images."""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from keyhole.config import DataConfig
+from keyhole.config.settings import DataConfig
 from keyhole.data.item import SPLITS, Item, Row
 from keyhole.data.splits import Subject, leaking_groups, make_splits
 from keyhole.errors import ConfigError, DataError
-from keyhole.tasks import Task
-from keyhole.wording import listed
+from keyhole.tasks.kinds import Task
+from keyhole.util.wording import listed
 
 
 def settle_splits(

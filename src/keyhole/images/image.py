@@ -22,7 +22,7 @@ from keyhole.errors import ConfigError, ImageError, ImageLost
 from keyhole.images.faults import is_lost, lost, one_line
 from keyhole.images.geometry import Box, Level, Size
 from keyhole.images.pixels import Pixels as Pixels
-from keyhole.wording import from_to
+from keyhole.util.wording import from_to
 
 GROUP = "keyhole.images"
 """Entry-point group that readers register under."""

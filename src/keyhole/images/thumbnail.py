@@ -7,7 +7,7 @@ from PIL import Image as Picture
 
 from keyhole.images.geometry import Box
 from keyhole.images.image import Image, Pixels
-from keyhole.pool import beat
+from keyhole.util.threads import beat
 
 _BAND_BYTES = 32 * 2**20
 

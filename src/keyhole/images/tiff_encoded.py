@@ -22,7 +22,7 @@ from keyhole.images.tiff import TiffImage
 from keyhole.images.tiff_checks import open_pages, page_size, tables_of
 from keyhole.images.tiff_jpeg import Coded
 from keyhole.images.tiff_tables import ShortTables
-from keyhole.pool import beat
+from keyhole.util.threads import beat
 
 Colors = Literal["grey", "rgb", "ycbcr"]
 COLORS: frozenset[Colors] = frozenset(("grey", "rgb", "ycbcr"))

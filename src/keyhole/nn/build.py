@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from keyhole.config import ModelConfig
+from keyhole.config.settings import ModelConfig
 from keyhole.errors import ConfigError
 from keyhole.nn.attention import CrossAttentionPool
 from keyhole.nn.classifier import IPSClassifier
 from keyhole.nn.encoder import FeatureProjector, SmallEncoder, TimmEncoder
 from keyhole.nn.position import CenterPosition, IndexPosition
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 
 def build_classifier(

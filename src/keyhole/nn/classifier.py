@@ -18,7 +18,7 @@ from keyhole.nn.lone import lone_patch
 from keyhole.nn.pixels import AsRead, prepare
 from keyhole.nn.position import CenterPosition
 from keyhole.nn.selection import Rule, Selection, Selector, evaluating, keep_global, whole_bags
-from keyhole.nn.tf32 import tf32
+from keyhole.util.tf32 import tf32
 
 
 def _loose(tensor: Shaped[Tensor, "b n ..."], mask: Bool[Tensor, "b n"] | None) -> Shaped[Tensor, "k ..."]:
@@ -63,7 +63,7 @@ class IPSClassifier(nn.Module):
 
     Attributes:
         fast: what looks at patches without gradients in the encoder's place, see `accelerate`; None: the encoder.
-        tf32: whether a GPU may round float32 to TF32 in `fast` and in `split_backward`, see `keyhole.nn.tf32`; set it
+        tf32: whether a GPU may round float32 to TF32 in `fast` and in `split_backward`, see `keyhole.util.tf32`; set it
             before `accelerate`. If it is off, neither these nor `select` round. In a training step of your own, the
             settings that you made in torch hold.
 

@@ -3,7 +3,7 @@
     batch norm folded into the layer before it   fewer passes over the maps
     channels last, bf16                          what matrix units want
     uint8 -> normalized values in one pass       a quarter of the bytes until then
-    compiled for one static shape                where it pays, see `keyhole.compiling`
+    compiled for one static shape                where it pays, see `keyhole.engine.compiling`
 
 The copy shares nothing with the encoder that learns. `refresh` writes the current weights into it, in place: nothing is
 built or compiled again.
@@ -22,7 +22,7 @@ from keyhole.nn.compiled import Compiled
 from keyhole.nn.encoder import PixelEncoder
 from keyhole.nn.folding import Follower, Norm, fold, foldable_pairs
 from keyhole.nn.pixels import prepare
-from keyhole.nn.tf32 import tf32
+from keyhole.util.tf32 import tf32
 
 FOLDED_ERROR = 1e-3
 """Largest relative difference that folding may make in float32; beyond it the network is not what its hooks showed."""
@@ -52,7 +52,7 @@ class FastEncoder:
         precision: torch.float32 or torch.bfloat16, of convolutions and matrix products; norms that cannot be folded
             and the result are float32.
         compile: as the attribute `compiled`.
-        tf32: a GPU may round float32 to TF32, see `keyhole.nn.tf32`.
+        tf32: a GPU may round float32 to TF32, see `keyhole.util.tf32`.
 
     Attributes:
         compiled: whether calls go through `torch.compile`; may be set at any time. Each number of rows is compiled

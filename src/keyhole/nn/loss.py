@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from keyhole.nn.to_device import to_device
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 
 def task_loss(

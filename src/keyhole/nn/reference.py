@@ -17,7 +17,7 @@ from keyhole.nn.classifier import IPSClassifier
 from keyhole.nn.encoder import FeatureProjector, TimmEncoder
 from keyhole.nn.position import IndexPosition
 from keyhole.nn.weights import misfits
-from keyhole.tasks import Task
+from keyhole.tasks.kinds import Task
 
 _POOL = {
     "transf.crs_attn.q_w.weight": "query_proj.weight",

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from keyhole.nn.classifier import IPSClassifier
 from keyhole.nn.folding import copy_all
 from keyhole.nn.pixels import AsRead
-from keyhole.nn.tf32 import tf32
 from keyhole.nn.to_device import to_device
+from keyhole.util.tf32 import tf32
 
 Fetch = Callable[[int, int], Tensor | AsRead]
 """start, stop -> those of the loose patches, (stop - start ...) on the model's device."""

@@ -1,1 +1,1 @@
-"""Pictures of what a prediction rests on."""
+"""A prediction, and how it is shown: tables, GeoJSON, contact sheets."""

@@ -16,9 +16,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from keyhole.errors import OutputError
-from keyhole.files import remove_unfinished, writable_folder
-from keyhole.prediction import FILES, Prediction, write_prediction
+from keyhole.report.prediction import FILES, Prediction, write_prediction
 from keyhole.report.table import TableRow, table_row
+from keyhole.util.files import remove_unfinished, writable_folder
 
 
 class AnswerFolder:

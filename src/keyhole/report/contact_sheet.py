@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
-from keyhole.files import write_atomic
-from keyhole.prediction import Pictures, Prediction
-from keyhole.tasks import SEPARATOR, Task
+from keyhole.report.prediction import Pictures, Prediction
+from keyhole.tasks.kinds import SEPARATOR, Task
+from keyhole.util.files import write_atomic
 
 Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from keyhole.data.item import Item
-from keyhole.prediction import Prediction
 from keyhole.report.contact_sheet import SheetEntry
-from keyhole.tasks import Task
+from keyhole.report.prediction import Prediction
+from keyhole.tasks.kinds import Task
 
 SHOWN = 16
 """Images on the contact sheet."""

@@ -11,7 +11,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keyhole.prediction import Prediction
+    from keyhole.report.prediction import Prediction
 
 PALETTE = (
     (31, 119, 180),

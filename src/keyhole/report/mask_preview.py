@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
-from keyhole.files import file_names, write_atomic
-from keyhole.grid import PatchGrid
 from keyhole.images.image import Image
 from keyhole.images.thumbnail import thumbnail
+from keyhole.patches.grid import PatchGrid
+from keyhole.util.files import file_names, write_atomic
 
 SIDE = 1024
 """Longest side of the picture of the slide."""

@@ -10,15 +10,15 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
-from keyhole.features import FeaturePatches
 from keyhole.images import open_image
 from keyhole.images.geometry import Box, Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
 from keyhole.images.thumbnail import thumbnail
-from keyhole.patches import FilePatches
-from keyhole.prediction import Kept, Pictures, Prediction, Scores
+from keyhole.patches.features import FeaturePatches
+from keyhole.patches.sources import FilePatches
 from keyhole.report.contact_sheet import score_picture
+from keyhole.report.prediction import Kept, Pictures, Prediction, Scores
 
 SHOWN = 64
 """Kept patches of an image whose pixels are carried along."""

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from keyhole.files import atomic_file
-from keyhole.learning import unevenness
-from keyhole.prediction import Prediction, csv_line, encoded
-from keyhole.wording import distinct
+from keyhole.report.prediction import Prediction, csv_line, encoded
+from keyhole.tasks.learning import unevenness
+from keyhole.util.files import atomic_file
+from keyhole.util.wording import distinct
 
 
 @dataclass(frozen=True)

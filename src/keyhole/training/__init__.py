@@ -1,1 +1,1 @@
-"""Learning: the loop, checkpoints, the run folder."""
+"""The training loop and what happens around a step."""

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keyhole.config import AugmentConfig
-from keyhole.patches import View
+from keyhole.config.settings import AugmentConfig
+from keyhole.patches.sources import View
 
 _LUMA = np.array([0.299, 0.587, 0.114])
 # RGB -> YIQ, in which a change of hue is a rotation of the last two axes

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from keyhole.nn import Kept, explore
-from keyhole.patches import PatchSource
+from keyhole.patches.sources import PatchSource
 
 
 @dataclass(frozen=True)

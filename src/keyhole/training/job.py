@@ -10,36 +10,44 @@ from pathlib import Path
 
 import torch
 
-import keyhole
-from keyhole.checkpoint import load_state, save_state
-from keyhole.compiling import choose_compile
-from keyhole.config import Config
-from keyhole.config_auto import settle_learning
+from keyhole.config.auto import settle_learning
+from keyhole.config.settings import Config
 from keyhole.data.hashes import FileHash, hash_files
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest, write_left_out
-from keyhole.device import arithmetic_of, choose_device
+from keyhole.engine.compiling import choose_compile
+from keyhole.engine.device import arithmetic_of, choose_device
+from keyhole.engine.memory.pace import fixed_chunk
+from keyhole.engine.memory.plan import Plan, make_plan
+from keyhole.engine.passes import open_reader, settle_edge
 from keyhole.errors import ConfigError
-from keyhole.files import file_size, write_atomic
-from keyhole.memory.budget import memory_text, parse_memory
-from keyhole.memory.pace import fixed_chunk
-from keyhole.memory.plan import Plan, make_plan
+from keyhole.loading import Batch, Reader
+from keyhole.loading.unreadable import parse_share
 from keyhole.nn import IPSClassifier
 from keyhole.nn.pretrained import check_pretrained
-from keyhole.passes import open_reader, settle_edge
-from keyhole.reading import Batch, Reader
-from keyhole.reading.unreadable import parse_share
-from keyhole.tasks import Task
-from keyhole.training.damage import Damage
-from keyhole.training.folder import create_folder, sweep, sweep_beside
-from keyhole.training.lock import RunLock
+from keyhole.runs.checkpoint import load_state, save_state
+from keyhole.runs.damage import Damage
+from keyhole.runs.folder import create_folder, sweep, sweep_beside
+from keyhole.runs.lock import RunLock
+from keyhole.runs.run import Log, Run, check_new, read_rows
+from keyhole.runs.seal import (
+    LAST,
+    LEFT_OUT,
+    check_files,
+    check_images,
+    more_epochs,
+    read_state,
+    sealed_config,
+)
+from keyhole.runs.state import State
+from keyhole.tasks.kinds import Task
 from keyhole.training.loggers import check_loggers
-from keyhole.training.run import Log, Run, check_new, read_rows
 from keyhole.training.score import choose_metric
-from keyhole.training.seal import LAST, LEFT_OUT, check_files, check_images, more_epochs, read_state, sealed_config
 from keyhole.training.setup import Images, absolute, new_model, new_optimizer, scan, targets, with_features
-from keyhole.training.state import State
-from keyhole.wording import counted
+from keyhole.util.budget import memory_text, parse_memory
+from keyhole.util.files import file_size, write_atomic
+from keyhole.util.version import VERSION
+from keyhole.util.wording import counted
 
 
 @dataclass
@@ -321,7 +329,7 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
         if longer:
             checked += [longer, *_go_on_longer(job)]
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"
-        for text in (f"{line} (keyhole {keyhole.__version__})", *checked, *lines, *_compile(job)):
+        for text in (f"{line} (keyhole {VERSION})", *checked, *lines, *_compile(job)):
             say(text)
             job.log(text)
     except BaseException:

@@ -18,39 +18,39 @@ from typing import Any
 import numpy as np
 import torch
 
-from keyhole.checkpoint import save_model
-from keyhole.config import Config
-from keyhole.config_auto import number
-from keyhole.config_file import configuration, validate
+from keyhole.config.auto import number
+from keyhole.config.file import configuration, validate
+from keyhole.config.settings import Config
 from keyhole.data.manifest import Item
-from keyhole.duration import Estimate
+from keyhole.engine.looking import timed
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan, cap
+from keyhole.engine.memory.trim import Trim
+from keyhole.engine.passes import Bags, fetch_kept, select_batch
+from keyhole.engine.to_device import stager_for
 from keyhole.errors import DataError, Interrupted, NonFiniteLoss
-from keyhole.looking import timed
-from keyhole.memory.pace import Pace
-from keyhole.memory.plan import Plan, cap
-from keyhole.memory.process import peak_memory
-from keyhole.memory.trim import Trim
+from keyhole.inference.predictor import describe
+from keyhole.loading import Batch, FetchOnly, Opener
+from keyhole.loading.chunks import is_alone
 from keyhole.nn import Kept, class_weights, split_backward, total_loss
-from keyhole.passes import Bags, fetch_kept, select_batch
-from keyhole.predict import describe
-from keyhole.progress import Progress, say
-from keyhole.reading import Batch, FetchOnly, Opener
-from keyhole.reading.chunks import is_alone
-from keyhole.shares import Shares
-from keyhole.staging import stager_for
+from keyhole.runs.checkpoint import save_model
+from keyhole.runs.journal import MANY, SelectionJournal
+from keyhole.runs.run import Run, find_run, write_rows
 from keyhole.training.augment import draw, stack_colors
+from keyhole.training.duration import Estimate
 from keyhole.training.exploration import Exploration
 from keyhole.training.finite import step_if_finite
 from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job, open_job, start_job
-from keyhole.training.journal import MANY, SelectionJournal
 from keyhole.training.loggers import open_loggers
-from keyhole.training.run import Run, find_run, write_rows
 from keyhole.training.score import is_better, metric_value
 from keyhole.training.setup import learning_rate, targets
 from keyhole.training.trial import estimate
 from keyhole.training.validation import predict_splits, validate_epoch
-from keyhole.wording import counted
+from keyhole.util.process import peak_memory
+from keyhole.util.progress import Progress, say
+from keyhole.util.timing import Shares
+from keyhole.util.wording import counted
 
 
 def train(data: str | Path | Mapping[str, Any] | Config, out: str | Path | None = None, **settings: Any) -> Run:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from keyhole.errors import ConfigError
-from keyhole.measures import task_metrics
-from keyhole.metrics import defined_metrics
-from keyhole.tasks import Task
-from keyhole.wording import listed
+from keyhole.tasks.kinds import Task
+from keyhole.tasks.measures import task_metrics
+from keyhole.tasks.metrics import defined_metrics
+from keyhole.util.wording import listed
 
 LOWER_IS_BETTER = ("loss", "mae", "ece")
 

@@ -14,27 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keyhole.checkpoint import load_encoder
-from keyhole.config import AugmentConfig, Config
-from keyhole.config_auto import number
+from keyhole.config.auto import number
+from keyhole.config.settings import AugmentConfig, Config
 from keyhole.data.companions import unused_masks
 from keyhole.data.manifest import Item, Manifest
-from keyhole.device import settle_precision
+from keyhole.data.resolution import NOT_KNOWN, Resolution, patch_mpp
+from keyhole.engine.device import settle_precision
+from keyhole.engine.memory.pace import fixed_chunk
+from keyhole.engine.memory.plan import CPU_CHUNK
+from keyhole.engine.passes import opener
+from keyhole.engine.to_device import may_decode
 from keyhole.errors import ConfigError, DataError, ImageError
-from keyhole.features import FeaturePatches, learned_origin
-from keyhole.memory.budget import parse_memory
-from keyhole.memory.pace import fixed_chunk
-from keyhole.memory.plan import CPU_CHUNK
+from keyhole.loading import Opener, Reader
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
-from keyhole.passes import opener
-from keyhole.patches import FilePatches, View
-from keyhole.reading import Opener, Reader
-from keyhole.resolution import NOT_KNOWN, Resolution, patch_mpp
-from keyhole.staging import may_decode
-from keyhole.store import ImageStore, decoded_bytes, fits
-from keyhole.tasks import Task
-from keyhole.wording import counted, from_to
+from keyhole.patches.features import FeaturePatches, learned_origin
+from keyhole.patches.image_cache import ImageStore, decoded_bytes, fits
+from keyhole.patches.sources import FilePatches, View
+from keyhole.runs.checkpoint import load_encoder
+from keyhole.tasks.kinds import Task
+from keyhole.util.budget import parse_memory
+from keyhole.util.wording import counted, from_to
 
 DECODING = 7 / 3
 """What decoding takes beside the pixels that it gives, as a multiple of them: Pillow has 4 bytes a pixel of RGB, and
@@ -66,7 +66,7 @@ def with_features(config: Config, manifest: Manifest) -> tuple[Config, list[str]
             if getattr(config.model, f"feature_{name}") is not None:
                 raise ConfigError(f"model.feature_{name} is for stored features, but the data are images: leave it out")
         return config, []
-    from keyhole.features import check_features_config, common_origin, feature_width
+    from keyhole.patches.features import check_features_config, common_origin, feature_width
 
     check_features_config(config)
     width = feature_width(first)

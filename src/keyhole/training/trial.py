@@ -21,23 +21,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keyhole.config import Config
-from keyhole.config_auto import number, settle_learning
-from keyhole.device import choose_device, settle_precision
-from keyhole.duration import Costs, Estimate, Work
+from keyhole.config.auto import number, settle_learning
+from keyhole.config.settings import Config
+from keyhole.engine.device import choose_device, settle_precision
+from keyhole.engine.memory.cap import room_for_code
+from keyhole.engine.memory.probe import as_it_was, example_positions
+from keyhole.engine.passes import positions
 from keyhole.errors import KeyholeError
-from keyhole.memory.budget import out_of_memory
-from keyhole.memory.cap import room_for_code
-from keyhole.memory.probe import as_it_was, example_positions
+from keyhole.loading import Opener
 from keyhole.nn import IPSClassifier, build_classifier, split_backward
 from keyhole.nn.build import patch_shape
 from keyhole.nn.pixels import AsRead
-from keyhole.passes import positions
-from keyhole.pool import default_threads
-from keyhole.reading import Opener
-from keyhole.tasks import Task
-from keyhole.tensors import as_read
+from keyhole.nn.tensors import as_read
+from keyhole.tasks.kinds import Task
+from keyhole.training.duration import Costs, Estimate, Work
 from keyhole.training.job import Job
+from keyhole.util.budget import out_of_memory
+from keyhole.util.threads import default_threads
 
 ENOUGH = 0.3
 """Seconds from which one run of a piece is measured well; of a shorter one the second counts, since the first builds

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from keyhole.data.item import Item
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.passes import infer
+from keyhole.engine.to_device import Stager
 from keyhole.errors import DataError
-from keyhole.files import write_atomic
-from keyhole.learning import Learning, judge_task
-from keyhole.memory.pace import Pace
-from keyhole.metrics import point_metrics
+from keyhole.inference.predictor import Predictor
 from keyhole.nn import total_loss
-from keyhole.passes import infer
-from keyhole.predict import Predictor
 from keyhole.report.table import TableRow, table_row, write_table
-from keyhole.staging import Stager
+from keyhole.runs.journal import MANY, RowJournal
+from keyhole.tasks.learning import Learning, judge_task
+from keyhole.tasks.metrics import point_metrics
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import Job
-from keyhole.training.journal import MANY, RowJournal
 from keyhole.training.setup import targets
+from keyhole.util.files import write_atomic
 
 
 def validate_epoch(

@@ -1,0 +1,1 @@
+"""Settings with their defaults and reasons, where they are read from, and the recipes."""

@@ -1,0 +1,1 @@
+"""Settings for known data sets and domains, as YAML."""

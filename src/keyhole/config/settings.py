@@ -1,0 +1,245 @@
+"""Every setting of a run, with the reason for its default.
+
+One set of frozen dataclasses makes the command line (tyro) and is checked when read from YAML
+(pydantic). Precedence: default < recipe < `--config` file < flags. The resolved configuration is
+written into the run folder and is itself a valid `--config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval, MinLen
+
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Rate = Annotated[float, Interval(ge=0, lt=1)]
+Positive = Annotated[int, Gt(0)]
+NotNegative = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Interval(gt=0, lt=inf)]
+NotNegativeFloat = Annotated[float, Interval(ge=0, lt=inf)]
+Auto = Literal["auto"]
+"""The setting follows from others; see `keyhole.config.auto`."""
+Bits = Literal[8, 9, 10, 11, 12, 13, 14, 15, 16]
+"""Bits in use of a value that is stored in 16."""
+Decode = Literal["auto", "cpu"]
+"""Where JPEG tiles are decoded; see `RunConfig.decode`."""
+Quantity = Annotated[str, MinLen(1)]
+"""A number with or without a unit, such as 5GB or 1%."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, which labels, which split."""
+
+    path: Path | None = None
+    """Folder of classes, or CSV with `image`, one column per task, optional `split`, `group`, `mpp`."""
+    root: Path | None = None
+    """Folder that relative image paths of a CSV start from; default is the CSV's own folder."""
+    tasks: tuple[str, ...] = ()
+    """Columns to learn, each `name` or `name=kind` (multiclass, binary, multilabel, regression); none: all columns that
+    describe the images, not those that only identify them, such as `slide_id`. `name=binary:class` names the positive
+    class."""
+    group: str = "auto"
+    """Column whose images stay in one split, such as `patient`; `auto` takes `group`, else a column that is called like
+    patients, cases or slides; `none` takes no column."""
+    missing: tuple[str, ...] = ("nan", "NA", "N/A", "#N/A", "<NA>", "null", "None")
+    """Words in label cells of a CSV that mean unknown, as an empty cell does. They count in any case, but a word in
+    mixed case only as written, so that `none` may be a class. Leave a word out of the list to learn it as a class."""
+    val: Rate = 0.15
+    """Share of the images held out to choose the best model, where no `split` is given."""
+    test: Rate = 0.15
+    """Share of the images never looked at in training, where no `split` is given."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """What an unreadable image does: end the run, or be left out, counted and listed."""
+    features: Path | None = None
+    """Folder of feature files (.h5, .pt), one an image by its name without suffix, as CLAM, TRIDENT and `keyhole embed`
+    write them; they are read in the images' place."""
+    masks: Path | None = None
+    """Folder of masks (.png, .geojson), one an image by its name without suffix, for `patch.foreground mask`; a
+    column `mask` of the CSV goes over it."""
+    hash_gb: NotNegativeFloat = 50.0
+    """GB of files up to which the manifest holds their SHA-256; the files of larger data are told by their size."""
+    cache: NotNegativeFloat | None = None
+    """GB of decoded pixels that may stay in memory; default is a quarter of the memory free at the start, 0 never."""
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """How an image becomes patches."""
+
+    size: Positive = 224
+    """Side of a patch in pixels, at the level or microns per pixel asked for."""
+    stride: Positive | None = None
+    """Step between patches in pixels; default is the size, smaller overlaps."""
+    level: NotNegative | None = None
+    """Pyramid level to read; default 0. Excludes `mpp`."""
+    mpp: PositiveFloat | None = None
+    """Microns per pixel to read at, from the best level, resampled; none reads pixels as they are. Excludes `level`."""
+    bits: Bits | None = None
+    """Bits in use of a 16-bit picture that does not state them, such as 12 for the camera; the same for all images."""
+    foreground: Literal["all", "non-empty", "tissue", "mask"] = "all"
+    """Patches to look at: all, those not of one colour, those with stained tissue (Otsu on a thumbnail), or those on a
+    mask file (column `mask`, or `data.masks`)."""
+    min_foreground: Fraction = 0.01
+    """Least share of a patch that must be `tissue` or on the `mask`. The paper's rule for CAMELYON16 is 1 %."""
+    edge: Literal["auto", "drop", "shift", "reflect", "background"] = "auto"
+    """Patches that reach over the image's border: `drop` leaves them out, `shift` moves them inwards, `reflect` mirrors
+    the image, `background` fills them. `auto` is `background` for slides (several levels) and `shift` for others."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder, attention pool and position code."""
+
+    encoder: str = "small"
+    """`small` (ours, fast on small machines) or any timm name, such as `resnet18` or `tf_efficientnet_lite0`. Stored
+    features need none: they are projected to `dim`."""
+    dim: Positive = 512
+    """Width that stored features are projected to (LayerNorm, Linear, BatchNorm, ReLU), as published for CAMELYON16."""
+    feature_width: Positive | None = None
+    """Numbers of a stored feature; default is what the files hold."""
+    feature_encoder: str | None = None
+    """Encoder that made the stored features; default is what the files say."""
+    feature_weights: str | None = None
+    """SHA-256 of its weights; default is what the files say. Features of other weights are refused."""
+    feature_patches: str | None = None
+    """Patches that it saw, in words; default is what the files say."""
+    channels: Literal[1, 3] = 3
+    """Channels the encoder sees; grey images are repeated or colour turned to grey as needed."""
+    width: Positive = 32
+    """Channels of the first stage of the `small` encoder; each later stage doubles them."""
+    stages: Positive | None = None
+    """Keep only the first stages of a timm encoder (the paper's Megapixel MNIST uses 2 of ResNet-18); for `small`,
+    halvings after the first convolution, default 2."""
+    pretrained: bool = False
+    """Download timm's pretrained weights. Off: nothing is downloaded without being asked for."""
+    weights: Path | None = None
+    """Weights for the encoder: a run, whose best model's encoder is taken, or a safetensors file."""
+    freeze: bool = False
+    """Keep the encoder as it is; only attention and heads learn."""
+    heads: Positive = 8
+    """Attention heads. The paper uses 8."""
+    hidden: Positive | None = None
+    """Width inside the attention block's MLP; default 4 times the embedding's."""
+    dropout: Rate = 0.1
+    """Dropout after attention and in the MLP, as in the paper."""
+    attention_dropout: Rate = 0.1
+    """Dropout of attention weights, as in the paper."""
+    position: Literal["none", "1d", "2d"] = "none"
+    """Position code: none, sinusoidal over the patch index (as published), or over patch coordinates."""
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Iterative patch selection."""
+
+    m: Positive = 32
+    """Patches kept per image (M). Memory and time of the learning pass grow with it."""
+    chunk: Positive | None = None
+    """Patches looked at per step of the pass without gradients (I); default is what `--memory` allows. Part of the
+    method under `streaming`, where it must be given; under `global` the result does not depend on it."""
+    rule: Literal["global", "streaming"] = "global"
+    """`global` does not depend on order or chunk size; `streaming` is the published rule."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Learning."""
+
+    epochs: Positive = 30
+    """Passes over the training images."""
+    batch: Positive = 8
+    """Images per step (B)."""
+    lr: PositiveFloat | Auto = "auto"
+    """Peak rate of AdamW. `auto` is 1e-3 for an encoder that starts from random weights, and 3e-4 for pretrained or
+    given weights and for stored features, as published."""
+    encoder_lr: NotNegativeFloat = 1.0
+    """The encoder's rate as a multiple of `lr`; below 1 spares pretrained weights."""
+    weight_decay: NotNegativeFloat = 0.1
+    """AdamW's decay, on matrices only (not on norms and biases)."""
+    warmup: NotNegativeFloat = 1.0
+    """Epochs of linear warm-up; selection is near random at first, so large first steps hurt."""
+    final_lr: Fraction = 0.001
+    """Rate at the end of the cosine, as a share of `lr`."""
+    explore: NotNegativeFloat | Auto = "auto"
+    """Epochs of exploring: in the first half patches are kept at random and attention is held uniform, in the second
+    the random share falls to none. `auto` explores in half of the epochs where the encoder starts from random weights,
+    whose scores mean nothing at first, and else not at all. 0 is the published method."""
+    clip: NotNegativeFloat = 1.0
+    """Largest norm of the gradient; 0 never clips."""
+    balance: Literal["none", "loss"] = "none"
+    """`loss` weighs classes by the inverse of their frequency in the training split."""
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it, and on a CPU that has it for looking with all but
+    small encoders; else float32, which is not rounded to TF32. `tf32` is float32 rounded in convolutions and matrix
+    products on a GPU, which is faster."""
+    metric: str = "auto"
+    """Validation metric that names the best model: `loss`, `TASK.METRIC` or `METRIC` (mean over the tasks where it is
+    defined); `auto` is `auroc` where all tasks have classes, `mae` for one regression task, else `loss`, also where
+    kinds are mixed."""
+    patience: NotNegative = 0
+    """Stop after so many epochs without a better validation metric; 0 never stops early."""
+    seed: NotNegative = 0
+    """Same seed, same run (on CPU, to the bit)."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Drawn once per image and epoch, the same in both passes."""
+
+    flip: bool = True
+    """Mirror left-right and up-down at random. Off where orientation carries meaning: text, digits, roads."""
+    rotate: bool = True
+    """Turn by 0, 90, 180 or 270 degrees at random."""
+    shift: bool = True
+    """Shift the patch grid by up to one stride, so that borders fall elsewhere each epoch."""
+    color: Fraction = 0.1
+    """Strength of brightness, contrast, saturation and hue changes."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Machine, output and progress."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the encoder for this machine; `auto` does on a GPU where that pays back within the run. It says why."""
+    threads: Positive | None = None
+    """Threads that read and decode; default one per core, at most 16. With a GPU one core of 3 or more stays free."""
+    decode: Decode = "auto"
+    """Where JPEG tiles of slides are decoded. `auto` gives a GPU those that the threads have not decoded in time; its
+    colours differ a little, and which tiles these are differs from run to run. `cpu` leaves all of them to the threads,
+    so that both passes see the same pixels."""
+    ahead: Positive = 4
+    """Chunks read ahead of the device; host memory grows with it."""
+    stall: PositiveFloat = 120.0
+    """Seconds a single read may take before it is given up and tried again."""
+    retries: NotNegative = 3
+    """Times a file that cannot be reached or stalls is tried again, after 1, 4, 16 ... seconds."""
+    save_minutes: PositiveFloat = 5.0
+    """The state is saved at the end of each epoch, and at the first step after so many minutes."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Loggers to send metrics to. None unless asked for."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    out: Path | None = None
+    """Run folder to create; must not exist yet."""
+    memory: Quantity = "auto"
+    """Budget of device memory such as `5GB`, kept by choosing chunks; `auto` is what is free. On CPU: the process."""
+    unreadable: Quantity = "1%"
+    """Share of all patches that may be unreadable before training ends with an error; for each image in predicting."""
+    data: DataConfig = field(default_factory=DataConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,233 @@
+"""What generated tissue looks like up close: periodic pictures of light through a section stained with two dyes.
+
+Light is taken as a section takes it (Beer and Lambert): what reaches the eye is exp(-(E e + H h)), where E and H are
+the amounts of eosin and hematoxylin at a pixel, and e and h what each takes from red, green and blue (the directions
+of Ruifrok and Johnston, 2001, varied a little from slide to slide). Amounts add, so light multiplies, and a picture
+of the stroma times a picture of the nuclei is a picture of both. Their periods differ, so that the product does not
+repeat within 5,120 px.
+
+Nuclei come in two patterns at the same places: filled, as everywhere, and, for nests, hollow: a dark rim around a
+pale centre. Both take the same light on average, so that from afar there is nothing to be seen of a nest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyhole.datasets.tiff_pyramid import TILE
+
+Pixels = NDArray[np.uint8]
+Values = NDArray[np.float32]
+
+STROMA, NUCLEI = 1024, 1280
+"""Periods in pixels."""
+COLUMNS, ROWS = 100, 116
+"""Places for nuclei in a period: a lattice of triangles, 12.8 by 11 px, each place a little off."""
+JITTER = 1.4
+RADIUS = (3.6, 4.9)
+"""Half axes of nuclei in pixels."""
+REACH = 6
+"""Pixels from its centre within which a nucleus lies, but for a trace."""
+
+_EOSIN = (0.07, 0.99, 0.11)
+_HEMATOXYLIN = (0.65, 0.70, 0.29)
+_GREEN = 1
+_CYTOPLASM = 0.05
+"""Amount of hematoxylin outside of nuclei."""
+_FULL = 2.5
+"""Amount of a dye that the value 255 stands for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Texture:
+    """The pictures of one slide; each repeats its first 256 rows and columns at the end, so that tiles never wrap.
+
+    Attributes:
+        stroma: (1280, 1280, 3), light through connective tissue and cytoplasm, of which glass lets pass `glass`.
+        nuclei: (1536, 1536, 3), share of the light that nuclei let pass, 255 is all.
+        hollow: the same with every nucleus in the pattern of nests.
+        fat: as `stroma`: empty round cells with thin walls.
+        glass: (256, 256, 3), a tile without tissue.
+        rough: (1280, 1280), how far off the edge of tissue is; standard deviation 1.
+        sites: (k, 3, 2), x and y of three neighbouring nuclei, in `nuclei` without its margin; may reach over its end.
+    """
+
+    stroma: Pixels
+    nuclei: Pixels
+    hollow: Pixels
+    fat: Pixels
+    glass: Pixels
+    rough: Values
+    sites: NDArray[np.float64]
+
+
+def make_texture(rng: np.random.Generator) -> Texture:
+    """The texture of one slide: its own stains and its own nuclei; the stroma's and the fat's pattern are shared."""
+    light = rng.uniform(0.955, 0.96) * 255
+    eosin = _stain(rng, _EOSIN)
+    hematoxylin = _stain(rng, _HEMATOXYLIN)
+    filled, hollow, sites = _nuclei(rng, hematoxylin[_GREEN])
+    through_eosin, through_hematoxylin = _table(eosin, light), _table(hematoxylin, 255)
+    noise = np.random.default_rng(0).normal(0, 1.0, (TILE, TILE, 1))
+    return Texture(
+        stroma=_wrapped(through_eosin.take(_stroma(), axis=0)),
+        nuclei=_wrapped(through_hematoxylin.take(filled, axis=0)),
+        hollow=_wrapped(through_hematoxylin.take(hollow, axis=0)),
+        fat=_wrapped(through_eosin.take(_fat(), axis=0)),
+        glass=np.broadcast_to(np.round(light + noise), (TILE, TILE, 3)).astype(np.uint8),
+        rough=_wrapped(_rough()),
+        sites=sites,
+    )
+
+
+def _stain(rng: np.random.Generator, direction: tuple[float, float, float]) -> NDArray[np.float64]:
+    """What an amount of 1 of a dye takes from red, green and blue, on this slide."""
+    return np.array(direction) * rng.uniform(0.99, 1.01, 3) * rng.uniform(0.985, 1.015)
+
+
+def _table(stain: NDArray[np.float64], light: float) -> Pixels:
+    """(256, 3): what is left of `light` after an amount of a dye."""
+    amount = np.arange(256)[:, None] * (_FULL / 255)
+    return np.asarray(np.round(light * np.exp(-amount * stain)), np.uint8)
+
+
+def _amounts(values: Values | float) -> Pixels:
+    """Amounts of a dye in steps of a byte."""
+    return np.asarray(np.minimum(np.asarray(values, np.float32) * (255 / _FULL) + 0.5, 255), np.uint8)
+
+
+Number = TypeVar("Number", bound=np.generic)
+
+
+def _wrapped(picture: NDArray[Number]) -> NDArray[Number]:
+    """With its first rows and columns repeated at the end."""
+    margin = [(0, TILE), (0, TILE)] + [(0, 0)] * (picture.ndim - 2)
+    return np.pad(picture, margin, mode="wrap")
+
+
+# --- stroma and fat: the same pattern for all slides -----------------------------------------------------------------
+
+
+def smooth_noise(rng: np.random.Generator, side: int, scale: float) -> Values:
+    """(side, side) periodic noise of mean 0 and deviation 1, whose features are about `scale` pixels wide."""
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
+    spectrum = np.fft.rfft2(rng.standard_normal((side, side))) * np.exp(-0.5 * (2 * frequency * scale) ** 2)
+    spectrum[0, 0] = 0
+    noise = np.fft.irfft2(spectrum, s=(side, side))
+    result: Values = (noise / noise.std()).astype(np.float32)
+    return result
+
+
+@cache
+def _stroma() -> Pixels:
+    """Amount of eosin (1024, 1024): wavy fibres of some pixels, thicker and thinner places."""
+    rng = np.random.default_rng(1)
+    fibres = 1 - np.abs(smooth_noise(rng, STROMA, 14)) - 0.5 * np.abs(smooth_noise(rng, STROMA, 30))
+    amount = 0.36 + 0.07 * fibres + 0.02 * smooth_noise(rng, STROMA, 4) + 0.03 * smooth_noise(rng, STROMA, 160)
+    return _amounts(np.clip(amount, 0.05, 1))
+
+
+@cache
+def _fat() -> Pixels:
+    """Amount of eosin (1024, 1024): walls half-way between the centres of round cells, 85 px wide."""
+    rng = np.random.default_rng(2)
+    count = STROMA // 85
+    pitch = STROMA / count
+    place = (np.arange(count) + 0.5) * pitch
+    x, y = np.meshgrid(place, place)
+    x = (x + (np.arange(count) % 2)[:, None] * pitch / 2 + rng.uniform(-0.2, 0.2, x.shape) * pitch).ravel()
+    y = (y + rng.uniform(-0.2, 0.2, y.shape) * pitch).ravel()
+    near = np.arange(-2 * round(pitch), 2 * round(pitch) + 1)
+    nearest = np.full((2, STROMA, STROMA), np.inf, np.float32)
+    for cx, cy in zip(x, y, strict=True):
+        window = np.ix_((int(cy) + near) % STROMA, (int(cx) + near) % STROMA)
+        distance = np.hypot(near[None, :] + int(cx) - cx, near[:, None] + int(cy) - cy).astype(np.float32)
+        first, second = nearest[0][window], nearest[1][window]
+        nearest[1][window] = np.minimum(second, np.maximum(first, distance))
+        nearest[0][window] = np.minimum(first, distance)
+    wall = np.clip(1.5 - (nearest[1] - nearest[0]) / 4, 0, 1)
+    return _amounts(0.32 * wall)
+
+
+@cache
+def _rough() -> Values:
+    rng = np.random.default_rng(3)
+    noise = smooth_noise(rng, STROMA, 12) + 2 * smooth_noise(rng, STROMA, 60)
+    rough: Values = np.clip(noise / noise.std(), -3.5, 3.5).astype(np.float32)
+    return rough
+
+
+# --- nuclei: each slide has its own ----------------------------------------------------------------------------------
+
+
+def _nuclei(rng: np.random.Generator, taken: float) -> tuple[Pixels, Pixels, NDArray[np.float64]]:
+    """Amounts of hematoxylin (1280, 1280) with filled and with hollow nuclei, and the sites of nests.
+
+    Args:
+        rng: source of places, sizes and strengths.
+        taken: what an amount of 1 takes from green light.
+    """
+    row, column = np.mgrid[:ROWS, :COLUMNS]
+    x = (column + 0.5 * (row % 2)) * (NUCLEI / COLUMNS) + rng.uniform(-JITTER, JITTER, row.shape)
+    y = row * (NUCLEI / ROWS) + rng.uniform(-JITTER, JITTER, row.shape)
+    crowd = smooth_noise(rng, NUCLEI // 8, 12)[(y // 8).astype(int) % 160, (x // 8).astype(int) % 160]
+    there = rng.random(row.shape) < np.clip(0.72 + 0.22 * crowd, 0.3, 0.97)
+
+    cx, cy = x[there], y[there]
+    left, top = np.floor(cx).astype(int) - REACH, np.floor(cy).astype(int) - REACH
+    reach = np.arange(2 * REACH + 2)
+    dx = (reach[None, None, :] + (left - cx)[:, None, None]).astype(np.float32)
+    dy = (reach[None, :, None] + (top - cy)[:, None, None]).astype(np.float32)
+    angle = rng.uniform(0, np.pi, (len(cx), 1, 1)).astype(np.float32)
+    long, short = np.sort(rng.uniform(*RADIUS, (2, len(cx), 1, 1)).astype(np.float32), axis=0)[::-1]
+    along, beside = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+    radius = np.sqrt((along / long) ** 2 + (beside / short) ** 2)  # 1 at the nucleus' edge
+    strength = rng.uniform(0.85, 1.15, (len(cx), 1, 1)).astype(np.float32)
+    # Blurred and pale against crisp and dark: a few strided convolutions see it, the average of 4 x 4 pixels does not.
+    filled = 0.6 * strength * _step((1.3 - radius) / 0.7)
+    rim = strength * _step((1.12 - radius) / 0.24) * _step((radius - 0.54) / 0.2)
+    hollow = _as_much_light(rim, filled, taken) * rim
+
+    rows = (top[:, None, None] + reach[None, :, None]) % NUCLEI
+    columns = (left[:, None, None] + reach[None, None, :]) % NUCLEI
+    pictures = []
+    for stamps in (filled, hollow):
+        amount = np.full((NUCLEI, NUCLEI), _amounts(_CYTOPLASM))
+        np.maximum.at(amount, (rows, columns), _amounts(stamps + _CYTOPLASM))
+        pictures.append(amount)
+    return pictures[0], pictures[1], _sites(x, y, there)
+
+
+def _step(t: Values) -> Values:
+    """From 0 to 1, smoothly."""
+    t = np.clip(t, 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def _as_much_light(rim: Values, filled: Values, taken: float) -> float:
+    """The factor of `rim` at which hollow nuclei let as much green light pass as filled ones, by halving."""
+    some = slice(0, 400)
+    wanted = np.exp(-taken * filled[some]).mean()
+    low, high = 0.0, 4.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.exp(-taken * middle * rim[some]).mean() > wanted else (low, middle)
+    return high
+
+
+def _sites(x: NDArray[np.float64], y: NDArray[np.float64], there: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(k, 3, 2): every two neighbours in a row, with the one between them in the row below, where all three are there.
+
+    The last row and column are left out, so that no site runs over the end but by its nuclei's own size.
+    """
+    row, column = np.mgrid[: ROWS - 1, : COLUMNS - 1]
+    corners = [(row, column), (row, column + 1), (row + 1, column + row % 2)]
+    whole = np.logical_and.reduce([there[corner] for corner in corners])
+    sites = np.stack([np.stack([x[corner], y[corner]], axis=-1) for corner in corners], axis=-2)
+    found: NDArray[np.float64] = sites[whole]
+    return found

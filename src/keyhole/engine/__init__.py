@@ -1,0 +1,1 @@
+"""Model, memory plan and data in one place: both passes of Iterative Patch Selection."""

@@ -1,0 +1,131 @@
+"""Where to compute and in which arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from keyhole.errors import ConfigError
+from keyhole.nn import IPSClassifier
+from keyhole.nn.cost import has_depthwise, multiply_adds
+
+
+def choose_device(name: str, remedy: str = "", option: str = "--run.device") -> torch.device:
+    """`auto` is the first GPU, or the CPU without one. A GPU has its index: what is kept by device is kept once.
+
+    Args:
+        name: of the setting `run.device`.
+        remedy: what an error tells the user to do; default is to use another one.
+        option: that the user gave it with, for errors.
+
+    Raises:
+        ConfigError: torch does not know the device, or it is not there, or another process has it to itself.
+    """
+    first = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = with_index(torch.device(first if name == "auto" else name))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        remedy = remedy or f"Use {'cpu' if name == 'auto' else 'auto or cpu'}."
+        raise ConfigError(f"{option} {name}: not usable here ({str(error).splitlines()[0]}). {remedy}") from error
+    return device
+
+
+def with_index(device: torch.device) -> torch.device:
+    """`cuda` as `cuda:0`, or whichever is the current one, as tensors there have it; to torch the two are not equal."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Types the encoder computes in: where it scores patches without gradients, and where it learns.
+
+    Attributes:
+        tf32: on a GPU, float32 is rounded to TF32 in convolutions and matrix products; see `keyhole.util.tf32`.
+    """
+
+    look: torch.dtype
+    learn: torch.dtype
+    tf32: bool = False
+
+    def __str__(self) -> str:
+        look, learn = (self.name(each) for each in (self.look, self.learn))
+        return look if look == learn else f"{look} where it looks, {learn} where it learns"
+
+    def name(self, kind: torch.dtype) -> str:
+        """A type in words."""
+        return "tf32" if self.tf32 and kind == torch.float32 else str(kind).removeprefix("torch.")
+
+
+ENOUGH_WORK = 10_000_000
+"""Multiply-adds for a patch from which bf16 pays on a CPU; below, converting costs more. Measured on one thread of a
+Zen 4: 1.4 times slower at 1 million (the small encoder, 64 px), 1.4 to 1.8 times faster from 50 million on."""
+
+
+def choose_precision(name: str, encoder: nn.Module, shape: Sequence[int]) -> Arithmetic:
+    """The arithmetic of `train.precision`.
+
+    `auto` is bf16 on a GPU that multiplies in it. On a CPU that does, it is bf16 for looking, if there is enough to do,
+    and float32 for learning: the gradients of depthwise convolutions take 1.5 times as long in bf16, and all others are
+    many times slower as soon as another program wants the same cores. Networks of depthwise convolutions look in
+    float32 there too: their filters nearly cancel, and rounded to bf16 they do not. EfficientNet-Lite0 with the weights
+    of ImageNet kept 5 % other patches than in float32, more after training. What is chosen depends on nothing but the
+    model and the machine, so that a run can be repeated.
+
+    `float32` is not rounded: not to TF32 either, which torch by default does to convolutions on a GPU. That is `tf32`,
+    in which the whole gradient step multiplies; on a CPU it is float32.
+
+    Args:
+        name: "auto", "float32", "tf32" or "bf16".
+        encoder: on its device.
+        shape: of a patch as it is read.
+    """
+    device = next(encoder.parameters()).device
+    if name != "auto":
+        chosen = torch.bfloat16 if name == "bf16" else torch.float32
+        return Arithmetic(chosen, chosen, tf32=name == "tf32" and device.type == "cuda")
+    if not has_bf16(device):
+        return Arithmetic(torch.float32, torch.float32)
+    if device.type != "cpu":
+        return Arithmetic(torch.bfloat16, torch.bfloat16)
+    fast = not has_depthwise(encoder) and multiply_adds(encoder, shape) >= ENOUGH_WORK
+    return Arithmetic(torch.bfloat16 if fast else torch.float32, torch.float32)
+
+
+def settle_precision(model: IPSClassifier, name: str, shape: Sequence[int]) -> None:
+    """Gives a model that is on its device its arithmetic, for looking and for learning.
+
+    Args:
+        model: to change.
+        name: of the setting `train.precision`.
+        shape: of a patch as it is read.
+    """
+    arithmetic = choose_precision(name, model.encoder, shape)
+    model.precision, model.tf32 = arithmetic.learn, arithmetic.tf32
+    model.accelerate(arithmetic.look)
+
+
+def arithmetic_of(model: IPSClassifier) -> Arithmetic:
+    """What a model computes in."""
+    look = model.precision if model.fast is None else model.fast.precision
+    return Arithmetic(look, model.precision, model.tf32)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether there are instructions for bf16: a CPU without them computes in float32 and converts, which is slower."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # it asks the current one
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16") or _older_torch_says())
+
+
+def _older_torch_says() -> bool:
+    """Before `torch.cpu.get_capabilities`."""
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name)()) for name in asked if hasattr(torch.cpu, name))

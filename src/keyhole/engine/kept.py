@@ -1,0 +1,137 @@
+"""Pixels of the kept patches of a batch: on the host, and from there to the device, a part at a time.
+
+    files or held pixels -> memory of the host -> uint8 on the device -> numbers, where the encoder runs
+
+A GPU copies from pinned memory by itself, so that the host does not wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from keyhole.engine.looking import on_device
+from keyhole.errors import ImageError
+from keyhole.loading import Batch
+from keyhole.nn.pixels import AsRead
+from keyhole.nn.tensors import as_read, host_memory
+
+Index = NDArray[np.int64]
+
+
+class KeptPixels:
+    """The pixels of some patches of each image of a batch.
+
+    Args:
+        batch: open as long as `part` is called.
+        wanted: patches of each image.
+        color: (b c c+1) colour change per image, on the host, or None.
+        device: where the model is.
+
+    Attributes:
+        wanted: as given, without those that `keep` has taken out.
+        pixels: of each image (m, *patch_shape), after `fetch`; None where there are none, or before it.
+        nbytes: of all of them.
+    """
+
+    def __init__(self, batch: Batch, wanted: Sequence[Index], color: Tensor | None, device: torch.device) -> None:
+        self.batch, self.wanted, self.color, self.device = batch, list(wanted), color, device
+        self.pixels: list[NDArray[Any] | None] = [None] * len(wanted)
+        self.nbytes = sum(
+            len(index) * math.prod(source.patch_shape) * source.dtype.itemsize
+            for index, source in zip(wanted, batch.sources, strict=True)
+            if source is not None
+        )
+        self._whole: Tensor | None = None
+
+    def fetch(self, together: bool) -> None:
+        """Take all pixels to the host, where they stay; without it `part` reads them each time.
+
+        Args:
+            together: into one block, from which `part` copies straight to the device. Keeping the pixels of one image
+                then keeps the whole block in memory.
+        """
+        sources = [source for source in self.batch.sources if source is not None]
+        if together and sources:
+            count = sum(len(index) for index, it in zip(self.wanted, self.batch.sources, strict=True) if it is not None)
+            self._whole = host_memory((count, *sources[0].patch_shape), sources[0].dtype, self.device)
+        self.pixels = self.batch.fetch(self.wanted, None if self._whole is None else self._whole.numpy())
+        if self._whole is not None and not _fills(self._whole, self.pixels):
+            self._whole = None
+
+    def readable(self, row: int) -> NDArray[np.bool_]:
+        """Which of the wanted patches of an image could be read so far, bool (m,)."""
+        return _readable(self.wanted[row], self.batch, row)
+
+    def keep(self, row: int, good: NDArray[np.bool_]) -> None:
+        """Take all other patches of an image out, bool (m,)."""
+        if not good.all():
+            block = self.pixels[row]
+            self.pixels[row] = block[good] if block is not None and good.any() else None
+            self.wanted[row], self._whole = self.wanted[row][good], None
+
+    def part(self, start: int, stop: int) -> Tensor | AsRead:
+        """Loose patches start ... stop of all images on the device, in the order of the images.
+
+        Raises:
+            ImageError: a patch that is not on the host cannot be read again.
+        """
+        cuts = self._cuts(start, stop)
+        found = self._joined(cuts) if self._whole is None else self._whole[start:stop]
+        return as_read(found, self.device, self._colors(cuts))
+
+    def _cuts(self, start: int, stop: int) -> dict[int, slice]:
+        """By image, those of its patches that belong to the loose patches start ... stop."""
+        cuts, first = {}, 0
+        for row, index in enumerate(self.wanted):
+            low, high = max(start - first, 0), min(stop - first, len(index))
+            first += len(index)
+            if low < high:
+                cuts[row] = slice(low, high)
+        return cuts
+
+    def _joined(self, cuts: dict[int, slice]) -> Tensor:
+        """Patches of images one behind the other, from host memory or else from the files."""
+        held = {row: block[cut] for row, cut in cuts.items() if (block := self.pixels[row]) is not None}
+        asked = {row: self.wanted[row][cut] for row, cut in cuts.items() if row not in held}
+        if asked:
+            nothing = np.empty(0, np.int64)
+            read = self.batch.fetch([asked.get(row, nothing) for row in range(len(self.wanted))])
+            held |= {row: self._checked(row, index, read[row]) for row, index in asked.items()}
+        blocks = [held[row] for row in cuts]
+        whole = host_memory((sum(map(len, blocks)), *blocks[0].shape[1:]), blocks[0].dtype, self.device)
+        np.concatenate(blocks, out=whole.numpy())
+        return whole
+
+    def _checked(self, row: int, index: Index, block: NDArray[Any] | None) -> NDArray[Any]:
+        if block is None or not _readable(index, self.batch, row).all():
+            reasons = [*self.batch.unreadable.get(row, {}).values(), self.batch.failed.get(row)]
+            raise ImageError(self.batch.names[row], f"a patch that was selected cannot be read again ({reasons[0]})")
+        return block
+
+    def _colors(self, cuts: dict[int, slice]) -> Tensor | None:
+        if self.color is None:
+            return None
+        counts = [cut.stop - cut.start for cut in cuts.values()]
+        return on_device(np.repeat(self.color[list(cuts)].numpy(), counts, axis=0), self.device)
+
+
+def _readable(index: Index, batch: Batch, row: int) -> NDArray[np.bool_]:
+    return ~np.isin(index, list(batch.unreadable.get(row, {})))
+
+
+def _fills(whole: Tensor, parts: Sequence[NDArray[Any] | None]) -> bool:
+    """Return whether the parts lie in `whole` one behind the other without a gap: none failed or was read twice."""
+    at = whole.data_ptr()
+    for part in parts:
+        if part is not None and len(part):
+            if part.ctypes.data != at:
+                return False
+            at += part.nbytes
+    return at == whole.data_ptr() + whole.nbytes

@@ -1,0 +1,304 @@
+"""Chunks from the reader -> pixels on the device, of one static shape, while the chunk before is encoded.
+
+    stager = stager_for(config.run, device)
+    for batch in reader.stream(batches, pace.plan.chunk, deliver=stager.deliver):
+        for chunk, pixels in prefetched(batch.chunks(), stager, pace):
+            ...                                   # pixels: all rows of the buffer; `chunk.count` of them are in use
+
+Where the device runs out of memory, a chunk that has been read is staged in parts, and so are those after it.
+
+On a GPU copies have a stream of their own and two buffers. Nothing here waits for the encoder: the copy does, on the
+device, for who used its buffer last, and the encoder for the copy. The host waits for a copy only, that of two chunks
+ago, so that it is never more than some chunks ahead of the device; whoever is to fill a buffer of the host again waits
+for that buffer's copy, on the reader's thread.
+
+JPEG tiles are decoded on the device, in one call for all of a chunk. A tile that the decoder there refuses sends the
+encoded rows of its chunk back to the host's readers, which name what is wrong with it as they always do. What decoders
+make of a JPEG differs in the last bit, more where colours are upsampled, and which tiles the device decodes depends on
+time. On a CPU and under `run.decode cpu` nothing comes encoded, and both passes see the same pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keyhole.config.settings import RunConfig
+from keyhole.engine.jpeg import Decoder, Kinds, decodes
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
+from keyhole.loading.chunks import Chunk, Coded, Delivery
+from keyhole.patches.sources import View
+from keyhole.util.budget import out_of_memory
+from keyhole.util.timing import NO_SHARES, Shares
+
+T = TypeVar("T")
+
+
+class Stager:
+    """Puts one chunk after the other on a device. Make one for a run, not for each batch: it holds two buffers.
+
+    Args:
+        device: where the encoder is.
+        shares: counts the time of copies and decoding as "copying".
+        encoded: whether chunks may bring JPEG, with the decoder tried at once. By default they may on a GPU, whose
+            decoder is tried when a file has JPEG to give; on a CPU the readers decode as well.
+        tell: told the `note`.
+
+    Attributes:
+        deliver: for `Reader.stream`: what may come as JPEG; None where nothing may.
+        note: why some or all kinds of JPEG are left to the host; "" where none is, or the decoder was not tried.
+        refused: chunks whose encoded rows went back to the host.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        shares: Shares = NO_SHARES,
+        encoded: bool | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self.device, self.shares, self.tell = device, shares, tell
+        self.note, self.refused = "", 0
+        self._kinds = Kinds()
+        asks = may_decode(device) if encoded is None else encoded
+        self.deliver: Delivery | None = Delivery(self._kinds) if asks else None
+        if encoded:
+            self._try_decoder()
+        self._slots = slots_for(device)
+
+    def __call__(self, chunk: Chunk, rows: int | None = None) -> Tensor:
+        """Rows of a chunk's buffer on the device: uint8 (size h w c) or float32 (size f), zeros from `count` on.
+
+        On a GPU, what uses the result must have been launched, on the stream that is current at the call, before the
+        next call, and the result must not be used afterwards. `chunk` may lose rows, as `Chunk.decode_on_host` says.
+
+        Args:
+            chunk: as it came from the reader, or a part of that.
+            rows: how many of its first rows to stage; default all.
+
+        Raises:
+            KeyholeError: a patch that came encoded could not be read, and failures are raised.
+            An error of which `out_of_memory` is true: the device has no room. The chunk is as it was, so that fewer
+                rows of it may be tried.
+        """
+        if self._kinds.asked and self._kinds.known is None:
+            self._try_decoder()
+        rows = len(chunk.pixels) if rows is None else rows
+        if self._slots is None:
+            return self._on_host(chunk, rows)
+        try:
+            return self._on_device(chunk, rows, self._slots)
+        except BaseException:
+            self._slots.clear()  # a buffer may hold half of a chunk, and its memory may be what is missing
+            raise
+
+    def _try_decoder(self) -> None:
+        self._kinds.known, self.note = decodes(self.device)
+        if self._kinds.known:
+            self._decode = Decoder(self.device)
+        else:
+            self.deliver = None
+        if self.note and self.tell is not None:
+            self.tell(self.note)
+
+    def _on_host(self, chunk: Chunk, rows: int) -> Tensor:
+        decoded = self._decoded(chunk, rows)
+        with self.shares.part("copying"):
+            pixels = _tensor(chunk, rows)
+            for places, block in decoded:
+                pixels[places] = block
+            return pixels if pixels.dtype == torch.uint8 else pixels.float()
+
+    def _on_device(self, chunk: Chunk, rows: int, slots: Slots) -> Tensor:
+        source = _tensor(chunk, rows)
+        pixels = slots.next(source)
+        with slots.filling(), self.shares.part("copying"):
+            decoded = self._decoded(chunk, rows)
+            for start, stop in _without(len(source), [row for row in sorted(chunk.encoded) if row < rows]):
+                pixels[start:stop].copy_(source[start:stop], non_blocking=True)
+            for places, block in decoded:
+                pixels.index_copy_(0, slots.moved(places), block)
+            result = pixels if pixels.dtype == torch.uint8 else pixels.float()
+        chunk.copied = slots.copied(result)
+        return result
+
+    def _decoded(self, chunk: Chunk, rows: int) -> list[tuple[Tensor, Tensor]]:
+        """Places in the first rows of a chunk and their pixels, for each way that patches are turned.
+
+        Empty where the decoder refuses one: the host has then decoded all that came encoded.
+        """
+        encoded = {row: coded for row, coded in chunk.encoded.items() if row < rows}
+        if not encoded:
+            return []
+        try:
+            return [
+                (torch.tensor(places), _turned(self._decode(streams, chunk.pixels.shape[-1]), view))
+                for view, places, streams in _by_view(encoded)
+            ]
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            self.refused += 1
+            chunk.decode_on_host()
+            return []
+
+
+def stager_for(
+    run: RunConfig, device: torch.device, shares: Shares = NO_SHARES, tell: Callable[[str], None] | None = None
+) -> Stager:
+    """The stager of a run; under `run.decode cpu` no chunk brings JPEG."""
+    return Stager(device, shares, encoded=False if run.decode == "cpu" else None, tell=tell)
+
+
+class Stagers:
+    """Stagers for calls that may overlap: each has one of its own, and one serves all calls in a row."""
+
+    def __init__(self) -> None:
+        self._left: list[Stager] = []
+
+    @contextmanager
+    def lent(self, run: RunConfig, device: torch.device) -> Iterator[Stager]:
+        """A stager that nobody else uses inside."""
+        try:
+            stager = self._left.pop()
+        except IndexError:
+            stager = stager_for(run, device)
+        try:
+            yield stager
+        finally:
+            self._left.append(stager)
+
+
+def may_decode(device: torch.device) -> bool:
+    """Whether a device may have a JPEG decoder of its own."""
+    return device.type == "cuda"
+
+
+def slots_for(device: torch.device) -> Slots | None:
+    """The buffers that chunks are copied to on a device; None on a CPU, where the reader's own are used."""
+    return Slots(device) if device.type == "cuda" else None
+
+
+class Slots:
+    """Two buffers on a GPU and the stream that fills them.
+
+    A buffer is filled again two calls later. What reads it has been launched by the call between, and the event that is
+    recorded then is what the copy waits for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._buffers: list[Tensor] = []
+        self._used: list[torch.cuda.Event] = []  # of the last two calls: all that was launched before them
+        self._copies: list[torch.cuda.Event] = []
+
+    def filling(self) -> AbstractContextManager[object]:
+        """Inside, work on the device goes to the stream that fills the buffers."""
+        return torch.cuda.stream(self.stream)
+
+    def moved(self, rows: Tensor) -> Tensor:
+        """A small tensor of the host on the device, without waiting for the device."""
+        return rows.pin_memory().to(self.device, non_blocking=True)
+
+    def clear(self) -> None:
+        """Give the buffers back. What is on its way to them, or reads them, ends before their memory is used again."""
+        self._buffers = []
+
+    def next(self, like: Tensor) -> Tensor:
+        """The buffer to fill, once the copy of two calls ago is done; `stream` waits until nobody reads it."""
+        if len(self._copies) == 2:
+            self._copies.pop(0).synchronize()
+        now = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        now.record(torch.cuda.current_stream(self.device))
+        fresh = not self._buffers or self._buffers[0].shape != like.shape or self._buffers[0].dtype != like.dtype
+        if fresh:
+            self.clear()
+            self._buffers = [torch.empty_like(like, device=self.device, pin_memory=False) for _ in range(2)]
+            for buffer in self._buffers:
+                buffer.record_stream(self.stream)
+            self._used = [now]  # new memory may still be in use by what was launched before it was freed
+        self._used = [*self._used[-1:], now]
+        self.stream.wait_event(self._used[0])
+        self._buffers.reverse()
+        return self._buffers[0]
+
+    def copied(self, result: Tensor) -> Callable[[], None]:
+        """Let the current stream wait for what was put on `stream`; what is returned makes the host wait for it."""
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(self.stream)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(done)
+        result.record_stream(current)
+        self._copies.append(done)
+        return done.synchronize
+
+
+def prefetched(chunks: Iterable[Chunk], stage: Callable[..., T], pace: Pace | None = None) -> Iterator[tuple[Chunk, T]]:
+    """Chunks, and what `stage` (a `Stager`) makes of them; those that have lost all rows on the way are left out.
+
+    The next chunk is staged as soon as the consumer asks for it, which is when it has launched its work on this one:
+    on a GPU the copy runs beside that work. A consumer that waits for the device in between keeps it from doing so.
+
+    Args:
+        chunks: from the reader.
+        stage: a `Stager`; without `pace` whatever takes a chunk.
+        pace: the memory plan to follow. A chunk with more rows than the plan has by now comes in parts. Staging that
+            runs out of memory makes the plan smaller and is repeated with fewer rows.
+    """
+    for chunk in chunks:
+        if pace is None:
+            staged = stage(chunk)
+            if chunk.count:
+                yield chunk, staged
+            continue
+        rest = chunk
+        while rest.count:
+            part, staged, behind = pace.run("select", partial(_first, rest, stage), shape="staged")
+            chunk.copied = rest.copied  # copies end in the order in which they begin
+            if part.count:
+                yield part, staged
+            rest = behind
+
+
+def _first(rest: Chunk, stage: Callable[[Chunk, int], T], plan: Plan) -> tuple[Chunk, T, Chunk]:
+    """As many rows as a plan has, what `stage` makes of them, and the rows behind them."""
+    size = len(rest.pixels)
+    if plan.chunk >= size:
+        return rest, stage(rest, size), rest.part(size, size)
+    staged = stage(rest, plan.chunk)
+    return rest.part(0, plan.chunk), staged, rest.part(plan.chunk, size)  # cut when `rest` may have lost rows
+
+
+def _tensor(chunk: Chunk, rows: int) -> Tensor:
+    return torch.from_numpy(np.require(chunk.pixels, requirements=["C", "W"]))[:rows]
+
+
+def _by_view(encoded: dict[int, Coded]) -> Iterator[tuple[View, list[int], list[bytes]]]:
+    for view in dict.fromkeys(coded.view for coded in encoded.values()):
+        rows = [row for row, coded in encoded.items() if coded.view == view]
+        yield view, rows, [encoded[row].data for row in rows]
+
+
+def _turned(pixels: Tensor, view: View) -> Tensor:
+    """Patches (k h w c) turned as `View.pixels` turns them, with one copy at most."""
+    turns = view.turns % 4  # a quarter turn is a flip and a transposition, which copies nothing
+    axes = [axis for axis, flip, of in ((1, view.flip_y, (2, 3)), (2, view.flip_x, (1, 2))) if flip != (turns in of)]
+    flipped = pixels.flip(axes) if axes else pixels
+    return flipped.transpose(1, 2) if turns % 2 else flipped
+
+
+def _without(size: int, rows: list[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of 0 ... size - 1 in which none of `rows` (sorted) lies."""
+    start = 0
+    for row in [*rows, size]:
+        if row > start:
+            yield start, row
+        start = row + 1

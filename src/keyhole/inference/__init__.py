@@ -1,0 +1,1 @@
+"""Predictions of a trained model: predict, evaluate, lesions, embed."""

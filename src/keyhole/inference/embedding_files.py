@@ -1,0 +1,163 @@
+"""Embeddings -> files of features: one for each image, with the settings that it was made with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from keyhole.config.settings import Config
+from keyhole.data.item import Item
+from keyhole.engine.encoding import Encoding, End, Rows
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.passes import open_reader, opener
+from keyhole.engine.to_device import stager_for
+from keyhole.errors import KeyholeError
+from keyhole.loading.unreadable import Ledger, parse_share
+from keyhole.nn import IPSClassifier
+from keyhole.patches.features.writer import BYTES, SETTINGS, FeatureWriter, feature_writer
+from keyhole.patches.image_cache import ImageStore
+from keyhole.patches.sources import FilePatches
+from keyhole.util.files import file_size, writable_folder
+from keyhole.util.progress import Progress
+
+
+@dataclass(frozen=True)
+class EmbeddingFiles:
+    """Embeds images and writes their files.
+
+    Attributes:
+        config: patches, encoder and reading.
+        model: the encoder on its device, see `encoding.encoder_alone`.
+        pace: how many patches are encoded at once.
+        dtype: of the stored features.
+        settings: see `settings_of`.
+        progress: told of each patch and image.
+    """
+
+    config: Config
+    model: IPSClassifier
+    pace: Pace
+    dtype: str
+    settings: Mapping[str, Any]
+    progress: Progress | None
+
+    def embed_all(self, items: Sequence[Item], files: Mapping[str, Path]) -> Iterator[tuple[Item, int | KeyholeError]]:
+        """Each image with the number of its patches that could not be read, or with why it has no features."""
+        device = next(self.model.parameters()).device
+        with open_reader(self.config.run, device) as reader:
+            encoding = Encoding(self.model, reader, stager_for(self.config.run, device), self.pace)
+            # A store keeps the masks of its images, hence one for each.
+            openers = [opener(self.config, ImageStore(keep=False), item) for item in items]
+            waited = reader.waited
+            for number, told in groupby(encoding(openers), key=lambda each: each.number):
+                item = items[number]
+                try:
+                    found: int | KeyholeError = self._embed(item, told, files[item.name])
+                except _Left as left:
+                    found = left.error
+                if self.progress is not None:
+                    self.progress.update(images=1, waited=reader.waited - waited)
+                    waited = reader.waited
+                yield item, found
+
+    def _embed(self, item: Item, told: Iterator[Rows | End], path: Path) -> int:
+        first = next(told)
+        if isinstance(first, End):
+            assert first.failed is not None, "an image without patches is not opened"
+            raise _Left(first.failed)
+        writable_folder(path.parent)
+        with feature_writer(path, self.dtype) as writer:
+            for each in chain([first], told):
+                if isinstance(each, End):
+                    return self._finish(writer, item, each)
+                assert isinstance(each.source, FilePatches)
+                writer.add(each.embedding(), each.source.grid.boxes(each.index)[:, :2], item.name)
+                if self.progress is not None:
+                    self.progress.update(patches=len(each.index))
+        raise AssertionError("an image has an end")
+
+    def _finish(self, writer: FeatureWriter, item: Item, end: End) -> int:
+        """Writes what the file says of itself; the number of patches that are not in it."""
+        if end.failed is not None:
+            raise _Left(end.failed)
+        assert isinstance(end.source, FilePatches)
+        self._check(item, end.source, end.unreadable)
+        about = {
+            "encoder": self.config.model.encoder,
+            "weights_sha256": self.settings["weights"],
+            BYTES: image_bytes(item),
+            SETTINGS: json.dumps({**self.settings, **own_settings(item)}),
+            "unreadable": len(end.unreadable),
+        }
+        writer.describe(end.source, about)
+        return len(end.unreadable)
+
+    def _check(self, item: Item, source: FilePatches, missing: Mapping[int, str]) -> None:
+        ledger = Ledger(len(source), parse_share(self.config.unreadable))
+        index = list(missing)
+        ledger.add(item.name, source.grid.boxes(index), index, list(missing.values()))
+        try:
+            ledger.check()
+        except KeyholeError as error:
+            raise _Left(error) from error
+
+
+class _Left(Exception):  # noqa: N818 - ends the writing of one file, and goes no further
+    """An image that has no features, and why."""
+
+    def __init__(self, error: KeyholeError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def settings_of(config: Config, encoder: nn.Module, dtype: str, precision: str) -> dict[str, Any]:
+    """All that the features depend on but the image."""
+    model, patch = config.model, config.patch
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "encoder": model.encoder,
+        "weights": digest.hexdigest(),
+        "stages": model.stages,
+        "channels": model.channels,
+        "patch.size": patch.size,
+        "patch.stride": patch.stride or patch.size,
+        "patch.level": patch.level,
+        "patch.mpp": patch.mpp,
+        "patch.foreground": patch.foreground,
+        "patch.min_foreground": patch.min_foreground,
+        "patch.edge": patch.edge,
+        **({} if patch.bits is None else {"patch.bits": patch.bits}),
+        "dtype": dtype,
+        "precision": precision,
+    }
+
+
+def unfinished_files(files: Sequence[Path]) -> tuple[Path, ...]:
+    """What killed processes have left of these files."""
+    known = {f".{file.name}" for file in files}
+    folders = sorted({file.parent for file in files if file.parent.is_dir()})
+    return tuple(left for folder in folders for left in sorted(folder.glob(".*.h5.????????")) if left.stem in known)
+
+
+def own_settings(item: Item) -> dict[str, Any]:
+    """Settings of one image."""
+    return {"image mpp": item.mpp, "mask": None if item.mask is None else item.mask.name}
+
+
+def image_bytes(item: Item) -> int:
+    """Return the size of the image file; 0 where that cannot be read, which shows when the image is opened."""
+    try:
+        return file_size(item.image)
+    except OSError:
+        return 0

@@ -1,0 +1,123 @@
+"""Where an evaluation is written: results of other data go to their own folder, and nothing is replaced without a word.
+
+`metrics.json` says what a folder holds the evaluation of: the run, the data and the split. Until it is written,
+`unfinished.json` says so, and stays where the work was killed: the same command then finds its folder again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keyhole.data.item import SPLITS, absolute
+from keyhole.errors import OutputError
+from keyhole.util.files import file_names, remove_unfinished, writable_folder, write_atomic
+
+OURS = ("confusion_*.csv", "lesions.csv", "contact_sheet.png")
+"""Files that not every evaluation writes: one of an earlier call would be taken for this one's."""
+
+
+UNFINISHED = "unfinished.json"
+NAMES = re.compile(
+    r"confusion_.*\.csv|(lesions|predictions|left_out)\.csv|contact_sheet\.png|(metrics|unfinished)\.json"
+)
+"""Names of all files that an evaluation writes."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        run: folder of the run or model.
+        data: other data than the run's own; None where these are evaluated.
+        split: of the data.
+    """
+
+    run: Path
+    data: Path | None
+    split: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written into metrics.json."""
+        data = self.run if self.data is None else self.data
+        return {"run": str(absolute(self.run)), "data": str(absolute(data)), "split": self.split}
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go if nothing else is said: other data never into the folder of a split."""
+        parent = self.run / "evaluation"
+        if self.data is None:
+            return parent / self.split
+        (name,) = file_names([absolute(self.data).stem], "data")
+        names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        free = (parent / each for each in names if each not in SPLITS)
+        return next(folder for folder in free if not folder.exists() or self.is_in(folder))
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the results in a folder are of this subject.
+
+        What lies in the run's own folder is the run's, also after the run was moved or copied to another place.
+        """
+        held, wanted = _subject_in(folder), self.to_json()
+        own = absolute(self.run) / "evaluation"
+        if held is None:  # an evaluation that was killed before it was whole
+            return self.data is None and absolute(folder) == own / self.split
+        if own in absolute(folder).parents:
+            held = {
+                **held,
+                "run": wanted["run"],
+                "data": wanted["run"] if held["data"] == held["run"] else held["data"],
+            }
+        return held == wanted
+
+
+def open_folder(subject: Subject, out: str | Path | None) -> tuple[Path, list[str]]:
+    """The folder for the results, proven to be writable, and a line where it replaces earlier ones of the same subject.
+
+    Raises:
+        OutputError: it holds results of something else, or cannot be written.
+    """
+    folder = subject.folder if out is None else Path(out)
+    notes: list[str] = []
+    earlier = [path for name in ("metrics.json", "predictions.csv") if (path := folder / name).exists()]
+    if earlier:
+        if not subject.is_in(folder):
+            held = _subject_in(folder)
+            what = f"the evaluation of {held['data']} ({held['split']}) by {held['run']}" if held else "other results"
+            raise OutputError(f"{folder}: holds {what}. Choose another --out, or delete it.")
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(earlier[0].stat().st_mtime))
+        notes.append(f"{folder}: replaces the evaluation of the same images of {made}")
+    try:
+        writable_folder(folder)
+        remove_unfinished([folder], NAMES)
+        write_atomic(folder / UNFINISHED, json.dumps(subject.to_json(), indent=2) + "\n")
+    except OutputError as error:
+        hint = " Results can go anywhere: --out DIR" if out is None else ""
+        raise OutputError(f"{error}{hint}") from error
+    return folder, notes
+
+
+def finish(folder: Path, written: Collection[str]) -> None:
+    """Removes what an earlier evaluation left in the folder and this one did not write: the work is done."""
+    for pattern in OURS:
+        for path in folder.glob(pattern):
+            if path.name not in written:
+                path.unlink(missing_ok=True)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def _subject_in(folder: Path) -> dict[str, Any] | None:
+    """What the results in a folder are of; None where that is not known."""
+    for file in (UNFINISHED, "metrics.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            held = json.loads((folder / file).read_text())
+            return {name: held[name] for name in ("run", "data", "split")}
+    return None

@@ -1,0 +1,245 @@
+"""How much of what a prediction rests on lies in outlined lesions: prediction, regions -> shares -> means, a table.
+
+A lesion is whatever the annotation outlines. Annotations are never seen in training; they judge where a model looked.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyhole.data.item import Item
+from keyhole.errors import DataError
+from keyhole.patches.foreground.regions import Region, covered, read_regions, touching
+from keyhole.report.prediction import Prediction, Scores
+from keyhole.tasks.bootstrap import Estimate, Weights, bootstrap
+
+_BLOCK = 50_000
+"""Patches whose boxes are held at once."""
+
+
+@dataclass(frozen=True)
+class LesionShare:
+    """One image's prediction against its annotation.
+
+    Attributes:
+        regions: outlined; without any the shares say nothing of the model.
+        attention: by task, the attention of each kept patch times the share of its area in lesions, summed: 1 where
+            all attention lies wholly inside.
+        kept: share of the kept patches that touch a lesion.
+        looked_at: share of all patches that were looked at that touch one, which is what keeping at random would
+            give; None where their scores were not kept.
+        area: share of the area of all patches looked at that lies in lesions, which is what attention spread evenly
+            over them would give; None likewise.
+        most_attention: the largest value that `attention` can have: all of it on the patch that lies most in lesions.
+        most_kept: the largest value that `kept` can have: fewer patches may touch a lesion than are kept.
+    """
+
+    regions: int
+    attention: Mapping[str, float]
+    kept: float
+    looked_at: float | None
+    area: float | None = None
+    most_attention: float | None = None
+    most_kept: float | None = None
+
+
+@dataclass(frozen=True)
+class Lesions:
+    """Means over the images with at least one outlined lesion.
+
+    Attributes:
+        images: how many these are.
+        empty: names of images whose annotation outlines nothing; they do not count.
+        left_out: by name, why an annotation could not be used; these images do not count here.
+        attention: by task, mean of `LesionShare.attention`.
+        kept: mean share of the kept patches that touch a lesion.
+        looked_at: the same of all patches looked at, which is what chance gives.
+        area, most_attention, most_kept: means of those of `LesionShare`.
+    """
+
+    images: int
+    empty: tuple[str, ...]
+    left_out: Mapping[str, str]
+    attention: Mapping[str, Estimate]
+    kept: Estimate
+    looked_at: Estimate
+    area: Estimate
+    most_attention: Estimate
+    most_kept: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict, without NaN."""
+        return {
+            "images": self.images,
+            "without_region": list(self.empty),
+            "left_out": dict(self.left_out),
+            "attention_in_lesions": {task: asdict(estimate) for task, estimate in self.attention.items()},
+            "kept_touching_a_lesion": asdict(self.kept),
+            "looked_at_touching_a_lesion": asdict(self.looked_at),
+            "attention_in_lesions_by_chance": asdict(self.area),
+            "attention_in_lesions_at_most": asdict(self.most_attention),
+            "kept_touching_a_lesion_by_chance": asdict(self.looked_at),
+            "kept_touching_a_lesion_at_most": asdict(self.most_kept),
+        }
+
+    def lines(self) -> list[str]:
+        """The means with their intervals, what chance gives, the largest values possible, and what does not count."""
+        several = len(self.attention) > 1
+        images = f"{self.images} annotated image{'' if self.images == 1 else 's'}"
+        lines = [
+            f"{f'{task} ' if several else ''}attention in lesions {estimate}; "
+            f"{_bounds(self.area, self.most_attention)}; mean of {images}"
+            for task, estimate in self.attention.items()
+        ]
+        lines.append(f"kept patches that touch a lesion {self.kept}; {_bounds(self.looked_at, self.most_kept)}")
+        if self.empty:
+            lines.append(f"{_counted(self.empty, 'outlines nothing', 'outline nothing')} count; see lesions.csv")
+        if self.left_out:
+            lines.append(f"{_counted(self.left_out, 'cannot be used', 'cannot be used')} count; see lesions.csv")
+        return lines
+
+
+def _bounds(chance: Estimate, most: Estimate) -> str:
+    """`by chance 0.020, at most 1.000`."""
+    if chance.value is None or most.value is None:
+        return f"by chance {chance}"
+    return f"by chance {chance.value:.3f}, at most {most.value:.3f}"
+
+
+def _counted(names: Sized, one: str, several: str) -> str:
+    if len(names) == 1:
+        return f"1 annotation {one} and does not"
+    return f"{len(names)} annotations {several} and do not"
+
+
+Judged = LesionShare | str
+"""A share, or why there is none."""
+
+
+def check_annotations(items: Iterable[Item]) -> None:
+    """Raises DataError for the first annotation that cannot be read: before hours are spent on predicting."""
+    for item in items:
+        if item.annotation is not None:
+            read_regions(item.annotation)
+
+
+def judge(prediction: Prediction, annotation: Path, on_bad: Literal["fail", "skip"] = "fail") -> Judged:
+    """The prediction's share in the regions of an annotation file, or why it is not known.
+
+    Raises:
+        DataError: the file cannot be read and `on_bad` is "fail".
+    """
+    if not prediction.kept.boxes[:, 2:].all():
+        return "stored features without coordinates, so it is not known where on the slide they are from"
+    try:
+        return lesion_share(prediction, read_regions(annotation, prediction.origin))
+    except DataError as error:
+        if on_bad == "fail":
+            raise DataError(f"{error} Or leave such annotations out: --on-bad-image skip.") from error
+        return str(error)
+
+
+def lesion_share(prediction: Prediction, regions: Sequence[Region]) -> LesionShare:
+    """Where the prediction looked, against the regions of the same image in level-0 pixels.
+
+    The area of a patch is its whole box, also where it reaches over the border of the image.
+    """
+    kept = prediction.kept
+    inside = covered(regions, kept.boxes)
+    looked_at, area, most_attention, most_kept = None, None, None, None
+    if prediction.scores is not None:
+        touched, area, most_attention = _of_all(prediction.scores, regions)
+        looked_at, most_kept = touched / len(prediction.scores), min(1.0, touched / len(kept))
+    return LesionShare(
+        regions=len(regions),
+        attention={task: float(weights.astype(np.float64) @ inside) for task, weights in kept.attention.items()},
+        kept=float(touching(regions, kept.boxes).mean()),
+        looked_at=looked_at,
+        area=area,
+        most_attention=most_attention,
+        most_kept=most_kept,
+    )
+
+
+def _of_all(scores: Scores, regions: Sequence[Region]) -> tuple[int, float, float]:
+    """How many of all patches looked at touch a region, the share of their area inside, and the largest of one."""
+    touched, inside, most = 0, 0.0, 0.0
+    for start in range(0, len(scores), _BLOCK):
+        boxes = scores.boxes(scores.index[start : start + _BLOCK])
+        near = boxes[touching(regions, boxes)]
+        touched += len(near)
+        if len(near):
+            shares = covered(regions, near)
+            inside, most = inside + float(shares.sum()), max(most, float(shares.max()))
+    return touched, inside / len(scores), most
+
+
+def lesion_means(
+    judged: Mapping[str, Judged], groups: Mapping[str, str | None], tasks: Sequence[str], seed: int = 0
+) -> Lesions:
+    """Means with 95 % bootstrap intervals over images, or groups where there are any.
+
+    Args:
+        judged: by image name.
+        groups: of each image; drawn whole.
+        tasks: of the model.
+        seed: of the bootstrap.
+    """
+    used = {name: share for name, share in judged.items() if isinstance(share, LesionShare) and share.regions}
+    columns: dict[tuple[str, str], NDArray[np.float64]] = {
+        ("attention", task): np.array([share.attention[task] for share in used.values()]) for task in tasks
+    }
+    columns["kept", ""] = np.array([share.kept for share in used.values()])
+    for name in ("looked_at", "area", "most_attention", "most_kept"):
+        known = [value for share in used.values() if (value := getattr(share, name)) is not None]
+        if len(known) == len(used):
+            columns[name, ""] = np.array(known)
+
+    def means(weights: Weights) -> dict[tuple[str, str], Weights]:
+        return {key: weights @ values / weights.sum(axis=1) for key, values in columns.items()}
+
+    found = dict.fromkeys(columns, Estimate(None, note="no image has an annotated lesion"))
+    if used:
+        of = [groups.get(name) for name in used]
+        found = bootstrap(means, len(used), of if any(of) else None, seed)
+    return Lesions(
+        images=len(used),
+        empty=tuple(name for name, share in judged.items() if isinstance(share, LesionShare) and not share.regions),
+        left_out={name: problem for name, problem in judged.items() if isinstance(problem, str)},
+        attention={task: found["attention", task] for task in tasks},
+        kept=found["kept", ""],
+        **{
+            name: found.get((name, ""), Estimate(None, note="the scores of the patches were not kept"))
+            for name in ("looked_at", "area", "most_attention", "most_kept")
+        },
+    )
+
+
+def lesion_table(judged: Mapping[str, Judged], tasks: Sequence[str]) -> str:
+    """CSV with a row per annotated image: shares with six digits, or the problem in the last column.
+
+    `looked_at_touching` and `area_inside` are what chance gives for `kept_touching` and `attention`; `most_...` are the
+    largest values possible.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    attention = ["attention"] if len(tasks) == 1 else [f"attention {task}" for task in tasks]
+    shares = ["kept_touching", "looked_at_touching", "area_inside", "most_attention", "most_kept_touching"]
+    writer.writerow(["image", "regions", *attention, *shares, "problem"])
+    for name, share in judged.items():
+        if isinstance(share, str):
+            writer.writerow([name, "", *("" for _ in (*tasks, *shares)), share])
+            continue
+        bounds = share.looked_at, share.area, share.most_attention, share.most_kept
+        values = [*(share.attention[task] for task in tasks), share.kept, *bounds]
+        problem = "" if share.regions else "the annotation outlines nothing"
+        writer.writerow([name, share.regions, *("" if v is None else f"{v:.6f}" for v in values), problem])
+    return out.getvalue()

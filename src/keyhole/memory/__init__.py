@@ -1,1 +1,0 @@
-"""A budget of memory that is kept: measured, planned, capped, and followed."""

@@ -1,0 +1,9 @@
+"""Stored features in the place of pixels: files as CLAM, TRIDENT and `keyhole embed` write them."""
+
+from keyhole.patches.features.origin import Origin as Origin
+from keyhole.patches.features.source import FeatureOpener as FeatureOpener
+from keyhole.patches.features.source import FeaturePatches as FeaturePatches
+from keyhole.patches.features.source import check_features_config as check_features_config
+from keyhole.patches.features.source import common_origin as common_origin
+from keyhole.patches.features.source import feature_width as feature_width
+from keyhole.patches.features.source import learned_origin as learned_origin

@@ -1,0 +1,200 @@
+"""Stored features as a source of patches: behind the same contract as pixels, so that everything after is written once.
+
+source = FeatureOpener(Path("features/a.h5"), "a.svs")()
+source.read([5, 2])                 # (2, d) float32, from the disk
+source.grid.boxes([5, 2])           # where on the slide
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from keyhole.config.settings import Config, ModelConfig
+from keyhole.errors import ConfigError, ImageError
+from keyhole.patches.features.files import FeatureFile, checked_coords, open_features
+from keyhole.patches.features.grid import FeatureGrid, in_pixels
+from keyhole.patches.features.origin import UNKNOWN, Origin
+from keyhole.patches.grid import Index
+
+
+class FeaturePatches:
+    """The features of one file; closes it. Rows are read from the disk in the order of the file.
+
+    Args:
+        file: open; see `open_features`.
+        name: for messages; default is the file's path.
+        mpp: microns per level-0 pixel of the slide, by which coordinates in microns become pixels.
+
+    Attributes:
+        patch_shape: (d,).
+        dtype: float32, whatever the file stores.
+        grid: where the features are from.
+        origin: which encoder made them, as far as the file says it.
+    """
+
+    def __init__(self, file: FeatureFile, name: str | None = None, mpp: float | None = None) -> None:
+        self.file = file
+        self.name = str(file.path) if name is None else name
+        self.patch_shape = (file.d,)
+        self.dtype: np.dtype[Any] = np.dtype(np.float32)
+        self.origin = file.origin
+        self._coords, attributes = file.coords, file.attributes
+        if file.coords_um is not None and mpp is not None:
+            self._coords = checked_coords(file.path, file.coords_um / mpp, file.n)
+            attributes = {**attributes, **in_pixels(attributes, mpp)}
+        self.grid = FeatureGrid(file.n, self._coords, attributes)
+
+    def __len__(self) -> int:
+        return self.file.n
+
+    def read(self, index: ArrayLike | slice, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        rows = self.grid.checked(index)
+        if out is None:
+            out = np.empty((len(rows), self.file.d), np.float32)
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        cuts = np.flatnonzero((np.diff(ordered) != 1) | (np.diff(order) != 1)) + 1
+        for first, last in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+            if last > first:  # a run of the file that is one in `out` too
+                start, place = int(ordered[first]), int(order[first])
+                self.file.read(start, start + int(last - first), out[place : place + int(last - first)])
+        return out
+
+    def chunks(self, size: int) -> Iterator[tuple[Index, NDArray[Any]]]:
+        for start in range(0, len(self), size):
+            index = np.arange(start, min(start + size, len(self)), dtype=np.int64)
+            yield index, self.read(index)
+
+    def fetch(self, index: ArrayLike | slice) -> NDArray[Any]:
+        return self.read(index)
+
+    def positions_1d(self, index: ArrayLike | slice) -> Index:
+        """Index in the file."""
+        return self.grid.checked(index)
+
+    def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
+        """x, y of the centres in level-0 pixels.
+
+        Raises:
+            ConfigError: the file has no coordinates.
+        """
+        if self._coords is None and self.file.coords_um is not None:
+            raise ConfigError(
+                f"{self.file.path}: model.position 2d needs pixels, and `coords` are in microns; give the slide's "
+                "microns per pixel in the column `mpp`, or use 1d or none"
+            )
+        if self._coords is None:
+            raise ConfigError(
+                f"{self.file.path}: model.position 2d needs the dataset `coords`, which is missing; "
+                "use 1d or none, or the .h5 files of the archive"
+            )
+        return self.grid.centers(index)
+
+    def doubts(self, learned: Origin) -> list[str]:
+        """What a user should know before the answers are believed, where the model learned from `learned`."""
+        found = [doubt] if (doubt := self.origin.doubt(learned)) else []
+        if self.file.coords_um is not None and self._coords is None:
+            found.append(
+                "features have places in microns: without the slide's microns per pixel (column `mpp`) there are "
+                "scores and no boxes"
+            )
+        return found
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@dataclass(frozen=True)
+class FeatureOpener:
+    """How the features of one file are had. Calling it opens the file; making it costs nothing.
+
+    Attributes:
+        path: the file, .h5 or .pt.
+        name: for messages; as the manifest writes it.
+        width: numbers of each feature that the model takes; None takes any.
+        learned: which encoder the model learned from, as far as it is known.
+        mpp: microns per level-0 pixel of the slide, where it is given.
+    """
+
+    path: Path
+    name: str
+    width: int | None = None
+    learned: Origin = UNKNOWN
+    mpp: float | None = None
+
+    def __call__(self) -> FeaturePatches:
+        """Open the file.
+
+        Raises:
+            ImageError: the file is broken, or not of the layout or width expected.
+        """
+        file = open_features(self.path)
+        if self.width is not None and file.d != self.width:
+            file.close()
+            raise ImageError(
+                self.path,
+                f"features of {file.d} numbers, but the model takes {self.width}. They are of another encoder; extract "
+                "them by the one that the others are from.",
+            )
+        if self.learned.excludes(file.origin):
+            file.close()
+            raise ImageError(
+                self.path,
+                f"features of {file.origin.describe()}, but the others, or the model, are of "
+                f"{self.learned.describe()}. Numbers of two encoders mean nothing to each other: embed this "
+                "slide by the encoder of the others.",
+            )
+        return FeaturePatches(file, self.name, self.mpp)
+
+
+def feature_width(path: str | Path) -> int:
+    """Numbers of each feature of a file; no feature is read.
+
+    Raises:
+        ImageError: the file is broken, or not of the layout expected.
+    """
+    file = open_features(Path(path))
+    try:
+        return file.d
+    finally:
+        file.close()
+
+
+def learned_origin(model: ModelConfig) -> Origin:
+    """Which encoder a model of stored features learned from."""
+    return Origin(model.feature_encoder, model.feature_weights, model.feature_patches)
+
+
+def common_origin(paths: Iterable[str | Path]) -> Origin:
+    """That of the first file that says its own; no feature is read. Broken files are left to whoever reads them."""
+    for path in paths:
+        try:
+            file = open_features(Path(path))
+        except ImageError:
+            continue
+        file.close()
+        if file.origin.known:
+            return file.origin
+    return Origin()
+
+
+def check_features_config(config: Config) -> None:
+    """Stored features have no encoder: settings of one would do nothing.
+
+    Raises:
+        ConfigError: such a setting is not at its default, naming it.
+    """
+    default = ModelConfig()
+    for name in ("encoder", "channels", "width", "stages", "pretrained", "weights"):
+        value = getattr(config.model, name)
+        if value != getattr(default, name):
+            raise ConfigError(
+                f"model.{name} (={value}) is for images, but the data are stored features, which are projected to "
+                f"model.dim (={config.model.dim}): drop it, or leave data.features out"
+            )

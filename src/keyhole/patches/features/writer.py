@@ -1,0 +1,224 @@
+"""One HDF5 file of features for each slide, in the layout of CLAM and TRIDENT, under its name only once it is whole."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyhole.errors import ConfigError, ImageError, KeyholeError, OutputError
+from keyhole.patches.features.files import open_features
+from keyhole.patches.features.origin import SETTINGS as SETTINGS
+from keyhole.patches.sources import FilePatches
+from keyhole.util.files import atomic_file
+from keyhole.util.version import VERSION
+
+CHUNK = 2**18
+"""Bytes of a chunk: small enough to be read for a few rows, large enough for a short index."""
+BYTES = "image_bytes"
+
+
+class FeatureWriter:
+    """Rows of features and their places, appended to a file as they come; memory does not grow with them.
+
+    Args:
+        file: an open `h5py.File`.
+        dtype: of the stored features, float32 or float16.
+        check: raises where the disk is full.
+    """
+
+    def __init__(self, file: Any, dtype: str, check: Callable[[], None]) -> None:
+        self.file, self.dtype, self.check = file, dtype, check
+        self.n = 0
+
+    def add(self, features: NDArray[np.float32], corners: NDArray[np.int64], name: str) -> None:
+        """Appends features (k, d) of patches with level-0 x, y (k, 2).
+
+        Raises:
+            KeyholeError: a number that is not finite, or is not in `dtype`.
+        """
+        with np.errstate(over="ignore"):
+            rows = features.astype(self.dtype)
+        good = np.isfinite(rows).all(axis=1)
+        if not good.all():
+            x, y = corners[int(np.argmin(good))].tolist()
+            finite = bool(np.isfinite(features).all())
+            hint = "Store them as float32: --dtype float32." if finite else "The encoder or its weights are damaged."
+            raise KeyholeError(f"{name}: the feature of the patch at {x},{y} is not finite in {self.dtype}. {hint}")
+        if self.n == 0:
+            width = features.shape[1]
+            self._create("features", width, self.dtype)
+            self._create("coords", 2, "int64")
+        start, self.n = self.n, self.n + len(rows)
+        for part, values in (("features", rows), ("coords", corners)):
+            dataset = self.file[part]
+            dataset.resize(self.n, axis=0)
+            dataset[start:] = values
+        self.check()
+
+    def _create(self, part: str, width: int, dtype: str) -> None:
+        rows = max(1, CHUNK // (width * np.dtype(dtype).itemsize))
+        self.file.create_dataset(part, (0, width), dtype, maxshape=(None, width), chunks=(rows, width))
+
+    def describe(self, source: FilePatches, about: Mapping[str, Any]) -> None:
+        """Writes what readers need to know: of the patches under the names of CLAM and TRIDENT, of the origin ours.
+
+        Ours are also `stride`, which CLAM and TRIDENT do not say where it exceeds the size, and `edge`.
+
+        `patch_size` is in pixels as the encoder saw them, and `patch_size_level0` is it times `downsample`, whether or
+        not patches were resampled from `patch_level`.
+        """
+        grid, image = source.grid, source.image
+        coords: dict[str, Any] = {
+            "patch_size": grid.size,
+            "patch_level": grid.level,
+            "downsample": [grid.scale, grid.scale],
+            "patch_size_level0": round(grid.size * grid.scale),
+            "overlap": max(0, grid.size - grid.stride),
+            "stride": grid.stride,
+            "edge": grid.edge,
+            "level0_width": image.size.width,
+            "level0_height": image.size.height,
+            "qupath_origin": image.qupath_origin,
+            "name": Path(image.path).stem,
+        }
+        if image.mpp is not None:
+            coords["mpp"] = image.mpp * grid.scale
+        self.file["coords"].attrs.update(coords)
+        self.file["features"].attrs.update({"keyhole": VERSION, "image": str(image.path), **about})
+
+
+@contextmanager
+def feature_writer(path: Path, dtype: str) -> Iterator[FeatureWriter]:
+    """A writer whose file takes the name `path` when the block ends well, after it was read back.
+
+    Raises:
+        OutputError: no permission or space; nothing is left then.
+    """
+    import h5py
+
+    def check(temporary: Path) -> None:
+        try:
+            open_features(temporary).close()
+        except ImageError as error:
+            raise OutputError(f"{path}: the disk gave back other bytes ({error.problem}) Check the disk.") from error
+
+    with atomic_file(path, check) as file:
+        disk = _Disk(file)
+        stored = h5py.File(disk, "w")
+        try:
+            yield FeatureWriter(stored, dtype, disk.check)
+        finally:
+            stored.close()
+        disk.check()
+
+
+class _Disk(io.RawIOBase):
+    """The file as HDF5 sees it: writing never fails, since HDF5 does not survive that (2.0 ends the process later).
+
+    What could not be written, as on a full disk or at Ctrl-C, is held here and read back from here; `check` raises it.
+
+    Args:
+        file: open for writing and reading; its buffer is not used.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._raw = io.FileIO(file.fileno(), "r+", closefd=False)
+        self._place = self._size = 0
+        self._held: list[tuple[int, bytes]] = []
+        self._error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raises what kept something from being written."""
+        if self._error is not None:
+            raise self._error
+
+    def write(self, data: Any) -> int:
+        start, block = self._place, bytes(data)
+        try:
+            self.check()
+            self._raw.seek(start)
+            left = memoryview(block)
+            while left:
+                left = left[self._raw.write(left) :]
+        except BaseException as error:  # noqa: BLE001 - raised by `check`, when HDF5 has returned
+            self._error = self._error or error
+            self._held.append((start, block))
+        self._place = start + len(block)
+        self._size = max(self._size, self._place)
+        return len(block)
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        self._raw.seek(self._place)
+        there = self._raw.read(len(view)) or b""
+        view[: len(there)] = there
+        for start, data in self._held:
+            low, high = max(start, self._place), min(start + len(data), self._place + len(view))
+            if low < high:
+                view[low - self._place : high - self._place] = data[low - start : high - start]
+        self._place += len(view)
+        return len(view)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + (0, self._place, self._size)[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def truncate(self, size: int | None = None) -> int:
+        self._size = self._place if size is None else size
+        try:
+            self._raw.truncate(self._size)
+        except OSError as error:
+            self._error = self._error or error
+        return self._size
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def already_there(path: Path, settings: Mapping[str, Any], image_bytes: int) -> bool:
+    """Whether the features are there already, by the same settings from the same image.
+
+    Raises:
+        ConfigError: they are by others, or not by `keyhole embed`; what differs is named.
+    """
+    import h5py
+
+    if not path.exists():
+        return False
+    advice = "Choose another --out, or delete the file."
+    try:
+        open_features(path).close()
+        with h5py.File(path, "r", locking=False) as file:
+            attributes = dict(file["features"].attrs)
+        known = json.loads(attributes[SETTINGS])
+        before = int(attributes[BYTES])
+    except ImageError as error:
+        raise ConfigError(f"{error} It was there before this run. {advice}") from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: is there already, but not by `keyhole embed`. {advice}") from error
+    now, known = json.loads(json.dumps(settings)), {"patch.edge": "background", **known}  # before it could be chosen
+    if differing := [name for name in dict.fromkeys([*now, *known]) if now.get(name) != known.get(name)]:
+        name = differing[0]
+        more = f" ({len(differing)} settings differ)" if len(differing) > 1 else ""
+        raise ConfigError(f"{path}: made with {name} {known.get(name)}, now it is {now.get(name)}{more}. {advice}")
+    if before != image_bytes:
+        raise ConfigError(f"{path}: made when its image had {before} bytes, now it has {image_bytes}. {advice}")
+    return True

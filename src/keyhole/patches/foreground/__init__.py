@@ -1,0 +1,1 @@
+"""Which part of an image is looked at: tissue, masks and outlines."""

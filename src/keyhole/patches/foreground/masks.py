@@ -1,0 +1,148 @@
+"""Foreground masks from files that somebody else made: a PNG of any resolution, or outlines drawn in QuPath."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+from keyhole.errors import DataError, ImageError
+from keyhole.images.faults import faults_of
+from keyhole.images.geometry import Size
+from keyhole.patches.foreground.regions import GEOJSON_SUFFIXES, Region, rasterize, read_geojson
+
+MASK_SUFFIXES = (".png", ".geojson", ".json")
+LONGEST = 2048
+"""Cells along the longest side of a mask in memory at most, so that one is 4 MB whatever the file holds."""
+LARGEST_PNG = 2**26
+"""Pixels of a PNG (8,192 x 8,192), at most 4 bytes each once decoded. Checked before decoding."""
+ASPECT = 0.03
+"""By so much the proportions of mask and image may differ; whoever made the mask has rounded somewhere."""
+IGNORED = ("ignore", "ignore*")
+"""QuPath's class for what is not to be used; `*` marks a class that its own measurements pass over."""
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_EIGHT_BITS = (2, 4, 6)
+"""PNG colour types that Pillow reads at 8 bits a channel only: a label 7 of 65,535 would be lost."""
+_BAND_PIXELS = 2**22
+
+
+def read_mask(
+    path: str | Path, l0_size: Size, longest: int = LONGEST, origin: tuple[int, int] = (0, 0)
+) -> NDArray[np.bool_]:
+    """The mask (rows, cols) of an image from a file, at most `longest` cells on its longest side.
+
+    PNG: where a pixel is not black and not wholly transparent, there is foreground; palettes are applied. The picture
+    covers the whole image, at any resolution. A cell is foreground if any of its pixels is.
+
+    GeoJSON (`.geojson`, `.json`): the polygons of QuPath's objects in level-0 pixels from `origin`, holes left out.
+    Areas of the class `Ignore*` are cut out of all others; every other class counts, `Region*` included. A cell is
+    foreground if a polygon touches it, so that an annotation smaller than a cell is not lost, and cut out if its centre
+    is in an `Ignore*`.
+
+    Args:
+        path: the mask.
+        l0_size: width and height of the image it belongs to.
+        longest: as above.
+        origin: `Image.qupath_origin` of the image. A PNG covers all of level 0, whatever QuPath shows.
+
+    Raises:
+        ImageError: of the mask's file: not there, damaged, too large, of another kind, or of other proportions.
+    """
+    path = Path(path)
+    with faults_of(path, "this mask cannot be read"), path.open("rb") as file:
+        head = file.read(26)
+    if path.suffix.lower() in GEOJSON_SUFFIXES:
+        return _from_outlines(path, l0_size, longest, origin)
+    if not head.startswith(_SIGNATURE) or len(head) < 26:
+        raise ImageError(
+            path, f"this mask is no PNG. Expected a PNG or GeoJSON of QuPath ({', '.join(MASK_SUFFIXES)})."
+        )
+    return _from_png(path, head, l0_size, longest)
+
+
+def _from_outlines(path: Path, l0_size: Size, longest: int, origin: tuple[int, int]) -> NDArray[np.bool_]:
+    try:
+        regions = read_geojson(path, origin)
+    except DataError as error:
+        raise ImageError(path, str(error).removeprefix(str(path)).lstrip(":, ")) from error
+    cell = max(1.0, max(l0_size) / longest)
+    shape = max(1, round(l0_size.height / cell)), max(1, round(l0_size.width / cell))
+    mask = rasterize([region for region in regions if not _ignored(region)], l0_size, shape, touched=True)
+    mask &= ~rasterize([region for region in regions if _ignored(region)], l0_size, shape)
+    return mask
+
+
+def _ignored(region: Region) -> bool:
+    return region.name.strip().lower() in IGNORED
+
+
+def _from_png(path: Path, head: bytes, l0_size: Size, longest: int) -> NDArray[np.bool_]:
+    size = Size(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
+    _check_size(path, size, l0_size)
+    if head[24:25] == b"\x10" and head[25] in _EIGHT_BITS:
+        raise ImageError(path, "a mask of 16 bits a channel in colour or with transparency. Save it with 8 bits.")
+    with faults_of(path, "this mask is damaged"):
+        with PIL.Image.open(path, formats=("PNG",)) as picture:
+            picture.verify()  # the CRC of every chunk, without decoding
+        with PIL.Image.open(path, formats=("PNG",)) as picture:
+            picture.load()
+            return _shrunk(picture, longest)
+
+
+def _check_size(path: Path, size: Size, l0_size: Size) -> None:
+    if size.width * size.height > LARGEST_PNG:
+        raise ImageError(
+            path,
+            f"{size.width:,} x {size.height:,} pixels are too many for a mask (at most {LARGEST_PNG:,}). "
+            "Save it smaller: it may have any resolution.",
+        )
+    if min(size) < 1:
+        raise ImageError(path, "this mask is damaged: its header says that it has no pixels. Save it again.")
+    if not _same_shape(size, l0_size):
+        turned = " It seems to be turned." if _same_shape(Size(size.height, size.width), l0_size) else ""
+        raise ImageError(
+            path,
+            f"this mask of {size.width:,} x {size.height:,} pixels has other proportions than its image of "
+            f"{l0_size.width:,} x {l0_size.height:,}. Expected a mask over the whole image, at any resolution.{turned}",
+        )
+
+
+def _same_shape(size: Size, l0_size: Size) -> bool:
+    """Whether the proportions agree, but for a pixel of rounding and `ASPECT`."""
+    width, height = (l0 / side for l0, side in zip(l0_size, size, strict=True))
+    slack = ASPECT + 1 / min(size)
+    return abs(width - height) <= slack * max(width, height)
+
+
+def _shrunk(picture: PIL.Image.Image, longest: int) -> NDArray[np.bool_]:
+    """Cells in which any pixel is foreground, a band of rows at a time."""
+    width, height = picture.size
+    cell = max(1.0, max(width, height) / longest)
+    rows, columns = max(1, round(height / cell)), max(1, round(width / cell))
+    # the first pixel of each cell, so that cells divide the picture evenly
+    top, left = (-(-np.arange(count + 1) * side // count) for count, side in ((rows, height), (columns, width)))
+    mask = np.empty((rows, columns), bool)
+    high = max(1, _BAND_PIXELS // round(width * cell))
+    for row in range(0, rows, high):
+        last = min(row + high, rows)
+        band = _not_black(picture.crop((0, int(top[row]), width, int(top[last]))))
+        across = np.logical_or.reduceat(band, left[:-1], axis=1)
+        mask[row:last] = np.logical_or.reduceat(across, top[row:last] - top[row], axis=0)
+    return mask
+
+
+def _not_black(picture: PIL.Image.Image) -> NDArray[np.bool_]:
+    """Pixels (h, w) of any value but 0 that are not wholly transparent."""
+    if picture.mode != "RGBA" and picture.has_transparency_data and picture.mode != "I;16":
+        picture = picture.convert("RGBA")
+    elif picture.mode == "P":
+        picture = picture.convert("RGB")
+    values = np.asarray(picture) != 0
+    found: NDArray[np.bool_] = values
+    if picture.mode in ("LA", "RGBA"):
+        found = values[..., :-1].any(axis=-1) & values[..., -1]
+    elif values.ndim == 3:
+        found = values.any(axis=-1)
+    return found

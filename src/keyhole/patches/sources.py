@@ -1,0 +1,375 @@
+"""Sources of patches: an image file, or an array in memory, behind one small contract.
+
+Everything after this line of the flow is written once, for all sources. `FileOpener` says how a source is made
+from a file, so that opening can happen later, on a reading thread.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import PIL.Image
+from numpy.typing import ArrayLike, NDArray
+
+from keyhole.errors import ConfigError, ImageError
+from keyhole.images.geometry import Size
+from keyhole.images.image import Image
+from keyhole.images.pixels import Pixels
+from keyhole.images.scale import given_scale
+from keyhole.patches.edge import Edge
+from keyhole.patches.grid import Index, NoPatches, PatchGrid, reading_level
+from keyhole.patches.image_cache import ImageStore
+from keyhole.util.rows import take_rows
+
+if TYPE_CHECKING:
+    from keyhole.images.tiff_encoded import EncodedTiles
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a whole image is turned: the geometric part of the augmentation of one image in one epoch.
+
+    First the flips, then `turns` counter-clockwise quarter turns. It is applied patch by patch, and so are the
+    positions, which gives what reading the turned image would give.
+    """
+
+    flip_x: bool = False
+    flip_y: bool = False
+    turns: int = 0
+
+    def pixels(self, block: Array) -> Array:
+        """Each patch of (k, s, s, c) turned; a view of the same memory."""
+        block = block[:, :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
+        return np.rot90(block, self.turns, axes=(1, 2))
+
+    def undo(self, block: Array) -> Array:
+        """The inverse of `pixels`: what is written to it appears turned in `block`."""
+        block = np.rot90(block, -self.turns, axes=(1, 2))
+        return block[:, :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
+
+    def centers(self, xy: NDArray[np.float64], l0_size: Size) -> NDArray[np.float64]:
+        """Points (k, 2) of an image of `l0_size` = (width, height), in the turned image."""
+        (x, y), (width, height) = xy.T, l0_size
+        x, y = width - x if self.flip_x else x, height - y if self.flip_y else y
+        for _ in range(self.turns % 4):
+            x, y, width, height = y, width - x, height, width
+        return np.stack([x, y], axis=1)
+
+    def cells(self, g_cells: Index, rows: int, columns: int) -> tuple[Index, tuple[int, int]]:
+        """Row and column (k, 2) of a grid of `rows` x `columns`, in the turned grid; its (rows, columns)."""
+        row, column = g_cells.T
+        row, column = rows - 1 - row if self.flip_y else row, columns - 1 - column if self.flip_x else column
+        for _ in range(self.turns % 4):
+            row, column, rows, columns = columns - 1 - column, row, columns, rows
+        return np.stack([row, column], axis=1), (rows, columns)
+
+
+class PatchSource(Protocol):
+    """Patches (or features) of one image, by index. Reading is blocking and thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Shape of one patch, such as (s, s, c)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the values of a patch."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
+        """Patches (k, *patch_shape), written into `out` if given."""
+
+    def chunks(self, size: int) -> Iterator[tuple[Index, Array]]:
+        """All patches in order, `size` at a time, as (index, pixels); unthreaded."""
+
+    def fetch(self, index: ArrayLike | slice) -> Array:
+        """`read`, under the name of the second pass."""
+
+    def positions_1d(self, index: ArrayLike | slice) -> Index:
+        """Index int64 (k,) in raster order of the full, turned grid."""
+
+    def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
+        """x, y float64 (k, 2) of the centres, in level-0 pixels of the turned image."""
+
+    def close(self) -> None:
+        """Give back what is open. Reading afterwards is an error."""
+
+
+class _Chunked(ABC):
+    """The unthreaded passes, in terms of `read`."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array: ...
+
+    def chunks(self, size: int) -> Iterator[tuple[Index, Array]]:
+        for start in range(0, len(self), size):
+            index = np.arange(start, min(start + size, len(self)), dtype=np.int64)
+            yield index, self.read(index)
+
+    def fetch(self, index: ArrayLike | slice) -> Array:
+        return self.read(index)
+
+
+class FilePatches(_Chunked):
+    """The patches of a grid over an image; closes the image.
+
+    Args:
+        image: the file.
+        grid: where its patches are.
+        view: how the image is turned.
+        channels: 1 or 3, grey from RGB by ITU-R 601 luma, RGB from grey by repeating; default as in the file.
+        name: for messages; default is the image's path.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        grid: PatchGrid,
+        view: View = View(),
+        channels: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.image, self.grid, self.view = image, grid, view
+        self.channels = grid.channels if channels is None else channels
+        if self.channels not in (1, 3):
+            raise ConfigError(f"channels (={channels}) must be 1 or 3")
+        self.name = str(image.path) if name is None else name
+        self.patch_shape = (grid.size, grid.size, self.channels)
+        self.dtype: np.dtype[Any] = np.dtype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
+        if self.channels == self.grid.channels and out is not None:
+            self.grid.read(index, out=self.view.undo(out))
+            return out
+        pixels = self.grid.read(index)
+        if self.channels == 1 != self.grid.channels:
+            pixels = _grey(pixels)
+        shape = (*pixels.shape[:3], self.channels)
+        pixels = np.broadcast_to(self.view.pixels(pixels), shape)
+        if out is None:
+            return np.ascontiguousarray(pixels)
+        out[...] = pixels
+        return out
+
+    def positions_1d(self, index: ArrayLike | slice) -> Index:
+        cells, (_, columns) = self.view.cells(self.grid.cells(index), self.grid.rows, self.grid.columns)
+        return cells[:, 0] * columns + cells[:, 1]
+
+    def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
+        return self.view.centers(self.grid.centers(index), self.image.size)
+
+    def close(self) -> None:
+        self.image.close()
+
+    def gives_jpeg(self) -> bool:
+        """Whether patches can come as JPEG streams: see `encoded`. What is damaged is for `read` to say."""
+        try:
+            return self._tiles() is not None
+        except ImageError:
+            return False
+
+    def encoded(self, index: ArrayLike | slice, colors: Container[str]) -> list[bytes | None] | None:
+        """Patches as JPEG streams, taken from the file as they lie there; `view` is left to who decodes them.
+
+        Args:
+            index: of the patches.
+            colors: kinds of JPEG that are of use, of "grey", "rgb" and "ycbcr": what the samples mean.
+
+        Returns:
+            (k) one stream for each patch, None for one that is no whole JPEG tile; None where none can be.
+
+        Raises:
+            ImageError: the file is damaged or gone.
+        """
+        grid, tiles = self.grid, self._tiles()
+        if tiles is None:
+            return None
+        cells, beside = np.divmod(grid.corners(index), grid.size)
+        aligned = (beside == 0).all(axis=1)
+        if aligned.all():
+            return tiles.tiles(cells, colors)
+        found: list[bytes | None] = [None] * len(cells)
+        for place, stream in zip(np.flatnonzero(aligned).tolist(), tiles.tiles(cells[aligned], colors), strict=True):
+            found[place] = stream
+        return found
+
+    def _tiles(self) -> EncodedTiles | None:
+        """The tiles of the file, where patches are of their size and read as they are stored."""
+        from keyhole.images.tiff_encoded import encoded_tiles
+
+        grid = self.grid
+        tiles = encoded_tiles(self.image, grid.level)
+        plain = self.channels == grid.channels and grid.scale == self.image.levels[grid.level].downsample
+        return tiles if plain and tiles is not None and tiles.size == (grid.size, grid.size) else None
+
+
+def _grey(pixels: Pixels) -> Pixels:
+    """(k, s, s, 3) to (k, s, s, 1), rounded as Pillow does."""
+    k, height, width, _ = pixels.shape
+    if k == 0:
+        return pixels[..., :1]
+    picture = PIL.Image.fromarray(pixels.reshape(k * height, width, 3)).convert("L")
+    return np.asarray(picture).reshape(k, height, width, 1)
+
+
+class TensorPatches(_Chunked):
+    """Patches or features that are in memory already.
+
+    Args:
+        array: (n, ...), such as (n, h, w, c) uint8 pixels or (n, d) float features; anything numpy takes.
+        name: for messages.
+        centers: x, y (n, 2) of the patches, for 2-D position codes.
+    """
+
+    def __init__(self, array: ArrayLike, name: str = "tensor", centers: ArrayLike | None = None) -> None:
+        self.array = np.asarray(array)
+        if self.array.ndim < 2:
+            raise ConfigError(f"{name}: patches must be an array (n, ...), not {self.array.shape}")
+        self._centers = None if centers is None else np.asarray(centers, np.float64)
+        if self._centers is not None and self._centers.shape != (len(self.array), 2):
+            raise ConfigError(f"{name}: centers must be ({len(self.array)}, 2), not {self._centers.shape}")
+        self.name = name
+        self.patch_shape = self.array.shape[1:]
+        self.dtype: np.dtype[Any] = self.array.dtype
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
+        rows = index if isinstance(index, slice) else np.asarray(index, np.int64)
+        if isinstance(rows, slice):
+            if out is None:
+                return np.array(self.array[rows])
+            out[...] = self.array[rows]
+        elif out is None:
+            return np.asarray(self.array[rows])
+        else:
+            take_rows(self.array, rows, out)
+        return out
+
+    def positions_1d(self, index: ArrayLike | slice) -> Index:
+        return np.arange(len(self), dtype=np.int64)[index if isinstance(index, slice) else np.asarray(index, np.int64)]
+
+    def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
+        if self._centers is None:
+            raise ConfigError(f"{self.name}: a 2-D position code needs `centers`; give them, or use `1d` or `none`")
+        return self._centers[index if isinstance(index, slice) else np.asarray(index, np.int64)]
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+@dataclass(frozen=True)
+class FileOpener:
+    """How the patches of one image file are had. Calling it opens the file; making it costs nothing.
+
+    Attributes:
+        path: the file.
+        name: for messages; as the manifest writes it.
+        size, stride, level, mpp, bits, foreground, min_foreground, edge: as in `config.PatchConfig`.
+        mask: PNG or GeoJSON, for the foreground `mask`.
+        channels: 1 or 3; None as in the file.
+        view, offset: the geometric augmentation of this image in this epoch.
+        store: opens the file, or has it in memory.
+        image_mpp: microns per level-0 pixel; where given it takes the place of the file's.
+    """
+
+    path: Path
+    name: str
+    size: int
+    stride: int | None = None
+    level: int | None = None
+    mpp: float | None = None
+    bits: int | None = None
+    foreground: Literal["all", "non-empty", "tissue", "mask"] = "all"
+    min_foreground: float = 0.01
+    mask: Path | None = None
+    channels: int | None = None
+    view: View = View()
+    offset: tuple[int, int] = (0, 0)
+    store: ImageStore = field(default_factory=lambda: ImageStore(keep=False))
+    image_mpp: float | None = None
+    edge: Edge | Literal["auto"] = "background"
+
+    def __post_init__(self) -> None:
+        if self.image_mpp is not None:
+            given_scale(self.image_mpp)
+
+    def __call__(self) -> FilePatches:
+        """Open the file and lay the grid.
+
+        Raises:
+            ImageError: the file, or its mask, is broken.
+            ConfigError: its size or resolution does not allow the patches asked for, or the foreground leaves none.
+        """
+        image = self.store.open(self.path, self._level, self.bits)
+        try:
+            return FilePatches(image, self.grid(image), self.view, self.channels, self.name)
+        except BaseException:
+            image.close()
+            raise
+
+    def grid(self, image: Image) -> PatchGrid:
+        """The grid over the opened image, which from now on has the resolution of `image_mpp`."""
+        if self.image_mpp is not None:
+            image.mpp = self.image_mpp
+        mask = self.foreground_mask()
+        try:
+            return self._grid(image, mask, self.offset)
+        except NoPatches:
+            if self.offset == (0, 0):
+                raise
+            # A speck of foreground may have the least share of a patch in one place of the grid and not in another.
+            return self._grid(image, mask, (0, 0))
+
+    def foreground_mask(self) -> NDArray[np.bool_] | None:
+        """The mask (rows, cols) that says which patches are in the grid; None where all are.
+
+        Raises:
+            ImageError, ConfigError: as for `__call__`.
+        """
+        if self.foreground == "all":
+            return None
+        if self.foreground == "mask" and self.mask is None:
+            raise ConfigError(
+                f"{self.path}: patch.foreground (=mask) needs a mask of this image. Give a column `mask` (PNG or "
+                "GeoJSON), or a folder of masks with the images' names: --data.masks DIR, or --masks DIR of keyhole "
+                "predict"
+            )
+        mask = self.mask if self.foreground == "mask" else None
+        return self.store.foreground(self.path, self.foreground, mask, self.bits)
+
+    def _grid(self, image: Image, mask: NDArray[np.bool_] | None, offset: tuple[int, int]) -> PatchGrid:
+        return PatchGrid(
+            image,
+            self.size,
+            self.stride,
+            self.mpp,
+            offset,
+            mask,
+            level=self.level,
+            mask_share=0.0 if self.foreground == "non-empty" else self.min_foreground,
+            mask_name=f"foreground mask ({self.mask if self.foreground == 'mask' else self.foreground})",
+            edge=self.edge,
+        )
+
+    def _level(self, image: Image) -> int:
+        return reading_level(image, self.mpp, self.level, self.image_mpp)[0]

@@ -1,1 +1,0 @@
-"""Settings that belong together, as YAML: `keyhole train DATA --recipe NAME`."""

@@ -1,0 +1,1 @@
+"""The folder of a run: what training writes there, and how it is read again and checked."""

@@ -1,0 +1,240 @@
+"""Weights and training state as safetensors: written whole or not at all, read back before the old file goes.
+
+No pickle is ever read. The description of a model travels in the header of its weights, so that one file is the truth;
+`model.json` beside it is the same text for people and other tools.
+
+safetensors has no checksum, and a flipped bit in a weight is a valid other weight. The header therefore also holds two
+SHA-256: of the description, and of the description with all tensors. Both are compared on loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from keyhole.errors import OutputError, RunError
+from keyhole.nn.weights import encoder_part, misfits
+from keyhole.util.files import atomic_file, write_atomic
+from keyhole.util.wording import listed
+
+DIGEST, INFO_DIGEST = "keyhole.sha256", "keyhole.info_sha256"
+"""Keys of the header under which the digests are."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Writes tensors with a JSON description to `path`, atomically, and compares what reached the disk.
+
+    Raises:
+        OutputError: no space or permission, or the disk gave back other bytes; the old file is untouched.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(info)
+    digests = {INFO_DIGEST: _text_digest(text), DIGEST: _digest(text, plain)}
+    data = save(plain, {"keyhole": text, **digests})
+    digest = hashlib.sha256(data).digest()
+
+    def check(temporary: Path) -> None:
+        with temporary.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").digest() != digest:
+                raise OutputError(f"{path}: the disk gave back other bytes than were written. Check the disk.")
+
+    with atomic_file(path, check) as file:
+        file.write(data)
+
+
+def read_tensors(path: Path, remedy: str = "Copy it again.") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors on the CPU and their description, both compared with the digest that was written with them.
+
+    Args:
+        path: the file.
+        remedy: what the message of an error tells the user to do.
+
+    Raises:
+        RunError: missing, damaged, or not written by keyhole.
+    """
+    info = read_info(path, remedy)
+    with _opened(path, remedy=remedy) as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    if header.get(DIGEST) != _digest(header.get("keyhole", ""), tensors):
+        raise RunError(f"{path}: damaged, its SHA-256 is not the one that was written with it. {remedy}")
+    return tensors, info
+
+
+def read_info(path: Path, remedy: str = "Copy it again.") -> dict[str, Any]:
+    """The description alone, without reading the tensors.
+
+    Raises:
+        RunError: as `read_tensors`.
+    """
+    with _opened(path, "np", remedy) as file:  # torch would map the file a second time, by when it may be another
+        header: dict[str, str] = file.metadata() or {}
+    text = header.get("keyhole")
+    if text is None:
+        raise RunError(f"{path}: holds weights, but no keyhole model. Use --model.weights for an encoder's weights.")
+    if not {DIGEST, INFO_DIGEST} <= set(header):
+        raise RunError(
+            f"{path}: has no SHA-256 in its header: an early keyhole wrote it, or it is damaged. "
+            f"{remedy} If an early keyhole wrote it, train again."
+        )
+    if header[INFO_DIGEST] != _text_digest(text):
+        raise RunError(f"{path}: damaged, its description is not the one that was written. {remedy}")
+    info: dict[str, Any] = json.loads(text)
+    return info
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a description and of the name, type, shape and bytes of every tensor, in the order of the names."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode("utf-8", "surrogatepass"))
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _opened(path: Path, framework: str = "pt", remedy: str = "Copy it again.") -> Iterator[Any]:
+    """An open safetensors file; whatever is wrong with it is a RunError."""
+    if not path.exists():
+        raise RunError(f"{path}: there is no such file. Give a run folder, or the folder of a model.")
+    if not path.is_file():
+        raise RunError(f"{path}: not a regular file, expected a safetensors file")
+    try:
+        with safe_open(path, framework) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path}: damaged or not a safetensors file ({error}). {remedy}") from error
+
+
+def save_model(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """`model.safetensors` and `model.json`, which together are all that prediction needs."""
+    folder.mkdir(exist_ok=True)
+    write_tensors(folder / "model.safetensors", model.state_dict(), info)
+    write_atomic(folder / "model.json", json.dumps(info, indent=2) + "\n")
+
+
+def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> None:
+    """Everything that a run needs to go on as if it had not stopped."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for number, entry in optimizer.state_dict()["state"].items():
+        for name, tensor in entry.items():
+            tensors[f"optimizer.{number}.{name}"] = tensor
+    write_tensors(path, tensors, progress)
+
+
+def load_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, remedy: str = "Copy it again."
+) -> dict[str, Any]:
+    """Puts the state back and returns the progress that was stored with it."""
+    tensors, progress = read_tensors(path, remedy)
+    prefix = "model."
+    load_weights(
+        model, {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}, path
+    )
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".", 2)
+            entries.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    for weight, entry in optimizer.state.items():  # fused optimizers take weight and state as they lie in memory
+        for name, value in entry.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                entry[name] = torch.empty_like(weight).copy_(value)
+    return progress
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Strict: every weight of the model, in its shape, and none left over.
+
+    Raises:
+        RunError: naming the file and what does not fit.
+    """
+    problems = misfits(model.state_dict(), weights)
+    if problems:
+        raise RunError(f"{path}: the weights do not fit the model: {'; '.join(problems[:4])} ({len(problems)} in all)")
+    model.load_state_dict(dict(weights))
+
+
+def load_encoder(encoder: nn.Module, path: Path) -> None:
+    """Loads the weights of an encoder alone (`--model.weights`).
+
+    Args:
+        encoder: takes them.
+        path: a run, the folder of a model, or a safetensors file: a keyhole model, of which the encoder's part is
+            taken, or weights under the encoder's own names or those of the timm model inside it.
+
+    Raises:
+        RunError: missing, damaged, or not this encoder's; it says what was expected and what is there.
+    """
+    file = weights_file(path)
+    with _opened(file) as opened:
+        described = "keyhole" in (opened.metadata() or {})
+        names = opened.keys()
+        weights = {} if described else {name: opened.get_tensor(name) for name in names}
+    hint = ""
+    if described:
+        weights, info = read_tensors(file)
+        hint = _encoder_hint(file, info)
+    part, found = encoder_part(encoder, weights)
+    problems = misfits(part.state_dict(), found)
+    if not found:
+        problems = [f"expected names such as {listed(part.state_dict(), 2)}, found {listed(weights, 2) or 'nothing'}"]
+    if problems:
+        count = f" ({len(problems)} weights in all)" if len(problems) > 3 else ""
+        raise RunError(f"{file}: the weights do not fit the model's encoder: {'; '.join(problems[:3])}{count}.{hint}")
+    part.load_state_dict(found)
+
+
+def weights_file(path: Path) -> Path:
+    """The file at `path`, or the best model of a run or a folder. Raises RunError as `model_file`."""
+    return model_file(path) if path.is_dir() else path
+
+
+def model_file(folder: Path) -> Path:
+    """The best model of a run folder, or the model in a folder of its own.
+
+    Raises:
+        RunError: there is none.
+    """
+    for file in (folder / "best" / "model.safetensors", folder / "model.safetensors"):
+        if file.is_file():
+            return file
+    hint = "give a run folder"
+    if (folder / "last.safetensors").is_file():
+        begun = (folder / "metrics.csv").is_file()
+        hint = "restore the folder best from a copy" if begun else "its first epoch is not finished"
+    raise RunError(f"{folder}: there is no model in it (no model.safetensors); {hint}")
+
+
+def _encoder_hint(file: Path, info: Mapping[str, Any]) -> str:
+    """The settings of a keyhole model's encoder, as a sentence that ends an error.
+
+    Raises:
+        RunError: the model has no encoder of images.
+    """
+    model = info.get("model")
+    if not isinstance(model, Mapping):
+        return ""
+    if model.get("feature_width") is not None:
+        raise RunError(
+            f"{file}: is a model of stored features, which has no encoder of images. Give a run that learned from "
+            "images."
+        )
+    flags = [f"--model.{name} {model[name]}" for name in ("encoder", "channels", "width", "stages") if model.get(name)]
+    return f" They were made with {' '.join(flags)}." if flags else ""

@@ -1,0 +1,221 @@
+"""The run folder: what is in it, how it comes to be, how it is read.
+
+RUN/config.yaml              resolved configuration, itself a valid --config
+    manifest.csv             images, splits and labels used, with size and SHA-256 of every file
+    left_out.csv             images left out, with the reason
+    environment.json         versions, machine, command
+    metrics.csv              one row per epoch
+    best/                    model.safetensors and model.json, loadable alone
+    last.safetensors         state to resume from
+    predictions/SPLIT.csv    one row per image, by the best model
+    learning.json            whether the best model is better than guessing
+    log.txt
+    lock                     there while a process writes the run
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keyhole.config.settings import Config
+from keyhole.errors import OutputError, RunError
+from keyhole.runs.checkpoint import read_info
+from keyhole.util.files import write_atomic
+
+PACKAGES = (
+    "keyhole",
+    "torch",
+    "timm",
+    "numpy",
+    "pillow",
+    "tifffile",
+    "imagecodecs",
+    "zarr",
+    "h5py",
+    "openslide-python",
+    "openslide-bin",
+    "safetensors",
+    "scikit-learn",
+    "pydantic",
+    "tyro",
+)
+"""What a run's figures and a machine's health may depend on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        from keyhole.config.file import load_config
+
+        return load_config(self.path / "config.yaml")
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """One mapping per finished epoch; a value that is undefined on the data is NaN."""
+        path, remedy = self.path / "metrics.csv", "Delete it and resume the run: it is written again."
+        try:
+            return [
+                {name: float(value or "nan") for name, value in row.items()}
+                for row in read_rows(path, remedy, ("epoch",))
+            ]
+        except ValueError as error:
+            raise RunError(f"{path}: damaged ({error}). {remedy}") from error
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """Description of the best model: epoch, metric, tasks, settings."""
+        return read_info(self.path / "best" / "model.safetensors")
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """Whether the best model is better than guessing, and what was looked at; empty before the run is finished."""
+        path = self.path / "learning.json"
+        if not path.is_file():
+            return {}
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found | {"lines": [str(line) for line in found["lines"]]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: damaged ({error!r}). Delete it; keyhole evaluate says the same.") from error
+
+    def summary(self) -> list[str]:
+        """A few lines for people."""
+        best = self.best
+        lines = [f"best model: epoch {best['epoch']} of {self.config.train.epochs}"]
+        if best.get("metric") and best.get("value") is not None:
+            lines[0] += f", {best['metric']} {best['value']:.4f} on the validation split"
+        lines.append(f"run folder: {self.path}")
+        learning = self.learning
+        if learning.get("epoch") == best["epoch"]:
+            lines += learning["lines"]
+        return lines
+
+
+def find_run(path: str | Path) -> Run:
+    """The run folder at `path`.
+
+    Raises:
+        RunError: it does not exist or is not a run folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"{path}: there is no such run folder")
+    missing = [name for name in ("manifest.csv", "last.safetensors") if not (path / name).is_file()]
+    if missing:
+        raise RunError(f"{path}: not a run folder, {' and '.join(missing)} not found in it")
+    return Run(path.absolute())
+
+
+def check_new(out: Path) -> None:
+    """Raises before any work is done if the run folder cannot be created.
+
+    Raises:
+        RunError: it exists.
+        OutputError: its parent cannot be written.
+    """
+    if out.exists() or out.is_symlink():
+        hint = f"; keyhole resume {out} goes on with it" if (out / "last.safetensors").is_file() else ""
+        raise RunError(f"{out}: the run folder exists. Choose another --out{hint}.")
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(
+            f"{out}: cannot be created, {parent} is not a folder that can be written. Choose another --out."
+        )
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, machine and command, for whoever reads the figures later."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    versions["torch"] = torch.__version__  # with the build, which the package's version does not name
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": versions,
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device if not device.startswith("cuda") else f"{device}: {torch.cuda.get_device_name(device)}",
+    }
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `rows_text` to a file."""
+    write_atomic(path, rows_text(rows))
+
+
+def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A CSV whose columns are the keys of all rows, in order of appearance."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read_rows(path: Path, remedy: str = "Restore it from a copy.", columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV that the run wrote; none where there is no such file.
+
+    Args:
+        path: the file.
+        remedy: what the message of an error tells the user to do.
+        columns: that it must have.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    if not path.is_file():
+        return []
+    try:
+        text = path.read_bytes().decode()
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RunError(f"{path}: damaged ({error}). {remedy}") from error
+    whole = not text or text.endswith("\n")
+    if not whole or any(None in row or None in row.values() or not set(columns) <= set(row) for row in rows):
+        raise RunError(f"{path}: damaged, {'a row is' if whole else 'its last row is'} not whole. {remedy}")
+    return rows
+
+
+class Log:
+    """Lines with the time, appended to log.txt."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, text: str) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Free space, then resume.") from error

@@ -1,0 +1,236 @@
+"""Whether a model has learned anything: its answers against guessing, said in words, with what to try next.
+
+A run can end with exit code 0 and a folder full of files though the model is no better than guessing. Nothing about
+the run fails then, so that somebody has to look at its answers. A model is called no better than guessing only if
+nothing in its answers speaks against it: neither its loss, nor its AUROC, nor its balanced accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from keyhole.config.auto import SCRATCH_LR, number, settle_learning
+from keyhole.config.settings import Config
+from keyhole.tasks.bootstrap import units_of
+from keyhole.tasks.intervals import class_intervals
+from keyhole.tasks.kinds import Task
+from keyhole.tasks.measures import ClassMeasures
+
+EVEN = 0.05
+"""Attention is equal where no patch has more than this share above 1 / M."""
+NEAR = 0.95
+"""A loss below this share of that of guessing speaks for the model, however few the images are."""
+HIGH = 0.8
+"""An AUROC or balanced accuracy from which on it speaks for the model, however few the images are."""
+FEWEST = 4
+"""Images of a regression below which nothing can be said."""
+
+
+@dataclass(frozen=True)
+class TaskLearning:
+    """What the answers to one task say.
+
+    Attributes:
+        task: its name.
+        images: with a known label.
+        loss: mean cross-entropy of the labels, or mean squared error as a share of the variance.
+        guessing: the same of the best constant answer: the frequencies of the classes, or the mean.
+        learned: whether anything speaks for the model; None where the labels do not tell, as of a single class.
+        only: the one answer that all images get, though their labels differ; None otherwise.
+        even: whether all kept patches of every image have the same attention; None where one patch was kept.
+    """
+
+    task: str
+    images: int
+    loss: float | None
+    guessing: float | None
+    learned: bool | None
+    only: str | None
+    even: bool | None
+
+    def facts(self) -> list[str]:
+        """What is odd, one phrase each."""
+        found = []
+        if self.learned is False and self.loss is not None and self.guessing is not None:
+            found.append(f"its loss is {self.loss:.3f}, and guessing gives {self.guessing:.3f}")
+        if self.only is not None:
+            found.append(f"it says {self.only} for all {self.images} images")
+        if self.even:
+            found.append("it gives all kept patches of an image the same attention")
+        return found
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What the answers to all tasks say of a model.
+
+    Attributes:
+        where: which images were looked at, such as `the 18 validation images`.
+        tasks: one for each task.
+    """
+
+    where: str
+    tasks: tuple[TaskLearning, ...]
+
+    @property
+    def learned(self) -> bool | None:
+        """Whether a model does better than guessing in any task; None where no task tells."""
+        told = [task.learned for task in self.tasks if task.learned is not None]
+        return any(told) if told else None
+
+    def lines(self, config: Config | None = None) -> list[str]:
+        """Warnings for people; none where all is well.
+
+        Args:
+            config: of the run, for what to try next.
+        """
+        odd = [task for task in self.tasks if task.facts()]
+        if not odd:
+            return []
+        lines = []
+        if self.learned is False:
+            lines.append(f"warning: the model has learned nothing that shows on {self.where}")
+        for task in odd:
+            start = f"{task.task}: " if len(self.tasks) > 1 else ""
+            lines.append(f"warning: {start}on {self.where}, {'; '.join(task.facts())}")
+        return [*lines, f"try next: {'; '.join(what_to_try(self, config))}"]
+
+    def to_json(self, config: Config | None = None) -> dict[str, Any]:
+        """A plain dict."""
+        tasks = [asdict(task) for task in self.tasks]
+        return {"learned": self.learned, "images": self.where, "tasks": tasks, "lines": self.lines(config)}
+
+
+def unevenness(attention: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
+    """By task, how far the largest attention of the m kept patches lies above 1 / m, as a share of it.
+
+    0 is attention that is equal for all, m - 1 attention on one patch; -1 stands for a single kept patch.
+    """
+    return {
+        task: float(len(weights) * weights.astype(np.float64).max() - 1) if len(weights) > 1 else -1.0
+        for task, weights in attention.items()
+    }
+
+
+def judge_task(
+    task: Task,
+    targets: ArrayLike,
+    probabilities: ArrayLike,
+    uneven: Sequence[float],
+    groups: Sequence[str | None] | None = None,
+) -> TaskLearning:
+    """What the answers to one task say.
+
+    Args:
+        task: what was predicted.
+        targets: (n, w) as `Task.encode` gives them; images whose row holds NaN do not count.
+        probabilities: (n, k) as `Task.probability` gives them.
+        uneven: (n,) as `unevenness` gives them.
+        groups: of each image.
+    """
+    targets, probabilities = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
+    known = ~np.isnan(targets).any(axis=1)
+    spread = np.asarray(uneven, np.float64)
+    spread = spread[spread >= 0]
+    even = bool((spread < EVEN).all()) if len(spread) else None
+    n = int(known.sum())
+    nothing = TaskLearning(task.name, n, None, None, None, None, even)
+    if not n:
+        return nothing
+    some = any(groups or ())
+    unit = units_of(n, [group for group, use in zip(groups or (), known, strict=True) if use] if some else None)
+    if task.kind == "regression":
+        return _judge_numbers(nothing, targets[known, 0], probabilities[known, 0])
+    return _judge_classes(nothing, ClassMeasures(task, targets[known], probabilities[known]), unit)
+
+
+def _judge_classes(nothing: TaskLearning, measure: ClassMeasures, unit: NDArray[np.int64]) -> TaskLearning:
+    if not measure.mixed.any() or unit.max() == 0:
+        return nothing  # labels of one class, or images of one group: anything fits them
+    probability = np.clip(measure.probability, 1e-12, 1 - 1e-12)
+    frequency = measure.truth.mean(axis=0)
+    if measure.exclusive:
+        right = measure.truth.argmax(axis=1)
+        loss, guess = -np.log(probability[np.arange(len(right)), right]), -np.log(frequency[right])
+        chosen = measure.decided.any(axis=0)
+        only = measure.task.classes[int(chosen.argmax())] if chosen.sum() == 1 else None
+    else:
+        loss, guess = (_binary_loss(measure.truth, each).mean(axis=1) for each in (probability, frequency))
+        alike = (measure.decided == measure.decided[0]).all() and not (measure.truth == measure.truth[0]).all()
+        said = " and ".join(np.array(measure.task.classes)[measure.decided[0]].tolist())
+        only = (said or "none of the labels") if alike else None
+    values = measure(np.ones((1, len(loss))))
+    limits = class_intervals(measure, unit)
+    chance = {"auroc": 0.5} | ({"balanced_accuracy": 1 / measure.present.sum()} if measure.exclusive else {})
+    above = [
+        values[None, metric][0] >= HIGH or limits[None, metric].low > level
+        for metric, level in chance.items()
+        if (None, metric) in limits
+    ]
+    learned = bool(loss.mean() < NEAR * guess.mean() or any(above) or _is_below(loss - guess, unit))
+    return TaskLearning(
+        nothing.task, nothing.images, float(loss.mean()), float(guess.mean()), learned, only, nothing.even
+    )
+
+
+def _judge_numbers(nothing: TaskLearning, truth: NDArray[np.float64], said: NDArray[np.float64]) -> TaskLearning:
+    variance = float(truth.var())
+    if len(truth) < FEWEST or variance <= 1e-24 * float((truth**2).max()):
+        return nothing
+    loss = float(((said - truth) ** 2).mean()) / variance
+    flat = bool(said.std() < 1e-3 * truth.std())
+    learned = loss < NEAR or (not flat and _correlates(truth, said))
+    only = f"nearly the same number ({said.mean():.6g})" if flat else None
+    return TaskLearning(nothing.task, nothing.images, loss, 1.0, learned, only, nothing.even)
+
+
+def _binary_loss(truth: NDArray[np.bool_], probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    p = np.broadcast_to(np.clip(probability, 1e-12, 1 - 1e-12), truth.shape)
+    return np.asarray(-np.log(np.where(truth, p, 1 - p)))
+
+
+def _is_below(difference: NDArray[np.float64], unit: NDArray[np.int64]) -> bool:
+    """Whether the mean over images is below 0 by more than chance, between units (one-sided t, 97.5 %)."""
+    from scipy.special import stdtrit
+
+    mean, units = float(difference.mean()), int(unit.max()) + 1
+    apart = np.bincount(unit, difference - mean)
+    error = np.sqrt(units / (units - 1) * float(apart @ apart)) / len(difference)
+    return bool(mean + float(stdtrit(units - 1, 0.975)) * error < 0)
+
+
+def _correlates(truth: NDArray[np.float64], said: NDArray[np.float64]) -> bool:
+    """Whether the correlation is above 0 by more than chance: Fisher's z, 97.5 %."""
+    r = float(np.clip(np.corrcoef(truth, said)[0, 1], -0.999999, 0.999999))
+    return bool(np.arctanh(r) > 1.96 / np.sqrt(len(truth) - 3))
+
+
+def what_to_try(learning: Learning, config: Config | None) -> list[str]:
+    """Changes of a run that may help, the likeliest first."""
+    if config is None:
+        return ["more epochs, another --train.lr, an encoder with pretrained weights, a larger --select.m"]
+    config, _ = settle_learning(config, config.model.feature_width is not None)
+    model, train, found = config.model, config.train, []
+    lr = number(train.lr, "train.lr")
+    if learning.learned is False:
+        if model.feature_width is None and not model.pretrained and model.weights is None:
+            if not train.explore:
+                found.append(
+                    f"--train.explore {max(1, train.epochs // 2)}, so that the encoder learns before it selects"
+                )
+            if lr < SCRATCH_LR:
+                found.append(f"--train.lr {SCRATCH_LR:g}, a rate for encoders that start from random weights")
+            found.append("pretrained weights: --model.encoder resnet18 --model.pretrained, or --model.weights FILE")
+        else:
+            found.append(f"another rate than --train.lr {lr:g}, such as {lr / 3:.1g} or {lr * 3:.1g}")
+        found.append(f"more epochs: --train.epochs {max(2 * train.epochs, 30)}")
+    if any(task.only is not None for task in learning.tasks) and train.balance == "none":
+        found.append("--train.balance loss, if some classes are rare")
+    if learning.learned is False or any(task.even for task in learning.tasks):
+        found.append(f"more patches: --select.m {2 * config.select.m}, or a --patch.size that shows what decides")
+    return found or ["more epochs, or another --train.lr"]

@@ -1,0 +1,1 @@
+"""What a user runs around a model: check, init, doctor, demo, bench."""

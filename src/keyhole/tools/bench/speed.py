@@ -1,0 +1,344 @@
+"""How fast a model learns from data on this machine, beside its encoder alone, and where the time goes.
+
+The encoder's rate is the floor: every patch has to go through it. The steps are those of `keyhole train`, on some of
+the training images and in a run folder that is removed again; nothing of the user's is changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from keyhole.config.auto import settle_learning
+from keyhole.config.settings import Config, DataConfig
+from keyhole.data.item import Item
+from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
+from keyhole.data.settle import classes_of
+from keyhole.engine.compiling import Setting, choose_compile
+from keyhole.engine.device import arithmetic_of, choose_device
+from keyhole.patches.image_cache import available_bytes
+from keyhole.runs.checkpoint import load_weights, read_info, read_tensors
+from keyhole.runs.run import Run, read_rows
+from keyhole.runs.state import State
+from keyhole.tasks.kinds import Task
+from keyhole.tools.bench.advice import Facts, advice
+from keyhole.tools.bench.images import kind_of, write_images
+from keyhole.tools.bench.steps import Floor, Steps, floor, run_steps
+from keyhole.training.duration import about, spoken
+from keyhole.training.job import Job, start_job
+from keyhole.training.setup import cache_limit
+from keyhole.training.trial import blind_epochs
+from keyhole.util.timing import PARTS
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a measurement found.
+
+    Attributes:
+        data: what was learned from, in words.
+        chosen: device, precision, compilation, threads, chunk and so on, in words.
+        floor: patches/s of the encoder alone.
+        patches_per_s: of whole steps.
+        images_per_s: of whole steps.
+        first_step: seconds, with all that is built in it.
+        step: seconds of the others, on average.
+        steps: how many were measured.
+        epoch, run: seconds of an epoch over all images and of the whole run, estimated from the steps.
+        epochs: the same in words.
+        seconds: by part, `other` included, of the steps measured.
+        shares: of the time that passed; on a GPU parts overlap, and the sum may be more than 1.
+        advice: one sentence.
+    """
+
+    data: str
+    chosen: dict[str, str]
+    floor: float
+    patches_per_s: float
+    images_per_s: float
+    first_step: float
+    step: float
+    steps: int
+    epoch: float
+    run: float
+    epochs: str
+    seconds: dict[str, float]
+    shares: dict[str, float]
+    advice: str
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"of_floor": self.patches_per_s / self.floor}
+
+    def lines(self) -> list[str]:
+        """A table for people."""
+        rows = [
+            ("data", self.data),
+            *self.chosen.items(),
+            ("encoder alone", f"{self.floor:,.0f} patches/s"),
+            (
+                "reached",
+                f"{self.patches_per_s:,.0f} patches/s, {self.patches_per_s / self.floor:.0%} of the encoder's; "
+                f"{self.images_per_s:,.3g} images/s",
+            ),
+            ("first step", f"{self.first_step:.2f} s; {self.steps} after the warm-up took {self.step:.2f} s each"),
+            ("an epoch", self.epochs),
+            *((name, f"{self.seconds[name]:8.2f} s  {self.shares[name]:4.0%}") for name in self.seconds),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return [*(f"{name:{width}}  {value}" for name, value in rows), self.advice]
+
+
+def speed(
+    config: Config,
+    *,
+    run: Run | None = None,
+    recipe: str | None = None,
+    steps: int = 10,
+    seconds: float = 60.0,
+    say: Callable[[str], None] = lambda _: None,
+) -> Speed:
+    """Measures.
+
+    Args:
+        config: what would be trained. Without `data.path` images are written for it, in a folder that is removed.
+        run: whose weights and images are used; its images only where `data.path` is not given.
+        recipe: that the configuration is of, for the kind of images to write.
+        steps: to measure.
+        seconds: no further step is begun after so many.
+        say: told what is being done.
+
+    Raises:
+        KeyholeError: a setting, the data or the run is not as it must be.
+    """
+    with tempfile.TemporaryDirectory(prefix="keyhole-bench-") as scratch:
+        config, told, sizes = _with_data(config, run, recipe, Path(scratch), steps, say)
+        job = start_job(_plain(config, Path(scratch)), lambda _: None)
+        try:
+            if run is not None:
+                _load(job, run)
+            compiled = _compile(job, config.run.compile, sizes.share)
+            # where images stay in memory, all are there after the first epoch
+            warm = job.state.steps_per_epoch if job.images.held_bytes else 1
+            say(f"{warm} training step{'s' * (warm > 1)} to warm up, then up to {steps}")
+            found = run_steps(job, warm, steps, seconds)
+            say("the encoder alone")
+            alone = floor(job)
+        finally:
+            job.close()
+    epochs = _epochs(config, sizes, found, job.config.model.feature_width is not None)
+    return _summary(job, told, compiled, found, alone, epochs)
+
+
+def _plain(config: Config, scratch: Path) -> Config:
+    """The configuration without what costs time and is not measured: hashes, loggers, saving, blind exploring."""
+    return dataclasses.replace(
+        config,
+        out=scratch / "run",
+        data=dataclasses.replace(config.data, hash_gb=0.0, val=0.0, test=0.0),
+        # weights are random, or those of the run: nothing is downloaded
+        model=dataclasses.replace(config.model, pretrained=False, weights=None),
+        train=dataclasses.replace(config.train, explore=0.0, metric="auto"),
+        # what pays in so short a run is another question; see _compile
+        run=dataclasses.replace(config.run, log=(), save_minutes=1e6, compile="off"),
+    )
+
+
+def _compile(job: Job, setting: Setting, share: float) -> str:
+    """Compiles the encoder where the run itself would, with `share` times as many images; the reason in words."""
+    expected = round(share * job.config.train.epochs * sum(job.images.counts.values()))
+    choice = choose_compile(setting, job.model, job.images.patch_shape, job.plan.chunk, expected)
+    if choice.compile:
+        job.model.accelerate(compile=True)
+    if not choice.compile and len(job.images.patch_shape) == 1:
+        return "none: the data are stored features, which are projected"
+    return choice.describe(job.model, job.images.patch_shape)
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """Seconds of an epoch over all images and of a whole run, from those of the steps measured.
+
+    Attributes:
+        epoch: with validation, all patches scored.
+        run: of all epochs, those of blind exploring without scoring.
+    """
+
+    epoch: float
+    run: float
+    text: str
+
+
+def _epochs(config: Config, sizes: Sizes, found: Steps, features: bool) -> Epochs:
+    learning = found.parts["learning"] / found.images
+    scoring = found.seconds / found.images - learning
+    config, _ = settle_learning(config, features)
+    epochs, blind = config.train.epochs, min(config.train.epochs, blind_epochs(config))
+    epoch = sizes.train * (scoring + learning) + sizes.val * scoring
+    run = epochs * epoch - blind * sizes.train * scoring + (sizes.train + sizes.val) * scoring
+    images = f"{sizes.train:,} training images" + (f" and {sizes.val:,} to validate on" if sizes.val else "")
+    text = f"{about(epoch)} with {images}, {spoken(run)} for {epochs:,} epochs: an estimate from the steps measured"
+    return Epochs(epoch, run, text)
+
+
+# Data
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Images of a run: training and validation; and how many times as many `train` are as are measured with."""
+
+    train: int
+    val: int
+    share: float
+
+
+def _with_data(
+    config: Config, run: Run | None, recipe: str | None, scratch: Path, steps: int, say: Callable[[str], None]
+) -> tuple[Config, str, Sizes]:
+    """The configuration with a CSV of as many training images as are needed, what they are in words, and how many there
+    are."""
+    wanted = (1 + steps) * config.train.batch
+    if run is None and config.data.path is None:
+        kind = kind_of(recipe, config)
+        say(f"writing {kind.describe()}")
+        path = write_images(kind, scratch, wanted)
+        features = scratch / "features" if kind.what == "features" else None
+        own = DataConfig(path=path, features=features, cache=0.0)
+        config = dataclasses.replace(config, data=own)
+        return (
+            config,
+            f"generated {kind.describe()}, read from disk each time",
+            Sizes(kind.images, 0, kind.images / wanted),
+        )
+    if run is not None and config.data.path is None:
+        # the manifest's images have their absolute paths, and only those that are learned from need be there
+        kept = {name: getattr(config.data, name) for name in ("cache", "on_bad_image")}
+        data = dataclasses.replace(run.config.data, path=run.path / "manifest.csv", root=None, **kept)
+        last = run.path / "last.safetensors"
+        tasks = [Task.from_json(task) for task in State.from_json(read_info(last), last).tasks]
+        manifest = read_for_tasks(data, tasks, ("train",))
+        val = sum(row["split"] == "val" for row in read_rows(run.path / "manifest.csv"))
+    else:
+        data = config.data
+        manifest = read_manifest(data, config.train.seed)
+        val = len(manifest.split("val"))
+    train = manifest.split("train")
+    some = _some(manifest, wanted, config.train.seed)
+    path = dataclasses.replace(manifest, items=some).write(scratch / "some.csv")
+    cache = _cache(config, len(some) / len(train))
+    names = tuple(f"{task.name}={task.kind}" for task in manifest.tasks)
+    data = dataclasses.replace(data, path=path, root=None, tasks=names, cache=cache)
+    source = run.path if run is not None and config.data.path is None else config.data.path
+    config = dataclasses.replace(config, data=data)
+    return (
+        config,
+        f"{len(some)} of {len(train)} training images of {source}",
+        Sizes(len(train), val, len(train) / len(some)),
+    )
+
+
+def _some(manifest: Manifest, wanted: int, seed: int) -> tuple[Item, ...]:
+    """So many training images at random, and beyond that one of each class that would be missing."""
+    train = manifest.split("train")
+    order = [train[place] for place in np.random.default_rng(seed).permutation(len(train))]
+    some, rest = order[:wanted], order[wanted:]
+    classed = [task for task in manifest.tasks if task.kind != "regression"]
+
+    def classes(item: Item) -> set[tuple[str, str]]:
+        return {(task.name, label) for task in classed for label in classes_of(task, item)}
+
+    known = {label for item in some for label in classes(item)}
+    for item in rest:
+        if not classes(item) <= known:
+            some.append(item)
+            known |= classes(item)
+    return tuple(some)
+
+
+def _cache(config: Config, share: float) -> float:
+    """GB of decoded images that may stay in memory: as much of some images as would of all."""
+    limit = cache_limit(config, choose_device(config.run.device))
+    return share * (available_bytes() / 4e9 if limit is None else limit)
+
+
+def _load(job: Job, run: Run) -> None:
+    """The run's weights; the heads' only where the classes are the same, since they cost next to nothing."""
+    path = run.path / "last.safetensors"
+    tensors, _ = read_tensors(path)
+    stored = {name.removeprefix("model."): each for name, each in tensors.items() if name.startswith("model.")}
+    own = job.model.state_dict()
+    heads = {name: weight for name, weight in own.items() if name.startswith("heads.")}
+    same = all(name in stored and stored[name].shape == weight.shape for name, weight in heads.items())
+    body = {name: weight for name, weight in stored.items() if not name.startswith("heads.")}
+    load_weights(job.model, stored if same else body | heads, path)
+
+
+# What was found
+
+
+def _summary(job: Job, told: str, compiled: str, found: Steps, alone: Floor, epochs: Epochs) -> Speed:
+    rate, colored, blank = alone
+    config, plan = job.config, job.plan
+    cuda, features = job.device.type == "cuda", len(job.images.patch_shape) == 1
+    seconds = dict.fromkeys(PARTS, 0.0) | found.parts
+    seconds["other"] = max(0.0, found.seconds - sum(seconds.values()))
+    shares = {name: part / found.seconds for name, part in seconds.items()}
+    kept = sum(min(config.select.m, job.images.counts[item.name]) for item in job.manifest.split("train"))
+    all_patches = sum(job.images.counts[item.name] for item in job.manifest.split("train"))
+    encoding = found.patches / seconds["encoding"] if seconds["encoding"] else rate
+    facts = Facts(
+        kind="features" if features else "images",
+        cuda=cuda,
+        threads=job.reader.pool.threads,
+        cores=cores(),
+        resident=job.images.held_bytes > 0,
+        split=plan.split is not None,
+        kept=kept / all_patches,
+        kept_cost=seconds["learning"] * rate / (kept / all_patches * found.patches),
+        blank=blank if cuda and config.patch.foreground == "all" else 0.0,  # on a CPU they are encoded once
+        patches=all_patches / len(job.images.counts),
+        encoding_rate=encoding / rate,
+        colored_rate=colored,
+    )
+    return Speed(
+        data=f"{told}; {facts.patches:,.0f} {'features' if features else 'patches'} each, {config.select.m} kept",
+        chosen=_chosen(job, facts, compiled),
+        floor=rate,
+        patches_per_s=found.patches / found.seconds,
+        images_per_s=found.images / found.seconds,
+        first_step=found.first,
+        step=found.seconds / found.steps,
+        steps=found.steps,
+        epoch=epochs.epoch,
+        run=epochs.run,
+        epochs=epochs.text,
+        seconds=seconds,
+        shares=shares,
+        advice=advice(shares, facts),
+    )
+
+
+def _chosen(job: Job, facts: Facts, compiled: str) -> dict[str, str]:
+    plan = job.plan
+    device = torch.cuda.get_device_name(job.device) if facts.cuda else f"CPU, {torch.get_num_threads()} threads"
+    learn = "at once" if plan.split is None else f"in chunks of {plan.split:,}"
+    return {
+        "computing": f"{device}, in {arithmetic_of(job.model)}",
+        "encoder": compiled,
+        "reading": f"{facts.threads} threads on {facts.cores} cores"
+        + ("; decoded images stay in memory" if facts.resident else ""),
+        "at a time": f"{plan.chunk:,} patches looked at; {job.config.train.batch} images a step, learned from {learn}",
+    }
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

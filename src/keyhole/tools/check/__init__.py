@@ -1,0 +1,1 @@
+"""`keyhole check`: what is wrong with the data, before training."""

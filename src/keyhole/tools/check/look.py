@@ -1,0 +1,227 @@
+"""What `keyhole check` finds in one image: its size, patches, resolution and values, or why it cannot be used.
+
+Decoders may abort the whole process on a broken file, so that this is called in one of its own (`check_worker`). It
+never imports torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from keyhole.errors import BitsUnknown, ConfigError, ImageError, OutputError
+from keyhole.images.geometry import Size
+from keyhole.util.wording import problem_and_fix
+
+if TYPE_CHECKING:
+    from keyhole.images import Image
+    from keyhole.patches.grid import PatchGrid
+    from keyhole.patches.sources import FileOpener
+
+DARK = 16
+"""Value, of 255: a picture whose brightest value is below is nearly black."""
+FEW = 4
+"""Patches that are read for the time it takes."""
+Trouble = Literal["image", "settings", "died", "stalled", "unexpected", "output"]
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What an image turned out to be.
+
+    Attributes:
+        size: width and height at level 0; 0 x 0 for stored features.
+        levels: how many resolutions.
+        mpp: microns per level-0 pixel, or None.
+        channels: 1 or 3; the width of stored features.
+        patches: how many the grid has, after the foreground mask.
+        level_bytes: of the decoded pixels at the level that is read.
+        file_mpp: `mpp` as the file says, whatever the CSV does.
+        mpp_note: what the file says of its resolution that is not to be believed.
+        preview_problem: why there is no preview although one was asked for.
+        note: what of the file is not read.
+        darkest, brightest: values of the patches looked at.
+        image_seconds, patch_seconds: to open it and decode what belongs to all of it, and to read a patch.
+        origin: of stored features, the fields of `Origin`; empty for images.
+    """
+
+    size: Size
+    levels: int
+    mpp: float | None
+    channels: int
+    patches: int
+    level_bytes: int
+    file_mpp: float | None = None
+    mpp_note: str = ""
+    preview_problem: str = ""
+    note: str = ""
+    darkest: int = field(default=0, compare=False)
+    brightest: int = field(default=255, compare=False)
+    image_seconds: float = field(default=0.0, compare=False)
+    patch_seconds: float = field(default=0.0, compare=False)
+    origin: dict[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why an image cannot be used.
+
+    Attributes:
+        problem: one line without the image's name.
+        trouble: of which kind it is.
+        previewed: whether the preview was made all the same.
+        fix: what to do, where the error said it.
+        largest: value of an image of which only the bits in use are not known.
+    """
+
+    problem: str
+    trouble: Trouble
+    previewed: bool = False
+    fix: str = ""
+    largest: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be looked at.
+
+    Attributes:
+        path: the image, or the file of features.
+        patch: size, stride, level, mpp, bits, foreground, min_foreground and edge, as `FileOpener` takes them.
+        image_mpp: microns per pixel over the file's own.
+        mask: PNG or GeoJSON of the foreground.
+        features: whether `path` holds stored features.
+        name: of the image, for the preview.
+        preview: PNG to make of the foreground and the grid.
+    """
+
+    path: str
+    patch: dict[str, Any]
+    image_mpp: float | None = None
+    mask: str | None = None
+    features: bool = False
+    name: str = ""
+    preview: str | None = None
+
+
+def probe_here(request: Request) -> Probed | Failed:
+    """What the other process does: opens one image, reads its first and last patch."""
+    path = Path(request.path)
+    try:
+        return _probe_features(path, request.name) if request.features else _probe_image(path, request)
+    except BitsUnknown as error:
+        return Failed(error.problem, "image", largest=error.largest)
+    except ImageError as error:
+        problem, fix = problem_and_fix(error.problem)
+        return Failed(problem if error.path == request.path else f"{error.path}: {problem}", "image", fix=fix)
+    except ConfigError as error:
+        problem, fix = problem_and_fix(str(error).removeprefix(f"{path}: "))
+        return Failed(problem, "settings", fix=fix)
+    except OutputError as error:
+        return Failed(str(error), "output")
+    except Exception as error:  # noqa: BLE001 - reported; a fault of one reader must not hide the other images
+        return Failed(f"{type(error).__name__}: {' '.join(str(error).split())}", "unexpected")
+
+
+def _probe_image(path: Path, request: Request) -> Probed | Failed:
+    from keyhole.images.image import open_image
+    from keyhole.patches.grid import NoPatches
+    from keyhole.patches.image_cache import decoded_bytes
+    from keyhole.patches.sources import FileOpener
+
+    mask = None if request.mask is None else Path(request.mask)
+    opener = FileOpener(path=path, name=request.path, image_mpp=request.image_mpp, mask=mask, **request.patch)
+    began = time.perf_counter()
+    with open_image(path, opener.bits) as image:
+        file_mpp, problem = image.mpp, ""
+        try:
+            grid: PatchGrid | None = opener.grid(image)
+        except NoPatches as error:
+            grid, nothing = None, problem_and_fix(str(error).removeprefix(f"{path}: "))
+        opening = time.perf_counter() - began
+        if request.preview is not None:
+            try:
+                _preview(opener, image, grid, request, Path(request.preview))
+            except ImageError as error:  # at a level that a run does not read
+                problem, _ = problem_and_fix(error.problem)
+        if grid is None:
+            previewed = request.preview is not None and not problem
+            return Failed(nothing[0], "settings", previewed, nothing[1])
+        seconds = _seconds(opening, grid.read, len(grid))
+        size = decoded_bytes(image, grid.level)
+        shape = image.size, len(image.levels), image.mpp, image.channels
+        values = _values(image, grid)
+        return Probed(*shape, len(grid), size, file_mpp, image.mpp_note, problem, image.note, *values, *seconds)
+
+
+def _seconds(opening: float, read: Callable[[Sequence[int]], object], length: int) -> tuple[float, float]:
+    """What the image costs and what a patch costs, of reading the first and last patch and then a few."""
+    began = time.perf_counter()
+    read([0, length - 1])
+    first = time.perf_counter()
+    count = min(length, FEW)
+    read(range(count))
+    again = time.perf_counter() - first
+    return max(0.0, opening + first - began - again), again / count
+
+
+def _values(image: Image, grid: PatchGrid) -> tuple[int, int]:
+    """The darkest and brightest value of a few patches; of one alone where it is neither dark nor of one value."""
+    level = image.levels[grid.level]
+    darkest, brightest = 255, 0
+    for place in sorted({round(k * (len(grid) - 1) / 8) for k in range(9)}):
+        x, y, width, height = (round(side / level.downsample) for side in grid.boxes([place])[0].tolist())
+        box = x, y, min(width, level.size.width - x), min(height, level.size.height - y)
+        if min(box[2:]) < 1:
+            continue
+        try:
+            pixels = image.read(box, grid.level)
+        except ImageError:  # damage between the first and the last patch, of which a run leaves out what it must
+            continue
+        darkest, brightest = min(darkest, int(pixels.min())), max(brightest, int(pixels.max()))
+        if darkest < brightest >= DARK:
+            break
+    return darkest, brightest
+
+
+def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, request: Request, path: Path) -> None:
+    from keyhole.report.mask_preview import mask_preview
+
+    full = replace(opener, foreground="all").grid(image)
+    mpp = "unknown microns per pixel" if image.mpp is None else f"{image.mpp:.4g} microns per pixel"
+    at = f"level {full.level}" if opener.mpp is None else f"{opener.mpp:g} microns per pixel"
+    step = f", stride {full.stride}" if full.stride != full.size else ""
+    least = (
+        f", at least {100 * opener.min_foreground:.3g} % of a patch" if opener.foreground in ("tissue", "mask") else ""
+    )
+    caption = [
+        request.name or request.path,
+        f"{image.size.width:,} x {image.size.height:,} pixels, {mpp}",
+        f"patches of {full.size} px{step} at {at}; foreground {opener.foreground}{least}",
+    ]
+    mask_preview(image, full, grid, opener.foreground_mask(), caption, path)
+
+
+def _probe_features(path: Path, name: str) -> Probed:
+    from keyhole.patches.features import FeatureOpener
+
+    began = time.perf_counter()
+    source = FeatureOpener(path, name)()
+    try:
+        image, patch = _seconds(time.perf_counter() - began, source.read, len(source))
+        return Probed(
+            Size(0, 0),
+            1,
+            None,
+            source.patch_shape[0],
+            len(source),
+            0,
+            image_seconds=image,
+            patch_seconds=patch,
+            origin=asdict(source.origin),
+        )
+    finally:
+        source.close()

@@ -1,0 +1,86 @@
+"""The main job once, start to end, on images that are written for it: generate, train, evaluate, show.
+
+Everything goes through the code of `keyhole train` and `keyhole evaluate`; only the images are special.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from keyhole.config.file import build, read_recipe
+from keyhole.config.settings import Config
+from keyhole.errors import OutputError
+from keyhole.inference.evaluate import Evaluation, evaluate
+from keyhole.inference.predictor import Predictor, load
+from keyhole.training.loop import train_config
+
+
+def demo_config(out: Path, seed: int) -> Config:
+    """The configuration the demo trains with: the recipe `demo`, its own images and run folder."""
+    given = {"out": str(out / "run"), "data": {"path": str(out / "images" / "manifest.csv")}, "train": {"seed": seed}}
+    return build(build(Config(), read_recipe("demo")), given)
+
+
+def free_folder(name: str = "demo") -> Path:
+    """`demo`, or `demo-2` and so on: a second demo does not lose the first."""
+    tries = (Path(name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    return next(path for path in tries if not path.exists())
+
+
+def demo(out: str | Path = "demo", seed: int = 0) -> Evaluation:
+    """Writes images, trains, evaluates on 200 that were never seen, and draws what was kept.
+
+    Args:
+        out: folder to create; holds images, run and contact sheet.
+        seed: of images and run.
+
+    Raises:
+        OutputError: the folder exists and holds something.
+    """
+    from keyhole.datasets.digits import CLASSES, make_digits
+
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out}: is there already. Remove it, or choose another folder with --out.")
+    start = time.monotonic()
+    print(f"writing images of digits hidden among strokes to {out / 'images'}", flush=True)
+    make_digits(out / "images", train=240, val=40, seed=seed)
+    print(f"training (the same as: keyhole train {out / 'images' / 'manifest.csv'} --recipe demo)", flush=True)
+    run = train_config(demo_config(out, seed))
+    found = evaluate(run.path)
+    hits, kept = hits_on_digits(load(run.path), out / "images" / "boxes.csv")
+    accuracy = found.metrics[0].overall["accuracy"]
+    images = found.metrics[0].n
+    print(f"{time.monotonic() - start:.0f} s in all; {images} unseen images; guessing gives {1 / len(CLASSES):.2f}")
+    print(f"of the {kept} patches with the most attention in {SAMPLE} unseen images, {hits} lie on a digit")
+    print(f"accuracy {accuracy}")
+    print(f"contact sheet: {found.path / 'contact_sheet.png'}")
+    print(f"run folder: {run.path}")
+    return found
+
+
+SAMPLE = 20
+"""Unseen images whose best patches are compared with where the digits are."""
+
+
+def hits_on_digits(predictor: Predictor, boxes: Path) -> tuple[int, int]:
+    """How many of the most attended patches, one an image, overlap a digit; and of how many."""
+    where: dict[str, list[list[int]]] = defaultdict(list)
+    with boxes.open(newline="") as file:
+        for row in csv.DictReader(file):
+            where[row["image"]].append([int(row[name]) for name in ("x", "y", "width", "height")])
+    images = [name for name in where if name.startswith("images/test")][:SAMPLE]
+    hits = 0
+    for name, prediction in zip(images, predictor.predict_many([boxes.parent / name for name in images]), strict=True):
+        best = int(np.argmax(prediction.kept.attention["label"]))
+        x, y, width, height = prediction.kept.boxes[best]
+        hits += any(
+            x < dx + dw and dx < x + width and y < dy + dh and dy < y + height for dx, dy, dw, dh in where[name]
+        )
+    return hits, len(images)

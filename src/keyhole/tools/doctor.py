@@ -1,0 +1,283 @@
+"""Is this machine fit? Exercises every reader on images it writes itself, and one training run of a few seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyhole.config.settings import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    PatchConfig,
+    RunConfig,
+    SelectConfig,
+    TrainConfig,
+)
+from keyhole.errors import Interrupted
+from keyhole.util.budget import memory_text
+
+Pixels = NDArray[np.uint8]
+
+OPTIONAL = {
+    "tensorboard": "curves in TensorBoard with --run.log tensorboard; pip install tensorboard",
+    "wandb": "curves in Weights & Biases with --run.log wandb; pip install wandb",
+}
+SIDE = 96
+"""Pixels of a test image's side."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        state: `ok`, `FAIL` (something that is needed does not work) or `info`.
+        detail: a figure, the problem, or what a missing part would give.
+    """
+
+    name: str
+    state: Literal["ok", "FAIL", "info"]
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.state:<5} {self.name:<34} {self.detail}".rstrip()
+
+
+def examine() -> Iterator[Finding]:
+    """Looks at everything, one finding at a time; nothing is left behind."""
+    yield from machine()
+    with tempfile.TemporaryDirectory(prefix="keyhole-doctor-") as folder:
+        yield from readers(Path(folder))
+        yield training(Path(folder))
+    yield from optional_parts()
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def machine() -> Iterator[Finding]:
+    """Versions, cores, memory, temporary space and GPU."""
+    yield Finding("python", "info", f"{platform.python_version()} on {platform.platform()}")
+    from keyhole.runs.run import PACKAGES
+
+    for package in PACKAGES:
+        try:
+            yield Finding(package, "info", version(package))
+        except PackageNotFoundError:
+            yield Finding(package, "FAIL", "not installed; install keyhole again")
+    yield Finding("cores", "info", str(_cores()))
+    yield Finding("memory", "info", _memory())
+    for place in (Path(tempfile.gettempdir()), Path("/dev/shm")):
+        if place.is_dir():
+            usage = shutil.disk_usage(place)
+            yield Finding(str(place), "info", f"{memory_text(usage.free)} of {memory_text(usage.total)} free")
+    yield Finding("GPU", "info", _gpu())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> str:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    text = memory_text(total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (given := limit.read_text().strip()).isdigit() and int(given) < total:
+        text += f", of which this container may use {memory_text(int(given))}"
+    return text
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"none that torch {torch.__version__} can use; training runs on the CPU"
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(f"{device.name} with {memory_text(device.total_memory)}" for device in devices)
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+
+def readers(folder: Path) -> Iterator[Finding]:
+    """Writes a picture in every format and reads it back: lossless ones exactly, JPEG and its like nearly."""
+    for entry in entry_points(group="keyhole.images"):
+        yield attempt(f"reader {entry.name}", partial(_load, entry))
+    for name, suffix, write, tolerance in _formats():
+        path = folder / f"image-{name.replace(' ', '-')}.{suffix}"
+        yield attempt(f"{suffix} {name}", partial(_read_back, path, write, tolerance))
+    yield attempt("whole-slide file by OpenSlide", lambda: _read_by_openslide(folder / "slide.tiff"))
+
+
+def _load(entry: EntryPoint) -> str:
+    return str(entry.load().__name__)
+
+
+Writer = Callable[[Path, Pixels], None]
+
+
+def _formats() -> Iterator[tuple[str, str, Writer, float]]:
+    """(name, suffix, writer, largest mean difference) of every variant."""
+    yield "colour", "png", _with_pillow(), 0.0
+    yield "colour", "bmp", _with_pillow(), 0.0
+    yield "colour", "webp", _with_pillow(lossless=True), 0.0
+    yield "colour", "jpg", _with_pillow(quality=95, subsampling=0), 4.0
+    yield "grey", "png", lambda path, pixels: _with_pillow()(path, pixels[:, :, 0]), 0.0
+    tile: dict[str, Any] = {"tile": (32, 32), "photometric": "rgb"}
+    yield "strips", "tif", _with_tifffile(photometric="rgb", rowsperstrip=16), 0.0
+    for compression in ("lzw", "deflate", "zstd"):
+        yield f"tiles {compression}", "tif", _with_tifffile(**tile, compression=compression), 0.0
+    yield "tiles jpeg", "tif", _with_tifffile(**tile, compression="jpeg", compressionargs={"level": 95}), 6.0
+    yield "tiles jpeg2000", "tif", _with_tifffile(**tile, compression="jpeg2000"), 4.0
+    yield "big", "tif", _with_tifffile(**tile, bigtiff=True), 0.0
+    yield "OME", "ome.tif", _with_tifffile(**tile), 0.0
+    yield "pyramid", "tif", _pyramid, 0.0
+
+
+def _with_pillow(**options: Any) -> Writer:
+    def write(path: Path, pixels: Pixels) -> None:
+        from PIL import Image
+
+        Image.fromarray(pixels).save(path, **options)
+
+    return write
+
+
+def _with_tifffile(**options: Any) -> Writer:
+    def write(path: Path, pixels: Pixels) -> None:
+        import tifffile
+
+        tifffile.imwrite(path, pixels, **options)
+
+    return write
+
+
+def _pyramid(path: Path, pixels: Pixels) -> None:
+    import tifffile
+
+    with tifffile.TiffWriter(path) as file:
+        options: dict[str, Any] = {"tile": (32, 32), "photometric": "rgb", "compression": "deflate"}
+        file.write(pixels, subifds=1, **options)
+        file.write(pixels[::2, ::2], subfiletype=1, **options)
+
+
+def _picture() -> Pixels:
+    """Smooth, so that lossy formats stay near; different in every channel and corner."""
+    down, right = np.mgrid[0:SIDE, 0:SIDE] * (255 / SIDE)
+    return np.stack([down, right, 255 - (down + right) / 2], axis=2).astype(np.uint8)
+
+
+def _read_back(path: Path, write: Writer, tolerance: float) -> str:
+    from keyhole.images import open_image
+
+    pixels = _picture()
+    write(path, pixels)
+    with open_image(path) as image:
+        read = image.read((0, 0, SIDE, SIDE), 0)
+        reader = type(image).__name__
+    wanted = pixels[:, :, :1] if read.shape[2] == 1 else pixels
+    difference = float(np.abs(read.astype(int) - wanted).mean())
+    if difference > tolerance:
+        raise ValueError(f"the pixels differ by {difference:.1f} of 255 on average")
+    return reader
+
+
+def _read_by_openslide(path: Path) -> str:
+    import tifffile
+
+    from keyhole.images.openslide import OpenSlideImage
+
+    pixels = np.tile(_picture(), (4, 4, 1))
+    options: dict[str, Any] = {"tile": (256, 256), "photometric": "rgb", "compression": "deflate"}
+    with tifffile.TiffWriter(path) as file:
+        file.write(pixels, **options)
+        file.write(np.ascontiguousarray(pixels[::2, ::2]), subfiletype=1, **options)
+    with OpenSlideImage(path) as image:
+        if not np.array_equal(image.read((100, 100, 200, 200), 0), pixels[100:300, 100:300]):
+            raise ValueError("the pixels differ from those written")
+        return f"OpenSlide, {len(image.levels)} levels"
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def training_config(folder: Path) -> Config:
+    """The small run that `training` does."""
+    return Config(
+        out=folder / "run",
+        data=DataConfig(path=folder / "data", val=0.25, test=0.25),
+        patch=PatchConfig(size=32),
+        model=ModelConfig(width=8),
+        select=SelectConfig(m=2, chunk=8),
+        train=TrainConfig(epochs=1, batch=2),
+        run=RunConfig(stall=60),
+    )
+
+
+def training(folder: Path) -> Finding:
+    """One epoch on eight images of 64 px, exactly as `keyhole train` does it, on the device it would choose."""
+
+    def learn() -> str:
+        from keyhole.training.loop import train_config
+
+        random = np.random.default_rng(0)
+        for label, brightness in (("dark", 40), ("light", 210)):
+            for number in range(4):
+                path = folder / "data" / label / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                noise = random.integers(-30, 30, (64, 64, 3))
+                _with_pillow()(path, (brightness + noise).astype(np.uint8))
+        start = time.monotonic()
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                train_config(training_config(folder))
+        except Interrupted as stop:  # its run is in a folder that goes: nothing to resume
+            raise Interrupted("interrupted", stop.signal_number) from stop
+        return f"{time.monotonic() - start:.1f} s"
+
+    return attempt("training, one epoch", learn)
+
+
+def optional_parts() -> Iterator[Finding]:
+    """Packages that are not needed, and what they would give."""
+    for package, gives in OPTIONAL.items():
+        there = importlib.util.find_spec(package) is not None
+        yield Finding(package, "ok" if there else "info", "" if there else f"not installed; would give {gives}")
+
+
+def attempt(name: str, work: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, "ok", work())
+    except Interrupted:
+        raise
+    except Exception as error:
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
+        problem = " ".join(str(error).split()) or "no message"
+        return Finding(name, "FAIL", f"{type(error).__name__}: {problem}")
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: a library that is being imported may turn it into one of its own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
