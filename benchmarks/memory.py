@@ -6,7 +6,8 @@
 One of N patches an image, M kept patches and B images a step varies, around N = 10,000, M = 64 and B = 4, each in a
 process of its own. `keyhole.tools.bench.memory` has the steps: patches come through the reader as they do from files,
 but are made from their index: 32 px and the small encoder at width 8 on a CPU, 256 px and ResNet-18 on a GPU. On a
-CPU the budget is that of the whole process; on a GPU that of torch's allocator, and the process's peak is given beside it.
+CPU the budget is that of the whole process; on a GPU that of torch's allocator, and the process's peak is given beside
+it.
 """
 
 from __future__ import annotations
