@@ -1,0 +1,159 @@
+"""Examples in docstrings run, and what a user calls says what it returns.
+
+The examples run in an empty folder: they make the files that they need.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+from source_tree import definitions, modules
+
+import keyhole
+from keyhole import nn
+
+PARSER = doctest.DocTestParser()
+CLASSES = (
+    keyhole.Predictor,
+    keyhole.Prediction,
+    keyhole.Run,
+    keyhole.PatchGrid,
+    keyhole.images.Image,
+    nn.IPSClassifier,
+    nn.CrossAttentionPool,
+)
+FIRST = {
+    "keyhole.train": keyhole.train,
+    "keyhole.load": keyhole.load,
+    "keyhole.evaluate": keyhole.evaluate,
+    "keyhole.embed": keyhole.embed,
+    "keyhole.check": keyhole.check,
+    "keyhole.resume": keyhole.resume,
+    "keyhole.open_image": keyhole.open_image,
+    "keyhole.Config": keyhole.Config,
+    "keyhole.PatchGrid": keyhole.PatchGrid,
+    "Predictor.predict": keyhole.Predictor.predict,
+    "IPSClassifier.select": nn.IPSClassifier.select,
+    "CrossAttentionPool": nn.CrossAttentionPool,
+    "from_reference": nn.from_reference,
+}
+"""What a user calls first."""
+
+WITHOUT_RETURNS: set[str] = {
+    "CrossAttentionPool.folded_query",
+    "CrossAttentionPool.forward",
+    "CrossAttentionPool.logits",
+    "IPSClassifier.accelerate",
+    "IPSClassifier.classify",
+    "IPSClassifier.embed",
+    "IPSClassifier.encode",
+    "IPSClassifier.forward",
+    "IPSClassifier.look",
+    "IPSClassifier.looking",
+    "IPSClassifier.score",
+    "IPSClassifier.score_embedding",
+    "IPSClassifier.steady",
+    "IPSClassifier.train",
+    "IPSClassifier.with_position",
+    "Image.read",
+    "Image.sniff",
+    "PatchGrid.boxes",
+    "PatchGrid.cells",
+    "PatchGrid.centers",
+    "PatchGrid.corners",
+    "PatchGrid.read",
+    "Prediction.to_json",
+    "Predictor.open",
+    "Predictor.predict",
+    "Predictor.predict_items",
+    "Predictor.predict_many",
+    "Run.summary",
+    "keyhole.check",
+    "keyhole.embed",
+    "keyhole.evaluate",
+    "keyhole.load",
+    "keyhole.open_image",
+    "keyhole.resume",
+}
+WITHOUT_EXAMPLE: set[str] = {
+    "CrossAttentionPool",
+    "IPSClassifier.select",
+    "Predictor.predict",
+    "from_reference",
+    "keyhole.Config",
+    "keyhole.PatchGrid",
+    "keyhole.check",
+    "keyhole.embed",
+    "keyhole.evaluate",
+    "keyhole.load",
+    "keyhole.open_image",
+    "keyhole.resume",
+    "keyhole.train",
+}
+"""What is still to be written: delete a line when its docstring has it."""
+
+
+def example(module: str, name: str, text: str) -> doctest.DocTest:
+    """The examples of one docstring; the names of its module are defined in them."""
+    return PARSER.get_doctest(text, vars(import_module(module)).copy(), name, None, None)
+
+
+EXAMPLES = {
+    module: texts
+    for module in modules()
+    if (
+        texts := [
+            (name, text) for name, node in definitions(module) if ">>>" in (text := ast.get_docstring(node) or "")
+        ]
+    )
+}
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples_print_what_they_say(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    for name, text in EXAMPLES[module]:
+        runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+        failed, attempted = runner.run(example(module, name, text), out=said.append)[:2]
+        assert attempted
+        assert not failed, "".join(said)
+
+
+def called() -> dict[str, FunctionType]:
+    """Every function of the package and every method of its classes that is public."""
+    found = {f"keyhole.{name}": getattr(keyhole, name) for name in keyhole.__all__}
+    for owner in CLASSES:
+        for name, value in vars(owner).items():
+            function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+            if not name.startswith("_"):
+                found[f"{owner.__name__}.{name}"] = function
+    return {name: value for name, value in found.items() if inspect.isfunction(value)}
+
+
+def returns_nothing(function: Any) -> bool:
+    return inspect.signature(function, eval_str=False).return_annotation in (None, "None")
+
+
+@pytest.mark.parametrize("name", sorted(called()))
+def test_what_a_user_calls_says_what_it_returns(name: str, request: pytest.FixtureRequest) -> None:
+    if name in WITHOUT_RETURNS:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="to be written"))
+    function = called()[name]
+    assert function.__doc__
+    assert returns_nothing(function) or re.search(r"^ *(Returns|Yields):$", function.__doc__, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_what_a_user_calls_first_has_an_example(name: str, request: pytest.FixtureRequest) -> None:
+    if name in WITHOUT_EXAMPLE:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="to be written"))
+    assert ">>>" in (FIRST[name].__doc__ or "")
