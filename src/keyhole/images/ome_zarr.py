@@ -11,9 +11,8 @@ from keyhole.images.depth import of_largest
 from keyhole.images.faults import not_one_picture
 from keyhole.images.geometry import Size
 from keyhole.images.scale import TO_MICRONS, Scale, believed
+from keyhole.images.zarr_array import ZarrArray, ZarrGroup, child, open_node
 
-METADATA = ("zarr.json", ".zgroup", ".zarray")
-"""Files of which a zarr folder has one."""
 _OLD_AXES = "tczyx"
 _RGB = ("FF0000", "00FF00", "0000FF")
 
@@ -28,61 +27,60 @@ class Picture:
         bits: in use of a value, where the metadata state fewer than are stored.
     """
 
-    arrays: tuple[Any, ...]
+    arrays: tuple[ZarrArray, ...]
     axes: str
     channels: int
     scale: Scale
     bits: int | None = None
 
-    def size(self, array: Any) -> Size:
+    def size(self, array: ZarrArray) -> Size:
         return Size(array.shape[self.axes.index("x")], array.shape[self.axes.index("y")])
 
 
-def picture_of(path: Path, store: Any) -> Picture:
+def picture_of(path: Path) -> Picture:
     """The picture in a zarr folder.
 
     Raises:
         ImageError: plates, label images, stacks, several channels, or metadata that is missing.
     """
-    import zarr
-
-    node = zarr.open(store=store, mode="r")
-    if isinstance(node, zarr.Array):
+    root = path.absolute()
+    node = open_node(root, root)
+    if isinstance(node, ZarrArray):
         axes = _array_axes(path, node)
         return Picture((node,), axes, _channels(path, node, axes), Scale())
     ome = _ome(node)
     if "multiscales" not in ome and "bioformats2raw.layout" in ome:
-        node = node[_first_series(node)]
+        node = child(node, _first_series(node, root), root)
         ome = _ome(node)
     if "plate" in ome or "well" in ome:
         raise ImageError(path, "a plate of wells, not one picture. Name one field of it, as in plate.zarr/A/1/0.")
     if "image-label" in ome:
         raise ImageError(path, "a label image: numbers of objects, not a picture. Name the image it belongs to.")
-    if not ome.get("multiscales"):
+    if not ome.get("multiscales") or isinstance(node, ZarrArray):
         raise ImageError(
-            path, "a zarr group without `multiscales` of OME-Zarr. Name the image or array in it, or export it anew."
+            path, "a zarr group without `multiscales` of OME-Zarr. Name the image or array in it, or export it again."
         )
-    return _multiscale(path, node, ome)
+    nodes = [child(node, str(dataset["path"]), root) for dataset in ome["multiscales"][0]["datasets"]]
+    arrays = tuple(array for array in nodes if isinstance(array, ZarrArray))
+    if not arrays or len(arrays) < len(nodes):
+        raise ImageError(path, "its `multiscales` names no arrays. Export it again.")
+    return _multiscale(path, arrays, ome)
 
 
-def _ome(node: Any) -> dict[str, Any]:
+def _ome(node: ZarrArray | ZarrGroup) -> dict[str, Any]:
     """OME's part of the attributes: under `ome` since 0.5."""
-    attributes = node.attrs.asdict()
-    ome = attributes.get("ome", attributes)
+    ome = node.attributes.get("ome", node.attributes)
     return ome if isinstance(ome, dict) else {}
 
 
-def _first_series(node: Any) -> str:
+def _first_series(group: ZarrGroup, root: Path) -> str:
     """Name of the first picture in a bioformats2raw folder."""
-    series = _ome(node["OME"]).get("series") if "OME" in node else None
+    series = _ome(child(group, "OME", root)).get("series") if (group.folder / "OME").is_dir() else None
     return str(series[0]) if series else "0"
 
 
-def _multiscale(path: Path, node: Any, ome: dict[str, Any]) -> Picture:
+def _multiscale(path: Path, arrays: tuple[ZarrArray, ...], ome: dict[str, Any]) -> Picture:
     first = ome["multiscales"][0]
-    arrays = [node[str(dataset["path"])] for dataset in first["datasets"]]
-    if not arrays or any(not hasattr(array, "chunks") for array in arrays):
-        raise ImageError(path, "its `multiscales` names no arrays. Export it anew.")
     named = first.get("axes", list(_OLD_AXES) if first.get("version") in ("0.1", "0.2") else None)
     if not isinstance(named, list):
         raise ImageError(path, "its `multiscales` has no axes. Export it as OME-Zarr 0.4 or 0.5.")
@@ -92,22 +90,22 @@ def _multiscale(path: Path, node: Any, ome: dict[str, Any]) -> Picture:
     scale = _scale(axes, named, first, first["datasets"][0])
     channels = [_channels(path, array, axes) for array in arrays]
     if len(set(channels)) > 1:
-        raise ImageError(path, f"its levels have {channels} channels. Export it anew.")
+        raise ImageError(path, f"its levels have {channels} channels. Export it again.")
     if channels[0] == 3:
         _check_rgb(path, ome)
-    picture = Picture(tuple(arrays), axes, channels[0], scale, _bits(ome))
+    picture = Picture(arrays, axes, channels[0], scale, _bits(ome))
     if picture.size(arrays[0]) != max(map(picture.size, arrays)):
-        raise ImageError(path, "its first level is not its largest. Export it anew.")
+        raise ImageError(path, "its first level is not its largest. Export it again.")
     return picture
 
 
-def _channels(path: Path, array: Any, axes: str) -> int:
+def _channels(path: Path, array: ZarrArray, axes: str) -> int:
     """1 or 3; refuses stacks and everything that has no width and height."""
     if len(axes) != array.ndim or sorted(axes) != sorted(set(axes)) or not {"x", "y"} <= set(axes):
         raise ImageError(path, f"axes {axes!r} for an array of {array.shape}; expected y and x, and each once.")
     lengths = dict(zip(axes, array.shape, strict=True))
     if min(array.shape) < 1:
-        raise ImageError(path, f"an array of {array.shape} has no pixels. Export it anew.")
+        raise ImageError(path, f"an array of {array.shape} has no pixels. Export it again.")
     many = {axis: length for axis, length in lengths.items() if axis not in "cyx" and length != 1}
     channels = int(lengths.get("c", 1))
     if channels not in (1, 3):
@@ -159,9 +157,9 @@ def _scale(axes: str, named: list[Any], first: dict[str, Any], dataset: dict[str
     return believed(sizes[0], sizes[1], "its OME-Zarr")
 
 
-def _array_axes(path: Path, array: Any) -> str:
+def _array_axes(path: Path, array: ZarrArray) -> str:
     """Axes of an array by itself: as it names them, else by its shape where that leaves no doubt."""
-    names = getattr(array.metadata, "dimension_names", None) or array.attrs.asdict().get("_ARRAY_DIMENSIONS")
+    names = array.dimension_names
     if names and all(isinstance(name, str) and len(name) == 1 for name in names):
         return "".join(names).lower()
     if array.ndim == 2:

@@ -1,0 +1,286 @@
+"""Arrays of zarr v2 and v3 in a folder: their metadata, and their chunks, read and decoded on the calling thread.
+
+The package `zarr` reads through an event loop, which costs more than decoding a chunk of 256 pixels does. No chunk is
+decoded to more than the size that the metadata give it: a file of some kilobytes may declare gigabytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+METADATA = ("zarr.json", ".zarray", ".zgroup")
+"""Files of which a zarr folder has one."""
+MAX_READ_BYTES = 2**29
+"""Bytes of one encoded chunk."""
+MAX_SHARD_CHUNKS = 2**20
+"""Chunks of one shard; its index has 16 bytes for each."""
+_MISSING = 2**64 - 1
+"""Offset in a shard's index of a chunk that is not stored."""
+_SUM = 4
+"""Bytes of a CRC-32C."""
+
+
+class ZarrGroup(NamedTuple):
+    """A group of arrays and its attributes."""
+
+    folder: Path
+    attributes: dict[str, Any]
+
+
+class ZarrArray:
+    """An array in a folder.
+
+    Args:
+        folder: of the array.
+        root: folder of the whole store. A missing chunk is the fill value only while the store is there.
+        metadata: of the array, in the words of v3 or v2.
+
+    Raises:
+        LookupError, TypeError, ValueError: the metadata are damaged.
+        UnsupportedCodec: chunks are stored in a way that is not read.
+    """
+
+    def __init__(self, folder: Path, root: Path, metadata: dict[str, Any]) -> None:
+        self._folder, self._root = folder, root
+        self.attributes: dict[str, Any] = metadata["attributes"]
+        self.shape = tuple(int(side) for side in metadata["shape"])
+        self._fill = metadata.get("fill_value") or 0
+        codecs: list[Any]
+        if metadata["zarr_format"] == 2:
+            self.dtype = np.dtype(metadata["dtype"])
+            self.dimension_names = self.attributes.get("_ARRAY_DIMENSIONS")
+            stored = metadata["chunks"]
+            codecs = _v2_codecs(metadata, len(self.shape), self.dtype)
+            self._prefix, self._separator = "", str(metadata.get("dimension_separator") or ".")
+        else:
+            self.dtype = np.dtype(metadata["data_type"])
+            self.dimension_names = metadata.get("dimension_names")
+            stored, codecs = metadata["chunk_grid"]["configuration"]["chunk_shape"], metadata["codecs"]
+            name, options = _named(metadata["chunk_key_encoding"])
+            self._prefix = "c" if name == "default" else ""
+            self._separator = str(options.get("separator", "/" if name == "default" else "."))
+        self.chunks = tuple(int(side) for side in stored)
+        self._shard: _Shard | None = None
+        name, options = _named(codecs[0])
+        if name == "sharding_indexed":
+            stored, self.chunks = self.chunks, tuple(int(side) for side in options["chunk_shape"])
+            self._shard = _Shard.of(stored, self.chunks, options, len(codecs) == 1)
+            codecs = options["codecs"]
+        if len(self.chunks) != len(self.shape) or min(self.chunks, default=0) < 1:
+            raise ValueError(f"chunks of {self.chunks} for an array of {self.shape}")
+        self._codecs = _Codecs.of(codecs, len(self.shape), self.dtype)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def encoded(self, chunk: Sequence[int]) -> bytes | None:
+        """The bytes of a chunk as they are stored, None where there are none.
+
+        Args:
+            chunk: place of the chunk along each axis.
+
+        Raises:
+            FileNotFoundError: the whole store is gone.
+            OSError, ValueError: the chunk cannot be read, or is too large.
+        """
+        shard = self._shard
+        place = chunk if shard is None else [at // per for at, per in zip(chunk, shard.counts, strict=True)]
+        key = self._separator.join([*([self._prefix] if self._prefix else []), *map(str, place)])
+        try:
+            with open(f"{self._folder}/{key}", "rb", buffering=0) as file:  # noqa: PTH123 - Path costs more than reading
+                if shard is None:
+                    return _read(file, 0, os.fstat(file.fileno()).st_size)
+                return shard.read(file, [at % per for at, per in zip(chunk, shard.counts, strict=True)])
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            if not any(os.path.lexists(self._root / name) for name in METADATA):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root)) from error
+            return None
+
+    def decoded(self, data: bytes | None) -> NDArray[Any]:
+        """The values of a chunk, in the shape of `chunks`; the fill value where there are no bytes."""
+        if data is None:
+            return np.full(self.chunks, self._fill, self.dtype)
+        return self._codecs.decode(data, self.chunks)
+
+
+class UnsupportedCodec(Exception):  # noqa: N818 - the reader makes an ImageError of it
+    """Chunks are stored in a way that is not read."""
+
+
+def open_node(folder: Path, root: Path) -> ZarrArray | ZarrGroup:
+    """The array or group in a folder.
+
+    Raises:
+        LookupError, TypeError, ValueError: there is none, or its metadata are damaged.
+        UnsupportedCodec: an array whose chunks are stored in a way that is not read.
+    """
+    for name in METADATA:
+        if (folder / name).is_file():
+            metadata = json.loads((folder / name).read_bytes())
+            if metadata["zarr_format"] != (3 if name == "zarr.json" else 2):
+                raise ValueError(f"zarr_format {metadata['zarr_format']} in {name}")
+            is_array = metadata["node_type"] == "array" if name == "zarr.json" else name == ".zarray"
+            if name != "zarr.json" and (beside := folder / ".zattrs").is_file():
+                metadata["attributes"] = json.loads(beside.read_bytes())
+            attributes = metadata.setdefault("attributes", {})
+            if not isinstance(attributes, dict):
+                raise TypeError("attributes that are not an object")
+            return ZarrArray(folder, root, metadata) if is_array else ZarrGroup(folder, attributes)
+    raise LookupError(f"no array or group {folder.name!r}")
+
+
+def child(group: ZarrGroup, name: str, root: Path) -> ZarrArray | ZarrGroup:
+    """The array or group `name` below a group; see `open_node`."""
+    if ".." in name.split("/") or name.startswith("/"):
+        raise ValueError(f"a path {name!r} that leaves the folder")
+    return open_node(group.folder / name, root)
+
+
+class _Codecs(NamedTuple):
+    """How one chunk is encoded: values in an order of axes, as bytes, through `names` one after the other."""
+
+    order: tuple[int, ...]
+    dtype: np.dtype[Any]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, codecs: Sequence[Any], ndim: int, dtype: np.dtype[Any]) -> _Codecs:
+        order, names, read_as = tuple(range(ndim)), [], None
+        for name, options in map(_named, codecs):
+            if name == "transpose" and read_as is None:
+                order = tuple(order[axis] for axis in options["order"])
+            elif name == "bytes" and read_as is None:
+                read_as = dtype.newbyteorder(">" if options.get("endian", "little") == "big" else "<")
+            elif name in (*_DECODERS, "crc32c") and read_as is not None:
+                names.append(name)
+            else:
+                raise UnsupportedCodec(f"chunks in the codec {name}")
+        if read_as is None or sorted(order) != list(range(ndim)):
+            raise ValueError("codecs without bytes, or a transpose of other axes")
+        if sum(name in _DECODERS for name in names) > 1:
+            raise UnsupportedCodec(f"chunks in the codec {' + '.join(name for name in names if name in _DECODERS)}")
+        return cls(order, read_as, tuple(names))
+
+    def decode(self, data: bytes, shape: Sequence[int]) -> NDArray[Any]:
+        size = math.prod(shape) * self.dtype.itemsize
+        for place in reversed(range(len(self.names))):
+            if self.names[place] == "crc32c":
+                data = _without_sum(data)
+                continue
+            most = size + _SUM * self.names[:place].count("crc32c")
+            try:
+                data = _DECODERS[self.names[place]](data, most)
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"a chunk that does not decode to its {most:,} bytes: {reason}") from error
+        if len(data) != size:
+            raise ValueError(f"a chunk of {len(data):,} bytes, expected {size:,}")
+        values = np.frombuffer(data, self.dtype).reshape([shape[axis] for axis in self.order])
+        return values.transpose(np.argsort(self.order))
+
+
+class _Shard(NamedTuple):
+    """How the chunks of one file are found: by an index (offset and bytes of each) at its end or beginning."""
+
+    counts: tuple[int, ...]
+    has_sum: bool
+    at_start: bool
+
+    @classmethod
+    def of(cls, shard: Sequence[int], chunk: Sequence[int], options: dict[str, Any], alone: bool) -> _Shard:
+        counts = tuple(-(-whole // part) for whole, part in zip(shard, chunk, strict=True))
+        names = [_named(codec)[0] for codec in options["index_codecs"]]
+        if not alone or names not in (["bytes"], ["bytes", "crc32c"]) or math.prod(counts) > MAX_SHARD_CHUNKS:
+            raise UnsupportedCodec("shards in another codec, or of more than a million chunks")
+        return cls(counts, len(names) == 2, options.get("index_location", "end") == "start")
+
+    def read(self, file: BinaryIO, chunk: Sequence[int]) -> bytes | None:
+        number, size = math.prod(self.counts), os.fstat(file.fileno()).st_size
+        length = 16 * number + _SUM * self.has_sum
+        index = _read(file, 0 if self.at_start else size - length, length)
+        places = np.frombuffer(_without_sum(index) if self.has_sum else index, "<u8").reshape(number, 2)
+        offset, count = places[np.ravel_multi_index(tuple(chunk), self.counts)].tolist()
+        return None if offset == count == _MISSING else _read(file, offset, count)
+
+
+def _v2_codecs(metadata: dict[str, Any], ndim: int, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
+    """The codecs of an array of v2 in the words of v3."""
+    if metadata.get("filters"):
+        raise UnsupportedCodec(f"chunks with the filter {metadata['filters'][0]['id']}")
+    order = [{"name": "transpose", "configuration": {"order": range(ndim)[::-1]}}] if metadata["order"] == "F" else []
+    endian = "big" if dtype.str.startswith(">") else "little"
+    compressor = metadata["compressor"]
+    return [
+        *order,
+        {"name": "bytes", "configuration": {"endian": endian}},
+        *([] if compressor is None else [{"name": compressor["id"]}]),
+    ]
+
+
+def _named(codec: Any) -> tuple[str, dict[str, Any]]:
+    """Name and configuration of a codec of v3, which may be a name alone."""
+    if isinstance(codec, str):
+        return codec, {}
+    return str(codec["name"]), codec.get("configuration") or {}
+
+
+def _read(file: BinaryIO, start: int, count: int) -> bytes:
+    if start < 0 or count > MAX_READ_BYTES:
+        raise ValueError(f"a chunk or an index of {count:,} bytes")
+    file.seek(start)
+    data = file.read(count) or b""
+    if len(data) < count:
+        raise ValueError("the file ends early")
+    return data
+
+
+def _without_sum(data: bytes) -> bytes:
+    import google_crc32c
+
+    if google_crc32c.value(data[:-_SUM]) != int.from_bytes(data[-_SUM:], "little"):
+        raise ValueError("a wrong checksum")
+    return data[:-_SUM]
+
+
+def _blosc(data: bytes, most: int) -> bytes:
+    """Decode Blosc, after a look at its header: the decoder reads on in whatever lies behind bytes that were cut."""
+    import imagecodecs
+
+    if (
+        len(data) < 16
+        or int.from_bytes(data[4:8], "little") > most
+        or int.from_bytes(data[12:16], "little") > len(data)
+    ):
+        raise ValueError("its header is damaged, or it was cut")
+    return bytes(imagecodecs.blosc_decode(data, numthreads=1, out=most))
+
+
+def _imagecodec(name: str, more: int = 0, **options: Any) -> Callable[[bytes, int], Any]:
+    """A decoder of imagecodecs into memory of the size expected; `more` shows a longer chunk where it is only cut."""
+
+    def decode(data: bytes, most: int) -> Any:
+        import imagecodecs
+
+        return getattr(imagecodecs, f"{name}_decode")(data, out=most + more, **options)
+
+    return decode
+
+
+_DECODERS: dict[str, Callable[[bytes, int], Any]] = {
+    "blosc": _blosc,
+    "zstd": _imagecodec("zstd"),
+    "gzip": _imagecodec("gzip"),
+    "zlib": _imagecodec("zlib"),
+    "lz4": _imagecodec("lz4", header=True),
+    "bz2": _imagecodec("bz2", more=1),
+}
