@@ -1,4 +1,4 @@
-"""Draws docs/flow.svg, the picture of the README: every arrow carries the file that is that arrow.
+"""Draws docs/flow.svg, the picture of the README: every arrow carries the folder of src/keyhole that does it.
 
     python docs/draw_flow.py
 
@@ -49,11 +49,11 @@ def caption(column: int, top: float, name: str, detail: str) -> str:
     )
 
 
-def arrow(column: int, top: float, *files: str) -> str:
-    """From a node to its right neighbour, its files above it."""
+def arrow(column: int, top: float, *folders: str) -> str:
+    """From a node to its right neighbour, its folders above it."""
     start, end, y = COLUMN[column] + PICTURE / 2 + 8, COLUMN[column + 1] - PICTURE / 2 - 8, top + PICTURE / 2
     middle = (start + end) / 2
-    names = [code(middle, y - 10 - 19 * (len(files) - 1 - i), name) for i, name in enumerate(files)]
+    names = [code(middle, y - 10 - 19 * (len(folders) - 1 - i), name) for i, name in enumerate(folders)]
     return f'<path d="M{start:g} {y:g} H{end - 3:g}" class="arrow"/>' + "".join(names)
 
 
@@ -199,7 +199,7 @@ def picture() -> str:
                 (image_node, "image", "pixels of any box"),
                 (grid_node, "grid", "N patches, overlap or not"),
             ),
-            (("images/image.py",), ("grid.py",)),
+            (("images/",), ("patches/",)),
         ),
         (
             second,
@@ -209,7 +209,7 @@ def picture() -> str:
                 (lambda x, y: scene(x, y, SCORES, 1.5), "logits", "N x heads x tasks"),
                 (kept_node, "M kept", "per image"),
             ),
-            (("nn/encoder.py",), ("nn/position.py", "nn/attention.py"), ("nn/selection.py",)),
+            (("engine/", "nn/"), ("nn/",), ("nn/",)),
         ),
         (
             third,
@@ -217,9 +217,9 @@ def picture() -> str:
                 (zoom_node, "M patches", "the same pixels, read again"),
                 (lambda x, y: bars_node(x, y, 4, (1, 3)), "embeddings", "M x D"),
                 (lambda x, y: bars_node(x, y, 2, (0,)), "pooled", "one per task, D"),
-                (answer_node, "logits per task", "tasks.py: label, probability"),
+                (answer_node, "logits per task", "tasks/: label, probability"),
             ),
-            (("nn/split.py", "nn/encoder.py"), ("nn/position.py", "nn/attention.py"), ("nn/classifier.py",)),
+            (("engine/", "nn/"), ("nn/",), ("nn/",)),
         ),
     )
     for top, nodes, files in rows:
@@ -227,18 +227,17 @@ def picture() -> str:
             parts.append(draw(*corner(column, top)) + caption(column, top, name, detail))
         parts += [arrow(column, top, *names) for column, names in enumerate(files)]
     below = (COLUMN[1] + COLUMN[2]) / 2, first + PICTURE / 2 + 22
-    for line, words in enumerate(("foreground.py", "masks.py")):
-        parts.append(text(below[0], below[1] + 19 * line, words, 14, GREY, 'text-anchor="middle" class="code"'))
-    parts.append(text(below[0], below[1] + 37, "if asked", 13, GREY))
-    parts.append(turn(2, first, second, "patches.py  reading/"))
-    parts.append(turn(3, second, third, "patches.py  reading/"))
+    for line, words in enumerate(("tissue or mask,", "if asked")):
+        parts.append(text(below[0], below[1] + 17 * line, words, 13, GREY))
+    parts.append(turn(2, first, second, "loading/  engine/"))
+    parts.append(turn(3, second, third, "loading/  engine/"))
     return "\n".join(parts)
 
 
 def svg() -> str:
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" \
 font-family="Helvetica, Arial, sans-serif">
-<title>From an image file to the logits of each task; every arrow carries the name of its file in src/keyhole</title>
+<title>From an image file to the logits of each task; every arrow carries the name of its folder in src/keyhole</title>
 <defs>
 <marker id="head" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" markerHeight="7" orient="auto">
 <path d="M0 0 L10 5 L0 10 Z" fill="{INK}"/></marker>

@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_every_link_leads_to_a_file(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_every_file_of_the_package_and_every_test_that_is_named_exists(document: Path) -> None:
     text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
-    named = re.findall(r"`((?:[\w.-]+/)*\w+\.py)`", text)
+    named = re.findall(r"`((?:[\w.-]+/)*\w+\.py)`(?! \(new\))", text)
     places = (ROOT, ROOT / "src" / "keyhole", ROOT / "tests", document.parent)
     assert not [file for file in named if not any((place / file).is_file() for place in places)]
     tests = re.findall(r"`(test_\w+)`", text)
@@ -141,12 +142,31 @@ def test_every_file_of_the_package_and_every_test_that_is_named_exists(document:
     assert not [test for test in tests if test not in written]
 
 
-def test_every_arrow_of_the_picture_is_a_file_that_the_text_explains() -> None:
-    arrows = set(re.findall(r"[\w/]+\.py", (ROOT / "docs" / "flow.svg").read_text()))
-    assert len(arrows) >= 8
-    assert not [file for file in arrows if not (ROOT / "src" / "keyhole" / file).is_file()]
-    text = (ROOT / "docs" / "how-it-works.md").read_text()
-    assert not [file for file in arrows if f"`{file}`" not in text]
+def tree() -> list[str]:
+    """The folders of the package from top to bottom, as the contract of imports has them, and the errors."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    package = ROOT / "src" / "keyhole"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert folders == set(layers) - {"errors"}, "the contract of imports is not the tree"
+    return [f"{name}/" if name in folders else f"{name}.py" for name in layers]
+
+
+def test_the_table_of_folders_is_the_tree() -> None:
+    rows = re.findall(r"^\| `([a-z]+(?:/|\.py))` \|", (ROOT / "docs" / "how-it-works.md").read_text(), re.MULTILINE)
+    assert rows == tree()
+
+
+def test_the_map_for_contributors_is_the_tree() -> None:
+    block = re.search(r"^    src/keyhole/\n(.*?)\n\n", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert block is not None
+    assert re.findall(r"^      (\S+)", block[1], re.MULTILINE) == tree()
+
+
+def test_every_arrow_of_the_picture_is_a_folder_of_the_tree() -> None:
+    arrows = set(re.findall(r"\b[a-z]+/(?=[ <:])", (ROOT / "docs" / "flow.svg").read_text()))
+    assert len(arrows) >= 6
+    assert arrows <= set(tree())
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
