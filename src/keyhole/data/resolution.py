@@ -6,9 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from keyhole.patches.features import FeaturePatches
-from keyhole.patches.sources import FilePatches, PatchSource
-
 TOLERANCE = 1.2
 """Resolutions whose ratio is at most this are alike: scanners of one nominal magnification differ by less."""
 MICROSCOPE = 20.0
@@ -16,15 +13,6 @@ MICROSCOPE = 20.0
 
 GIVEN = "a column `mpp` in a CSV, or --mpp of predict"
 """How the user gives the resolution of an image."""
-
-
-def patch_mpp(source: PatchSource) -> float | None:
-    """Microns per pixel of the patches of an image, as they are read; None where not known."""
-    if isinstance(source, FeaturePatches):
-        return source.grid.mpp
-    if not isinstance(source, FilePatches) or source.image.mpp is None:
-        return None
-    return source.image.mpp * source.grid.scale
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ from keyhole.nn.pixels import AsRead
 from keyhole.nn.split import bags_of
 from keyhole.nn.tensors import host_memory, values_of
 from keyhole.patches.edge import edge_for
-from keyhole.patches.features import FeatureOpener, FeaturePatches, learned_origin
+from keyhole.patches.features import FeatureOpener, learned_origin
 from keyhole.patches.image_cache import ImageStore
-from keyhole.patches.sources import FileOpener, FilePatches, PatchSource, View
+from keyhole.patches.sources import FileOpener, PatchSource, View
 from keyhole.util.threads import default_threads
 from keyhole.util.timing import Shares
 
@@ -149,8 +149,7 @@ def positions(
 def _positions(model: IPSClassifier, source: PatchSource, index: NDArray[np.int64]) -> NDArray[Any]:
     """As `positions`, on the host."""
     if isinstance(model.position, CenterPosition):
-        scale = source.grid.scale if isinstance(source, FilePatches | FeaturePatches) else 1.0
-        return (source.positions_2d(index) / scale).astype(np.float32)
+        return (source.positions_2d(index) / source.scale).astype(np.float32)
     return source.positions_1d(index)
 
 

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from keyhole.data.item import Item
-from keyhole.data.resolution import patch_mpp
 from keyhole.engine.passes import Inference
 from keyhole.errors import ImageError
 from keyhole.images import open_image
@@ -23,7 +22,7 @@ from keyhole.loading import Reader
 from keyhole.nn import IPSClassifier
 from keyhole.nn.selection import Kept as KeptTensors
 from keyhole.patches.features import FeaturePatches
-from keyhole.patches.sources import FilePatches
+from keyhole.patches.sources import FilePatches, PatchSource
 from keyhole.report.pictures import most_attended, pictures_of_features, pictures_of_file
 from keyhole.report.prediction import Kept, Prediction, Scores, by_class
 from keyhole.tasks.kinds import Task
@@ -53,8 +52,8 @@ def make_prediction(
     """
     kept, source = done.kept[row], done.batch.sources[row]
     assert kept is not None
-    assert isinstance(source, FilePatches | FeaturePatches)
-    grid, scores = source.grid, _scores(model, tasks, kept, source)
+    assert source is not None
+    scores = _scores(model, tasks, kept, source)
     # One meaning of score everywhere: a share of all patches, also under "streaming", which ranks by shares of the
     # patches that it holds at the end.
     found = kept.index.cpu().numpy()
@@ -62,11 +61,7 @@ def make_prediction(
     index = found[best]
     probability = {task.name: task.probability(done.logits[task.name][place].float().cpu().numpy()) for task in tasks}
     unreadable = np.array(sorted(done.batch.unreadable.get(row, ())), np.int64)
-    size, origin = (
-        (source.image.size, source.image.qupath_origin)
-        if isinstance(source, FilePatches)
-        else _slide(item, source, reader)
-    )
+    size, origin = _slide(item, source, reader)
     return Prediction(
         name=item.name,
         image=item.image,
@@ -77,14 +72,14 @@ def make_prediction(
         label={task.name: task.label(probability[task.name]) for task in tasks},
         kept=Kept(
             index,
-            grid.boxes(index),
+            source.boxes(index),
             scores.score[index],
             {task: weights[best] for task, weights in _attention(model, tasks, kept).items()},
         ),
         scores=scores,
-        patch=_geometry(source),
+        patch=source.describe(),
         model=name,
-        unreadable=grid.boxes(unreadable) if len(unreadable) else None,
+        unreadable=source.boxes(unreadable) if len(unreadable) else None,
     )
 
 
@@ -131,46 +126,30 @@ def _attention(model: IPSClassifier, tasks: Sequence[Task], kept: KeptTensors) -
     return {task.name: weights[:, model.queries[task.name]] for task in tasks}
 
 
-def _scores(
-    model: IPSClassifier, tasks: Sequence[Task], kept: KeptTensors, source: FilePatches | FeaturePatches
-) -> Scores:
+def _scores(model: IPSClassifier, tasks: Sequence[Task], kept: KeptTensors, source: PatchSource) -> Scores:
     """Every patch's share of the attention over all patches, per task: softmax over n, mean over heads."""
     assert kept.logits is not None
     score = kept.logits.softmax(dim=0).mean(dim=1)
     index = torch.arange(len(score)).numpy()
-    grid = source.grid
+    rows, columns = source.map_shape
     return Scores(
-        rows=grid.rows,
-        columns=grid.columns,
+        rows=rows,
+        columns=columns,
         index=index,
-        cells=grid.cells(index),
+        cells=source.cells(index),
         score=score.mean(dim=1).cpu().numpy(),
         per_task={task.name: score[:, model.queries[task.name]].cpu().numpy() for task in tasks},
-        boxes=grid.boxes,
+        boxes=source.boxes,
         arrived=None if kept.arrived is None else kept.arrived.numpy(),
     )
 
 
-def _geometry(source: FilePatches | FeaturePatches) -> dict[str, Any]:
-    """`Prediction.patch` of a source."""
-    grid = source.grid
-    about: dict[str, Any] = {"size": grid.size, "stride": grid.stride, "level": grid.level}
-    if isinstance(source, FeaturePatches):
-        return about | {
-            "mpp": source.grid.mpp,
-            "scale": grid.scale,
-            "features": str(source.file.path),
-            "size_known": source.grid.known,
-        }
-    return about | {"mpp": patch_mpp(source), "scale": grid.scale, "edge": source.grid.edge}
+def _slide(item: Item, source: PatchSource, reader: Reader) -> tuple[Size, tuple[int, int]]:
+    """Size of the image and QuPath's origin on it.
 
-
-def _slide(item: Item, source: FeaturePatches, reader: Reader) -> tuple[Size, tuple[int, int]]:
-    """Size of the slide that features are from, and QuPath's origin on it.
-
-    As the features say, else as the slide does, else what holds them all, counted from the corner.
+    Stored features may not say them: then as the slide does, else what holds them all, counted from the corner.
     """
-    stated, origin = source.grid.l0_size, source.grid.qupath_origin
+    stated, origin = source.l0_size, source.qupath_origin
     if stated is not None and origin is not None:
         return stated, origin
     if item.image != item.features and os.path.exists(item.image):  # noqa: PTH110 - raises nothing on a long name
@@ -181,4 +160,4 @@ def _slide(item: Item, source: FeaturePatches, reader: Reader) -> tuple[Size, tu
 
         with suppress(ImageError):  # its features are what was asked for
             return reader.run(item.name, look)
-    return stated or source.grid.extent, origin or (0, 0)
+    return source.extent, origin or (0, 0)

@@ -78,8 +78,7 @@ class EmbeddingFiles:
             for each in chain([first], told):
                 if isinstance(each, End):
                     return self._finish(writer, item, each)
-                assert isinstance(each.source, FilePatches)
-                writer.add(each.embedding(), each.source.grid.boxes(each.index)[:, :2], item.name)
+                writer.add(each.embedding(), each.source.boxes(each.index)[:, :2], item.name)
                 if self.progress is not None:
                     self.progress.update(patches=len(each.index))
         raise AssertionError("an image has an end")
@@ -103,7 +102,7 @@ class EmbeddingFiles:
     def _check(self, item: Item, source: FilePatches, missing: Mapping[int, str]) -> None:
         ledger = Ledger(len(source), parse_share(self.config.unreadable))
         index = list(missing)
-        ledger.add(item.name, source.grid.boxes(index), index, list(missing.values()))
+        ledger.add(item.name, source.boxes(index), index, list(missing.values()))
         try:
             ledger.check()
         except KeyholeError as error:

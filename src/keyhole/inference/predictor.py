@@ -376,7 +376,7 @@ class Predictor:
             assert source is not None
             ledger = Ledger(len(source), parse_share(self.config.unreadable))
             index = list(reasons)
-            ledger.add(done.batch.names[row], _places(source)(index), index, list(reasons.values()))
+            ledger.add(done.batch.names[row], source.boxes(index), index, list(reasons.values()))
             try:
                 ledger.check()
             except KeyholeError as error:
@@ -389,9 +389,3 @@ def _item(path: str | Path) -> Item:
     absolute = Path(path).absolute()
     stored = absolute.suffix.lower() in FEATURE_SUFFIXES
     return Item(str(path), absolute, {}, features=absolute if stored else None)
-
-
-def _places(source: PatchSource) -> Callable[[Sequence[int]], Any]:
-    """Patch indices to their boxes; to None where they have no place."""
-    grid = getattr(source, "grid", None)
-    return lambda index: None if grid is None else grid.boxes(index)

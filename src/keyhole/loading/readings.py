@@ -17,7 +17,7 @@ from keyhole.loading.chunks import Coded, Delivery
 from keyhole.loading.held import Held
 from keyhole.loading.ring import Array
 from keyhole.patches.grid import Index
-from keyhole.patches.sources import FilePatches, PatchSource
+from keyhole.patches.sources import PatchSource
 from keyhole.util.threads import Pool, Task, beat, given_up
 
 LeaveOut = Literal["nothing", "damaged", "lost"]
@@ -50,7 +50,7 @@ class OpenSource:
 
     def __init__(self, source: PatchSource) -> None:
         self.source = source
-        self._whole = isinstance(source, FilePatches) and source.image.held_pixels > 0
+        self._whole = source.whole_bytes > 0
         self._first: Task[Outcome] | None = None  # the reading that decodes the image, where it is decoded whole
         self.lost: ImageError | None = None
         self.delivers = False
@@ -93,18 +93,15 @@ class OpenSource:
         Raises:
             ImageLost, StalledRead: as `read`.
         """
-        source = self.source
-        if not isinstance(source, FilePatches):
-            return {}
         with self._reading():
             try:
-                found = source.encoded(index, colors)
+                found = self.source.encoded(index, colors)
             except LOST:
                 raise
             except ImageError:
                 return {}
         rows = zip(index.tolist(), found or [], strict=found is not None)
-        coded = {number: Coded(data, source.view) for number, data in rows if data is not None}
+        coded = {number: Coded(data, self.source.view) for number, data in rows if data is not None}
         self.delivers = self.delivers or bool(coded)
         return coded
 

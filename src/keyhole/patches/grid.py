@@ -35,6 +35,24 @@ RUN_PATCHES, RUN_PIXELS = 64, 2**24
 Index = NDArray[np.int64]
 
 
+def checked_index(index: ArrayLike | slice, n: int, what: str = "patch") -> Index:
+    """Return `index` as int64 (k,), each 0 ... n - 1.
+
+    Raises:
+        IndexError: no such patch.
+        ValueError: neither a slice nor one row of integers.
+    """
+    if isinstance(index, slice):
+        return np.arange(*index.indices(n), dtype=np.int64)
+    flat = np.asarray(index)
+    if flat.ndim != 1 or (flat.size and flat.dtype.kind not in "iu"):
+        raise ValueError(f"index must be a slice or one row of integers, not {flat.dtype} {flat.shape}")
+    flat = flat.astype(np.int64)
+    if flat.size and not (flat.min() >= 0 and flat.max() < n):
+        raise IndexError(f"{what} index {flat.min()} ... {flat.max()} outside 0 ... {n - 1}")
+    return flat
+
+
 class NoPatches(ConfigError):  # noqa: N818 - says what came out
     """The foreground mask leaves no patch of an image."""
 
@@ -206,15 +224,7 @@ class PatchGrid:
 
     def _raster(self, index: ArrayLike | slice) -> Index:
         """Positions in the full grid of the patches `index`."""
-        if isinstance(index, slice):
-            flat = np.arange(*index.indices(len(self)), dtype=np.int64)
-        else:
-            flat = np.asarray(index)
-            if flat.ndim != 1 or (flat.size and flat.dtype.kind not in "iu"):
-                raise ValueError(f"index must be a slice or one row of integers, not {flat.dtype} {flat.shape}")
-            flat = flat.astype(np.int64)
-        if flat.size and not (flat.min() >= 0 and flat.max() < len(self)):
-            raise IndexError(f"patch index {flat.min()} ... {flat.max()} outside 0 ... {len(self) - 1}")
+        flat = checked_index(index, len(self))
         return flat if self._kept is None else self._kept[flat].astype(np.int64, copy=False)
 
     def corners(self, index: ArrayLike | slice) -> Index:

@@ -7,10 +7,10 @@ from a file, so that opening can happen later, on a reading thread.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -22,8 +22,8 @@ from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
 from keyhole.images.scale import given_scale
 from keyhole.patches.edge import Edge
-from keyhole.patches.grid import Index, NoPatches, PatchGrid, reading_level
-from keyhole.patches.image_cache import ImageStore
+from keyhole.patches.grid import Index, NoPatches, PatchGrid, checked_index, reading_level
+from keyhole.patches.image_cache import ImageStore, decoded_bytes
 from keyhole.util.rows import take_rows
 
 if TYPE_CHECKING:
@@ -71,61 +71,103 @@ class View:
         return np.stack([row, column], axis=1), (rows, columns)
 
 
-class PatchSource(Protocol):
-    """Patches (or features) of one image, by index. Reading is blocking and thread-safe."""
+class PatchSource(ABC):
+    """Patches, or stored features, of one image: their values, and where on the image they lie.
 
-    @property
-    def name(self) -> str:
-        """What messages call it."""
+    A subclass sets `name`, `patch_shape` and `dtype` and implements `__len__` and `read`, which may block and is called
+    from several threads. The defaults of everything else are those of patches whose place is unknown.
 
-    @property
-    def patch_shape(self) -> tuple[int, ...]:
-        """Shape of one patch, such as (s, s, c)."""
+    Attributes:
+        name: for messages; as the manifest writes it.
+        patch_shape: of one patch, (s, s, c) or (d,).
+        dtype: of the values.
+        scale: level-0 pixels per pixel of a patch.
+        mpp: microns per pixel of a patch; None where unknown.
+        l0_size: width and height of the image at level 0; None where unknown.
+        qupath_origin: level-0 x, y from which QuPath counts; None where unknown.
+        view: how the image is turned by the augmentation.
+        decoded_bytes: memory that the level read takes when it is decoded whole; 0 for features.
+        whole_bytes: memory that the reader needs because it decodes the image whole; 0 where it reads parts.
+    """
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the values of a patch."""
+    name: str
+    patch_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    scale: float = 1.0
+    mpp: float | None = None
+    l0_size: Size | None = None
+    qupath_origin: tuple[int, int] | None = None
+    view: View = View()
+    decoded_bytes: int = 0
+    whole_bytes: int = 0
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
-        """Patches (k, *patch_shape), written into `out` if given."""
+        """Return patches (k, *patch_shape), written into `out` if given."""
 
-    def chunks(self, size: int) -> Iterator[tuple[Index, Array]]:
-        """All patches in order, `size` at a time, as (index, pixels); unthreaded."""
+    @abstractmethod
+    def close(self) -> None:
+        """Close the file, if there is one. Reading afterwards is an error."""
 
-    def fetch(self, index: ArrayLike | slice) -> Array:
-        """`read`, under the name of the second pass."""
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """Rows and columns of the map of scores that `cells` refers to."""
+        return 1, len(self)
+
+    def cells(self, index: ArrayLike | slice) -> Index:
+        """Row and column in the map of scores, int64 (k, 2)."""
+        chosen = checked_index(index, len(self))
+        return np.stack([np.zeros_like(chosen), chosen], axis=1)
+
+    def boxes(self, index: ArrayLike | slice) -> Index:
+        """x, y, width, height in level-0 pixels, int64 (k, 4); boxes of no size at 0, 0 where the place is unknown."""
+        return np.zeros((len(checked_index(index, len(self))), 4), np.int64)
+
+    @property
+    def extent(self) -> Size:
+        """Width and height in level-0 pixels that hold all patches."""
+        return self.l0_size or Size(0, 0)
 
     def positions_1d(self, index: ArrayLike | slice) -> Index:
-        """Index int64 (k,) in raster order of the full, turned grid."""
+        """Index int64 (k,) in raster order of the full grid of the turned image."""
+        return checked_index(index, len(self))
 
     def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
-        """x, y float64 (k, 2) of the centres, in level-0 pixels of the turned image."""
+        """x, y float64 (k, 2) of the centres, in level-0 pixels of the turned image.
 
-    def close(self) -> None:
-        """Give back what is open. Reading afterwards is an error."""
+        Raises:
+            ConfigError: the place is unknown.
+        """
+        raise ConfigError(f"{self.name}: a 2-D position code needs `centers`; give them, or use `1d` or `none`")
+
+    def describe(self) -> dict[str, Any]:
+        """Size, step and resolution of the patches, for `Prediction.patch`."""
+        return {"mpp": self.mpp, "scale": self.scale}
+
+    def gives_jpeg(self) -> bool:
+        """Return whether `encoded` finds JPEG streams here."""
+        return False
+
+    def encoded(self, index: ArrayLike | slice, colors: Container[str]) -> list[bytes | None] | None:
+        """Return patches as the JPEG streams that the file stores; the decoder has to apply `view`.
+
+        Args:
+            index: of the patches.
+            colors: kinds of JPEG that can be used, of "grey", "rgb" and "ycbcr": what the samples mean.
+
+        Returns:
+            (k) one stream for each patch, None for a patch that is not a whole JPEG tile; None where no patch is.
+
+        Raises:
+            ImageError: the file is damaged or gone.
+        """
+        return None
 
 
-class _Chunked(ABC):
-    """The unthreaded passes, in terms of `read`."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array: ...
-
-    def chunks(self, size: int) -> Iterator[tuple[Index, Array]]:
-        for start in range(0, len(self), size):
-            index = np.arange(start, min(start + size, len(self)), dtype=np.int64)
-            yield index, self.read(index)
-
-    def fetch(self, index: ArrayLike | slice) -> Array:
-        return self.read(index)
-
-
-class FilePatches(_Chunked):
+class FilePatches(PatchSource):
     """The patches of a grid over an image; closes the image.
 
     Args:
@@ -150,7 +192,11 @@ class FilePatches(_Chunked):
             raise ConfigError(f"channels (={channels}) must be 1 or 3")
         self.name = str(image.path) if name is None else name
         self.patch_shape = (grid.size, grid.size, self.channels)
-        self.dtype: np.dtype[Any] = np.dtype(np.uint8)
+        self.dtype = np.dtype(np.uint8)
+        self.scale, self.l0_size, self.qupath_origin = grid.scale, image.size, image.qupath_origin
+        self.mpp = None if image.mpp is None else image.mpp * grid.scale
+        self.decoded_bytes = decoded_bytes(image, grid.level)
+        self.whole_bytes = image.held_pixels * image.channels
 
     def __len__(self) -> int:
         return len(self.grid)
@@ -169,6 +215,21 @@ class FilePatches(_Chunked):
         out[...] = pixels
         return out
 
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        return self.grid.rows, self.grid.columns
+
+    def cells(self, index: ArrayLike | slice) -> Index:
+        return self.grid.cells(index)
+
+    def boxes(self, index: ArrayLike | slice) -> Index:
+        return self.grid.boxes(index)
+
+    def describe(self) -> dict[str, Any]:
+        grid = self.grid
+        sizes = {"size": grid.size, "stride": grid.stride, "level": grid.level}
+        return {**sizes, **super().describe(), "edge": grid.edge}
+
     def positions_1d(self, index: ArrayLike | slice) -> Index:
         cells, (_, columns) = self.view.cells(self.grid.cells(index), self.grid.rows, self.grid.columns)
         return cells[:, 0] * columns + cells[:, 1]
@@ -180,25 +241,12 @@ class FilePatches(_Chunked):
         self.image.close()
 
     def gives_jpeg(self) -> bool:
-        """Whether patches can come as JPEG streams: see `encoded`. What is damaged is for `read` to say."""
         try:
             return self._tiles() is not None
-        except ImageError:
+        except ImageError:  # `read` raises it too
             return False
 
     def encoded(self, index: ArrayLike | slice, colors: Container[str]) -> list[bytes | None] | None:
-        """Patches as JPEG streams, taken from the file as they lie there; `view` is left to who decodes them.
-
-        Args:
-            index: of the patches.
-            colors: kinds of JPEG that are of use, of "grey", "rgb" and "ycbcr": what the samples mean.
-
-        Returns:
-            (k) one stream for each patch, None for one that is no whole JPEG tile; None where none can be.
-
-        Raises:
-            ImageError: the file is damaged or gone.
-        """
         grid, tiles = self.grid, self._tiles()
         if tiles is None:
             return None
@@ -230,7 +278,7 @@ def _grey(pixels: Pixels) -> Pixels:
     return np.asarray(picture).reshape(k, height, width, 1)
 
 
-class TensorPatches(_Chunked):
+class TensorPatches(PatchSource):
     """Patches or features that are in memory already.
 
     Args:
@@ -246,35 +294,23 @@ class TensorPatches(_Chunked):
         self._centers = None if centers is None else np.asarray(centers, np.float64)
         if self._centers is not None and self._centers.shape != (len(self.array), 2):
             raise ConfigError(f"{name}: centers must be ({len(self.array)}, 2), not {self._centers.shape}")
-        self.name = name
-        self.patch_shape = self.array.shape[1:]
-        self.dtype: np.dtype[Any] = self.array.dtype
+        self.name, self.patch_shape, self.dtype = name, self.array.shape[1:], self.array.dtype
 
     def __len__(self) -> int:
         return len(self.array)
 
     def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
-        rows = index if isinstance(index, slice) else np.asarray(index, np.int64)
-        if isinstance(rows, slice):
-            if out is None:
-                return np.array(self.array[rows])
-            out[...] = self.array[rows]
-        elif out is None:
-            return np.asarray(self.array[rows])
-        else:
-            take_rows(self.array, rows, out)
+        chosen = checked_index(index, len(self))
+        if out is None:
+            return np.asarray(self.array[chosen])
+        take_rows(self.array, chosen, out)
         return out
 
-    def positions_1d(self, index: ArrayLike | slice) -> Index:
-        return np.arange(len(self), dtype=np.int64)[index if isinstance(index, slice) else np.asarray(index, np.int64)]
-
     def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
-        if self._centers is None:
-            raise ConfigError(f"{self.name}: a 2-D position code needs `centers`; give them, or use `1d` or `none`")
-        return self._centers[index if isinstance(index, slice) else np.asarray(index, np.int64)]
+        return super().positions_2d(index) if self._centers is None else self._centers[checked_index(index, len(self))]
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,10 @@ def pictures_of_features(source: FeaturePatches, prediction: Prediction, place: 
 
 def _is_slide_of(size: Size, source: FeaturePatches) -> bool:
     """Whether the features can be of a slide of this size: patches at its border may reach over it, but begin on it."""
-    stated, side = source.grid.l0_size, source.grid.scale * source.grid.size
-    if stated is not None:
-        return size == stated
-    return all(have > reach - side for have, reach in zip(size, source.grid.extent, strict=True))
+    if source.l0_size is not None:
+        return size == source.l0_size
+    side = source.scale * source.grid.size
+    return all(have > reach - side for have, reach in zip(size, source.extent, strict=True))
 
 
 def _patches(image: Image, boxes: NDArray[np.int64]) -> NDArray[np.uint8]:

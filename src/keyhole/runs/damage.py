@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from keyhole.loading.unreadable import Ledger, parse_share
-from keyhole.patches.features import FeaturePatches
-from keyhole.patches.sources import FilePatches, PatchSource
+from keyhole.patches.sources import PatchSource
 from keyhole.runs.run import read_rows, write_rows
 from keyhole.util.progress import say
 
@@ -45,8 +44,7 @@ class Damage:
     def add(self, name: str, source: PatchSource, reasons: Mapping[int, str]) -> None:
         """Notes patches of an image, with their places."""
         index = list(reasons)
-        boxes = source.grid.boxes(index) if isinstance(source, FilePatches | FeaturePatches) else None
-        self.ledger.add(name, boxes, index, list(reasons.values()))
+        self.ledger.add(name, source.boxes(index), index, list(reasons.values()))
         self._write()
 
     def warn(self, what: str) -> None:

@@ -18,7 +18,7 @@ from keyhole.config.auto import number
 from keyhole.config.settings import AugmentConfig, Config
 from keyhole.data.companions import unused_masks
 from keyhole.data.manifest import Item, Manifest
-from keyhole.data.resolution import NOT_KNOWN, Resolution, patch_mpp
+from keyhole.data.resolution import NOT_KNOWN, Resolution
 from keyhole.engine.device import settle_precision
 from keyhole.engine.memory.pace import fixed_chunk
 from keyhole.engine.memory.plan import CPU_CHUNK
@@ -29,8 +29,8 @@ from keyhole.loading import Opener, Reader
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
 from keyhole.patches.features import FeaturePatches, learned_origin
-from keyhole.patches.image_cache import ImageStore, decoded_bytes, fits
-from keyhole.patches.sources import FilePatches, View
+from keyhole.patches.image_cache import ImageStore, fits
+from keyhole.patches.sources import View
 from keyhole.runs.checkpoint import load_encoder
 from keyhole.tasks.kinds import Task
 from keyhole.util.budget import parse_memory
@@ -147,12 +147,11 @@ def scan(
         counts[item.name] = len(source)
         shape = source.patch_shape
         if item.split == "train":
-            mpp[item.name] = patch_mpp(source)
-        if isinstance(source, FilePatches):
-            total += decoded_bytes(source.image, source.grid.level)
-            pictures.append(source.image.held_pixels * source.image.channels)
-            jpeg = jpeg or (config.run.decode == "auto" and may_decode(device) and source.gives_jpeg())
-        elif isinstance(source, FeaturePatches):
+            mpp[item.name] = source.mpp
+        total += source.decoded_bytes
+        pictures.append(source.whole_bytes)
+        jpeg = jpeg or (config.run.decode == "auto" and may_decode(device) and source.gives_jpeg())
+        if isinstance(source, FeaturePatches):
             doubts.update(source.doubts(learned_origin(config.model)))
         source.close()
     manifest = manifest.without(bad)

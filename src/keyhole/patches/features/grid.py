@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from keyhole.images.geometry import Size
-from keyhole.patches.grid import Index
+from keyhole.patches.grid import Index, checked_index
 
 LOOKED_AT = 2**16
 """Rows from which the step between patches is told."""
@@ -119,14 +119,7 @@ class FeatureGrid:
         Raises:
             IndexError: no such feature.
         """
-        if isinstance(index, slice):
-            return np.arange(*index.indices(self.n), dtype=np.int64)
-        flat = np.asarray(index)
-        if flat.ndim != 1 or (flat.size and flat.dtype.kind not in "iu"):
-            raise ValueError(f"index must be a slice or one row of integers, not {flat.dtype} {flat.shape}")
-        if flat.size and not (flat.min() >= 0 and flat.max() < self.n):
-            raise IndexError(f"feature index {flat.min()} ... {flat.max()} outside 0 ... {self.n - 1}")
-        return flat.astype(np.int64)
+        return checked_index(index, self.n, "feature")
 
 
 def in_pixels(attributes: Mapping[str, Any], mpp: float) -> dict[str, Any]:

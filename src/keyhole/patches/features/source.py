@@ -2,12 +2,12 @@
 
 source = FeatureOpener(Path("features/a.h5"), "a.svs")()
 source.read([5, 2])                 # (2, d) float32, from the disk
-source.grid.boxes([5, 2])           # where on the slide
+source.boxes([5, 2])                # where on the slide
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from keyhole.config.settings import Config, ModelConfig
 from keyhole.errors import ConfigError, ImageError
+from keyhole.images.geometry import Size
 from keyhole.patches.features.files import FeatureFile, checked_coords, open_features
 from keyhole.patches.features.grid import FeatureGrid, in_pixels
 from keyhole.patches.features.origin import UNKNOWN, Origin
 from keyhole.patches.grid import Index
+from keyhole.patches.sources import PatchSource
 
 
-class FeaturePatches:
+class FeaturePatches(PatchSource):
     """The features of one file; closes it. Rows are read from the disk in the order of the file.
 
     Args:
@@ -42,13 +44,14 @@ class FeaturePatches:
         self.file = file
         self.name = str(file.path) if name is None else name
         self.patch_shape = (file.d,)
-        self.dtype: np.dtype[Any] = np.dtype(np.float32)
+        self.dtype = np.dtype(np.float32)
         self.origin = file.origin
         self._coords, attributes = file.coords, file.attributes
         if file.coords_um is not None and mpp is not None:
             self._coords = checked_coords(file.path, file.coords_um / mpp, file.n)
             attributes = {**attributes, **in_pixels(attributes, mpp)}
-        self.grid = FeatureGrid(file.n, self._coords, attributes)
+        self.grid = grid = FeatureGrid(file.n, self._coords, attributes)
+        self.scale, self.mpp, self.l0_size, self.qupath_origin = grid.scale, grid.mpp, grid.l0_size, grid.qupath_origin
 
     def __len__(self) -> int:
         return self.file.n
@@ -66,17 +69,24 @@ class FeaturePatches:
                 self.file.read(start, start + int(last - first), out[place : place + int(last - first)])
         return out
 
-    def chunks(self, size: int) -> Iterator[tuple[Index, NDArray[Any]]]:
-        for start in range(0, len(self), size):
-            index = np.arange(start, min(start + size, len(self)), dtype=np.int64)
-            yield index, self.read(index)
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        return self.grid.rows, self.grid.columns
 
-    def fetch(self, index: ArrayLike | slice) -> NDArray[Any]:
-        return self.read(index)
+    def cells(self, index: ArrayLike | slice) -> Index:
+        return self.grid.cells(index)
 
-    def positions_1d(self, index: ArrayLike | slice) -> Index:
-        """Index in the file."""
-        return self.grid.checked(index)
+    def boxes(self, index: ArrayLike | slice) -> Index:
+        return self.grid.boxes(index)
+
+    @property
+    def extent(self) -> Size:
+        return self.l0_size or self.grid.extent
+
+    def describe(self) -> dict[str, Any]:
+        grid = self.grid
+        sizes = {"size": grid.size, "stride": grid.stride, "level": grid.level}
+        return {**sizes, **super().describe(), "features": str(self.file.path), "size_known": grid.known}
 
     def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
         """x, y of the centres in level-0 pixels.

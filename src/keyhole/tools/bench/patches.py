@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from keyhole.patches.grid import checked_index
+from keyhole.patches.sources import PatchSource
 from keyhole.util.rows import take_rows
 
 MARKS = 8
@@ -18,7 +19,7 @@ COLUMNS = 1000
 """Patches in a row of the grid that they are said to lie in."""
 
 
-class MadePatches:
+class MadePatches(PatchSource):
     """A patch source of `n` patches.
 
     Args:
@@ -39,7 +40,7 @@ class MadePatches:
         return self.n
 
     def read(self, index: ArrayLike | slice, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        wanted = self._index(index)
+        wanted = checked_index(index, self.n)
         out = np.empty((len(wanted), *self.patch_shape), self.dtype) if out is None else out
         take_rows(self._patterns, wanted % len(self._patterns), out)
         if self.dtype == np.uint8:
@@ -48,25 +49,12 @@ class MadePatches:
             out[:, 0] = wanted / self.n
         return out
 
-    fetch = read
-
-    def chunks(self, size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-        for start in range(0, self.n, size):
-            index = np.arange(start, min(start + size, self.n), dtype=np.int64)
-            yield index, self.read(index)
-
-    def positions_1d(self, index: ArrayLike | slice) -> NDArray[np.int64]:
-        return self._index(index)
-
     def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
-        rows, columns = np.divmod(self._index(index), COLUMNS)
+        rows, columns = np.divmod(checked_index(index, self.n), COLUMNS)
         return np.stack([columns, rows], axis=1) * float(self.patch_shape[0])
 
     def close(self) -> None:
-        pass
-
-    def _index(self, index: ArrayLike | slice) -> NDArray[np.int64]:
-        return np.arange(self.n)[index] if isinstance(index, slice) else np.asarray(index, np.int64)
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
