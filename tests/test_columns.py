@@ -182,7 +182,7 @@ def test_words_for_unknown_are_unknown_in_every_kind_of_task(word: str, cells: t
     path = table(tmp_path, {"label": some, "other": LABEL})
     manifest, expected = read(path), infer(full)
     assert (manifest.tasks[0].kind, manifest.tasks[0].classes) == expected
-    unknown = [item for item in manifest.items if np.isnan(manifest.target(item, manifest.tasks[0])).all()]
+    unknown = [item for item in manifest.items if np.isnan(manifest.targets([item])[manifest.tasks[0].name]).all()]
     assert [int(item.image.stem) for item in unknown] == [i for i in range(N) if i % 6 == 5]
     said = [note for note in manifest.notes if "mean that the label is unknown" in note]
     assert len(said) == bool(word)

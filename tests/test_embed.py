@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 import keyhole
 from keyhole.cli.main import main
 from keyhole.config.settings import PatchConfig
-from keyhole.data.read_folder import list_images
+from keyhole.data.listing import list_images
 from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, OutputError
 from keyhole.images import open_image
 from keyhole.inference.embed import Embedded, embed

@@ -13,7 +13,8 @@ from conftest import Say
 from PIL import Image
 
 from keyhole.config.settings import DataConfig
-from keyhole.data.manifest import Manifest, expand_images, read_for_tasks, read_manifest
+from keyhole.data.listing import expand_images
+from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
 from keyhole.errors import DataError
 from keyhole.tasks.kinds import Task
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from keyhole.config.settings import DataConfig
 from keyhole.data.hashes import hash_files
-from keyhole.data.manifest import Manifest, expand_images, read_for_tasks, read_manifest
+from keyhole.data.listing import expand_images
+from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
 from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, StalledRead
 from keyhole.tasks.kinds import Task
 
@@ -164,11 +165,11 @@ def test_every_column_of_a_csv_arrives(tmp_path: Path) -> None:
     assert (second.name, second.group, second.mpp) == ("1.svs", "p2", None)
     grade, findings, age = manifest.tasks
     assert (grade.kind, findings.kind, age.kind) == ("binary", "multilabel", "regression")
-    assert manifest.target(first, grade) == 1
-    assert manifest.target(first, findings).tolist() == [1, 1]
-    assert manifest.target(second, findings).tolist() == [0, 0]
-    assert np.isnan(manifest.target(third, grade)).all()
-    assert np.isnan(manifest.target(third, age)).all()
+    targets = manifest.targets([first, second, third])
+    assert targets["grade"][0] == 1
+    assert targets["findings"][:2].tolist() == [[1, 1], [0, 0]]
+    assert np.isnan(targets["grade"][2]).all()
+    assert np.isnan(targets["age"][2]).all()
     # Of the training split alone.
     assert (age.mean, age.std) == pytest.approx((50.75, 10.75))
     assert [len(manifest.split(name)) for name in ("train", "val", "test")] == [2, 1, 1]
@@ -310,7 +311,7 @@ def test_data_for_a_trained_model_are_read_by_its_tasks(tmp_path: Path) -> None:
     manifest = read_for_tasks(DataConfig(path=path), tasks)
     assert [item.split for item in manifest.items] == ["test", "test"]
     assert manifest.tasks == tasks
-    assert np.isnan(manifest.target(manifest.items[0], tasks[1])).all()
+    assert np.isnan(manifest.targets(manifest.items)["age"]).all()
     assert left(manifest) == {"2.png": "no label for grade"}
     write(path, table("image,grade", "0.png,a", "1.png,d"))
     with pytest.raises(DataError, match=r"line 3: grade: unknown class 'd'"):

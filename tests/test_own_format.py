@@ -11,7 +11,7 @@ import pytest
 from make_images import picture
 
 from keyhole.cli.main import main
-from keyhole.data.manifest import expand_images
+from keyhole.data.listing import expand_images
 from keyhole.images import open_image
 from keyhole.images.image import folder_suffixes, image_suffixes, readers
 

@@ -445,7 +445,7 @@ def test_the_resolution_of_new_images_is_given_on_the_command_line_or_in_a_csv(
     assert sizes(str(table), str(tmp_path / "gone.png"), "--mpp", "0.25") == {"a.png": 16, "b.png": 32, "gone.png": 32}
     table.write_text("image,mpp\na.png,0.5\na.png,0.25\n")
     assert main(["predict", model, str(table), "--out", str(tmp_path / "out")]) == 2
-    assert "two rows give it another mpp" in capsys.readouterr().err
+    assert "two rows differ in its mpp" in capsys.readouterr().err
     table.write_text("image,mpp\na.png,0.5\nnowhere.png,0.5\n")
     assert main(["predict", model, str(table), "--out", str(tmp_path / "out")]) == 2
     assert "1 of 2 image files are not there" in capsys.readouterr().err

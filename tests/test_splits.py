@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from keyhole.data.splits import Subject, leaking_groups, make_splits
+from keyhole.data.splits import Sample, leaking_groups, make_splits
 from keyhole.errors import DataError
 
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
@@ -23,10 +23,10 @@ def shares(draw: st.DrawFn) -> Shares:
     return {"train": 1 - val - test, "val": val, "test": test}
 
 
-def classed(labels: list[str], groups: list[str | None] | None = None) -> list[Subject]:
+def classed(labels: list[str], groups: list[str | None] | None = None) -> list[Sample]:
     own = groups or [None] * len(labels)
     return [
-        Subject(f"{i}.png", group, label, [("task", label)])
+        Sample(f"{i}.png", group, label, [("task", label)])
         for i, (label, group) in enumerate(zip(labels, own, strict=True))
     ]
 
@@ -110,7 +110,7 @@ def test_a_rare_class_goes_to_training_first() -> None:
 
 def test_a_rare_class_of_another_task_is_in_training_too() -> None:
     for seed in range(20):
-        subjects = [Subject(f"{i}", None, "ab"[i % 2], [("second", "rare" if i == 7 else "common")]) for i in range(40)]
+        subjects = [Sample(f"{i}", None, "ab"[i % 2], [("second", "rare" if i == 7 else "common")]) for i in range(40)]
         assert make_splits(subjects, SHARES, seed)[7] == "train"
 
 
@@ -138,7 +138,7 @@ def test_the_smallest_data_that_can_be_split_fill_every_split() -> None:
         (classed(["a", "b", "c"]), "no image is left for val"),
     ],
 )
-def test_data_too_few_to_split_are_refused_with_a_way_out(subjects: list[Subject], message: str) -> None:
+def test_data_too_few_to_split_are_refused_with_a_way_out(subjects: list[Sample], message: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         make_splits(subjects, SHARES, 0)
     assert "data.val" in str(error.value)

@@ -96,10 +96,10 @@ def _expected(config: Config, report: CheckReport) -> str:
 
 
 def _previews(folder: str, config: Config) -> Path | None:
-    from keyhole.data.outputs import PREVIEWS
+    from keyhole.data.listing import PREVIEW_FOLDER
 
     if folder == "auto":
-        return None if config.patch.foreground == "all" else Path(PREVIEWS)
+        return None if config.patch.foreground == "all" else Path(PREVIEW_FOLDER)
     return None if folder.lower() == "none" else Path(folder).expanduser()
 
 

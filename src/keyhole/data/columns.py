@@ -1,39 +1,31 @@
-"""What the columns of a CSV mean where nobody says it: which describe an image, and which only identify it.
+"""The columns of a CSV: which describe an image, which only identify it, and which cells mean an unknown label.
 
-A column that identifies (`patient`, `slide_id`, `Unnamed: 0`, one value a row) is never learned unless it is asked for.
-One that names patients, or what else several images show, keeps their images in one split.
+A column that identifies (`patient`, `slide_id`, `Unnamed: 0`, one value per row) is learned only if the user names it.
+A column that names patients, or anything else that several images show, keeps their images in one split.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from keyhole.data.item import Doubt, Row, Table
-from keyhole.data.layout import split_named
-from keyhole.errors import ConfigError, DataError
-from keyhole.tasks.kinds import MOST_NUMBERED_CLASSES, SEPARATOR, looks_like_number
+from keyhole.data.item import DataTable, Doubt, Row
+from keyhole.data.read_folder import split_named
+from keyhole.errors import DataError
+from keyhole.tasks.kinds import MOST_NUMBERED_CLASSES, SEPARATOR, Task, looks_like_number
 from keyhole.util.wording import listed, nearest
 
 GROUPS = (
-    "patient",
-    "person",
-    "subject",
-    "participant",
-    "individual",
-    "donor",
-    "mouse",
-    "case",
-    "specimen",
-    "block",
-    "slide",
-    "wsi",
+    *("patient", "person", "subject", "participant", "individual", "donor", "mouse"),
+    *("case", "specimen", "block", "slide", "wsi"),
 )
-"""What several images may show, the widest first: its images belong in one split."""
+"""What several images may show, widest first: its images belong in one split."""
+GROUP_REASON = "names what images belong together"
 _SUFFIX = r"_?(ids?|no|nr|num|number|names?|code|key|uid|uuid|identifier|barcode)"
 _GROUP = re.compile(rf"({'|'.join(GROUPS)})s?({_SUFFIX})?|(\w+_)?({'|'.join(GROUPS)}){_SUFFIX}")
 _IDENTIFIER = re.compile(
@@ -44,21 +36,25 @@ _IDENTIFIER = re.compile(
 )
 _ENDS_IN_ID = re.compile(r"\w+_id")
 _YES_OR_NO = {"0", "1", "yes", "no", "true", "false", "y", "n", "case", "control", "healthy", "patient"}
-_FEWEST = 5
-"""Rows from which on numbers that rise by one count as numbers of the rows."""
+MIN_COUNTING_ROWS = 5
+"""Rows from which on numbers that rise by one count as row numbers."""
+SPREADSHEET_ERRORS = frozenset({"#ref!", "#value!", "#div/0!", "#name?", "#num!", "#null!", "#na"})
+"""Cells that a spreadsheet writes where a formula failed."""
+UNKNOWN_AMONG_NUMBERS = frozenset({"none", "?", "-", ".", "missing", "unknown"})
+"""Words, in lower case, that mean an unknown label if every other cell of the column is a number."""
 
 
-def with_columns_read(path: Path, table: Table, group: str, asked: Collection[str]) -> Table:
-    """The table with the groups and splits that its columns give, and with the columns that only identify.
+def with_columns_read(path: Path, table: DataTable, group: str, asked: Collection[str]) -> DataTable:
+    """Add the groups and splits that the columns give, and find the columns that only identify.
 
     Args:
-        path: of the CSV, for messages.
-        table: as read, words for unknown labels already taken out.
+        path: the CSV, for messages.
+        table: its rows, without words for unknown labels.
         group: `auto`, `none`, or the column whose images stay in one split.
-        asked: columns that the user named as tasks, or that a model predicts; they mean nothing else.
+        asked: columns that the user named as tasks or that a model predicts; they have no other meaning.
 
     Raises:
-        DataError: no column of the name `group`.
+        DataError: there is no column `group`.
     """
     columns = [name for name in table.columns if name not in asked]
     texts = {name: [row.item.labels[name] for row in table.rows] for name in columns}
@@ -68,51 +64,59 @@ def with_columns_read(path: Path, table: Table, group: str, asked: Collection[st
     named.sort(key=lambda name: next(rank for rank, stem in enumerate(GROUPS) if stem in name.lower()))
     identifying = dict(table.identifying)
     for name in columns:
-        if reason := "names what images belong together" if name in named else _identifies(name, texts[name]):
+        if reason := GROUP_REASON if name in named else _identifies(name, texts[name]):
             identifying[name] = reason
-    chosen = _chosen(path, table, group, named)
+    chosen = _group_column(path, table, group, named)
     rows, doubts = table.rows, list(table.doubts)
     if group == "none":
         rows = [replace(row, item=replace(row.item, group=None)) for row in rows]
     elif chosen:
-        identifying[chosen] = "names what images belong together"
+        identifying[chosen] = GROUP_REASON
         rows = [replace(row, item=replace(row.item, group=row.item.labels[chosen] or None)) for row in rows]
     elif named:
-        doubts += _split_patients(named[0], texts[named[0]], rows)
+        doubts += _divided_patients(named[0], texts[named[0]], rows)
     return replace(table, rows=rows, identifying=identifying, grouped_by=chosen, doubts=doubts)
 
 
-def _chosen(path: Path, table: Table, group: str, named: Sequence[str]) -> str:
-    """The column that becomes `group`; empty where there is none, or where it is `group` itself."""
-    if group == "none":
-        return ""
-    if group == "auto" or (table.written and group not in table.columns):  # a run's manifest has it under `group`
-        return "" if table.has_group or not named else named[0]
-    if group.lower() == "group" and table.has_group:
-        return ""
-    if group not in table.columns:
-        raise DataError(
-            f"{path}: no column {group!r} for --data.group{nearest(group, table.columns)}; the columns are "
-            f"{listed(table.columns, 8)}. Name one of them, or `none`."
-        )
-    return group
+def without_missing_words(table: DataTable, words: Collection[str], classes: Collection[str] = ()) -> DataTable:
+    """Empty the cells whose words mean an unknown label; `DataTable.missing` counts them.
+
+    Args:
+        table: the rows of a CSV.
+        words: these count in any case, but a word in mixed case (`None`) only as written. Without words, every cell is
+            a label.
+        classes: classes of a trained model, which are labels even if `words` has them.
+    """
+    if not words:
+        return table
+    exact = frozenset(word for word in words if word not in (word.lower(), word.upper()))
+    any_case = frozenset(word.lower() for word in words if word not in exact) | SPREADSHEET_ERRORS
+    known = frozenset(classes)
+
+    def means_unknown(text: str) -> bool:
+        return text not in known and (text in exact or text.lower() in any_case)
+
+    unknown: dict[str, Counter[str]] = {}
+    for name in table.columns:
+        counts = Counter(row.item.labels[name] for row in table.rows)
+        rest = [text for text in counts if text and not means_unknown(text)]
+        others = [text for text in rest if not looks_like_number(text)]
+        if len(others) < len(rest) and all(
+            text.lower() in UNKNOWN_AMONG_NUMBERS and text not in known for text in others
+        ):
+            rest = [text for text in rest if text not in others]
+        unknown[name] = Counter({text: counts[text] for text in counts if text and text not in rest})
+    if not any(unknown.values()):
+        return table
+    rows = []
+    for row in table.rows:
+        labels = {name: "" if text in unknown[name] else text for name, text in row.item.labels.items()}
+        rows.append(replace(row, item=replace(row.item, labels=labels)))
+    return replace(table, rows=rows, missing=unknown)
 
 
-def column_notes(table: Table, names: Collection[str]) -> list[str]:
-    """At most one sentence: what groups the images, and which columns are not learned though nobody named the tasks."""
-    said = []
-    if table.grouped_by:
-        groups = len({row.item.group for row in table.rows if row.item.group})
-        said.append(f"`{table.grouped_by}` is the group: the images of each of its {groups} values stay in one split")
-    left = [f"`{name}` ({why})" for name, why in table.identifying.items() if name not in (*names, table.grouped_by)]
-    if left:
-        said.append(f"not learned: {', '.join(left)}")
-    ways = ["--data.group COLUMN or none"] * bool(table.grouped_by) + ["--data.tasks names what to learn"] * bool(left)
-    return [f"{'; '.join(said)} ({'; '.join(ways)})"] if said else []
-
-
-def tasks_among(path: Path, table: Table) -> list[str]:
-    """The columns to learn where nobody named them.
+def tasks_among(path: Path, table: DataTable) -> list[str]:
+    """Return the columns to learn if the user named none.
 
     Raises:
         DataError: all columns identify.
@@ -127,21 +131,63 @@ def tasks_among(path: Path, table: Table) -> list[str]:
     return tasks
 
 
-def refuse_column_for_folder(path: Path, group: str) -> None:
-    """A folder has no columns.
+def column_notes(table: DataTable, tasks: Iterable[str], named: Collection[str]) -> list[str]:
+    """Return sentences about words read as unknown labels, the column of groups, and columns that are not learned.
 
-    Raises:
-        ConfigError: a column is named.
+    Args:
+        table: the rows.
+        tasks: the columns that are learned.
+        named: columns that the user named, about which nothing needs to be said.
     """
-    if group not in ("auto", "none"):
-        raise ConfigError(
-            f"data.group (={group}) names a column, but {path} is a folder. Give a CSV with the columns image, label "
-            f"and {group}."
+    notes = []
+    for name in tasks:
+        if found := table.missing.get(name):
+            cells = " and ".join(f"{count} cells {text!r}" for text, count in sorted(found.items()))
+            notes.append(f"{name}: {cells} mean that the label is unknown (--data.missing names such words)")
+    parts, options = [], []
+    if table.grouped_by:
+        groups = len({row.item.group for row in table.rows if row.item.group})
+        parts.append(f"`{table.grouped_by}` is the group: the images of each of its {groups} values stay in one split")
+        options.append("--data.group COLUMN or none")
+    left = [f"`{name}` ({why})" for name, why in table.identifying.items() if name not in (*named, table.grouped_by)]
+    if left:
+        parts.append(f"not learned: {', '.join(left)}")
+        options.append("--data.tasks names what to learn")
+    return [*notes, f"{'; '.join(parts)} ({'; '.join(options)})"] if parts else notes
+
+
+def alike_classes(tasks: Sequence[Task]) -> list[Doubt]:
+    """Return a doubt for classes of a task that differ only in case or in the kind of blank."""
+    doubts = []
+    for task in tasks:
+        same = defaultdict(list)
+        for name in task.classes:
+            same[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(repr(name))
+        for names in same.values():
+            if len(names) > 1:
+                problem = f"{' and '.join(names)} differ in upper and lower case alone, and are learned as classes"
+                doubts.append(Doubt(task.name, problem, "Write them alike if they are one class."))
+    return doubts
+
+
+def _group_column(path: Path, table: DataTable, group: str, named: Sequence[str]) -> str:
+    """Return the column to take groups from; empty if there is none or if it is `group` itself."""
+    if group == "none":
+        return ""
+    if group == "auto" or (table.written and group not in table.columns):  # a run's manifest has it under `group`
+        return "" if table.has_group or not named else named[0]
+    if group.lower() == "group" and table.has_group:
+        return ""
+    if group not in table.columns:
+        raise DataError(
+            f"{path}: no column {group!r} for --data.group{nearest(group, table.columns)}; the columns are "
+            f"{listed(table.columns, 8)}. Name one of them, or `none`."
         )
+    return group
 
 
-def _with_split(path: Path, table: Table, texts: Mapping[str, Sequence[str]]) -> Table:
-    """The table with splits from a column of another name, where it has no `split` but one that says nothing else."""
+def _with_split(path: Path, table: DataTable, texts: Mapping[str, Sequence[str]]) -> DataTable:
+    """Take the splits from a column of another name, if there is no `split` but a column with only names of splits."""
     if any(row.item.split for row in table.rows):
         return table
     for name, cells in texts.items():
@@ -156,35 +202,36 @@ def _with_split(path: Path, table: Table, texts: Mapping[str, Sequence[str]]) ->
 
 
 def _plain(name: str) -> str:
-    """`PatientID`, `patient id` and `Patient-ID` as `patient_id`."""
+    """Return `patient_id` for `PatientID`, `patient id` and `Patient-ID`."""
     return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()).strip("_")
 
 
 def _names_group(name: str, texts: Sequence[str]) -> bool:
     plain = _plain(name)
     values = {text.lower() for text in texts if text}
-    # `case` and `patient` may also say who is ill.
+    # `case` and `patient` may also be labels that say who is ill.
     return _GROUP.fullmatch(plain) is not None and not (values <= _YES_OR_NO and plain in GROUPS)
 
 
 def _identifies(name: str, texts: Sequence[str]) -> str:
-    """Why a column says which image it is, not what it shows; empty where it may be learned."""
+    """Say why a column identifies the image instead of describing it; empty if it may be learned."""
     known = [text for text in texts if text]
     values, plain = set(known), _plain(name)
-    if len(known) > 2 and len(values) == len(known) and not _quantity(known):
+    quantity = _is_quantity(known)
+    if len(known) > 2 and len(values) == len(known) and not quantity:
         return "differs in every row"
-    if len(known) >= _FEWEST and _counts_rows(known):
+    if len(known) >= MIN_COUNTING_ROWS and _counts_rows(known):
         return "numbers the rows"
     if _IDENTIFIER.fullmatch(plain):
         return "identifies the row"
     many = max(MOST_NUMBERED_CLASSES, len(known) / 2)
-    if len(values) > many and (_ENDS_IN_ID.fullmatch(plain) or not _quantity(known)):
+    if len(values) > many and (_ENDS_IN_ID.fullmatch(plain) or not quantity):
         return f"has {len(values)} values in {len(known)} rows"
     return ""
 
 
-def _quantity(texts: Sequence[str]) -> bool:
-    """Whether the texts may be numbers to predict, or sets of labels; `0012` is a name."""
+def _is_quantity(texts: Sequence[str]) -> bool:
+    """Return True if the texts may be numbers to predict or sets of labels; `0012` is a name."""
     if any(SEPARATOR in text for text in texts):
         return True
     return all(looks_like_number(text) and not re.match(r"0\d", text) for text in texts)
@@ -197,8 +244,8 @@ def _counts_rows(texts: Sequence[str]) -> bool:
     return all(after - before == 1 for before, after in pairwise(numbers))
 
 
-def _split_patients(name: str, texts: Sequence[str], rows: Sequence[Row]) -> list[Doubt]:
-    """Patients whose images are in several groups, where the CSV has a column `group` of its own."""
+def _divided_patients(name: str, texts: Sequence[str], rows: Sequence[Row]) -> list[Doubt]:
+    """Return a doubt if images of one patient are in several groups of the CSV's own column `group`."""
     groups = defaultdict(set)
     for text, row in zip(texts, rows, strict=True):
         if text:

@@ -1,4 +1,4 @@
-"""Files that belong to an image by its name: stored features that are read in its place, and masks."""
+"""Files that belong to an image by its name: stored features that are read instead of it, and masks."""
 
 from __future__ import annotations
 
@@ -9,39 +9,31 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from keyhole.config.settings import DataConfig
-from keyhole.data.item import FEATURE_SUFFIXES, Item, Row, Table, absolute
+from keyhole.data.item import FEATURE_SUFFIXES, DataTable, Item, Row, absolute
 from keyhole.errors import DataError
 from keyhole.images.image import image_suffixes
 from keyhole.util.wording import listed
 
 FEATURE_ORDER = (".h5", ".hdf5", ".pt")
-"""Where a slide has several: HDF5 has coordinates."""
+"""Suffixes of features, best first: HDF5 holds coordinates."""
 FEATURE_FOLDERS = ("", "h5_files", "pt_files")
-"""The folder itself, and those of CLAM in it."""
+"""Subfolders in which features are looked for: the folder itself and those of CLAM."""
 MASK_ORDER = (".png", ".geojson")
 
 
-def unused_masks(items: Iterable[Item], foreground: str) -> list[str]:
-    """Return a line where images have masks and the rule of foreground does not look at them; else nothing."""
-    count = sum(item.mask is not None and item.features is None for item in items)
-    if foreground == "mask" or not count:
-        return []
-    which = "the mask of 1 image is" if count == 1 else f"the masks of {count} images are"
-    return [f"{which} not used, since patch.foreground is {foreground}; to use them: --patch.foreground mask"]
+def with_companions(path: Path, table: DataTable, data: DataConfig) -> DataTable:
+    """Add features and masks to every row: its own, else those found by name in the folders of `data`.
 
-
-def with_companions(path: Path, table: Table, data: DataConfig) -> Table:
-    """The table with features and masks of every row: its own, else those found by name in the folders of `data`.
-
-    Where a file of features should be and is not, the row names it nevertheless, so that it is missed.
+    A file of features that does not exist is still added, so that it is reported as missing.
 
     Args:
-        path: of the table, for messages.
-        table: as read from a CSV or a folder.
-        data: `features` and `masks` are looked at.
+        path: the CSV or folder, for messages.
+        table: its rows.
+        data: settings; `features` and `masks` are used.
 
     Raises:
-        DataError: no such folder, images and features in one table, or one file of features for two images.
+        DataError: a folder does not exist, the table mixes images and features, or two images share one file of
+            features.
     """
     features = None if data.features is None else Companions(data.features, "features", FEATURE_ORDER, FEATURE_FOLDERS)
     masks = None if data.masks is None else Companions(data.masks, "masks", MASK_ORDER)
@@ -51,14 +43,23 @@ def with_companions(path: Path, table: Table, data: DataConfig) -> Table:
         if item.features is None and item.image.suffix.lower() in FEATURE_SUFFIXES:
             item = replace(item, features=item.image)
         if item.features is None and features is not None:
-            item = replace(item, features=features.find(item.name, item.image) or features.expected(item.image))
+            item = replace(item, features=features.find(item) or features.expected(item))
         if item.mask is None and masks is not None:
-            item = replace(item, mask=masks.find(item.name, item.image))
+            item = replace(item, mask=masks.find(item))
             unmasked += item.mask is None
         rows.append(Row(item, row.where))
     _check_alike(path, rows)
     notes = [f"{data.masks}: no mask for {unmasked} of {len(rows)} images"] if unmasked else []
     return replace(table, rows=rows, notes=[*table.notes, *notes])
+
+
+def unused_masks(items: Iterable[Item], foreground: str) -> list[str]:
+    """Return a line if images have masks that the foreground rule does not use; else nothing."""
+    count = sum(item.mask is not None and item.features is None for item in items)
+    if foreground == "mask" or not count:
+        return []
+    which = "the mask of 1 image is" if count == 1 else f"the masks of {count} images are"
+    return [f"{which} not used, since patch.foreground is {foreground}; to use them: --patch.foreground mask"]
 
 
 @cache
@@ -67,12 +68,12 @@ def _masks_in(folder: Path) -> Companions:
 
 
 def mask_of(folder: Path, item: Item) -> Path | None:
-    """The mask of an image in a folder of masks; None where there is none.
+    """Return the mask of an image in a folder of masks, or None.
 
     Raises:
-        DataError: no such folder.
+        DataError: the folder does not exist.
     """
-    return _masks_in(folder).find(item.name, item.image)
+    return _masks_in(folder).find(item)
 
 
 def _check_alike(path: Path, rows: Iterable[Row]) -> None:
@@ -96,16 +97,16 @@ def _check_alike(path: Path, rows: Iterable[Row]) -> None:
 
 
 class Companions:
-    """A folder of files named after images, listed once.
+    """A folder with files that are named after images.
 
     Args:
         folder: the folder.
         option: its name in `DataConfig`, for messages.
-        order: suffixes, the best first.
-        subfolders: where in the folder they may be.
+        order: suffixes, best first.
+        subfolders: where in the folder the files may be.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: the folder does not exist.
     """
 
     def __init__(self, folder: Path, option: str, order: tuple[str, ...], subfolders: tuple[str, ...] = ("",)) -> None:
@@ -113,13 +114,13 @@ class Companions:
         if not self.folder.is_dir():
             raise DataError(f"{folder}: no such folder. --data.{option} names a folder with {listed(order)} files.")
         self.folders = [self.folder / name for name in subfolders]
-        self._names = cache(_names)
+        self._names = cache(_file_names)
 
-    def find(self, name: str, image: Path) -> Path | None:
-        """The file of an image: by its name in the data, folders included, then by the file's name alone."""
-        written = PurePosixPath(name)
+    def find(self, item: Item) -> Path | None:
+        """Return the file of an image: by its name in the data, folders included, then by the file's name alone."""
+        written = PurePosixPath(item.name)
         inside = not written.is_absolute() and ".." not in written.parts and len(written.parts) > 1
-        for stem in dict.fromkeys([*(_stems(written.as_posix()) if inside else []), *_stems(image.name)]):
+        for stem in dict.fromkeys([*(_stems(written.as_posix()) if inside else []), *_stems(item.image.name)]):
             for suffix in self.order:
                 for folder in self.folders:
                     *parents, last = f"{stem}{suffix}".split("/")
@@ -127,23 +128,22 @@ class Companions:
                         return place / last
         return None
 
-    def expected(self, image: Path) -> Path:
-        """Where the file of an image was looked for."""
-        return self.folder / f"{_stems(image.name)[-1]}{self.order[0]}"
+    def expected(self, item: Item) -> Path:
+        """Return the path at which the file of an image was looked for."""
+        return self.folder / f"{_stems(item.image.name)[-1]}{self.order[0]}"
 
 
 def _stems(name: str) -> list[str]:
-    """`a.ome.tif`, `a.ome`, `a`: what a file that belongs to an image may be called, before its own suffix."""
+    """Return `a.ome.tif`, `a.ome` and `a`: the names of an image that a companion may have before its own suffix."""
     suffix = PurePosixPath(name).suffix
-    # What follows the last dot of a slide's number is no suffix.
+    # The part after the last dot of a slide's number is not a suffix.
     if suffix.lower() not in image_suffixes() and not (suffix[1:].isalpha() and len(suffix) <= 7):
         return [name]
     bare = name.removesuffix(suffix)
     return [name, bare, bare[: -len(".ome")]] if bare.lower().endswith(".ome") else [name, bare]
 
 
-def _names(folder: Path) -> frozenset[str]:
-    """The files of a folder; none where there is no such folder."""
+def _file_names(folder: Path) -> frozenset[str]:
     if not folder.is_dir():
         return frozenset()
     with os.scandir(folder) as entries:

@@ -1,4 +1,4 @@
-"""One image of a data set, one that was left out, and a table of them as read, before tasks and splits are settled."""
+"""One image of a data set, one that was left out, and the rows of a CSV or folder before tasks and splits are known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 SPLITS = ("train", "val", "test")
 FEATURE_SUFFIXES = frozenset({".h5", ".hdf5", ".pt"})
-"""What counts as a file of stored features in the place of an image."""
+"""Suffixes of files with stored features, which are read instead of an image."""
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,15 @@ class Item:
     """One image and what is known about it.
 
     Attributes:
-        name: what results call it: the path as written, or the CSV's `name` column.
-        image: the file, absolute.
+        name: name in all results: the path as written, or the CSV's `name` column.
+        image: absolute path of the file.
         labels: text per task as written; empty where unknown.
-        split: `train`, `val` or `test`; empty only while it is not settled.
-        group: images of one group (a patient, a place) stay in one split; None: the image stands for itself.
-        mpp: microns per level-0 pixel as the CSV says, over what the file says.
+        split: `train`, `val` or `test`; empty until the splits are made.
+        group: images of one group (a patient, a place) stay in one split; None if the image is its own group.
+        mpp: microns per level-0 pixel from the CSV, which overrides the file.
         mask: PNG or GeoJSON of the foreground, absolute.
-        annotation: GeoJSON or ASAP XML of what is looked for, such as lesions; never read in training.
-        features: file of stored features that is read in the image's place; `image` need not exist then.
+        annotation: GeoJSON or ASAP XML with outlines of what is looked for, such as lesions; never read in training.
+        features: file of stored features, which is read instead of `image`; `image` need not exist then.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Item:
 
     @property
     def source(self) -> Path:
-        """What is opened for its patches."""
+        """The file that is opened to read patches."""
         return self.image if self.features is None else self.features
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file or row that is not used, and why."""
+    """A file or row that is not used, and the reason."""
 
     name: str
     reason: str
@@ -54,7 +54,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Row:
-    """An item as read, and where it was read, for messages: `line 7`, or a path."""
+    """An item and the place where it was read, for messages: `line 7`, or a path."""
 
     item: Item
     where: str
@@ -69,31 +69,31 @@ class Doubt:
     fix: str
 
     def line(self) -> str:
-        """For the log."""
+        """The warning for the log."""
         return f"warning: {self.name}: {self.problem}. {self.fix}"
 
 
 @dataclass(frozen=True)
-class Table:
-    """What a CSV or a folder holds, before tasks and splits are settled.
+class DataTable:
+    """The rows of a CSV or a folder, before tasks and splits are known.
 
     Attributes:
-        columns: that have no meaning of their own, so that they may be learned.
-        rows: with the labels of every column.
-        left_out: what was left out on the way.
-        notes: what was decided on the way.
+        columns: columns without a reserved meaning, which may be learned.
+        rows: one per image, with the labels of every column.
+        left_out: files and rows that are not used.
+        notes: decisions that a user should know.
         doubts: what is often a mistake.
-        written: whether keyhole wrote the CSV, so that every cell means what it says.
-        has_group: whether there is a column `group`.
-        grouped_by: the column that groups were taken from, where it is not `group`.
-        identifying: columns that say which image it is, not what it shows, and why.
+        written: True for a CSV that keyhole wrote, in which every cell means what it says.
+        has_group: True if there is a column `group`.
+        grouped_by: the column that the groups were taken from, if it is not `group`.
+        identifying: columns that say which image it is and not what it shows, each with the reason.
         missing: per column, the words that were read as an unknown label.
     """
 
     columns: tuple[str, ...]
     rows: list[Row]
-    left_out: list[LeftOut]
-    notes: list[str]
+    left_out: list[LeftOut] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
     written: bool = False
     has_group: bool = False
@@ -103,5 +103,5 @@ class Table:
 
 
 def absolute(path: str | Path) -> Path:
-    """The path from the root without `..`, links kept: what a link is called may say more than what it leads to."""
+    """Return the absolute path without `..` and without resolving links, whose own names are what a user knows."""
     return Path(os.path.abspath(path))  # noqa: PTH100 - `resolve` would follow links

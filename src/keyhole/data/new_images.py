@@ -1,4 +1,4 @@
-"""New images for a model that is trained: files, folders and CSVs named on the command line, labels or not."""
+"""New images for a trained model, with or without labels: files, folders and CSVs named on the command line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Literal
 
 from keyhole.data.companions import mask_of
 from keyhole.data.item import FEATURE_SUFFIXES, Item, LeftOut, absolute
+from keyhole.data.listing import expand_images
 from keyhole.data.read_csv import read_csv
-from keyhole.data.read_folder import expand_images
 from keyhole.errors import DataError
 from keyhole.util.wording import listed
 
-TABLES = (".csv", ".tsv", ".txt")
-"""Suffixes of a list of images."""
+LIST_SUFFIXES = (".csv", ".tsv", ".txt")
 
 
 def new_images(
@@ -25,27 +24,29 @@ def new_images(
     mpp: float | None = None,
     masks: Path | None = None,
 ) -> tuple[list[Item], list[LeftOut]]:
-    """The images to predict, each once, under the names that the user gave them; and what is not used.
+    """Return the images to predict, each once, under the names that the user gave them; and what is not used.
 
     Args:
-        paths: image files, folders of them, and CSVs with a column `image`, of which `mpp`, `mask`, `features` and
-            `name` are read too. What a CSV says of an image goes over the same file named by itself.
-        missing: what a file that does not exist does: raise, or be left out.
-        mpp: microns per level-0 pixel of all images of which no CSV says it.
-        masks: folder of masks by the images' names.
+        paths: image files, folders of them, and CSVs with a column `image`. Of a CSV, `mpp`, `mask`, `features` and
+            `name` are read too; they also apply to a file of the CSV that is named by itself.
+        missing: whether a file that does not exist is an error or is left out.
+        mpp: microns per level-0 pixel of all images for which no CSV states it.
+        masks: folder of masks, found by the names of the images.
 
     Raises:
-        DataError: a path that does not exist, a CSV that cannot be read, or no image at all.
+        DataError: a path does not exist, a CSV cannot be read, or there is no image.
     """
-    tables = [path for path in paths if path.suffix.lower() in TABLES and path.is_file()]
+    tables = [path for path in paths if path.suffix.lower() in LIST_SUFFIXES and path.is_file()]
     others = [path for path in paths if path not in tables]
     items: dict[Path, Item] = {}
     left_out: list[LeftOut] = []
     for table in tables:
-        found, unused = _of_table(table, missing)
+        found, unused = _from_csv(table, missing)
         left_out += unused
         for item in found:
-            _add(items, item)
+            before = items.setdefault(item.image, item)
+            if (before.mpp, before.mask, before.features) != (item.mpp, item.mask, item.features):
+                raise DataError(f"{item.name}: two rows differ in its mpp, mask or features. Keep one row per image.")
     if others or not tables:
         files, unused = expand_images(others, missing)
         left_out += unused
@@ -57,7 +58,7 @@ def new_images(
     return [_completed(item, mpp, masks) for item in items.values()], left_out
 
 
-def _of_table(table: Path, missing: Literal["fail", "skip"]) -> tuple[list[Item], list[LeftOut]]:
+def _from_csv(table: Path, missing: Literal["fail", "skip"]) -> tuple[list[Item], list[LeftOut]]:
     read = read_csv(table)
     items = [row.item for row in read.rows]
     gone = [item for item in items if not os.path.exists(item.source)]  # noqa: PTH110 - raises nothing on a long name
@@ -70,15 +71,8 @@ def _of_table(table: Path, missing: Literal["fail", "skip"]) -> tuple[list[Item]
     return [item for item in items if item not in gone], unused
 
 
-def _add(items: dict[Path, Item], item: Item) -> None:
-    """Takes an item of a CSV; one image must not be said to be two things."""
-    before = items.setdefault(item.image, item)
-    if (before.mpp, before.mask, before.features) != (item.mpp, item.mask, item.features):
-        raise DataError(f"{item.name}: two rows give it another mpp, mask or features. Keep one row per image.")
-
-
 def _names(files: Sequence[Path], given: Sequence[Path]) -> Mapping[Path, str]:
-    """The files as the user wrote them: a path as given, or the file's place in a folder as given."""
+    """Return each file as the user wrote it: its path as given, or its place in a folder as given."""
     wrote = {absolute(path): path for path in reversed(given)}
     names = {}
     for file in files:
@@ -88,7 +82,7 @@ def _names(files: Sequence[Path], given: Sequence[Path]) -> Mapping[Path, str]:
 
 
 def _completed(item: Item, mpp: float | None, masks: Path | None) -> Item:
-    """The item with what the command line says, where it does not know better."""
+    """Fill in from the command line what the CSV does not state."""
     if item.features is None and item.image.suffix.lower() in FEATURE_SUFFIXES:
         item = replace(item, features=item.image)
     if item.mpp is None:

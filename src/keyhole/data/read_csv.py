@@ -1,4 +1,4 @@
-"""CSV -> table: one row per image, its labels, and optionally what else is known of it and the files beside it."""
+"""A CSV -> rows: one image per row with its labels, and optionally its split, group, resolution and companion files."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from keyhole.data.item import SPLITS, Item, LeftOut, Row, Table, absolute
-from keyhole.data.layout import split_named
+from keyhole.data.item import SPLITS, DataTable, Item, LeftOut, Row, absolute
+from keyhole.data.read_folder import split_named
 from keyhole.errors import ConfigError, DataError
 from keyhole.images.scale import given_scale
 from keyhole.util.wording import listed, nearest
 
 FILES = ("mask", "annotation", "features")
-"""Columns that name a file beside the image, with paths as those of images."""
+"""Columns with the path of a companion file; relative paths start where those of images do."""
 RESERVED = ("image", "name", "split", "group", "mpp", *FILES, "sha256", "bytes")
-"""Columns with a meaning of their own, in any case of letters; every other column is a task."""
-SLIDES = {"slide_id": "image", "case_id": "group"}
-"""Columns of CLAM's lists of labels, which name the features of a slide and not its file."""
+"""Columns with a fixed meaning, in upper or lower case; every other column is a task."""
+CLAM_COLUMNS = {"slide_id": "image", "case_id": "group"}
+"""Columns of CLAM's lists of labels and the columns that they stand for: they name a slide's features, not its file."""
 DELIMITERS = ",;\t"
-LARGEST_FILE = 1 << 30
-"""Bytes; a million rows are a tenth of this, so that a larger file is something else."""
+MAX_CSV_BYTES = 1 << 30
+"""A million rows take a tenth of this; a larger file is not a list of images."""
 
 
-def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> Table:
-    """Reads a CSV in UTF-8 with a header line; comma, semicolon or tab between the fields.
+def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> DataTable:
+    """Read a CSV in UTF-8 with a header line; comma, semicolon or tab between the fields.
 
     Args:
         path: the file.
-        root: what relative paths start from; default is the CSV's folder.
-        slides: take CLAM's `slide_id` for `image`, and `case_id` for `group`, where there is no `image`.
+        root: folder that relative paths start from; by default the CSV's folder.
+        slides: without a column `image`, read CLAM's `slide_id` as `image` and `case_id` as `group`.
 
     Raises:
-        DataError: the file or line, what is wrong there and what to do.
+        DataError: the CSV cannot be read; the message names the file and the line.
     """
     header, records = _parse(path, _text(path))
     header, notes = _of_slides(path, header) if slides else (header, [])
@@ -42,7 +42,7 @@ def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> Tabl
     unnamed = [str(index + 1) for index, name in enumerate(header) if not name]
     base = absolute(path.parent if root is None else root)
     written = {"image", "sha256", "bytes", "split"} <= place.keys()
-    table = Table(tuple(tasks.values()), [], [], notes, written=written, has_group="group" in place)
+    table = DataTable(tuple(tasks.values()), [], notes=notes, written=written, has_group="group" in place)
     if unnamed:
         table.notes.append(f"{path}: column {', '.join(unnamed)} has no name and was not read")
 
@@ -80,8 +80,10 @@ def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> Tabl
 
 def _text(path: Path) -> str:
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise DataError(f"{path}: {path.stat().st_size / 1e9:.1f} GB is no list of images. Give the CSV of labels.")
+        if path.stat().st_size > MAX_CSV_BYTES:
+            raise DataError(
+                f"{path}: {path.stat().st_size / 1e9:.1f} GB is too large for a list of images. Give the CSV of labels."
+            )
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
@@ -100,9 +102,9 @@ def _text(path: Path) -> str:
 
 
 def _parse(path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Header and (line number, fields) of every row that is not blank; fields without blanks around them."""
+    """Return the header, and (line number, stripped fields) of every row that is not blank."""
     first = next(line for line in text.splitlines() if line.strip())
-    # The delimiter that splits off a column that names images, else the one that splits most: names may hold others.
+    # The delimiter that separates a column `image`, else the one that gives most fields: names may hold the others.
     headers = {mark: [name.strip().strip('"').strip().lower() for name in first.split(mark)] for mark in DELIMITERS}
     delimiter = max(
         DELIMITERS, key=lambda mark: (not {"image", "slide_id"}.isdisjoint(headers[mark]), len(headers[mark]))
@@ -127,17 +129,17 @@ def _parse(path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, list[s
 
 
 def _of_slides(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
-    """The header with CLAM's columns under our names, and what to tell of it."""
+    """Rename CLAM's columns to ours; also return a note about it."""
     lower = [name.lower() for name in header]
     if "image" in lower or "slide_id" not in lower:
         return header, []
-    ours = {theirs: name for theirs, name in SLIDES.items() if theirs in lower and name not in lower}
+    ours = {theirs: name for theirs, name in CLAM_COLUMNS.items() if theirs in lower and name not in lower}
     said = " and ".join(f"`{theirs}` as {name}" for theirs, name in ours.items())
     return [ours.get(low, name) for name, low in zip(header, lower, strict=True)], [f"{path}: {said}"]
 
 
 def _columns(path: Path, header: list[str]) -> dict[str, int]:
-    """Where the columns with a meaning of their own stand."""
+    """Return the index of each reserved column."""
     lower = [name.lower() for name in header]
     keys = [low if low in RESERVED else name for name, low in zip(header, lower, strict=True) if name]
     twice = [name for name in dict.fromkeys(keys) if keys.count(name) > 1]
@@ -157,7 +159,7 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
 
 
 def _split(path: Path, where: str, text: str, others: dict[str, str]) -> str:
-    """The split that a cell names; a name other than ours is noted in `others`."""
+    """Return the split that a cell names; other names for it are collected in `others`."""
     split = split_named(text)
     if text and not split:
         raise DataError(f"{path}, {where}: unknown split {text!r}{nearest(text, SPLITS)}. Use train, val or test.")

@@ -1,43 +1,61 @@
-"""Folder of classes -> table, and images named on the command line -> files. Every other file is listed."""
+"""A folder of classes -> rows: which of its folders are classes, and which are splits.
+
+Folders that nearly follow one of the layouts are refused with a message that says what to change; otherwise the model
+would learn the names of splits or folds as classes.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from keyhole.data.companions import FEATURE_FOLDERS, FEATURE_ORDER
-from keyhole.data.item import FEATURE_SUFFIXES, Item, LeftOut, Row, Table, absolute
-from keyhole.data.layout import find_layout, split_named
-from keyhole.data.outputs import TABLE, output_folder, own_files, system_folder
+from keyhole.data.item import DataTable, Item, LeftOut, Row, absolute
+from keyhole.data.listing import list_images, system_folder
 from keyhole.errors import DataError
-from keyhole.images.image import folder_suffixes, image_suffixes
+from keyhole.images.image import folder_suffixes
+from keyhole.util.wording import listed
 
 FOLDER_TASK = "label"
-"""Name of the one task that a folder of classes poses."""
-_NOT_IMAGES = frozenset({".ds_store", "thumbs.db", "desktop.ini"})
-"""Files that systems leave in folders."""
+"""Name of the one task of a folder of classes."""
+SPLIT_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "devel", "development"), "val"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+}
+_AFTER_SPLIT = re.compile(r"(set|data|images?|imgs?|split)$")
+_FOLD = re.compile(r"(fold|split|cv|part)[\s_.-]*\d+", re.IGNORECASE)
+
+FolderTree = Mapping[str, Mapping[str, int]]
+"""Number of images by the names of the first and the second folder; the second is empty for images in the first."""
 
 
-def read_folder(path: Path, ignore: Mapping[Path, str] | None = None) -> Table:
-    """Reads `path/CLASS/**/image`, `path/SPLIT/CLASS/**/image` or `path/CLASS/SPLIT/**/image`.
+def split_named(name: str) -> str:
+    """Return the split that the name of a folder or cell means: `train` for `Training` or `train_set`; else empty."""
+    plain = re.sub(r"^\d+|[\s_.-]", "", name.lower())
+    return SPLIT_WORDS.get(plain) or SPLIT_WORDS.get(_AFTER_SPLIT.sub("", plain), "")
 
-    `layout.find_layout` decides which of them it is.
+
+def read_folder(path: Path, ignore: Mapping[Path, str] | None = None) -> DataTable:
+    """Read `path/CLASS/**/image`, `path/SPLIT/CLASS/**/image` or `path/CLASS/SPLIT/**/image`.
 
     Args:
         path: the folder.
         ignore: folders in it that hold something else, such as masks, each with what it holds.
 
     Raises:
-        DataError: no class folders, no images in them, or folders that are named like splits but not laid out as such.
+        DataError: there are no class folders, they hold no images, or folders are named like splits but not laid out
+            as such.
     """
     path = absolute(path)
     files, left_out = list_images(path, ignore, generated=True)
     skipped = {left.name for left in left_out}
     places = [file.relative_to(path).parts[:-1] for file in files]
     layout = find_layout(path, places)
-    table = Table((FOLDER_TASK,), [], left_out, [f"{path}: {note}" for note in layout.notes])
+    table = DataTable((FOLDER_TASK,), [], left_out, [f"{path}: {note}" for note in layout.notes])
     filled = set()
     for file, folders in zip(files, places, strict=True):
         name = file.relative_to(path).as_posix()
@@ -52,165 +70,132 @@ def read_folder(path: Path, ignore: Mapping[Path, str] | None = None) -> Table:
         raise DataError(
             f"{path}: no images in class folders. Expected one folder per class with its images in it, or a CSV."
         )
-    tops = {folders[0] for folders in places if folders}
+    first_folders = {folders[0] for folders in places if folders}
     for outer in _folders(path):
-        within = layout.kind == "split/class" and bool(split_named(outer.name))
-        for folder in _folders(outer) if within else [outer] if outer.name not in tops else []:
+        holds_classes = layout.split_at == 0 and bool(split_named(outer.name))
+        for folder in _folders(outer) if holds_classes else [outer] if outer.name not in first_folders else []:
             name = folder.relative_to(path).as_posix()
             if name not in filled and skipped.isdisjoint({f"{name}/", f"{outer.name}/"}):
                 left_out.append(LeftOut(f"{name}/", "class folder without images"))
     return table
 
 
-def expand_images(
-    paths: Sequence[str | Path], missing: Literal["fail", "skip"] = "fail"
-) -> tuple[list[Path], list[LeftOut]]:
-    """Files as given, folders replaced by the images below them in order of name; each file once.
-
-    Args:
-        paths: files and folders; a folder `x.zarr` is an image.
-        missing: what a path that does not exist does: raise, or be left out.
-
-    Returns:
-        absolute paths, and what is not used: files of the folders that are not images, folders without any.
+def check_classes(path: Path, table: DataTable) -> None:
+    """Refuse a folder that has one class only, or classes of one image each.
 
     Raises:
-        DataError: a path that does not exist, a folder that cannot be listed, or no image at all.
+        DataError: with the folder that was probably meant, where there is one.
     """
-    found: dict[Path, None] = {}
-    left_out: list[LeftOut] = []
-    for path in map(absolute, paths):
-        if path.is_dir() and path.suffix.lower() not in folder_suffixes():
-            files, others = list_images(path)
-            found.update(dict.fromkeys(files))
-            left_out += [LeftOut(str(path / other.name), other.reason) for other in others]
-            if not files:
-                left_out.append(LeftOut(str(path), "a folder without images"))
-        elif os.path.exists(path):  # noqa: PTH110 - Path.exists raises on a name too long for the system
-            found[path] = None
-        elif missing == "skip":
-            left_out.append(LeftOut(str(path), "no such file or folder"))
-        else:
-            raise DataError(f"{path}: no such file or folder. Give image files or folders of them.")
-    if not found:
+    counts = Counter(row.item.labels[FOLDER_TASK] for row in table.rows)
+    if len(counts) > 2 and all(count == 1 for count in counts.values()):
         raise DataError(
-            f"{', '.join(map(str, paths)) or 'nothing given'}: no images there. Give image files or folders."
+            f"{path}: each of the {len(counts)} class folders holds one image, so there is no class to learn. "
+            "Expected one folder per class with several images in it, or a CSV."
         )
-    return list(found), left_out
+    if len(counts) > 1:
+        return
+    places = [Path(row.item.name).parts[:-1] for row in table.rows]
+    first = places[0][0]
+    below = sorted({folders[1] for folders in places if len(folders) > 1})
+    if all(folders[0] == first for folders in places) and len(below) > 1:
+        raise DataError(
+            f"{path}: the only folder with images in it is {first}, which holds the folders {listed(below)}. If these "
+            f"are the classes, give {path / first}"
+        )
+    raise DataError(
+        f"{path}: all images are in one class folder, {places[0][-1]!r}; at least two classes are needed to learn. "
+        "Expected one folder per class with its images in it, or a CSV."
+    )
 
 
-def list_images(
-    path: Path, ignore: Mapping[Path, str] | None = None, generated: bool = False
-) -> tuple[list[Path], list[LeftOut]]:
-    """The images below a folder in order of name, and every other file with the reason it is not one.
+@dataclass(frozen=True)
+class Layout:
+    """The meaning of the folders below a path.
 
-    Where there is no image, files of stored features are taken in their place, one a slide. Links are followed, each
-    folder once. The folder beside a MIRAX slide of the same name holds the slide's own data, and a folder `x.zarr` is
-    itself an image. What keyhole wrote is left out, as are the folders of systems; `path` itself is always read.
+    Attributes:
+        split_at: depth of the split folders: None if there are none, 0 for `SPLIT/CLASS/image`, 1 for
+            `CLASS/SPLIT/image`. Images may lie deeper.
+        notes: what a user should know about the decision.
+    """
+
+    split_at: Literal[0, 1] | None = None
+    notes: tuple[str, ...] = ()
+
+    def place(self, folders: Sequence[str]) -> tuple[str, str] | str:
+        """Return (split, class) of an image from the names of its folders, outermost first; or why it has no class."""
+        if not folders:
+            return "not in a class folder"
+        if self.split_at is None:
+            return "", folders[0]
+        if self.split_at == 0 and not split_named(folders[0]):
+            return "not under train, val or test"
+        if len(folders) == 1:
+            unlabelled = f"in the split {folders[0]}, but not in a class folder: it has no label"
+            return unlabelled if self.split_at == 0 else "not in a split folder"
+        return split_named(folders[self.split_at]), folders[1 - self.split_at]
+
+
+def find_layout(path: Path, places: Sequence[Sequence[str]]) -> Layout:
+    """Return the layout of a folder.
 
     Args:
-        path: the folder.
-        ignore: absolute paths of folders below that are left out, each with the reason.
-        generated: leave out images that keyhole generated, too.
+        path: the folder, for messages.
+        places: for each image, the names of the folders that it is in, outermost first.
 
     Raises:
-        DataError: a folder that cannot be listed.
+        DataError: folders are named like splits or folds but are not laid out as such.
     """
-    path = absolute(path)
-    images: list[Path] = []
-    stored: list[Path] = []
-    left_out: list[LeftOut] = []
-    for folder, names, others in _walk(path, ignore or {}, generated):
-        left_out += others
-        for name in names:
-            file = folder / name
-            reason = _why_not(file)
-            if reason:
-                shown = file.relative_to(path).as_posix().encode(errors="backslashreplace").decode()
-                left_out.append(LeftOut(shown, reason))
-            else:
-                (stored if file.suffix.lower() in FEATURE_SUFFIXES else images).append(file)
-    if images:
-        left_out += [LeftOut(file.relative_to(path).as_posix(), "stored features beside images") for file in stored]
-    else:
-        images, doubles = _one_a_slide(path, stored)
-        left_out += doubles
-    return sorted(images, key=lambda file: file.relative_to(path).as_posix()), left_out
+    tree: dict[str, Counter[str]] = defaultdict(Counter)
+    for folders in places:
+        if folders:
+            tree[folders[0]][folders[1] if len(folders) > 1 else ""] += 1
+    splits = [name for name in tree if split_named(name)]
+    others = [name for name in tree if name not in splits]
+    if any(sub for name in splits for sub in tree[name]):
+        if len(splits) == 1 and others:
+            raise DataError(
+                f"{path}: the folder {splits[0]} is named like a split and holds folders, but it stands beside "
+                f"{listed(others)}. Put all class folders into {splits[0]}, or rename it if it is a class."
+            )
+        bare = [f"{tree[name]['']} in {name}" for name in splits if tree[name][""]]
+        note = f"images without a class folder have no label and are left out: {', '.join(bare)}"
+        return Layout(0, (note,) if bare else ())
+    if splits and (not others or len({split_named(name) for name in splits}) > 1):
+        are, hold = ("is named like a split", "holds") if len(splits) == 1 else ("are named like splits", "hold")
+        raise DataError(
+            f"{path}: {' and '.join(splits)} {are}, but {hold} images and no class folders. "
+            f"Expected {splits[0]}/CLASS/image, or a CSV with the columns image, label and split. If these "
+            "are the classes, rename the folders."
+        )
+    if _classes_hold_splits(path, tree):
+        return Layout(1, ("the folders in each class are read as its splits",))
+    if len(tree) > 1 and all(_FOLD.fullmatch(name) and "" not in subs for name, subs in tree.items()):
+        raise DataError(
+            f"{path}: {listed(tree)} are named like folds, not like classes. Give a CSV with the columns image, "
+            f"label and split, or one fold alone: {path / next(iter(tree))}"
+        )
+    return Layout(None, _folders_in_every_class(tree))
 
 
-def _one_a_slide(path: Path, stored: list[Path]) -> tuple[list[Path], list[LeftOut]]:
-    """Keep one of the feature files that differ in suffix alone, or in CLAM's folder for it: the one that says most."""
-    best: dict[Path, Path] = {}
-    for file in sorted(stored, key=lambda file: (FEATURE_ORDER.index(file.suffix.lower()), file)):
-        inside = [part for part in file.relative_to(path).parts if part not in FEATURE_FOLDERS]
-        best.setdefault(Path(*inside).with_suffix(""), file)
-    chosen = set(best.values())
-    names = [file.relative_to(path).as_posix() for file in stored if file not in chosen]
-    return list(chosen), [LeftOut(name, "features that an .h5 file holds too") for name in names]
+def _classes_hold_splits(path: Path, tree: FolderTree) -> bool:
+    roles = {name: {split_named(sub) for sub in subs} for name, subs in tree.items()}
+    split = [name for name, found in roles.items() if "train" in found and len(found) > 1 and "" not in found]
+    rest = [name for name, found in roles.items() if name not in split and (not found or "" in found)]
+    if split and rest:
+        raise DataError(
+            f"{path}: {split[0]} holds the splits {listed(tree[split[0]])}, but {rest[0]} does not. Lay out all "
+            "classes alike, or give a CSV with the columns image, label and split."
+        )
+    return bool(split)
 
 
-def _walk(path: Path, ignore: Mapping[Path, str], generated: bool) -> Iterator[tuple[Path, list[str], list[LeftOut]]]:
-    """Each folder with the sorted names of its files and of images that are folders, and what was not entered."""
-
-    def unlistable(error: OSError) -> None:
-        raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}).") from error
-
-    def shown(file: Path) -> str:
-        return file.relative_to(path).as_posix()
-
-    seen = {_identity(path)}
-    for folder_name, folders, names in os.walk(path, onerror=unlistable, followlinks=True):
-        folder, skipped = Path(folder_name), []
-        whole = [
-            name for name in folders if Path(name).suffix.lower() in folder_suffixes() and not name.startswith(".")
-        ]
-        folders[:] = [name for name in folders if name not in whole]
-        if folder != path and (what := output_folder(folder, folders, [*names, *whole], _is_image, generated)):
-            folders.clear()
-            yield folder, [], [LeftOut(f"{shown(folder)}/", what)]
-            continue
-        for name in sorted(folders):
-            identity = _identity(folder / name)
-            if reason := system_folder(name) or ignore.get(folder / name, ""):
-                pass
-            elif f"{name}.mrxs" in names:
-                reason = f"part of {name}.mrxs"
-            elif identity in seen:
-                reason = "link to a folder that is already read"
-            else:
-                seen.add(identity)
-                continue
-            folders.remove(name)
-            skipped.append(LeftOut(f"{shown(folder / name)}/", reason))
-        folders.sort()
-        own = own_files(folder, names)
-        skipped += [LeftOut(shown(folder / name), what) for name, what in sorted(own.items()) if what != TABLE]
-        yield folder, sorted(name for name in [*names, *whole] if name not in own), skipped
-
-
-def _is_image(file: Path) -> bool:
-    return not _why_not(file)
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
-
-
-def _why_not(file: Path) -> str:
-    """Why a file of a folder is not taken for an image; empty if it is."""
-    suffix = file.suffix.lower()
-    try:
-        str(file).encode()
-    except UnicodeEncodeError:
-        return "name is not UTF-8; rename it"
-    if file.name.lower() in _NOT_IMAGES:
-        return "not an image"
-    if file.name.startswith("."):
-        return "hidden file"
-    if suffix not in image_suffixes() | FEATURE_SUFFIXES:
-        return f"not an image (suffix {suffix})" if suffix else "not an image (no suffix)"
-    return ""
+def _folders_in_every_class(tree: FolderTree) -> tuple[str, ...]:
+    """Return a note if all classes hold folders of the same names: these may be the classes that were meant."""
+    common = set.intersection(*(set(subs) - {""} for subs in tree.values())) if len(tree) > 1 else set()
+    if len(common) < 2:
+        return ()
+    note = f"the classes are {listed(tree)}; the folders {listed(sorted(common))} in each of them are not classes"
+    return (f"{note} (if they should be, give a CSV)",)
 
 
 def _folders(path: Path) -> list[Path]:

@@ -1,32 +1,156 @@
-"""Which images are learned from, which choose the best model, and which are never looked at in training.
+"""The split of each image: train is learned from, val chooses the best model, test is not read in training.
 
-Groups stay whole, classes keep their proportions, and the result depends on the seed and the names alone: not on the
-order of the rows, nor on where the images lie.
+Groups stay whole, classes keep their proportions, and the result depends only on the seed and the names: not on the
+order of the rows or on where the images lie.
+
+scikit-learn's StratifiedGroupKFold is not used: it makes equal folds by fold number, so that a share of 15 % needs many
+folds, and its result depends on the order of the rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from keyhole.errors import DataError
+import numpy as np
+
+from keyhole.config.settings import DataConfig
+from keyhole.data.item import SPLITS, Item, Row
+from keyhole.errors import ConfigError, DataError
+from keyhole.tasks.kinds import Task
+from keyhole.util.wording import listed
 
 Quotas = dict[str, dict[str, int]]
-"""Images wanted per stratum and split."""
+"""Number of images wanted per stratum and split."""
+
+
+def settle_splits(
+    path: Path, rows: Sequence[Row], tasks: Sequence[Task], data: DataConfig, seed: int, grouped_by: str = ""
+) -> tuple[list[Item], list[str]]:
+    """Return the items with the given splits, or with drawn ones; if only val is missing, it is drawn from training.
+
+    The strings are notes for the log.
+    """
+    items = [row.item for row in rows]
+    given = [row for row in rows if row.item.split]
+    notes = []
+    if not given:
+        if data.val + data.test >= 1:
+            raise ConfigError(f"data.val (={data.val}) and data.test (={data.test}) leave nothing to train on.")
+        shares = {"train": 1 - data.val - data.test, "val": data.val, "test": data.test}
+        items = _drawn(path, items, tasks, shares, seed, grouped_by)
+        counts = Counter(item.split for item in items)
+        shared = ", ".join(f"{counts[split]} {split}" for split in SPLITS if counts[split])
+        notes.append(f"splits made with seed {seed}: {shared}")
+    else:
+        for row in rows:
+            if not row.item.split:
+                raise DataError(f"{path}, {row.where}: no split, but {given[0].where} has one. Fill in all or none.")
+        train = [item for item in items if item.split == "train"]
+        if not train:
+            lacking = "no folder train with class folders" if path.is_dir() else "no row with a label has split train"
+            raise DataError(f"{path}: {lacking}, so there is nothing to learn from.")
+        if data.val > 0 and not any(item.split == "val" for item in items):
+            drawn = _drawn(path, train, tasks, {"train": 1 - data.val, "val": data.val}, seed, grouped_by)
+            new = {item.name: item for item in drawn}
+            items = [new.get(item.name, item) for item in items]
+            count = sum(item.split == "val" for item in items)
+            lacking = "no folder val" if path.is_dir() else "no row has split val"
+            notes.append(f"{lacking}: {count} of {len(train)} training images became val (seed {seed})")
+    leaking = leaking_groups([item.group for item in items], [item.split for item in items])
+    if leaking:
+        where = f"images of one `{grouped_by}` are in" if grouped_by else f"{len(leaking)} groups have images in"
+        notes.append(f"{where} more than one split: {listed(leaking)}")
+    return items, notes
+
+
+def _drawn(
+    path: Path, items: Sequence[Item], tasks: Sequence[Task], shares: Mapping[str, float], seed: int, grouped_by: str
+) -> list[Item]:
+    classed = [task for task in tasks if task.classes]
+    known = [{task.name: classes_of(task, item) for task in classed} for item in items]
+    frequency = Counter(label for labels in known for label in labels[classed[0].name]) if classed else Counter()
+    samples = [
+        Sample(
+            name=os.path.normpath(item.name),
+            group=item.group,
+            # The rarest of several labels is the hardest to distribute.
+            stratum=min(labels[classed[0].name], key=lambda c: (frequency[c], c), default="") if classed else "",
+            classes=[(task, label) for task, own in labels.items() for label in own],
+        )
+        for item, labels in zip(items, known, strict=True)
+    ]
+    try:
+        splits = make_splits(samples, shares, seed, give_splits(path))
+    except DataError as error:
+        groups = f" The groups are the values of `{grouped_by}`; --data.group none ignores them." if grouped_by else ""
+        raise DataError(f"{path}: {error}{groups}") from error
+    return [replace(item, split=split) for item, split in zip(items, splits, strict=True)]
+
+
+def give_splits(path: Path | None) -> str:
+    """Say how a user states the split of each image, for a folder or a CSV."""
+    return "give folders train, val and test" if path is not None and path.is_dir() else "give a `split` column"
+
+
+def classes_of(task: Task, item: Item) -> tuple[str, ...]:
+    """Return the classes that the label of an item names; none where it is unknown or a number."""
+    target = task.encode(item.labels[task.name])
+    if not task.classes or np.isnan(target).any():
+        return ()
+    index = np.flatnonzero(target) if task.kind == "multilabel" else target.astype(int)
+    return tuple(task.classes[i] for i in index)
+
+
+def check_training(where: str, items: Sequence[Item], tasks: Sequence[Task]) -> None:
+    """Require a training image of every class.
+
+    Raises:
+        DataError: a class has none; `where` names the data.
+    """
+    for task in tasks:
+        seen: dict[bool, set[str]] = {True: set(), False: set()}  # by whether the image is for training
+        for item in items:
+            seen[item.split == "train"].update(classes_of(task, item))
+        lacking = [name for name in task.classes if name not in seen[True]]
+        if lacking:
+            has = (
+                f"only {listed(map(repr, seen[True]))}" if len(seen[True]) == 1 else f"no {listed(map(repr, lacking))}"
+            )
+            elsewhere = [repr(name) for name in lacking if name in seen[False]]
+            raise DataError(
+                f"{where}: {task.name}: the training split has {has}"
+                f"{f', other splits have {listed(elsewhere)}' if elsewhere else ''}. "
+                "Give training an image of each class, or leave those images out."
+            )
+
+
+def leaking_groups(groups: Sequence[str | None], splits: Sequence[str]) -> list[str]:
+    """Return the groups with images in more than one split: training then knows a part of what is held out."""
+    found = defaultdict(set)
+    for group, split in zip(groups, splits, strict=True):
+        if group is not None:
+            found[group].add(split)
+    return sorted(group for group, where in found.items() if len(where) > 1)
+
+
+# --- drawing splits ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Subject:
-    """An image as the splitting sees it.
+class Sample:
+    """What splitting needs to know about an image.
 
     Attributes:
         name: identifies the image, whatever the order of the rows.
-        group: images of one group stay together; None: the image is its own group.
-        stratum: images of one stratum are shared out in proportion.
-        classes: what the training split must have at least one image of.
+        group: images of one group stay together; None if the image is its own group.
+        stratum: images of one stratum are distributed in proportion.
+        classes: pairs of task and class; the training split needs at least one image of each.
     """
 
     name: str
@@ -48,12 +172,12 @@ class _Group:
 
 
 def make_splits(
-    subjects: Sequence[Subject], shares: Mapping[str, float], seed: int, remedy: str = "give a `split` column"
+    samples: Sequence[Sample], shares: Mapping[str, float], seed: int, remedy: str = "give a `split` column"
 ) -> list[str]:
-    """The split of every image.
+    """Draw the split of every image.
 
-    1. Each stratum gets a quota per split, its share of the stratum rounded up or down so that the splits' totals come
-       out right; the training split gets at least one image of each stratum.
+    1. Each stratum gets a quota per split: its share of the stratum, rounded up or down so that the totals of the
+       splits come out right. The training split gets at least one image of each stratum.
     2. Groups, in an order drawn from the seed and their name, go whole to the split that lacks most of what they hold.
        A group larger than a whole held-out split goes to training.
     3. Groups move until training has every class and no split is empty.
@@ -61,56 +185,45 @@ def make_splits(
     Without groups the quotas are met exactly: each class is within one image of its share in each split.
 
     Args:
-        subjects: the images.
-        shares: of the images per split, `train` among them; splits with share 0 stay empty.
-        seed: another seed gives another draw.
-        remedy: how a user gives splits, for messages.
+        samples: the images.
+        shares: share of the images per split, `train` among them; splits with share 0 stay empty.
+        seed: seed of the draw.
+        remedy: how a user states splits, for messages.
+
+    Returns:
+        The split of each sample.
 
     Raises:
-        DataError: too few images or groups for the splits asked for.
+        DataError: there are too few images or groups for the splits.
     """
     splits = ["train", *(split for split in sorted(shares, reverse=True) if split != "train" and shares[split] > 0)]
     shares = {split: shares[split] / sum(shares.values()) for split in splits}
-    groups = _groups(subjects, seed)
+    groups = _groups(samples, seed)
     if len(groups) < len(splits):
-        what = "group" if any(subject.group is not None for subject in subjects) else "image"
+        what = "group" if any(sample.group is not None for sample in samples) else "image"
         raise DataError(
             f"{len(groups)} {what}{'s' * (len(groups) != 1)} cannot be shared out to {' and '.join(splits)}. "
             f"Add more, {remedy}, or set data.val or data.test to 0."
         )
-    quotas = _quotas(Counter(subject.stratum for subject in subjects), shares)
-    placed = _place(groups, quotas, shares, len(subjects))
+    quotas = _quotas(Counter(sample.stratum for sample in samples), shares)
+    placed = _place(groups, quotas, shares, len(samples))
     _cover_classes(placed)
     _fill_empty(placed, remedy)
-
-    out = [""] * len(subjects)
-    for split, members in placed.items():
-        for group in members:
-            for index in group.members:
-                out[index] = split
-    return out
+    split_of = {index: split for split, groups in placed.items() for group in groups for index in group.members}
+    return [split_of[index] for index in range(len(samples))]
 
 
-def leaking_groups(groups: Sequence[str | None], splits: Sequence[str]) -> list[str]:
-    """Groups with images in more than one split: what is held out is then partly known from training."""
-    sides = defaultdict(set)
-    for group, split in zip(groups, splits, strict=True):
-        if group is not None:
-            sides[group].add(split)
-    return sorted(group for group, where in sides.items() if len(where) > 1)
-
-
-def _groups(subjects: Sequence[Subject], seed: int) -> list[_Group]:
-    """Groups in drawn order."""
+def _groups(samples: Sequence[Sample], seed: int) -> list[_Group]:
+    """Return the groups in drawn order."""
     members = defaultdict(list)
-    for index, subject in enumerate(subjects):
-        own = subject.group is None
-        members[(own, subject.name if own else str(subject.group))].append(index)
+    for index, sample in enumerate(samples):
+        own = sample.group is None
+        members[(own, sample.name if own else str(sample.group))].append(index)
     groups = [
         _Group(
             members=tuple(indices),
-            strata=Counter(subjects[index].stratum for index in indices),
-            classes=frozenset(known for index in indices for known in subjects[index].classes),
+            strata=Counter(samples[index].stratum for index in indices),
+            classes=frozenset(known for index in indices for known in samples[index].classes),
             order=hashlib.blake2b(f"{seed}\0{own}\0{name}".encode(errors="surrogateescape"), digest_size=16).digest(),
         )
         for (own, name), indices in members.items()
@@ -119,9 +232,8 @@ def _groups(subjects: Sequence[Subject], seed: int) -> list[_Group]:
 
 
 def _quotas(counts: Mapping[str, int], shares: Mapping[str, float]) -> Quotas:
-    """Whole numbers per stratum and split: every share rounded down, and what is left over given, one per split at
-    most, to the splits that are furthest below their total."""
-    # Float products such as 100 * 0.29 fall just short of the whole number that is meant.
+    """Round every share down, then give the rest, at most one per split, to the splits furthest below their total."""
+    # Products such as 100 * 0.29 fall just short of the integer that is meant.
     ideal = {k: {split: count * share for split, share in shares.items()} for k, count in counts.items()}
     quotas = {k: {split: math.floor(want + 1e-9) for split, want in wants.items()} for k, wants in ideal.items()}
     lack = {split: sum(ideal[k][split] - quotas[k][split] for k in counts) for split in shares}
@@ -147,7 +259,7 @@ def _place(
         group.members: [split for split in shares if split == "train" or group.size <= max(1.0, images * shares[split])]
         for group in groups
     }
-    # Those that can only go to training come first, so that the others even out what they bring.
+    # Groups that fit only into training come first, so that the others can even out what they bring.
     for group in sorted(groups, key=lambda group: len(room[group.members]) > 1):
         best = max(
             room[group.members],
@@ -161,7 +273,7 @@ def _place(
 
 
 def _cover_classes(placed: dict[str, list[_Group]]) -> None:
-    """Moves the smallest group that has it to training for every class that training lacks."""
+    """For every class that training lacks, move the smallest group that has it to training."""
     held_out = [split for split in placed if split != "train"]
     for known in sorted({known for groups in placed.values() for group in groups for known in group.classes}):
         if any(known in group.classes for group in placed["train"]):
@@ -175,7 +287,7 @@ def _cover_classes(placed: dict[str, list[_Group]]) -> None:
 
 
 def _fill_empty(placed: dict[str, list[_Group]], remedy: str) -> None:
-    """Moves one small group into every split that has none, without taking a class from training."""
+    """Move one small group into every empty split, without taking a class from training."""
     for split in placed:
         if placed[split]:
             continue

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from keyhole.data.splits import Subject, make_splits
+from keyhole.data.splits import Sample, make_splits
 from keyhole.datasets.camelyon16_files import Found, Problem, find_features, find_files, slide_name
 from keyhole.errors import DataError
 from keyhole.patches.foreground.regions import read_regions
@@ -224,7 +224,7 @@ def _splits(found: Found, usable: Mapping[str, tuple[Path, str]], val: float, se
     labels = {name: label for name, (_, label) in usable.items() if not name.startswith("test")}
     splits = dict.fromkeys(usable, "test") | dict.fromkeys(labels, "train")
     if labels and val > 0:
-        subjects = [Subject(name, None, label, [("label", label)]) for name, label in labels.items()]
+        subjects = [Sample(name, None, label, [("label", label)]) for name, label in labels.items()]
         try:
             splits |= zip(labels, make_splits(subjects, {"train": 1 - val, "val": val}, seed), strict=True)
         except DataError:

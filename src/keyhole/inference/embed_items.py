@@ -11,9 +11,9 @@ from typing import Literal
 
 from keyhole.config.settings import DataConfig
 from keyhole.data.companions import with_companions
-from keyhole.data.item import FEATURE_SUFFIXES, Item, Row, Table, absolute
+from keyhole.data.item import FEATURE_SUFFIXES, DataTable, Item, Row, absolute
+from keyhole.data.listing import expand_images, list_images
 from keyhole.data.read_csv import read_csv
-from keyhole.data.read_folder import expand_images, list_images
 from keyhole.errors import DataError
 from keyhole.images.image import folder_suffixes
 from keyhole.util.wording import listed
@@ -27,14 +27,14 @@ def items_to_embed(
     if data.is_dir() and data.suffix.lower() not in folder_suffixes():
         images, others = list_images(data)
         rows = [Row(Item(image.relative_to(data).as_posix(), image, {}), str(image)) for image in images]
-        table = Table((), rows, others, [])
+        table = DataTable((), rows, others)
     elif data.suffix.lower() in (".csv", ".tsv", ".txt"):
         table = read_csv(data, None if root is None else Path(root))
         rows = [Row(replace(row.item, features=None), row.where) for row in table.rows]
         table = replace(table, rows=rows)
     else:
         images, _ = expand_images([data])
-        table = Table((), [Row(Item(image.name, image, {}), str(image)) for image in images], [], [])
+        table = DataTable((), [Row(Item(image.name, image, {}), str(image)) for image in images])
     table = with_companions(data, table, DataConfig(masks=None if masks is None else Path(masks)))
     items: dict[Path, Item] = {}
     left_out = {left.name: left.reason for left in table.left_out}

@@ -224,7 +224,7 @@ def _manifest(
 
 
 def _metrics(task: Task, manifest: Manifest, seen: Sequence[tuple[Item, dict[str, np.ndarray]]]) -> TaskMetrics:
-    targets = np.stack([manifest.target(item, task) for item, _ in seen])
+    targets = manifest.targets([item for item, _ in seen])[task.name]
     probabilities = np.stack([probability[task.name] for _, probability in seen])
     return evaluate_task(task, targets, probabilities, [item.group for item, _ in seen])
 
@@ -237,12 +237,13 @@ def _learning(
     split: str,
 ) -> Learning:
     groups = [item.group for item, _ in seen]
+    labels = manifest.targets([item for item, _ in seen])
     return Learning(
         f"the {len(seen)} {split} images",
         tuple(
             judge_task(
                 task,
-                np.stack([manifest.target(item, task) for item, _ in seen]),
+                labels[task.name],
                 np.stack([probability[task.name] for _, probability in seen]),
                 [each[task.name] for each in uneven],
                 groups,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from keyhole.data.hashes import hash_files
+from keyhole.data.hashes import hash_files, stored_hashes
 from keyhole.data.item import Item
-from keyhole.data.moved import stored_hashes
 from keyhole.data.read_csv import read_csv
 from keyhole.errors import KeyholeError
 from keyhole.runs.run import Run
@@ -48,7 +47,7 @@ def seen_in_training(run: Path, items: Sequence[Item]) -> str:
     sizes = {stored[item.name].bytes for item in used if item.name in stored}
     alike = [item for item in items if item.source not in places and file_size(item.source) in sizes]
     # a file that cannot be read is told of when its image is opened
-    hashes = hash_files(alike, failed=lambda *_: None) if splits else {}
+    hashes = hash_files(alike, skip_unreadable=True) if splits else {}
     found = [
         places.get(item.source) or splits.get(hashes[item.name].sha256 if item.name in hashes else "", "")
         for item in items

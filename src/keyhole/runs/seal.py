@@ -15,10 +15,9 @@ from typing import Any
 from keyhole.config.check import leaves, validate
 from keyhole.config.file import dump_config, load_config, parse_config
 from keyhole.config.settings import Config, RunConfig
-from keyhole.data.hashes import OTHER_CONTENT, FileHash, changed_files
+from keyhole.data.hashes import OTHER_CONTENT, FileHash, changed_files, stored_hashes
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest
-from keyhole.data.moved import stored_hashes
 from keyhole.errors import ConfigError, RunError
 from keyhole.runs.checkpoint import model_file, read_info, read_tensors
 from keyhole.runs.damage import LISTED_AGAIN

@@ -21,7 +21,7 @@ import torch
 from keyhole.config.auto import number
 from keyhole.config.file import configuration, validate
 from keyhole.config.settings import Config
-from keyhole.data.manifest import Item
+from keyhole.data.item import Item
 from keyhole.engine.looking import timed
 from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan, cap

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from keyhole.config.auto import number
 from keyhole.config.settings import AugmentConfig, Config
 from keyhole.data.companions import unused_masks
-from keyhole.data.manifest import Item, Manifest
+from keyhole.data.item import Item
+from keyhole.data.manifest import Manifest
 from keyhole.data.resolution import NOT_KNOWN, Resolution
 from keyhole.engine.device import settle_precision
 from keyhole.engine.memory.pace import fixed_chunk
@@ -207,10 +207,7 @@ def cache_limit(config: Config, device: torch.device) -> float | None:
 
 def targets(manifest: Manifest, items: Sequence[Item], device: torch.device | None = None) -> dict[str, Tensor]:
     """Encoded labels (b w) of each task; NaN where missing."""
-    return {
-        task.name: torch.from_numpy(np.stack([manifest.target(item, task) for item in items])).to(device)
-        for task in manifest.tasks
-    }
+    return {name: torch.from_numpy(rows).to(device) for name, rows in manifest.targets(items).items()}
 
 
 def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh: bool = True) -> IPSClassifier:

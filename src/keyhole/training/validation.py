@@ -154,12 +154,13 @@ def write_learning(job: Job, split: str, rows: Sequence[tuple[Item, TableRow]]) 
     if not rows:
         return
     groups = [item.group for item, _ in rows]
+    labels = job.manifest.targets([item for item, _ in rows])
     learning = Learning(
         f"the {len(rows)} {'validation' if split == 'val' else 'training'} images",
         tuple(
             judge_task(
                 task,
-                np.stack([job.manifest.target(item, task) for item, _ in rows]),
+                labels[task.name],
                 np.array([row.probability[task.name] for _, row in rows]),
                 [row.uneven[task.name] for _, row in rows],
                 groups,

@@ -21,7 +21,7 @@ from keyhole.config.auto import settle_learning
 from keyhole.config.settings import Config, DataConfig
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
-from keyhole.data.settle import classes_of
+from keyhole.data.splits import classes_of
 from keyhole.engine.compiling import Setting, choose_compile
 from keyhole.engine.device import arithmetic_of, choose_device
 from keyhole.patches.image_cache import available_bytes

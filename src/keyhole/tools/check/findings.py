@@ -13,8 +13,7 @@ from keyhole.data.hashes import hash_files
 from keyhole.data.item import SPLITS, Item
 from keyhole.data.manifest import Manifest
 from keyhole.data.resolution import Resolution
-from keyhole.data.settle import classes_of, give_splits
-from keyhole.data.splits import leaking_groups
+from keyhole.data.splits import classes_of, give_splits, leaking_groups
 from keyhole.errors import ImageError
 from keyhole.patches.features.origin import Origin
 from keyhole.tools.check.look import DARK, Probed

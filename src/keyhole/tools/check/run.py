@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,8 +15,8 @@ from keyhole.config.file import configuration, validate
 from keyhole.config.settings import Config
 from keyhole.data.companions import unused_masks
 from keyhole.data.item import SPLITS, Doubt, Item, LeftOut
+from keyhole.data.listing import PREVIEW_LIST, listed_previews
 from keyhole.data.manifest import MISSING_FILE, Manifest, read_manifest, write_csv
-from keyhole.data.outputs import PREVIEW_LIST, clear_previews
 from keyhole.errors import OutputError
 from keyhole.inference.embed_items import items_to_embed, without_labels
 from keyhole.patches.image_cache import fits
@@ -253,6 +253,32 @@ def _list_previews(folder: Path, requests: Sequence[Request]) -> None:
     if pictures:
         rows = [(request.name, Path(str(request.preview)).name) for request in pictures]
         write_csv(folder / PREVIEW_LIST, [("image", "preview"), *rows])
+
+
+def clear_previews(folder: Path, pictures: Collection[str]) -> int:
+    """Remove the previews of an earlier check, so that none of them is taken for one of this check.
+
+    Args:
+        folder: where the previews go.
+        pictures: the file names that this check will write.
+
+    Returns:
+        The number of removed previews that this check does not write again.
+
+    Raises:
+        OutputError: a file that is not a preview would be overwritten.
+    """
+    earlier = listed_previews(folder)
+    removable = {name for name in earlier if Path(name).name == name and name.endswith(".png")}
+    for name in pictures:
+        if name not in removable and os.path.lexists(folder / name):
+            raise OutputError(f"{folder / name}: not a preview of keyhole check. Choose another folder: --previews DIR")
+    present = {name for name in removable if (folder / name).is_file()}
+    for name in present:
+        (folder / name).unlink()
+    if earlier:
+        (folder / PREVIEW_LIST).unlink(missing_ok=True)
+    return len(present - set(pictures))
 
 
 def _probe_all(

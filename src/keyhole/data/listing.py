@@ -1,0 +1,282 @@
+"""The images below a folder, and why each other file is not one: output of keyhole, system folders, other suffixes.
+
+keyhole writes its results where a user asks, often beside or among the images. Its folders are recognised by the files
+in them and not by name. A folder that also holds images of the user is read, without the files of keyhole in it.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from keyhole.data.companions import FEATURE_FOLDERS, FEATURE_ORDER
+from keyhole.data.item import FEATURE_SUFFIXES, LeftOut, absolute
+from keyhole.errors import DataError
+from keyhole.images.image import folder_suffixes, image_suffixes
+
+PREVIEW_FOLDER = "keyhole-check"
+"""Default folder for the previews of `keyhole check`."""
+PREVIEW_LIST = "previews.csv"
+"""File in a folder of previews that lists them."""
+SYSTEM_FOLDERS: Mapping[str, str] = {
+    "@eadir": "thumbnails of a Synology NAS",
+    "@tmp": "system folder of a NAS",
+    "@recycle": "recycle bin of a NAS",
+    "@recently-snapshot": "snapshots of a NAS",
+    "#recycle": "recycle bin of a NAS",
+    "#snapshot": "snapshots of a NAS",
+    "$recycle.bin": "recycle bin of Windows",
+    "recycler": "recycle bin of Windows",
+    "system volume information": "system folder of Windows",
+    "lost+found": "system folder of Linux",
+    "__macosx": "system folder of macOS",
+    "network trash folder": "recycle bin of macOS",
+    "temporary items": "system folder of macOS",
+    "__pycache__": "system folder of Python",
+}
+"""Folders that operating systems create, in lower case, with what they are. Hidden folders are left out too."""
+SYSTEM_FILES = frozenset({".ds_store", "thumbs.db", "desktop.ini"})
+_RUN = {"config.yaml", "manifest.csv", "environment.json"}
+_PREDICTION = {"prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz"}
+_GENERATED = ("boxes.csv", "nests.csv")
+_FIRST_BYTES = {
+    "left_out.csv": b"name,reason",
+    "predictions.csv": b"image,",
+    "unreadable.csv": b"image,",
+    PREVIEW_LIST: b"image,preview",
+    "keyhole.yaml": b"# Written by keyhole",
+}
+"""Single files of keyhole, with the bytes that they begin with."""
+_NOT_A_PICTURE = "written by keyhole"
+"""Reason for a file of `_FIRST_BYTES`, which nobody expects among the images: it is not listed as left out."""
+
+
+def list_images(
+    path: Path, ignore: Mapping[Path, str] | None = None, generated: bool = False
+) -> tuple[list[Path], list[LeftOut]]:
+    """Return the images below a folder in order of name, and every other file with the reason why it is not one.
+
+    If there are no images, files of stored features are taken instead, one per slide. Links are followed, each folder
+    once. The folder beside a MIRAX slide of the same name holds the slide's own data, and a folder `x.zarr` is itself
+    an image. Output of keyhole and system folders are left out; `path` itself is always read.
+
+    Args:
+        path: the folder.
+        ignore: absolute paths of folders below that are left out, each with the reason.
+        generated: also leave out images that keyhole generated.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    path = absolute(path)
+    images: list[Path] = []
+    stored: list[Path] = []
+    left_out: list[LeftOut] = []
+    for folder, names, others in _walk(path, ignore or {}, generated):
+        left_out += others
+        for name in names:
+            file = folder / name
+            if reason := _why_not(file):
+                shown = file.relative_to(path).as_posix().encode(errors="backslashreplace").decode()
+                left_out.append(LeftOut(shown, reason))
+            else:
+                (stored if file.suffix.lower() in FEATURE_SUFFIXES else images).append(file)
+    if images:
+        left_out += [LeftOut(file.relative_to(path).as_posix(), "stored features beside images") for file in stored]
+    else:
+        images, doubles = _one_per_slide(path, stored)
+        left_out += doubles
+    return sorted(images, key=lambda file: file.relative_to(path).as_posix()), left_out
+
+
+def expand_images(
+    paths: Sequence[str | Path], missing: Literal["fail", "skip"] = "fail"
+) -> tuple[list[Path], list[LeftOut]]:
+    """Replace folders by the images below them in order of name; each file is returned once.
+
+    Args:
+        paths: files and folders; a folder `x.zarr` is an image.
+        missing: whether a path that does not exist is an error or is left out.
+
+    Returns:
+        Absolute paths, and what is not used: files of the folders that are not images, folders without images.
+
+    Raises:
+        DataError: a path does not exist, a folder cannot be listed, or there is no image.
+    """
+    found: dict[Path, None] = {}
+    left_out: list[LeftOut] = []
+    for path in map(absolute, paths):
+        if path.is_dir() and path.suffix.lower() not in folder_suffixes():
+            files, others = list_images(path)
+            found.update(dict.fromkeys(files))
+            left_out += [LeftOut(str(path / other.name), other.reason) for other in others]
+            if not files:
+                left_out.append(LeftOut(str(path), "a folder without images"))
+        elif os.path.exists(path):  # noqa: PTH110 - Path.exists raises on a name too long for the system
+            found[path] = None
+        elif missing == "skip":
+            left_out.append(LeftOut(str(path), "no such file or folder"))
+        else:
+            raise DataError(f"{path}: no such file or folder. Give image files or folders of them.")
+    if not found:
+        raise DataError(
+            f"{', '.join(map(str, paths)) or 'nothing given'}: no images there. Give image files or folders."
+        )
+    return list(found), left_out
+
+
+def system_folder(name: str) -> str:
+    """Say what a folder of this name is if a system created it; empty otherwise."""
+    return "hidden folder" if name.startswith(".") else SYSTEM_FOLDERS.get(name.lower(), "")
+
+
+def listed_previews(folder: Path) -> set[str]:
+    """Return the names of the previews that `keyhole check` has listed in a folder."""
+    file = folder / PREVIEW_LIST
+    if not _starts(file, _FIRST_BYTES[PREVIEW_LIST]):
+        return set()
+    with file.open(newline="", encoding="utf-8", errors="replace") as opened:
+        return {row["preview"] for row in csv.DictReader(opened) if row.get("preview")}
+
+
+def _walk(path: Path, ignore: Mapping[Path, str], generated: bool) -> Iterator[tuple[Path, list[str], list[LeftOut]]]:
+    """Yield each folder with the sorted names of its files and folder images, and what was not entered."""
+
+    def unlistable(error: OSError) -> None:
+        raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}).") from error
+
+    def shown(file: Path) -> str:
+        return file.relative_to(path).as_posix()
+
+    seen = {_identity(path)}
+    for folder_name, folders, names in os.walk(path, onerror=unlistable, followlinks=True):
+        folder, skipped = Path(folder_name), []
+        whole = [
+            name for name in folders if Path(name).suffix.lower() in folder_suffixes() and not name.startswith(".")
+        ]
+        folders[:] = [name for name in folders if name not in whole]
+        if folder != path and (what := _output_folder(folder, folders, [*names, *whole], generated)):
+            folders.clear()
+            yield folder, [], [LeftOut(f"{shown(folder)}/", what)]
+            continue
+        for name in sorted(folders):
+            identity = _identity(folder / name)
+            if reason := system_folder(name) or ignore.get(folder / name, ""):
+                pass
+            elif f"{name}.mrxs" in names:
+                reason = f"part of {name}.mrxs"
+            elif identity in seen:
+                reason = "link to a folder that is already read"
+            else:
+                seen.add(identity)
+                continue
+            folders.remove(name)
+            skipped.append(LeftOut(f"{shown(folder / name)}/", reason))
+        folders.sort()
+        own = _own_files(folder, names)
+        skipped += [LeftOut(shown(folder / name), what) for name, what in sorted(own.items()) if what != _NOT_A_PICTURE]
+        yield folder, sorted(name for name in [*names, *whole] if name not in own), skipped
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _why_not(file: Path) -> str:
+    """Say why a file is not read as an image; empty if it is."""
+    suffix = file.suffix.lower()
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return "name is not UTF-8; rename it"
+    if file.name.lower() in SYSTEM_FILES:
+        return "not an image"
+    if file.name.startswith("."):
+        return "hidden file"
+    if suffix not in image_suffixes() | FEATURE_SUFFIXES:
+        return f"not an image (suffix {suffix})" if suffix else "not an image (no suffix)"
+    return ""
+
+
+def _one_per_slide(path: Path, stored: list[Path]) -> tuple[list[Path], list[LeftOut]]:
+    """Keep one of the feature files of a slide that differ only in suffix or in CLAM's folder: HDF5 before .pt."""
+    best: dict[Path, Path] = {}
+    for file in sorted(stored, key=lambda file: (FEATURE_ORDER.index(file.suffix.lower()), file)):
+        inside = [part for part in file.relative_to(path).parts if part not in FEATURE_FOLDERS]
+        best.setdefault(Path(*inside).with_suffix(""), file)
+    chosen = set(best.values())
+    names = [file.relative_to(path).as_posix() for file in stored if file not in chosen]
+    return list(chosen), [LeftOut(name, "features that an .h5 file holds too") for name in names]
+
+
+def _own_files(folder: Path, names: Collection[str]) -> dict[str, str]:
+    """Return the files of a folder that keyhole wrote, each with what it is."""
+    present = set(names)
+    own = {
+        name: _NOT_A_PICTURE
+        for name, start in _FIRST_BYTES.items()
+        if name in present and _starts(folder / name, start)
+    }
+    if "metrics.json" in present and "predictions.csv" in own:
+        sheets = {name for name in present if name.startswith("contact_sheet")}
+        own |= dict.fromkeys(sheets | {"metrics.json"}, "written by keyhole evaluate")
+    if present >= {"prediction.json", "kept.csv"}:
+        own |= dict.fromkeys(present & _PREDICTION, "written by keyhole predict")
+    if PREVIEW_LIST in own:
+        own |= dict.fromkeys(present & listed_previews(folder), "written by keyhole check")
+    return own
+
+
+def _output_folder(folder: Path, folders: Sequence[str], names: Collection[str], generated: bool) -> str:
+    """Say what a folder is if keyhole wrote all of it; empty if it is the user's.
+
+    `folders` and `names` are the folders and files in it; with `generated`, generated data sets count as output.
+    """
+    present = set(names)
+    if present >= _RUN:
+        return "a run of keyhole"
+    if generated and any((folder / "images" / name).is_file() for name in _GENERATED):
+        return "a demonstration of keyhole"
+    if generated and "manifest.csv" in present and any(name in present for name in _GENERATED):
+        return "images that keyhole generated"
+    own = _own_files(folder, names)
+    images = {name for name in present if name not in own and not _why_not(folder / name)}
+    if images:  # previews of versions that did not list them
+        unlisted = folder.name.startswith(PREVIEW_FOLDER) and all(name.endswith(".png") for name in images)
+        return "previews of keyhole check" if unlisted else ""
+    for name, what in (
+        (PREVIEW_LIST, "previews of keyhole check"),
+        ("metrics.json", "an evaluation of keyhole"),
+        ("prediction.json", "a prediction of keyhole"),
+    ):
+        if name in own:
+            return what
+    if folders and all(_is_output(folder / name, generated) for name in folders):
+        return "predictions of keyhole" if "predictions.csv" in own else "only output of keyhole"
+    return ""
+
+
+def _is_output(folder: Path, generated: bool) -> bool:
+    """Look into a folder that is not listed yet, without following links."""
+    folders: list[str] = []
+    names: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                (folders if entry.is_dir(follow_symlinks=False) else names).append(entry.name)
+    except OSError:
+        return False  # reported where the folder is entered
+    return bool(_output_folder(folder, folders, names, generated))
+
+
+def _starts(file: Path, start: bytes) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(start)) == start
+    except OSError:
+        return False
