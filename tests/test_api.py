@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import pkgutil
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import SMALL
 from PIL import Image
+from processes import run_process
 
 import keyhole
 from keyhole.config.file import build
@@ -34,9 +33,7 @@ def test_every_name_of_the_api_is_there_and_no_submodule_can_hide_it() -> None:
 
 
 def test_import_keyhole_loads_nothing_heavy() -> None:
-    code = "import sys, keyhole; dir(keyhole); print({'torch', 'numpy', 'pydantic', 'tyro'} & set(sys.modules) or '')"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
-    assert out.strip() == ""
+    assert run_process("imported", "torch,numpy,pydantic,tyro", "package").stdout == "[]\n"
 
 
 # Whole configurations and mappings
@@ -174,9 +171,7 @@ def _through(prediction: Prediction) -> Prediction:
 
 
 def test_wrong_shapes_are_told_in_words_with_both_values() -> None:
-    script = Path(__file__).with_name("wrong_shapes.py")
-    out = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=60).stdout
-    said = dict(line.split(": ", 1) for line in out.splitlines())
+    said = dict(line.split(": ", 1) for line in run_process("wrong_shapes").stdout.splitlines())
     assert said == {
         "grey patches": "patches must be (k c h w) with c = 3, the encoder's `channels`, not (5, 1, 16, 16)",
         "channels last": "patches must be (k c h w) with c = 3, the encoder's `channels`, not (5, 16, 16, 3)",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 import tifffile
 from make_dicom import write_dicom
 from make_images import picture, write_broken, write_pictures, write_pyramids, write_tiff, write_tiffs
+from processes import run_process
 
 from keyhole.errors import ConfigError, ImageError
 from keyhole.images import open_image
@@ -145,31 +144,9 @@ def test_animations_are_refused(tmp_path: Path) -> None:
         assert "animation" in refusal(tmp_path / f"a.{suffix}")
 
 
-_LIMITED = """
-import resource, sys, time
-resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
-resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
-from pathlib import Path
-from keyhole.errors import ImageError
-from keyhole.images.image import open_image
-from keyhole.images.openslide import OpenSlideImage
-for opening in (open_image, OpenSlideImage):
-    try:
-        image = opening(Path(sys.argv[1]))
-        image.read((0, 0, 64, 64))
-    except ImageError as error:
-        print(error)
-    else:
-        raise SystemExit("it was read")
-"""
-
-
 def in_a_process_that_may_die(path: Path) -> list[str]:
     """The refusals by `open_image` and by OpenSlideImage, under limits of memory and time."""
-    done = subprocess.run(
-        [sys.executable, "-c", _LIMITED, str(path)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_process("refused_image", path, timeout=60)
     assert done.stderr == ""
     return done.stdout.splitlines()
 

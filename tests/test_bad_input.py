@@ -9,8 +9,6 @@ import pickle
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 import torch
 from conftest import settings, small_files
 from PIL import Image
+from processes import run_process
 from safetensors.torch import save_file
 
 from keyhole.cli.main import main
@@ -527,27 +526,10 @@ def test_what_is_no_run_cannot_be_resumed(say: Say, toy: Path, toy_run: Path) ->
 
 # Files that would take the process down or hold it up for ever
 
-_LIMITED = """
-import contextlib, io, json, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
-from keyhole.cli.main import main
-ends = []
-for words in json.loads(sys.argv[1]):
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main(words)
-    ends.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(ends))
-"""
-
 
 def in_a_process_that_may_die(*lines: list[str]) -> list[Said]:
     """What each of the command lines ends with, one after the other, under limits of memory and time."""
-    command = [sys.executable, "-c", _LIMITED, json.dumps(lines)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return [Said(*end) for end in json.loads(done.stdout)]
+    return [Said(*end) for end in json.loads(run_process("command_lines", json.dumps(lines), timeout=120).stdout)]
 
 
 @pytest.mark.parametrize(("name", "problem"), [("page_loop.tif", "form a loop"), ("giant_tile.tif", "65,520 x 65,520")])

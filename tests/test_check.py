@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from processes import run_process
 
 from keyhole.cli.check import run as run_check
 from keyhole.config.settings import Config, DataConfig, PatchConfig, SelectConfig
@@ -490,18 +489,10 @@ def test_the_answer_wakes_whoever_waits_for_it(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_process_ends_with_its_input_and_never_imports_torch() -> None:
-    code = "import sys, keyhole.tools.check.worker as worker; worker.main(); assert 'torch' not in sys.modules"
     line = json.dumps({"limit": 5, **asdict(request(Path("none.png")))})
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=f"{{}}\n{line}\n",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_process("imported", "torch", "worker", input=f"{{}}\n{line}\n", timeout=60)
     greeting, answer = map(json.loads, done.stdout.splitlines())
+    assert done.stderr == "[]\n", "its output is for answers alone"
     assert greeting == {}
     assert answer["trouble"] == "image"
 

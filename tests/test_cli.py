@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from processes import run_process
 
 from keyhole.cli.arguments import _one_line
 from keyhole.cli.help import entries
@@ -154,12 +155,7 @@ def test_paragraphs_of_a_help_are_broken_once(columns: str, say: Say, monkeypatc
 
 def test_help_imports_nothing_heavy() -> None:
     for verb in ([], ["train"], ["init"], ["check"], ["doctor"], ["demo"], ["predict"], ["evaluate"], ["resume"]):
-        code = (
-            "import sys; from keyhole.cli.main import main; main(sys.argv[1:]); "
-            "print(sorted({'torch', 'numpy', 'timm', 'sklearn', 'pydantic', 'yaml', 'rich'} & set(sys.modules)))"
-        )
-        command = [sys.executable, "-c", code, *verb, "--help"]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        out = run_process("imported", "torch,numpy,timm,sklearn,pydantic,yaml,rich", "help", *verb).stdout
         assert out.splitlines()[-1] == "[]", verb
 
 

@@ -1,21 +1,16 @@
 """Laws of compiled encoders: out of memory is survived, each is compiled, and what runs uncompiled is said."""
 
 import json
-import subprocess
-import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-HERE = Path(__file__).parent
+from processes import run_process
 
 
 def in_a_process(folder: Path, *what: str) -> dict[str, Any]:
-    command = [sys.executable, str(HERE / "compiled_encoders.py"), str(folder), *what]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_process("compiled_encoders", folder, *what, timeout=None)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,6 +20,7 @@ import tifffile
 import torch
 from conftest import small_files
 from PIL import Image
+from processes import run_process
 from safetensors.torch import save_file
 
 import keyhole
@@ -306,21 +306,9 @@ def test_mistakes_are_one_line(weights: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; from keyhole.cli.main import main; main(['embed', '--help']); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "--patch.foreground" in done.stdout
-
-
-CHILD = """
-import re, sys
-from pathlib import Path
-from keyhole.config.settings import PatchConfig
-from keyhole.inference.embed import embed
-embed(sys.argv[1], sys.argv[2], encoder="small", width=8, weights=sys.argv[3], patch=PatchConfig(size=16), threads=2,
-      quiet=True)
-print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-"""
+    out = run_process("imported", "torch", "help", "embed").stdout
+    assert "--patch.foreground" in out
+    assert out.splitlines()[-1] == "[]"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
@@ -338,16 +326,7 @@ def test_memory_does_not_grow_with_the_patches(weights: Path, tmp_path: Path) ->
             photometric="rgb",
             compression="zlib",
         )
-        words = [tmp_path / f"{side}.tif", tmp_path / "out", weights]
-        child = subprocess.run(
-            [sys.executable, "-c", CHILD, *words],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert child.returncode == 0, child.stderr
-        peaks.append(int(child.stdout) * 1024)
+        peaks.append(int(run_process("embed_peak", tmp_path / f"{side}.tif", tmp_path / "out", weights).stdout))
     with h5py.File(tmp_path / "out" / "2560.h5") as file:
         assert file["features"].shape == (25_600, 64)
     assert peaks[1] - peaks[0] < 5 * 2**20, "the features alone are 6.5 MB"

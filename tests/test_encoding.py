@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 from conftest import Say
 from on_device import GPU, no_waiting
+from processes import run_process
 from test_embed import damaged_tiff, noise
 from test_out_of_memory import narrow
 from torch import Tensor
@@ -188,9 +187,7 @@ def test_a_budget_is_kept_by_encoding_less_at_a_time(weights: Path, tmp_path: Pa
     assert said.startswith("keyhole: error: --memory: 600 kB is too little"), said
     assert "--model" not in said
     assert "--select" not in said
-    script, room = Path(__file__).with_name("embedding_process.py"), str(150 * 2**20)
-    command = [sys.executable, script, tmp_path / "out", tmp_path / "data", weights, room]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    ended = run_process("embed_within_budget", tmp_path / "out", tmp_path / "data", weights, 150 * 2**20)
     done = json.loads(ended.stdout)
     assert done["code"] == 0, done["said"]
     assert done["peak"] <= done["budget"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Callable
@@ -21,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import run_process
 from torch.nn import functional as F
 
 import keyhole
@@ -153,22 +152,6 @@ def test_threads_may_read_at_once(tmp_path: Path) -> None:
         assert not wrong
 
 
-CHILD = """
-import re, sys
-from pathlib import Path
-import numpy as np, torch
-from keyhole.patches.features import FeatureOpener
-sources = [FeatureOpener(Path(path), path)() for path in sys.argv[1:]]
-n = len(sources[0])
-for source in sources:  # as a batch: all are open until the last is read
-    for start in range(0, n, 32):
-        source.read(np.arange(start, min(start + 32, n)))
-    for start in range(0, n, 997):
-        source.read([start])
-print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_hundred_times_the_features_take_no_more_memory(tmp_path: Path) -> None:
     peaks = []
@@ -183,9 +166,7 @@ def test_a_hundred_times_the_features_take_no_more_memory(tmp_path: Path) -> Non
                 file.create_dataset("coords", data=coords)
             paths.append(tmp_path / f"{n}-{copy}.h5")
         paths.append(write_pt(tmp_path / f"{n}.pt", torch.from_numpy(rows)))
-        child = subprocess.run([sys.executable, "-c", CHILD, *paths], capture_output=True, text=True, timeout=120)
-        assert child.returncode == 0, child.stderr
-        peaks.append(int(child.stdout) * 1024)
+        peaks.append(int(run_process("features_peak", *paths).stdout))
         for path in paths:
             path.unlink()
     # HDF5 keeps some 15 MB of its own for the process, however many such files are open
@@ -548,22 +529,4 @@ def test_a_process_ends_while_threads_still_read_features(tmp_path: Path) -> Non
         file.create_dataset("features", data=np.ones((4, 8), np.float32))
         file.create_dataset("coords", data=np.zeros((4, 2), np.int64))
         file["features"].attrs["encoder"] = "small"
-    code = f"""
-import time
-from pathlib import Path
-from keyhole.patches.features.files import open_features
-from keyhole.util.threads import Pool
-
-def read():
-    end = time.monotonic() + 1
-    while time.monotonic() < end:
-        open_features(path).close()
-
-path = Path({str(tmp_path / "a.h5")!r})
-kept = [open_features(path) for _ in range(20)]
-pool = Pool(2, 60)
-tasks = [pool.submit("a", read) for _ in range(2)]
-time.sleep(0.2)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert run_process("ends_while_reading_features", tmp_path / "a.h5", timeout=60).stderr == ""

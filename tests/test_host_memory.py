@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import PIL.Image
 import pytest
 from make_images import picture, pyramid, write_many_tiles, write_tiff
 from make_zarr import write_multiscale
+from processes import run_process
 
 from keyhole.images import open_image
 from keyhole.images.recent import LARGE, Recent
@@ -22,79 +20,12 @@ from keyhole.images.tiff import TiffImage
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 
-_CHILD = """
-import gc, json, re, sys
-from pathlib import Path
-
-from keyhole.images import open_image
-from keyhole.images.openslide import OpenSlideImage
-
-READERS = {"open_image": open_image, "OpenSlideImage": OpenSlideImage}
-
-
-def memory(what):
-    gc.collect()
-    return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def round_(opening, path):
-    # a corner, the middle, a part outside, each level
-    with opening(Path(path)) as image:
-        for level, (size, _) in enumerate(image.levels):
-            image.read((size.width // 2, size.height // 2, 64, 64), level)
-            image.read((-8, -8, 40, 40), level)
-
-
-def rounds(name, count, *paths):
-    opening = READERS[name]
-    for k in range(count // 5):
-        round_(opening, paths[k % len(paths)])
-    before = memory("VmRSS")
-    for k in range(count):
-        round_(opening, paths[k % len(paths)])
-    return {"growth": memory("VmRSS") - before}
-
-
-def held(name, count, small, large):
-    # the peak of `count` open handles on a large slide, over that of one on a small
-    opening = READERS[name]
-    round_(opening, small)
-    before = memory("VmHWM")
-    images = [opening(Path(large)) for _ in range(count)]
-    for image in images:
-        size = image.size
-        for x in range(0, size.width - 64, size.width // 50):
-            image.read((x, x % (size.height - 64), 64, 64))
-    return {"growth": memory("VmHWM") - before}
-
-
-def whole(name, count, *paths):
-    # every pixel of many open images, over those of the first
-    opening, images = READERS[name], []
-    for path in paths:
-        images.append(opening(Path(path)))
-        size = images[-1].size
-        for y in range(0, size.height, 200):
-            for x in range(0, size.width, 200):
-                images[-1].read((x, y, 200, 200))
-        before = before if len(images) > 2 else memory("VmHWM")
-    return {"growth": memory("VmHWM") - before}
-
-
-kind, name, count, *paths = sys.argv[1:]
-print(json.dumps({"rounds": rounds, "held": held, "whole": whole}[kind](name, int(count), *paths)))
-"""
 ALLOWED = 3 * 2**20
 """Growth that is not a leak: the allocator's own, and pages touched late."""
 
 
 def growth(kind: str, reader: str, count: int, *paths: Path) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, kind, reader, str(count), *map(str, paths)],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return int(json.loads(done.stdout)["growth"])
+    return int(run_process("images_memory", kind, reader, count, *paths).stdout)
 
 
 @pytest.fixture(scope="module")

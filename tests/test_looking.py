@@ -1,8 +1,6 @@
 """Laws of the first pass over one chunk: blank patches cost nothing, nothing waits for the device, nothing is rebuilt."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from on_device import GPU, waits_counted
 from PIL import Image
+from processes import run_process
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -170,28 +169,6 @@ def test_what_is_kept_is_not_read_again_where_a_batch_fits() -> None:
             assert np.array_equal(block, source.array[image.index.numpy()])
 
 
-COMPILED_RUN = """
-import functools
-import sys
-import torch
-torch.compile = functools.partial(torch.compile, backend="aot_eager")  # traced and guarded alike, no C++ to wait for
-from torch._dynamo.utils import counters
-from keyhole.training.loop import Loop, train
-
-graphs, after = [], Loop.end_epoch
-
-def count(self, row):
-    after(self, row)
-    graphs.append(counters["stats"]["unique_graphs"])
-
-Loop.end_epoch = count
-train(sys.argv[1], sys.argv[2], patch={"size": 32}, model={"encoder": "small", "width": 4, "heads": 2},
-      select={"m": 2, "chunk": 16}, train={"epochs": 3, "batch": 3, "explore": 0}, augment={"color": 0.1},
-      run={"compile": "on", "threads": 1})
-print("graphs", *graphs)
-"""
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_nothing_is_compiled_after_the_first_epoch(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -201,40 +178,17 @@ def test_nothing_is_compiled_after_the_first_epoch(tmp_path: Path) -> None:
             pixels = rng.integers(0, 100, (64, 96, 3), np.uint8) + (100 if label == "bright" else 0)
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / label / f"{number}.png")
     # a process of its own: the tests' checks of shapes and the compiler do not go together
-    command = [sys.executable, "-c", COMPILED_RUN, str(tmp_path / "data"), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_process("compiled_run", tmp_path / "data", tmp_path / "run")
     assert "encoder compiled: as asked for" in done.stderr
     graphs = [int(word) for word in done.stdout.split("graphs ")[1].split()]
     assert graphs[0] > 0
     assert graphs == [graphs[0]] * 3
 
 
-GRADIENTS = """
-import torch
-from keyhole.nn import SmallEncoder
-from keyhole.nn.fast import CompiledEncoder
-
-torch.manual_seed(0)
-encoder = SmallEncoder(1, 4, stages=1)
-patches = torch.rand(6, 1, 16, 16)
-
-def gradients(run):
-    encoder.zero_grad()
-    run(patches).square().sum().backward()
-    return torch.cat([parameter.grad.flatten() for parameter in encoder.parameters()])
-
-eager, compiled = gradients(encoder), gradients(CompiledEncoder(encoder))
-assert torch.isfinite(compiled).all(), compiled
-assert (compiled - eager).norm() < 1e-3 * eager.norm(), (compiled - eager).norm() / eager.norm()
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_learning_has_the_gradients_of_plain_learning() -> None:
-    done = subprocess.run([sys.executable, "-c", GRADIENTS], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_process("compiled_gradients")
 
 
 class OnDevice(nn.Module):

@@ -31,7 +31,7 @@ def test_a_test_with_the_mark_sees_one() -> None:
 def test_the_tests_on_a_gpu_fit_the_code_and_a_session_of_them_hides_no_gpu() -> None:
     here = Path(__file__).parent
     files = [str(path) for path in here.glob("test_*.py") if "mark.cuda" in path.read_text()]
-    path = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(here / "processes"), os.environ.get("PYTHONPATH")]))
     dry = {"CUDA_TESTS_ON": "cpu", "TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "99", "PYTHONPATH": path}
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "shows_devices", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dry)

@@ -7,12 +7,12 @@ import os
 import pty
 import re
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from processes import command, environment, run_process
 
 from keyhole.util.budget import memory_text
 from keyhole.util.process import peak_memory
@@ -129,20 +129,10 @@ def test_updates_of_several_threads_are_all_counted() -> None:
     assert (progress.images, progress.patches, progress.waited) == (4000, 8000, 2000.0)
 
 
-SCRIPT = """
-from keyhole.util.progress import Progress
-with Progress(4, "epoch 1/2") as progress:
-    for number in range(4):
-        progress.update(images=1, patches=50, waited=0.0, text="loss 0.5")
-        if number == 1:
-            progress.line("a line that stays")
-"""
-
-
 def test_on_a_terminal_it_shows_a_bar() -> None:
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "160"}
-    with subprocess.Popen([sys.executable, "-c", SCRIPT], stderr=theirs, env=environment) as process:
+    shown_on = environment(TERM="xterm", COLUMNS="160")
+    with subprocess.Popen(command("shows_progress"), stderr=theirs, env=shown_on) as process:
         os.close(theirs)
         shown = b""
         while True:
@@ -166,9 +156,7 @@ def test_on_a_terminal_it_shows_a_bar() -> None:
 
 def test_a_bar_does_not_take_what_is_printed_into_a_pipe() -> None:
     ours, theirs = pty.openpty()
-    script = SCRIPT.replace("progress.line(", "print(")
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, stderr=theirs, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    done = run_process("shows_progress", "print", stderr=theirs, timeout=60)
     os.close(theirs)
     os.close(ours)
     assert done.stdout == "a line that stays\n"
@@ -177,7 +165,7 @@ def test_a_bar_does_not_take_what_is_printed_into_a_pipe() -> None:
 def test_into_a_file_it_leaves_no_control_characters(tmp_path: Path) -> None:
     file = tmp_path / "log"
     with file.open("w") as stream:
-        subprocess.run([sys.executable, "-c", SCRIPT], stderr=stream, check=True, timeout=60)
+        run_process("shows_progress", stderr=stream, timeout=60)
     lines = file.read_text().splitlines()
     assert lines[0] == "a line that stays"
     assert lines[1].startswith("epoch 1/2: 4/4 images")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_process
 
 from keyhole.errors import ConfigError, ImageError, StalledRead
 from keyhole.images import ArrayImage, Box
@@ -440,19 +438,8 @@ def test_run_gives_the_result_or_the_error_under_the_stall_limit() -> None:
     gate.set()
 
 
-def test_a_process_with_a_stuck_read_ends(tmp_path: Path) -> None:
-    script = tmp_path / "child.py"
-    script.write_text(
-        "import threading\n"
-        "from keyhole.errors import StalledRead\n"
-        "from keyhole.loading import Reader\n"
-        "with Reader(threads=2, stall=0.1) as reader:\n"
-        "    try:\n"
-        "        reader.run('a.svs', threading.Event().wait)\n"
-        "    except StalledRead as error:\n"
-        "        print(error)\n"
-    )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=True)
+def test_a_process_with_a_stuck_read_ends() -> None:
+    done = run_process("stuck_read", timeout=60)
     assert done.stdout.startswith("a.svs: no data for 0.1 s")
     assert done.stderr == ""
 
@@ -509,6 +496,5 @@ def test_one_chunk_after_another_is_read_ahead_while_the_consumer_is_busy_with_a
 
 
 def test_a_program_ends_though_a_stream_is_open_and_its_lock_is_held() -> None:
-    script = Path(__file__).parent / "ends_with_open_stream.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
+    done = run_process("ends_with_open_stream", timeout=60)
+    assert (done.stdout, done.stderr) == ("the end\n", "")

@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import SMALL, small_files
+from processes import command
 
 import keyhole
 from keyhole.cli.main import main
@@ -21,10 +21,6 @@ from keyhole.runs import lock as module
 from keyhole.runs.folder import FIRST
 from keyhole.runs.lock import DEAD, Holder, RunLock
 from keyhole.util.files import atomic_file
-
-HOLD = "import sys, time; from pathlib import Path; from keyhole.runs.lock import RunLock; " + (
-    "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(100)"
-)
 
 
 @pytest.fixture
@@ -49,7 +45,7 @@ def write_lock(run: Path, holder: Holder, age: float = 0.0) -> None:
 def test_a_run_that_a_process_works_on_is_refused_until_the_process_is_gone_however_it_went(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command("holds_a_run", run), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 from conftest import small_files
+from processes import run_process
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -139,31 +138,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-CHILD = """
-import re, sys
-from pathlib import Path
-import numpy as np
-from keyhole.datasets.slides import make_slide
-from keyhole.datasets.tiff_pyramid import write_pyramid
-from keyhole.images.geometry import Size
-
-what, out, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-if what == "slide":
-    make_slide(out, size, 0, tissue=0.3, positive=True, threads=2)
-else:
-    tile = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    render = lambda column, row: tile if column % 4 == 0 else None
-    write_pyramid(out, Size(size, 1100), render, mpp=0.5, background=tile, threads=2)
-# not ru_maxrss: a child starts with its parent's
-print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
-"""
-
 
 def peak(tmp_path: Path, what: str, size: int) -> int:
-    command = [sys.executable, "-c", CHILD, what, str(tmp_path / f"{size}.tif"), str(size)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return int(run_process("slide_peak", what, tmp_path / f"{size}.tif", size).stdout)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")

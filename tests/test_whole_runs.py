@@ -3,10 +3,8 @@ pass loses at most one image."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import tifffile
 import torch
 from conftest import settings
+from processes import command, environment
 from safetensors.torch import load_file
 
 import keyhole
@@ -114,20 +113,12 @@ FLAGS = (
     "--patch.size 16 --model.width 8 --model.heads 2 --select.m 4 --select.chunk 16 --train.epochs 1 --train.batch 4 --train.explore 0 "
     "--run.threads 2 --data.cache 0"
 ).split()
-EAGER = """
-import sys
-import keyhole.runs.journal as journal
-from keyhole.cli.main import main
-
-journal.SECONDS = 0.0
-sys.exit(main(sys.argv[1:]))
-"""
 
 
-def start(run: Path, data: Path, *flags: str, script: str = EAGER) -> subprocess.Popen[str]:
+def start(run: Path, data: Path, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", script, "train", str(data), "--out", str(run), *FLAGS, *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        command("eager_journal", "train", data, "--out", run, *FLAGS, *flags),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

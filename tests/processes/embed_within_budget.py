@@ -1,4 +1,4 @@
-"""Embeds within a budget, in a process of its own: `python embedding_process.py OUT DATA WEIGHTS ROOM`.
+"""Embeds within a budget, in a process of its own: `OUT DATA WEIGHTS ROOM`.
 
 A memory limit is one of the process, and in a process that has run many other tests, little of what its heap holds free
 is of use to a new thread. Prints JSON: exit code, what was said, the budget, the peak, patches of each call of the encoder.

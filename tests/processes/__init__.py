@@ -1,0 +1,30 @@
+"""Code that tests run in a process of its own, one file each, and how it is run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def command(name: str, *arguments: object) -> list[str]:
+    """The command line of a file of this folder."""
+    return [sys.executable, str(HERE / f"{name}.py"), *map(str, arguments)]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """That of this process, with one thread for arithmetic and the given variables."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | variables
+
+
+def run_process(name: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a file of this folder to its end, which must be a success; `options` are those of `subprocess.run`."""
+    settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 300}
+    settings |= {"env": environment(), "check": False, "text": True} | options
+    done = subprocess.run(command(name, *arguments), **settings)
+    assert done.returncode == 0, done.stderr
+    return done

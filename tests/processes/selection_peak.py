@@ -1,0 +1,28 @@
+"""Both passes of a model over one image, as in training and prediction: `PATH PATCHES SIZE HEADS TASKS`; print the peak."""
+
+import sys
+from pathlib import Path
+
+import torch
+from usage import memory
+
+from keyhole.config.settings import ModelConfig, SelectConfig
+from keyhole.engine.passes import fetch_kept, select_batch
+from keyhole.loading import Reader
+from keyhole.nn import build_classifier
+from keyhole.patches.sources import FileOpener
+from keyhole.tasks.kinds import Task
+
+path = Path(sys.argv[1])
+patches, size, heads, tasks = map(int, sys.argv[2:])
+kinds = [Task(f"task{t}", "binary", ("no", "yes")) for t in range(tasks)]
+model = build_classifier(ModelConfig(width=8, heads=heads), kinds, size).eval()
+with Reader(threads=2, ahead=4) as reader:
+    for batch in reader.stream([[FileOpener(path, path.name, size)]], chunk=64):
+        kept = select_batch(model, batch, SelectConfig(m=16, chunk=64))
+        bags, _, _ = fetch_kept(model, batch, kept)
+        with torch.no_grad():
+            model(bags.patches(), bags.position, bags.mask)
+assert reader.read_patches == patches + 16
+assert bags.mask.sum() == 16
+print(memory("VmHWM"))
