@@ -33,7 +33,7 @@ from keyhole.engine.memory.plan import Plan
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job
 from keyhole.training.loop import Loop
-from keyhole.util.process import peak_memory
+from keyhole.util.platform import peak_memory
 
 CPU = {"encoder": "small", "channels": 3, "width": 8, "stages": 2}
 GPU = {"encoder": "resnet18", "channels": 3}

@@ -15,7 +15,7 @@ import torch
 from processes import command, environment, run_process
 
 from keyhole.util.budget import memory_text
-from keyhole.util.process import peak_memory
+from keyhole.util.platform import peak_memory
 from keyhole.util.progress import Progress, shares_text
 from keyhole.util.timing import PARTS, Shares
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from keyhole.cli.main import main
 from keyhole.engine.memory.meter import taken
 from keyhole.nn import SmallEncoder
-from keyhole.util.process import reset_peak, status
+from keyhole.util.platform import peak_memory, restart_peak
 
 
 def embed(out: str, data: str, weights: str, room: int) -> dict[str, object]:
@@ -34,10 +34,16 @@ def embed(out: str, data: str, weights: str, room: int) -> dict[str, object]:
         SmallEncoder(3, 8).eval()(torch.zeros(1, 3, 256, 256))
     calls.clear()
     budget = (taken(torch.device("cpu")) + room) // 10**6
-    reset_peak()
+    restart_peak()
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         code = main([*line, f"{budget}MB"])
-    return {"code": code, "said": said.getvalue(), "budget": budget * 10**6, "peak": status("VmHWM"), "calls": calls}
+    return {
+        "code": code,
+        "said": said.getvalue(),
+        "budget": budget * 10**6,
+        "peak": peak_memory(since_restart=True),
+        "calls": calls,
+    }
 
 
 if __name__ == "__main__":

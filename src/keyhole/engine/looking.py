@@ -128,8 +128,7 @@ class Looker:
                 stop = min(start + rows_to_encode(rows, plan.chunk, self.model), len(pixels))
                 return work(slice(start, stop), rows)
 
-            shape = (min(self.pace.plan.chunk, len(pixels) - start), *pixels.shape[1:])
-            part = self.pace.run("select", run, shape=shape)
+            part = self.pace.run("select", run)
             yield part
             start += len(part)
 

@@ -338,7 +338,7 @@ def infer(
             if bags.rows:
                 with model.looking():
                     embedding = torch.cat(list(_embedded(model, bags, pace, stager.shares)))
-                    logits = pace.run("select", partial(_classified, model, bags, embedding), shape="classified")
+                    logits = pace.run("select", partial(_classified, model, bags, embedding))
         yield Inference(batch, kept, bags, pixels, logits)
 
 
@@ -358,6 +358,6 @@ def _embedded(model: IPSClassifier, bags: Bags, pace: Pace, shares: Shares) -> I
             with shares.part("encoding"):
                 return model.look(pixels, rows=plan.chunk if whole else 0)
 
-        embedding = pace.run("select", encode, shape=("kept", min(pace.plan.chunk, len(bags) - start)))
+        embedding = pace.run("select", encode)
         start += len(embedding)
         yield embedding

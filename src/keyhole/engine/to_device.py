@@ -261,7 +261,7 @@ def prefetched(chunks: Iterable[Chunk], stage: Callable[..., T], pace: Pace | No
             continue
         rest = chunk
         while rest.count:
-            part, staged, behind = pace.run("select", partial(_first, rest, stage), shape="staged")
+            part, staged, behind = pace.run("select", partial(_first, rest, stage))
             chunk.copied = rest.copied  # copies end in the order in which they begin
             if part.count:
                 yield part, staged

@@ -23,8 +23,9 @@ from keyhole.config.file import configuration, validate
 from keyhole.config.settings import Config
 from keyhole.data.item import Item
 from keyhole.engine.looking import timed
+from keyhole.engine.memory.cap import cap
 from keyhole.engine.memory.pace import Pace
-from keyhole.engine.memory.plan import Plan, cap
+from keyhole.engine.memory.plan import Plan
 from keyhole.engine.memory.trim import Trim
 from keyhole.engine.passes import Bags, fetch_kept, select_batch
 from keyhole.engine.to_device import stager_for
@@ -47,7 +48,7 @@ from keyhole.training.score import is_better, metric_value
 from keyhole.training.setup import learning_rate, targets
 from keyhole.training.trial import estimate
 from keyhole.training.validation import predict_splits, validate_epoch
-from keyhole.util.process import peak_memory
+from keyhole.util.platform import peak_memory
 from keyhole.util.progress import Progress, say
 from keyhole.util.timing import Shares
 from keyhole.util.wording import counted
@@ -107,7 +108,7 @@ class Loop:
         self.job, self.interrupt = job, interrupt
         self.saved = time.monotonic()
         self.undefined = False
-        self.pace = Pace(job.plan, self.shrink, job.model.compiled)
+        self.pace = Pace(job.plan, self.shrink)
         self.trim = Trim(job.plan, job.device)
         self.estimate: Estimate | None = None
         self.first_epoch = job.state.epoch
@@ -326,7 +327,7 @@ class Loop:
 
         job.model.train()
         with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-            loss = self.pace.run("learn", learn, again, shape=(*bags.mask.shape, len(bags)))
+            loss = self.pace.run("learn", learn, again)
         job.state.plan = self.pace.plan.to_json()
         learned = [parameter for parameter in job.model.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in learned]

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,6 @@ from torch import Tensor
 from keyhole.config.auto import number, settle_learning
 from keyhole.config.settings import Config
 from keyhole.engine.device import choose_device, settle_precision
-from keyhole.engine.memory.cap import room_for_code
 from keyhole.engine.memory.probe import as_it_was, example_positions
 from keyhole.engine.passes import positions
 from keyhole.errors import KeyholeError
@@ -128,10 +127,7 @@ def _measured(job: Job) -> tuple[Costs, str]:
     where = None
     if job.model.position is not None:
         where = torch.cat([piece.where for piece in pieces if piece.where is not None])[: job.plan.chunk]
-    with nullcontext() if job.model.compiled else room_for_code():
-        score, learn = model_seconds(
-            job.model, pixels, where, job.plan.split or job.plan.kept, config.augment.color > 0
-        )
+    score, learn = model_seconds(job.model, pixels, where, job.plan.split or job.plan.kept, config.augment.color > 0)
     image, patch = (sum(part) / len(pieces) for part in list(zip(*pieces, strict=True))[:2])
     threads = min(job.reader.pool.threads, default_threads())
     costs = Costs(image, patch, score, learn, threads, job.device.type != "cpu", _saving(job.run.path))

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from keyhole.util.budget import memory_text
-from keyhole.util.process import peak_memory
+from keyhole.util.platform import peak_memory
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

@@ -8,12 +8,9 @@ added up instead; see `tensor_bytes`.
 
 from __future__ import annotations
 
-import ctypes
-import resource
 import weakref
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from keyhole.util.process import STATUS, reset_peak, status
+from keyhole.util.platform import libc, peak_memory, resident_memory, restart_peak
 
-MAPS = Path("/proc/self/maps")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
 BESIDES_TENSORS = 2
@@ -37,7 +33,7 @@ def taken(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(device)
     give_back()
-    return status("VmRSS") if STATUS.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+    return resident_memory()
 
 
 def comes_in_steps(device: torch.device) -> bool:
@@ -57,26 +53,21 @@ def growth(device: torch.device, function: Callable[[], object], repeats: int = 
     if not has_peak():
         return BESIDES_TENSORS * tensor_bytes(function)
     before = taken(device)
-    reset_peak()
+    restart_peak()
     for _ in range(repeats):
         function()
-    return max(0, status("VmHWM") - before)
+    return max(0, peak_memory(since_restart=True) - before)
 
 
 @cache
 def has_peak() -> bool:
-    """Whether this system keeps a peak of resident memory that a process may reset."""
-    try:
-        reset_peak()
-        status("VmHWM")
-    except (OSError, AssertionError):
-        return False
-    return True
+    """Whether this system keeps a peak of resident memory that a process may restart."""
+    return restart_peak()
 
 
 def give_back() -> None:
     """Hands memory that is free within malloc back to the system, where malloc can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = libc("malloc_trim")
     if trim is not None:
         trim(0)
 
@@ -88,52 +79,12 @@ def steady_heap(steady: bool = True, capped: bool = False) -> None:
     Giving them back means that the system clears every page anew for each layer: in trials of three encoders that took
     1.3 to 2.5 times as long. So it is for measuring, and for who has little memory.
 
-    Under a cap of the process (`capped`), blocks of 32 MB and more are mapped singly all the same.
+    Under a budget that the user named (`capped`), blocks of 32 MB and more are mapped by themselves too.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = libc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**20 if steady else 2**25 if capped else 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**24 if steady else 2**26 if capped else 2**31 - 1)  # 2**31 - 1: never
-
-
-def mapped_code() -> int:
-    """Bytes mapped for code that libraries have written in this process (Linux): those that count as data."""
-    size = 0
-    for line in MAPS.read_text().splitlines():
-        span, rights, *_ = line.split(maxsplit=2)
-        if rights == "rwxp":
-            start, stop = span.split("-")
-            size += int(stop, 16) - int(start, 16)
-    return size
-
-
-def free_in_heap() -> int:
-    """Bytes that malloc holds free within what is mapped (glibc); 0 where it does not say."""
-    figures = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if figures is None:
-        return 0
-    figures.restype = _MallInfo
-    return int(figures().fordblks)
-
-
-class _MallInfo(ctypes.Structure):
-    """struct mallinfo2 (mallinfo(3))."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
-    ]
 
 
 def tensor_bytes(function: Callable[[], object]) -> int:

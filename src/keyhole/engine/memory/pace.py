@@ -1,76 +1,63 @@
-"""The memory plan at work: where the device runs out all the same, the chunk is halved and the piece repeated."""
+"""Runs work under a memory plan: when memory runs out, or exceeds the budget of a CPU, chunks are halved."""
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections import deque
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
 from keyhole.config.settings import Config, SelectConfig
 from keyhole.engine.memory.bill import HELD_BYTES
-from keyhole.engine.memory.cap import room_for_code
+from keyhole.engine.memory.meter import give_back
 from keyhole.engine.memory.plan import Plan, Step, make_plan
 from keyhole.errors import ConfigError
 from keyhole.nn import IPSClassifier
 from keyhole.nn.build import patch_shape
-from keyhole.util.budget import doubt, explained, out_of_memory, parse_memory
+from keyhole.util.budget import doubt, explained, memory_text, out_of_memory, parse_memory
+from keyhole.util.platform import peak_memory, restart_peak
 
 T = TypeVar("T")
 
 LARGE = 250_000
 """Patches of an image that a plan for predicting has room for."""
-KNOWN = 16
-"""Shapes that are remembered: of oneDNN's thousand operations with their code, ResNet-18 needs 60 to learn from one."""
 
 
 class Pace:
     """Runs pieces of work under a plan.
 
     Args:
-        plan: to begin with.
-        warn: told in one sentence when the plan had to become smaller.
-        compiled: whether the work goes through `torch.compile`; see `keyhole.engine.memory.cap.room_for_code`.
+        plan: the plan to begin with.
+        warn: called with one sentence when the plan becomes smaller.
 
     Attributes:
-        plan: that is followed now.
+        plan: the plan that is followed now.
     """
 
-    def __init__(self, plan: Plan, warn: Callable[[str], None], compiled: bool = False) -> None:
-        self.plan, self.warn, self.compiled = plan, warn, compiled
-        self._known: deque[Hashable] = deque(maxlen=KNOWN)
+    def __init__(self, plan: Plan, warn: Callable[[str], None]) -> None:
+        self.plan, self.warn = plan, warn
+        self._watched = plan.named and plan.device == "cpu"
+        self._allowed = 0  # bytes; more than the budget if the peak was higher before and cannot be restarted
 
-    def run(
-        self,
-        step: Step,
-        work: Callable[[Plan], T],
-        again: Callable[[], None] | None = None,
-        shape: Hashable | None = None,
-    ) -> T:
-        """The result of `work` under the plan, repeated under ever smaller ones while the device runs out of memory.
+    def run(self, step: Step, work: Callable[[Plan], T], again: Callable[[], None] | None = None) -> T:
+        """Return the result of `work` under the plan; repeat it under smaller plans while memory runs out.
 
         Args:
-            step: which pass it is; the other keeps its size.
-            work: leaves nothing behind where it fails, but for what `again` undoes.
+            step: the pass that becomes smaller; the other one keeps its size.
+            work: leaves nothing behind when it fails, except for what `again` undoes.
             again: called before each repetition.
-            shape: tells apart, under one plan, work for which other code is written; it is given room the first time
-                alone. None: every time. See `keyhole.engine.memory.cap.room_for_code`.
 
         Raises:
             ConfigError: even the smallest plan does not fit.
         """
+        if self._watched and not self._allowed:
+            self._watch()
         while True:
-            known = (step, self.plan.chunk, self.plan.split, shape)
             try:
-                with nullcontext() if self.compiled or known in self._known else room_for_code():
-                    result = work(self.plan)
-                if shape is not None and known not in self._known:
-                    self._known.append(known)
-                return result
+                result = work(self.plan)
+                break
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -80,13 +67,38 @@ class Pace:
                     advice = "raise --memory, or lower --patch.size, --select.m or the encoder's size"
                     raise ConfigError(explained(error, said, advice)) from error
                 why = f"out of memory, or else: {own}" if (own := doubt(error)) else "out of memory"
-            self.warn(f"{why}; going on with less at a time ({smaller.describe()})")
-            self.plan = smaller
-            gc.collect()  # what the failed attempt held
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self._shrink(smaller, why)
             if again is not None:
                 again()
+        if self._watched:
+            self._keep_budget(step)
+        return result
+
+    def _keep_budget(self, step: Step) -> None:
+        """Halve the plan when the peak of this process since the last time has gone over the budget."""
+        peak = peak_memory(since_restart=True)
+        if peak <= self._allowed:
+            return
+        why = f"the peak of memory, {memory_text(peak)}, is over --memory {memory_text(self.plan.budget)}"
+        smaller = self.plan.halved(step)
+        if smaller is None:
+            self.warn(f"{why}, with the smallest chunks already; a larger --memory is needed")
+            self._watched = False
+            return
+        self._shrink(smaller, why)
+        give_back()
+        self._watch()
+
+    def _watch(self) -> None:
+        restart_peak()
+        self._allowed = max(self.plan.budget, peak_memory(since_restart=True))
+
+    def _shrink(self, smaller: Plan, why: str) -> None:
+        self.warn(f"{why}; going on with less at a time ({smaller.describe()})")
+        self.plan = smaller
+        gc.collect()  # what the failed attempt held
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def predicting(model: IPSClassifier, config: Config, device: torch.device, warn: Callable[[str], None]) -> Pace:

@@ -25,15 +25,12 @@ from keyhole.engine.memory.bill import (
     power_below,
     powers,
 )
-from keyhole.engine.memory.cap import cap
 from keyhole.engine.memory.meter import steady_heap, taken
 from keyhole.engine.memory.probe import SMALLEST, probe
 from keyhole.errors import ConfigError
 from keyhole.nn import IPSClassifier
 from keyhole.patches.image_cache import available_bytes
 from keyhole.util.budget import explained, memory_text, out_of_memory
-
-__all__ = ["Plan", "cap", "make_plan"]
 
 CPU_CHUNK = 64
 """More patches at a time are not faster on a CPU, and results should not depend on the memory of the moment."""

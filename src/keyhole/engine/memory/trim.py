@@ -12,7 +12,7 @@ import torch
 
 from keyhole.engine.memory.meter import give_back
 from keyhole.engine.memory.plan import Plan
-from keyhole.util.process import STATUS, status
+from keyhole.util.platform import resident_memory
 
 SETTLED = 2
 """Epochs after which a process has everything that it needs: what is decoded once, kernels, caches."""
@@ -27,13 +27,13 @@ class Trim:
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self._active = device.type == "cpu" and STATUS.exists()
+        self._active = device.type == "cpu"
         self._peak = plan.peak
         self._epochs, self._settled = 0, 0
 
     def after_pass(self) -> None:
         """Call it between the passes, when their large blocks are free."""
-        if self._active and self._peak and status("VmRSS") > self._peak:
+        if self._active and self._peak and resident_memory() > self._peak:
             give_back()
 
     def after_epoch(self) -> None:
@@ -41,7 +41,7 @@ class Trim:
         if not self._active:
             return
         self._epochs += 1
-        now = status("VmRSS")
+        now = resident_memory()
         if self._epochs <= SETTLED:
             self._settled = now
         elif now > self._settled:

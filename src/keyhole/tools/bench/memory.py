@@ -21,7 +21,7 @@ from keyhole.config.settings import Config, ModelConfig, PatchConfig, SelectConf
 from keyhole.errors import ConfigError, KeyholeError
 from keyhole.tools.bench.patches import OpenMade
 from keyhole.util.budget import memory_text
-from keyhole.util.process import peak_memory
+from keyhole.util.platform import peak_memory
 
 SORTING = 32
 """Bytes a patch, while the best of an image are found."""
@@ -123,7 +123,7 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
     )
     if config.run.compile == "on":
         model.accelerate(compile=True)
-    pace = Pace(plan, lambda text: print(text, file=sys.stderr), model.compiled)
+    pace = Pace(plan, lambda text: print(text, file=sys.stderr))
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.monotonic()
@@ -141,7 +141,7 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
                 )
 
             model.train()
-            pace.run("learn", learn, shape=(*bags.mask.shape, len(bags)))
+            pace.run("learn", learn)
             optimizer.step()
             del bags, kept
     process = peak_memory()
