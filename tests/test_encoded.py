@@ -28,8 +28,8 @@ from keyhole.engine.jpeg import KNOWN, Decoder, decodes
 from keyhole.engine.passes import select_batch
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.errors import ImageError
-from keyhole.images.tiff_encoded import COLORS, segments, stored_colors
-from keyhole.images.tiff_tables import BLOCK
+from keyhole.images.jpeg import COLORS, segments, stored_colors
+from keyhole.images.tiff_file import BLOCK
 from keyhole.loading import Batch, Delivery, Reader
 from keyhole.loading.readings import LOOK_AGAIN
 from keyhole.nn import build_classifier

@@ -321,7 +321,7 @@ def test_a_scale_that_is_not_believed_is_none_and_says_why(tmp_path: Path, name:
     ("sizes", "mpp", "note"),
     [({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}, 0.5, ""),  # µm by the schema
      ({"PhysicalSizeX": 500, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.5, "PhysicalSizeYUnit": "µm"}, 0.5, ""),
-     ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "pixel", "PhysicalSizeY": 0.5}, None, "'pixel', which is no unit of length"),
+     ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "pixel", "PhysicalSizeY": 0.5}, None, "'pixel', which is not a unit of length"),
      ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25}, None, "its OME-XML says 0.5 x 0.25 um per pixel: pixels that are not square"),
      ({"PhysicalSizeX": 0.5}, None, "its OME-XML says 0.5 x nothing um per pixel"),
      ({"PhysicalSizeX": 500, "PhysicalSizeY": 500}, None, "outside"), ({}, None, "")],

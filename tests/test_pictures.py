@@ -22,7 +22,7 @@ from keyhole.images import open_image
 from keyhole.images.openslide import _check_bits, _planes
 from keyhole.images.pixels import eight_bit
 from keyhole.images.scale import given_scale
-from keyhole.images.tiff_checks import check_tiles
+from keyhole.images.tiff_file import check_tiles
 
 
 def whole(path: Path) -> NDArray[np.uint8]:

@@ -21,9 +21,9 @@ from make_images import picture, write_tiff
 from make_zarr import write_multiscale
 
 from keyhole.images import Image, open_image
+from keyhole.images.jpeg import frame_of
 from keyhole.images.recent import RECENT, Recent
 from keyhole.images.tiff import TiffImage
-from keyhole.images.tiff_jpeg import frame_of
 from keyhole.images.tiles import TiledImage
 from keyhole.loading import Reader
 from keyhole.patches.edge import Edge
@@ -120,7 +120,7 @@ def test_a_pass_gives_what_each_patch_by_itself_gives(
 def test_jpeg_decoded_in_place_is_what_tifffile_decodes(files: dict[str, Path], name: str) -> None:
     with tifffile.TiffFile(files[name]) as tif, TiffImage(files[name]) as image:
         expected = tif.pages.first.asarray().reshape(HEIGHT, WIDTH, -1)
-        assert image._stored[0].decode_into is not None
+        assert image._stored[0].jpeg is not None
         np.testing.assert_array_equal(image.read((0, 0, WIDTH, HEIGHT)), expected)
         np.testing.assert_array_equal(image.read((TILE, TILE, TILE, TILE)), expected[TILE : 2 * TILE, TILE : 2 * TILE])
 

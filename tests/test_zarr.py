@@ -135,7 +135,7 @@ def test_of_a_bioformats2raw_folder_the_first_series_is_read(tmp_path: Path, ver
     ("axes", "unit", "scale", "mpp", "note"),
     [("yx", "micrometer", (0.5, 0.5), 0.5, ""), ("yx", "nanometer", (250, 250), 0.25, ""), ("yx", "millimeter", (1e-3, 1e-3), 1.0, ""),
      ("yx", None, (0.5, 0.5), None, "gives 0.5 as the size of a pixel, without a unit"),
-     ("yx", "furlong", (0.5, 0.5), None, "'furlong', which is no unit of length"),
+     ("yx", "furlong", (0.5, 0.5), None, "'furlong', which is not a unit of length"),
      ("yx", "micrometer", (0.5, 0.25), None, "says 0.25 x 0.5 um per pixel: pixels that are not square"),
      ("yx", "micrometer", (0.501, 0.5), 0.5, ""), ("yx", "meter", (0.5, 0.5), None, "5e+05 um per pixel, outside 0.02 ... 100"),
      ("yx", "micrometer", None, None, "")],

@@ -13,7 +13,7 @@ import torch
 
 from keyhole.datasets.slides import make_slide
 from keyhole.engine.jpeg import Decoder, decodes
-from keyhole.images.tiff_encoded import COLORS, segments
+from keyhole.images.jpeg import COLORS, segments
 from keyhole.patches.sources import FileOpener
 from on_gpu.bench import Bench, rate
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keyhole.engine.device import with_index
-from keyhole.images.tiff_encoded import Colors, adobe_marker, segments
+from keyhole.images.jpeg import Colors, adobe_marker, segments
 from keyhole.util.budget import out_of_memory
 
 SIDE, SMOOTH = 256, 8
@@ -156,7 +156,7 @@ def _trials() -> Iterator[tuple[Colors, str, bytes]]:
 
 
 def _delivered(color: Colors, subsampling: int, numbers: bytes) -> bytes:
-    """A trial picture as `EncodedTiles` gives a tile: an Adobe marker names the colours, and nothing else does.
+    """A trial picture as `Image.jpeg_tiles` gives a tile: an Adobe marker names the colours, and nothing else does.
 
     Args:
         color: what is stored.

@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Container
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keyhole.errors import ConfigError, ImageError, ImageLost
 from keyhole.images.faults import is_lost, lost, one_line
@@ -106,6 +108,29 @@ class Image(ABC):
             inside = self._read(Box(left, top, right - left, bottom - top), level)
             out[top - box.y : bottom - box.y, left - box.x : right - box.x] = inside
         return out
+
+    def jpeg_tiling(self, level: int) -> Size | None:
+        """Size of the JPEG tiles of a level that `jpeg_tiles` gives; None where it has none.
+
+        Together the two are the only place where a reader hands out encoded pixels, for a decoder on another device.
+        """
+        return None
+
+    def jpeg_tiles(self, cells: NDArray[np.int64], level: int, colors: Container[str]) -> list[bytes | None]:
+        """Tiles as JPEG files, from which any decoder makes what `read` gives.
+
+        Args:
+            cells: (k, 2) column and row of each tile, in any order. Tiles side by side are read together.
+            level: one that has a `jpeg_tiling`.
+            colors: what the samples may mean, of "grey", "rgb" and "ycbcr".
+
+        Returns:
+            (k) one file each, None for a tile that is missing, damaged, of other colours, or reaches over the image.
+
+        Raises:
+            ImageError, ImageLost: they cannot be read.
+        """
+        raise NotImplementedError
 
     @property
     def held_pixels(self) -> int:

@@ -151,7 +151,7 @@ def _scale(axes: str, named: list[Any], first: dict[str, Any], dataset: dict[str
         unit = named[at].get("unit") if isinstance(named[at], dict) else None
         product = factors[0] * (factors[1] if len(factors) > 1 else 1.0)
         if unit not in TO_MICRONS:
-            what = "without a unit" if unit is None else f"in {unit!r}, which is no unit of length"
+            what = "without a unit" if unit is None else f"in {unit!r}, which is not a unit of length"
             return Scale(None, f"its OME-Zarr gives {product:g} as the size of a pixel, {what}")
         sizes.append(product * TO_MICRONS[unit])
     return believed(sizes[0], sizes[1], "its OME-Zarr")

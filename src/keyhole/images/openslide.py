@@ -16,8 +16,8 @@ from keyhole.images.geometry import Box, Level, Size, downsample_of, same_shape
 from keyhole.images.image import Image, Pixels
 from keyhole.images.pixels import on_white
 from keyhole.images.scale import Scale, agreed, believed
-from keyhole.images.tiff_checks import check_segment, check_tiles, is_tiff, vendor_of
-from keyhole.images.tiff_scale import per_length
+from keyhole.images.tiff_file import check_segment, check_tiles, is_tiff, vendor_of
+from keyhole.images.tiff_metadata import per_length
 
 if TYPE_CHECKING:
     from openslide import OpenSlide, OpenSlideCache

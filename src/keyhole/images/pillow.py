@@ -16,9 +16,9 @@ from keyhole.images.depth import DEEP, scaled, settled
 from keyhole.images.faults import faults_of
 from keyhole.images.geometry import Box, Level, Size
 from keyhole.images.image import Image, Pixels
+from keyhole.images.jpeg import why_no_jpeg
 from keyhole.images.pillow_deep import states_bits, stored_as, values_of
 from keyhole.images.pixels import make_upright, on_white, upright_size, valid_orientation
-from keyhole.images.tiff_jpeg import why_no_jpeg
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,13 @@ from keyhole.errors import ImageError
 from keyhole.images.depth import alpha_of, settled
 from keyhole.images.faults import ends_early, faults_of, passed_over
 from keyhole.images.geometry import Box, Level, Size, downsample_of
+from keyhole.images.jpeg import Coded, jpeg_size
 from keyhole.images.pixels import Pixels, eight_bit, make_upright, on_white, stored_box, straight, upright_size
 from keyhole.images.recent import LARGE, RECENT
-from keyhole.images.tiff_checks import CONVERT, MAX_SEGMENT_PIXELS, is_tiff, vendor_of
-from keyhole.images.tiff_jpeg import Coded, jpeg_size
+from keyhole.images.tiff_file import BLOCK, CONVERT, MAX_SEGMENT_PIXELS, is_tiff, vendor_of
 from keyhole.images.tiff_layout import TiffLevel, read_layout
-from keyhole.images.tiff_tables import BLOCK
 from keyhole.images.tiles import TiledImage
+from keyhole.util.threads import beat
 
 GAP = 4096
 """Bytes between two tiles that are read over: alignment, or another writer's marks."""
@@ -126,10 +126,11 @@ class TiffImage(TiledImage):
 
     def _decoded(self, level: int, tile: int, coded: Coded | None, out: Pixels | None) -> Pixels | None:
         page = self._stored[level]
-        if page.decode_into is None or not coded:
-            return self._decode(page, level, tile, coded)
-        room = np.empty((page.segment.height, page.segment.width, self.channels), np.uint8) if out is None else out
-        return room if page.decode_into(coded, room) else self._decode(page, level, tile, coded)
+        if page.jpeg is not None and coded:
+            room = np.empty((page.segment.height, page.segment.width, self.channels), np.uint8) if out is None else out
+            if page.jpeg.decode_into(coded, room):
+                return room
+        return self._decode(page, level, tile, coded)
 
     def _decode(self, page: TiffLevel, level: int, index: int, coded: Coded | None = None) -> Pixels | None:
         """One tile or strip as (h, w, channels) uint8; None where the file has none. Reads what is not `coded` yet."""
@@ -144,6 +145,29 @@ class TiffImage(TiledImage):
             parts.append(page.decode(data, number))
         values = parts[0] if page.planes == 1 else np.concatenate(parts, axis=-1)
         return to_pixels(values, page)
+
+    def jpeg_tiling(self, level: int) -> Size | None:
+        page = self._stored[level]
+        whole = page.jpeg is not None and page.tiled and page.color in ("grey", "rgb") and self._orientation == 1
+        return page.segment if whole else None
+
+    def jpeg_tiles(self, cells: NDArray[np.int64], level: int, colors: Container[str]) -> list[bytes | None]:
+        page, found = self._stored[level], list[bytes | None]([None] * len(cells))
+        assert page.jpeg is not None
+        whole = page.size.width // page.segment.width, page.size.height // page.segment.height
+        inside = np.flatnonzero(((cells >= 0) & (cells < whole)).all(axis=1))
+        if not len(inside):
+            return found
+        columns, rows = cells[inside].T
+        numbers = rows * page.grid[0] + columns
+        order = numbers.argsort(kind="stable")
+        first, last = (tuple(cells[inside[end]].tolist()) for end in order[[0, -1]])
+        with faults_of(self.path, f"damaged at tiles {first} to {last} of level {level}"):
+            places = self._places(page, level, numbers[order])
+            for place, data in zip(inside[order].tolist(), self._many_bytes(places), strict=True):
+                found[place] = page.jpeg.stream(data, colors)
+                beat()
+        return found
 
     def _places(self, page: TiffLevel, level: int, numbers: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
         """Where the bytes of segments lie, given in rising order: (offset, count) each."""
@@ -206,7 +230,7 @@ class TiffImage(TiledImage):
         size = jpeg_size(data) if page.coded == "JPEG" else _picture_size(data)
         if size is not None and size.width * size.height > max(4 * page.segment.width * page.segment.height, 2**16):
             raise ImageError(
-                self.path, f"a tile of {tuple(page.segment)} pixels holds a picture of {tuple(size)}. Export it anew."
+                self.path, f"a tile of {tuple(page.segment)} pixels holds a picture of {tuple(size)}. Export it again."
             )
 
 

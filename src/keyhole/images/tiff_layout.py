@@ -16,21 +16,20 @@ from keyhole.images.depth import DEEP
 from keyhole.images.geometry import Size, same_shape
 from keyhole.images.pixels import valid_orientation
 from keyhole.images.scale import Scale, agreed
-from keyhole.images.tiff_checks import check_end, check_segment, open_pages, page_size, tables_of
-from keyhole.images.tiff_jpeg import DecodeInto, jpeg_decoder
-from keyhole.images.tiff_scale import (
+from keyhole.images.tiff_file import ShortTables, TileTable, check_segment, open_pages, page_size
+from keyhole.images.tiff_jpeg import JpegTiles
+from keyhole.images.tiff_metadata import (
     aperio_scale,
     bits_of_tags,
     check_imagej,
     check_ome,
     first_plane,
     imagej_scale,
-    of_significant,
     ome_pixels,
     ome_scale,
     resolution_scale,
+    significant_bits,
 )
-from keyhole.images.tiff_tables import ShortTables, Table
 
 _COMPRESSIONS = {
     # TIFF tag 259 -> whether a segment is a picture of its own, with a size of its own that must be checked.
@@ -60,22 +59,23 @@ class TiffLevel:
         segment: (width, height) of a tile or strip.
         offsets, counts: where the encoded segments lie; planes one after the other. A count of 0 is missing.
         planes: 1, or the number of samples where each colour is stored by itself.
-        samples: that matter: those of the colour, and up to and with alpha.
+        samples: samples that are read: those of the colour, and those up to alpha.
         stored: bits of a value.
-        bits: of those that are in use.
+        bits: how many of them are in use.
         says_bits: whether the file states how many are in use. Else `TiffImage.settle_bits` finds out.
-        decode: (bytes, index) -> (h, w, samples of a plane) of `stored` bits.
-        decode_into: quicker, for JPEG tiles of the usual kinds; None for all others.
-        coded: "" or how the segment's own header states its size: "JPEG", "picture".
         color: "grey", "inverted", "rgb", "palette" or "cmyk".
-        alpha: of the last of `samples`: None, "straight" or "associated".
+        alpha: kind of the last of `samples`: None, "straight" or "associated".
+        palette: (2**bits, 3) uint8, for "palette".
+        coded: "", or how the segment's own header states its size: "JPEG", "picture".
+        decode: (bytes, index) -> (h, w, samples of a plane) of `stored` bits.
+        jpeg: a quicker decoder for JPEG tiles of the usual kinds; None for all others.
     """
 
     size: Size
     segment: Size
     tiled: bool
-    offsets: Table
-    counts: Table
+    offsets: TileTable
+    counts: TileTable
     planes: int
     samples: int
     stored: int
@@ -86,7 +86,7 @@ class TiffLevel:
     palette: NDArray[np.uint8] | None
     coded: str
     decode: Callable[[bytes, int], NDArray[Any]]
-    decode_into: DecodeInto | None = None
+    jpeg: JpegTiles | None = None
 
     @property
     def channels(self) -> int:
@@ -128,7 +128,7 @@ def read_layout(path: Path) -> TiffLayout:
             check_imagej(path, description)
         main = tif.pages[first_plane(ome) if ome is not None else 0]
         pages = [main, *_reduced(tif, short, main)]
-        said = (of_significant(ome) if ome is not None else None) or bits_of_tags(main)
+        said = (significant_bits(ome) if ome is not None else None) or bits_of_tags(main)
         levels = tuple(_level(path, page, short, said) for page in pages)
         for level, page in zip(levels, pages, strict=True):
             if level.channels != levels[0].channels:
@@ -137,12 +137,12 @@ def read_layout(path: Path) -> TiffLayout:
             scale = imagej_scale(description, main)
         else:
             scale = agreed(ome_scale(ome) if ome is not None else aperio_scale(description), resolution_scale(main))
-        note = "" if main.subifds else _other_pictures(tif, main, pages)
+        note = "" if main.subifds else _unread_note(tif, main, pages)
         return TiffLayout(levels, scale, valid_orientation(main.tags.valueof(274, 1)), note)
 
 
-def _other_pictures(tif: Any, main: Any, levels: Sequence[Any]) -> str:
-    """What is not read of a file with further pictures; nothing of a slide's label, macro picture and thumbnail."""
+def _unread_note(tif: Any, main: Any, levels: Sequence[Any]) -> str:
+    """What is not read of a file with further pictures; a slide's label, macro picture and thumbnail do not count."""
     read = {page.index for page in levels}
     others = [page for page in tif.pages if page.index not in read and not (page.subfiletype or 0) & 1]
     if not others or main.is_svs:
@@ -155,15 +155,8 @@ def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
 
     Labels, macro pictures and thumbnails are no levels: they have other proportions, or (Aperio) are not tiled.
     """
-    import tifffile
-
-    candidates: list[Any] = []
-    if main.subifds:
-        for number, offset in enumerate(main.subifds[:64]):
-            short.shorten(offset)
-            tif.filehandle.seek(offset)
-            candidates.append(tifffile.TiffPage(tif, (main.index, number)))
-    elif len(tif.pages) > 1 and main.index == 0:
+    candidates = short.subpages(tif, main)
+    if not main.subifds and len(tif.pages) > 1 and main.index == 0:
         candidates = [page for page in tif.pages if page.index != 0 and (page.is_tiled or (page.subfiletype & 1))]
         if main.is_tiled:
             candidates = [page for page in candidates if page.is_tiled]
@@ -186,17 +179,17 @@ def _level(path: Path, page: Any, short: ShortTables, said: int | None) -> TiffL
     size = page_size(page)
     segment = Size(page.tilewidth, page.tilelength) if page.is_tiled else Size(size.width, page.rowsperstrip)
     if min(size) < 1 or min(segment) < 1:
-        raise ImageError(path, f"page {page.index} has a size of {tuple(size)}. Copy or export it anew.")
+        raise ImageError(path, f"page {page.index} has a size of {tuple(size)}. Copy or export it again.")
     check_segment(path, segment)
     color, alpha, used = _color(path, page)
     planes = page.samplesperpixel if page.planarconfig == 2 and page.samplesperpixel > 1 else 1
     coded = _COMPRESSIONS[int(page.compression)]
-    offsets, counts = tables_of(page, short)
+    offsets, counts = short.tables(page)
     expected = math.ceil(size.width / segment.width) * math.ceil(size.height / segment.height) * planes
     listed = min(offsets.count, counts.count)
     if listed < expected:
         raise ImageError(path, f"page {page.index} lists {listed} of {expected} tiles or strips. Copy it again.")
-    check_end(path, short.pread, offsets, counts)
+    short.check_end(page)
     options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression == 7 else {}
     decode_page, stored = page.decode, page.bitspersample
     believed = said is not None and not (coded and stored <= 8)  # a JPEG of 8 bits is what its decoder makes of it
@@ -208,6 +201,7 @@ def _level(path: Path, page: Any, short: ShortTables, said: int | None) -> TiffL
             raise ValueError(f"a segment of {values.dtype} where {stored} bits are declared")
         return values
 
+    jpeg = JpegTiles(page, segment, used) if page.compression == 7 and alpha is None else None
     return TiffLevel(
         size=size,
         segment=segment,
@@ -224,7 +218,7 @@ def _level(path: Path, page: Any, short: ShortTables, said: int | None) -> TiffL
         palette=_palette(path, page) if color == "palette" else None,
         coded="" if not coded else "JPEG" if page.compression == 7 else "picture",
         decode=decode,
-        decode_into=jpeg_decoder(page, segment, used) if page.compression == 7 and alpha is None else None,
+        jpeg=jpeg if jpeg is not None and jpeg.plain else None,
     )
 
 
@@ -260,7 +254,7 @@ def _color(path: Path, page: Any) -> tuple[str, str | None, int]:
     if colors == 1 and samples == 2 and alpha is None:
         raise refuse("a page of 2 channels")
     if photometric == _PALETTE and page.colormap is None:
-        raise ImageError(path, "a palette TIFF without its palette. Export it anew.")
+        raise ImageError(path, "a palette TIFF without its palette. Export it again.")
     if photometric in (_CMYK, _PALETTE) and bits > 8:
         raise refuse(f"palette or CMYK of {bits} bits")
     kinds = {_WHITE_IS_ZERO: "inverted", _BLACK_IS_ZERO: "grey", _PALETTE: "palette", _CMYK: "cmyk"}
@@ -271,7 +265,7 @@ def _palette(path: Path, page: Any) -> NDArray[np.uint8]:
     """(2**bits, 3) uint8. Some writers put 8-bit values into the 16-bit table; then all are small."""
     table = np.asarray(page.colormap)
     if table.shape != (3, 2**page.bitspersample):
-        raise ImageError(path, f"a palette of {table.shape} for {page.bitspersample} bits. Export it anew.")
+        raise ImageError(path, f"a palette of {table.shape} for {page.bitspersample} bits. Export it again.")
     # An 8-bit value v is written as 257 v, or as 256 v by Pillow and others: the highest eight bits are v in both.
     palette: NDArray[np.uint8] = (table >> 8 if table.max() > 255 else table).T.astype(np.uint8)
     return palette

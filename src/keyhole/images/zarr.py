@@ -19,7 +19,7 @@ from keyhole.images.geometry import Level, Size, downsample_of, same_shape
 from keyhole.images.ome_zarr import Picture, picture_of
 from keyhole.images.pixels import Pixels, eight_bit
 from keyhole.images.recent import LARGE, RECENT
-from keyhole.images.tiff_checks import MAX_SEGMENT_PIXELS
+from keyhole.images.tiff_file import MAX_SEGMENT_PIXELS
 from keyhole.images.tiles import TiledImage
 from keyhole.images.zarr_array import METADATA, UnsupportedCodec, ZarrArray
 

@@ -10,13 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
 from numpy.typing import ArrayLike, NDArray
 
-from keyhole.errors import ConfigError, ImageError
+from keyhole.errors import ConfigError
 from keyhole.images.geometry import Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
@@ -25,9 +25,6 @@ from keyhole.patches.edge import Edge
 from keyhole.patches.grid import Index, NoPatches, PatchGrid, checked_index, reading_level
 from keyhole.patches.image_cache import ImageStore, decoded_bytes
 from keyhole.util.rows import take_rows
-
-if TYPE_CHECKING:
-    from keyhole.images.tiff_encoded import EncodedTiles
 
 Array = NDArray[Any]
 
@@ -241,32 +238,16 @@ class FilePatches(PatchSource):
         self.image.close()
 
     def gives_jpeg(self) -> bool:
-        try:
-            return self._tiles() is not None
-        except ImageError:  # `read` raises it too
-            return False
+        grid = self.grid
+        plain = self.channels == grid.channels and grid.scale == self.image.levels[grid.level].downsample
+        return plain and self.image.jpeg_tiling(grid.level) == (grid.size, grid.size)
 
     def encoded(self, index: ArrayLike | slice, colors: Container[str]) -> list[bytes | None] | None:
-        grid, tiles = self.grid, self._tiles()
-        if tiles is None:
+        if not self.gives_jpeg():
             return None
-        cells, beside = np.divmod(grid.corners(index), grid.size)
-        aligned = (beside == 0).all(axis=1)
-        if aligned.all():
-            return tiles.tiles(cells, colors)
-        found: list[bytes | None] = [None] * len(cells)
-        for place, stream in zip(np.flatnonzero(aligned).tolist(), tiles.tiles(cells[aligned], colors), strict=True):
-            found[place] = stream
-        return found
-
-    def _tiles(self) -> EncodedTiles | None:
-        """The tiles of the file, where patches are of their size and read as they are stored."""
-        from keyhole.images.tiff_encoded import encoded_tiles
-
-        grid = self.grid
-        tiles = encoded_tiles(self.image, grid.level)
-        plain = self.channels == grid.channels and grid.scale == self.image.levels[grid.level].downsample
-        return tiles if plain and tiles is not None and tiles.size == (grid.size, grid.size) else None
+        cells, beside = np.divmod(self.grid.corners(index), self.grid.size)
+        cells[(beside != 0).any(axis=1)] = -1  # not a tile, which gives None
+        return self.image.jpeg_tiles(cells, self.grid.level, colors)
 
 
 def _grey(pixels: Pixels) -> Pixels:

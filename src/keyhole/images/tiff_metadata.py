@@ -1,4 +1,4 @@
-"""Microns per pixel of a TIFF, and what its tags, OME-XML and ImageJ say of its planes and bits."""
+"""What the tags, OME-XML and the descriptions of ImageJ and Aperio in a TIFF say: microns per pixel, planes, bits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from keyhole.images.depth import DEEP, of_largest
 from keyhole.images.faults import not_one_picture
 from keyhole.images.scale import TO_MICRONS, Scale, believed
 
-_PHOTOGRAPH = 0.05, 20.0
-"""Resolution tags outside say nothing of the picture: 72 or 300 dpi are what any program writes."""
+_MICROSCOPE_MPP = 0.05, 20.0
+"""Microns per pixel of a resolution tag that can be a microscope's: 72 or 300 dpi are what any program writes."""
+
+
+_IMAGEJ_AXES = ("channels", "slices", "frames")
 
 
 def ome_pixels(description: str) -> ElementTree.Element | None:
@@ -38,18 +41,12 @@ def check_ome(path: Path, pixels: ElementTree.Element, page: Any) -> None:
 
 def check_imagej(path: Path, description: str) -> None:
     """Refuse a stack of ImageJ, whose description counts channels, slices (z) and frames (t), or images alone."""
-    counts = {name: _imagej_count(description, name) for name in ("channels", "slices", "frames", "images")}
-    axes = {"c": counts["channels"], "z": counts["slices"], "t": counts["frames"]}
-    many = {axis: length for axis, length in axes.items() if length > 1}
-    if not many and counts["images"] > 1:
+    counts = {key: int(number) for key, number in re.findall(r"^(\w+)=(\d+)\s*$", description, re.MULTILINE)}
+    many = {axis: counts[key] for axis, key in zip("czt", _IMAGEJ_AXES, strict=True) if counts.get(key, 1) > 1}
+    if not many and counts.get("images", 1) > 1:
         many = {"z": counts["images"]}
     if many:
         raise not_one_picture(path, many)
-
-
-def _imagej_count(description: str, name: str) -> int:
-    found = re.search(rf"^{name}=(\d+)\s*$", description, re.MULTILINE)
-    return int(found[1]) if found else 1
 
 
 def imagej_scale(description: str, page: Any) -> Scale:
@@ -69,8 +66,8 @@ def imagej_scale(description: str, page: Any) -> Scale:
     return believed(micron_x * x[1] / x[0], micron_y * y[1] / y[0], "its ImageJ description")
 
 
-def of_significant(pixels: ElementTree.Element) -> int | None:
-    """SignificantBits; None where it is not fewer than are stored: writers put the bits of the type there."""
+def significant_bits(pixels: ElementTree.Element) -> int | None:
+    """SignificantBits; None where they are not fewer than are stored: writers put the bits of the type there."""
     said, kind = pixels.get("SignificantBits", ""), pixels.get("Type", "")
     stored = {"bit": 1, "uint8": 8, "uint16": 16}.get(kind, 0)
     return int(said) if said.isdigit() and 0 < int(said) < stored else None
@@ -95,7 +92,7 @@ def ome_scale(pixels: ElementTree.Element) -> Scale:
     for axis in ("X", "Y"):
         size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
         if size is not None and unit not in TO_MICRONS:
-            return Scale(None, f"its OME-XML gives the size of a pixel in {unit!r}, which is no unit of length")
+            return Scale(None, f"its OME-XML gives the size of a pixel in {unit!r}, which is not a unit of length")
         try:
             sizes.append(None if size is None else float(size) * TO_MICRONS[unit])
         except ValueError:
@@ -124,4 +121,4 @@ def per_length(unit: object, x: float, y: float) -> Scale:
     micron = {2: 25400.0, 3: 10000.0}.get(unit) if isinstance(unit, int) else None
     if micron is None or not (x > 0 and y > 0):
         return Scale()
-    return believed(micron / x, micron / y, "its resolution tag", *_PHOTOGRAPH)
+    return believed(micron / x, micron / y, "its resolution tag", *_MICROSCOPE_MPP)

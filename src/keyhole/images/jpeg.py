@@ -1,0 +1,146 @@
+"""The structure of a JPEG stream: what its header says, and how its tables and colours are put into another."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from keyhole.images.geometry import Size
+
+Coded = bytes | memoryview
+Colors = Literal["grey", "rgb", "ycbcr"]
+COLORS: frozenset[Colors] = frozenset(("grey", "rgb", "ycbcr"))
+"""What the samples of a JPEG may mean."""
+
+APP0, APP14, SOF0, SOS, EOI = 0xE0, 0xEE, 0xC0, 0xDA, 0xD9
+_NOT_FRAMES = (0xC4, 0xC8, 0xCC)
+_FRAME_KINDS = {0xC3: "lossless", 0xC7: "lossless", 0xC9: "arithmetic", 0xCA: "arithmetic", 0xCB: "lossless"}
+
+
+def is_frame(marker: int) -> bool:
+    """Whether a marker begins a frame header (SOF)."""
+    return 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES
+
+
+class Frame(NamedTuple):
+    """What the frame header of a JPEG says."""
+
+    bits: int
+    height: int
+    width: int
+    samples: int
+
+
+def frame_of(data: Coded) -> tuple[int, Frame | None]:
+    """The frame header of a JPEG, None without one, and the byte behind it."""
+    at = 2
+    while at + 9 < len(data):
+        if data[at] != 0xFF:
+            return 0, None
+        marker = data[at + 1]
+        if marker == 0xFF:
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            at += 2
+        elif is_frame(marker):
+            height, width = (int.from_bytes(data[at + place : at + place + 2], "big") for place in (5, 7))
+            return at + 10, Frame(data[at + 4], height, width, data[at + 9])
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0, None
+
+
+def jpeg_size(data: Coded) -> Size | None:
+    """Width and height of a JPEG; None without a frame header, which the decoder then reports."""
+    frame = frame_of(data)[1]
+    return None if frame is None else Size(frame.width, frame.height)
+
+
+def why_no_jpeg(head: bytes) -> str:
+    """Why a file that starts as a JPEG is not read, and what to do."""
+    end, frame = frame_of(head)
+    if frame is None:
+        if b"\xff\xf7" in head[:4096]:
+            return "it is JPEG-LS, which is not read. Save it as PNG."
+        return "its header is cut or damaged. Copy it again."
+    kind = _FRAME_KINDS.get(head[end - 9], "")
+    if frame.bits != 8 or kind == "lossless":
+        return (
+            f"it is {f'a {kind} JPEG' if kind else 'a JPEG'} of {frame.bits} bits, which is not read. Save it as PNG."
+        )
+    if frame.samples not in (1, 3, 4):
+        return f"it has {frame.samples} channels; one, RGB or CMYK is read. Save it as RGB."
+    return f"its header, of {frame.width} x {frame.height} pixels, is damaged. Copy it again, or save it as PNG."
+
+
+def segments(data: bytes) -> list[tuple[int, bytes]] | None:
+    """The marker segments of a JPEG before its data (SOS), as (marker, all bytes); None where it is damaged."""
+    found, at = [], 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in (SOS, EOI):
+            break
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD8 or end > len(data):
+            return None
+        found.append((marker, data[at:end]))
+        at = end
+    return found if data[:2] == b"\xff\xd8" and data[at : at + 2] in (b"\xff\xd9", b"\xff\xda") else None
+
+
+def adobe_marker(color: Colors) -> bytes:
+    """The APP14 segment that names the colours of a JPEG; empty for grey."""
+    if color == "grey":
+        return b""
+    return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x00" if color == "rgb" else b"\x01")
+
+
+def stored_colors(pieces: list[tuple[int, bytes]]) -> Colors:
+    """What three samples mean by the segments of the JPEG alone, by libjpeg's rule."""
+    bodies = dict(reversed(pieces))  # the first of each marker
+    if bodies.get(APP0, b"")[4:9] == b"JFIF\0":
+        return "ycbcr"
+    if (adobe := bodies.get(APP14, b""))[4:9] == b"Adobe" and len(adobe) >= 16:
+        return "rgb" if adobe[15] == 0 else "ycbcr"
+    return "rgb" if bytes(bodies[SOF0][10:19:3]) == b"RGB" else "ycbcr"
+
+
+class Head(NamedTuple):
+    """A JPEG up to its data, put together from the tables of a TIFF page and a tile of it.
+
+    Attributes:
+        stored: how many bytes of the tile it takes the place of.
+        data: the bytes to put there.
+        color: what its samples mean.
+    """
+
+    stored: bytes
+    data: bytes
+    color: Colors
+
+
+def merged_head(tables: bytes, tile: bytes, size: Size, samples: int, rgb: bool) -> Head | None:
+    """The header of a tile with its tables and an Adobe marker; None where the tile is not plain and of this size.
+
+    Args:
+        tables: of the page; may be empty.
+        tile: as it is stored.
+        size, samples: that the tile must have.
+        rgb: whether the page says that the samples are red, green and blue.
+    """
+    shared, own = segments(tables), segments(tile)
+    if own is None or (tables and shared is None):
+        return None
+    pieces = [*(shared or []), *own]
+    frames = [body for marker, body in pieces if is_frame(marker)]
+    if len(frames) != 1 or frames[0][1] != SOF0:
+        return None
+    frame = frames[0][4:]  # behind the marker and its length: bits, height, width, samples, three bytes for each
+    stated = Size(int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big"))
+    if frame[0] != 8 or stated != size or frame[5] != samples or len(frame) < 6 + 3 * samples:
+        return None
+    color: Colors = "grey" if samples == 1 else "rgb" if rgb else stored_colors(pieces)
+    if color == "rgb" and len({frame[7 + 3 * sample] for sample in range(3)}) > 1:
+        return None  # red, green and blue of different resolution: not every decoder has that
+    kept = b"".join(body for marker, body in pieces if marker not in (APP0, APP14))
+    stored = tile[: 2 + sum(len(body) for _, body in own)]
+    return Head(stored, b"\xff\xd8" + adobe_marker(color) + kept, color)
