@@ -15,7 +15,7 @@ from PIL import Image as Picture
 from keyhole.images.geometry import Size
 from keyhole.report import contact_sheet as sheet
 from keyhole.report.contact_sheet import SheetEntry, contact_sheet
-from keyhole.report.prediction import Kept, Pictures, Prediction, by_class
+from keyhole.report.prediction import Kept, Pictures, Prediction
 from keyhole.tasks.kinds import Task
 
 LONG = "adenocarcinoma of the descending colon, poorly differentiated, with " + "W" * 900
@@ -45,7 +45,7 @@ def entry(
         image=Path("a.svs"),
         size=SIZE,
         tasks=(task,),
-        probability={task.name: by_class(task, p)},
+        probability={task.name: task.by_column(p)},
         label={task.name: task.label(p)},
         kept=Kept(
             index=np.arange(m),

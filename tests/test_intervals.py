@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from keyhole.cli.main import main
+from keyhole.tasks.evaluation import evaluate_task, format_lines
 from keyhole.tasks.intervals import auroc_interval, newcombe, share_interval, wilson
 from keyhole.tasks.kinds import Task
-from keyhole.tasks.metrics import evaluate_task, format_lines
 
 THREE = Task("x", "multiclass", ("a", "b", "c"))
 DEFECT = Task("state", "binary", ("ok", "defect"))

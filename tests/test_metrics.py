@@ -13,9 +13,9 @@ from sklearn import metrics as sk
 
 from keyhole.errors import RunError
 from keyhole.tasks.bootstrap import bootstrap
+from keyhole.tasks.evaluation import evaluate_task, evaluation_json, format_lines, point_metrics
 from keyhole.tasks.kinds import Task
-from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
-from keyhole.tasks.metrics import evaluate_task, evaluation_json, format_lines, point_metrics
+from keyhole.tasks.metrics import metric_values
 
 DIGIT = Task("digit", "multiclass", ("a", "b", "c"))
 TUMOUR = Task("tumour", "binary", ("no", "yes"))
@@ -74,7 +74,7 @@ def ece_by_loop(certainty: np.ndarray, right: np.ndarray, weights: np.ndarray, b
 @settings(deadline=None, max_examples=40)
 def test_class_metrics_equal_scikit_learns_under_weights(task: Task, seed: int, n: int) -> None:
     targets, p, w = made(task, n, seed)
-    got = {key: float(value[0]) for key, value in ClassMeasures(task, targets, p)(w[None]).items()}
+    got = {key: float(value[0]) for key, value in metric_values(task, task.measure(targets, p), w[None]).items()}
     y, d = truth(task, targets), decided(task, p)
     expected = {}
     for c, name in enumerate(task.classes):
@@ -115,7 +115,7 @@ def test_class_metrics_equal_scikit_learns_under_weights(task: Task, seed: int, 
 @settings(deadline=None, max_examples=40)
 def test_regression_metrics_equal_scikit_learns_under_weights(seed: int, n: int) -> None:
     targets, values, w = made(AGE, n, seed)
-    got = RegressionMeasures(targets, values)(w[None])
+    got = metric_values(AGE, AGE.measure(targets, values), w[None])
     assert got[None, "mae"][0] == pytest.approx(sk.mean_absolute_error(targets, values, sample_weight=w), abs=1e-9)
     assert got[None, "r2"][0] == pytest.approx(sk.r2_score(targets, values, sample_weight=w), rel=1e-9, abs=1e-9)
 
@@ -127,8 +127,7 @@ def test_a_weighting_is_the_data_drawn_so_often(task: Task, seed: int) -> None:
     targets, p, w = made(task, 30, seed)
     drawn = np.repeat(np.arange(30), w.astype(int))
     resampled = point_metrics(task, targets[drawn], p[drawn])
-    measure = RegressionMeasures(targets, p) if task.kind == "regression" else ClassMeasures(task, targets, p)
-    weighted = measure(w[None])
+    weighted = metric_values(task, task.measure(targets, p), w[None])
     for metric, value in resampled.items():
         assert weighted[None, metric][0] == pytest.approx(value, abs=1e-9), metric
 
@@ -167,8 +166,8 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         right = rng.random(150) < 0.7
         targets = rng.integers(0, 2, (150, 1)).astype(float)
         p = np.eye(2)[np.where(right, targets[:, 0], 1 - targets[:, 0]).astype(int)]
-        measure = ClassMeasures(TUMOUR, targets, p)
-        estimate = bootstrap(lambda w, m=measure: {"accuracy": m(w)[None, "accuracy"]}, 150, seed=trial, rounds=200)
+        measure = TUMOUR.measure(targets, p)
+        estimate = bootstrap(lambda w, m=measure: {"accuracy": m(w).share_right()}, 150, seed=trial, rounds=200)
         low, high = estimate["accuracy"].low, estimate["accuracy"].high
         assert low is not None
         assert high is not None

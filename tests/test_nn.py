@@ -25,7 +25,6 @@ from keyhole.nn import (
     task_loss,
     total_loss,
 )
-from keyhole.nn.loss import class_weights
 from keyhole.nn.selection import Selector
 from keyhole.tasks.kinds import Task
 
@@ -417,7 +416,7 @@ def test_the_loss_is_the_mean_over_tasks_with_labels() -> None:
 
 def test_balancing_gives_every_class_the_same_weight() -> None:
     targets = torch.tensor([[0.0]] * 6 + [[1.0]] * 3 + [[2.0]] + [[torch.nan]])
-    weight = class_weights(CASES[0][0], targets)
+    weight = CASES[0][0].class_weights(targets)
     assert weight is not None
     torch.testing.assert_close(weight * torch.tensor([6.0, 3.0, 1.0]), torch.full((3,), 10 / 3))
 

@@ -19,7 +19,7 @@ import keyhole
 from keyhole.errors import OutputError, RunError
 from keyhole.images.geometry import Size
 from keyhole.report.geojson import kept_geojson
-from keyhole.report.prediction import Kept, Prediction, Scores, by_class, write_prediction
+from keyhole.report.prediction import Kept, Prediction, Scores, write_prediction
 from keyhole.report.table import write_table
 from keyhole.tasks.kinds import Task
 
@@ -55,7 +55,7 @@ def predicted(tasks: tuple[Task, ...] = (DIGIT,), seed: int = 0, m: int = 4, nam
         image=Path("/data") / name,
         size=Size(420, 310),
         tasks=tasks,
-        probability={task.name: by_class(task, outputs[task.name]) for task in tasks},
+        probability={task.name: task.by_column(outputs[task.name]) for task in tasks},
         label={task.name: task.label(outputs[task.name]) for task in tasks},
         kept=Kept(
             index=index[best],

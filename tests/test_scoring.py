@@ -15,7 +15,7 @@ import torch
 import keyhole
 from keyhole.cli.main import main
 from keyhole.nn import task_loss
-from keyhole.tasks.kinds import Task, fit_regression
+from keyhole.tasks.kinds import Task
 from keyhole.training.score import choose_metric, is_better, metric_value
 
 SETTINGS = "--patch.size=16 --model.width=4 --model.heads=2 --select.m=2 --run.threads=1".split()
@@ -120,7 +120,7 @@ def test_targets_keep_their_digits_until_they_are_standardised() -> None:
     task = Task("time", "regression")
     targets = np.concatenate([task.encode(repr(value)) for value in SECONDS.tolist()])
     np.testing.assert_array_equal(targets, SECONDS)
-    task = fit_regression(task, targets)
+    task = task.fit(targets)
     assert task.std == pytest.approx(SECONDS.std())
     exact = (SECONDS - SECONDS.mean()) / SECONDS.std()
     loss = task_loss(task, torch.zeros(4, 1), torch.from_numpy(targets)[:, None])

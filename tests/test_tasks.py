@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from keyhole.errors import ConfigError, DataError, RunError
-from keyhole.tasks.kinds import SEPARATOR, Task, fit_regression, infer_task, positive_note
+from keyhole.tasks.infer import infer_task, positive_note
+from keyhole.tasks.kinds import Task
+from keyhole.tasks.label_text import SEPARATOR
 
 FRUIT = Task("fruit", "multiclass", ("apple", "pear", "plum"))
 TUMOUR = Task("tumour", "binary", ("no", "yes"))
@@ -191,13 +193,13 @@ def test_regression_gives_the_value_in_its_own_unit() -> None:
 
 def test_fitting_standardises_the_known_values() -> None:
     values = np.array([3.0, 5.0, np.nan, 7.0])
-    task = fit_regression(Task("age", "regression"), values)
+    task = Task("age", "regression").fit(values)
     known = values[~np.isnan(values)]
     assert (task.mean, task.std) == (known.mean(), known.std())
-    assert fit_regression(AGE, [0.1, 0.1, 0.1]).std == 1
-    assert fit_regression(AGE, [0.0]).std == 1
+    assert AGE.fit([0.1, 0.1, 0.1]).std == 1
+    assert AGE.fit([0.0]).std == 1
     with pytest.raises(DataError, match="no training image has a value"):
-        fit_regression(AGE, [np.nan])
+        AGE.fit([np.nan])
 
 
 @pytest.mark.parametrize("task", ALL, ids=lambda task: task.kind)

@@ -17,7 +17,9 @@ from pathlib import Path
 from keyhole.data.item import DataTable, Doubt, Row
 from keyhole.data.read_folder import split_named
 from keyhole.errors import DataError
-from keyhole.tasks.kinds import MOST_NUMBERED_CLASSES, SEPARATOR, Task, looks_like_number
+from keyhole.tasks.infer import MAX_NUMBERED_CLASSES
+from keyhole.tasks.kinds import Task
+from keyhole.tasks.label_text import SEPARATOR, looks_like_number
 from keyhole.util.wording import listed, nearest
 
 GROUPS = (
@@ -224,7 +226,7 @@ def _identifies(name: str, texts: Sequence[str]) -> str:
         return "numbers the rows"
     if _IDENTIFIER.fullmatch(plain):
         return "identifies the row"
-    many = max(MOST_NUMBERED_CLASSES, len(known) / 2)
+    many = max(MAX_NUMBERED_CLASSES, len(known) / 2)
     if len(values) > many and (_ENDS_IN_ID.fullmatch(plain) or not quantity):
         return f"has {len(values)} values in {len(known)} rows"
     return ""

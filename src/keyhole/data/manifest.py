@@ -31,7 +31,8 @@ from keyhole.data.read_folder import check_classes, read_folder
 from keyhole.data.splits import check_training, settle_splits
 from keyhole.errors import ConfigError, DataError
 from keyhole.images.image import folder_suffixes
-from keyhole.tasks.kinds import Task, fit_regression, infer_task, positive_note
+from keyhole.tasks.infer import check_label, infer_task, positive_note
+from keyhole.tasks.kinds import Task
 from keyhole.util.files import write_atomic
 from keyhole.util.wording import listed, nearest
 
@@ -399,20 +400,18 @@ def _name_and_kind(entry: str, columns: Sequence[str]) -> tuple[str, str]:
 
 
 def _task(path: Path, rows: Sequence[Row], name: str, kind: str | None) -> Task:
-    if kind == "regression":
-        number = Task(name, "regression")
-        for row in rows:
-            try:
-                number.encode(row.item.labels[name])
-            except DataError as error:
-                raise DataError(f"{path}, {row.where}: {error}") from error
+    for row in rows:
+        try:
+            check_label(name, row.item.labels[name], kind)
+        except DataError as error:
+            raise DataError(f"{path}, {row.where}: {error}") from error
     texts = [row.item.labels[name] for row in rows]
     try:
         task = infer_task(name, texts, kind)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     known = sum(1 for text in texts if text)
-    if kind is None and task.kind == "multiclass" and len(task.classes) == known > 2:
+    if kind is None and task.exclusive and len(task.classes) == known > 2:
         raise DataError(
             f"{path}: {name} differs in every row, so it is not a class to learn. "
             f"Name other columns with --data.tasks, or say {name}=multiclass if every image is a class of its own."
@@ -421,10 +420,8 @@ def _task(path: Path, rows: Sequence[Row], name: str, kind: str | None) -> Task:
 
 
 def _fitted(path: Path, items: Sequence[Item], task: Task) -> Task:
-    if task.classes:
-        return task
     try:
-        return fit_regression(task, _encode(task, [item for item in items if item.split == "train"]))
+        return task.fit(_encode(task, [item for item in items if item.split == "train"]))
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 

@@ -17,8 +17,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from keyhole.config.settings import DataConfig
 from keyhole.data.item import SPLITS, Item, Row
 from keyhole.errors import ConfigError, DataError
@@ -73,7 +71,7 @@ def _drawn(
     path: Path, items: Sequence[Item], tasks: Sequence[Task], shares: Mapping[str, float], seed: int, grouped_by: str
 ) -> list[Item]:
     classed = [task for task in tasks if task.classes]
-    known = [{task.name: classes_of(task, item) for task in classed} for item in items]
+    known = [{task.name: task.classes_of(item.labels[task.name]) for task in classed} for item in items]
     frequency = Counter(label for labels in known for label in labels[classed[0].name]) if classed else Counter()
     samples = [
         Sample(
@@ -98,15 +96,6 @@ def give_splits(path: Path | None) -> str:
     return "give folders train, val and test" if path is not None and path.is_dir() else "give a `split` column"
 
 
-def classes_of(task: Task, item: Item) -> tuple[str, ...]:
-    """Return the classes that the label of an item names; none where it is unknown or a number."""
-    target = task.encode(item.labels[task.name])
-    if not task.classes or np.isnan(target).any():
-        return ()
-    index = np.flatnonzero(target) if task.kind == "multilabel" else target.astype(int)
-    return tuple(task.classes[i] for i in index)
-
-
 def check_training(where: str, items: Sequence[Item], tasks: Sequence[Task]) -> None:
     """Require a training image of every class.
 
@@ -116,7 +105,7 @@ def check_training(where: str, items: Sequence[Item], tasks: Sequence[Task]) -> 
     for task in tasks:
         seen: dict[bool, set[str]] = {True: set(), False: set()}  # by whether the image is for training
         for item in items:
-            seen[item.split == "train"].update(classes_of(task, item))
+            seen[item.split == "train"].update(task.classes_of(item.labels[task.name]))
         lacking = [name for name in task.classes if name not in seen[True]]
         if lacking:
             has = (

@@ -24,7 +24,7 @@ from keyhole.nn.selection import Kept as KeptTensors
 from keyhole.patches.features import FeaturePatches
 from keyhole.patches.sources import FilePatches, PatchSource
 from keyhole.report.pictures import most_attended, pictures_of_features, pictures_of_file
-from keyhole.report.prediction import Kept, Prediction, Scores, by_class
+from keyhole.report.prediction import Kept, Prediction, Scores
 from keyhole.tasks.kinds import Task
 
 
@@ -68,7 +68,7 @@ def make_prediction(
         size=size,
         origin=origin,
         tasks=tuple(tasks),
-        probability={task.name: by_class(task, probability[task.name]) for task in tasks},
+        probability={task.name: task.by_column(probability[task.name]) for task in tasks},
         label={task.name: task.label(probability[task.name]) for task in tasks},
         kept=Kept(
             index,

@@ -36,9 +36,9 @@ from keyhole.report.examples import Examples
 from keyhole.report.prediction import Prediction
 from keyhole.report.table import write_table
 from keyhole.runs.seal import check_evaluated, check_own_manifest
+from keyhole.tasks.evaluation import TaskMetrics, evaluate_task, evaluation_json, format_lines
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.learning import Learning, judge_task, unevenness
-from keyhole.tasks.metrics import TaskMetrics, evaluate_task, evaluation_json, format_lines
 from keyhole.util.files import file_names, writable_folder, write_atomic
 from keyhole.util.progress import say
 from keyhole.util.version import VERSION
@@ -263,7 +263,7 @@ def _config_of(run: Path) -> Config | None:
 
 def _has_table(result: TaskMetrics) -> bool:
     """Whether the confusion of a task is one table."""
-    return result.confusion is not None and result.task.kind != "multilabel"
+    return result.confusion is not None and result.task.exclusive
 
 
 def _confusion(result: TaskMetrics) -> str:

@@ -5,7 +5,7 @@ from keyhole.nn.build import build_classifier
 from keyhole.nn.classifier import IPSClassifier
 from keyhole.nn.encoder import FeatureProjector, PixelEncoder, SmallEncoder, TimmEncoder
 from keyhole.nn.fast import FastEncoder
-from keyhole.nn.loss import class_weights, task_loss, total_loss
+from keyhole.nn.loss import task_loss, total_loss
 from keyhole.nn.position import CenterPosition, IndexPosition
 from keyhole.nn.reference import from_reference, reference_tasks
 from keyhole.nn.selection import GlobalRule, Kept, Selection, Selector, evaluating, explore
@@ -28,7 +28,6 @@ __all__ = [
     "StreamingRule",
     "TimmEncoder",
     "build_classifier",
-    "class_weights",
     "evaluating",
     "explore",
     "from_reference",

@@ -17,7 +17,7 @@ from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
 from keyhole.report.prediction import Pictures, Prediction
-from keyhole.tasks.kinds import SEPARATOR, Task
+from keyhole.tasks.kinds import Task
 from keyhole.util.files import write_atomic
 
 Color = tuple[int, int, int]
@@ -195,13 +195,13 @@ def _draw_words(draw: ImageDraw.ImageDraw, entry: SheetEntry, task: Task, left: 
     _text(draw, (left, y), "predicted", _font(14), GREY, 78)
     _text(draw, (left + 80, y - 3), label or "none", _font(18), color, TEXT_WIDTH - 80)
     y += 42
-    if task.kind != "regression":
+    if task.classes:
         said = prediction.probability[task.name]
         for name in sorted(said, key=lambda name: -said[name])[:4]:
             _text(draw, (left, y), name, _font(15), INK, TEXT_WIDTH - 70)
             _text(draw, (left + TEXT_WIDTH, y), _percent(said[name]), _font(15), GREY, 66, align_right=True)
             draw.rectangle([left, y + 22, left + TEXT_WIDTH - 1, y + 26], fill=GROUND)
-            shade = color if name in label.split(SEPARATOR) or name == label else GREY
+            shade = color if name in task.split(label) else GREY
             if said[name] * TEXT_WIDTH >= 1:
                 draw.rectangle([left, y + 22, left + round(said[name] * TEXT_WIDTH) - 1, y + 26], fill=shade)
             y += 39
@@ -218,13 +218,8 @@ def _draw_words(draw: ImageDraw.ImageDraw, entry: SheetEntry, task: Task, left: 
 
 def _verdict(task: Task, truth: str | None, label: str) -> Color:
     """Green or red where the truth says so; a number is neither."""
-    if not truth or task.kind == "regression":
-        return NEUTRAL
-    if task.kind == "multilabel":
-        same = {part.strip() for part in truth.split(SEPARATOR)} - {""} == set(label.split(SEPARATOR)) - {""}
-    else:
-        same = truth.strip() == label
-    return RIGHT if same else WRONG
+    right = task.is_right(truth, label)
+    return NEUTRAL if right is None else RIGHT if right else WRONG
 
 
 def _picture(pixels: NDArray[np.uint8]) -> Picture.Image:

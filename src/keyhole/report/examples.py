@@ -49,5 +49,4 @@ class Examples:
 
     def _is_wrong(self, item: Item, prediction: Prediction) -> bool:
         truth = item.labels.get(self.task.name, "")
-        comparable = self.task.kind in ("binary", "multiclass")
-        return comparable and bool(truth) and truth != prediction.label[self.task.name]
+        return self.task.exclusive and self.task.is_right(truth, prediction.label[self.task.name]) is False

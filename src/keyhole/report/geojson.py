@@ -38,7 +38,7 @@ def kept_geojson(prediction: Prediction) -> dict[str, Any]:
     """
     task = prediction.tasks[0]
     label = prediction.label[task.name]
-    name = task.name if task.kind == "regression" else label or "none"
+    name = task.group_name(label)
     color = PALETTE[task.classes.index(label) % len(PALETTE)] if label in task.classes else PALETTE[0]
     said = {f"predicted {task.name}": prediction.label[task.name] for task in prediction.tasks}
     features, m = [], len(prediction.kept)

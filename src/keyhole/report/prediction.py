@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from keyhole.errors import OutputError, RunError
 from keyhole.images.geometry import Size
@@ -247,12 +247,6 @@ class Prediction:
             if self.scores is None
             else {"rows": self.scores.rows, "columns": self.scores.columns, "patches": len(self.scores)},
         }
-
-
-def by_class(task: Task, probability: ArrayLike) -> dict[str, float]:
-    """One image's probabilities, as `Task.probability` gives them, by class name; by "value" for regression."""
-    names = task.classes or ("value",)
-    return {name: float(p) for name, p in zip(names, np.asarray(probability), strict=True)}
 
 
 def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Path]:

@@ -37,7 +37,7 @@ def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, fo
         cells += [] if known is None else [known.get(task.name, "")]
         header += [f"{task.name}.predicted", *(f"{task.name}.probability.{name}" for name in task.classes)]
         said = prediction.probability[task.name]
-        cells += [repr(said["value"]) if task.kind == "regression" else prediction.label[task.name]]
+        cells += [task.table_cell(prediction.label[task.name], said)]
         cells += [repr(said[name]) for name in task.classes]
     return TableRow(
         distinct(header),

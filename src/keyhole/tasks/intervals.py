@@ -19,6 +19,7 @@ Letters: n images, k classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
 
-from keyhole.tasks.measures import ClassMeasures, Key
+from keyhole.tasks.measures import ClassMeasures
 
 LEVEL = 0.95
 
@@ -46,48 +47,69 @@ class _Effective(NamedTuple):
     quantile: float
 
 
-def class_intervals(measure: ClassMeasures, unit: Int[Array, " n"]) -> dict[Key, Interval]:
-    """Intervals of the metrics that have one in closed form; bootstrap the others.
+class ClassIntervals:
+    """Intervals in closed form of the metrics of a task with classes; c is the index of a class.
 
     Args:
-        measure: of at least two units.
-        unit: the group of each image, 0 and up; a number of its own where images stand alone.
+        of: Measures of at least two units.
+        unit: Group of each image, 0 and up; a number of its own where images stand alone.
     """
-    truth, decided, classes = measure.truth, measure.decided, measure.task.classes
-    right = (truth == decided).all(axis=1)
-    found: dict[Key, Interval | None] = {(None, "accuracy"): share_interval(right, np.ones_like(right), unit)}
-    recalls, specificities = [], []
-    for c, name in enumerate(classes):
-        true, called = truth[:, c], decided[:, c]
-        recall, specificity = share_interval(called, true, unit), share_interval(~called, ~true, unit)
-        recalls.append((_share(called, true), recall))
-        specificities.append((_share(~called, ~true), specificity))
-        found |= {
-            (name, "recall"): recall,
-            (name, "specificity"): specificity,
-            (name, "precision"): share_interval(true, called, unit),
-            (name, "accuracy"): share_interval(true == called, np.ones_like(true), unit),
-            (name, "balanced_accuracy"): mean_interval([recalls[-1], specificities[-1]]),
-            (name, "f1"): _of_f1(share_interval(true & called, true | called, unit)) if true.any() else None,
-        }
-    if measure.exclusive:
-        found[None, "balanced_accuracy"] = mean_interval(
-            [pair for pair, use in zip(recalls, measure.present, strict=True) if use]
-        )
-    rankings = [
-        auroc_interval(truth[:, c], measure.probability[:, c], unit) if mixed else None
-        for c, mixed in enumerate(measure.mixed)
-    ]
-    found |= {(name, "auroc"): each and each.interval for name, each in zip(classes, rankings, strict=True)}
-    used = [each for each in rankings if each is not None]
-    if used:
-        found[None, "auroc"] = (
-            _mean_auroc(used, unit) if len(classes) > 2 or not measure.exclusive else used[0].interval
-        )
-    if measure.task.positive is not None:
-        for metric in ("recall", "specificity", "precision", "f1"):
-            found[None, metric] = found[measure.task.positive, metric]
-    return {key: interval for key, interval in found.items() if interval is not None}
+
+    def __init__(self, of: ClassMeasures, unit: Int[Array, " n"]) -> None:
+        self.of, self.unit = of, unit
+
+    def all_right(self) -> Interval | None:
+        return self._share((self.of.truth == self.of.decided).all(axis=1))
+
+    def accuracy(self, c: int) -> Interval | None:
+        return self._share(self.of.truth[:, c] == self.of.decided[:, c])
+
+    def recall(self, c: int) -> Interval | None:
+        return self._share(self.of.decided[:, c], self.of.truth[:, c])
+
+    def specificity(self, c: int) -> Interval | None:
+        return self._share(~self.of.decided[:, c], ~self.of.truth[:, c])
+
+    def precision(self, c: int) -> Interval | None:
+        return self._share(self.of.truth[:, c], self.of.decided[:, c])
+
+    def f1(self, c: int) -> Interval | None:
+        true, called = self.of.truth[:, c], self.of.decided[:, c]
+        jaccard = self._share(true & called, true | called) if true.any() else None
+        if jaccard is None:
+            return None
+        low, high = (2 * limit / (1 + limit) for limit in jaccard[:2])
+        return Interval(low, high, "Wilson")
+
+    def balanced_accuracy(self, c: int) -> Interval | None:
+        true, called = self.of.truth[:, c], self.of.decided[:, c]
+        return mean_interval([(_share(called, true), self.recall(c)), (_share(~called, ~true), self.specificity(c))])
+
+    def mean_recall(self) -> Interval | None:
+        """Interval of the mean recall over the classes that the images have."""
+        truth, called = self.of.truth, self.of.decided
+        present = np.flatnonzero(self.of.present).tolist()
+        return mean_interval([(_share(called[:, c], truth[:, c]), self.recall(c)) for c in present])
+
+    def auroc(self, c: int) -> Interval | None:
+        return self._rankings[c].interval if c in self._rankings else None
+
+    def mean_auroc(self) -> Interval | None:
+        rankings = list(self._rankings.values())
+        if not rankings:
+            return None
+        if self.of.exclusive and len(self.of.classes) == 2:
+            return rankings[0].interval  # that of the other class is the same
+        return _mean_auroc(rankings, self.unit)
+
+    @cached_property
+    def _rankings(self) -> dict[int, Ranking]:
+        truth, score = self.of.truth, self.of.probability
+        mixed = np.flatnonzero(self.of.mixed).tolist()
+        return {c: auroc_interval(truth[:, c], score[:, c], self.unit) for c in mixed}
+
+    def _share(self, success: Bool[Array, " n"], counted: Bool[Array, " n"] | None = None) -> Interval | None:
+        return share_interval(success, np.ones_like(success) if counted is None else counted, self.unit)
 
 
 # Shares
@@ -132,13 +154,6 @@ def _effective(success: Bool[Array, " n"], share: float, unit: Int[Array, " n"])
     variance = groups / (groups - 1) * float(apart @ apart) / n**2
     independent = share * (1 - share)
     return _Effective(min(n, max(1.0, independent / variance)) if variance > 0 else n, _student(groups - 1))
-
-
-def _of_f1(jaccard: Interval | None) -> Interval | None:
-    if jaccard is None:
-        return None
-    low, high = (2 * limit / (1 + limit) for limit in jaccard[:2])
-    return Interval(low, high, "Wilson")
 
 
 # AUROC

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,9 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from keyhole.config.auto import SCRATCH_LR, number, settle_learning
 from keyhole.config.settings import Config
 from keyhole.tasks.bootstrap import units_of
-from keyhole.tasks.intervals import class_intervals
+from keyhole.tasks.intervals import ClassIntervals
 from keyhole.tasks.kinds import Task
-from keyhole.tasks.measures import ClassMeasures
+from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
+from keyhole.tasks.metrics import task_metrics
 
 EVEN = 0.05
 """Attention is equal where no patch has more than this share above 1 / M."""
@@ -139,54 +140,62 @@ def judge_task(
     spread = spread[spread >= 0]
     even = bool((spread < EVEN).all()) if len(spread) else None
     n = int(known.sum())
-    nothing = TaskLearning(task.name, n, None, None, None, None, even)
-    if not n:
-        return nothing
-    some = any(groups or ())
-    unit = units_of(n, [group for group, use in zip(groups or (), known, strict=True) if use] if some else None)
-    if task.kind == "regression":
-        return _judge_numbers(nothing, targets[known, 0], probabilities[known, 0])
-    return _judge_classes(nothing, ClassMeasures(task, targets[known], probabilities[known]), unit)
+    found = _NO_VERDICT
+    if n:
+        some = [group for group, use in zip(groups or (), known, strict=True) if use] if any(groups or ()) else None
+        measures = task.measure(targets[known], probabilities[known])
+        if isinstance(measures, RegressionMeasures):
+            found = _judge_numbers(measures)
+        else:
+            found = _judge_classes(task, measures, units_of(n, some))
+    return TaskLearning(task.name, n, found.loss, found.guessing, found.learned, found.only, even)
 
 
-def _judge_classes(nothing: TaskLearning, measure: ClassMeasures, unit: NDArray[np.int64]) -> TaskLearning:
-    if not measure.mixed.any() or unit.max() == 0:
-        return nothing  # labels of one class, or images of one group: anything fits them
-    probability = np.clip(measure.probability, 1e-12, 1 - 1e-12)
-    frequency = measure.truth.mean(axis=0)
-    if measure.exclusive:
-        right = measure.truth.argmax(axis=1)
+class _Verdict(NamedTuple):
+    """The fields of `TaskLearning` that depend on the answers."""
+
+    loss: float | None
+    guessing: float | None
+    learned: bool | None
+    only: str | None
+
+
+_NO_VERDICT = _Verdict(None, None, None, None)
+
+
+def _judge_classes(task: Task, measures: ClassMeasures, unit: NDArray[np.int64]) -> _Verdict:
+    if not measures.mixed.any() or unit.max() == 0:
+        return _NO_VERDICT  # labels of one class, or images of one group: anything fits them
+    truth, decided = measures.truth, measures.decided
+    probability = np.clip(measures.probability, 1e-12, 1 - 1e-12)
+    frequency = truth.mean(axis=0)
+    if task.exclusive:
+        right = truth.argmax(axis=1)
         loss, guess = -np.log(probability[np.arange(len(right)), right]), -np.log(frequency[right])
-        chosen = measure.decided.any(axis=0)
-        only = measure.task.classes[int(chosen.argmax())] if chosen.sum() == 1 else None
+        alike = bool(decided.any(axis=0).sum() == 1)
     else:
-        loss, guess = (_binary_loss(measure.truth, each).mean(axis=1) for each in (probability, frequency))
-        alike = (measure.decided == measure.decided[0]).all() and not (measure.truth == measure.truth[0]).all()
-        said = " and ".join(np.array(measure.task.classes)[measure.decided[0]].tolist())
-        only = (said or "none of the labels") if alike else None
-    values = measure(np.ones((1, len(loss))))
-    limits = class_intervals(measure, unit)
-    chance = {"auroc": 0.5} | ({"balanced_accuracy": 1 / measure.present.sum()} if measure.exclusive else {})
+        loss, guess = (_binary_loss(truth, each).mean(axis=1) for each in (probability, frequency))
+        alike = bool((decided == decided[0]).all() and not (truth == truth[0]).all())
+    said = " and ".join(np.array(task.classes)[decided[0]].tolist()) or "none of the labels"
+    weighted, limits = measures(np.ones((1, len(loss)))), ClassIntervals(measures, unit)
     above = [
-        values[None, metric][0] >= HIGH or limits[None, metric].low > level
-        for metric, level in chance.items()
-        if (None, metric) in limits
+        metric.value(weighted)[0] >= HIGH or interval.low > metric.chance(measures)
+        for metric in task_metrics(task)
+        if metric.chance is not None and (interval := metric.interval(limits)) is not None
     ]
     learned = bool(loss.mean() < NEAR * guess.mean() or any(above) or _is_below(loss - guess, unit))
-    return TaskLearning(
-        nothing.task, nothing.images, float(loss.mean()), float(guess.mean()), learned, only, nothing.even
-    )
+    return _Verdict(float(loss.mean()), float(guess.mean()), learned, said if alike else None)
 
 
-def _judge_numbers(nothing: TaskLearning, truth: NDArray[np.float64], said: NDArray[np.float64]) -> TaskLearning:
+def _judge_numbers(measures: RegressionMeasures) -> _Verdict:
+    truth, said = measures.truth, measures.said
     variance = float(truth.var())
     if len(truth) < FEWEST or variance <= 1e-24 * float((truth**2).max()):
-        return nothing
+        return _NO_VERDICT
     loss = float(((said - truth) ** 2).mean()) / variance
     flat = bool(said.std() < 1e-3 * truth.std())
     learned = loss < NEAR or (not flat and _correlates(truth, said))
-    only = f"nearly the same number ({said.mean():.6g})" if flat else None
-    return TaskLearning(nothing.task, nothing.images, loss, 1.0, learned, only, nothing.even)
+    return _Verdict(loss, 1.0, learned, f"nearly the same number ({said.mean():.6g})" if flat else None)
 
 
 def _binary_loss(truth: NDArray[np.bool_], probability: NDArray[np.float64]) -> NDArray[np.float64]:

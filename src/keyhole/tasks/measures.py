@@ -1,166 +1,177 @@
-"""Every metric as a function of how often each image counts, for many such weightings at once.
+"""What the metrics of a task are computed from: counts and rates of its images under many weightings at once.
 
-With weights of one these are the textbook values, with the counts of a resample those of the resample:
-a bootstrap never copies the data, and a metric has one definition. An undefined value is NaN.
+A weighting says how often each image counts. With weights of one these are the textbook values, with the counts of a
+resample those of the resample: the bootstrap never copies the data, and a metric has one definition. An undefined value
+is NaN.
 
 Letters: r weightings, n images, k classes.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray as Array
 
-from keyhole.tasks.kinds import Task
-
 ECE_BINS = 15
 THRESHOLD = 0.5
 """Probability above which a binary or multilabel task says that an image is of the class."""
-CLASS_METRICS = ("accuracy", "balanced_accuracy", "auroc", "average_precision", "f1", "ece")
-BINARY_METRICS = (*CLASS_METRICS[:-1], "precision", "recall", "specificity", "ece")
-REGRESSION_METRICS = ("mae", "r2")
-PER_CLASS = ("recall", "precision", "f1", "auroc", "average_precision", "ece")
-PER_LABEL = ("accuracy", "balanced_accuracy", "specificity", *PER_CLASS)
-
-Key: TypeAlias = tuple[str | None, str]
-"""Class, or None for the task as a whole, and metric."""
 
 
-def task_metrics(task: Task) -> tuple[str, ...]:
-    """Names of the metrics of a task as a whole."""
-    if task.kind == "regression":
-        return REGRESSION_METRICS
-    return BINARY_METRICS if task.kind == "binary" else CLASS_METRICS
-
-
-def class_metrics(task: Task) -> tuple[str, ...]:
-    """Names of the metrics of each class of a task."""
-    if task.kind == "regression":
-        return ()
-    return PER_LABEL if task.kind == "multilabel" else PER_CLASS
-
-
+@dataclass(eq=False)
 class ClassMeasures:
-    """Metrics of a task with classes.
+    """Labels and decisions of a task with classes. Call it with weights (r, n) to get `WeightedClasses`.
 
-    The decision is the class of the largest probability; for multilabel each label above one half. For the task:
-
-    accuracy: share of images decided right; for multilabel with all labels right.
-    balanced_accuracy: mean recall over classes; for multilabel, mean of the labels' balanced accuracies.
-    auroc: mean over classes, each against the rest; of two classes both are the same.
-    average_precision, f1: of the positive class of a binary task, else mean over classes. Average precision is the
-        sum of (R_i - R_i-1) P_i.
-    precision, recall, specificity: binary alone, of the positive class. Recall is the sensitivity.
-    ece: expected calibration error (Guo et al. 2017, arXiv:1706.04599) of the decision, in 15 bins of equal width
-        (a, b] of its probability; for multilabel the mean over labels.
-
-    Per class: recall (share of its images that are found), precision, f1, auroc, average_precision, and ece of deciding
-    whether an image is of it; per label of a multilabel task also accuracy, balanced_accuracy and specificity.
-
-    Means are over the classes that the images have, and undefined where a weighting leaves one of those out.
-
-    Args:
-        task: of kind multiclass, binary or multilabel.
-        targets: (n, 1) class indices, or (n, k) of 0 and 1 for multilabel; none missing.
-        probabilities: (n, k), as `Task.probability` gives them.
+    Attributes:
+        classes: Their names.
+        truth: (n, k) whether each image is of each class.
+        decided: (n, k) whether the model says so.
+        probability: (n, k).
+        exclusive: True where an image is of exactly one class.
     """
 
-    def __init__(self, task: Task, targets: Float[Array, "n w"], probabilities: Float[Array, "n k"]) -> None:
-        self.task = task
-        self.exclusive = task.kind != "multilabel"
-        self.probability = np.asarray(probabilities, np.float64)
-        self.decided: Bool[Array, "n k"]
-        self.truth: Bool[Array, "n k"]
-        if self.exclusive:
-            names = np.arange(len(task.classes))
-            self.truth = np.asarray(targets.astype(np.int64) == names)
-            self.decided = np.asarray(self.probability.argmax(axis=1)[:, None] == names)
-        else:
-            self.truth = targets > 0.5
-            self.decided = self.probability > THRESHOLD
+    classes: tuple[str, ...]
+    truth: Bool[Array, "n k"]
+    decided: Bool[Array, "n k"]
+    probability: Float[Array, "n k"]
+    exclusive: bool
+
+    def __post_init__(self) -> None:
         self.present: Bool[Array, " k"] = np.asarray(self.truth.any(axis=0))
         self.mixed: Bool[Array, " k"] = self.present & ~self.truth.all(axis=0)
-        self._ranks = [_Ranking(self.truth[:, c], self.probability[:, c]) for c in range(len(task.classes))]
+        self.rankings = [_Ranking(self.truth[:, c], self.probability[:, c]) for c in range(len(self.classes))]
 
-    def __call__(self, weights: Float[Array, "r n"]) -> dict[Key, Float[Array, " r"]]:
-        total = weights.sum(axis=1, keepdims=True)
-        positive = weights @ self.truth
-        decided = weights @ self.decided
-        both = weights @ (self.truth & self.decided)
-        neither = total - positive - decided + both
-        recall, specificity = _ratio(both, positive), _ratio(neither, total - positive)
-        certainty = np.where(self.decided, self.probability, 1 - self.probability)
-        per_class = {
-            "accuracy": (both + neither) / total,
-            "balanced_accuracy": (recall + specificity) / 2,
-            "recall": recall,
-            "specificity": specificity,
-            "precision": _ratio(both, decided),
-            "auroc": np.stack([ranking.auroc(weights) for ranking in self._ranks], axis=1),
-            "average_precision": np.stack([ranking.average_precision(weights) for ranking in self._ranks], axis=1),
-            "f1": np.where(positive > 0, _ratio(2 * both, positive + decided), np.nan),
-            "ece": np.stack(
-                [
-                    _calibration_error(weights, certainty[:, c], self.truth[:, c] == self.decided[:, c])
-                    for c in range(len(self.task.classes))
-                ],
-                axis=1,
-            ),
-        }
-        right = (self.truth == self.decided).all(axis=1)
-        whole = {
-            "accuracy": weights @ right / total[:, 0],
-            "balanced_accuracy": self._balanced(recall, per_class["balanced_accuracy"]),
-            "auroc": _mean(per_class["auroc"], self.mixed),
-            "average_precision": _mean(per_class["average_precision"], self.mixed),
-            "f1": _mean(per_class["f1"], self.present),
-            "ece": (
-                _calibration_error(weights, self.probability.max(axis=1), right)
-                if self.exclusive
-                else per_class["ece"].mean(axis=1)
-            ),
-        }
-        if self.task.positive is not None:
-            of_positive = ("average_precision", "f1", "precision", "recall", "specificity")
-            whole |= {metric: per_class[metric][:, 1] for metric in of_positive}
-        out: dict[Key, Float[Array, " r"]] = {(None, metric): whole[metric] for metric in task_metrics(self.task)}
-        for c, name in enumerate(self.task.classes):
-            out.update({(name, metric): per_class[metric][:, c] for metric in class_metrics(self.task)})
-        return out
+    def __call__(self, weights: Float[Array, "r n"]) -> WeightedClasses:
+        return WeightedClasses(self, weights)
 
-    def _balanced(self, recall: Float[Array, "r k"], of_labels: Float[Array, "r k"]) -> Float[Array, " r"]:
-        if not self.exclusive:
-            return _mean(of_labels, self.mixed)
-        # Of a single class it would be the accuracy under another name.
-        return _mean(recall, self.present & (self.present.sum() > 1))
+    @property
+    def support(self) -> dict[str, int]:
+        """Images of each class."""
+        return dict(zip(self.classes, self.truth.sum(axis=0).tolist(), strict=True))
+
+    @property
+    def confusion(self) -> Array:
+        """(k, k) counts, true class by row; where not exclusive (k, 2, 2), one table per label with "no" first."""
+        truth, decided = self.truth.astype(np.int64), self.decided.astype(np.int64)
+        if self.exclusive:
+            return np.asarray(truth.T @ decided)
+        both, true, chosen = (truth * decided).sum(axis=0), truth.sum(axis=0), decided.sum(axis=0)
+        neither = len(truth) - true - chosen + both
+        return np.stack([np.stack([neither, chosen - both], axis=1), np.stack([true - both, both], axis=1)], axis=1)
 
 
+class WeightedClasses:
+    """Rates (r, k) of each class under each weighting, computed when asked for."""
+
+    def __init__(self, of: ClassMeasures, weights: Float[Array, "r n"]) -> None:
+        self.of, self.weights = of, weights
+        self.total = weights.sum(axis=1, keepdims=True)
+        self.positive = weights @ of.truth
+        self.decided = weights @ of.decided
+        self.both = weights @ (of.truth & of.decided)
+        self.neither = self.total - self.positive - self.decided + self.both
+
+    @cached_property
+    def accuracy(self) -> Float[Array, "r k"]:
+        return np.asarray((self.both + self.neither) / self.total)
+
+    @cached_property
+    def recall(self) -> Float[Array, "r k"]:
+        return _ratio(self.both, self.positive)
+
+    @cached_property
+    def specificity(self) -> Float[Array, "r k"]:
+        return _ratio(self.neither, self.total - self.positive)
+
+    @cached_property
+    def balanced_accuracy(self) -> Float[Array, "r k"]:
+        return np.asarray((self.recall + self.specificity) / 2)
+
+    @cached_property
+    def precision(self) -> Float[Array, "r k"]:
+        return _ratio(self.both, self.decided)
+
+    @cached_property
+    def f1(self) -> Float[Array, "r k"]:
+        return np.where(self.positive > 0, _ratio(2 * self.both, self.positive + self.decided), np.nan)
+
+    @cached_property
+    def auroc(self) -> Float[Array, "r k"]:
+        return np.stack([ranking.auroc(self.weights) for ranking in self.of.rankings], axis=1)
+
+    @cached_property
+    def average_precision(self) -> Float[Array, "r k"]:
+        return np.stack([ranking.average_precision(self.weights) for ranking in self.of.rankings], axis=1)
+
+    @cached_property
+    def ece(self) -> Float[Array, "r k"]:
+        """Calibration error of deciding whether an image is of each class."""
+        certainty = np.where(self.of.decided, self.of.probability, 1 - self.of.probability)
+        right = self.of.truth == self.of.decided
+        errors = [_calibration_error(self.weights, certainty[:, c], right[:, c]) for c in range(right.shape[1])]
+        return np.stack(errors, axis=1)
+
+    @cached_property
+    def all_right(self) -> Bool[Array, " n"]:
+        """Whether an image is decided right in all its classes."""
+        return np.asarray((self.of.truth == self.of.decided).all(axis=1))
+
+    def share_right(self) -> Float[Array, " r"]:
+        return np.asarray(self.weights @ self.all_right / self.total[:, 0])
+
+    def decision_ece(self) -> Float[Array, " r"]:
+        """Calibration error of the one class decided."""
+        return _calibration_error(self.weights, self.of.probability.max(axis=1), self.all_right)
+
+
+@dataclass(eq=False)
 class RegressionMeasures:
-    """Mean absolute error, and the share of the variance that is explained (R2).
+    """Targets and predictions of a regression. Call it with weights (r, n) to get `WeightedErrors`.
 
-    Args:
+    Attributes:
         targets: (n, 1) values, none missing.
         values: (n, 1) predicted, in the same unit.
     """
 
-    def __init__(self, targets: Float[Array, "n 1"], values: Float[Array, "n 1"]) -> None:
-        truth = np.asarray(targets[:, 0], np.float64)
-        self.error = np.asarray(values[:, 0], np.float64) - truth
-        self.centred = truth - truth.mean() if len(truth) else truth
+    targets: Float[Array, "n 1"]
+    values: Float[Array, "n 1"]
 
-    def __call__(self, weights: Float[Array, "r n"]) -> dict[Key, Float[Array, " r"]]:
-        total = weights.sum(axis=1)
-        square = weights @ self.centred**2
-        spread = square - (weights @ self.centred) ** 2 / total
+    def __post_init__(self) -> None:
+        self.truth, self.said = np.asarray(self.targets[:, 0]), np.asarray(self.values[:, 0])
+        self.error = self.said - self.truth
+        self.centred = self.truth - self.truth.mean() if len(self.truth) else self.truth
+
+    def __call__(self, weights: Float[Array, "r n"]) -> WeightedErrors:
+        return WeightedErrors(self, weights)
+
+    @property
+    def support(self) -> dict[str, int]:
+        return {}
+
+    @property
+    def confusion(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedErrors:
+    """Errors of a regression under each weighting."""
+
+    of: RegressionMeasures
+    weights: Float[Array, "r n"]
+
+    def mae(self) -> Float[Array, " r"]:
+        return np.asarray(self.weights @ np.abs(self.of.error) / self.weights.sum(axis=1))
+
+    def r2(self) -> Float[Array, " r"]:
+        square = self.weights @ self.of.centred**2
+        spread = square - (self.weights @ self.of.centred) ** 2 / self.weights.sum(axis=1)
         # Equal targets leave a spread of the order of rounding, by which nothing may be divided.
         spread = np.where(spread > 1e-12 * square, spread, 0.0)
-        return {
-            (None, "mae"): weights @ np.abs(self.error) / total,
-            (None, "r2"): 1 - _ratio(weights @ self.error**2, spread),
-        }
+        return 1 - _ratio(self.weights @ self.of.error**2, spread)
 
 
 class _Ranking:
@@ -189,6 +200,7 @@ class _Ranking:
         return _ratio(((at_or_above - positive / 2) * negative).sum(axis=1), pairs)
 
     def average_precision(self, weights: Float[Array, "r n"]) -> Float[Array, " r"]:
+        """Sum of (R_i - R_i-1) P_i over the thresholds."""
         positive, negative = self._steps(weights)
         true, false = positive.cumsum(axis=1), negative.cumsum(axis=1)
         chosen = true + false
@@ -200,7 +212,7 @@ class _Ranking:
 def _calibration_error(
     weights: Float[Array, "r n"], certainty: Float[Array, " n"], right: Bool[Array, " n"]
 ) -> Float[Array, " r"]:
-    """Sum over bins of |images right - their summed certainty|, per image."""
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599) in bins (a, b] of equal width."""
     place = np.clip(np.ceil(certainty * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
     gap = np.zeros((len(certainty), ECE_BINS))
     gap[np.arange(len(certainty)), place] = right - certainty
@@ -209,9 +221,3 @@ def _calibration_error(
 
 def _ratio(above: Float[Array, "..."], below: Float[Array, "..."]) -> Float[Array, "..."]:
     return np.asarray(np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0))
-
-
-def _mean(values: Float[Array, "r k"], over: Bool[Array, " k"]) -> Float[Array, " r"]:
-    if not over.any():
-        return np.full(len(values), np.nan)
-    return np.asarray(values[:, over].mean(axis=1))

@@ -1,309 +1,238 @@
-"""How good the predictions of a task are, with intervals: arrays -> `TaskMetrics` -> JSON or lines to print.
+"""The metrics: one entry each.
 
-The metrics themselves are in `measures.py`, the intervals in `intervals.py` and `bootstrap.py`.
+To add a metric, write its formula in `measures.py` and an entry here. Entries stand in the order of reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from jaxtyping import Bool, Float
+from numpy import ndarray as Array
 
-from keyhole.errors import RunError
-from keyhole.tasks.bootstrap import Estimate, bootstrap, units_of
-from keyhole.tasks.intervals import LEVEL, class_intervals
-from keyhole.tasks.kinds import Task
-from keyhole.tasks.measures import (
-    ECE_BINS,
-    THRESHOLD,
-    ClassMeasures,
-    Key,
-    RegressionMeasures,
-    class_metrics,
-    task_metrics,
-)
+from keyhole.tasks.intervals import ClassIntervals, Interval
+from keyhole.tasks.kinds import Binary, Multiclass, Multilabel, Regression, Task
+from keyhole.tasks.measures import ClassMeasures, RegressionMeasures, WeightedClasses
+
+Measures: TypeAlias = ClassMeasures | RegressionMeasures
+Key: TypeAlias = tuple[str | None, str]
+"""Class, or None for the task as a whole, and metric."""
+CLASSED = (Multiclass, Binary, Multilabel)
+EXCLUSIVE = (Multiclass, Binary)
 
 
-@dataclass(frozen=True, eq=False)
-class TaskMetrics:
-    """Evaluation of one task.
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a task as a whole, or of each of its classes.
 
     Attributes:
-        task: what was predicted.
-        n: images whose label is known; the others do not count.
-        missing: images whose label is not known.
-        groups: how many there are, taken whole for the intervals; None where the images stand alone.
-        rounds: resamples of the bootstrap.
-        seed: of the resamples.
-        overall: by metric, for the task as a whole.
-        per_class: by class and metric; empty for regression.
-        support: images of each class.
-        confusion: (k, k) counts, true class by row, predicted by column; for multilabel (k, 2, 2), one such table per
-            label with "no" first; None for regression.
+        name: As in reports; several entries may share one if they suit different kinds.
+        kinds: Kinds of tasks that it suits.
+        value: Weighted measures to values (r,), or (r, k) for a metric of classes; NaN where undefined.
+        interval: `ClassIntervals`, and the index of the class for a metric of classes, to an interval in closed form.
+            Without one, and where it returns None, the interval is the bootstrap's.
+        note: Measures, and the class likewise, to the reason why the value is undefined, or what it leaves out; None
+            where there is nothing to say.
+        chance: Measures to the value of a model that guesses; None where that has no fixed value.
+        higher_is_better: False for errors.
     """
 
-    task: Task
-    n: int
-    missing: int
-    groups: int | None
-    rounds: int
-    seed: int
-    overall: dict[str, Estimate]
-    per_class: dict[str, dict[str, Estimate]]
-    support: dict[str, int]
-    confusion: NDArray[np.int64] | None
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dict without NaN: what has no value is None, with a note that says why."""
-        return {
-            "task": self.task.name,
-            "kind": self.task.kind,
-            "images": self.n,
-            "images_without_label": self.missing,
-            "positive_class": self.task.positive,
-            "threshold": THRESHOLD if self.task.kind in ("binary", "multilabel") else None,
-            "overall": {metric: asdict(estimate) for metric, estimate in self.overall.items()},
-            "per_class": {
-                name: {"support": self.support[name]}
-                | {metric: asdict(estimate) for metric, estimate in estimates.items()}
-                for name, estimates in self.per_class.items()
-            },
-            "confusion": None
-            if self.confusion is None
-            else {
-                "classes": list(self.task.classes),
-                "order": "label, true (no, yes), predicted (no, yes)"
-                if self.task.kind == "multilabel"
-                else "true, predicted",
-                "counts": self.confusion.tolist(),
-            },
-            "interval": {
-                "level": LEVEL,
-                "over": "images" if self.groups is None else "groups",
-                "groups": self.groups,
-                "rounds": self.rounds,
-                "seed": self.seed,
-            },
-        }
+    name: str
+    kinds: tuple[type[Task], ...]
+    value: Callable[[Any], Float[Array, "..."]]
+    interval: Callable[..., Interval | None] = lambda *_: None
+    note: Callable[..., str | None] = lambda *_: None
+    chance: Callable[[ClassMeasures], float] | None = None
+    higher_is_better: bool = True
 
 
-def evaluate_task(
-    task: Task,
-    targets: ArrayLike,
-    probabilities: ArrayLike,
-    groups: Sequence[str | None] | None = None,
-    seed: int = 0,
-    rounds: int = 1000,
-) -> TaskMetrics:
-    """All metrics of one task with 95 % intervals; definitions at `ClassMeasures`, `RegressionMeasures`.
+# Of each class
 
-    Shares and AUROC have an interval in closed form (`intervals.py`), the other metrics the bootstrap's.
+
+def _needs_both(of: ClassMeasures, c: int) -> str | None:
+    """Images of the class and others."""
+    return _needs_images(of, c) or _needs_others(of, c)
+
+
+def _needs_images(of: ClassMeasures, c: int) -> str | None:
+    return None if of.present[c] else "no image is of this class"
+
+
+def _needs_others(of: ClassMeasures, c: int) -> str | None:
+    return "all images are of this class" if of.truth[:, c].all() else None
+
+
+def _needs_decisions(of: ClassMeasures, c: int) -> str | None:
+    return None if of.decided[:, c].any() else "no image is predicted as this class"
+
+
+CLASS_METRICS = (
+    Metric("accuracy", (Multilabel,), lambda w: w.accuracy, ClassIntervals.accuracy),
+    Metric(
+        "balanced_accuracy", (Multilabel,), lambda w: w.balanced_accuracy, ClassIntervals.balanced_accuracy, _needs_both
+    ),
+    Metric("specificity", (Multilabel,), lambda w: w.specificity, ClassIntervals.specificity, _needs_others),
+    Metric("recall", CLASSED, lambda w: w.recall, ClassIntervals.recall, _needs_images),
+    Metric("precision", CLASSED, lambda w: w.precision, ClassIntervals.precision, _needs_decisions),
+    Metric("f1", CLASSED, lambda w: w.f1, ClassIntervals.f1, _needs_images),
+    Metric("auroc", CLASSED, lambda w: w.auroc, ClassIntervals.auroc, _needs_both),
+    Metric("average_precision", CLASSED, lambda w: w.average_precision, note=_needs_both),
+    Metric("ece", CLASSED, lambda w: w.ece, higher_is_better=False),
+)
+"""Metrics of deciding whether an image is of a class. Recall is the share of its images that are found."""
+
+
+# Of a task
+
+
+def _positive(name: str, value: Callable[[WeightedClasses], Float[Array, "r k"]], note: Any, interval: Any) -> Metric:
+    """A metric of the positive class of a binary task."""
+
+    def explain(of: ClassMeasures) -> str | None:
+        text: str | None = note(of, 1)
+        return None if text is None else text.replace("this class", of.classes[1])
+
+    return Metric(name, (Binary,), lambda w: value(w)[:, 1], lambda i: interval(i, 1), explain)
+
+
+def _mean(
+    name: str,
+    kinds: tuple[type[Task], ...],
+    value: Callable[[WeightedClasses], Float[Array, "r k"]],
+    over: Callable[[ClassMeasures], Bool[Array, " k"]],
+    **more: Any,
+) -> Metric:
+    """The mean over the classes that the images have; undefined where a weighting leaves one of those out."""
+
+    def mean(w: WeightedClasses) -> Float[Array, " r"]:
+        used = over(w.of)
+        return np.asarray(value(w)[:, used].mean(axis=1) if used.any() else np.full(len(w.weights), np.nan))
+
+    def explain(of: ClassMeasures) -> str | None:
+        used = over(of)
+        left_out = [name for name, use in zip(of.classes, used, strict=True) if not use]
+        if not used.any():
+            return NO_MIXED_CLASS
+        names = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        return f"mean over {used.sum()} of {len(of.classes)} classes, without {names}" if left_out else None
+
+    return Metric(name, kinds, mean, note=explain, **more)
+
+
+NO_MIXED_CLASS = "no class that only some of the images have"
+
+
+def _mixed(of: ClassMeasures) -> Bool[Array, " k"]:
+    return of.mixed
+
+
+def _present(of: ClassMeasures) -> Bool[Array, " k"]:
+    return of.present
+
+
+def _several_present(of: ClassMeasures) -> Bool[Array, " k"]:
+    """Of a single class, mean recall would be accuracy under another name."""
+    return np.asarray(of.present & (of.present.sum() > 1))
+
+
+METRICS = (
+    Metric("accuracy", CLASSED, WeightedClasses.share_right, ClassIntervals.all_right),
+    _mean(
+        "balanced_accuracy",
+        EXCLUSIVE,
+        lambda w: w.recall,
+        _several_present,
+        interval=ClassIntervals.mean_recall,
+        chance=lambda of: 1 / int(of.present.sum()),
+    ),
+    _mean("balanced_accuracy", (Multilabel,), lambda w: w.balanced_accuracy, _mixed),
+    _mean("auroc", CLASSED, lambda w: w.auroc, _mixed, interval=ClassIntervals.mean_auroc, chance=lambda _: 0.5),
+    Metric(
+        "average_precision",
+        (Binary,),
+        lambda w: w.average_precision[:, 1],
+        note=lambda of: None if of.mixed.any() else NO_MIXED_CLASS,
+    ),
+    _mean("average_precision", (Multiclass, Multilabel), lambda w: w.average_precision, _mixed),
+    _positive("f1", lambda w: w.f1, _needs_images, ClassIntervals.f1),
+    _mean("f1", (Multiclass, Multilabel), lambda w: w.f1, _present),
+    _positive("precision", lambda w: w.precision, _needs_decisions, ClassIntervals.precision),
+    _positive("recall", lambda w: w.recall, _needs_images, ClassIntervals.recall),
+    _positive("specificity", lambda w: w.specificity, _needs_others, ClassIntervals.specificity),
+    Metric("ece", EXCLUSIVE, WeightedClasses.decision_ece, higher_is_better=False),
+    Metric("ece", (Multilabel,), lambda w: w.ece.mean(axis=1), higher_is_better=False),
+    Metric("mae", (Regression,), lambda w: w.mae(), higher_is_better=False),
+    Metric(
+        "r2",
+        (Regression,),
+        lambda w: w.r2(),
+        note=lambda of: "all values are equal" if len(np.unique(of.truth)) < 2 else None,
+    ),
+)
+"""Metrics of a task as a whole.
+
+accuracy: share of images decided right; for multilabel with all labels right.
+balanced_accuracy: mean recall over classes; for multilabel, mean of the labels' balanced accuracies.
+auroc: mean over classes, each against the rest; of two classes both are the same.
+average_precision, f1: of the positive class of a binary task, else mean over classes.
+precision, recall, specificity: of the positive class. Recall is the sensitivity.
+ece: expected calibration error of the decision; for multilabel the mean over labels.
+mae, r2: mean absolute error, and the share of the variance that is explained.
+"""
+
+
+def task_metrics(task: Task) -> tuple[Metric, ...]:
+    """Return the metrics of a task as a whole."""
+    return tuple(metric for metric in METRICS if isinstance(task, metric.kinds))
+
+
+def class_metrics(task: Task) -> tuple[Metric, ...]:
+    """Return the metrics of each class of a task."""
+    return tuple(metric for metric in CLASS_METRICS if isinstance(task, metric.kinds))
+
+
+def higher_is_better(name: str) -> bool:
+    """Return whether a higher value of the metric, or of `loss`, is better.
+
+    Example:
+        >>> higher_is_better("auroc"), higher_is_better("mae"), higher_is_better("loss")
+        (True, False, False)
+    """
+    return any(metric.name == name and metric.higher_is_better for metric in METRICS)
+
+
+def metric_values(task: Task, measures: Measures, weights: Float[Array, "r n"]) -> dict[Key, Float[Array, " r"]]:
+    """Return every metric of a task and of its classes under each weighting of the images."""
+    weighted = measures(weights)
+    values: dict[Key, Any] = {(None, metric.name): metric.value(weighted) for metric in task_metrics(task)}
+    for metric in class_metrics(task):
+        values |= {(name, metric.name): each for name, each in zip(task.classes, metric.value(weighted).T, strict=True)}
+    return values
+
+
+def metric_notes(task: Task, measures: Measures) -> dict[Key, str]:
+    """Return why metrics are undefined, or which classes a mean leaves out."""
+    notes: dict[Key, str | None] = {(None, metric.name): metric.note(measures) for metric in task_metrics(task)}
+    for metric in class_metrics(task):
+        notes |= {(name, metric.name): metric.note(measures, c) for c, name in enumerate(task.classes)}
+    return {key: note for key, note in notes.items() if note is not None}
+
+
+def closed_intervals(task: Task, measures: Measures, unit: Array) -> Mapping[Key, Interval]:
+    """Return the intervals that need no resampling.
 
     Args:
-        task: what was predicted.
-        targets: (n, w) as `Task.encode` gives them; images whose row holds NaN are left out and counted.
-        probabilities: (n, k) as `Task.probability` gives them.
-        groups: of each image; where at least one is given, groups and not images are independent of each other.
-        seed: of the bootstrap.
-        rounds: of the bootstrap.
-
-    Raises:
-        RunError: the model's output is not a number.
+        task: What was predicted.
+        measures: Of its images.
+        unit: (n,) see `ClassIntervals`; of a single unit there are no intervals.
     """
-    targets, probabilities, known = _known(task, targets, probabilities)
-    groups = (
-        None if groups is None or not any(groups) else [group for group, use in zip(groups, known, strict=True) if use]
-    )
-    n = len(targets)
-    measure, notes = _measure(task, targets, probabilities)
-    keys = _keys(task)
-    if n:
-        estimates = bootstrap(measure, n, groups, seed, rounds, notes) | _closed_form(measure, n, groups, notes)
-    else:
-        estimates = {key: Estimate(None, note="no image has a label") for key in keys}
-    return TaskMetrics(
-        task=task,
-        n=n,
-        missing=int((~known).sum()),
-        groups=None if groups is None else len({group or i for i, group in enumerate(groups)}),
-        rounds=rounds,
-        seed=seed,
-        overall={metric: estimates[name, metric] for name, metric in keys if name is None},
-        per_class={
-            label: {metric: estimates[name, metric] for name, metric in keys if name == label} for label in task.classes
-        },
-        support=dict(zip(task.classes, measure.truth.sum(axis=0).tolist(), strict=True))
-        if isinstance(measure, ClassMeasures)
-        else {},
-        confusion=_confusion(measure) if isinstance(measure, ClassMeasures) else None,
-    )
-
-
-def _closed_form(
-    measure: ClassMeasures | RegressionMeasures, n: int, groups: Sequence[str | None] | None, notes: dict[Key, str]
-) -> dict[Key, Estimate]:
-    """The metrics that have an interval without resampling."""
-    unit = units_of(n, groups)
-    if not isinstance(measure, ClassMeasures) or unit.max() == 0:
+    if not isinstance(measures, ClassMeasures) or unit.max() == 0:
         return {}
-    values = measure(np.ones((1, n)))
-    return {
-        key: Estimate(float(values[key][0]), interval.low, interval.high, notes.get(key), interval.method)
-        for key, interval in class_intervals(measure, unit).items()
-        if key in values and not np.isnan(values[key][0])
-    }
-
-
-def point_metrics(task: Task, targets: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
-    """The metrics of the task as a whole without intervals; NaN where undefined. Arguments as of `evaluate_task`."""
-    targets, probabilities, _ = _known(task, targets, probabilities)
-    if not len(targets):
-        return {metric: float("nan") for name, metric in _keys(task) if name is None}
-    measure, _ = _measure(task, targets, probabilities)
-    values = measure(np.ones((1, len(targets))))
-    return {metric: float(values[name, metric][0]) for name, metric in values if name is None}
-
-
-def defined_metrics(task: Task, targets: ArrayLike) -> set[str]:
-    """The metrics of the task as a whole that these labels define, whatever is predicted; targets as `evaluate_task`.
-
-    AUROC, say, needs images of at least two classes.
-    """
-    targets = np.asarray(targets, np.float64)
-    ideal = targets
-    if task.kind in ("multiclass", "binary"):
-        ideal = np.eye(len(task.classes))[np.nan_to_num(targets[:, 0]).astype(np.int64)]
-    return {metric for metric, value in point_metrics(task, targets, ideal).items() if not np.isnan(value)}
-
-
-def evaluation_json(results: Sequence[TaskMetrics], **about: Any) -> dict[str, Any]:
-    """All tasks of an evaluation, and what else is to be kept with it (model, split), ready for `json.dumps`."""
-    return {**about, "ece_bins": ECE_BINS, "tasks": {result.task.name: result.to_json() for result in results}}
-
-
-def format_lines(results: Sequence[TaskMetrics]) -> list[str]:
-    """How many images each task's figures are from, then lines such as `accuracy 0.935 [0.900 0.965]`.
-
-    The lines begin with the task's name where there are several tasks.
-    """
-    lines = []
-    for result in results:
-        start = f"{result.task.name} " if len(results) > 1 else ""
-        lines.append(f"{result.task.name}: {_counts(result)}")
-        lines += [f"{start}{metric} {estimate}" for metric, estimate in result.overall.items()]
-        if result.task.kind == "multiclass" and result.n:
-            lines.append(f"{start}recall by class: {_recalls(result)}")
-    return lines
-
-
-SHOWN = 10
-"""Classes of a multiclass task whose recall is printed; metrics.json has all."""
-
-
-def _counts(result: TaskMetrics) -> str:
-    """`20 images, 7 of them yes (the positive class, above probability 0.5); 95 % intervals over 9 groups`."""
-    task, parts = result.task, [f"{result.n} image{'s' * (result.n != 1)}"]
-    if task.positive is not None:
-        count = result.support[task.positive]
-        parts.append(f"{count} of them {task.positive} (the positive class, above probability {THRESHOLD:g})")
-    if result.missing:
-        parts.append(f"{result.missing} more without a label")
-    over = "" if result.groups is None else f"; {100 * LEVEL:g} % intervals over {result.groups} groups"
-    return ", ".join(parts) + (over or f"; {100 * LEVEL:g} % intervals")
-
-
-def _recalls(result: TaskMetrics) -> str:
-    """`cat 0.900 of 10, dog 0.000 of 3`."""
-    found = {name: result.per_class[name]["recall"].value for name in result.task.classes if result.support[name]}
-    shown = [f"{name} {value:.3f} of {result.support[name]}" for name, value in found.items() if value is not None]
-    more = f" and {len(shown) - SHOWN} more classes in metrics.json" if len(shown) > SHOWN else ""
-    return ", ".join(shown[:SHOWN]) + more
-
-
-def _known(
-    task: Task, targets: ArrayLike, probabilities: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """The rows whose target is known, and which these are."""
-    targets, probabilities = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
-    outputs = 1 if task.kind == "regression" else len(task.classes)
-    if targets.shape != (len(targets), task.target_width) or probabilities.shape != (len(targets), outputs):
-        raise ValueError(
-            f"{task.name}: targets {targets.shape} and probabilities {probabilities.shape} must be "
-            f"(n, {task.target_width}) and (n, {outputs})"
-        )
-    known = ~np.isnan(targets).any(axis=1)
-    if not np.isfinite(probabilities[known]).all():
-        bad = int((~np.isfinite(probabilities[known])).any(axis=1).sum())
-        raise RunError(
-            f"{task.name}: the model gives no number for {bad} of {known.sum()} images. "
-            "Its weights are damaged or its training diverged; train with a lower rate."
-        )
-    return targets[known], probabilities[known], known
-
-
-def _measure(
-    task: Task, targets: NDArray[np.float64], probabilities: NDArray[np.float64]
-) -> tuple[ClassMeasures | RegressionMeasures, dict[Key, str]]:
-    if task.kind == "regression":
-        equal = len(np.unique(targets)) < 2
-        return RegressionMeasures(targets, probabilities), {(None, "r2"): "all values are equal"} if equal else {}
-    measure = ClassMeasures(task, targets, probabilities)
-    return measure, _class_notes(measure)
-
-
-def _class_notes(measure: ClassMeasures) -> dict[Key, str]:
-    """What the data do not allow to say: why a metric is undefined, or which classes a mean leaves out."""
-    notes: dict[Key, str] = {}
-    classes = measure.task.classes
-    called = np.asarray(measure.decided.any(axis=0))
-    for name, present, mixed, any_called in zip(classes, measure.present, measure.mixed, called, strict=True):
-        why = "all images are of this class" if present else "no image is of this class"
-        if not mixed:
-            notes.update({(name, metric): why for metric in ("balanced_accuracy", "auroc", "average_precision")})
-        if not present:
-            notes |= {(name, "f1"): why, (name, "recall"): why}
-        elif not mixed:
-            notes[name, "specificity"] = why
-        if not any_called:
-            notes[name, "precision"] = "no image is predicted as this class"
-    means = ["balanced_accuracy", "auroc"]
-    if (positive := measure.task.positive) is None:
-        means += ["average_precision", "f1"]
-    else:
-        of_positive = ("f1", "precision", "recall", "specificity")
-        notes |= {
-            (None, metric): notes[positive, metric].replace("this class", positive)
-            for metric in of_positive
-            if (positive, metric) in notes
-        }
-        if not measure.mixed.any():
-            notes[None, "average_precision"] = "no class that only some of the images have"
-    for metric in means:
-        recall = metric == "balanced_accuracy" and measure.exclusive
-        used = measure.present if metric == "f1" or recall else measure.mixed
-        left_out = [name for name, use in zip(classes, used, strict=True) if not use]
-        if not used.any() or (recall and used.sum() < 2):
-            notes[None, metric] = "no class that only some of the images have"
-        elif left_out:
-            names = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-            notes[None, metric] = f"mean over {used.sum()} of {len(classes)} classes, without {names}"
-    return notes
-
-
-def _confusion(measure: ClassMeasures) -> NDArray[np.int64]:
-    truth, decided = measure.truth.astype(np.int64), measure.decided.astype(np.int64)
-    if measure.exclusive:
-        return truth.T @ decided
-    both, true, chosen = (truth * decided).sum(axis=0), truth.sum(axis=0), decided.sum(axis=0)
-    neither = len(truth) - true - chosen + both
-    return np.stack([np.stack([neither, chosen - both], axis=1), np.stack([true - both, both], axis=1)], axis=1)
-
-
-def _keys(task: Task) -> list[Key]:
-    return [
-        *((None, metric) for metric in task_metrics(task)),
-        *((name, metric) for name in task.classes for metric in class_metrics(task)),
-    ]
+    of = ClassIntervals(measures, unit)
+    found: dict[Key, Interval | None] = {(None, metric.name): metric.interval(of) for metric in task_metrics(task)}
+    for metric in class_metrics(task):
+        found |= {(name, metric.name): metric.interval(of, c) for c, name in enumerate(task.classes)}
+    return {key: interval for key, interval in found.items() if interval is not None}

@@ -246,7 +246,7 @@ def _imbalance(manifest: Manifest) -> float:
     """Largest by smallest class of the training split, of the worst task."""
     worst = 1.0
     for task in manifest.tasks:
-        if task.kind in ("multiclass", "binary"):
+        if task.exclusive:
             counts = Counter(item.labels.get(task.name) for item in manifest.split("train"))
             known = [counts[name] for name in task.classes if counts[name]]
             worst = max(worst, max(known) / min(known)) if known else worst
@@ -260,13 +260,7 @@ def _summary(measured: Measured) -> list[str]:
     lines = [f"{len(manifest.items)} images: {splits}{left_out}"]
     for task in manifest.tasks:
         labels = [item.labels.get(task.name, "") for item in manifest.items]
-        known = sum(label != "" for label in labels)
-        text = f"task {task.name}: {task.kind}, {known} images labelled"
-        if task.kind in ("multiclass", "binary"):
-            number = Counter(labels)
-            text += ", " + ", ".join(f"{name} {number[name]}" for name in task.classes[:10])
-            text += f" and {len(task.classes) - 10} more classes" if len(task.classes) > 10 else ""
-        lines.append(text)
+        lines.append(f"task {task.name}: {task.summary(labels)}")
     lines += manifest.notes
     lines.append(
         f"size: {_span([size[0] for size in measured.sizes])} x {_span([size[1] for size in measured.sizes])} px"

@@ -33,7 +33,7 @@ from keyhole.errors import DataError, Interrupted, NonFiniteLoss
 from keyhole.inference.predictor import describe
 from keyhole.loading import Batch, FetchOnly, Opener
 from keyhole.loading.chunks import is_alone
-from keyhole.nn import Kept, class_weights, split_backward, total_loss
+from keyhole.nn import Kept, split_backward, total_loss
 from keyhole.runs.checkpoint import save_model
 from keyhole.runs.journal import MANY, SelectionJournal
 from keyhole.runs.run import Run, find_run, write_rows
@@ -120,7 +120,7 @@ class Loop:
         train = job.manifest.split("train")
         labels = targets(job.manifest, train)
         balance = job.config.train.balance == "loss"
-        weights = {task.name: class_weights(task, labels[task.name]) for task in job.tasks} if balance else {}
+        weights = {task.name: task.class_weights(labels[task.name]) for task in job.tasks} if balance else {}
         self.weights = {name: weight.to(job.device) for name, weight in weights.items() if weight is not None}
 
     def run(self) -> Run:

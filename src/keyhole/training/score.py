@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from keyhole.errors import ConfigError
+from keyhole.tasks.evaluation import defined_metrics
 from keyhole.tasks.kinds import Task
-from keyhole.tasks.measures import task_metrics
-from keyhole.tasks.metrics import defined_metrics
+from keyhole.tasks.metrics import higher_is_better, task_metrics
 from keyhole.util.wording import listed
-
-LOWER_IS_BETTER = ("loss", "mae", "ece")
 
 
 def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | None) -> tuple[str, list[str]]:
@@ -35,7 +33,7 @@ def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | 
     """
     known = {"loss", "auto"}
     for task in tasks:
-        each = task_metrics(task)
+        each = [metric.name for metric in task_metrics(task)]
         known |= set(each) | {f"{task.name}.{metric}" for metric in each}
     if name not in known:
         import difflib
@@ -51,10 +49,10 @@ def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | 
     if name == "loss":
         return name, []
     wanted = {
-        task.name: metric
+        task.name: metric.name
         for task in tasks
         for metric in task_metrics(task)
-        if name in (metric, f"{task.name}.{metric}")
+        if name in (metric.name, f"{task.name}.{metric.name}")
     }
     lacking = [task for task, metric in wanted.items() if metric not in defined[task]]
     if not lacking:
@@ -66,12 +64,11 @@ def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | 
 
 
 def _automatic(tasks: Sequence[Task], defined: Mapping[str, set[str]]) -> str:
-    kinds = {task.kind for task in tasks}
-    if kinds == {"regression"} and len(tasks) == 1 and "mae" in defined[tasks[0].name]:
-        return "mae"
-    if "regression" not in kinds and all("auroc" in defined[task.name] for task in tasks):
-        return "auroc"
-    return "loss"
+    names = {task.default_metric for task in tasks}
+    name = names.pop()
+    if names or not all(name in defined[task.name] for task in tasks):
+        return "loss"
+    return name if len(tasks) == 1 or all(task.classes for task in tasks) else "loss"  # numbers have different units
 
 
 def metric_value(name: str, row: Mapping[str, float], tasks: Sequence[Task]) -> float:
@@ -94,5 +91,5 @@ def is_better(name: str, value: float, loss: float, best: tuple[float, float] | 
         return math.isnan(best[0])
     if math.isnan(value):
         return loss < best[1] or (math.isnan(best[1]) and not math.isnan(loss))
-    sign = -1 if name.rsplit(".", 1)[-1] in LOWER_IS_BETTER else 1
+    sign = 1 if higher_is_better(name.rsplit(".", 1)[-1]) else -1
     return (sign * value, -loss) > (sign * best[0], -best[1])

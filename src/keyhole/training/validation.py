@@ -23,8 +23,8 @@ from keyhole.inference.predictor import Predictor
 from keyhole.nn import total_loss
 from keyhole.report.table import TableRow, table_row, write_table
 from keyhole.runs.journal import MANY, RowJournal
+from keyhole.tasks.evaluation import point_metrics
 from keyhole.tasks.learning import Learning, judge_task
-from keyhole.tasks.metrics import point_metrics
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import Job
 from keyhole.training.setup import targets

@@ -21,7 +21,6 @@ from keyhole.config.auto import settle_learning
 from keyhole.config.settings import Config, DataConfig
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
-from keyhole.data.splits import classes_of
 from keyhole.engine.compiling import Setting, choose_compile
 from keyhole.engine.device import arithmetic_of, choose_device
 from keyhole.patches.image_cache import available_bytes
@@ -250,10 +249,10 @@ def _some(manifest: Manifest, wanted: int, seed: int) -> tuple[Item, ...]:
     train = manifest.split("train")
     order = [train[place] for place in np.random.default_rng(seed).permutation(len(train))]
     some, rest = order[:wanted], order[wanted:]
-    classed = [task for task in manifest.tasks if task.kind != "regression"]
+    classed = [task for task in manifest.tasks if task.classes]
 
     def classes(item: Item) -> set[tuple[str, str]]:
-        return {(task.name, label) for task in classed for label in classes_of(task, item)}
+        return {(task.name, label) for task in classed for label in task.classes_of(item.labels[task.name])}
 
     known = {label for item in some for label in classes(item)}
     for item in rest:

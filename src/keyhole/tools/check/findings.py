@@ -13,7 +13,7 @@ from keyhole.data.hashes import hash_files
 from keyhole.data.item import SPLITS, Item
 from keyhole.data.manifest import Manifest
 from keyhole.data.resolution import Resolution
-from keyhole.data.splits import classes_of, give_splits, leaking_groups
+from keyhole.data.splits import give_splits, leaking_groups
 from keyhole.errors import ImageError
 from keyhole.patches.features.origin import Origin
 from keyhole.tools.check.look import DARK, Probed
@@ -50,7 +50,9 @@ def count_classes(manifest: Manifest) -> dict[str, dict[str, dict[str, int]]]:
         counts = Counter(
             (name, item.split)
             for item in manifest.items
-            for name in (classes_of(task, item) if task.classes else names if item.labels[task.name] else ())
+            for name in (
+                task.classes_of(item.labels[task.name]) if task.classes else names if item.labels[task.name] else ()
+            )
         )
         classes[task.name] = {name: {split: counts[name, split] for split in SPLITS} for name in names}
     return classes
