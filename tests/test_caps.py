@@ -13,34 +13,34 @@ import keyhole
 from keyhole.engine.memory.bill import SHARED_TILES
 from keyhole.engine.memory.cap import cap
 from keyhole.engine.memory.plan import Plan
-from keyhole.images.recent import RECENT
+from keyhole.images.tile_cache import TILE_CACHE
 
 CPU, SECOND = torch.device("cpu"), torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize("first_ends_first", [True, False])
 def test_caps_of_a_process_may_end_in_any_order(first_ends_first: bool) -> None:
-    tiles, first, second = RECENT.shared_limit, ExitStack(), ExitStack()
+    tiles, first, second = TILE_CACHE.shared_limit, ExitStack(), ExitStack()
     with first, second:
         first.enter_context(cap(Plan(named=True), CPU))
         second.enter_context(cap(Plan(named=True), CPU))
         (first if first_ends_first else second).close()
-        assert RECENT.shared_limit == SHARED_TILES < tiles, "what the plan counts"
+        assert TILE_CACHE.shared_limit == SHARED_TILES < tiles, "what the plan counts"
         (second if first_ends_first else first).close()
-    assert RECENT.shared_limit == tiles
+    assert TILE_CACHE.shared_limit == tiles
 
 
 def test_a_budget_that_the_user_has_not_named_changes_nothing() -> None:
-    tiles = RECENT.shared_limit
+    tiles = TILE_CACHE.shared_limit
     with cap(Plan(budget=8 * 10**9), CPU):
-        assert RECENT.shared_limit == tiles
+        assert TILE_CACHE.shared_limit == tiles
 
 
 def test_predictions_taken_in_turn_leave_no_cap(toy_run: Path, toy: Path) -> None:
-    tiles, files = RECENT.shared_limit, sorted(toy.rglob("*.png"))
+    tiles, files = TILE_CACHE.shared_limit, sorted(toy.rglob("*.png"))
     predictor = keyhole.load(toy_run, device="cpu", memory="8GB")
     assert len(list(zip(predictor.predict_many(files[:5]), predictor.predict_many(files[:6]), strict=False))) == 5
-    assert RECENT.shared_limit == tiles
+    assert TILE_CACHE.shared_limit == tiles
 
 
 class Allocator:

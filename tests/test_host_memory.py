@@ -15,8 +15,8 @@ from make_zarr import write_multiscale
 from processes import run_process
 
 from keyhole.images import open_image
-from keyhole.images.recent import LARGE, Recent
 from keyhole.images.tiff import TiffImage
+from keyhole.images.tile_cache import MIN_KEPT_BYTES, TileCache
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 
@@ -95,40 +95,40 @@ def arrays(count: int, size: int) -> list[np.ndarray[Any, Any]]:
 
 
 def test_what_is_kept_is_bounded_for_all_images_together() -> None:
-    recent = Recent(limit=100_000)
-    owners = [recent.owner() for _ in range(50)]
+    cache = TileCache(limit=100_000)
+    owners = [cache.owner() for _ in range(50)]
     for owner in owners:
         for key, array in enumerate(arrays(10, 10_000)):
-            recent.put(owner, key, array)
-            assert recent.bytes <= 100_000
-    assert recent.get(owners[-1], 9) is not None
-    assert recent.get(owners[0], 0) is None
-    recent.put(owners[0], "larger than all", np.zeros(200_000, np.uint8))
-    assert recent.get(owners[0], "larger than all") is not None
-    assert recent.bytes < 202_000
+            cache.put(owner, key, array)
+            assert cache.bytes <= 100_000
+    assert cache.get(owners[-1], 9) is not None
+    assert cache.get(owners[0], 0) is None
+    cache.put(owners[0], "larger than all", np.zeros(200_000, np.uint8))
+    assert cache.get(owners[0], "larger than all") is not None
+    assert cache.bytes < 202_000
     for owner in owners:
-        recent.drop(owner)
-    assert recent.bytes == 0
+        cache.drop(owner)
+    assert cache.bytes == 0
 
 
 def test_what_many_threads_want_is_decoded_once() -> None:
-    recent, decoded = Recent(), []
+    cache, decoded = TileCache(), []
 
     def decode() -> np.ndarray[Any, Any]:
         decoded.append(1)
         return np.zeros((600, 600, 3), np.uint8)
 
-    owner = recent.owner()
+    owner = cache.owner()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: recent.once(owner, "strip", LARGE, decode), range(40)))
+        list(pool.map(lambda _: cache.fetch(owner, "strip", decode, MIN_KEPT_BYTES), range(40)))
     assert len(decoded) == 1
 
 
 def test_a_closed_image_keeps_nothing(folder: Path) -> None:
-    from keyhole.images.recent import RECENT
+    from keyhole.images.tile_cache import TILE_CACHE
 
-    before = RECENT.bytes
+    before = TILE_CACHE.bytes
     with TiffImage(write_for("strips", folder / "closed")) as image:
         image.read((0, 0, 64, 64))
-        assert RECENT.bytes > before
-    assert RECENT.bytes == before
+        assert TILE_CACHE.bytes > before
+    assert TILE_CACHE.bytes == before

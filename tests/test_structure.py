@@ -68,7 +68,6 @@ KNOWN_CLASSES_OF_ONE_NAME = {
     "Kinds",
     "Slide",
     "Subject",
-    "Table",
     "Task",
 }
 
@@ -98,7 +97,6 @@ KNOWN_VAGUE_CONSTANTS = {
     "keyhole.engine.memory.pace.LARGE",
     "keyhole.engine.memory.plan.LATER",
     "keyhole.engine.memory.plan.SHARE",
-    "keyhole.images.recent.LARGE",
     "keyhole.runs.journal.MANY",
     "keyhole.runs.seal.LAST",
     "keyhole.tasks.learning.FEWEST",

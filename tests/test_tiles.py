@@ -22,8 +22,8 @@ from make_zarr import write_multiscale
 
 from keyhole.images import Image, open_image
 from keyhole.images.jpeg import frame_of
-from keyhole.images.recent import RECENT, Recent
 from keyhole.images.tiff import TiffImage
+from keyhole.images.tile_cache import TILE_CACHE, TileCache
 from keyhole.images.tiles import TiledImage
 from keyhole.loading import Reader
 from keyhole.patches.edge import Edge
@@ -174,28 +174,28 @@ def test_the_reader_decodes_each_tile_once(files: dict[str, Path]) -> None:
 def test_an_aligned_pass_keeps_no_tile_and_others_only_until_the_last_use(files: dict[str, Path], name: str) -> None:
     with open_image(files[name]) as image:
         image.read((0, 0, 8, 8))  # places of tiles may be looked up
-        before = RECENT.bytes
+        before = TILE_CACHE.bytes
         PatchGrid(image, TILE).read(slice(None))
-        assert RECENT.bytes == before
+        assert TILE_CACHE.bytes == before
         grid = PatchGrid(image, TILE, offset=(-5, -5))
         grid.read(np.arange(len(grid) // 2))
-        assert before < RECENT.bytes <= before + (COLUMNS + 1) * (TILE * TILE * 3 + 1000)
+        assert before < TILE_CACHE.bytes <= before + (COLUMNS + 1) * (TILE * TILE * 3 + 1000)
         grid.read(np.arange(len(grid) // 2, len(grid)))
-        assert RECENT.bytes == before
+        assert TILE_CACHE.bytes == before
 
 
 def test_patches_picked_here_and_there_keep_no_tile(files: dict[str, Path]) -> None:
     with open_image(files["jpeg"]) as image:
         image.read((0, 0, 8, 8))  # places of tiles are looked up once
         grid = PatchGrid(image, TILE, TILE // 2)
-        before = RECENT.bytes
+        before = TILE_CACHE.bytes
         grid.read(np.arange(0, len(grid), 3))
-        assert RECENT.bytes == before
+        assert TILE_CACHE.bytes == before
 
 
 def test_who_wants_a_tile_that_is_being_decoded_waits_for_it() -> None:
-    recent, started, go = Recent(), threading.Event(), threading.Event()
-    owner, decoded = recent.owner(), []
+    cache, started, go = TileCache(), threading.Event(), threading.Event()
+    owner, decoded = cache.owner(), []
 
     def decode() -> np.ndarray[Any, Any]:
         started.set()
@@ -204,13 +204,13 @@ def test_who_wants_a_tile_that_is_being_decoded_waits_for_it() -> None:
         return np.zeros((8, 8, 3), np.uint8)
 
     with ThreadPoolExecutor(8) as pool:
-        first = pool.submit(recent.shared, owner, "tile", 1, 8, decode)
+        first = pool.submit(cache.fetch, owner, "tile", decode, uses=1, total=8)
         assert started.wait(30)
-        others = [pool.submit(recent.shared, owner, "tile", 1, 8, decode) for _ in range(7)]
+        others = [pool.submit(cache.fetch, owner, "tile", decode, uses=1, total=8) for _ in range(7)]
         go.set()
         assert all(other.result() is first.result() for other in others)
     assert decoded == [1]
-    assert recent.bytes == 0, "dropped after the last use"
+    assert cache.bytes == 0, "dropped after the last use"
 
 
 def test_who_wants_a_tile_that_is_being_decoded_does_all_else_before_waiting(files: dict[str, Path]) -> None:
@@ -241,26 +241,26 @@ def test_who_wants_a_tile_that_is_being_decoded_does_all_else_before_waiting(fil
 
 
 def test_a_tile_that_cannot_be_decoded_is_tried_by_the_next_who_wants_it() -> None:
-    recent = Recent()
-    owner = recent.owner()
+    cache = TileCache()
+    owner = cache.owner()
 
     def fail() -> np.ndarray[Any, Any]:
         raise ValueError("damaged")
 
     for _ in range(2):
         with pytest.raises(ValueError, match="damaged"):
-            recent.shared(owner, "tile", 1, 2, fail)
+            cache.fetch(owner, "tile", fail, uses=1, total=2)
     pixels = np.zeros((8, 8, 3), np.uint8)
-    assert recent.shared(owner, "tile", 1, 2, lambda: pixels) is pixels
-    assert recent.shared(owner, "tile", 1, 2, fail) is pixels
-    recent.drop(owner)
-    assert recent.shared(owner, "tile", 1, 2, lambda: pixels) is pixels
-    assert recent.bytes == 0, "a closed image keeps nothing"
+    assert cache.fetch(owner, "tile", lambda: pixels, uses=1, total=2) is pixels
+    assert cache.fetch(owner, "tile", fail, uses=1, total=2) is pixels
+    cache.drop(owner)
+    assert cache.fetch(owner, "tile", lambda: pixels, uses=1, total=2) is pixels
+    assert cache.bytes == 0, "a closed image keeps nothing"
 
 
 def test_what_is_shared_stays_within_its_limit_and_a_row_that_does_not_fit_is_still_of_use() -> None:
-    recent = Recent(shared_limit=100_000)
-    owner, decoded = recent.owner(), []
+    cache = TileCache(shared_limit=100_000)
+    owner, decoded = cache.owner(), []
 
     def decode() -> np.ndarray[Any, Any]:
         decoded.append(1)
@@ -268,12 +268,11 @@ def test_what_is_shared_stays_within_its_limit_and_a_row_that_does_not_fit_is_st
 
     for row in range(20):  # each tile is wanted by two rows of patches, of which ten tiles of fifteen fit
         for key in [*((row, column) for column in range(15)), *((row + 1, column) for column in range(15))]:
-            recent.shared(owner, key, 1, 2, decode)
-            assert recent.bytes <= 100_000
+            cache.fetch(owner, key, decode, uses=1, total=2)
+            assert cache.bytes <= 100_000
     assert len(decoded) < 20 * 15 * 1.8
-    assert len(recent._shared) <= 10
-    recent.drop(owner)
-    assert recent.bytes == len(recent._left) == 0
+    cache.drop(owner)
+    assert cache.bytes == 0
 
 
 @pytest.mark.parametrize("side", [16, 48, 800])

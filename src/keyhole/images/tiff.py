@@ -21,9 +21,9 @@ from keyhole.images.faults import ends_early, faults_of, passed_over
 from keyhole.images.geometry import Box, Level, Size, downsample_of
 from keyhole.images.jpeg import Coded, jpeg_size
 from keyhole.images.pixels import Pixels, eight_bit, make_upright, on_white, stored_box, straight, upright_size
-from keyhole.images.recent import LARGE, RECENT
 from keyhole.images.tiff_file import BLOCK, CONVERT, MAX_SEGMENT_PIXELS, is_tiff, vendor_of
 from keyhole.images.tiff_layout import TiffLevel, read_layout
+from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
 from keyhole.images.tiles import TiledImage
 from keyhole.util.threads import beat
 
@@ -68,7 +68,7 @@ class TiffImage(TiledImage):
         self.levels = tuple(Level(size, downsample_of(self.size, size)) for size in sizes)
         self._file = path.open("rb", buffering=0)
         self._file_lock = threading.Lock()
-        self._owner = RECENT.owner()
+        self._owner = TILE_CACHE.owner()
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
@@ -99,14 +99,14 @@ class TiffImage(TiledImage):
 
     def close(self) -> None:
         self._file.close()
-        RECENT.drop(self._owner)
+        TILE_CACHE.drop(self._owner)
 
     def tiling(self, level: int) -> Size | None:
         return self._stored[level].segment if self._orientation == 1 else None
 
     def _keeps_all(self, level: int) -> bool:
         page = self._stored[level]
-        return not page.tiled or page.segment.width * page.segment.height * self.channels >= LARGE
+        return not page.tiled or page.segment.width * page.segment.height * self.channels >= MIN_KEPT_BYTES
 
     def _read(self, box: Box, level: int) -> Pixels:
         if self._orientation == 1:
@@ -182,7 +182,7 @@ class TiffImage(TiledImage):
 
     def _table(self, page: TiffLevel, level: int, block: int, last: int) -> NDArray[np.int64]:
         """A block of the tables of segments, (2, up to BLOCK): offsets and counts, as far as entry `last` at least."""
-        places = RECENT.get(self._owner, ("places", level, block))
+        places = TILE_CACHE.get(self._owner, ("places", level, block))
         if places is None:
             start = block * BLOCK
             tables = [table.read(self._pread, start, start + BLOCK) for table in (page.offsets, page.counts)]
@@ -190,7 +190,7 @@ class TiffImage(TiledImage):
             if last >= length:
                 raise ends_early(self.path, self.path.stat().st_size, max(page.offsets.end, page.counts.end))
             places = np.stack([table[:length] for table in tables])
-            RECENT.put(self._owner, ("places", level, block), places)
+            TILE_CACHE.put(self._owner, ("places", level, block), places)
         return places
 
     def _bytes(self, offset: int, count: int) -> bytes:

@@ -1,7 +1,7 @@
 """Images that are decoded tile by tile: many boxes at once, each tile decoded once and copied into all that it touches.
 
-A tile that other boxes of the same pass will want is kept for them, in the process-wide `RECENT`, until the last has
-had it. Held beside the boxes' own memory are one tile of each thread and some encoded bytes.
+A tile that other boxes of the same pass need stays in the process-wide `TILE_CACHE` until its last use. Beside the
+memory of the boxes this takes one tile of each thread and some encoded bytes.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +20,32 @@ from keyhole.images.faults import faults_of
 from keyhole.images.geometry import Box, Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels, place
-from keyhole.images.recent import LARGE, RECENT
+from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
 
 Index = NDArray[np.int64]
 Uses = Callable[[Index, Index, Index, Index], Index]
 """(left, top, right, bottom) of tiles in level pixels, each (k,), -> how many boxes of the whole pass touch each."""
 
-Tile = tuple[int, int, int, bool, int, list[int], bool, Any]
-"""Number, left and top, whether whole, uses in the pass, boxes here that touch it, whether kept, and what is coded."""
+
+class _Tile(NamedTuple):
+    """A tile that some boxes touch.
+
+    Attributes:
+        number: of the tile, row by row.
+        box: in level pixels, what lies inside the level.
+        uses: boxes of the whole pass that touch it, as far as known.
+        users: which boxes of this call touch it.
+        cached: whether it was in the cache.
+        coded: what `_coded` gave; None where it was in the cache.
+    """
+
+    number: int
+    box: Box
+    uses: int
+    users: list[int]
+    cached: bool
+    coded: Any
+
 
 _here = threading.local()
 
@@ -92,78 +110,68 @@ class TiledImage(Image):
         for box, target in zip(boxes, out, strict=True):
             if box.x < 0 or box.y < 0 or box.x + box.width > lv.width or box.y + box.height > lv.height:
                 target[...] = self.background
-        touched = _touched(boxes, lv, tile)
-        order = sorted(touched)  # as they lie in the file
-        columns = math.ceil(lv.width / tile.width)
-        corners = np.array(order, np.int64)
-        tops, lefts = (corners // columns) * tile.height, (corners % columns) * tile.width
-        whole = (lefts + tile.width <= lv.width) & (tops + tile.height <= lv.height)
         size = tile.width * tile.height * self.channels
-        keeps_all = self._keeps_all(level) and (uses is None or size >= LARGE)
-        counts = [1] * len(order)
-        if uses is not None and not keeps_all:
-            counts = uses(lefts, tops, lefts + tile.width, tops + tile.height).tolist()
-        kept = RECENT.which(self._owner, [(level, number) for number in order])
-        coded = self._coded(level, [number for number, has in zip(order, kept, strict=True) if not has])
-        each_data = (None if has else next(coded) for has in kept)
-        places = order, lefts.tolist(), tops.tolist(), whole.tolist()
-        tiles = zip(*places, counts, map(touched.__getitem__, order), kept, each_data, strict=True)
-        for number, left, top, full, count, users, has, data in self._busy_last(level, tiles):
-            first = out[users[0]]
-            # As on an aligned grid: the tile is the box of one patch, and is decoded into it.
-            alone = full and count == len(users) == 1 and boxes[users[0]] == (left, top, *tile)
-            pixels: Pixels | None
-            if alone and not (has or keeps_all) and first.flags.c_contiguous:
-                pixels = self._decoded(level, number, data, first)
-                if pixels is first:
-                    continue
-            elif keeps_all:
-                decode = partial(self._decoded, level, number, data, None)
-                pixels = RECENT.once(self._owner, (level, number), size, decode)
-            elif count > len(users):
-                decode = partial(self._decoded, level, number, data, None)
-                pixels = RECENT.shared(self._owner, (level, number), len(users), count, decode)
+        keeps_all = self._keeps_all(level) and (uses is None or size >= MIN_KEPT_BYTES)
+        for number, inside, count, users, cached, coded in self._touched(boxes, level, lv, tile, uses, keeps_all):
+            pixels, first = None, out[users[0]]
+            if keeps_all or count > len(users):
+                decode = partial(self._decoded, level, number, coded, None)
+                shared = {} if keeps_all else {"uses": len(users), "total": count}
+                pixels = TILE_CACHE.fetch(self._owner, (level, number), decode, size, **shared)
             else:
-                pixels = RECENT.get(self._owner, (level, number)) if has else None
+                pixels = TILE_CACHE.get(self._owner, (level, number)) if cached else None
                 if pixels is None:
-                    room = scratch((tile.height, tile.width, self.channels))
-                    pixels = self._decoded(level, number, data, room)
-            inside = Box(left, top, min(tile.width, lv.width - left), min(tile.height, lv.height - top))
+                    # As on an aligned grid: the tile is the box of one patch, and is decoded into it.
+                    alone = count == len(users) == 1 and boxes[users[0]] == inside and inside[2:] == tile
+                    room = (
+                        first
+                        if alone and first.flags.c_contiguous
+                        else scratch((tile.height, tile.width, self.channels))
+                    )
+                    pixels = self._decoded(level, number, coded, room)
+                    if pixels is first:
+                        continue
             for user in users:
                 _copy(pixels, inside, boxes[user], out[user], self.background)
 
-    def _busy_last(self, level: int, tiles: Iterable[Tile]) -> Iterator[Tile]:
-        """Tiles of a level, at the end those that another thread is decoding: who waited for each of them would end up
-        waiting all along, one tile behind the other thread."""
+    def _touched(
+        self, boxes: Sequence[Box], level: int, lv: Size, tile: Size, uses: Uses | None, keeps_all: bool
+    ) -> Iterator[_Tile]:
+        """The tiles that boxes touch, as they lie in the file.
+
+        Those that another thread is decoding come last: waiting for each of them would keep this thread one tile
+        behind the other all along.
+        """
+        columns = math.ceil(lv.width / tile.width)
+        users: dict[int, list[int]] = {}
+        for which, (x, y, width, height) in enumerate(boxes):
+            right, bottom = min(x + width, lv.width), min(y + height, lv.height)
+            first, last = max(x, 0) // tile.width, (right - 1) // tile.width
+            for row in range(max(y, 0) // tile.height, (bottom - 1) // tile.height + 1):
+                for number in range(row * columns + first, row * columns + last + 1):
+                    users.setdefault(number, []).append(which)
+        order = sorted(users)
+        corners = np.array(order, np.int64)
+        tops, lefts = (corners // columns) * tile.height, (corners % columns) * tile.width
+        counts = [1] * len(order)
+        if uses is not None and not keeps_all:
+            counts = uses(lefts, tops, lefts + tile.width, tops + tile.height).tolist()
+        cached = TILE_CACHE.has(self._owner, [(level, number) for number in order])
+        coded = self._coded(level, [number for number, has in zip(order, cached, strict=True) if not has])
         busy = []
-        for each in tiles:
-            number, *_, count, users, _, _ = each
-            if count > len(users) and RECENT.decoding(self._owner, (level, number)):
-                busy.append(each)
+        for number, x, y, count, has in zip(order, lefts.tolist(), tops.tolist(), counts, cached, strict=True):
+            inside = Box(x, y, min(tile.width, lv.width - x), min(tile.height, lv.height - y))
+            found = _Tile(number, inside, count, users[number], has, None if has else next(coded))
+            if count > len(users[number]) and TILE_CACHE.is_decoding(self._owner, (level, number)):
+                busy.append(found)
             else:
-                yield each
+                yield found
         yield from busy
 
     def _read(self, box: Box, level: int) -> Pixels:
         out = np.empty((box.height, box.width, self.channels), np.uint8)
         self.read_boxes([box], level, [out])
         return out
-
-
-def _touched(boxes: Sequence[Box], lv: Size, tile: Size) -> dict[int, list[int]]:
-    """Numbers of the tiles that the boxes touch, each with the boxes that touch it."""
-    columns = math.ceil(lv.width / tile.width)
-    found: dict[int, list[int]] = {}
-    for which, (x, y, width, height) in enumerate(boxes):
-        right, bottom = min(x + width, lv.width), min(y + height, lv.height)
-        first, last = max(x, 0) // tile.width, (right - 1) // tile.width
-        for row in range(max(y, 0) // tile.height, (bottom - 1) // tile.height + 1):
-            for number in range(row * columns + first, row * columns + last + 1):
-                if number in found:
-                    found[number].append(which)
-                else:
-                    found[number] = [which]
-    return found
 
 
 def _around(boxes: Sequence[Box], lv: Size) -> tuple[int, int, int, int]:

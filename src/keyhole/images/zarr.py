@@ -18,8 +18,8 @@ from keyhole.images.faults import faults_of, passed_over
 from keyhole.images.geometry import Level, Size, downsample_of, same_shape
 from keyhole.images.ome_zarr import Picture, picture_of
 from keyhole.images.pixels import Pixels, eight_bit
-from keyhole.images.recent import LARGE, RECENT
 from keyhole.images.tiff_file import MAX_SEGMENT_PIXELS
+from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
 from keyhole.images.tiles import TiledImage
 from keyhole.images.zarr_array import METADATA, UnsupportedCodec, ZarrArray
 
@@ -64,7 +64,7 @@ class ZarrImage(TiledImage):
         self._arrays = [picture.arrays[k] for k in kept]
         self.size = sizes[0]
         self.levels = tuple(Level(sizes[k], downsample_of(sizes[0], sizes[k])) for k in kept)
-        self._owner = RECENT.owner()
+        self._owner = TILE_CACHE.owner()
         self._closed = threading.Event()
 
     @classmethod
@@ -106,7 +106,7 @@ class ZarrImage(TiledImage):
 
     def _keeps_all(self, level: int) -> bool:
         wide, high = self._chunk(level)
-        return bool(high * wide * self.channels * self._arrays[level].dtype.itemsize >= LARGE)
+        return bool(high * wide * self.channels * self._arrays[level].dtype.itemsize >= MIN_KEPT_BYTES)
 
     def _coded(self, level: int, tiles: Sequence[int]) -> Iterator[list[bytes | None]]:
         """The encoded chunks of each tile, one after the other along the channels."""
@@ -151,5 +151,5 @@ class ZarrImage(TiledImage):
 
     def close(self) -> None:
         self._closed.set()
-        RECENT.drop(self._owner)
+        TILE_CACHE.drop(self._owner)
         self._arrays = []

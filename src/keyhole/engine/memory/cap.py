@@ -17,7 +17,7 @@ import torch
 from keyhole.engine.memory.bill import SHARED_TILES
 from keyhole.engine.memory.meter import give_back, steady_heap
 from keyhole.engine.memory.plan import Plan
-from keyhole.images.recent import RECENT
+from keyhole.images.tile_cache import TILE_CACHE
 
 
 @contextmanager
@@ -63,14 +63,14 @@ def _cap_cuda(budget: int, device: torch.device) -> Iterator[None]:
 _steady: list[bool] = []
 """`Plan.steady` of the caps on the CPU that hold."""
 _tiles_before = 0
-"""`RECENT.shared_limit` before the first of them."""
+"""`TILE_CACHE.shared_limit` before the first of them."""
 
 
 @contextmanager
 def _cap_host(steady: bool) -> Iterator[None]:
     global _tiles_before
     if not _steady:
-        _tiles_before, RECENT.shared_limit = RECENT.shared_limit, SHARED_TILES
+        _tiles_before, TILE_CACHE.shared_limit = TILE_CACHE.shared_limit, SHARED_TILES
     _steady.append(steady)
     steady_heap(steady, capped=True)
     give_back()
@@ -80,4 +80,4 @@ def _cap_host(steady: bool) -> Iterator[None]:
         _steady.remove(steady)
         steady_heap(bool(_steady) and _steady[-1], capped=bool(_steady))
         if not _steady:
-            RECENT.shared_limit = _tiles_before
+            TILE_CACHE.shared_limit = _tiles_before
