@@ -48,9 +48,6 @@ FIRST = {
 """What a user calls first."""
 
 WITHOUT_RETURNS: set[str] = {
-    "CrossAttentionPool.folded_query",
-    "CrossAttentionPool.forward",
-    "CrossAttentionPool.logits",
     "IPSClassifier.accelerate",
     "IPSClassifier.classify",
     "IPSClassifier.embed",
@@ -84,10 +81,8 @@ WITHOUT_RETURNS: set[str] = {
     "keyhole.resume",
 }
 WITHOUT_EXAMPLE: set[str] = {
-    "CrossAttentionPool",
     "IPSClassifier.select",
     "Predictor.predict",
-    "from_reference",
     "keyhole.Config",
     "keyhole.PatchGrid",
     "keyhole.check",

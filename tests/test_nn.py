@@ -307,7 +307,7 @@ def test_selection_is_made_in_evaluation_mode() -> None:
 
 
 def test_folding_the_query_changes_nothing() -> None:
-    pool, embedding = CrossAttentionPool(DIM, 4, 3, key_dim=5, value_dim=6), torch.randn(2, 7, DIM)
+    pool, embedding = CrossAttentionPool(DIM, 4, 3, head_dim=(5, 6)), torch.randn(2, 7, DIM)
     query = pool.query_proj(pool.query).unflatten(1, (4, 5))
     key = pool.key_proj(embedding).unflatten(2, (4, 5))
     expected = torch.einsum("bnhk,thk->bnht", key, query) / 5**0.5

@@ -54,7 +54,6 @@ KNOWN_WITH_MANY_PARAMETERS = {
     "keyhole.inference.evaluate.evaluate",
     "keyhole.inference.predictor.Predictor.predict_items",
     "keyhole.loading.readings.Reading.__init__",
-    "keyhole.nn.attention.CrossAttentionPool.__init__",
     "keyhole.patches.grid.PatchGrid.__init__",
     "keyhole.report.contact_sheet._text",
     "keyhole.training.job._job",

@@ -159,7 +159,7 @@ def encoder_alone(encoder: nn.Module, dim: int) -> IPSClassifier:
         dim: d of its embeddings.
     """
     with torch.random.fork_rng(devices=[]):  # the pool's weights are of no use, and a caller's random state not ours
-        pool = CrossAttentionPool(dim, heads=1, key_dim=1, value_dim=1, hidden_dim=1)
+        pool = CrossAttentionPool(dim, heads=1, head_dim=1, hidden_dim=1)
     return IPSClassifier(encoder, pool, {}).eval().to(next(encoder.parameters()).device)
 
 

@@ -1,8 +1,8 @@
-"""Embeddings -> logits of every patch, and the pooled embedding per query.
+"""Embeddings -> attention logits of every patch, and one pooled embedding for each query.
 
 Letters: b image, n patches, t query, h head, d width, k key width, v value width.
 
-Scoring and pooling are one module, so that what is selected is what is attended to:
+One module scores and pools, so that the selected patches are the attended ones:
 
     logit[n,h,t] = <W_k e_n, W_q u_t>_h / sqrt(k)                    (IPS, Bergner et al. 2023, section 3)
     out[t]       = LayerNorm(u_t + W_o concat_h sum_n softmax_n(logit[n,h,t]) W_v e_n), then an MLP block
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 def check_mask(mask: Tensor | None, patches: Tensor) -> None:
-    """Raises ValueError for a mask that is not bool (b n), one value for each of the patches (b n ...)."""
+    """Raise ValueError for a mask that is not bool (b n), one value for each of the patches (b n ...)."""
     if mask is not None and (mask.shape != patches.shape[:2] or mask.dtype != torch.bool):
         came = f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
         raise ValueError(f"`mask` must be bool {tuple(patches.shape[:2])}, one value for each patch, not {came}")
@@ -29,16 +29,23 @@ class CrossAttentionPool(nn.Module):
 
     Args:
         dim: width d of embeddings and queries.
-        heads: attention heads h.
-        queries: learnable queries t, one per task.
-        key_dim: width k of a head's keys; default dim / heads.
-        value_dim: width v of a head's values; default dim / heads.
+        heads: number of attention heads h.
+        queries: number of learnable queries t, one for each task.
+        head_dim: width of a head's keys and values, or (k, v) where they differ; default dim / heads.
         hidden_dim: width inside the MLP; default 4 dim.
-        dropout: after the attention's projection and in the MLP.
-        attention_dropout: of the attention weights.
+        dropout: rate after the attention's projection and in the MLP.
+        attention_dropout: rate of the attention weights.
 
     Raises:
-        ValueError: `dim` is not divisible by `heads` where a default needs it.
+        ValueError: `dim` is not divisible by `heads` and `head_dim` is not given.
+
+    Example:
+        >>> pool = CrossAttentionPool(dim=32, heads=4, queries=2)
+        >>> embedding = torch.rand(3, 10, 32)  # 10 patches of each of 3 images
+        >>> pool.logits(embedding).shape
+        torch.Size([3, 10, 4, 2])
+        >>> pool(embedding).shape
+        torch.Size([3, 2, 32])
     """
 
     def __init__(
@@ -46,18 +53,17 @@ class CrossAttentionPool(nn.Module):
         dim: int,
         heads: int = 8,
         queries: int = 1,
-        key_dim: int | None = None,
-        value_dim: int | None = None,
+        head_dim: int | tuple[int, int] | None = None,
         hidden_dim: int | None = None,
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if dim % heads and (key_dim is None or value_dim is None):
-            raise ValueError(f"`dim` (={dim}) must be divisible by `heads` (={heads}), or give key_dim and value_dim")
+        if head_dim is None and dim % heads:
+            raise ValueError(f"`dim` (={dim}) must be divisible by `heads` (={heads}), or give `head_dim`")
+        head_dim = head_dim or dim // heads
         self.dim, self.heads, self.queries = dim, heads, queries
-        self.key_dim = key_dim or dim // heads
-        self.value_dim = value_dim or dim // heads
+        self.key_dim, self.value_dim = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
         self.hidden_dim = hidden_dim or 4 * dim
         self.query = nn.Parameter(torch.empty(queries, dim))
         self.query_proj = nn.Linear(dim, heads * self.key_dim, bias=False)
@@ -74,7 +80,11 @@ class CrossAttentionPool(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
 
     def folded_query(self) -> Float[Tensor, "d ht"]:
-        """Queries folded into the key projection: scoring is one product with this matrix."""
+        """Fold the queries into the key projection, so that scoring is one product with the result.
+
+        Returns:
+            Matrix (d ht).
+        """
         query = rearrange(self.query_proj(self.query), "t (h k) -> h k t", h=self.heads) / math.sqrt(self.key_dim)
         key = rearrange(self.key_proj.weight, "(h k) d -> h d k", h=self.heads)
         return rearrange(key @ query, "h d t -> d (h t)")
@@ -82,14 +92,17 @@ class CrossAttentionPool(nn.Module):
     def logits(
         self, embedding: Float[Tensor, "b n d"], query: Float[Tensor, "d ht"] | None = None
     ) -> Float[Tensor, "b n h t"]:
-        """Attention logits of every patch under every head and query; each patch's are its own alone.
+        """Compute the attention logits of every patch; those of one patch do not depend on the others.
 
         Args:
-            embedding: one row a patch.
-            query: `folded_query()`, for calls with the same weights; default computes it.
+            embedding: (b n d).
+            query: `folded_query()`, to be computed once for several calls with the same weights.
+
+        Returns:
+            Logits (b n h t) of every patch under every head and query.
 
         Raises:
-            ValueError: embeddings of another shape.
+            ValueError: the embeddings have another shape.
         """
         if embedding.ndim != 3 or embedding.shape[-1] != self.dim:
             raise ValueError(f"embeddings must be (b n d) with `dim` d = {self.dim}, not {tuple(embedding.shape)}")
@@ -99,14 +112,17 @@ class CrossAttentionPool(nn.Module):
     def forward(
         self, embedding: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b t d"]:
-        """Pools the patches of each image once per query.
+        """Pool the patches of each image, once for each query.
 
         Args:
-            embedding: one row a patch.
-            mask: True where there is a patch, False at padding; each image needs at least one patch.
+            embedding: (b n d).
+            mask: (b n), False at padding; each image needs at least one patch.
+
+        Returns:
+            Pooled embeddings (b t d).
 
         Raises:
-            ValueError: embeddings or a mask of another shape.
+            ValueError: the embeddings or the mask have another shape.
         """
         logits = self.logits(embedding)
         check_mask(mask, embedding)

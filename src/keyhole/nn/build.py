@@ -1,4 +1,4 @@
-"""Configuration -> IPSClassifier."""
+"""Settings of a model -> IPSClassifier."""
 
 from collections.abc import Sequence
 
@@ -21,17 +21,28 @@ def build_classifier(
     precision: torch.dtype = torch.float32,
     pretrained: bool | None = None,
 ) -> IPSClassifier:
-    """The classifier of a configuration, with fresh weights.
+    """Build the classifier of a configuration, with fresh weights.
 
     Args:
-        model: encoder, pool and position code; with `feature_width` a projector of stored features is the encoder.
-        tasks: one query and one linear head each.
-        patch_size: side of a patch in pixels; unit of the 2-D position code.
+        model: encoder, pool and position code; with `feature_width` the encoder is a projector of stored features.
+        tasks: each gets one query and one linear head.
+        patch_size: side of a patch in pixels; the unit of the 2-D position code.
         precision: arithmetic of the encoder.
         pretrained: overrides `model.pretrained`; False when weights are loaded afterwards.
 
+    Returns:
+        The classifier, in training mode.
+
     Raises:
         ConfigError: timm does not know the encoder, or the widths do not fit.
+
+    Example:
+        >>> from keyhole.config.settings import ModelConfig
+        >>> from keyhole.tasks.kinds import Task
+        >>> tasks = [Task("tumor", "binary", ("no", "yes"))]
+        >>> model = build_classifier(ModelConfig(width=8, heads=2), tasks, patch_size=32)
+        >>> model(torch.rand(2, 5, 3, 32, 32))["tumor"].shape
+        torch.Size([2, 1])
     """
     try:
         encoder: nn.Module
@@ -68,10 +79,10 @@ def patch_shape(model: ModelConfig, patch_size: int) -> tuple[int, ...]:
 
 
 def embedding_width(encoder: nn.Module, model: ModelConfig, patch_size: int) -> int:
-    """d of the embeddings, from a patch of zeros: what a model's attributes say is not always so.
+    """Measure the width of the embeddings with a patch of zeros: a model's attributes are not always right.
 
     Raises:
-        ConfigError: the encoder does not take patches of this size, or does not give one vector a patch.
+        ConfigError: the encoder does not take patches of this size, or does not give one vector for each patch.
     """
     encoder.eval()
     try:
@@ -93,7 +104,7 @@ def embedding_width(encoder: nn.Module, model: ModelConfig, patch_size: int) -> 
 
 
 def build_encoder(model: ModelConfig, pretrained: bool) -> SmallEncoder | TimmEncoder:
-    """`small` is ours, every other name timm's."""
+    """Build the encoder `small` of this package, or timm's of any other name."""
     if model.encoder == "small":
         return SmallEncoder(model.channels, model.width, stages=model.stages or 2)
     return TimmEncoder(model.encoder, model.channels, pretrained, model.stages)

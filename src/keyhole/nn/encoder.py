@@ -1,13 +1,14 @@
-"""Patches -> embeddings: our small convolutional encoder, any timm model, or a projector of stored features.
+"""Patches -> embeddings: a small convolutional encoder, any timm model, or a projector of stored features.
 
-An encoder of pixels says how it normalizes them (`scale`, `shift`) apart from what it does with the result (`embed`),
-so that whoever turns pixels into numbers can do it in the same pass.
+An encoder of pixels has its normalization (`scale`, `shift`) apart from its network (`embed`), so that pixels can be
+normalized in the same pass that turns them into numbers.
 
 Letters: k loose patches, c channels, d width, f features.
 """
 
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
@@ -20,11 +21,11 @@ from keyhole.nn.pretrained import check_pretrained, pretrained_faults
 
 
 class PixelEncoder(nn.Module, ABC):
-    """An encoder of patches with values 0 ... 1, which it normalizes to `shift + scale * value` first.
+    """An encoder of patches with values 0 ... 1, which it first normalizes to `shift + scale * value`.
 
     Attributes:
-        dim: d.
-        scale, shift: (1 c 1 1), no part of the weights.
+        dim: width d of the embeddings.
+        scale, shift: (1 c 1 1), not part of the weights.
     """
 
     dim: int
@@ -32,15 +33,15 @@ class PixelEncoder(nn.Module, ABC):
     shift: Tensor
 
     def normalize_by(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
-        """Subtract `mean`, divide by `std`."""
+        """Make `embed` see values from which `mean` is subtracted, divided by `std`."""
         self.register_buffer("scale", (1 / std).reshape(1, -1, 1, 1).clone(), persistent=False)
         self.register_buffer("shift", (-mean / std).reshape(1, -1, 1, 1).clone(), persistent=False)
 
     def forward(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
-        """Embeddings of patches with values 0 ... 1.
+        """Return the embeddings of patches with values 0 ... 1.
 
         Raises:
-            ValueError: patches of another shape.
+            ValueError: the patches have another shape.
         """
         channels = self.scale.shape[1]
         if patches.ndim != 4 or patches.shape[1] != channels:
@@ -50,22 +51,26 @@ class PixelEncoder(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
-        """Embeddings of normalized patches."""
+        """Return the embeddings of normalized patches."""
 
 
 class SmallEncoder(PixelEncoder):
-    """A few strided convolutions for machines without a GPU; any patch of at least 16 px.
+    """A few strided convolutions, for machines without a GPU and patches of at least 16 px.
 
-    The first convolution steps by 4, since most of the cost of a small network lies in its first
-    full-resolution maps. Mean and maximum over the last map are joined: a small mark in a large patch
-    survives the maximum where the mean would dilute it. The batch norm at the end spreads the embeddings of
-    different patches apart, so that attention has something to tell them by from the first step on; with a layer
-    norm in its place, a run from random weights stays at chance for far longer.
+    The first convolution steps by 4, since most of the cost of a small network lies in its first full-resolution maps.
+    Mean and maximum over the last map are joined: a small mark in a large patch survives the maximum where the mean
+    would dilute it. The batch norm at the end spreads the embeddings of different patches apart, so that attention can
+    tell them apart from the first step on; with a layer norm instead, a run from random weights stays at chance for far
+    longer.
 
     Args:
         channels: c of the patches.
-        width: channels of the first stage; each later one has twice as many.
-        stages: convolutions after the first, each halving the map.
+        width: channels of the first stage; each later stage doubles them.
+        stages: convolutions after the first; each halves the map.
+
+    Example:
+        >>> SmallEncoder(channels=3, width=8)(torch.rand(5, 3, 32, 32)).shape
+        torch.Size([5, 64])
     """
 
     def __init__(self, channels: int = 3, width: int = 32, stages: int = 2) -> None:
@@ -80,7 +85,7 @@ class SmallEncoder(PixelEncoder):
 
     def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
         features = self.body(patches)
-        # the norm enlarges what patches differ by: their means are not to be rounded to bf16 before it
+        # float32: the norm enlarges small differences between patches, which bf16 would round away
         mean = features.mean(dim=(2, 3), dtype=torch.float32)
         return self.norm(torch.cat([mean, _largest(features).float()], dim=1))
 
@@ -88,8 +93,8 @@ class SmallEncoder(PixelEncoder):
 def _largest(features: Float[Tensor, "k d h w"]) -> Float[Tensor, "k d"]:
     """Return the largest value of each map.
 
-    `amax` shares its gradient among equal values, which it finds by comparing again. A compiled backward pass computes
-    the maps again with other rounding, finds no equal value, and divides by zero.
+    `amax` divides its gradient among equal values, which it finds by comparing again. A compiled backward pass computes
+    the maps again, rounds differently, finds no equal value, and divides by zero.
     """
     if torch.is_grad_enabled():
         return features.flatten(2).max(dim=2).values
@@ -109,11 +114,15 @@ class TimmEncoder(PixelEncoder):
         channels: c of the patches; timm adapts the first layer.
         pretrained: download timm's weights.
         stages: keep only the first stages, for models that timm can cut.
-        normalize: subtract the mean and divide by the deviation the weights were trained with.
+        normalize: subtract the mean and divide by the deviation that the weights were trained with.
 
     Raises:
         ValueError: timm does not know the name (the nearest is given), or the model has fewer stages.
-        ConfigError: pretrained weights are asked for and cannot be had, see `check_pretrained`.
+        ConfigError: pretrained weights are asked for and not available, see `check_pretrained`.
+
+    Example:
+        >>> TimmEncoder("resnet18", stages=2)(torch.rand(5, 3, 64, 64)).shape
+        torch.Size([5, 128])
     """
 
     def __init__(
@@ -129,27 +138,18 @@ class TimmEncoder(PixelEncoder):
         from timm.data import resolve_data_config
 
         if not timm.is_model(name):
-            import difflib
-
-            near = difflib.get_close_matches(name, timm.list_models(), 1)
+            near = get_close_matches(name, timm.list_models(), 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"timm {timm.__version__} has no model {name!r}.{hint}")
-        options: dict[str, Any] = {"pretrained": pretrained, "in_chans": channels}
+        options: dict[str, Any] = {"num_classes": 0} if stages is None else _cut(name, stages)
+        options |= {"pretrained": pretrained, "in_chans": channels}
         if pretrained and (overlay := check_pretrained(name)):
             options["pretrained_cfg_overlay"] = overlay
-        faults = pretrained_faults(name) if pretrained else nullcontext()
+        with pretrained_faults(name) if pretrained else nullcontext():
+            body: Any = timm.create_model(name, **options)
         if stages is None:
-            with faults:
-                body: Any = timm.create_model(name, num_classes=0, **options)
             self.dim = int(getattr(body, "head_hidden_size", None) or body.num_features)
         else:
-            reductions = timm.create_model(name, features_only=True).feature_info
-            # timm counts a stem without stages of its own as level 0 of most networks
-            offset = len(reductions) - 4 if len(reductions) > 4 else 0
-            if stages + offset > len(reductions):
-                raise ValueError(f"{name} has {len(reductions) - offset} stages, not {stages}")
-            with faults:
-                body = timm.create_model(name, features_only=True, out_indices=(stages + offset - 1,), **options)
             self.dim = int(body.feature_info.channels()[-1])
         self.body: nn.Module = body
         self.cut = stages is not None
@@ -166,14 +166,26 @@ class TimmEncoder(PixelEncoder):
         return x[0].mean(dim=(2, 3), dtype=torch.float32) if self.cut else x
 
 
+def _cut(name: str, stages: int) -> dict[str, Any]:
+    """Return timm's options for a model's first stages."""
+    import timm
+
+    levels = len(timm.create_model(name, features_only=True).feature_info)
+    # In most networks timm counts a stem without stages of its own as level 0.
+    stem = max(0, levels - 4)
+    if stages + stem > levels:
+        raise ValueError(f"{name} has {levels - stem} stages, not {stages}")
+    return {"features_only": True, "out_indices": (stages + stem - 1,)}
+
+
 class FeatureProjector(nn.Module):
     """Stored features -> embeddings, as published for CAMELYON16: LayerNorm, Linear, BatchNorm, ReLU.
 
-    The layer norm has no weights of its own, the linear layer behind it would undo them.
+    The layer norm has no weights, since the linear layer after it would undo them.
 
     Args:
-        features: f of a stored feature.
-        dim: d of the embedding; 512 as published.
+        features: width f of a stored feature.
+        dim: width d of the embedding; 512 as published.
     """
 
     def __init__(self, features: int, dim: int) -> None:
@@ -183,10 +195,10 @@ class FeatureProjector(nn.Module):
         self.norm = nn.BatchNorm1d(dim)
 
     def forward(self, features: Float[Tensor, "k f"]) -> Float[Tensor, "k d"]:
-        """Embeddings of stored features.
+        """Return the embeddings of stored features.
 
         Raises:
-            ValueError: features of another shape.
+            ValueError: the features have another shape.
         """
         if features.ndim != 2 or features.shape[1] != self.features:
             raise ValueError(f"features must be (k f) with `features` f = {self.features}, not {tuple(features.shape)}")

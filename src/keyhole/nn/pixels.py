@@ -1,4 +1,4 @@
-"""Pixels as they are read -> numbers the encoder takes, in as few passes over them as can be.
+"""Pixels as they are read -> numbers that the encoder takes, in as few passes over them as possible.
 
 Letters: k loose patches, c channels, h w height and width of a patch.
 """
@@ -31,7 +31,7 @@ class AsRead:
         return self.pixels.device
 
     def values(self) -> Float[Tensor, "k c h w"]:
-        """Values 0 ... 1, with changed colours; channels last in memory."""
+        """Return values 0 ... 1 with changed colours, channels last in memory."""
         return prepare(self.pixels, self.color)
 
 
@@ -42,31 +42,34 @@ def prepare(
     scale: Float[Tensor, "1 c 1 1"] | None = None,
     shift: Float[Tensor, "1 c 1 1"] | None = None,
 ) -> Float[Tensor, "k c h w"]:
-    """Values 0 ... 1, with changed colours, then `shift + scale * value`; channels last in memory.
+    """Turn pixels into values 0 ... 1 with changed colours, then into `shift + scale * value`.
 
     Args:
         pixels: as read from files.
         color: affine change of each patch's colours, clamped to 0 ... 1; None leaves them.
-        dtype: of the result. bf16 holds 0 ... 255 exactly, so that nothing is lost before the result is rounded.
+        dtype: of the result. bf16 holds 0 ... 255 exactly, so nothing is lost before the result is rounded.
         scale, shift: the encoder's normalization; both or neither.
+
+    Returns:
+        Values, channels last in memory.
     """
     stored = pixels.permute(0, 3, 1, 2)
     values = stored.to(dtype) if color is None else changed(stored, color, dtype)
-    largest = 255 if color is None else 1
+    maximum = 255 if color is None else 1
     if scale is None or shift is None:
-        return values if largest == 1 else values.div_(largest)
-    scale, shift = (scale / largest).to(dtype), shift.to(dtype)
+        return values if maximum == 1 else values.div_(maximum)
+    scale, shift = (scale / maximum).to(dtype), shift.to(dtype)
     if torch.compiler.is_compiling():
         # It is fused with the rest. Before torch 2.14, `out` in channels last breaks the graph.
         return torch.addcmul(shift, values, scale)
-    # written over the values: on a CPU fresh memory costs as much as the arithmetic
+    # In place: on a CPU fresh memory costs as much as the arithmetic.
     return torch.addcmul(shift, values, scale, out=values)
 
 
 def changed(
     values: UInt8[Tensor, "k c h w"], color: Float[Tensor, "k c c+1"], dtype: torch.dtype
 ) -> Float[Tensor, "k c h w"]:
-    """Colours changed by one affine map a patch, in 0 ... 1."""
+    """Apply one affine map of colours to each patch; return values 0 ... 1."""
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
         return _changed_by_image(values, color, dtype)
     matrix, bias = color[:, :, :-1] / 255, color[:, :, -1, None, None]
@@ -77,7 +80,7 @@ def changed(
 
 
 def _changed_by_image(values: Tensor, color: Tensor, dtype: torch.dtype) -> Tensor:
-    """As a convolution of one pixel for each run of patches that change alike: six times as fast on a CPU as einsum."""
+    """Convolve each run of patches with the same map by one pixel: six times as fast on a CPU as einsum."""
     runs = torch.unique_consecutive(color, dim=0, return_counts=True)
     parts = [
         F.conv2d(part.to(dtype), (map_[:, :-1, None, None] / 255).to(dtype), map_[:, -1].to(dtype)).clamp_(0, 1)

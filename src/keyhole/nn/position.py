@@ -1,6 +1,6 @@
-"""Patch positions -> codes that are added to the embeddings for scoring and pooling, never stored.
+"""Patch positions -> codes that are added to the embeddings before scoring and pooling, and never stored.
 
-Letters: b image, n patches, d width. Codes are computed from the positions at hand, so any number of patches works.
+Letters: b image, n patches, d width.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def sinusoid(position: Shaped[Tensor, "*n"], dim: int) -> Float[Tensor, "*n d"]:
-    """sin and cos of position / 10000^(2 i / d), interleaved (Vaswani et al. 2017).
+    """Return sin and cos of position / 10000^(2 i / d), interleaved (Vaswani et al. 2017).
 
     Raises:
         ValueError: `dim` is odd.
@@ -35,11 +35,11 @@ class IndexPosition(nn.Module):
 
 
 class CenterPosition(nn.Module):
-    """2-D code: half the width for x, half for y, both in units of patches.
+    """2-D code of a patch's centre: half the width for x, half for y.
 
     Args:
-        dim: width, divisible by 4.
-        unit: pixels that count as one step, usually the side of a patch; pixels of the resolution that patches have.
+        dim: width d, divisible by 4.
+        unit: pixels that count as one step, at the resolution of the patches; usually the side of a patch.
     """
 
     def __init__(self, dim: int, unit: float = 1.0) -> None:
@@ -49,5 +49,4 @@ class CenterPosition(nn.Module):
         self.dim, self.unit = dim, unit
 
     def forward(self, position: Shaped[Tensor, "b n 2"]) -> Float[Tensor, "b n d"]:
-        code = sinusoid(position.to(torch.float32) / self.unit, self.dim // 2)
-        return code.flatten(-2)
+        return sinusoid(position.to(torch.float32) / self.unit, self.dim // 2).flatten(-2)

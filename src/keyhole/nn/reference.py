@@ -1,13 +1,13 @@
 """Weights of the published code -> IPSClassifier.
 
 The published state names its parts `encoder.<place in an nn.Sequential>`, `transf.crs_attn`, `transf.mlp` and
-`output_layers.<task>`; the configuration is the one the published scripts read from YAML.
+`output_layers.<task>`; the configuration is the one that the published scripts read from YAML.
 """
 
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from keyhole.nn.weights import misfits
 from keyhole.tasks.kinds import Task
 
 _POOL = {
+    "transf.crs_attn.q": "query",
     "transf.crs_attn.q_w.weight": "query_proj.weight",
     "transf.crs_attn.k_w.weight": "key_proj.weight",
     "transf.crs_attn.v_w.weight": "value_proj.weight",
@@ -38,80 +39,108 @@ _PROJECTOR = {"1": "linear", "2": "norm"}
 
 
 def from_reference(weights: Mapping[str, Tensor], config: Mapping[str, Any] | str) -> IPSClassifier:
-    """Builds the classifier that computes what the published code computes with these weights.
+    """Build the classifier that computes what the published code computes with these weights.
 
     Args:
-        weights: the published state; names may carry the prefix `weight.`.
+        weights: the published state; names may have the prefix `weight.`.
         config: the published configuration, as a mapping or JSON: D, D_k, D_v, D_inner, H, n_token, n_chan_in,
             is_image, use_pos and `tasks` (each with name and token).
 
     Returns:
-        The classifier in evaluation mode. Heads return logits, not probabilities.
+        The classifier in evaluation mode. Its heads return logits, not probabilities.
 
     Raises:
         ValueError: a weight is missing, left over or of another shape; all such are named.
+
+    Example:
+        >>> d, names = 8, ["q_w", "k_w", "v_w", "fc"]
+        >>> weights = {f"transf.crs_attn.{name}.weight": torch.rand(d, d) for name in names}
+        >>> weights |= {"transf.crs_attn.q": torch.rand(1, 1, d)}
+        >>> weights |= {"transf.mlp.w_1.weight": torch.rand(d, d), "transf.mlp.w_2.weight": torch.rand(d, d)}
+        >>> vectors = [f"transf.{part}.bias" for part in ("mlp.w_1", "mlp.w_2")] + ["encoder.1.bias"]
+        >>> norms = ["transf.crs_attn.layer_norm", "transf.mlp.layer_norm", "encoder.2"]
+        >>> vectors += [f"{norm}.{part}" for norm in norms for part in ("weight", "bias")]
+        >>> vectors += ["encoder.2.running_mean", "encoder.2.running_var"]
+        >>> weights |= {name: torch.rand(d) for name in vectors} | {"encoder.1.weight": torch.rand(d, 4)}
+        >>> weights |= {"output_layers.tumor.0.weight": torch.rand(1, d), "output_layers.tumor.0.bias": torch.rand(1)}
+        >>> config = {"D": d, "D_k": 4, "D_v": 4, "D_inner": d, "H": 2, "n_token": 1, "n_chan_in": 4}
+        >>> config |= {"is_image": False, "tasks": [{"name": "tumor", "activation": "sigmoid"}]}
+        >>> model = from_reference(weights, config)
+        >>> model(torch.rand(3, 10, 4))["tumor"].shape  # 10 stored features of each of 3 images
+        torch.Size([3, 1])
     """
-    settings: Mapping[str, Any] = json.loads(config) if isinstance(config, str) else config
-    state = {name.removeprefix("weight."): value for name, value in weights.items()}
+    settings, state = _settings(config), _state(weights)
     tasks = _published_tasks(settings)
     encoder, names = _encoder(state, settings)
+    dim = settings["D"]
     pool = CrossAttentionPool(
-        settings["D"],
+        dim,
         settings["H"],
         settings["n_token"],
-        settings["D_k"],
-        settings["D_v"],
+        (settings["D_k"], settings["D_v"]),
         settings["D_inner"],
         settings.get("dropout", 0.1),
         settings.get("attn_dropout", 0.1),
     )
-    heads = {
-        task["name"]: nn.Linear(settings["D"], len(_need(state, f"output_layers.{task['name']}.0.bias")))
-        for task in tasks
-    }
-    position = IndexPosition(settings["D"]) if settings.get("use_pos") else None
-    model = IPSClassifier(encoder, pool, heads, position, {task["name"]: task["token"] for task in tasks})
-    names |= {old: f"pool.{new}" for old, new in _POOL.items()} | {"transf.crs_attn.q": "pool.query"}
+    heads = {task.name: nn.Linear(dim, _outputs(state, task)) for task in tasks}
+    position = IndexPosition(dim) if settings.get("use_pos") else None
+    model = IPSClassifier(encoder, pool, heads, position, {task.name: task.token for task in tasks})
+    names |= {old: f"pool.{new}" for old, new in _POOL.items()}
     for task in tasks:
         for part in ("weight", "bias"):
-            names[f"output_layers.{task['name']}.0.{part}"] = f"heads.{model.heads.prefix(task['name'])}{part}"
-    _load(model, state, names)
+            names[f"output_layers.{task.name}.0.{part}"] = f"heads.{model.heads.prefix(task.name)}{part}"
+    _load(model, {names.get(name, name): value for name, value in state.items()})
     return model.eval()
 
 
 def reference_tasks(weights: Mapping[str, Tensor], config: Mapping[str, Any] | str) -> tuple[Task, ...]:
-    """The published tasks: softmax is multiclass, sigmoid binary (one output) or multilabel; classes are numbered."""
-    settings: Mapping[str, Any] = json.loads(config) if isinstance(config, str) else config
-    state = {name.removeprefix("weight."): value for name, value in weights.items()}
-    tasks = []
-    for task in _published_tasks(settings):
-        outputs = len(_need(state, f"output_layers.{task['name']}.0.bias"))
-        if task["activation"] == "softmax":
-            tasks.append(Task(task["name"], "multiclass", tuple(map(str, range(outputs)))))
-        elif outputs == 1:
-            tasks.append(Task(task["name"], "binary", ("0", "1")))
+    """Return the tasks of the published code, with numbered classes.
+
+    A task with softmax is multiclass; one with sigmoid is binary if it has one output, or else multilabel.
+
+    Args:
+        weights, config: as for `from_reference`.
+    """
+    found, state = [], _state(weights)
+    for task in _published_tasks(_settings(config)):
+        outputs = _outputs(state, task)
+        classes = tuple(map(str, range(max(2, outputs))))
+        if task.activation == "softmax":
+            found.append(Task(task.name, "multiclass", classes))
         else:
-            tasks.append(Task(task["name"], "multilabel", tuple(map(str, range(outputs)))))
-    return tuple(tasks)
+            found.append(Task(task.name, "binary" if outputs == 1 else "multilabel", classes))
+    return tuple(found)
 
 
-def _published_tasks(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Tasks as a list; the published YAML has a mapping with `id` and `act_fn` instead of `token` and `activation`."""
+class _PublishedTask(NamedTuple):
+    name: str
+    token: int
+    activation: str
+
+
+def _settings(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(config) if isinstance(config, str) else config
+    return found
+
+
+def _state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("weight."): value for name, value in weights.items()}
+
+
+def _published_tasks(settings: Mapping[str, Any]) -> list[_PublishedTask]:
+    """Read the tasks; the published YAML has a mapping with `id` and `act_fn` instead of `token` and `activation`."""
     tasks = settings["tasks"]
-    rows = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)
+    rows = tasks.values() if isinstance(tasks, Mapping) else tasks
     return [
-        {
-            "name": row["name"],
-            "token": row.get("token", row.get("id", number)),
-            "activation": row.get("activation", row.get("act_fn", "softmax")),
-        }
+        _PublishedTask(
+            row["name"], row.get("token", row.get("id", number)), row.get("activation", row.get("act_fn", "softmax"))
+        )
         for number, row in enumerate(rows)
     ]
 
 
 def _encoder(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, str]]:
-    """The published encoder and how its names map to ours."""
-    names = {}
+    """Build the published encoder; also return our name of each of its published names."""
     if not settings["is_image"]:
         encoder: nn.Module = FeatureProjector(settings["n_chan_in"], settings["D"])
         parts, prefix = _PROJECTOR, "encoder."
@@ -120,6 +149,7 @@ def _encoder(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[
         kind = "resnet50" if "encoder.4.0.conv3.weight" in state else "resnet18"
         encoder = TimmEncoder(kind, channels=settings["n_chan_in"], stages=deepest - 3, normalize=False)
         parts, prefix = _RESNET, "encoder.body."
+    names = {}
     for name in state:
         match = re.fullmatch(r"encoder\.(\d+)\.(.+)", name)
         if match and match[1] in parts:
@@ -127,22 +157,21 @@ def _encoder(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[
     return encoder, names
 
 
-def _need(state: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in state:
-        raise ValueError(f"the published weights lack {name!r}; found {', '.join(sorted(state)[:5])}, ...")
-    return state[name]
+def _outputs(state: Mapping[str, Tensor], task: _PublishedTask) -> int:
+    bias = f"output_layers.{task.name}.0.bias"
+    if bias not in state:
+        raise ValueError(f"the published weights lack {bias!r}; found {', '.join(sorted(state)[:5])}, ...")
+    return len(state[bias])
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
     target = model.state_dict()
-    renamed = {names.get(name, name): value for name, value in state.items()}
-    if "pool.query" in renamed:
-        renamed["pool.query"] = renamed["pool.query"].reshape(target["pool.query"].shape)
-    # a counter that plays no part when the momentum is fixed, and that early PyTorch did not store
-    for name in target:
-        if name.endswith("num_batches_tracked") and name not in renamed:
-            renamed[name] = torch.zeros_like(target[name])
-    problems = misfits(target, renamed)
+    if "pool.query" in state:
+        state["pool.query"] = state["pool.query"].reshape(target["pool.query"].shape)
+    # a counter without effect where the momentum is fixed, which early PyTorch did not store
+    counters = {name: value for name, value in target.items() if name.endswith("num_batches_tracked")}
+    state = {name: torch.zeros_like(value) for name, value in counters.items()} | state
+    problems = misfits(target, state)
     if problems:
         raise ValueError(f"the published weights do not fit the configuration: {'; '.join(problems[:8])}")
-    model.load_state_dict(renamed)
+    model.load_state_dict(state)
