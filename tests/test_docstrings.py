@@ -60,6 +60,7 @@ WITHOUT_RETURNS: set[str] = {
     "IPSClassifier.steady",
     "IPSClassifier.train",
     "IPSClassifier.with_position",
+    "Image.jpeg_tiling",
     "Image.read",
     "Image.sniff",
     "PatchGrid.boxes",

@@ -21,8 +21,6 @@ MAX_PARAMETERS = 7
 
 KNOWN_CYCLES = {
     "keyhole",
-    "keyhole.engine.memory.cap",
-    "keyhole.engine.memory.plan",
     "keyhole.loading",
     "keyhole.loading.batch",
     "keyhole.loading.reader",
@@ -43,7 +41,6 @@ KNOWN_WITH_MANY_PARAMETERS = {
     "keyhole.datasets.slides.make_slide",
     "keyhole.datasets.slides.make_slides",
     "keyhole.datasets.tiff_pyramid.write_pyramid",
-    "keyhole.engine.memory.cap._convolution",
     "keyhole.engine.memory.plan.make_plan",
     "keyhole.engine.memory.probe.probe",
     "keyhole.engine.passes.infer",
@@ -66,33 +63,19 @@ KNOWN_CLASSES_OF_ONE_NAME = {
     "Kept",
     "Kinds",
     "Slide",
-    "Subject",
     "Task",
 }
 
 KNOWN_COMPARISONS_OF_KINDS = {
     "keyhole.config.check",
-    "keyhole.data.manifest",
-    "keyhole.data.settle",
     "keyhole.engine.memory.pace",
-    "keyhole.inference.evaluate",
     "keyhole.nn.classifier",
-    "keyhole.nn.loss",
-    "keyhole.report.contact_sheet",
-    "keyhole.report.examples",
-    "keyhole.report.geojson",
-    "keyhole.report.table",
-    "keyhole.tools.bench.speed",
-    "keyhole.tools.init",
-    "keyhole.training.score",
 }
 
 KNOWN_VAGUE_CONSTANTS = {
-    "keyhole.data.layout.KNOWN",
     "keyhole.datasets.tiff_pyramid.SMALLEST",
     "keyhole.engine.jpeg.KNOWN",
     "keyhole.engine.looking.SIZES",
-    "keyhole.engine.memory.pace.KNOWN",
     "keyhole.engine.memory.pace.LARGE",
     "keyhole.engine.memory.plan.LATER",
     "keyhole.engine.memory.plan.SHARE",

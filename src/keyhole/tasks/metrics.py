@@ -134,7 +134,7 @@ def _present(of: ClassMeasures) -> Bool[Array, " k"]:
 
 
 def _several_present(of: ClassMeasures) -> Bool[Array, " k"]:
-    """Of a single class, mean recall would be accuracy under another name."""
+    """Leave out a single class, of which mean recall is the accuracy."""
     return np.asarray(of.present & (of.present.sum() > 1))
 
 
