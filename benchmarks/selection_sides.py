@@ -135,7 +135,7 @@ class Ours:
         pace = Pace(Plan(chunk=setting.chunk), print)
         hold = self.inputs.ours.nbytes if learn else 0
         done = []
-        for batch in self.reader.stream([self.openers] * batches, setting.chunk, hold=hold):
+        for batch in self.reader.stream([self.openers] * batches, setting.chunk, cache_bytes=hold):
             found = select_batch(self.model, batch, select, keep_logits=keep_logits, pace=pace, stager=self.stager)
             kept = [image for image in found if image is not None]
             done.append((kept, self.learn(fetch_kept(self.model, batch, found, together=True)[0]) if learn else 0.0))

@@ -16,7 +16,7 @@ from test_reading import PATIENCE, Opener, Probe, no_thread_is_left
 
 from keyhole.errors import ImageError
 from keyhole.loading import Reader
-from keyhole.loading.held import HeldMemory
+from keyhole.loading.buffers import CacheMemory
 from keyhole.patches.sources import TensorPatches
 from keyhole.tools.bench.patches import MadePatches
 from keyhole.util.rows import take_rows
@@ -82,7 +82,7 @@ def test_patches_in_memory_are_copied_once(source: Any) -> None:
 def test_what_is_held_is_copied_once() -> None:
     opener = Opener("held", lambda: TensorPatches(PIXELS))
     with Reader(1, stall=PATIENCE) as reader:
-        for batch in reader.stream([[opener]], 16, hold=PIXELS.nbytes):
+        for batch in reader.stream([[opener]], 16, cache_bytes=PIXELS.nbytes):
             for _ in batch.chunks():
                 pass
             with taking(PIXELS.nbytes + 4 * ROW):
@@ -96,11 +96,13 @@ def test_batches_hold_their_pixels_in_the_memory_of_those_before() -> None:
     probes = [Probe(f"{k}", n=n) for k, n in enumerate(lengths)]
     places, most = set(), 20 * 16
     with Reader(2, stall=PATIENCE) as reader:
-        for probe, batch in zip(probes, reader.stream([[p.opener()] for p in probes], 4, hold=most), strict=True):
+        for probe, batch in zip(
+            probes, reader.stream([[p.opener()] for p in probes], 4, cache_bytes=most), strict=True
+        ):
             for _ in batch.chunks():
                 pass
-            assert batch.held is not None
-            places.add(batch.held.memory.ctypes.data)
+            assert batch.cache is not None
+            places.add(batch.cache.memory.ctypes.data)
             wanted = np.arange(len(probe))[::-1]
             np.testing.assert_array_equal(batch.fetch([wanted])[0], probe.array[wanted])
         assert reader.reread_patches == 0
@@ -109,7 +111,7 @@ def test_batches_hold_their_pixels_in_the_memory_of_those_before() -> None:
 
 @pytest.mark.parametrize("lengths", [range(10, 250, 4), [10, 200, 60, 120, 30, 220] * 8, range(250, 10, -4)], ids=str)
 def test_batches_whose_sizes_vary_take_no_more_memory_than_two_of_the_largest(lengths: Sequence[int]) -> None:
-    memory, taken, most = HeldMemory(), deque[np.ndarray](), 0
+    memory, taken, most = CacheMemory(), deque[np.ndarray](), 0
     for length in lengths:
         held = memory.take(length, 2 * 10_000)  # as of a prediction, which does not know its largest batch before
         assert held is not None
@@ -128,11 +130,11 @@ def test_memory_that_a_stuck_thread_may_write_to_is_not_used_again() -> None:
     lists = [[one.opener(), other.opener()] for one, other in zip(good, bad, strict=True)]
     kept = []
     with Reader(1, stall=PATIENCE) as reader:
-        for probe, batch in zip(good, reader.stream(lists, 4, "skip", hold=20 * 16), strict=True):
+        for probe, batch in zip(good, reader.stream(lists, 4, "skip", cache_bytes=20 * 16), strict=True):
             for _ in batch.chunks():
                 pass
             assert isinstance(batch.failed[1], ImageError)
-            assert batch.held is not None
-            assert not any(np.shares_memory(batch.held.memory, before) for before in kept)
-            kept.append(batch.held.memory)
+            assert batch.cache is not None
+            assert not any(np.shares_memory(batch.cache.memory, before) for before in kept)
+            kept.append(batch.cache.memory)
             np.testing.assert_array_equal(batch.fetch([[9, 0], None])[0], probe.array[[9, 0]])

@@ -31,7 +31,7 @@ from keyhole.errors import ImageError
 from keyhole.images.jpeg import COLORS, segments, stored_colors
 from keyhole.images.tiff_file import BLOCK
 from keyhole.loading import Batch, Delivery, Reader
-from keyhole.loading.readings import LOOK_AGAIN
+from keyhole.loading.reading import PATCHES_BETWEEN_LOOKS
 from keyhole.nn import build_classifier
 from keyhole.patches.sources import FileOpener, FilePatches, PatchSource, View
 from keyhole.tasks.kinds import Task
@@ -379,7 +379,7 @@ def test_only_what_the_consumer_waits_for_comes_encoded(files: dict[str, Path]) 
 
 def test_what_threads_get_to_while_the_consumer_waits_comes_encoded_for_later_chunks_too(tmp_path: Path) -> None:
     """Four threads, six chunks of two runs in the ring: runs of the chunk that is waited for have all begun."""
-    run = 5 * LOOK_AGAIN // 2
+    run = 5 * PATCHES_BETWEEN_LOOKS // 2
     chunk = 2 * run
     path = write_tiff(tmp_path / "many.tif", picture(3, 16 * 16, 7 * chunk), tile=(16, 16), compression="jpeg")
     waits, filled, again = threading.Event(), threading.Event(), threading.Event()
@@ -393,7 +393,7 @@ def test_what_threads_get_to_while_the_consumer_waits_comes_encoded_for_later_ch
             if index[0] < 4 * run:  # begun before the consumer waits: the first run ends when it does, the others later
                 begun.append(int(index[0]))
                 assert (waits if index[0] == 0 else filled).wait(PATIENCE)
-            if index[0] == 6 * chunk + LOOK_AGAIN:
+            if index[0] == 6 * chunk + PATCHES_BETWEEN_LOOKS:
                 assert again.wait(PATIENCE)
             pixels = super().read(index, out)
             decoded.update(index.tolist())
@@ -429,11 +429,13 @@ def test_what_threads_get_to_while_the_consumer_waits_comes_encoded_for_later_ch
         found = [next(chunks := batch.chunks())]
         assert eventually(lambda: all(planned.finished() for planned in batch.planned))
         found += [next(chunks), next(chunks)]
-        busy = {*range(6 * chunk, 6 * chunk + LOOK_AGAIN), *range(6 * chunk + run, 7 * chunk)}
+        busy = {*range(6 * chunk, 6 * chunk + PATCHES_BETWEEN_LOOKS), *range(6 * chunk + run, 7 * chunk)}
         assert eventually(lambda: decoded >= busy), "the consumer is busy: the host decodes"
         found += chunks
         encoded = [len(one.encoded) for one in found]
-        assert encoded == [0, 0, chunk, chunk, chunk, chunk, run - 2 * LOOK_AGAIN], "and a thread looks again"
+        assert encoded == [0, 0, chunk, chunk, chunk, chunk, run - 2 * PATCHES_BETWEEN_LOOKS], (
+            "and a thread looks again"
+        )
         assert not list(stream)
 
 

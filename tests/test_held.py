@@ -39,7 +39,7 @@ def test_what_is_fetched_does_not_depend_on_what_is_held(
     rng = np.random.default_rng(seed)
     with Reader(workers, ahead=2, stall=PATIENCE) as reader:
         lists = [[Opener(f"{i}", lambda source=source: source) for i, source in enumerate(b)] for b in batches]
-        for sources_, batch in zip(batches, reader.stream(lists, size, hold=hold), strict=True):
+        for sources_, batch in zip(batches, reader.stream(lists, size, cache_bytes=hold), strict=True):
             for _ in batch.chunks():
                 pass
             before = reader.reread_patches
@@ -58,7 +58,7 @@ def test_what_is_held_is_fetched_without_the_file(tmp_path: Path) -> None:
         with closing(opener()) as source:
             expected.append(source.read(slice(None)))
     with Reader(2, stall=PATIENCE) as reader:
-        stream = reader.stream(lists, 16, hold=PLENTY)
+        stream = reader.stream(lists, 16, cache_bytes=PLENTY)
         for _ in next(stream).chunks():
             pass
         batch = next(stream)
@@ -75,7 +75,7 @@ def test_what_is_held_is_fetched_without_the_file(tmp_path: Path) -> None:
 def test_patches_that_have_not_come_yet_are_read() -> None:
     probe = Probe(n=40)
     with Reader(1, stall=PATIENCE) as reader:
-        stream = reader.stream([openers(probe)], 4, hold=PLENTY)
+        stream = reader.stream([openers(probe)], 4, cache_bytes=PLENTY)
         batch = next(stream)
         next(batch.chunks())
         (rows,) = batch.fetch([[39, 2, 17]])
@@ -86,7 +86,7 @@ def test_patches_that_have_not_come_yet_are_read() -> None:
 def test_images_that_were_not_streamed_are_read_and_the_others_are_not() -> None:
     first, second = Probe("first"), Probe("second")
     with Reader(1, stall=PATIENCE) as reader:
-        stream = reader.stream([[FetchOnly(first.opener()), second.opener()]], 4, hold=PLENTY)
+        stream = reader.stream([[FetchOnly(first.opener()), second.opener()]], 4, cache_bytes=PLENTY)
         batch = next(stream)
         for _ in batch.chunks():
             pass
@@ -100,24 +100,24 @@ def test_two_batches_are_held_at_most_and_each_goes_with_its_batch() -> None:
     probes = [Probe(f"{k}", n=20) for k in range(5)]
     closed: list[Batch] = []
     with Reader(2, ahead=30, stall=PATIENCE) as reader:
-        stream = reader.stream([openers(probe) for probe in probes], 4, hold=probes[0].array.nbytes)
+        stream = reader.stream([openers(probe) for probe in probes], 4, cache_bytes=probes[0].array.nbytes)
         for number, probe in enumerate(probes):
             batch = next(stream)
             for _ in batch.chunks():
                 pass
-            held = weakref.ref(batch.held)
-            assert batch.held is not None
+            held = weakref.ref(batch.cache)
+            assert batch.cache is not None
             if number + 1 < len(probes):
                 assert probes[number + 1].was_read.wait(PATIENCE)
             assert not any(later.reading.is_set() for later in probes[number + 2 :])
             (rows,) = batch.fetch([[7, 3]])
             np.testing.assert_array_equal(rows, probe.array[[7, 3]])
-            assert not any(before.held for before in closed)
+            assert not any(before.cache for before in closed)
             closed.append(batch)
         assert reader.reread_patches == 0
         with pytest.raises(StopIteration):
             next(stream)
-        assert not any(before.held for before in closed)
+        assert not any(before.cache for before in closed)
     assert eventually(lambda: held() is None)
 
 
@@ -136,7 +136,7 @@ def test_unreadable_patches_and_failed_images_are_the_same_with_and_without(
             lengths.append(len(source))
     for hold in (0, PLENTY):
         with Reader(2, ahead=2, stall=PATIENCE) as reader:
-            for batch in reader.stream(lists, chunk, "mask", hold=hold):
+            for batch in reader.stream(lists, chunk, "mask", cache_bytes=hold):
                 read_chunks(batch)
                 rows = batch.fetch([np.arange(length)[::-2] for length in lengths])
                 found.append((batch.unreadable, list(batch.failed), rows))
@@ -153,7 +153,7 @@ def test_what_a_stuck_thread_writes_late_is_not_fetched(disk: Disk, pipe: MakePi
     opener = disk.write("a", 40)
     stalled = pipe("a", 12)
     with Reader(2, ahead=2, stall=0.5, retry_wait=0.01, on_retry=lambda *_: stalled.mend()) as reader:
-        for batch in reader.stream([[opener]], 16, on_error, hold=PLENTY):
+        for batch in reader.stream([[opener]], 16, on_error, cache_bytes=PLENTY):
             disk.check(read_chunks(batch), 0, range(40))
             stalled.let_go()
             assert disk.opened[0].was_closed.wait(PATIENCE)
@@ -172,7 +172,7 @@ def test_an_image_that_comes_back_keeps_what_was_held_of_it(disk: Disk) -> None:
             disk.put_back("a")
 
     with Reader(1, ahead=1, stall=PATIENCE, retry_wait=0.01, on_retry=on_retry) as reader:
-        for batch in reader.stream([[opener]], 8, hold=PLENTY):
+        for batch in reader.stream([[opener]], 8, cache_bytes=PLENTY):
             for number, _ in enumerate(batch.chunks()):
                 if number == 0:
                     disk.take_away("a")

@@ -159,7 +159,7 @@ def test_what_is_kept_is_not_read_again_where_a_batch_fits() -> None:
     for hold, again in ((2**20, 0), (0, 10)):
         with open_reader(RunConfig(threads=2), torch.device("cpu")) as reader:
             batches = [[opener_of(source) for source in sources(2, 40)]]
-            for batch in reader.stream(batches, 16, hold=hold):
+            for batch in reader.stream(batches, 16, cache_bytes=hold):
                 kept = select_batch(model, batch, select)
                 _, _, pixels = fetch_kept(model, batch, kept)
             assert reader.reread_patches == again

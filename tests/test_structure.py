@@ -21,10 +21,6 @@ MAX_PARAMETERS = 7
 
 KNOWN_CYCLES = {
     "keyhole",
-    "keyhole.loading",
-    "keyhole.loading.batch",
-    "keyhole.loading.reader",
-    "keyhole.loading.stream",
     "keyhole.patches.features.files",
     "keyhole.patches.features.hdf5",
     "keyhole.patches.features.hdf5_rows",
@@ -50,7 +46,6 @@ KNOWN_WITH_MANY_PARAMETERS = {
     "keyhole.inference.embed.embed",
     "keyhole.inference.evaluate.evaluate",
     "keyhole.inference.predictor.Predictor.predict_items",
-    "keyhole.loading.readings.Reading.__init__",
     "keyhole.patches.grid.PatchGrid.__init__",
     "keyhole.report.contact_sheet._text",
     "keyhole.training.job._job",

@@ -1,4 +1,8 @@
-"""Patches read ahead, in parallel and in order; what cannot be read is masked, counted and listed."""
+"""Patches, read ahead in threads and packed into chunks; what cannot be read is left out, counted and listed.
+
+In the order of calls: `reader` plans batches, `batch` gives their chunks, `reading` is a task of a thread, `source` an
+open image, `stream` what they share, `buffers` their memory, `chunks` what goes in and comes out.
+"""
 
 from keyhole.loading.batch import Batch as Batch
 from keyhole.loading.chunks import Chunk as Chunk

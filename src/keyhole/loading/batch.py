@@ -1,29 +1,26 @@
 """The images of one step: their chunks, their kept patches, and what of them could not be read.
 
-Everything here runs on the consumer's thread, but for the opening, which is done before the consumer has the batch.
+Everything here runs on the consumer's thread; the images are open before the consumer gets the batch.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from keyhole.errors import ImageError, KeyholeError
-from keyhole.loading.chunks import Chunk, Opener
-from keyhole.loading.held import Held
-from keyhole.loading.readings import LOST, LeaveOut, OpenSource, Planned, Reading
-from keyhole.loading.ring import Array
+from keyhole.loading.buffers import Array, PixelCache
+from keyhole.loading.chunks import Chunk, FetchOnly, Opener
+from keyhole.loading.reading import Planned, Reading
+from keyhole.loading.source import Slot
+from keyhole.loading.stream import Stream
 from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
 
-if TYPE_CHECKING:
-    from keyhole.loading.stream import Stream
-
-SHORT_RUN = 8
+MIN_TASK_PATCHES = 8
 """Patches of one task where there are many threads to feed, and of kept patches, which share few tiles."""
 
 
@@ -31,70 +28,72 @@ class Batch:
     """The images of one step.
 
     Attributes:
-        names: of all images asked for.
-        sources: open until the next batch is asked for; None where an image failed and failures are not raised. A
-            file that was lost and found has another source afterwards, of the same patches.
-        failed: what went wrong, by position; grows during `chunks` and `fetch`. Patches of such an image that
-            came in earlier chunks are the consumer's to drop.
-        unreadable: with "mask", the patches of the other images that could not be read: the reason by patch index,
-            by position. Grows during `chunks` and `fetch`; an image that fails is taken out.
-        held: the pixels of all streamed images, where they fit what the stream may hold; None where they do not.
+        names: of all images.
+        failed: the error by image; grows during `chunks` and `fetch`. The consumer has to drop patches of such an image
+            that came in earlier chunks.
+        unreadable: under "mask", why patches of other images could not be read, by image and patch. Grows during
+            `chunks` and `fetch`; an image that fails is removed.
+        cache: the pixels of all streamed images, if they fit; else None.
     """
 
     def __init__(self, stream: Stream, openers: Sequence[Opener]) -> None:
         self.names = [opener.name for opener in openers]
-        self.sources: list[PatchSource | None] = [None] * len(openers)
         self.failed: dict[int, KeyholeError] = {}
         self.unreadable: dict[int, dict[int, str]] = {}
-        self.openers = list(openers)
-        self.handles: list[OpenSource | None] = [None] * len(openers)
-        self.held: Held | None = None
+        self.cache: PixelCache | None = None
+        self.slots = [Slot(image, opener) for image, opener in enumerate(openers)]
         self.planned: deque[Planned] = deque()
         self.complete = False
         self.closed = False
         self._stream = stream
-        self._pool = stream.pool
-        self._worn_out: set[int] = set()  # images that have used up their retries once
+
+    @property
+    def sources(self) -> list[PatchSource | None]:
+        """The open source of each image, until the next batch is asked for; None where an image failed.
+
+        A file that was lost and found has another source afterwards, with the same patches.
+        """
+        return [None if slot.handle is None else slot.handle.source for slot in self.slots]
 
     def lengths(self) -> list[int]:
-        """Patches of each image that are streamed."""
+        """Return how many patches of each image are streamed."""
         return [
-            0 if source is None or getattr(opener, "fetch_only", False) else len(source)
-            for opener, source in zip(self.openers, self.sources, strict=True)
+            0 if source is None or isinstance(slot.opener, FetchOnly) else len(source)
+            for slot, source in zip(self.slots, self.sources, strict=True)
         ]
 
     def chunks(self) -> Iterator[Chunk]:
-        """All patches of all images in order, once; but those of images that fail and, with "mask", unreadable ones.
+        """Yield all patches of all images in order, once, without those that could not be read.
 
         An image of which no patch could be read counts as failed at the end.
 
         Raises:
             KeyholeError: an image failed and failures are raised.
         """
-        while (planned := self._stream.next_planned(self)) is not None:
-            chunk = self._stream.finish(self, planned)
+        while (planned := self._next_planned()) is not None:
+            chunk = self._filled(planned)
             if chunk.count:
                 yield chunk
-        for position in range(len(self.names)):
-            self.settle(position)
+        for image in range(len(self.names)):
+            self.settle(image)
 
-    def settle(self, position: int) -> None:
-        """Count an image as failed of which no patch could be read; all of them must have been tried."""
-        length, missing = self.lengths()[position], self.unreadable.get(position, {})
+    def settle(self, image: int) -> None:
+        """Count an image as failed if none of its patches could be read. All must have been tried."""
+        length, missing = self.lengths()[image], self.unreadable.get(image, {})
         if length and len(missing) == length:
             problem = f"none of its {length} patches can be read ({next(iter(missing.values()))})"
-            self.fail(position, ImageError(self.names[position], problem))
+            self.fail(image, ImageError(self.names[image], problem))
 
     def fetch(self, indices: Sequence[ArrayLike | None], block: Array | None = None) -> list[Array | None]:
-        """Some patches of each image: those held, and the others read in parallel before all that is read ahead.
+        """Return some patches of each image, from the cache or read before everything that is read ahead.
 
         Args:
-            indices: as many as `sources`, each (m,) integers in any order, of any number; ignored where failed.
-            block: (sum of m, *patch_shape) of images that have not failed, in which the result is put image by image;
-                default is memory of its own for each. Where a thread is stuck, the result may lie elsewhere.
+            indices: one (m,) of patches for each image, in any order, with repeats; ignored where an image failed.
+            block: (sum of m, *patch_shape) of images that have not failed. The result is put there, image by image;
+                where a thread is stuck, it may lie elsewhere. Without it each image gets an array of its own.
 
         Returns:
-            (m, *patch_shape) for each image, None where failed. Rows of patches in `unreadable` are zeros.
+            (m, *patch_shape) for each image, None where it failed. Rows of patches in `unreadable` are zeros.
 
         Raises:
             KeyholeError: an image failed and failures are raised.
@@ -104,139 +103,165 @@ class Batch:
         if self.closed:
             raise RuntimeError("the batch is closed; fetch before the next batch is asked for")
         out: list[Array | None] = [None] * len(indices)
-        parts: list[tuple[int, Index, list[Reading]]] = []
-        for position, (handle, wanted) in enumerate(zip(self.handles, indices, strict=True)):
-            if handle is None:
+        parts: list[tuple[int, Index, list[Reading]]] = []  # image, rows that are not in the cache, their readings
+        for slot, wanted in zip(self.slots, indices, strict=True):
+            if slot.handle is None:
                 continue
             index = np.asarray(wanted)
             index = index.astype(np.int64) if index.size else np.empty(0, np.int64)
             if block is None:
-                rows = np.empty((len(index), *handle.source.patch_shape), handle.source.dtype)
+                rows = np.empty((len(index), *slot.handle.source.patch_shape), slot.handle.source.dtype)
             else:
                 rows, block = block[: len(index)], block[len(index) :]
-            out[position] = rows
-            held = np.zeros(len(index), np.bool_) if self.held is None else self.held.take(position, index, rows)
-            absent = np.flatnonzero(~held)
-            into = np.empty((len(absent), *rows.shape[1:]), rows.dtype) if held.any() else rows
-            parts.append((position, absent, self.read_now(position, index[absent], into)))
-        readings = [reading for _, _, part in parts for reading in part]
+            out[slot.image] = rows
+            cached = np.zeros(len(index), np.bool_)
+            if self.cache is not None:
+                cached = self.cache.take(slot.image, index, rows)
+            absent = np.flatnonzero(~cached)
+            into = np.empty((len(absent), *rows.shape[1:]), rows.dtype) if cached.any() else rows
+            parts.append((slot.image, absent, self._read_now(slot, index[absent], into)))
+        readings = [reading for *_, part in parts for reading in part]
         if readings:
-            self._stream.reader.wait(lambda: self.finish(readings))
-        for position, absent, part in parts:
-            found = out[position]
+            self._stream.reader.wait(lambda: self._finish(readings))
+        for image, absent, part in parts:
+            found = out[image]
             assert found is not None
             if len(absent) < len(found):
-                for start, reading in zip(range(0, len(absent), SHORT_RUN), part, strict=True):
-                    found[absent[start : start + SHORT_RUN]] = reading.out
+                for start, reading in zip(range(0, len(absent), MIN_TASK_PATCHES), part, strict=True):
+                    found[absent[start : start + MIN_TASK_PATCHES]] = reading.out
             elif any(reading.spoiled for reading in part):
-                out[position] = np.concatenate([reading.out for reading in part])
-        for position in self.failed:
-            out[position] = None
+                out[image] = np.concatenate([reading.out for reading in part])
+        for image in self.failed:
+            out[image] = None
         self._stream.reader.reread_patches += sum(len(reading.index) for reading in readings)
         self._stream.reader.read_patches += sum(len(rows) for rows in out if rows is not None)
         return out
 
-    def read_now(self, position: int, index: Index, out: Array) -> list[Reading]:
-        """Have some patches of an image read into `out`, in short runs, before all that is read ahead."""
-        runs = [slice(start, start + SHORT_RUN) for start in range(0, len(index), SHORT_RUN)]
-        leave_out = self._stream.leave_out
-        return [Reading(self, position, index[run], out[run], self._pool, leave_out, urgent=True) for run in runs]
-
     def close(self) -> None:
-        """Close the sources; what is still being read is dropped."""
-        with self._stream.changing():
+        """Close the sources and drop what is still being read."""
+        stream = self._stream
+        with stream.changing():
             self.closed = True
             written = self.complete and all(planned.finished() for planned in self.planned)
             while self.planned:
-                self._stream.recycle(self.planned.popleft())
-            self._stream.let_go(self, written)
-        for handle in self.handles:
-            if handle is not None:
-                self._stream.drop(handle)
+                self.drop(self.planned.popleft())
+            if self.cache is not None:
+                stream.free_cache(self.cache, written)
+                self.cache = None
+        for slot in self.slots:
+            if slot.handle is not None:
+                stream.drop(slot.handle)
 
-    def finish(self, readings: Sequence[Reading]) -> None:
-        """Wait until all is read, again where that is worth it; readings of an image that has failed may go on."""
-        for reading in readings:
-            if reading.position in self.failed:
-                continue
-            error = self._complete(reading)
-            if self._stream.closed:
-                break
-            if error is not None:
-                self.fail(reading.position, error)
-                continue
-            if missing := reading.task.value().unreadable:
-                self.unreadable.setdefault(reading.position, {}).update(missing)
-        if self._stream.closed:
-            raise RuntimeError("the reader was closed while it was read from")
+    def drop(self, planned: Planned) -> None:
+        """Give back the buffer of a chunk that the consumer will not see."""
+        self._stream.ring.give(planned.buffer if planned.finished() else None)
 
-    def fail(self, position: int, error: BaseException) -> None:
+    def fail(self, image: int, error: BaseException) -> None:
         """Leave an image out, or raise."""
         if self._stream.on_error == "raise" or not isinstance(error, KeyholeError):
             raise error
-        self.failed[position] = error
-        self.unreadable.pop(position, None)
-        self.sources[position] = None
-        if self.held is not None:
-            self.held.drop(position)
-        handle, self.handles[position] = self.handles[position], None
+        self.failed[image] = error
+        self.unreadable.pop(image, None)
+        if self.cache is not None:
+            self.cache.drop(image)
+        slot = self.slots[image]
+        handle, slot.handle = slot.handle, None
         if handle is not None:
             self._stream.drop(handle)
 
-    def _complete(self, reading: Reading) -> BaseException | None:
-        """Wait for a reading; while its file is lost, open that anew and read again, as often as is allowed.
+    def _next_planned(self) -> Planned | None:
+        stream = self._stream
+        stream.recycle(keep=1)
+        stream.reader.wait(lambda: stream.wait_for(lambda: bool(self.planned) or self.complete or self.closed))
+        with stream.pool.lock:
+            if stream.closed and not self.closed:  # what is planned may not be all
+                raise RuntimeError("the stream was closed while it was read from")
+            return self.planned.popleft() if self.planned else None
 
-        With "mask", a file that opens the last time, but of which some parts stay lost, has lost these parts.
-        """
-        stream, retry, position = self._stream, self._stream.retry, reading.position
-        self._pool.wait(reading.task)
-        error, tries = reading.task.error, 0
-        while isinstance(error, LOST) and not stream.closed:
-            leave_out: LeaveOut = stream.leave_out
-            if not reading.is_stale():
-                if tries == retry.times:
-                    break
-                self._lose(position, error)
-                if tries or position not in self._worn_out:  # where waiting has not helped, opening anew may
-                    retry.tell(self.names[position], error, tries)
-                    self._pool.pause(retry.seconds(tries), lambda: stream.closed)
-                    if stream.closed:
-                        break
-                tries += 1
-                error = self._reopen(position)
-                if error is not None:
-                    continue
-                if stream.on_error == "mask" and (tries == retry.times or position in self._worn_out):
-                    leave_out = "lost"
-            reading.again(leave_out)
-            self._pool.wait(reading.task)
-            error = reading.task.error
-            if leave_out == "lost" and error is None and reading.task.value().unreadable:
-                self._worn_out.add(position)
-        return error
+    def _filled(self, planned: Planned) -> Chunk:
+        """Wait for the pixels of a chunk."""
+        stream = self._stream
+        stream.waiting = not planned.finished()
+        try:
+            stream.reader.wait(lambda: self._finish(planned.readings))
+        finally:
+            stream.waiting = False
+        chunk = self._assembled(planned)
+        if self.cache is not None:
+            for reading in planned.readings:
+                if reading.slot.image not in self.failed:
+                    self.cache.confirm(reading.slot.image, reading.as_pixels())
+        stream.show(chunk)
+        stream.reader.read_patches += chunk.count
+        stream.reader.encoded_patches += len(chunk.encoded)
+        return chunk
 
-    def _lose(self, position: int, error: ImageError) -> None:
-        """Keep others from getting stuck in the same source."""
-        handle = self.handles[position]
-        assert handle is not None
-        handle.lost = handle.lost or error
+    def _assembled(self, planned: Planned) -> Chunk:
+        """Make the chunk of readings that are done, without failed images and unreadable patches."""
+        readings = [reading for reading in planned.readings if reading.slot.image not in self.failed]
+        readable = [reading.readable() for reading in readings]
+        counts = [int(rows.sum()) for rows in readable]
+        count, buffer = sum(counts), planned.buffer
+        moved = count < planned.rows or any(reading.spoiled for reading in readings)
+        if moved and not planned.finished():
+            buffer = self._stream.reader.spare.take(buffer.shape, buffer.dtype)
+        image, index = np.empty(count, np.int64), np.empty(count, np.int64)
+        chunk = Chunk(buffer, count, image, index)
+        start = 0
+        for reading, rows, length in zip(readings, readable, counts, strict=True):
+            part = slice(start, start + length)
+            image[part], index[part] = reading.slot.image, reading.index[rows]
+            if moved:
+                buffer[part] = reading.out[rows]
+            if coded := reading.task.value().coded:
+                patches = enumerate(index[part].tolist(), start)
+                chunk.encoded.update((row, coded[patch]) for row, patch in patches if patch in coded)
+            start += length
+        if moved:
+            buffer[count:] = 0
+        if chunk.encoded:
+            chunk.decode = self._decode_on_host
+        return chunk
 
-    def _reopen(self, position: int) -> BaseException | None:
-        """Put a new source in the place of a lost one; what is wrong where that does not work."""
-        stream, name, old = self._stream, self.names[position], self.handles[position]
-        assert old is not None
-        task = self._pool.submit(name, lambda: stream.open(self.openers[position]), urgent=True)
-        self._pool.wait(task)
-        if task.error is not None:
-            return task.error
-        new = task.value()
-        if new is None:  # the stream was closed
-            return old.lost
-        before, now = (f"{len(each.source)} patches {each.source.patch_shape}" for each in (old, new))
-        if before != now or old.source.dtype != new.source.dtype:
-            stream.drop(new)
-            problem = f"changed while it was read: {before} before, {now} now. Run again when nobody writes to it."
-            return ImageError(name, problem)
-        self.handles[position], self.sources[position] = new, new.source
-        stream.drop(old)
-        return None
+    def _decode_on_host(self, chunk: Chunk) -> None:
+        """Read as pixels what came as JPEG streams, and remove what cannot be read."""
+        before, rows = chunk.count, np.array(sorted(chunk.encoded), np.int64)
+        parts: list[tuple[Index, list[Reading]]] = []  # rows of one image, their readings
+        for image in np.unique(chunk.image[rows]).tolist():
+            if self.slots[image].handle is not None:
+                own = rows[chunk.image[rows] == image]
+                out = np.empty((len(own), *chunk.pixels.shape[1:]), chunk.pixels.dtype)
+                parts.append((own, self._read_now(self.slots[image], chunk.index[own], out)))
+        self._stream.reader.wait(lambda: self._finish([reading for _, part in parts for reading in part]))
+        good = np.array([image not in self.failed for image in chunk.image.tolist()], np.bool_)
+        for own, part in parts:
+            if good[own[0]]:
+                chunk.pixels[own] = np.concatenate([reading.out for reading in part])
+                good[own] = np.concatenate([reading.readable() for reading in part])
+        count = int(good.sum())
+        chunk.pixels[:count] = chunk.pixels[:before][good]
+        chunk.pixels[count:] = 0
+        chunk.count, chunk.image, chunk.index, chunk.encoded = count, chunk.image[good], chunk.index[good], {}
+        self._stream.reader.read_patches -= before - count
+        self._stream.reader.encoded_patches -= len(rows)
+
+    def _read_now(self, slot: Slot, index: Index, out: Array) -> list[Reading]:
+        """Read some patches of an image into `out`, in short tasks, before everything that is read ahead."""
+        runs = [slice(start, start + MIN_TASK_PATCHES) for start in range(0, len(index), MIN_TASK_PATCHES)]
+        return [Reading(self._stream, slot, index[run], out[run], urgent=True) for run in runs]
+
+    def _finish(self, readings: Sequence[Reading]) -> None:
+        """Wait until all is read; tasks of an image that has failed may go on."""
+        for reading in readings:
+            image = reading.slot.image
+            if image in self.failed:
+                continue
+            error = reading.complete()
+            if self._stream.closed:
+                break
+            if error is not None:
+                self.fail(image, error)
+            elif missing := reading.task.value().unreadable:
+                self.unreadable.setdefault(image, {}).update(missing)
+        if self._stream.closed:
+            raise RuntimeError("the reader was closed while it was read from")

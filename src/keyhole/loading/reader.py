@@ -7,19 +7,20 @@
             kept = batch.fetch(indices)           # the kept patches of each image; the next batch is being read
 
 A planning thread opens the sources of a batch, cuts their patches into chunks and hands the reading to the pool.
-A ring of buffers is what bounds it: host memory is (ahead + 2) chunks and what the tasks in flight hold, and twice
-`hold` where a stream holds pixels for `Batch.fetch`. The next stream of the same chunks uses the same buffers. A batch
-is opened when the last chunk of the one before it has a buffer, so that of images of many chunks the sources of two
-batches are open at most, and of images of few chunks those of at most ahead + 3.
+Host memory is bounded by the ring of buffers, (ahead + 2) chunks and what the tasks in progress hold, and by twice
+`cache_bytes` where a stream caches pixels for `Batch.fetch`. A batch is opened when the last chunk of the one before it
+has a buffer, so that of images of many chunks the sources of two batches are open at most, and of images of few chunks
+those of at most ahead + 3.
 
-A file that cannot be reached is tried again with a new handle. The waiting for that is done by who would wait for its
-patches anyway (the consumer, or the planning thread for an image that is yet to be opened); reading threads go on.
+A file that cannot be reached is opened and read again. The thread that needs its patches waits for that (the
+consumer, or the planning thread for an image that is not open yet); reading threads go on.
 """
 
 from __future__ import annotations
 
-import time
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
@@ -27,35 +28,50 @@ from typing import Self, TypeVar
 
 import numpy as np
 
-from keyhole.loading.batch import Batch
-from keyhole.loading.chunks import Chunk, Delivery, FetchOnly, Opener
-from keyhole.loading.ring import Allocate, Stock
-from keyhole.loading.stream import OnError, Retry, Stream
+from keyhole.loading.batch import MIN_TASK_PATCHES, Batch
+from keyhole.loading.buffers import Allocate, Array
+from keyhole.loading.chunks import Delivery, Opener, Segment, pack
+from keyhole.loading.reading import Planned, Reading
+from keyhole.loading.source import LOST
+from keyhole.loading.stream import OnError, Retry, SharedReading, Stream
 from keyhole.util.threads import Pool
 
-__all__ = ["Batch", "Chunk", "Delivery", "FetchOnly", "OnError", "Opener", "Reader"]
-
 T = TypeVar("T")
+MAX_TASK_PATCHES = 64
+"""Patches of one task: enough that neighbours share tiles and handing over costs little."""
 
 
-class Reader:
-    """Reads patches on daemon threads, ahead of who consumes them.
+class Reader(SharedReading):
+    """Reads patches on daemon threads, ahead of the consumer.
 
     Args:
         threads: that read and decode; default one per core, at most 16.
-        ahead: chunks that are being read or ready, over the borders of batches.
+        ahead: chunks that are being read or ready, across batches.
         stall: seconds without a sign of life after which a read is given up with `StalledRead`.
-        allocate: makes the buffers of chunks (pinned memory for a GPU).
-        retries: times that a streamed image is opened and read again after `ImageLost` or `StalledRead`.
+        allocate: makes the buffers of chunks, such as pinned memory for a GPU.
+        retries: times that an image is opened and read again after `ImageLost` or `StalledRead`.
         retry_wait: seconds before the first of them; before each further one four times as long (1, 4, 16).
         on_retry: called before each wait with the image's name and the reason, on the consumer's thread or, for an
             image that is being opened, on the planning thread. What it raises ends the stream.
 
     Attributes:
-        waited: seconds that the consumer has spent waiting for reading.
+        waited: seconds that the consumer has waited for pixels.
         read_patches: patches handed to the consumer.
         reread_patches: those of them that `Batch.fetch` read from their files.
-        encoded_patches: those of them that came as JPEG.
+        encoded_patches: those of them that came as JPEG streams.
+
+    >>> from keyhole.patches.sources import TensorPatches
+    >>> def opener():
+    ...     return TensorPatches(np.arange(12).reshape(6, 2), "six features")
+    >>> opener.name = "six features"
+    >>> with Reader(threads=1) as reader:
+    ...     for batch in reader.stream([[opener]], chunk=4):
+    ...         for chunk in batch.chunks():
+    ...             print(chunk.index, chunk.pixels[: chunk.count].sum())
+    ...         print(batch.fetch([[5, 0]])[0].tolist())
+    [0 1 2 3] 28
+    [4 5] 38
+    [[10, 11], [0, 1]]
     """
 
     def __init__(
@@ -68,12 +84,7 @@ class Reader:
         retry_wait: float = 1.0,
         on_retry: Callable[[str, str], None] | None = None,
     ) -> None:
-        self.ahead = ahead
-        self.waited = 0.0
-        self.read_patches = self.reread_patches = self.encoded_patches = 0
-        self.pool = Pool(threads, stall)
-        self.stock = Stock(self.pool, ahead + 2, allocate)
-        self._retry = Retry(retries, retry_wait, on_retry)
+        super().__init__(Pool(threads, stall), ahead, allocate, Retry(retries, retry_wait, on_retry))
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 
     def stream(
@@ -81,64 +92,53 @@ class Reader:
         batches: Iterable[Sequence[Opener]],
         chunk: int,
         on_error: OnError = "raise",
-        hold: int = 0,
+        cache_bytes: int = 0,
         deliver: Delivery | None = None,
     ) -> Iterator[Batch]:
-        """The batches in order, each with its sources open; leaving the loop in any way closes everything.
+        """Yield the batches in order, each with its sources open; leaving the loop in any way closes everything.
 
-        A file that is lost is tried again first (`retries`). What then stays wrong
+        A file that is lost is tried again first (`retries`). If an error remains,
           "raise" ends the stream;
           "skip" leaves the whole image out of its batch;
           "mask" leaves out the patches that are unreadable, and notes them in `Batch.unreadable`. The whole image is
-            left out only where it cannot be opened (any more), stalls, has changed, or no patch of it is readable.
+            left out only if it cannot be opened (any more), stalls, has changed, or no patch of it is readable.
             With `retries=0` a lost file fails at once, though other parts of it may be readable.
 
         Args:
             batches: openers of each batch, `FetchOnly` for images that are not to be streamed; iterated ahead of the
                 consumer, on another thread.
             chunk: patches of a chunk.
-            on_error: what becomes of images or patches that cannot be read.
-            hold: bytes of decoded pixels up to which a batch keeps all that it streams, so that `Batch.fetch` reads no
-                file again; larger batches keep nothing. Two batches may hold that much: the consumer's and the next.
-            deliver: which patches may come as JPEG, in `Chunk.encoded`; by default none. `staging.Stager` decodes them.
+            on_error: what an image or patches that cannot be read do.
+            cache_bytes: decoded pixels up to which a batch keeps all that it streams, so that `Batch.fetch` does not
+                read them again; larger batches keep nothing. Two batches are cached at a time: the consumer's and the
+                next.
+            deliver: which patches may come as JPEG streams, in `Chunk.encoded`; by default none.
 
         Raises:
             KeyholeError: an image failed and `on_error` is "raise".
             ConfigError: patches of different shapes.
         """
-        stream = Stream(self, batches, chunk, on_error, self._retry, hold, deliver)
+        stream = Stream(self, chunk, on_error, cache_bytes, deliver)
         self._streams.add(stream)
+        planner = _Planner(stream, batches)
         try:
-            while (batch := stream.next_batch()) is not None:
+            while (batch := planner.next_batch()) is not None:
                 yield batch
                 batch.close()
         finally:
             stream.close()
 
     def run(self, name: str, function: Callable[[], T]) -> T:
-        """The result of a function, on the pool and under the stall limit, without another try.
-
-        Args:
-            name: the file, for the message.
-            function: what to do.
-        """
+        """Return the result of a function that reads the file `name`, under the stall limit, without retries."""
         task = self.pool.submit(name, function, urgent=True)
         self.wait(partial(self.pool.wait, task))
         return task.value()
 
-    def wait(self, blocking: Callable[[], T]) -> T:
-        """Call, and count the time as the consumer's waiting."""
-        start = time.perf_counter()
-        try:
-            return blocking()
-        finally:
-            self.waited += time.perf_counter() - start
-
     def close(self) -> None:
-        """Close all streams and let the threads end. Never waits: sources still being read close afterwards."""
+        """Close all streams and end the threads. Does not wait: sources that are being read close afterwards."""
         for stream in list(self._streams):
             stream.close()
-        self.stock.close()
+        self.spare.close()
         self.pool.close()
 
     def __enter__(self) -> Self:
@@ -148,3 +148,108 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Planner:
+    """A thread that opens batches in order and has their chunks read, as far ahead as the ring has buffers."""
+
+    def __init__(self, stream: Stream, batches: Iterable[Sequence[Opener]]) -> None:
+        self._stream, self._pool, self._batches = stream, stream.pool, batches
+        ahead = stream.reader.ahead
+        self._run = int(np.clip(stream.chunk * ahead // (2 * self._pool.threads), MIN_TASK_PATCHES, MAX_TASK_PATCHES))
+        self._ready: deque[Batch | None] = deque()  # None: no more
+        threading.Thread(target=self._plan, name="keyhole-plan", daemon=True).start()
+
+    def next_batch(self) -> Batch | None:
+        """Wait for the next batch and return it, on the consumer's thread; None at the end."""
+        stream = self._stream
+        with stream.changing():
+            stream.reader.wait(lambda: stream.wait_for(lambda: bool(self._ready) and not stream.closed))
+            return self._ready.popleft()
+
+    def _plan(self) -> None:
+        stream = self._stream
+        try:
+            for openers in self._batches:
+                if stream.closed:
+                    return
+                batch = self._opened(openers)
+                self._hand_over(batch)
+                self._plan_chunks(batch)
+                with stream.changing():
+                    batch.complete = True
+                    # The ring does not hold back batches that need no buffers.
+                    while len(self._ready) > stream.reader.ahead and not stream.closed:
+                        self._pool.changed.wait()
+            self._hand_over(None)
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer, when it gets there
+            with stream.changing():
+                stream.error = error
+
+    def _hand_over(self, batch: Batch | None) -> None:
+        with self._stream.changing():
+            self._ready.append(batch)
+
+    def _opened(self, openers: Sequence[Opener]) -> Batch:
+        """Open all images at once, and those that are lost again together."""
+        stream = self._stream
+        batch = Batch(stream, openers)
+        waiting, tries = batch.slots, 0
+        while waiting and not stream.closed:
+            tasks = [self._pool.submit(slot.opener.name, partial(stream.open, slot.opener)) for slot in waiting]
+            lost = []
+            for slot, task in zip(waiting, tasks, strict=True):
+                self._pool.wait(task, stop=lambda: stream.closed)
+                if stream.closed:
+                    return batch
+                if isinstance(task.error, LOST) and tries < stream.retry.times:
+                    lost.append(slot)
+                    stream.retry.tell(slot.opener.name, task.error, tries)
+                elif task.error is not None:
+                    batch.fail(slot.image, task.error)
+                elif (handle := task.value()) is not None:
+                    stream.put(slot, handle)
+            if lost:
+                self._pool.pause(stream.retry.seconds(tries), lambda: stream.closed)
+                tries += 1
+            waiting = lost
+        return batch
+
+    def _plan_chunks(self, batch: Batch) -> None:
+        stream, streamed = self._stream, batch.lengths()
+
+        def unwanted() -> bool:
+            return stream.closed or batch.closed
+
+        with self._pool.lock:
+            batch.cache = stream.new_cache(streamed, unwanted)
+        lengths = [0 if source is None else len(source) for source in batch.sources]
+        for packed in pack(lengths, stream.chunk):
+            # Chunks are cut as if all images were streamed, so that one that is not changes no other's.
+            segments = [segment for segment in packed if streamed[segment.image]]
+            if not segments:
+                continue
+            buffer = stream.take_buffer(unwanted)
+            if buffer is None:
+                return
+            planned = self._submit(batch, segments, buffer)
+            with stream.changing():
+                if batch.closed:
+                    batch.drop(planned)
+                else:
+                    batch.planned.append(planned)
+
+    def _submit(self, batch: Batch, segments: list[Segment], buffer: Array) -> Planned:
+        """Hand the patches of a chunk to the reading threads."""
+        readings: list[Reading] = []
+        row = 0
+        for image, start, stop in segments:
+            slot = batch.slots[image]
+            for first in range(start, stop, self._run):
+                index = np.arange(first, min(first + self._run, stop), dtype=np.int64)
+                rows = buffer[row : row + len(index)]
+                if slot.handle is not None:  # else it has failed meanwhile
+                    readings.append(Reading(self._stream, slot, index, rows, batch.cache))
+                row += len(index)
+        buffer[row:] = 0
+        return Planned(buffer, row, readings)

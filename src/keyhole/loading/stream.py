@@ -1,170 +1,121 @@
-"""One pass over batches of images: a thread that plans ahead, and the ring of buffers that holds it back."""
+"""One pass over batches: the state that the planning thread, the reading threads and the consumer share."""
 
 from __future__ import annotations
 
 import sys
-import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from keyhole.errors import ConfigError, ImageError
-from keyhole.loading.assembled import assembled, encoded_rows, fill_in
-from keyhole.loading.batch import SHORT_RUN, Batch
-from keyhole.loading.chunks import Chunk, Delivery, Opener, pack
-from keyhole.loading.held import Held, HeldMemory, held_bytes
-from keyhole.loading.readings import (
-    LOST,
-    LeaveOut,
-    Need,
-    OpenSource,
-    Planned,
-    Reading,
-)
-from keyhole.loading.ring import Array, Ring
-from keyhole.util.threads import given_up
+from keyhole.loading.buffers import Allocate, Array, BufferRing, CacheMemory, PixelCache, SpareBuffers, cache_size
+from keyhole.loading.chunks import Chunk, Delivery, Opener
+from keyhole.loading.source import LeaveOut, OpenSource, Slot
+from keyhole.patches.sources import PatchSource
+from keyhole.util.threads import Pool, given_up
 
-if TYPE_CHECKING:
-    from keyhole.loading import Reader
-
+T = TypeVar("T")
 OnError = Literal["raise", "skip", "mask"]
-
-RUN = 64
-"""Patches of one task: some tens, so that neighbours share tiles and handing over costs little: in a trial with aligned
-JPEG on two threads, 64 were a little faster than 32."""
 
 
 @dataclass(frozen=True)
 class Retry:
-    """How often a lost file is tried again: `times`, after `first` seconds and then each time four times as long."""
+    """How often a lost file is read again: `times`, after `first` seconds and then each time four times as long."""
 
     times: int
     first: float
     told: Callable[[str, str], None] | None
 
     def seconds(self, tries: int) -> float:
-        """To wait after so many tries again."""
+        """Return how long to wait after `tries` further tries."""
         return self.first * 4.0**tries
 
     def tell(self, name: str, error: ImageError, tries: int) -> None:
-        """Say that an image will be tried again."""
+        """Report that an image will be read again."""
         if self.told is not None:
             problem = error.problem.rstrip(".")
             self.told(name, f"{problem}; try {tries + 1} of {self.times} in {self.seconds(tries):g} s")
 
 
+class SharedReading:
+    """What all streams of one `Reader` share: threads, spare buffers, retries and counters."""
+
+    def __init__(self, pool: Pool, ahead: int, allocate: Allocate, retry: Retry) -> None:
+        self.pool, self.ahead, self.retry = pool, ahead, retry
+        self.spare = SpareBuffers(pool, ahead + 2, allocate)
+        self.waited = 0.0
+        self.read_patches = self.reread_patches = self.encoded_patches = 0
+
+    def wait(self, blocking: Callable[[], T]) -> T:
+        """Call `blocking`, and add the time to `waited`."""
+        start = time.perf_counter()
+        try:
+            return blocking()
+        finally:
+            self.waited += time.perf_counter() - start
+
+
 class Stream:
-    """One pass: the planning thread, the ring of buffers and what has been planned but not yet consumed."""
+    """One pass.
+
+    Attributes:
+        reader: what all passes share.
+        chunk: patches of a chunk.
+        on_error: as in `Reader.stream`.
+        deliver: which patches may come as JPEG streams; None for none.
+        shape: shape and type of a patch; None before the first image is open.
+        waiting: True while the consumer waits for pixels.
+        error: what the planning thread failed with.
+        closed: True once nobody consumes any more.
+    """
 
     def __init__(
-        self,
-        reader: Reader,
-        batches: Iterable[Sequence[Opener]],
-        chunk: int,
-        on_error: OnError,
-        retry: Retry,
-        hold: int,
-        deliver: Delivery | None,
+        self, reader: SharedReading, chunk: int, on_error: OnError, cache_bytes: int, deliver: Delivery | None
     ) -> None:
         if chunk < 1:
             raise ConfigError(f"select.chunk (={chunk}) must be at least 1")
-        self.reader = reader
-        self.pool = reader.pool
-        self.chunk = chunk
-        self.on_error = on_error
+        self.reader, self.pool, self.retry = reader, reader.pool, reader.retry
+        self.chunk, self.on_error, self.deliver = chunk, on_error, deliver
         self.leave_out: LeaveOut = "damaged" if on_error == "mask" else "nothing"
-        self.retry = retry
-        self.hold, self.deliver = hold, deliver
-        self._need = Need()
-        self._held_memory = HeldMemory()
-        self._batches = batches
-        self._run = int(np.clip(chunk * reader.ahead // (2 * self.pool.threads), SHORT_RUN, RUN))
-        self._shape: tuple[tuple[int, ...], np.dtype[Any]] | None = None
-        self._ring = Ring(reader.pool, reader.ahead + 2, reader.stock, self._allocate)
+        self.shape: tuple[tuple[int, ...], np.dtype[Any]] | None = None
+        self.ring = BufferRing(reader.pool, reader.ahead + 2, reader.spare)
+        self.waiting = False
+        self.error: BaseException | None = None
+        self.closed = False
+        self._cache_bytes, self._cache_memory = cache_bytes, CacheMemory()
         self._shown: deque[Chunk] = deque()  # with the consumer, oldest first
         self._opened: set[OpenSource] = set()
-        self._ready: deque[Batch | None] = deque()  # None: no more
-        self._error: BaseException | None = None
-        self.closed = False
-        threading.Thread(target=self._plan, name="keyhole-plan", daemon=True).start()
-
-    # On the planning thread
-
-    def _plan(self) -> None:
-        try:
-            for openers in self._batches:
-                if self.closed:
-                    return
-                batch = self._open_batch(openers)
-                self._hand_over(batch)
-                self._plan_batch(batch)
-                with self.changing():
-                    batch.complete = True
-                    # Batches that need no buffers are not held back by the ring.
-                    while len(self._ready) > self.reader.ahead and not self.closed:
-                        self.pool.changed.wait()
-            self._hand_over(None)
-        except BaseException as error:  # noqa: BLE001 - raised again in the consumer, when it gets there
-            with self.changing():
-                self._error = error
-
-    def _hand_over(self, batch: Batch | None) -> None:
-        with self.changing():
-            if not self.closed:  # else the consumer is to see that, not a batch that is half open
-                self._ready.append(batch)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """What is done inside wakes whoever waits."""
+        """Hold the lock inside, then wake all that wait."""
         with self.pool.lock:
             yield
             self.pool.changed.notify_all()
-            self._ring.changed.notify_all()
+            self.ring.changed.notify_all()
 
-    def _open_batch(self, openers: Sequence[Opener]) -> Batch:
-        """Open all images at once, those that are lost again and again together."""
-        batch = Batch(self, openers)
-        waiting, tries = list(range(len(openers))), 0
-        while waiting and not self.closed:
-            tasks = {
-                place: self.pool.submit(batch.names[place], partial(self.open, openers[place])) for place in waiting
-            }
-            waiting = []
-            for position, task in tasks.items():
-                self.pool.wait(task, stop=lambda: self.closed)
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Block the consumer until `condition()` is true.
+
+        Raises:
+            RuntimeError: the stream was closed.
+            BaseException: what the planning thread failed with.
+        """
+        with self.pool.lock:
+            while not condition():
+                if self.error is not None:
+                    raise self.error
                 if self.closed:
-                    return batch
-                if isinstance(task.error, LOST) and tries < self.retry.times:
-                    waiting.append(position)
-                    self.retry.tell(batch.names[position], task.error, tries)
-                elif task.error is not None:
-                    batch.fail(position, task.error)
-                else:
-                    self._put(batch, position, task.value())
-            if waiting:
-                self.pool.pause(self.retry.seconds(tries), lambda: self.closed)
-                tries += 1
-        return batch
-
-    def _put(self, batch: Batch, position: int, handle: OpenSource | None) -> None:
-        assert handle is not None
-        source = handle.source
-        batch.handles[position], batch.sources[position] = handle, source
-        shape = source.patch_shape, source.dtype
-        self._shape = self._shape or shape
-        if shape != self._shape:
-            raise ConfigError(
-                f"{source.name}: patches of {shape[1]} {shape[0]}, but those before are "
-                f"{self._shape[1]} {self._shape[0]}; all images of a run need the same"
-            )
+                    raise RuntimeError("the stream was closed while it was read from")
+                self.pool.changed.wait()
 
     def open(self, opener: Opener) -> OpenSource | None:
-        """Open an image, on a reading thread; None where nobody wants it any more."""
+        """Open an image, on a reading thread; return None if nobody wants it any more."""
         if self.closed:
             return None
         handle = OpenSource(opener())
@@ -177,142 +128,92 @@ class Stream:
             return None
         return handle
 
-    def _hold(self, batch: Batch, streamed: Sequence[int]) -> None:
-        """Make room for all pixels of a batch if they fit; waits while batches before it hold too much for that."""
-        if self._shape is None or not 0 < (size := held_bytes(streamed, *self._shape)) <= self.hold:
-            return
-        with self.pool.lock:
-            while not (self.closed or batch.closed):
-                if (memory := self._held_memory.take(size, 2 * self.hold)) is not None:
-                    batch.held = Held(streamed, *self._shape, memory)
-                    return
-                self.pool.changed.wait()
+    def put(self, slot: Slot, handle: OpenSource) -> None:
+        """Give an image its source.
 
-    def let_go(self, batch: Batch, written: bool) -> None:
-        """Take the pixels that a batch holds from it; the next batch gets their memory.
-
-        Args:
-            written: all that was to be read for the batch has been.
+        Raises:
+            ConfigError: its patches have another shape than those of the images before.
         """
-        if batch.held is not None:
-            self._held_memory.give(batch.held.memory, written and not (batch.held.spoiled or self.closed))
-            batch.held.clear()
-            batch.held = None
+        slot.handle = handle
+        shape = handle.source.patch_shape, handle.source.dtype
+        self.shape = self.shape or shape
+        if shape != self.shape:
+            raise ConfigError(
+                f"{handle.source.name}: patches of {shape[1]} {shape[0]}, but those before are "
+                f"{self.shape[1]} {self.shape[0]}; all images of a run need the same"
+            )
 
-    def _plan_batch(self, batch: Batch) -> None:
-        streamed = batch.lengths()
-        self._hold(batch, streamed)
-        lengths = [0 if source is None else len(source) for source in batch.sources]
-        for packed in pack(lengths, self.chunk):
-            # Chunks are cut as if all were streamed, so that an image that is not changes no other's.
-            segments = [segment for segment in packed if streamed[segment[0]]]
-            if not segments:
-                continue
-            buffer = self._ring.take(lambda: self.closed or batch.closed)
-            if buffer is None:
-                return
-            planned = self._submit(batch, segments, buffer)
-            with self.changing():
-                if batch.closed:
-                    self.recycle(planned)
-                else:
-                    batch.planned.append(planned)
-
-    def _allocate(self) -> Array:
-        assert self._shape is not None
-        shape, dtype = self._shape
-        return self.reader.stock.take((self.chunk, *shape), dtype)
-
-    def _submit(self, batch: Batch, segments: list[tuple[int, int, int]], buffer: Array) -> Planned:
-        readings: list[Reading] = []
-        row = 0
-        for position, start, stop in segments:
-            for first in range(start, stop, self._run):
-                index = np.arange(first, min(first + self._run, stop), dtype=np.int64)
-                rows = buffer[row : row + len(index)]
-                if batch.handles[position] is not None:  # else it has failed meanwhile
-                    what = batch, position, index, rows, self.pool, self.leave_out
-                    readings.append(Reading(*what, deliver=self.deliver, need=self._need, held=batch.held))
-                row += len(index)
-        buffer[row:] = 0
-        return Planned(buffer, row, readings)
-
-    # On the consumer's thread
-
-    def next_batch(self) -> Batch | None:
-        with self.changing():
-            self.reader.wait(lambda: self._wait_for(lambda: bool(self._ready)))
-            return self._ready.popleft()
-
-    def next_planned(self, batch: Batch) -> Planned | None:
-        while len(self._shown) > 1:
-            self._give_back(self._shown.popleft())
-        self.reader.wait(lambda: self._wait_for(lambda: bool(batch.planned) or batch.complete or batch.closed))
-        with self.pool.lock:
-            if self.closed and not batch.closed:  # what is planned may not be all
-                raise RuntimeError("the stream was closed while it was read from")
-            return batch.planned.popleft() if batch.planned else None
-
-    def _wait_for(self, condition: Callable[[], bool]) -> None:
-        with self.pool.lock:
-            while not condition():
-                if self._error is not None:
-                    raise self._error
-                if self.closed:
-                    raise RuntimeError("the stream was closed while it was read from")
-                self.pool.changed.wait()
-
-    def finish(self, batch: Batch, planned: Planned) -> Chunk:
-        """Wait for a chunk's pixels, and take out what belongs to images that failed and what is unreadable."""
-        with nullcontext() if planned.finished() else self._need.waiting():
-            self.reader.wait(lambda: batch.finish(planned.readings))
-        chunk = assembled(planned, batch.failed, self._allocate)
-        if chunk.encoded:
-            chunk.again = partial(self._decode_on_host, batch)
-        if batch.held is not None:
-            for reading in planned.readings:
-                if reading.position not in batch.failed:
-                    batch.held.confirm(reading.position, reading.as_pixels())
-        self._shown.append(chunk)
-        self.reader.read_patches += chunk.count
-        self.reader.encoded_patches += len(chunk.encoded)
-        return chunk
-
-    def _decode_on_host(self, batch: Batch, chunk: Chunk) -> None:
-        before, encoded = chunk.count, len(chunk.encoded)
-        pieces = []
-        for position, rows in encoded_rows(chunk):
-            if batch.handles[position] is not None:
-                out = np.empty((len(rows), *chunk.pixels.shape[1:]), chunk.pixels.dtype)
-                pieces.append((rows, batch.read_now(position, chunk.index[rows], out)))
-        self.reader.wait(lambda: batch.finish([reading for _, part in pieces for reading in part]))
-        fill_in(chunk, pieces, batch.failed)
-        self.reader.read_patches -= before - chunk.count
-        self.reader.encoded_patches -= encoded
-
-    def _give_back(self, chunk: Chunk) -> None:
-        self._ring.give(chunk.pixels, chunk.copied)
-
-    def recycle(self, planned: Planned) -> None:
-        """Give back the buffer of a chunk that nobody will see."""
-        self._ring.give(planned.buffer if planned.finished() else None)
+    def reopen(self, slot: Slot) -> BaseException | None:
+        """Replace a lost source by a new one; return the error if that fails."""
+        old = slot.handle
+        assert old is not None
+        task = self.pool.submit(slot.opener.name, lambda: self.open(slot.opener), urgent=True)
+        self.pool.wait(task)
+        if task.error is not None:
+            return task.error
+        new = task.value()
+        if new is None:  # the stream was closed
+            return old.lost
+        before, now = (_describe(each.source) for each in (old, new))
+        if before != now or old.source.dtype != new.source.dtype:
+            self.drop(new)
+            problem = f"changed while it was read: {before} before, {now} now. Run again when nobody writes to it."
+            return ImageError(slot.opener.name, problem)
+        slot.handle = new
+        self.drop(old)
+        return None
 
     def drop(self, handle: OpenSource) -> None:
+        """Close a source of this stream."""
         with self.pool.lock:
             self._opened.discard(handle)
         handle.close()
 
+    def new_cache(self, lengths: Sequence[int], unwanted: Callable[[], bool]) -> PixelCache | None:
+        """Return a cache for all pixels of a batch if they fit; wait while batches before it hold too much for that."""
+        if self.shape is None or not 0 < (size := cache_size(lengths, *self.shape)) <= self._cache_bytes:
+            return None
+        with self.pool.lock:
+            while not unwanted():
+                if (memory := self._cache_memory.take(size, 2 * self._cache_bytes)) is not None:
+                    return PixelCache(lengths, *self.shape, memory)
+                self.pool.changed.wait()
+        return None
+
+    def free_cache(self, cache: PixelCache, written: bool) -> None:
+        """Give the memory of a closed batch to the next; `written` says that all its readings have ended."""
+        self._cache_memory.give(cache.memory, written and not (cache.spoiled or self.closed))
+        cache.clear()
+
+    def show(self, chunk: Chunk) -> None:
+        """Remember a chunk that the consumer gets, so that its buffer comes back when it has been used."""
+        self._shown.append(chunk)
+
+    def recycle(self, keep: int = 0) -> None:
+        """Take back the buffers of all chunks but the newest `keep`."""
+        while len(self._shown) > keep:
+            chunk = self._shown.popleft()
+            self.ring.give(chunk.pixels, chunk.copied)
+
+    def take_buffer(self, unwanted: Callable[[], bool]) -> Array | None:
+        """Wait for a buffer for a chunk and return it; None once `unwanted()` is true."""
+        assert self.shape is not None
+        shape, dtype = self.shape
+        return self.ring.take((self.chunk, *shape), dtype, unwanted)
+
     def close(self) -> None:
-        """End the planning and close all sources; those being read close when that is done."""
+        """End the planning and close all sources; those that are being read close afterwards."""
         if sys.is_finalizing():  # a thread may have been stopped while it held the lock, and nothing is left to end
             return
         with self.changing():
             self.closed = True
             opened, self._opened = self._opened, set()
-            self._ready.clear()
-            while self._shown:
-                self._give_back(self._shown.popleft())
-            self._ring.close()
-            self._held_memory.clear()
+            self.recycle()
+            self.ring.close()
+            self._cache_memory.clear()
         for handle in opened:
             handle.close()
+
+
+def _describe(source: PatchSource) -> str:
+    return f"{len(source)} patches {source.patch_shape}"
