@@ -61,8 +61,6 @@ WITHOUT_RETURNS: set[str] = {
     "IPSClassifier.train",
     "IPSClassifier.with_position",
     "Image.jpeg_tiling",
-    "Image.read",
-    "Image.sniff",
     "PatchGrid.boxes",
     "PatchGrid.cells",
     "PatchGrid.centers",
@@ -78,7 +76,6 @@ WITHOUT_RETURNS: set[str] = {
     "keyhole.embed",
     "keyhole.evaluate",
     "keyhole.load",
-    "keyhole.open_image",
     "keyhole.resume",
 }
 WITHOUT_EXAMPLE: set[str] = {
@@ -90,7 +87,6 @@ WITHOUT_EXAMPLE: set[str] = {
     "keyhole.embed",
     "keyhole.evaluate",
     "keyhole.load",
-    "keyhole.open_image",
     "keyhole.resume",
     "keyhole.train",
 }

@@ -1,9 +1,8 @@
 """An image of any size as a source of rectangular regions, and `open_image` that finds the reader.
 
-To add a format, subclass `Image`:
-  implement `sniff(path, head)`, `__init__(path)` and `_read(box, level)`; declare `suffixes`; set `size`, `levels`,
-  `mpp` and `channels`; override `close()` when a handle is held. Register the class under the
-  entry-point group `keyhole.images`. docs/adding-a-reader.md walks through one.
+To add a format, subclass `Image`: implement `sniff(path, head)`, `__init__(path)` and `_read(box, level)`; declare
+`suffixes`; set `size`, `levels`, `mpp` and `channels`; override `close()` when a handle is held. Register the class
+under the entry-point group `keyhole.images`. docs/adding-a-reader.md has an example.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import functools
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Container
+from collections.abc import Callable, Container, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +25,9 @@ from keyhole.images.geometry import Box, Level, Size
 from keyhole.images.pixels import Pixels as Pixels
 from keyhole.util.wording import from_to
 
+Uses = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
+"""(left, top, right, bottom) of tiles in level pixels, each (k,), -> how many boxes of the whole pass touch each."""
+
 GROUP = "keyhole.images"
 """Entry-point group that readers register under."""
 
@@ -37,17 +39,24 @@ class Image(ABC):
         path: the file, or a name for pixels in memory.
         size: (width, height) of level 0 in pixels, orientation obeyed.
         levels: level 0 first, then ever smaller ones; each with size and downsample.
-        mpp: microns per level-0 pixel, or None where the file does not say, or says what is not to be believed.
+        mpp: microns per level-0 pixel, or None where the file does not say, or says something implausible.
         mpp_note: "", or why `mpp` is None although the file says something: "the file says 0.25 x 0.5 um per pixel".
         note: "", or what of the file is not read: "of 3 pages the first is read".
         channels: 1 (grey) or 3 (RGB).
-        qupath_origin: level-0 x, y of the corner from which QuPath counts: that of the bounds that a slide states.
-        bits: of a stored value that are in use: 8, or what other values are scaled by.
+        bits: bits of a stored value that are in use: 8, or what other values are scaled by.
         background: value of pixels outside the image.
+        qupath_origin: level-0 x, y of the corner from which QuPath counts: that of the bounds that a slide states.
+
+    Examples:
+        >>> import numpy as np
+        >>> from keyhole.images import ArrayImage
+        >>> with ArrayImage(np.zeros((96, 144, 3), np.uint8)) as image:
+        ...     image.size, image.read((140, 90, 10, 10)).shape
+        (Size(width=144, height=96), (10, 10, 3))
     """
 
     priority: ClassVar[int] = 0
-    """Readers that claim the same file are tried highest first."""
+    """Of several readers that claim a file, the one with the highest priority is tried first."""
     suffixes: ClassVar[frozenset[str]] = frozenset()
     """In lower case, by which files of this format are found in a folder. A file named by itself needs none."""
     folder_suffixes: ClassVar[frozenset[str]] = frozenset()
@@ -61,37 +70,50 @@ class Image(ABC):
     note: str = ""
     channels: int = 3
     bits: int = 8
-    qupath_origin: tuple[int, int] = (0, 0)
     background: int = 255
+    qupath_origin: tuple[int, int] = (0, 0)
 
     @classmethod
     @abstractmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
-        """Whether this reader is for the file, from its name and first 64 bytes (none for a folder). Must not raise."""
+        """Tell whether this reader is for a file. Never raises.
+
+        Args:
+            path: the file or folder.
+            head: its first 64 bytes; none for a folder.
+
+        Returns:
+            True if `open_image` is to try this reader.
+        """
 
     @abstractmethod
     def _read(self, box: Box, level: int) -> Pixels:
-        """Pixels (h, w, c) uint8 of a box that lies wholly inside the level."""
+        """Return pixels (h, w, c) uint8 of a box that lies wholly inside the level."""
 
     def settle_bits(self, given: int | None) -> None:  # noqa: B027 - most formats have 8 bits a value
         """Decide how many bits of a stored value are in use, once, before anything is read.
 
         Args:
-            given: as the user says, for a picture of 16 bits that does not state it.
+            given: what the user states, for a picture of 16 bits that does not state it.
 
         Raises:
-            BitsUnknown: neither says it, and the values do not show it.
+            BitsUnknown: neither states it, and the values do not show it.
         """
 
     def read(self, box: Box | tuple[int, int, int, int], level: int = 0) -> Pixels:
-        """Pixels (h, w, c) uint8 of `box` = (x, y, width, height) in pixels of `level`.
+        """Read the pixels of a box. Those outside the image have the value `background`.
 
-        Pixels outside the image have the value `background`.
+        Args:
+            box: x, y, width, height in pixels of `level`; may reach over the border.
+            level: index into `levels`.
+
+        Returns:
+            Pixels, (h, w, c) uint8.
 
         Raises:
             ImageError: the file is damaged there. Every other box can still be read.
             ImageLost: the file cannot be reached; the same box may be read later.
-            ValueError: no such level, or a box without area.
+            ValueError: there is no such level, or the box has no area.
         """
         box = Box(*box)
         if not 0 <= level < len(self.levels):
@@ -109,15 +131,39 @@ class Image(ABC):
             out[top - box.y : bottom - box.y, left - box.x : right - box.x] = inside
         return out
 
-    def jpeg_tiling(self, level: int) -> Size | None:
-        """Size of the JPEG tiles of a level that `jpeg_tiles` gives; None where it has none.
+    def tiling(self, level: int) -> Size | None:
+        """Tell whether a level is stored in tiles, which `read_boxes` decodes once for all boxes.
 
-        Together the two are the only place where a reader hands out encoded pixels, for a decoder on another device.
+        Returns:
+            The size of a tile, None where boxes are not cut from tiles as they are stored.
+        """
+        return None
+
+    def read_boxes(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:
+        """Write the pixels of many boxes; an image of tiles decodes each tile once.
+
+        Args:
+            boxes: in pixels of `level`, with area; may reach over the border.
+            level: index into `levels`.
+            out: a target (h, w, c) for each box; views of any strides.
+            uses: where this is one of many calls of a pass, returns how many boxes of the pass touch a tile.
+
+        Raises:
+            ImageError, ImageLost: as for `read`.
+        """
+        for box, target in zip(boxes, out, strict=True):
+            target[...] = self.read(box, level)
+
+    def jpeg_tiling(self, level: int) -> Size | None:
+        """Tell whether `jpeg_tiles` gives the tiles of a level, for a decoder on another device.
+
+        Returns:
+            The size of a tile, None where it does not.
         """
         return None
 
     def jpeg_tiles(self, cells: NDArray[np.int64], level: int, colors: Container[str]) -> list[bytes | None]:
-        """Tiles as JPEG files, from which any decoder makes what `read` gives.
+        """Give tiles as JPEG files, from which any decoder makes what `read` gives.
 
         Args:
             cells: (k, 2) column and row of each tile, in any order. Tiles side by side are read together.
@@ -134,11 +180,11 @@ class Image(ABC):
 
     @property
     def held_pixels(self) -> int:
-        """Pixels of level 0 that stay in memory from the first read on, until the image is closed."""
+        """Pixels of level 0 that stay in memory from the first read until the image is closed."""
         return 0
 
     def close(self) -> None:  # noqa: B027 - most readers hold nothing
-        """Give back what the reader holds open. Reading afterwards is an error."""
+        """Release what the reader holds open. Reading afterwards is an error."""
 
     def __enter__(self) -> Self:
         return self
@@ -154,7 +200,7 @@ class ArrayImage(Image):
 
     Args:
         pixels: (h, w, c) or (h, w) uint8, c = 1 or 3.
-        name: what to call it in messages.
+        name: for messages.
         mpp: microns per pixel, if known.
     """
 
@@ -181,18 +227,30 @@ class ArrayImage(Image):
 
 
 def open_image(path: str | Path, bits: int | None = None) -> Image:
-    """Opens an image file with the reader that is for it.
+    """Open an image file, or the folder of an OME-Zarr.
 
-    Readers are asked by `sniff`, highest `priority` first; the first that opens the file reads it.
+    The readers that claim the file by `sniff` are tried, highest `priority` first; the first that opens it reads it.
 
     Args:
-        path: the file, or the folder of an OME-Zarr.
-        bits: in use of a value of 16 bits, where the file does not state it.
+        path: the file or folder.
+        bits: bits in use of a 16-bit value, where the file does not state it.
+
+    Returns:
+        The open image. Close it, or use it in a `with` statement.
 
     Raises:
-        BitsUnknown: a picture of 16 bits a value, of which nobody says how many are in use.
-        ImageLost: no such file, or its disk or share does not answer.
+        BitsUnknown: a picture of 16 bits a value that does not state how many are in use.
+        ImageLost: there is no such file, or its disk or share does not answer.
         ImageError: not a regular file, empty, no permission, damaged, or of a kind that no reader knows.
+
+    Examples:
+        >>> import numpy as np
+        >>> from PIL import Image as Picture
+        >>> Picture.fromarray(np.zeros((96, 144, 3), np.uint8)).save("black.png")
+        >>> from keyhole import open_image
+        >>> with open_image("black.png") as image:
+        ...     image.size, image.channels, image.mpp, image.read((0, 0, 32, 16)).shape
+        (Size(width=144, height=96), 3, None, (16, 32, 3))
     """
     path = Path(path)
     head = _head(path)
@@ -215,12 +273,12 @@ def open_image(path: str | Path, bits: int | None = None) -> Image:
                 if is_lost(path, error):
                     raise lost(path, error) from error
                 first = first or ImageError(path, f"cannot be read ({one_line(error)})")
-    raise first or ImageError(path, _nobody_reads(path, head))
+    raise first or ImageError(path, _why_unread(path, head))
 
 
 @functools.cache
 def readers() -> tuple[type[Image], ...]:
-    """The registered readers, highest priority first. Found once per process; `readers.cache_clear()` looks again.
+    """The registered readers, highest priority first; found once per process.
 
     Raises:
         ConfigError: a registered reader cannot be imported.
@@ -232,13 +290,13 @@ def readers() -> tuple[type[Image], ...]:
         except (ImportError, AttributeError) as error:
             raise ConfigError(
                 f"the image reader {entry.name} ({entry.value}) cannot be imported: {one_line(error)}. "
-                "Reinstall the package that brings it, or uninstall it."
+                "Reinstall the package that provides it, or uninstall it."
             ) from error
     return tuple(sorted(found, key=lambda reader: -reader.priority))
 
 
 def image_suffixes() -> frozenset[str]:
-    """Suffixes of all that is taken for an image in a folder, files and folders: what the readers declare."""
+    """Suffixes of files and folders that are images, as the readers declare them."""
     return frozenset(suffix for reader in readers() for suffix in reader.suffixes | reader.folder_suffixes)
 
 
@@ -248,7 +306,7 @@ def folder_suffixes() -> frozenset[str]:
 
 
 def _head(path: Path) -> bytes:
-    """The first 64 bytes of a regular file, none for a folder. Never waits, as opening a FIFO would."""
+    """The first 64 bytes of a regular file, none for a folder. A FIFO is not opened, since that would wait."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -267,7 +325,7 @@ def _head(path: Path) -> bytes:
         raise ImageError(path, f"cannot be read ({one_line(error)})") from error
 
 
-_KINDS = {
+_OTHER_KINDS = {
     b"%PDF": "a PDF document",
     b"PK\x03\x04": "a ZIP archive (of a zipped OME-Zarr, unpack the folder)",
     b"\x1f\x8b": "gzip data",
@@ -281,12 +339,12 @@ _KINDS = {
 }
 
 
-def _nobody_reads(path: Path, head: bytes) -> str:
-    """What was found in a file that no reader claims, and what to do."""
+def _why_unread(path: Path, head: bytes) -> str:
+    """What a file that no reader claims holds, and what to do."""
     names = ", ".join(sorted({reader.__name__ for reader in readers()})) or "none: install keyhole with pip"
     if not head:
         return f"a folder, neither an image file nor OME-Zarr. Name the file inside (readers: {names})."
-    kind = next((kind for magic, kind in _KINDS.items() if head.lower().startswith(magic.lower())), None)
+    kind = next((kind for magic, kind in _OTHER_KINDS.items() if head.lower().startswith(magic.lower())), None)
     if kind is None and all(byte in b"\t\n\r" or byte >= 32 for byte in head) and b"\x7f" not in head:
         kind = f"text ({' '.join(head.decode(errors='replace').split())[:24]!r} ...)"
     if kind is None:

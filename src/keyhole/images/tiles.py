@@ -9,22 +9,17 @@ from __future__ import annotations
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from keyhole.images.faults import faults_of
 from keyhole.images.geometry import Box, Size
-from keyhole.images.image import Image
+from keyhole.images.image import Image, Uses
 from keyhole.images.pixels import Pixels, place
 from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
-
-Index = NDArray[np.int64]
-Uses = Callable[[Index, Index, Index, Index], Index]
-"""(left, top, right, bottom) of tiles in level pixels, each (k,), -> how many boxes of the whole pass touch each."""
 
 
 class _Tile(NamedTuple):
@@ -59,10 +54,6 @@ class TiledImage(Image):
     _owner: int
 
     @abstractmethod
-    def tiling(self, level: int) -> Size | None:
-        """Size of the tiles of a level; None where boxes of it cannot be cut from tiles as they are stored."""
-
-    @abstractmethod
     def _coded(self, level: int, tiles: Sequence[int]) -> Iterator[Any]:
         """What `_decoded` wants of each of these tiles, in their order, read as late as may be."""
 
@@ -85,18 +76,6 @@ class TiledImage(Image):
         """
 
     def read_boxes(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:
-        """Write the pixels of `boxes` into `out`, (h, w, c) each; pixels outside the image are background.
-
-        Args:
-            boxes: in pixels of `level`, with area.
-            level: one that `tiling` has a size for.
-            out: a target for each box; views of any strides.
-            uses: where this is one of many calls of a pass: how many boxes of the pass touch a tile.
-
-        Raises:
-            ImageError: the file is damaged there.
-            ImageLost: the file cannot be reached.
-        """
         lv = self.levels[level].size
         tile = self.tiling(level)
         assert tile is not None

@@ -17,10 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from keyhole.errors import ConfigError
 from keyhole.images.geometry import Box, Size
-from keyhole.images.image import Image
+from keyhole.images.image import Image, Uses
 from keyhole.images.pixels import Pixels, place
 from keyhole.images.resample import inside, resample, spans
-from keyhole.images.tiles import TiledImage, Uses
 from keyhole.patches.edge import Edge, edge_for, mirrored, place_patches
 from keyhole.patches.edge import inside as moved_inside
 from keyhole.util.threads import beat
@@ -265,7 +264,7 @@ class PatchGrid:
         order = np.argsort(raster, kind="stable")
         g_row, g_column = np.divmod(raster[order], self.columns)
         x, y = self._read_starts[0][g_column], self._read_starts[1][g_row]
-        tiled = isinstance(self.image, TiledImage) and self.image.tiling(self.level) is not None
+        tiled = self.image.tiling(self.level) is not None
         uses = self._uses if tiled and _is_pass(index) else None
         # A patch resampled from far below covers many level pixels; a run must stay within what a thread may hold.
         most = int(np.clip(RUN_PIXELS / (self.size * self._ratio) ** 2, 1, RUN_PATCHES))
@@ -294,7 +293,6 @@ class PatchGrid:
 
     def _read_tiled(self, x: Index, y: Index, rows: Sequence[int], out: Pixels, uses: Uses | None) -> None:
         """Each tile of the file once, into all patches that it touches."""
-        assert isinstance(self.image, TiledImage)
         if self._ratio == 1:
             boxes = [Box(px, py, self.size, self.size) for px, py in zip(x.tolist(), y.tolist(), strict=True)]
             self.image.read_boxes(boxes, self.level, [out[row] for row in rows], uses)
