@@ -10,14 +10,14 @@ from PIL import Image
 from keyhole.cli.main import main
 from keyhole.config.file import load_config
 from keyhole.config.settings import Config
-from keyhole.datasets.slides import make_slides
+from keyhole.datasets.slides import SlideSet, make_slides
 from keyhole.tools.check.run import check
 
 
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The list of four generated slides of 0.5 microns per pixel, of which a part is tissue."""
-    return make_slides(tmp_path_factory.mktemp("slides") / "s", count=4, side=2048)
+    return make_slides(tmp_path_factory.mktemp("slides") / "s", SlideSet(count=4, side=2048))
 
 
 @pytest.fixture

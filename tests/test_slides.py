@@ -24,13 +24,14 @@ from sklearn.preprocessing import StandardScaler
 from keyhole.cli.main import main
 from keyhole.config.settings import DataConfig
 from keyhole.data.manifest import read_manifest
-from keyhole.datasets import slides, tiff_pyramid
+from keyhole.datasets import tiff_pyramid
 from keyhole.datasets.slide_texture import REACH
 from keyhole.datasets.slide_tissue import no_nests
 from keyhole.datasets.slides import (
-    LARGEST_SHARE,
-    LARGEST_SIDE,
-    SMALLEST_SIDE,
+    MAX_NEST_SHARE,
+    MAX_SIDE,
+    MIN_SIDE,
+    SlideSet,
     draw_scene,
     make_slide,
     make_slides,
@@ -144,7 +145,7 @@ def peak(tmp_path: Path, what: str, size: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize(("what", "small", "large"), [("slide", 2048, 16_384), ("pyramid", 2048, LARGEST_SIDE)])
+@pytest.mark.parametrize(("what", "small", "large"), [("slide", 2048, 16_384), ("pyramid", 2048, MAX_SIDE)])
 def test_memory_does_not_grow_with_the_slide(tmp_path: Path, what: str, small: int, large: int) -> None:
     """But for a row of tiles of the smaller levels: 50 MB at the largest side, where the slide has 120 GB of pixels."""
     assert peak(tmp_path, what, large) - peak(tmp_path, what, small) < 64 * MIB
@@ -183,7 +184,7 @@ def test_nests_cover_under_a_thousandth_of_the_tissue_and_lie_on_it(pair: tuple[
         for x, y, width, height in slide.nests.tolist():
             assert max(width, height) < 50
             assert image.read(Box(x, y, width, height), 0).mean() < 215
-    assert LARGEST_SHARE / 2 < slide.nest_pixels.sum() / tissue < LARGEST_SHARE
+    assert MAX_NEST_SHARE / 2 < slide.nest_pixels.sum() / tissue < MAX_NEST_SHARE
 
 
 def test_only_the_nests_differ_between_the_classes(pair: tuple[Any, Any]) -> None:
@@ -200,7 +201,7 @@ def test_only_the_nests_differ_between_the_classes(pair: tuple[Any, Any]) -> Non
     assert change[~in_boxes].max() <= 18
     for x, y, width, height in slide.nests.tolist():
         assert change[y : y + height, x : x + width].max() > 50
-    assert 0.3 * slide.nest_pixels.sum() < (change > 20).sum() < LARGEST_SHARE * slide.tissue
+    assert 0.3 * slide.nest_pixels.sum() < (change > 20).sum() < MAX_NEST_SHARE * slide.tissue
     difference = np.abs(afar[0] - afar[1])
     assert difference.mean() < 0.01
     assert difference.max() < 40
@@ -219,7 +220,7 @@ def test_hollow_nuclei_take_as_much_light_as_filled_ones_in_every_colour() -> No
 def test_same_arguments_same_bytes_whatever_the_threads(tmp_path: Path) -> None:
     contents = []
     for number, threads in enumerate((1, 2, 5)):
-        slide = make_slide(tmp_path / f"{number}.tif", SIDE, 7, positive=True, threads=threads)
+        slide = draw_scene(SIDE, 7, positive=True).write(tmp_path / f"{number}.tif", threads=threads)
         contents.append(slide.path.read_bytes())
     assert contents[0] == contents[1] == contents[2]
     other = make_slide(tmp_path / "other.tif", SIDE, 8, positive=True)
@@ -232,7 +233,7 @@ def test_a_slide_can_be_all_tissue(tmp_path: Path) -> None:
     with open_image(slide.path) as image:
         small, _ = thumbnail(image, 256)
     assert ((small.max(axis=-1).astype(int) - small.min(axis=-1)) > 25).all()
-    assert 0 < slide.nest_pixels.sum() < LARGEST_SHARE * SIDE**2
+    assert 0 < slide.nest_pixels.sum() < MAX_NEST_SHARE * SIDE**2
 
 
 def test_a_nest_is_three_hollow_nuclei_drawn_whole_across_tiles() -> None:
@@ -262,7 +263,7 @@ def test_a_nest_is_three_hollow_nuclei_drawn_whole_across_tiles() -> None:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("slides") / "set"
-    return make_slides(out, count=6, side=SIDE, seed=2, val=2, test=2)
+    return make_slides(out, SlideSet(count=6, side=SIDE, seed=2, val=2, test=2))
 
 
 def test_the_manifest_is_what_training_reads(written: Path) -> None:
@@ -290,7 +291,7 @@ def test_positive_slides_and_only_they_have_nests(written: Path) -> None:
 
 
 def test_a_slide_does_not_change_when_there_are_more(written: Path, tmp_path: Path) -> None:
-    few = make_slides(tmp_path / "few", count=2, side=SIDE, seed=2)
+    few = make_slides(tmp_path / "few", SlideSet(count=2, side=SIDE, seed=2))
     assert [row["image"] for row in rows(few)] == [row["image"] for row in rows(written)[:2]]
     assert [row["label"] for row in rows(few)] == [row["label"] for row in rows(written)[:2]]
     assert "split" not in rows(few)[0]
@@ -300,9 +301,7 @@ def test_a_slide_does_not_change_when_there_are_more(written: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("positive", [0.0, 0.25, 0.5, 1.0])
 def test_the_share_of_positive_slides_is_the_one_asked_for_at_every_count(positive: float) -> None:
-    from keyhole.datasets.slides import _label
-
-    labels = np.array([_label(number, positive) for number in range(40)])
+    labels = np.array([SlideSet(positive=positive).has_nests(number) for number in range(40)])
     count = np.arange(1, 41)
     assert (np.abs(labels.cumsum() - positive * count) <= 0.5).all()
 
@@ -317,7 +316,7 @@ def test_neither_thumbnail_nor_colour_nor_amount_of_tissue_tells_the_class_but_t
         nuclei = scene.nests.nuclei.reshape(-1, 2)
         if not labels[number]:
             scene = dataclasses.replace(scene, nests=no_nests(), nests_of={})
-        path = slides._write(tmp_path / f"{number}.tif", scene, 0.5, 1, None).path
+        path = scene.write(tmp_path / f"{number}.tif", threads=1).path
         with open_image(path) as image:
             small, _ = thumbnail(image, 512)
             closely = np.mean([_hollow(image.read(Box(int(x) - 8, int(y) - 8, 17, 17), 0)) for x, y in nuclei])
@@ -372,7 +371,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     for out, said in ((tmp_path, "not empty"), (tmp_path / "file", "is a file")):
         with pytest.raises(OutputError, match=said):
-            make_slides(out, count=1, side=SIDE)
+            make_slides(out, SlideSet(count=1, side=SIDE))
     assert (tmp_path / "file").read_text() == "precious"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -381,15 +380,15 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "new", tmp_path / "empty"):
         with small_files(100_000), pytest.raises(OutputError, match=r"slide-0000\.tif: could not be written"):
-            make_slides(out, count=2, side=SIDE)
+            make_slides(out, SlideSet(count=2, side=SIDE))
     assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"side": SMALLEST_SIDE - 1}, "side"),
-        ({"side": LARGEST_SIDE + 1}, "side"),
+        ({"side": MIN_SIDE - 1}, "side"),
+        ({"side": MAX_SIDE + 1}, "side"),
         ({"count": 0}, "count"),
         ({"positive": 1.5}, "positive"),
         ({"positive": -0.1}, "positive"),
@@ -401,7 +400,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 )
 def test_an_argument_out_of_range_is_named_in_one_line(tmp_path: Path, options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named) as caught:
-        make_slides(tmp_path / "set", **{"count": 4, "side": SIDE} | options)
+        make_slides(tmp_path / "set", SlideSet(**{"count": 4, "side": SIDE} | options))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "set").exists()
 
@@ -434,7 +433,7 @@ def test_the_command_writes_a_set_that_can_be_checked(say: Any) -> None:
     assert code == 0
     assert "keyhole train set/manifest.csv --recipe slides" in out
     assert [row["label"] for row in rows(Path("set/manifest.csv"))] == ["positive", "positive"]
-    same = make_slides(Path("same"), count=2, side=SIDE, positive=1, seed=5)
+    same = make_slides(Path("same"), SlideSet(count=2, side=SIDE, positive=1, seed=5))
     for row in rows(same):
         assert (Path("same") / row["image"]).read_bytes() == (Path("set") / row["image"]).read_bytes()
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from keyhole.cli.main import main
-from keyhole.datasets.slides import make_slides
+from keyhole.datasets.slides import SlideSet, make_slides
 from on_gpu.bench import Bench
 
 EPOCHS, EPOCHS_ON_A_GPU = 3, 8
@@ -26,7 +26,7 @@ def commands(bench: Bench) -> None:
     """
     folder = bench.scratch / "commands"
     count = 6 if bench.dry else 12
-    data = make_slides(folder / "slides", count=count, side=2048, val=count // 3, test=count // 3)
+    data = make_slides(folder / "slides", SlideSet(count=count, side=2048, val=count // 3, test=count // 3))
     run, device = folder / "run", str(bench.device)
     train = ["train", str(data), "--out", str(run), "--run.device", device, *flags(bench.dry), "--train.batch", "4"]
     number = EPOCHS if bench.dry else EPOCHS_ON_A_GPU

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from usage import memory
 
-from keyhole.datasets.slides import make_slide
+from keyhole.datasets.slides import draw_scene
 from keyhole.datasets.tiff_pyramid import write_pyramid
 from keyhole.images.geometry import Size
 
 what, out, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 if what == "slide":
-    make_slide(out, size, 0, tissue=0.3, positive=True, threads=2)
+    draw_scene(size, 0, tissue=0.3, positive=True).write(out, threads=2)
 else:
     tile = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     write_pyramid(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         return print_options(options)
 
-    from keyhole.datasets.slides import make_slides
+    from keyhole.datasets.slides import SlideSet, make_slides
     from keyhole.util.progress import Progress
 
     start, whole, pixels = time.monotonic(), options.side**2, 0
@@ -58,17 +58,8 @@ def run(argv: list[str]) -> int:
             speed = pixels / 1e6 / (time.monotonic() - start)
             progress.update(images=pixels // whole - progress.images, text=f"{speed:.0f} Mpx/s")
 
-        manifest = make_slides(
-            options.out,
-            count=options.count,
-            side=options.side,
-            positive=options.positive,
-            seed=options.seed,
-            val=options.val,
-            test=options.test,
-            mpp=options.mpp,
-            progress=show,
-        )
+        slides = SlideSet(**{field.name: getattr(options, field.name) for field in fields(SlideSet)})
+        manifest = make_slides(options.out, slides, show)
     print(f"{options.count} slides of {options.side} x {options.side} pixels; nests: {manifest.with_name('nests.csv')}")
     print(f"train on them with: keyhole train {manifest} --recipe slides")
     return 0

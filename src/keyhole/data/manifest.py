@@ -7,8 +7,6 @@ features and masks found by name (`companions`), usable rows, tasks, splits (`sp
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +31,7 @@ from keyhole.errors import ConfigError, DataError
 from keyhole.images.image import folder_suffixes
 from keyhole.tasks.infer import check_label, infer_task, positive_note
 from keyhole.tasks.kinds import Task
-from keyhole.util.files import write_atomic
+from keyhole.util.files import csv_text, write_atomic
 from keyhole.util.wording import listed, nearest
 
 MISSING_FILE = "no such file"
@@ -154,13 +152,6 @@ def write_csv(path: str | Path, rows: Iterable[Sequence[str]]) -> Path:
         OutputError: the file cannot be written.
     """
     return write_atomic(path, csv_text(rows).encode("utf-8", "backslashreplace"))
-
-
-def csv_text(rows: Iterable[Iterable[object]]) -> str:
-    """Return rows as the text of a CSV."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue()
 
 
 def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:

@@ -26,7 +26,7 @@ TISSUE = (0.3, 0.6)
 """Least and greatest share of tissue."""
 NEST_SHARE = 0.0009
 """Share of the tissue's pixels that nests take up; what is promised is 0.001."""
-LARGEST_SHARE = 0.001
+MAX_NEST_SHARE = 0.001
 TRIES = 2000
 """Batches of 256 places that are tried; on the largest slide some 500 are enough."""
 GAP = 8

@@ -1,12 +1,9 @@
 """Generated slides: labelled pyramidal TIFF files of stained tissue on glass, of any side up to 200,000 pixels.
 
-    make_slide(path, side, seed, *, tissue=None, positive=False, mpp=0.5, threads=None, progress=None) -> Slide
-    make_slides(out, *, count, side=6144, positive=0.5, seed=0, val=0, test=0, mpp=0.5, ...) -> manifest.csv
-
 A positive slide holds small nests of three nuclei that are hollow instead of filled, together under 0.1 % of its
 tissue. Nothing else depends on the label: the same seed gives the same slide with and without nests, and hollow nuclei
-take as much light as filled ones, so that neither a thumbnail nor an amount of tissue or colour tells the class. A
-model has to find a nest and to look at it at level 0.
+absorb as much light as filled ones, so that neither a thumbnail nor an amount of tissue or colour shows the class. A
+model has to find a nest and to read it at level 0.
 
 Every tile is computed by itself, from coarse maps of the slide (`slide_tissue`) and periodic pictures of its texture
 (`slide_texture`), and streams into the file (`tiff_pyramid`): memory does not grow with the slide.
@@ -14,8 +11,6 @@ Every tile is computed by itself, from coarse maps of the slide (`slide_tissue`)
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +24,7 @@ from numpy.typing import NDArray
 from keyhole.datasets.slide_texture import NUCLEI, STROMA, Texture, make_texture
 from keyhole.datasets.slide_tissue import (
     EDGE,
-    LARGEST_SHARE,
+    MAX_NEST_SHARE,
     Nests,
     Tissue,
     make_tissue,
@@ -40,17 +35,17 @@ from keyhole.datasets.slide_tissue import (
 from keyhole.datasets.tiff_pyramid import TILE, Pixels, write_pyramid
 from keyhole.errors import ConfigError, OutputError
 from keyhole.images.geometry import Box, Size
-from keyhole.util.files import writable_folder, write_atomic
+from keyhole.util.files import csv_text, writable_folder, write_atomic
 
-SMALLEST_SIDE, LARGEST_SIDE = 2048, 200_000
-"""On a smaller slide a single nest could take more than its share of the tissue."""
+MIN_SIDE, MAX_SIDE = 2048, 200_000
+"""On a smaller slide a single nest could exceed its share of the tissue."""
 MPP = 0.5
 """Microns per pixel: 20x."""
 CLASSES = ("negative", "positive")
 Number = TypeVar("Number", bound=np.generic)
 
 _ROUGH = 12
-"""Pixels by which the edge of tissue wanders, one standard deviation."""
+"""Standard deviation of the edge of tissue in pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +53,11 @@ class Slide:
     """A slide that was written.
 
     Attributes:
-        path: of the file.
-        positive: whether it has nests.
-        nests: their boxes (k, 4): x, y, width, height in level-0 pixels.
-        nest_pixels: of each (k,): those that are other than they would be without it.
-        tissue: pixels of level 0 that are tissue, fat included.
+        path: the file.
+        positive: True if it has nests.
+        nests: boxes of the nests (k, 4): x, y, width, height in level-0 pixels.
+        nest_pixels: pixels of each nest (k,) that differ from the same slide without it.
+        tissue: number of level-0 pixels that are tissue, fat included.
     """
 
     path: Path
@@ -79,99 +74,139 @@ def make_slide(
     *,
     tissue: float | None = None,
     positive: bool = False,
-    mpp: float = MPP,
-    threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Slide:
-    """Writes one square slide: JPEG tiles of 256 px, each level a quarter of the side of the one before.
+    """Write one square slide at 0.5 microns per pixel: JPEG tiles of 256 px, each level a quarter of the one before.
 
-    The same arguments give the same bytes, whatever the threads; with and without `positive` only the nests differ.
+    The same arguments give the same bytes. With and without `positive`, only the nests differ.
 
     Args:
-        path: of the file; its folder must exist.
-        side: pixels, 2,048 to 200,000.
-        seed: everything random follows from it.
-        tissue: share of the slide that is tissue, 0.1 to 0.6, or 1 for a slide without glass; None draws one of 0.3
-            to 0.6.
-        positive: put nests into it.
-        mpp: microns per pixel that the file states.
-        threads: default one per core, at most 16.
+        path: the file; its folder must exist.
+        side: width and height in pixels, 2,048 to 200,000.
+        seed: seed of everything random.
+        tissue: share of the slide that is tissue, 0.1 to 0.6, or 1 for a slide without glass; None draws 0.3 to 0.6.
+        positive: whether it has nests.
         progress: called with the number of level-0 pixels done since the last call.
 
+    Returns:
+        What was written.
+
     Raises:
-        ConfigError: an argument out of its range.
-        OutputError: the file cannot be written; what was there before is unchanged.
+        ConfigError: an argument is out of its range.
+        OutputError: the file cannot be written; an earlier file is unchanged.
+
+    Example:
+        >>> from pathlib import Path
+        >>> slide = make_slide(Path("slide.tif"), side=2048, seed=0, positive=True)
+        >>> slide.positive, slide.nests.shape[1]
+        (True, 4)
     """
-    _check_slide(side, seed, tissue, mpp)
-    scene = draw_scene(side, seed, tissue=tissue, positive=positive)
-    return _write(Path(path), scene, mpp, threads, progress)
+    return draw_scene(side, seed, tissue=tissue, positive=positive).write(Path(path), progress=progress)
 
 
-def make_slides(
-    out: Path,
-    *,
-    count: int,
-    side: int = 6144,
-    positive: float = 0.5,
-    seed: int = 0,
-    val: int = 0,
-    test: int = 0,
-    mpp: float = MPP,
-    threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Path:
-    """Writes `slides/*.tif`, `nests.csv` and, last, `manifest.csv` into `out`.
+@dataclass(frozen=True)
+class SlideSet:
+    """Settings of `make_slides`.
 
-    `manifest.csv` has the columns image, label (negative or positive) and, where `val` or `test` is given, split; it is
-    what `read_manifest` reads. `nests.csv` says where the nests are (slide, x, y, width, height in level-0 pixels) and
-    how many pixels each has.
-    Slide number k is the same however many are written. If anything fails, what was written is removed again.
+    Attributes:
+        count: number of slides, those of `val` and `test` included.
+        side: width and height in pixels, 2,048 to 200,000.
+        positive: share of the slides with nests, spread evenly over their numbers.
+        seed: seed of everything random.
+        val: number of slides that choose the model; they come before those of `test`. With neither `val` nor `test` the
+            manifest has no splits.
+        test: number of slides for testing, the last ones.
+        mpp: microns per pixel that the files state.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    count: int = 100
+    side: int = 6144
+    positive: float = 0.5
+    seed: int = 0
+    val: int = 0
+    test: int = 0
+    mpp: float = MPP
+
+    def __post_init__(self) -> None:
+        _check_slide(self.side, self.seed)
+        if not 0.05 <= self.mpp <= 20:
+            raise ConfigError(f"mpp: must be 0.05 to 20 microns per pixel, not {self.mpp}; a microscope's are.")
+        if self.count < 1:
+            raise ConfigError(f"count: must be 1 or more slides, not {self.count}.")
+        if not 0 <= self.positive <= 1:
+            raise ConfigError(f"positive: must be a share of the slides, 0 to 1, not {self.positive}.")
+        if min(self.val, self.test) < 0 or self.val + self.test >= self.count:
+            raise ConfigError(
+                f"val, test: expected counts that leave slides to train on, not {self.val} and {self.test} of "
+                f"{self.count}."
+            )
+
+    def has_nests(self, number: int) -> bool:
+        """Return whether slide `number` is positive: of the first n slides n * positive, rounded, are."""
+        return math.floor((number + 1) * self.positive + 0.5) > math.floor(number * self.positive + 0.5)
+
+    def split(self, number: int) -> tuple[str, ...]:
+        """Return the cell `split` of slide `number`; empty without splits."""
+        if not self.val and not self.test:
+            return ()
+        train = self.count - self.val - self.test
+        return ("train" if number < train else "val" if number < train + self.val else "test",)
+
+
+def make_slides(out: Path, slides: SlideSet | None = None, progress: Callable[[int], None] | None = None) -> Path:
+    """Write `slides/*.tif`, `nests.csv` and, last, `manifest.csv` into a folder.
+
+    `manifest.csv` has the columns image, label (negative or positive) and, with `val` or `test`, split; `read_manifest`
+    reads it. `nests.csv` has the box of each nest (slide, x, y, width, height in level-0 pixels) and its pixels. Slide
+    number k does not depend on the number of slides. On an error, everything written is removed.
 
     Args:
-        out: folder, created if need be; must be empty.
-        count: slides, those of `val` and `test` included.
-        side: pixels, 2,048 to 200,000.
-        positive: share of the slides with nests, spread evenly over their numbers.
-        seed: everything random follows from it.
-        val, test: how many, from the end, are for choosing the model and for testing it; test ones are last.
-        mpp: microns per pixel that the files state.
-        threads: default one per core, at most 16.
+        out: the folder, created if needed; it must be empty.
+        slides: number of slides and what they show.
         progress: called with the number of level-0 pixels done since the last call.
 
     Returns:
         Path of `manifest.csv`.
 
     Raises:
-        ConfigError: an argument out of its range.
         OutputError: `out` holds something, or cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> manifest = make_slides(Path("slides"), SlideSet(count=2, side=2048))
+        >>> print(manifest.read_text(), end="")
+        image,label
+        slides/slide-0000.tif,positive
+        slides/slide-0001.tif,negative
     """
-    _check_slide(side, seed, None, mpp)
-    _check_set(count, positive, val, test)
-    out = Path(out)
+    slides, out = slides or SlideSet(), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is there already and not empty" if out.is_dir() else "is a file, expected a folder"
         raise OutputError(f"{out}: {what}. Choose another folder or remove what is there.")
     created = not out.exists()
     writable_folder(out / "slides")
     rows: list[Sequence[object]] = []
-    nests: list[Sequence[object]] = []
-    names = [f"slides/slide-{number:04d}.tif" for number in range(count)]
+    nests: list[Sequence[object]] = [("slide", "x", "y", "width", "height", "pixels")]
+    names = [f"slides/slide-{number:04d}.tif" for number in range(slides.count)]
 
     def scene(number: int) -> Scene:
-        return draw_scene(side, (seed, number), positive=_label(number, positive))
+        return draw_scene(slides.side, (slides.seed, number), positive=slides.has_nests(number))
 
     try:
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(scene, 0)
             for number, name in enumerate(names):
-                now, coming = coming, pool.submit(scene, min(number + 1, count - 1))
-                slide = _write(out / name, now.result(), mpp, threads, progress)
-                rows.append((name, CLASSES[slide.positive], *_split(number, count, val, test)))
+                now, coming = coming, pool.submit(scene, min(number + 1, slides.count - 1))
+                slide = now.result().write(out / name, slides.mpp, progress=progress)
+                rows.append((name, CLASSES[slide.positive], *slides.split(number)))
                 found = zip(slide.nests.tolist(), slide.nest_pixels.tolist(), strict=True)
                 nests += [(name, *box, pixels) for box, pixels in found]
-        write_atomic(out / "nests.csv", _table(("slide", "x", "y", "width", "height", "pixels"), nests))
+        write_atomic(out / "nests.csv", csv_text(nests))
         header = ("image", "label", "split")[: len(rows[0])]
-        return write_atomic(out / "manifest.csv", _table(header, rows))
+        return write_atomic(out / "manifest.csv", csv_text([header, *rows]))
     except BaseException:
         for name in (*names, "nests.csv"):
             (out / name).unlink(missing_ok=True)
@@ -181,19 +216,16 @@ def make_slides(
         raise
 
 
-# --- one slide -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """All of a slide before it is drawn; `tile` draws a part of it.
+    """A slide before it is drawn; `tile` draws a part of it.
 
     Attributes:
-        tissue: where it is.
-        texture: what it looks like.
+        tissue: maps of its tissue.
+        texture: periodic pictures of its texture.
         stroma_at, nuclei_at, fat_at: x and y of the slide's corner in each periodic picture.
-        nests: where nuclei are hollow.
-        nests_of: nests by tile.
+        nests: nests of hollow nuclei.
+        nests_of: indices of the nests by tile.
     """
 
     tissue: Tissue
@@ -205,7 +237,7 @@ class Scene:
     nests_of: dict[tuple[int, int], list[int]]
 
     def tile(self, column: int, row: int) -> Pixels | None:
-        """Pixels (256, 256, 3) of a level-0 tile, or None where there is only glass."""
+        """Return the pixels (256, 256, 3) of a level-0 tile, or None if it is only glass."""
         inside = self.tissue.nodes(self.tissue.inside, column, row)
         if inside.max() < -EDGE:
             return None
@@ -220,8 +252,20 @@ class Scene:
             light = _blend(self.texture.glass, light, self._cover(self.tissue.inside, column, row))
         return light.astype(np.uint8)
 
+    def write(
+        self,
+        path: Path,
+        mpp: float = MPP,
+        threads: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Slide:
+        """Write the slide; see `make_slide`. The bytes do not depend on the number of threads."""
+        side, glass, nests = self.tissue.side, self.texture.glass, self.nests
+        write_pyramid(path, Size(side, side), self.tile, mpp=mpp, background=glass, threads=threads, progress=progress)
+        return Slide(path, len(nests.boxes) > 0, nests.boxes, nests.pixels, round(self.tissue.share * side * side))
+
     def _nuclei(self, column: int, row: int) -> Pixels:
-        """What nuclei let pass, with those of nests in their own pattern."""
+        """Return the light that passes the nuclei; those of nests are hollow."""
         filled = self._piece(self.texture.nuclei, NUCLEI, self.nuclei_at, column, row)
         nests = self.nests_of.get((column, row))
         if nests is None:
@@ -231,13 +275,13 @@ class Scene:
         return np.where(nest[:, :, None], hollow, filled)
 
     def _stained(self, light: NDArray[np.uint16], column: int, row: int) -> NDArray[np.uint16]:
-        """Less taken of the light where the section is stained less; never more, so that nothing wraps around."""
+        """Absorb less light where the section is stained less; never more, so that no value wraps around."""
         strength = self.tissue.over_tile(self.tissue.stain, column, row) * 256
         taken = (255 - light) * strength.astype(np.uint16)[:, :, None] >> 8
         return np.asarray(255 - taken, np.uint16)
 
     def _cover(self, map_: NDArray[np.float32], column: int, row: int) -> NDArray[np.uint16]:
-        """0 ... 256 (256, 256, 1): how much of a tile's pixels lies inside of an edge, which is rough."""
+        """Return the share 0 ... 256 (256, 256, 1) of each pixel that lies inside an edge, which is rough."""
         rough = self._piece(self.texture.rough, STROMA, self.fat_at, column, row)
         inside = self.tissue.over_tile(map_, column, row) + _ROUGH * rough
         return (np.clip(inside / 3 + 0.5, 0, 1) * 256).astype(np.uint16)[:, :, None]
@@ -250,7 +294,8 @@ class Scene:
 
 
 def draw_scene(side: int, seed: int | Sequence[int], *, tissue: float | None = None, positive: bool = False) -> Scene:
-    """Everything random about a slide; nests come from a stream of their own, so that nothing else depends on them."""
+    """Draw everything random about a slide. Nests have a random stream of their own; nothing else depends on them."""
+    _check_slide(side, seed, tissue)
     entropy = [seed] if isinstance(seed, int) else list(seed)
     rng, nest_rng = (np.random.default_rng([*entropy, purpose]) for purpose in (0, 1))
     texture = make_texture(rng)
@@ -259,23 +304,8 @@ def draw_scene(side: int, seed: int | Sequence[int], *, tissue: float | None = N
         (int(x), int(y)) for x, y in (rng.integers(0, period, 2) for period in (STROMA, NUCLEI, STROMA))
     )
     nests = place_nests(nest_rng, where, texture, nuclei_at) if positive else no_nests()
-    assert nests.pixels.sum() < LARGEST_SHARE * where.share * side * side, "nests cover more than 0.1 % of the tissue"
+    assert nests.pixels.sum() < MAX_NEST_SHARE * where.share * side * side, "nests cover more than 0.1 % of the tissue"
     return Scene(where, texture, stroma_at, nuclei_at, fat_at, nests, nests.by_tile())
-
-
-def _write(path: Path, scene: Scene, mpp: float, threads: int | None, progress: Callable[[int], None] | None) -> Slide:
-    side = scene.tissue.side
-    write_pyramid(
-        path,
-        Size(side, side),
-        scene.tile,
-        mpp=mpp,
-        background=scene.texture.glass,
-        threads=threads,
-        progress=progress,
-    )
-    nests = scene.nests
-    return Slide(path, len(nests.boxes) > 0, nests.boxes, nests.pixels, round(scene.tissue.share * side * side))
 
 
 def _blend(
@@ -284,43 +314,10 @@ def _blend(
     return np.asarray((inside * cover + outside * (256 - cover)) >> 8, np.uint16)
 
 
-# --- the set ---------------------------------------------------------------------------------------------------------
-
-
-def _label(number: int, positive: float) -> bool:
-    """Whether slide `number` has nests: as many of the first n as n * positive, rounded, for every n."""
-    return math.floor((number + 1) * positive + 0.5) > math.floor(number * positive + 0.5)
-
-
-def _split(number: int, count: int, val: int, test: int) -> tuple[str, ...]:
-    if not val and not test:
-        return ()
-    return ("test" if number >= count - test else "val" if number >= count - test - val else "train",)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _check_slide(side: int, seed: int | Sequence[int], tissue: float | None, mpp: float) -> None:
-    if not SMALLEST_SIDE <= side <= LARGEST_SIDE:
-        raise ConfigError(f"side: must be {SMALLEST_SIDE:,} to {LARGEST_SIDE:,} pixels, not {side:,}.")
+def _check_slide(side: int, seed: int | Sequence[int], tissue: float | None = None) -> None:
+    if not MIN_SIDE <= side <= MAX_SIDE:
+        raise ConfigError(f"side: must be {MIN_SIDE:,} to {MAX_SIDE:,} pixels, not {side:,}.")
     if min([seed] if isinstance(seed, int) else seed) < 0:
         raise ConfigError(f"seed: must be 0 or more, not {seed}.")
     if tissue is not None and not (0.1 <= tissue <= 0.6 or tissue == 1):
         raise ConfigError(f"tissue: must be 0.1 to 0.6, or 1 for a slide without glass, not {tissue}.")
-    if not 0.05 <= mpp <= 20:
-        raise ConfigError(f"mpp: must be 0.05 to 20 microns per pixel, not {mpp}; a microscope's are.")
-
-
-def _check_set(count: int, positive: float, val: int, test: int) -> None:
-    if count < 1:
-        raise ConfigError(f"count: must be 1 or more slides, not {count}.")
-    if not 0 <= positive <= 1:
-        raise ConfigError(f"positive: must be a share of the slides, 0 to 1, not {positive}.")
-    if min(val, test) < 0 or val + test >= count:
-        raise ConfigError(f"val, test: expected counts that leave slides to train on, not {val} and {test} of {count}.")

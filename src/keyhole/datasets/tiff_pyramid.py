@@ -1,8 +1,8 @@
 """Write a pyramidal JPEG TIFF of any size in constant memory, from a function that renders its tiles.
 
-Level 0 goes straight into the file, one row of tiles after the other. Each smaller level is computed from the one before
-at the same time; its encoded tiles wait in a temporary file until level 0 is complete. Memory holds one row of tiles of
-each smaller level and the tables of tile positions.
+Level 0 goes straight into the file, one row of tiles after the other. Each smaller level is computed from the one
+before at the same time; its encoded tiles wait in a temporary file until level 0 is complete. Memory holds one row of
+tiles of each smaller level and the tables of tile positions.
 
 The file is a classic TIFF, or a BigTIFF above 4 GiB. tifffile is not used: it would store the background again in every
 tile, and needs each level complete before the next one.

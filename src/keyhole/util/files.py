@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
+import io
 import os
 import re
 import tempfile
@@ -162,3 +164,14 @@ def file_names(texts: Sequence[str], fallback: str) -> list[str]:
         taken.add(unique.lower())
         found.append(unique)
     return found
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    r"""Return rows as the text of a CSV.
+
+    >>> csv_text([("image", "label"), ("a,b.png", 1)])
+    'image,label\n"a,b.png",1\n'
+    """
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()
