@@ -191,13 +191,6 @@ def test_the_manifest_comes_last_so_that_half_a_set_is_no_set(tmp_path: Path, mo
         ({"train": -1}, "train"),
         ({"train": 0, "val": 0, "test": 0}, "train"),
         ({"seed": -1}, "seed"),
-        ({"classes": (1, 1)}, "classes"),
-        ({"classes": (3,)}, "classes"),
-        ({"classes": (3, 12)}, "classes"),
-        ({"copies": (0, 3)}, "copies"),
-        ({"copies": (4, 3)}, "copies"),
-        ({"copies": (3, 30)}, "copies"),
-        ({"clutter": (5, 2)}, "clutter"),
     ],
 )
 def test_an_argument_out_of_range_is_named_in_one_line(tmp_path: Path, options: dict[str, Any], named: str) -> None:
