@@ -20,7 +20,8 @@ from keyhole.config.file import build
 from keyhole.config.settings import Config, PatchConfig, SelectConfig
 from keyhole.errors import ConfigError, KeyholeError
 from keyhole.inference.predictor import Predictor
-from keyhole.report.prediction import Prediction, write_prediction
+from keyhole.report.files import write_prediction
+from keyhole.report.prediction import Prediction
 
 
 def test_every_name_of_the_api_is_there_and_no_submodule_can_hide_it() -> None:
@@ -153,7 +154,7 @@ def test_a_prediction_shows_itself_in_a_line_and_survives_another_process(predic
     assert repr(prediction) == (
         f"Prediction({str(path)!r}, label: {prediction.label['label']} {share:.2f}, kept 4 of 16 patches)"
     )
-    assert repr(prediction.kept) == "Kept(4 patches)"
+    assert repr(prediction.kept) == "KeptPatches(4 patches)"
     assert repr(prediction.scores) == "Scores(16 patches on 4 x 4)"
     assert repr(prediction.pictures) == "Pictures(64 x 64 pixels and 4 patches)"
     back = pickle.loads(pickle.dumps(prediction))  # noqa: S301 - our own

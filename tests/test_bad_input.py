@@ -508,7 +508,7 @@ def test_a_model_with_another_description_is_refused(say: Say, toy: Path, toy_ru
         assert "model.safetensors" in say("predict", "model", toy / "red", "--out=out").refusal()
         assert not Path("out").exists()
     write_tensors(file, nan, info)
-    assert "no number" in say("predict", "model", toy / "red", "--out=out").refusal()
+    assert "is NaN" in say("predict", "model", toy / "red", "--out=out").refusal()
     save_file(weights, file)
     assert "no keyhole model" in say("predict", "model", toy / "red", "--out=out").refusal()
 

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
+from PIL import ImageFont
 
 from keyhole.images.geometry import Size
 from keyhole.report import contact_sheet as sheet
+from keyhole.report import drawing
 from keyhole.report.contact_sheet import SheetEntry, contact_sheet
-from keyhole.report.prediction import Kept, Pictures, Prediction
+from keyhole.report.prediction import KeptPatches, Pictures, Prediction
 from keyhole.tasks.kinds import Task
 
 LONG = "adenocarcinoma of the descending colon, poorly differentiated, with " + "W" * 900
@@ -47,7 +49,7 @@ def entry(
         tasks=(task,),
         probability={task.name: task.by_column(p)},
         label={task.name: task.label(p)},
-        kept=Kept(
+        kept=KeptPatches(
             index=np.arange(m),
             boxes=np.array((BOXES * m)[:m]),
             score=np.array(attention, np.float32),
@@ -109,7 +111,7 @@ def test_frames_are_where_the_boxes_are_and_the_hottest_is_the_most_attended(tmp
     cell = pixels[sheet.HEAD + sheet.GAP :][: sheet.ROW, sheet.MARGIN :][:, : sheet.IMAGE_SIDE]
     zoom = sheet.IMAGE_SIDE / SIZE.width
     top = (sheet.ROW - SIZE.height * zoom) / 2
-    y, x = np.nonzero((cell == sheet.COLD_TO_HOT[-1]).all(axis=-1))
+    y, x = np.nonzero((cell == drawing.COLD_TO_HOT[-1]).all(axis=-1))
     left, upper, side, _ = BOXES[1]
     assert (x.min(), x.max() + 1) == pytest.approx((left * zoom, (left + side) * zoom), abs=1.5)
     assert (y.min(), y.max() + 1) == pytest.approx((top + upper * zoom, top + (upper + side) * zoom), abs=1.5)
@@ -134,7 +136,7 @@ def test_no_text_leaves_its_column_however_long(tmp_path: Path) -> None:
     ]
     pixels = drawn(entries, tmp_path, title="W" * 5000)
     body = pixels[sheet.HEAD + 1 :]
-    lines = (body[:, sheet.MARGIN : -sheet.MARGIN] == sheet.LINE).all(axis=(1, 2))
+    lines = (body[:, sheet.MARGIN : -sheet.MARGIN] == drawing.LINE).all(axis=(1, 2))
     assert lines.sum() == 1
     for left, width in (
         (0, sheet.MARGIN),
@@ -150,14 +152,16 @@ def test_no_text_leaves_its_column_however_long(tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=100)
 def test_a_cut_text_fits_and_an_uncut_one_is_whole(text: str, width: int, keep_end: bool) -> None:
     text = " ".join(text.split())
-    font = sheet._font(16)
-    fitted = sheet._fitted(text, font, width, keep_end)
+    font = ImageFont.load_default(16)
+    fitted = drawing.fitted(text, font, width, keep_end)
     assert font.getlength(fitted) <= width
     assert fitted == text or font.getlength(text) > width
 
 
 def test_a_cut_name_keeps_its_suffix() -> None:
-    assert sheet._fitted("a/very/long/path/" * 9 + "x.svs", sheet._font(18), 200, keep_end=True).endswith("x.svs")
+    assert drawing.fitted("a/very/long/path/" * 9 + "x.svs", ImageFont.load_default(18), 200, keep_end=True).endswith(
+        "x.svs"
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (480, 3), (3, 480), (2000, 900)])
@@ -178,7 +182,7 @@ def test_a_sheet_of_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_shares_are_never_rounded_to_all_or_nothing() -> None:
-    assert [sheet._percent(p) for p in (0.0, 0.0004, 0.5, 0.9996, 1.0)] == [
+    assert [drawing.percent(p) for p in (0.0, 0.0004, 0.5, 0.9996, 1.0)] == [
         "0.0 %",
         "< 0.1 %",
         "50.0 %",
@@ -189,12 +193,12 @@ def test_shares_are_never_rounded_to_all_or_nothing() -> None:
 
 def test_scores_are_a_picture_where_there_is_no_image(tmp_path: Path) -> None:
     scores = np.array([[0.0, 0.25, np.nan], [1.0, 0.0625, 0.0]], np.float32)
-    picture = sheet.score_picture(scores, 5, equal=0.25)
+    picture = drawing.score_picture(scores, 5, equal=0.25)
     assert picture.shape == (10, 15, 3)
     cells = picture[2::5, 2::5]
-    assert tuple(cells[1, 0]) == sheet.COLD_TO_HOT[-1]
-    assert tuple(cells[0, 0]) == tuple(cells[1, 2]) == sheet.COLD_TO_HOT[0]
-    assert tuple(cells[0, 2]) == sheet.LINE
+    assert tuple(cells[1, 0]) == drawing.COLD_TO_HOT[-1]
+    assert tuple(cells[0, 0]) == tuple(cells[1, 2]) == drawing.COLD_TO_HOT[0]
+    assert tuple(cells[0, 2]) == drawing.LINE
     nothing = np.empty((0, 8, 8, 3), np.uint8)
     bare = with_pictures(
         entry(), thumbnail=picture, downsample=SIZE.width / 15, patches=nothing, place=np.empty(0, np.int64)
@@ -208,25 +212,27 @@ def test_patches_without_a_place_are_not_outlined(tmp_path: Path) -> None:
     kept = replace(placed.prediction.kept, boxes=np.zeros((4, 4), np.int64))
     nowhere = replace(placed, prediction=replace(placed.prediction, kept=kept))
     here = slice(sheet.MARGIN, sheet.MARGIN + sheet.IMAGE_SIDE)
-    assert count(drawn([placed], tmp_path)[sheet.HEAD :, here], sheet.COLD_TO_HOT[-1]) > 0
-    assert count(drawn([nowhere], tmp_path)[sheet.HEAD :, here], sheet.COLD_TO_HOT[-1]) == 0
+    assert count(drawn([placed], tmp_path)[sheet.HEAD :, here], drawing.COLD_TO_HOT[-1]) > 0
+    assert count(drawn([nowhere], tmp_path)[sheet.HEAD :, here], drawing.COLD_TO_HOT[-1]) == 0
 
 
 @pytest.mark.parametrize("m", [1, 4, 100])
 def test_a_model_that_attends_to_all_patches_alike_does_not_look_certain(tmp_path: Path, m: int) -> None:
     pixels = drawn([entry(attention=(1 / m,) * m, patches=min(m, 8))], tmp_path)[sheet.HEAD :]
-    assert count(pixels, sheet.COLD_TO_HOT[0]) > 0
-    for color in sheet.COLD_TO_HOT[2:]:
+    assert count(pixels, drawing.COLD_TO_HOT[0]) > 0
+    for color in drawing.COLD_TO_HOT[2:]:
         assert count(pixels, color) == 0
-    map_of_scores = sheet.score_picture(np.full((4, 5), 1 / 20, np.float32), 3, equal=1 / 20)
-    assert (map_of_scores == sheet.COLD_TO_HOT[0]).all()
+    map_of_scores = drawing.score_picture(np.full((4, 5), 1 / 20, np.float32), 3, equal=1 / 20)
+    assert (map_of_scores == drawing.COLD_TO_HOT[0]).all()
 
 
 def test_colours_say_how_many_times_its_equal_share_a_patch_gets() -> None:
     weights = np.array([0.0, 0.5, 1.0, 2.0, 4.0, 16.0, 50.0], np.float32) / 100
-    assert sheet.heat(weights, equal=1 / 100).tolist() == pytest.approx([0, 0, 0, 0.25, 0.5, 1, 1])
-    assert sheet.heat(np.array([0.25, 0.5, 1.0]), equal=1 / 4).tolist() == pytest.approx([0, 0.5, 1]), "all on one of 4"
-    assert sheet.heat(np.array([1.0]), equal=1).tolist() == [0], "of one patch the attention says nothing"
+    assert drawing.heat(weights, equal=1 / 100).tolist() == pytest.approx([0, 0, 0, 0.25, 0.5, 1, 1])
+    assert drawing.heat(np.array([0.25, 0.5, 1.0]), equal=1 / 4).tolist() == pytest.approx([0, 0.5, 1]), (
+        "all on one of 4"
+    )
+    assert drawing.heat(np.array([1.0]), equal=1).tolist() == [0], "of one patch the attention says nothing"
 
 
 def test_the_sheet_names_the_task_where_the_model_has_several(tmp_path: Path) -> None:

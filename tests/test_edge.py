@@ -23,7 +23,7 @@ from keyhole.nn import SmallEncoder
 from keyhole.patches.edge import Edge
 from keyhole.patches.features import FeatureOpener
 from keyhole.patches.grid import PatchGrid
-from keyhole.report.prediction import write_prediction
+from keyhole.report.files import write_prediction
 from keyhole.runs.run import find_run
 
 EDGES: tuple[Edge, ...] = ("drop", "shift", "reflect", "background")

@@ -33,7 +33,7 @@ from keyhole.nn import FeatureProjector, build_classifier
 from keyhole.patches.features import FeatureOpener, FeaturePatches, check_features_config, feature_width
 from keyhole.patches.features.grid import FeatureGrid
 from keyhole.report.contact_sheet import SheetEntry, contact_sheet
-from keyhole.report.prediction import write_prediction
+from keyhole.report.files import write_prediction
 from keyhole.tasks.kinds import Task
 
 N, D = 60, 5

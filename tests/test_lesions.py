@@ -13,7 +13,7 @@ from keyhole.errors import DataError
 from keyhole.images.geometry import Size
 from keyhole.inference.lesions import LesionShare, judge, lesion_means, lesion_share, lesion_table
 from keyhole.patches.foreground.regions import Region
-from keyhole.report.prediction import Kept, Prediction, Scores
+from keyhole.report.prediction import KeptPatches, Prediction, Scores
 from keyhole.tasks.kinds import Task
 
 TASKS = (Task("label", "binary", ("normal", "tumor")), Task("grade", "binary", ("1", "2")))
@@ -38,7 +38,7 @@ def prediction(kept: list[int], label: list[float], grade: list[float], scores: 
         tasks=TASKS,
         probability={},
         label={},
-        kept=Kept(index, boxes(index), np.ones(len(index), np.float32), attention),
+        kept=KeptPatches(index, boxes(index), np.ones(len(index), np.float32), attention),
         scores=Scores(10, 10, every, np.stack(np.divmod(every, 10), axis=1), score, {}, boxes) if scores else None,
     )
 

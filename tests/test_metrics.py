@@ -306,5 +306,5 @@ def test_evaluation_is_strict_json_and_lines_for_people() -> None:
 def test_output_that_is_no_number_names_the_task() -> None:
     targets, p, _ = made(DIGIT, 10, 0)
     p[3] = np.nan
-    with pytest.raises(RunError, match="digit: the model gives no number for 1 of 10 images"):
+    with pytest.raises(RunError, match="digit: the output of the model is NaN for 1 of 10 images"):
         point_metrics(DIGIT, targets, p)

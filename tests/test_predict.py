@@ -28,7 +28,8 @@ from keyhole.inference.predictor import Predictor, describe
 from keyhole.loading import Reader
 from keyhole.nn import build_classifier
 from keyhole.patches.grid import PatchGrid
-from keyhole.report.prediction import Prediction, write_prediction
+from keyhole.report.files import write_prediction
+from keyhole.report.prediction import Prediction
 from keyhole.runs.checkpoint import save_model
 from keyhole.tasks.kinds import Task
 from keyhole.util.files import atomic_file

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import keyhole
 from keyhole.errors import OutputError, RunError
 from keyhole.images.geometry import Size
-from keyhole.report.geojson import kept_geojson
-from keyhole.report.prediction import Kept, Prediction, Scores, write_prediction
+from keyhole.report.files import kept_geojson, write_prediction
+from keyhole.report.prediction import KeptPatches, Prediction, Scores
 from keyhole.report.table import write_table
 from keyhole.tasks.kinds import Task
 
@@ -57,7 +57,7 @@ def predicted(tasks: tuple[Task, ...] = (DIGIT,), seed: int = 0, m: int = 4, nam
         tasks=tasks,
         probability={task.name: task.by_column(outputs[task.name]) for task in tasks},
         label={task.name: task.label(outputs[task.name]) for task in tasks},
-        kept=Kept(
+        kept=KeptPatches(
             index=index[best],
             boxes=boxes(index[best]),
             score=score[best],
@@ -255,9 +255,9 @@ def test_a_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:
 def test_attention_that_is_no_share_is_refused() -> None:
     kept = predicted().kept
     with pytest.raises(AssertionError):
-        Kept(kept.index, kept.boxes, kept.score, {"digit": kept.score * 0})
-    with pytest.raises(RunError, match="digit: the model gives attention that is no number"):
-        Kept(kept.index, kept.boxes, kept.score, {"digit": kept.score * np.float32("nan")})
+        KeptPatches(kept.index, kept.boxes, kept.score, {"digit": kept.score * 0})
+    with pytest.raises(RunError, match="digit: the attention of the model is NaN"):
+        KeptPatches(kept.index, kept.boxes, kept.score, {"digit": kept.score * np.float32("nan")})
 
 
 # Patches that could not be read, and features that are on no grid

@@ -21,7 +21,8 @@ from keyhole.images import open_image
 from keyhole.inference.lesions import LesionShare, judge
 from keyhole.inference.predictor import Predictor
 from keyhole.patches.foreground.regions import read_regions
-from keyhole.report.prediction import Prediction, write_prediction
+from keyhole.report.files import write_prediction
+from keyhole.report.prediction import Prediction
 
 ORIGIN = 96, 64
 """Corner of the bounds of the Leica slide, which are half its width and height."""

@@ -198,7 +198,7 @@ def test_a_prediction_of_many_large_patches_carries_few_small_pictures(tmp_path:
 def test_the_most_attended_of_every_task_are_shown() -> None:
     rng = np.random.default_rng(0)
     weights = {name: rng.dirichlet(np.ones(500)).astype(np.float32) for name in "ab"}
-    kept = keyhole.report.prediction.Kept(
+    kept = keyhole.report.prediction.KeptPatches(
         np.arange(500), np.zeros((500, 4), np.int64), np.zeros(500, np.float32), weights
     )
     place = most_attended(kept)

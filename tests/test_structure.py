@@ -25,8 +25,6 @@ KNOWN_CYCLES = {
     "keyhole.patches.features.hdf5",
     "keyhole.patches.features.hdf5_rows",
     "keyhole.patches.features.pt",
-    "keyhole.report.geojson",
-    "keyhole.report.prediction",
     "keyhole.tools.check.run",
     "keyhole.tools.check.worker",
 }
@@ -47,15 +45,12 @@ KNOWN_WITH_MANY_PARAMETERS = {
     "keyhole.inference.evaluate.evaluate",
     "keyhole.inference.predictor.Predictor.predict_items",
     "keyhole.patches.grid.PatchGrid.__init__",
-    "keyhole.report.contact_sheet._text",
     "keyhole.training.job._job",
 }
 
 KNOWN_CLASSES_OF_ONE_NAME = {
     "Costs",
-    "Estimate",
     "Finding",
-    "Kept",
     "Kinds",
     "Slide",
     "Task",
@@ -76,7 +71,6 @@ KNOWN_VAGUE_CONSTANTS = {
     "keyhole.engine.memory.plan.SHARE",
     "keyhole.runs.journal.MANY",
     "keyhole.runs.seal.LAST",
-    "keyhole.tasks.learning.FEWEST",
 }
 
 

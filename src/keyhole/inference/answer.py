@@ -20,11 +20,11 @@ from keyhole.images import open_image
 from keyhole.images.geometry import Size
 from keyhole.loading import Reader
 from keyhole.nn import IPSClassifier
-from keyhole.nn.selection import Kept as KeptTensors
+from keyhole.nn.selection import Kept
 from keyhole.patches.features import FeaturePatches
 from keyhole.patches.sources import FilePatches, PatchSource
 from keyhole.report.pictures import most_attended, pictures_of_features, pictures_of_file
-from keyhole.report.prediction import Kept, Prediction, Scores
+from keyhole.report.prediction import KeptPatches, Prediction, Scores
 from keyhole.tasks.kinds import Task
 
 
@@ -70,7 +70,7 @@ def make_prediction(
         tasks=tuple(tasks),
         probability={task.name: task.by_column(probability[task.name]) for task in tasks},
         label={task.name: task.label(probability[task.name]) for task in tasks},
-        kept=Kept(
+        kept=KeptPatches(
             index,
             source.boxes(index),
             scores.score[index],
@@ -119,14 +119,14 @@ def _kept_pixels(
     return done.batch.fetch(wanted)[row]
 
 
-def _attention(model: IPSClassifier, tasks: Sequence[Task], kept: KeptTensors) -> dict[str, Any]:
+def _attention(model: IPSClassifier, tasks: Sequence[Task], kept: Kept) -> dict[str, Any]:
     """Weight of each kept patch in the pooled embedding, per task: softmax over the kept, mean over heads."""
     assert kept.logits is not None
     weights = kept.logits[kept.index].softmax(dim=0).mean(dim=1).cpu().numpy()
     return {task.name: weights[:, model.queries[task.name]] for task in tasks}
 
 
-def _scores(model: IPSClassifier, tasks: Sequence[Task], kept: KeptTensors, source: PatchSource) -> Scores:
+def _scores(model: IPSClassifier, tasks: Sequence[Task], kept: Kept, source: PatchSource) -> Scores:
     """Every patch's share of the attention over all patches, per task: softmax over n, mean over heads."""
     assert kept.logits is not None
     score = kept.logits.softmax(dim=0).mean(dim=1)

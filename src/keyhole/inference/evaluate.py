@@ -31,8 +31,7 @@ from keyhole.inference.lesions import (
     lesion_table,
 )
 from keyhole.inference.predictor import Predictor
-from keyhole.report.contact_sheet import contact_sheet
-from keyhole.report.examples import Examples
+from keyhole.report.contact_sheet import Examples, contact_sheet
 from keyhole.report.prediction import Prediction
 from keyhole.report.table import write_table
 from keyhole.runs.seal import check_evaluated, check_own_manifest

@@ -19,7 +19,7 @@ from keyhole.data.item import Item
 from keyhole.errors import DataError
 from keyhole.patches.foreground.regions import Region, covered, read_regions, touching
 from keyhole.report.prediction import Prediction, Scores
-from keyhole.tasks.bootstrap import Estimate, Weights, bootstrap
+from keyhole.tasks.bootstrap import IntervalEstimate, Weights, bootstrap
 
 _BLOCK = 50_000
 """Patches whose boxes are held at once."""
@@ -68,12 +68,12 @@ class Lesions:
     images: int
     empty: tuple[str, ...]
     left_out: Mapping[str, str]
-    attention: Mapping[str, Estimate]
-    kept: Estimate
-    looked_at: Estimate
-    area: Estimate
-    most_attention: Estimate
-    most_kept: Estimate
+    attention: Mapping[str, IntervalEstimate]
+    kept: IntervalEstimate
+    looked_at: IntervalEstimate
+    area: IntervalEstimate
+    most_attention: IntervalEstimate
+    most_kept: IntervalEstimate
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict, without NaN."""
@@ -107,7 +107,7 @@ class Lesions:
         return lines
 
 
-def _bounds(chance: Estimate, most: Estimate) -> str:
+def _bounds(chance: IntervalEstimate, most: IntervalEstimate) -> str:
     """`by chance 0.020, at most 1.000`."""
     if chance.value is None or most.value is None:
         return f"by chance {chance}"
@@ -206,7 +206,7 @@ def lesion_means(
     def means(weights: Weights) -> dict[tuple[str, str], Weights]:
         return {key: weights @ values / weights.sum(axis=1) for key, values in columns.items()}
 
-    found = dict.fromkeys(columns, Estimate(None, note="no image has an annotated lesion"))
+    found = dict.fromkeys(columns, IntervalEstimate(None, note="no image has an annotated lesion"))
     if used:
         of = [groups.get(name) for name in used]
         found = bootstrap(means, len(used), of if any(of) else None, seed)
@@ -217,7 +217,7 @@ def lesion_means(
         attention={task: found["attention", task] for task in tasks},
         kept=found["kept", ""],
         **{
-            name: found.get((name, ""), Estimate(None, note="the scores of the patches were not kept"))
+            name: found.get((name, ""), IntervalEstimate(None, note="the scores of the patches were not kept"))
             for name in ("looked_at", "area", "most_attention", "most_kept")
         },
     )

@@ -16,7 +16,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from keyhole.errors import OutputError
-from keyhole.report.prediction import FILES, Prediction, write_prediction
+from keyhole.report.files import FILES, write_prediction
+from keyhole.report.prediction import Prediction
 from keyhole.report.table import TableRow, table_row
 from keyhole.util.files import remove_unfinished, writable_folder
 

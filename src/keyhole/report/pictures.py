@@ -17,8 +17,8 @@ from keyhole.images.pixels import Pixels
 from keyhole.images.thumbnail import thumbnail
 from keyhole.patches.features import FeaturePatches
 from keyhole.patches.sources import FilePatches
-from keyhole.report.contact_sheet import score_picture
-from keyhole.report.prediction import Kept, Pictures, Prediction, Scores
+from keyhole.report.drawing import score_picture
+from keyhole.report.prediction import KeptPatches, Pictures, Prediction, Scores
 
 SHOWN = 64
 """Kept patches of an image whose pixels are carried along."""
@@ -30,7 +30,7 @@ LEAST = 340
 """Pixels of the longer side of a picture of scores."""
 
 
-def most_attended(kept: Kept) -> NDArray[np.int64]:
+def most_attended(kept: KeptPatches) -> NDArray[np.int64]:
     """Places among the kept of the patches to show: of very many those with the highest attention of any task."""
     ranks = [np.argsort(np.argsort(-weights, kind="stable")) for weights in kept.attention.values()]
     order = np.argsort(np.min(ranks, axis=0), kind="stable") if ranks else np.arange(len(kept))

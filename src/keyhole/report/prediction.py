@@ -1,49 +1,44 @@
-"""What a model says about one image and what that rests on: the kept patches, and the score of every patch.
+"""What a model predicts for one image and what that rests on: the kept patches, and the score of every patch.
 
-A prediction also carries the pixels that show it (`Pictures`), so that nothing has to look at its image again.
+A prediction also carries the pixels that show it (`Pictures`), so that showing it never opens the image again.
 
 Torch-free. All boxes are (x, y, width, height) in level-0 pixels and may reach over the border of the image.
+
+Letters: n patches, m kept, k patches shown.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from keyhole.errors import OutputError, RunError
+from keyhole.errors import RunError
 from keyhole.images.geometry import Size
-from keyhole.report.geojson import kept_geojson
 from keyhole.tasks.kinds import Task
-from keyhole.util.files import atomic_file, writable_folder, write_atomic
 from keyhole.util.version import VERSION
 
 BOX = ("x", "y", "width", "height")
-FILES = ("prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz")
-"""What `write_prediction` writes."""
-_ROWS = 10_000
-"""Patches whose boxes are worked out and written at once."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Kept:
-    """The m patches that the prediction was made from, best first.
+class KeptPatches:
+    """The m patches that a prediction was made from, best first.
 
     Attributes:
         index: (m,) patch index in the grid.
         boxes: (m, 4) level-0 x, y, width, height.
         score: (m,) share of the attention over all patches, mean over the tasks: that of `Scores` at these patches.
-        attention: by task, (m,) weight of each patch in the pooled embedding, mean over heads; sums to 1.
+        attention: By task, (m,) weight of each patch in the pooled embedding, mean over heads; sums to 1.
 
     Raises:
-        RunError: attention is not a number, as from a model whose training diverged.
+        RunError: Attention is NaN, as from a model whose training diverged.
     """
 
     index: NDArray[np.int64]
@@ -59,7 +54,7 @@ class Kept:
             assert weights.shape == (m,), weights.shape
             if not np.isfinite(weights).all():
                 raise RunError(
-                    f"{task}: the model gives attention that is no number. "
+                    f"{task}: the attention of the model is NaN. "
                     "Its weights are damaged or its training diverged; train with a lower rate."
                 )
             assert abs(float(weights.sum()) - 1) < 1e-3, weights.sum()
@@ -68,10 +63,10 @@ class Kept:
         return len(self.index)
 
     def __repr__(self) -> str:
-        return f"Kept({len(self)} patches)"
+        return f"KeptPatches({len(self)} patches)"
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Plain values of one patch after the other: index, box, score, attention by task."""
+        """Yield plain values of one patch after the other: index, box, score, attention by task."""
         for i in range(len(self)):
             yield {
                 "index": int(self.index[i]),
@@ -82,31 +77,17 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Boxes:
-    """Boxes by patch index, as of a grid that is no longer there.
-
-    Attributes:
-        of: (n, 4) level-0 x, y, width, height of every patch.
-    """
-
-    of: NDArray[np.int64]
-
-    def __call__(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self.of[index]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Scores:
-    """The score of every patch that was looked at, a by-product of the selection.
+    """The score of every patch of an image, a by-product of the selection.
 
     Attributes:
-        rows: of the full grid, patches left out by a mask included.
-        columns: likewise.
+        rows: Rows of the full grid, patches left out by a mask included.
+        columns: Columns of the same.
         index: (n,) patch index in the grid.
         cells: (n, 2) row and column in the full grid.
         score: (n,) mean over the tasks.
-        per_task: by task, (n,).
-        boxes: patch indices (k,) to level-0 boxes (k, 4); `PatchGrid.boxes`.
+        per_task: By task, (n,).
+        boxes: Patch indices (k,) to level-0 boxes (k, 4); `PatchGrid.boxes`.
         arrived: (n,) False where a patch could not be read, which has score 0; None if all could.
     """
 
@@ -133,13 +114,19 @@ class Scores:
         return f"Scores({len(self)} patches on {self.rows} x {self.columns})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: the boxes themselves instead of the grid, which holds the open image."""
-        return {**self.__dict__, "boxes": Boxes(np.asarray(self.boxes(self.index), np.int64))}
+        """Pickle the boxes themselves instead of the grid, which holds the open image."""
+        return {**self.__dict__, "boxes": partial(operator.getitem, np.asarray(self.boxes(self.index), np.int64))}
 
     def map(self, task: str | None = None) -> NDArray[np.float32]:
-        """Scores (rows, columns) on the full grid, of one task or their mean; NaN where no patch was looked at.
+        """Return the scores on the full grid.
 
         Stored features need not lie on one grid: of several in one cell the highest score is shown.
+
+        Args:
+            task: Name of a task; default is the mean over all.
+
+        Returns:
+            (rows, columns) float32, NaN where there is no patch.
         """
         out = np.full((self.rows, self.columns), np.nan, np.float32)
         seen = slice(None) if self.arrived is None else self.arrived
@@ -154,10 +141,10 @@ class Pictures:
 
     Attributes:
         thumbnail: (h, w, c) uint8 of the whole image, c = 1 or 3; a picture of the scores where there is no image.
-        downsample: level-0 pixels per pixel of the thumbnail.
-        patches: (k, s, s, c) uint8, kept patches as the model saw them, made smaller where they are large.
+        downsample: Level-0 pixels per pixel of the thumbnail.
+        patches: (k, s, s, c) uint8, kept patches as the model saw them, scaled down where they are large.
         place: (k,) which of the kept patches these are; with very many kept, those with the highest attention.
-        note: where the pixels are not what the model saw, what they are; else "".
+        note: What the pixels are where they are not what the model saw; else "".
     """
 
     thumbnail: NDArray[np.uint8]
@@ -176,25 +163,25 @@ class Pictures:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
-    """What a model says about one image. It can be pickled, also to another process.
+    """What a model predicts for one image. It can be pickled, also to another process.
 
     Attributes:
-        name: the image as the user wrote it; `array` or `picture` of pixels in memory.
-        image: the file; the name again where there is none.
-        size: width and height of level 0 in pixels; of stored features whose slide is not known, what holds them all.
-        tasks: what was predicted.
-        probability: by task and class; {"value": x} for regression.
-        label: by task; labels of a multilabel task joined by `|`.
-        kept: the patches that the prediction was made from.
-        scores: of every patch; None where they were not asked for.
-        patch: geometry of the grid: size and stride in pixels of what was read, level, mpp, scale (level-0 pixels per
-            pixel read), and edge, the rule for patches over the border. Of stored features not `edge` but `features`,
-            the file, and `size_known`, False where the size is told from the coordinates.
-        model: which model said so.
-        origin: level-0 x, y from which QuPath counts on this image; (0, 0) but for slides that state bounds.
+        name: The image as the user wrote it; `array` or `picture` for pixels in memory.
+        image: The file; the name again where there is none.
+        size: Width and height of level 0 in pixels; of stored features whose slide is unknown, of what holds them all.
+        tasks: What was predicted.
+        probability: By task and class; {"value": x} for regression.
+        label: By task; labels of a multilabel task joined by `|`.
+        kept: The patches that the prediction was made from.
+        scores: Scores of every patch; None where they were not kept.
+        patch: Geometry of the grid: size and stride in pixels of what was read, level, mpp, scale (level-0 pixels per
+            pixel read), and edge, the rule for patches over the border. Stored features have, instead of `edge`,
+            `features`, the file, and `size_known`, False where the size is inferred from the coordinates.
+        model: Name of the model.
+        origin: Level-0 x, y from which QuPath counts on this image; (0, 0) but for slides that state bounds.
         unreadable: (k, 4) boxes of the patches that could not be read; None if all could.
-        pictures: pixels that show it; None where they were not asked for.
-        notes: what makes it doubtful, such as another resolution than the model learned at.
+        pictures: Pixels that show it; None where they were not asked for.
+        notes: What makes it doubtful, such as another resolution than the model was trained at.
     """
 
     name: str
@@ -203,7 +190,7 @@ class Prediction:
     tasks: tuple[Task, ...]
     probability: Mapping[str, Mapping[str, float]]
     label: Mapping[str, str]
-    kept: Kept
+    kept: KeptPatches
     scores: Scores | None
     patch: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""
@@ -213,7 +200,7 @@ class Prediction:
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """`Prediction('red/1.png', label: red 0.90, kept 4 of 16 patches)`."""
+        """Return for example `Prediction('red/1.png', label: red 0.90, kept 4 of 16 patches)`."""
         said = []
         for task, label in self.label.items():
             share = self.probability[task].get(label)
@@ -222,7 +209,7 @@ class Prediction:
         return f"Prediction({self.name!r}, {', '.join(said)}, kept {len(self.kept)}{of} patches)"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the score of every patch, as a plain dict."""
+        """Return everything but the score of every patch and the pictures, as a plain dict."""
         return {
             "keyhole": VERSION,
             "model": self.model,
@@ -247,89 +234,6 @@ class Prediction:
             if self.scores is None
             else {"rows": self.scores.rows, "columns": self.scores.columns, "patches": len(self.scores)},
         }
-
-
-def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Path]:
-    """Writes prediction.json, kept.csv, kept.geojson and, where there are scores, scores.csv and scores.npz.
-
-    scores.npz holds `index`, `cells`, `score` and `map`, `score.TASK` and `map.TASK` per task, and `arrived` where
-    patches could not be read.
-
-    Returns:
-        The paths by file name.
-
-    Raises:
-        OutputError: the folder cannot be written; each file is whole or not there.
-    """
-    folder = writable_folder(folder)
-    paths = {
-        name: write_atomic(folder / name, encoded(text))
-        for name, text in {
-            "prediction.json": _json(prediction.to_json(), indent=2),
-            "kept.geojson": _json(kept_geojson(prediction)),
-            "kept.csv": "".join(_kept_lines(prediction)),
-        }.items()
-    }
-    if prediction.scores is not None:
-        paths["scores.csv"] = _write_lines(folder / "scores.csv", _score_lines(prediction.scores))
-        paths["scores.npz"] = _write_scores(folder / "scores.npz", prediction.scores)
-    return paths
-
-
-def _kept_lines(prediction: Prediction) -> Iterator[str]:
-    kept = prediction.kept
-    yield csv_line(["rank", "index", *BOX, "score", *(f"attention.{task}" for task in kept.attention)])
-    for rank, row in enumerate(kept.rows(), start=1):
-        yield csv_line([rank, row["index"], *row["box"], row["score"], *row["attention"].values()])
-
-
-def _score_lines(scores: Scores) -> Iterator[str]:
-    yield csv_line(["index", "row", "column", *BOX, "score", *(f"score.{task}" for task in scores.per_task)])
-    columns = [scores.score, *scores.per_task.values()]
-    for start in range(0, len(scores), _ROWS):
-        some = slice(start, start + _ROWS)
-        index = scores.index[some]
-        whole = np.column_stack([index, scores.cells[some], scores.boxes(index)]).tolist()
-        values = [[f"{value:.9g}" for value in column[some].tolist()] for column in columns]
-        yield "".join(",".join([*map(str, row), *numbers]) + "\n" for row, *numbers in zip(whole, *values, strict=True))
-
-
-def _write_scores(path: Path, scores: Scores) -> Path:
-    arrays = {"index": scores.index, "cells": scores.cells, "score": scores.score, "map": scores.map()}
-    if scores.arrived is not None:
-        arrays["arrived"] = scores.arrived
-    for task, score in scores.per_task.items():
-        arrays |= {f"score.{task}": score, f"map.{task}": scores.map(task)}
-    with atomic_file(path) as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    return path
-
-
-def _write_lines(path: Path, lines: Iterator[str]) -> Path:
-    with atomic_file(path) as file:
-        for line in lines:
-            file.write(encoded(line))
-    return path
-
-
-def csv_line(values: Iterable[object]) -> str:
-    """A row of a CSV, with its end of line."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue()
-
-
-def encoded(text: str) -> bytes:
-    """UTF-8 of what is written to a file."""
-    # A file name need not be valid text; what cannot be encoded is written as an escape, which JSON reads as such.
-    return text.encode("utf-8", "backslashreplace")
-
-
-def _json(data: Any, indent: int | None = None) -> str:
-    try:
-        return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    except ValueError as error:
-        raise OutputError(f"a prediction holds a value that is not a number and cannot be written ({error})") from error
 
 
 def _plain(value: np.float32) -> float:

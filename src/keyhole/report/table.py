@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from keyhole.report.prediction import Prediction, csv_line, encoded
+from keyhole.report.files import csv_line, encoded
+from keyhole.report.prediction import Prediction
 from keyhole.tasks.learning import unevenness
 from keyhole.util.files import atomic_file
 from keyhole.util.wording import distinct

@@ -17,7 +17,7 @@ _BLOCK = 2_000_000
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A value with its 95 % interval.
 
     Attributes:
@@ -49,7 +49,7 @@ def bootstrap(
     seed: int = 0,
     rounds: int = 1000,
     notes: Mapping[K, str] | None = None,
-) -> dict[K, Estimate]:
+) -> dict[K, IntervalEstimate]:
     """Percentile bootstrap (Efron 1979) of all metrics of `measure` on the same resamples.
 
     The limits are the 2.5th and the 97.5th percentile. A round in which a metric is undefined (a class was not drawn)
@@ -100,20 +100,20 @@ def _resamples(unit: NDArray[np.int64], units: int, rng: np.random.Generator, ro
         yield np.stack(counts).astype(np.float64)[:, unit]
 
 
-def _estimate(value: float, drawn: Weights | None, unit: str, note: str | None) -> Estimate:
+def _estimate(value: float, drawn: Weights | None, unit: str, note: str | None) -> IntervalEstimate:
     if np.isnan(value):
-        return Estimate(None, note=note or "undefined on these images")
+        return IntervalEstimate(None, note=note or "undefined on these images")
     if drawn is None:
-        return Estimate(value, note=_joined(note, f"there is only one {unit}"))
+        return IntervalEstimate(value, note=_joined(note, f"there is only one {unit}"))
     defined = drawn[~np.isnan(drawn)]
     lost = len(drawn) - len(defined)
     if 2 * lost > len(drawn) or not len(defined):
-        return Estimate(value, note=_joined(note, f"undefined in {lost} of {len(drawn)} resamples"))
+        return IntervalEstimate(value, note=_joined(note, f"undefined in {lost} of {len(drawn)} resamples"))
     low, high = np.percentile(defined, [2.5, 97.5])
     if high - low <= 1e-12 * max(1.0, abs(value)):
-        return Estimate(value, note=_joined(note, "all resamples give the same value, so they show no spread"))
+        return IntervalEstimate(value, note=_joined(note, "all resamples give the same value, so they show no spread"))
     dropped = f"undefined in {lost} of {len(drawn)} resamples, which do not count" if lost else None
-    return Estimate(value, float(low), float(high), _joined(note, dropped), "bootstrap")
+    return IntervalEstimate(value, float(low), float(high), _joined(note, dropped), "bootstrap")
 
 
 def _joined(*notes: str | None) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from keyhole.errors import RunError
-from keyhole.tasks.bootstrap import Estimate, bootstrap, units_of
+from keyhole.tasks.bootstrap import IntervalEstimate, bootstrap, units_of
 from keyhole.tasks.intervals import LEVEL
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.measures import ECE_BINS, THRESHOLD
@@ -47,8 +47,8 @@ class TaskMetrics:
     groups: int | None
     rounds: int
     seed: int
-    overall: dict[str, Estimate]
-    per_class: dict[str, dict[str, Estimate]]
+    overall: dict[str, IntervalEstimate]
+    per_class: dict[str, dict[str, IntervalEstimate]]
     support: dict[str, int]
     confusion: NDArray[np.int64] | None
 
@@ -121,13 +121,13 @@ def evaluate_task(
     measures = task.measure(targets, probabilities)
     keys: list[Key] = [(None, metric.name) for metric in task_metrics(task)]
     keys += [(name, metric.name) for name in task.classes for metric in class_metrics(task)]
-    estimates = dict.fromkeys(keys, Estimate(None, note="no image has a label"))
+    estimates = dict.fromkeys(keys, IntervalEstimate(None, note="no image has a label"))
     if n:
         notes = metric_notes(task, measures)
         estimates = bootstrap(lambda weights: metric_values(task, measures, weights), n, groups, seed, rounds, notes)
         for key, interval in closed_intervals(task, measures, units_of(n, groups)).items():
             if (value := estimates[key].value) is not None:
-                estimates[key] = Estimate(value, interval.low, interval.high, notes.get(key), interval.method)
+                estimates[key] = IntervalEstimate(value, interval.low, interval.high, notes.get(key), interval.method)
     return TaskMetrics(
         task=task,
         n=n,
@@ -223,7 +223,7 @@ def _known(
     if not np.isfinite(probabilities[known]).all():
         bad = int((~np.isfinite(probabilities[known])).any(axis=1).sum())
         raise RunError(
-            f"{task.name}: the model gives no number for {bad} of {known.sum()} images. "
+            f"{task.name}: the output of the model is NaN for {bad} of {known.sum()} images. "
             "Its weights are damaged or its training diverged; train with a lower rate."
         )
     return targets[known], probabilities[known], known

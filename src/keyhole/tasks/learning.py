@@ -28,7 +28,7 @@ NEAR = 0.95
 """A loss below this share of that of guessing speaks for the model, however few the images are."""
 HIGH = 0.8
 """An AUROC or balanced accuracy from which on it speaks for the model, however few the images are."""
-FEWEST = 4
+MIN_NUMBERS = 4
 """Images of a regression below which nothing can be said."""
 
 
@@ -190,7 +190,7 @@ def _judge_classes(task: Task, measures: ClassMeasures, unit: NDArray[np.int64])
 def _judge_numbers(measures: RegressionMeasures) -> _Verdict:
     truth, said = measures.truth, measures.said
     variance = float(truth.var())
-    if len(truth) < FEWEST or variance <= 1e-24 * float((truth**2).max()):
+    if len(truth) < MIN_NUMBERS or variance <= 1e-24 * float((truth**2).max()):
         return _NO_VERDICT
     loss = float(((said - truth) ** 2).mean()) / variance
     flat = bool(said.std() < 1e-3 * truth.std())

@@ -1,0 +1,166 @@
+"""The files of a prediction: JSON, CSV, arrays, and GeoJSON that QuPath opens (File > Import objects).
+
+The GeoJSON follows RFC 7946, except that coordinates are level-0 pixels, x to the right and y down, as in QuPath. They
+are counted from the corner of the bounds that a slide states (`Image.qupath_origin`), to which QuPath crops it.
+Properties are those that QuPath (0.4 and later) writes itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keyhole.errors import OutputError
+from keyhole.report.prediction import BOX, Prediction, Scores
+from keyhole.util.files import atomic_file, writable_folder, write_atomic
+
+FILES = ("prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz")
+"""What `write_prediction` writes."""
+PALETTE = (
+    (31, 119, 180),
+    (214, 39, 40),
+    (44, 160, 44),
+    (255, 127, 14),
+    (148, 103, 189),
+    (23, 190, 207),
+    (227, 119, 194),
+    (140, 86, 75),
+    (188, 189, 34),
+    (127, 127, 127),
+)
+"""Colours of classes in index order, repeated where there are more classes."""
+_ROWS = 10_000
+"""Patches whose boxes are computed and written at once."""
+
+
+def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Path]:
+    """Write prediction.json, kept.csv, kept.geojson and, where there are scores, scores.csv and scores.npz.
+
+    scores.npz holds `index`, `cells`, `score` and `map`, `score.TASK` and `map.TASK` per task, and `arrived` where
+    patches could not be read.
+
+    Args:
+        prediction: What `Predictor.predict` returns.
+        folder: Created where it does not exist.
+
+    Returns:
+        The paths by file name.
+
+    Raises:
+        OutputError: The folder cannot be written. Each file is complete or absent.
+    """
+    folder = writable_folder(folder)
+    paths = {
+        name: write_atomic(folder / name, encoded(text))
+        for name, text in {
+            "prediction.json": _json(prediction.to_json(), indent=2),
+            "kept.geojson": _json(kept_geojson(prediction)),
+            "kept.csv": "".join(_kept_lines(prediction)),
+        }.items()
+    }
+    if (scores := prediction.scores) is not None:
+        paths |= {name: folder / name for name in ("scores.csv", "scores.npz")}
+        with atomic_file(paths["scores.csv"]) as file:
+            for line in _score_lines(scores):
+                file.write(encoded(line))
+        with atomic_file(paths["scores.npz"]) as file:
+            np.savez_compressed(file, **_score_arrays(scores))
+    return paths
+
+
+def kept_geojson(prediction: Prediction) -> dict[str, Any]:
+    """Return a FeatureCollection with one polygon per kept patch, best first, classified as the first task's label.
+
+    Patches without a place, such as stored features without coordinates, are left out.
+
+    Every polygon carries its rank (1 is best), its selection score and its attention weight per task as measurements,
+    by which QuPath can filter and colour; the weight also relative to 1/M, the weight of each if all were equal.
+    """
+    task = prediction.tasks[0]
+    label = prediction.label[task.name]
+    color = PALETTE[task.classes.index(label) % len(PALETTE)] if label in task.classes else PALETTE[0]
+    said = {f"predicted {task.name}": prediction.label[task.name] for task in prediction.tasks}
+    features, m = [], len(prediction.kept)
+    for rank, patch in enumerate(prediction.kept.rows(), start=1):
+        x, y, width, height = patch["box"]
+        if not width * height:
+            continue
+        x, y = x - prediction.origin[0], y - prediction.origin[1]
+        # Exterior rings turn counter-clockwise in the axes of the RFC and end where they begin.
+        ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
+        features.append(
+            {
+                "type": "Feature",
+                # From image and place, so that importing the file twice does not duplicate the objects.
+                "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"keyhole:{prediction.name!a}:{patch['box']}")),
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+                "properties": {
+                    "objectType": "annotation",
+                    "name": f"kept {rank}",
+                    "classification": {"name": task.group_name(label), "color": list(color)},
+                    "isLocked": True,
+                    "measurements": {"rank": rank, "selection score": patch["score"]}
+                    | {f"attention {task}": weight for task, weight in patch["attention"].items()}
+                    | {f"attention {task} times 1/M": weight * m for task, weight in patch["attention"].items()},
+                    "metadata": said,
+                },
+            }
+        )
+    return {"type": "FeatureCollection", "features": features}
+
+
+def _kept_lines(prediction: Prediction) -> Iterator[str]:
+    kept = prediction.kept
+    yield csv_line(["rank", "index", *BOX, "score", *(f"attention.{task}" for task in kept.attention)])
+    for rank, row in enumerate(kept.rows(), start=1):
+        yield csv_line([rank, row["index"], *row["box"], row["score"], *row["attention"].values()])
+
+
+def _score_lines(scores: Scores) -> Iterator[str]:
+    yield csv_line(["index", "row", "column", *BOX, "score", *(f"score.{task}" for task in scores.per_task)])
+    columns = [scores.score, *scores.per_task.values()]
+    for start in range(0, len(scores), _ROWS):
+        some = slice(start, start + _ROWS)
+        index = scores.index[some]
+        whole = np.column_stack([index, scores.cells[some], scores.boxes(index)]).tolist()
+        values = [[f"{value:.9g}" for value in column[some].tolist()] for column in columns]
+        yield "".join(",".join([*map(str, row), *numbers]) + "\n" for row, *numbers in zip(whole, *values, strict=True))
+
+
+def _score_arrays(scores: Scores) -> dict[str, Any]:
+    arrays = {"index": scores.index, "cells": scores.cells, "score": scores.score, "map": scores.map()}
+    if scores.arrived is not None:
+        arrays["arrived"] = scores.arrived
+    for task, score in scores.per_task.items():
+        arrays |= {f"score.{task}": score, f"map.{task}": scores.map(task)}
+    return arrays
+
+
+def csv_line(values: Iterable[object]) -> str:
+    """Return a row of a CSV, with its end of line.
+
+    >>> csv_line(["a,b", 1.5]).rstrip()
+    '"a,b",1.5'
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue()
+
+
+def encoded(text: str) -> bytes:
+    """Return UTF-8; a file name need not be valid text, and what cannot be encoded becomes an escape."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _json(data: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise OutputError(f"a prediction holds NaN or infinity and cannot be written ({error})") from error
