@@ -1,7 +1,7 @@
 """What `keyhole check` finds in one image: its size, patches, resolution and values, or why it cannot be used.
 
-Decoders may abort the whole process on a broken file, so that this is called in one of its own (`check_worker`). It
-never imports torch.
+A decoder may abort the whole process on a broken file, so a process of its own runs this (`worker`). torch is not
+imported here.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ if TYPE_CHECKING:
     from keyhole.patches.grid import PatchGrid
     from keyhole.patches.sources import FileOpener
 
-DARK = 16
-"""Value, of 255: a picture whose brightest value is below is nearly black."""
-FEW = 4
-"""Patches that are read for the time it takes."""
+MAX_DARK_VALUE = 16
+"""A picture whose brightest value, of 255, is below is nearly black."""
+TIMED_PATCHES = 4
 Trouble = Literal["image", "settings", "died", "stalled", "unexpected", "output"]
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What an image turned out to be.
+    """What was found in an image.
 
     Attributes:
         size: width and height at level 0; 0 x 0 for stored features.
-        levels: how many resolutions.
+        levels: number of resolutions.
         mpp: microns per level-0 pixel, or None.
         channels: 1 or 3; the width of stored features.
-        patches: how many the grid has, after the foreground mask.
-        level_bytes: of the decoded pixels at the level that is read.
-        file_mpp: `mpp` as the file says, whatever the CSV does.
-        mpp_note: what the file says of its resolution that is not to be believed.
+        patches: number of patches after the foreground mask.
+        level_bytes: bytes of the decoded pixels at the level that is read.
+        file_mpp: `mpp` as the file states it, whatever the CSV states.
+        mpp_note: an implausible resolution that the file states.
         preview_problem: why there is no preview although one was asked for.
         note: what of the file is not read.
-        darkest, brightest: values of the patches looked at.
-        image_seconds, patch_seconds: to open it and decode what belongs to all of it, and to read a patch.
+        darkest: smallest value of the patches that were read.
+        brightest: largest value of the patches that were read.
+        image_seconds: time to open the image and decode what all patches share.
+        patch_seconds: time to read a patch.
         origin: of stored features, the fields of `Origin`; empty for images.
     """
 
@@ -70,11 +71,11 @@ class Failed:
     """Why an image cannot be used.
 
     Attributes:
-        problem: one line without the image's name.
-        trouble: of which kind it is.
-        previewed: whether the preview was made all the same.
-        fix: what to do, where the error said it.
-        largest: value of an image of which only the bits in use are not known.
+        problem: one line without the name of the image.
+        trouble: the kind of problem.
+        previewed: True if the preview was still made.
+        fix: what to do, if the error said it.
+        largest: largest value of an image for which only the bits in use are unknown.
     """
 
     problem: str
@@ -86,16 +87,16 @@ class Failed:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be looked at.
+    """An image to open, in types that JSON holds.
 
     Attributes:
         path: the image, or the file of features.
-        patch: size, stride, level, mpp, bits, foreground, min_foreground and edge, as `FileOpener` takes them.
-        image_mpp: microns per pixel over the file's own.
+        patch: the patch settings of `FileOpener`.
+        image_mpp: microns per pixel that override the file's own.
         mask: PNG or GeoJSON of the foreground.
-        features: whether `path` holds stored features.
-        name: of the image, for the preview.
-        preview: PNG to make of the foreground and the grid.
+        features: True if `path` holds stored features.
+        name: name of the image, for the preview.
+        preview: PNG to write of the foreground and the grid.
     """
 
     path: str
@@ -108,7 +109,7 @@ class Request:
 
 
 def probe_here(request: Request) -> Probed | Failed:
-    """What the other process does: opens one image, reads its first and last patch."""
+    """Open one image in this process and read its first and last patch."""
     path = Path(request.path)
     try:
         return _probe_features(path, request.name) if request.features else _probe_image(path, request)
@@ -148,41 +149,75 @@ def _probe_image(path: Path, request: Request) -> Probed | Failed:
             except ImageError as error:  # at a level that a run does not read
                 problem, _ = problem_and_fix(error.problem)
         if grid is None:
-            previewed = request.preview is not None and not problem
-            return Failed(nothing[0], "settings", previewed, nothing[1])
-        seconds = _seconds(opening, grid.read, len(grid))
-        size = decoded_bytes(image, grid.level)
-        shape = image.size, len(image.levels), image.mpp, image.channels
-        values = _values(image, grid)
-        return Probed(*shape, len(grid), size, file_mpp, image.mpp_note, problem, image.note, *values, *seconds)
+            return Failed(nothing[0], "settings", request.preview is not None and not problem, nothing[1])
+        image_seconds, patch_seconds = _seconds(opening, grid.read, len(grid))
+        darkest, brightest = _values(image, grid)
+        return Probed(
+            size=image.size,
+            levels=len(image.levels),
+            mpp=image.mpp,
+            channels=image.channels,
+            patches=len(grid),
+            level_bytes=decoded_bytes(image, grid.level),
+            file_mpp=file_mpp,
+            mpp_note=image.mpp_note,
+            preview_problem=problem,
+            note=image.note,
+            darkest=darkest,
+            brightest=brightest,
+            image_seconds=image_seconds,
+            patch_seconds=patch_seconds,
+        )
+
+
+def _probe_features(path: Path, name: str) -> Probed:
+    from keyhole.patches.features import FeatureOpener
+
+    began = time.perf_counter()
+    source = FeatureOpener(path, name)()
+    try:
+        image, patch = _seconds(time.perf_counter() - began, source.read, len(source))
+        return Probed(
+            size=Size(0, 0),
+            levels=1,
+            mpp=None,
+            channels=source.patch_shape[0],
+            patches=len(source),
+            level_bytes=0,
+            image_seconds=image,
+            patch_seconds=patch,
+            origin=asdict(source.origin),
+        )
+    finally:
+        source.close()
 
 
 def _seconds(opening: float, read: Callable[[Sequence[int]], object], length: int) -> tuple[float, float]:
-    """What the image costs and what a patch costs, of reading the first and last patch and then a few."""
+    """Read the first and last patch and then a few again; return the seconds of the image and of a patch."""
     began = time.perf_counter()
     read([0, length - 1])
     first = time.perf_counter()
-    count = min(length, FEW)
+    count = min(length, TIMED_PATCHES)
     read(range(count))
     again = time.perf_counter() - first
     return max(0.0, opening + first - began - again), again / count
 
 
 def _values(image: Image, grid: PatchGrid) -> tuple[int, int]:
-    """The darkest and brightest value of a few patches; of one alone where it is neither dark nor of one value."""
+    """Return the smallest and largest value of up to nine patches; one is enough if it is neither dark nor uniform."""
     level = image.levels[grid.level]
     darkest, brightest = 255, 0
-    for place in sorted({round(k * (len(grid) - 1) / 8) for k in range(9)}):
-        x, y, width, height = (round(side / level.downsample) for side in grid.boxes([place])[0].tolist())
+    for patch in sorted({round(k * (len(grid) - 1) / 8) for k in range(9)}):
+        x, y, width, height = (round(side / level.downsample) for side in grid.boxes([patch])[0].tolist())
         box = x, y, min(width, level.size.width - x), min(height, level.size.height - y)
         if min(box[2:]) < 1:
             continue
         try:
             pixels = image.read(box, grid.level)
-        except ImageError:  # damage between the first and the last patch, of which a run leaves out what it must
+        except ImageError:  # a damaged patch, which a run leaves out
             continue
         darkest, brightest = min(darkest, int(pixels.min())), max(brightest, int(pixels.max()))
-        if darkest < brightest >= DARK:
+        if darkest < brightest >= MAX_DARK_VALUE:
             break
     return darkest, brightest
 
@@ -194,34 +229,11 @@ def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, request: 
     mpp = "unknown microns per pixel" if image.mpp is None else f"{image.mpp:.4g} microns per pixel"
     at = f"level {full.level}" if opener.mpp is None else f"{opener.mpp:g} microns per pixel"
     step = f", stride {full.stride}" if full.stride != full.size else ""
-    least = (
-        f", at least {100 * opener.min_foreground:.3g} % of a patch" if opener.foreground in ("tissue", "mask") else ""
-    )
+    minimum = f", at least {100 * opener.min_foreground:.3g} % of a patch"
     caption = [
         request.name or request.path,
         f"{image.size.width:,} x {image.size.height:,} pixels, {mpp}",
-        f"patches of {full.size} px{step} at {at}; foreground {opener.foreground}{least}",
+        f"patches of {full.size} px{step} at {at}; foreground {opener.foreground}"
+        f"{minimum if opener.foreground in ('tissue', 'mask') else ''}",
     ]
     mask_preview(image, full, grid, opener.foreground_mask(), caption, path)
-
-
-def _probe_features(path: Path, name: str) -> Probed:
-    from keyhole.patches.features import FeatureOpener
-
-    began = time.perf_counter()
-    source = FeatureOpener(path, name)()
-    try:
-        image, patch = _seconds(time.perf_counter() - began, source.read, len(source))
-        return Probed(
-            Size(0, 0),
-            1,
-            None,
-            source.patch_shape[0],
-            len(source),
-            0,
-            image_seconds=image,
-            patch_seconds=patch,
-            origin=asdict(source.origin),
-        )
-    finally:
-        source.close()

@@ -1,12 +1,11 @@
-"""`keyhole check`: opens every image before a run does, and says what would go wrong, with a fix beside it."""
+"""`keyhole check`: open every image before a run does, and report what would go wrong, each with a fix."""
 
 from __future__ import annotations
 
 import os
-import queue
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,12 @@ from keyhole.errors import OutputError
 from keyhole.inference.embed_items import items_to_embed, without_labels
 from keyhole.patches.image_cache import fits
 from keyhole.report.mask_preview import preview_names
-from keyhole.tools.check.findings import (
-    Finding,
-    about_bits,
-    about_content,
-    about_images,
-    about_labels,
-    count_classes,
-)
+from keyhole.tools.check.findings import Finding, about_bits, about_content, about_images, about_labels, count_classes
 from keyhole.tools.check.look import Failed, Probed, Request, Trouble
-from keyhole.tools.check.worker import ImageProbe
+from keyhole.tools.check.worker import probe_all
 from keyhole.training.duration import Work
 from keyhole.util.files import writable_folder
 
-PROCESSES = 4
-"""At a time, at most: each may hold a tile or a thumbnail of gigapixels in memory."""
 LABELS = "one folder per class with its images in it, or a CSV with the columns image and label."
 SKIP = "Or leave it out: --data.on-bad-image skip."
 FIXES: Mapping[Trouble, str] = {
@@ -50,7 +40,7 @@ FIXES: Mapping[Trouble, str] = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Smallest, middle and largest of a quantity over the images, and the sum."""
+    """Smallest value, median, largest value and sum of a quantity over the images."""
 
     min: float
     median: float
@@ -63,16 +53,16 @@ class CheckReport:
     """What `check` found.
 
     Attributes:
-        images: how many can be used.
+        images: number of images that can be used.
         classes: per task and class, the labels per split; a regression has the one class `value`.
         spreads: of width, height, levels, channels, mpp where known, and patches; of features their width.
         findings: errors first.
-        left_out: files and rows that are not used at all.
-        notes: what was decided, such as splits made.
+        left_out: files and rows that are not used.
+        notes: decisions, such as drawn splits.
         memory: whether decoded images would stay in memory, and why; empty for stored features.
         work: what a run has to do with these images.
-        time: how long a run will take, where it is worth a line.
-        reading: seconds of an image and of a patch on one thread, on average; None where nothing was read.
+        time: how long a run will take, if it is worth a line.
+        reading: mean seconds of an image and of a patch on one thread; None if nothing was read.
         previews: folder with a picture per image of the foreground mask and the patches, or None.
     """
 
@@ -90,15 +80,15 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing stands in the way of a run."""
+        """True if nothing would stop a run."""
         return all(finding.severity != "error" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts and lists."""
+        """Return plain dicts and lists."""
         return {"ok": self.ok, **asdict(self)}
 
     def table(self) -> list[list[str]]:
-        """Header and a row per quantity: the images' sizes and patch counts."""
+        """Return a header and a row per quantity: sizes and numbers of patches."""
         rows = [["", "min", "median", "max", "total"]]
         for name, spread in self.spreads.items():
             total = f"{spread.total:,.0f}" if name == "patches" else ""
@@ -106,16 +96,11 @@ class CheckReport:
         return rows
 
     def class_table(self) -> list[list[str]]:
-        """Header and a row per task and class: images per split."""
+        """Return a header and a row per task and class: images per split."""
         rows = [["task", "class", *SPLITS]]
         for task, classes in self.classes.items():
             rows += [[task, name, *(str(count[split]) for split in SPLITS)] for name, count in classes.items()]
         return rows
-
-    def finding_table(self) -> list[list[str]]:
-        """Header and a row per finding."""
-        rows = [["", "image", "problem", "fix"]]
-        return rows + [[found.severity, found.name, found.problem, found.fix] for found in self.findings]
 
 
 def check(
@@ -127,73 +112,89 @@ def check(
     labels: bool = True,
     **settings: Any,
 ) -> CheckReport:
-    """Reads the data set as a run would, opens every image and reads its first and last patch.
+    """Read a data set as a run would, open every image, and read its first and last patch.
 
-    Images are opened in processes that may die: a file that takes one down is a finding. Data without any labels, such
-    as a folder of images for `predict`, are looked at without them.
+    Images are opened in separate processes: a file that crashes one is a finding. Data without labels, such as a folder
+    of images for `predict`, are checked without them.
 
     Args:
         data: as for `keyhole.train`: a folder, a CSV, a section, or a whole configuration.
-        deep: also read files of equal size whole, to find those of equal content.
-        previews: folder for a PNG per image that shows the foreground mask and the patches; made if need be. Also for
-            images of which no patch is left. Stored features have none.
-        progress: called with the images done and their number.
-        labels: False looks at the images alone, whatever the folders and columns say.
+        deep: also find files of equal content.
+        previews: folder for a PNG per image that shows the foreground mask and the patches, also if no patch is left;
+            created if needed. Stored features have none.
+        progress: called with the number of images done and of all images.
+        labels: False checks the images alone, whatever the folders and columns are.
         **settings: as for `keyhole.train`; `data`, `patch`, `select.m`, `train.seed`, `train.balance`, `run.threads`
-            and `run.stall` are looked at.
+            and `run.stall` are used.
+
+    Returns:
+        What was found.
 
     Raises:
-        ConfigError: a setting is not as it must be.
+        ConfigError: a setting is invalid.
         DataError: the data set cannot be read at all.
         OutputError: the previews cannot be written.
+
+    Example:
+        >>> import keyhole
+        >>> from keyhole.datasets.digits import make_digits
+        >>> manifest = make_digits("digits", train=5, val=0, test=0)
+        >>> report = keyhole.check(manifest, patch={"size": 100}, run={"threads": 1})
+        >>> report.images, report.spreads["patches"].max
+        (5, 256)
+        >>> for finding in report.findings:
+        ...     print(finding.severity, finding.name, finding.problem)
     """
     config = validate(configuration(data, settings))
-    previews = None if previews is None else Path(previews)
+    folder = None if previews is None else writable_folder(previews)
     manifest = _read(config, labels)
     findings, left_out = _missing(manifest, config)
     findings += [Finding(doubt.name, doubt.problem, doubt.fix, "warning") for doubt in manifest.doubts]
-    no_bits: dict[str, int] = {}
-    requests = _requests(manifest.items, config, None if previews is None else writable_folder(previews))
-    notes = [*manifest.notes, *unused_masks(manifest.items, config.patch.foreground)]
-    if previews is not None:
-        pictures = [Path(str(request.preview)).name for request in requests if not request.features]
-        if removed := clear_previews(previews, pictures):
-            plural = "preview" if removed == 1 else "previews"
-            notes.append(f"{previews}: removed {removed} earlier {plural} of images that are not checked now")
-        _list_previews(previews, requests)
+    requests = _requests(manifest.items, config, folder)
+    doubts = {doubt.line() for doubt in manifest.doubts}
+    notes = [note for note in manifest.notes if note not in doubts]
+    notes += unused_masks(manifest.items, config.patch.foreground)
+    if folder is not None:
+        notes += _list_previews(folder, requests)
     probed: dict[str, Probed] = {}
-    results = _probe_all(requests, config, progress)
-    for item, request, result in zip(manifest.items, requests, results, strict=True):
-        if isinstance(result, Probed):
-            probed[item.name] = result
-        elif result.largest is not None:
-            no_bits[item.name] = result.largest
-        else:
-            findings.append(_finding(item, request, result, config))
+    unknown_bits: dict[str, int] = {}
+    with closing(probe_all(requests, config.run.stall, config.run.threads)) as results:
+        for done, (item, request, result) in enumerate(zip(manifest.items, requests, results, strict=True), start=1):
+            if isinstance(result, Probed):
+                probed[item.name] = result
+            elif result.trouble == "output":
+                raise OutputError(result.problem)
+            elif result.largest is not None:
+                unknown_bits[item.name] = result.largest
+            else:
+                findings.append(_finding(item, request, result, config))
+            if progress is not None:
+                progress(done, len(requests))
     good = [item for item in manifest.items if item.name in probed]
-    findings += about_bits(no_bits, config)
-    findings += about_labels(replace(manifest, items=tuple(good)), config)
-    findings += about_images(good, probed, config)
+    usable = replace(manifest, items=tuple(good))
+    findings += [*about_bits(unknown_bits, config), *about_labels(usable, config), *about_images(good, probed, config)]
     if deep:
         findings += about_content(good, manifest, config)
     decoded = sum(image.level_bytes for image in probed.values())
     resident, memory = fits(decoded, config.data.cache) if decoded else (False, "")
+    train, val = ([probed[item.name].patches for item in good if item.split == name] for name in ("train", "val"))
+    seconds = [(image.image_seconds, image.patch_seconds) for image in probed.values()]
     return CheckReport(
         images=len(good),
-        classes=count_classes(replace(manifest, items=tuple(good))),
+        classes=count_classes(usable),
         spreads=_spreads(list(probed.values())),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
         left_out=tuple(left_out),
-        notes=tuple(note for note in notes if note not in {doubt.line() for doubt in manifest.doubts}),
+        notes=tuple(notes),
         memory=memory,
-        previews=None if previews is None else str(previews),
-        work=_work(good, probed, config, resident),
-        reading=_reading(list(probed.values())),
+        previews=None if folder is None else str(folder),
+        work=Work(len(train), sum(train), len(val), sum(val), config.select.m, config.train.epochs, 0.0, resident),
+        reading=(statistics.mean(x for x, _ in seconds), statistics.mean(x for _, x in seconds)) if seconds else None,
     )
 
 
 def _read(config: Config, labels: bool) -> Manifest:
-    """The data as training reads them, or as `predict` and `embed` do where there are no labels."""
+    """Read the data as training does, or as `predict` and `embed` do where there are no labels."""
     data = replace(config.data, on_bad_image="skip")
     if labels and not without_labels(data):
         return read_manifest(data, config.train.seed)
@@ -209,21 +210,8 @@ def _read(config: Config, labels: bool) -> Manifest:
     )
 
 
-def _work(good: Sequence[Item], probed: Mapping[str, Probed], config: Config, resident: bool) -> Work:
-    """What a run over the images that can be used has to do."""
-    train, val = ([probed[item.name].patches for item in good if item.split == name] for name in ("train", "val"))
-    sizes = len(train), sum(train), len(val), sum(val)
-    return Work(*sizes, config.select.m, config.train.epochs, 0.0, resident)
-
-
-def _reading(probed: Sequence[Probed]) -> tuple[float, float] | None:
-    if not probed:
-        return None
-    return statistics.mean(x.image_seconds for x in probed), statistics.mean(x.patch_seconds for x in probed)
-
-
 def _missing(manifest: Manifest, config: Config) -> tuple[list[Finding], list[LeftOut]]:
-    """Files that a CSV names and that are not there: findings, unless the user said to leave them out."""
+    """Turn missing files of a CSV into findings, unless the user said to leave them out."""
     if config.data.on_bad_image == "skip":
         return [], list(manifest.left_out)
     gone = [left for left in manifest.left_out if left.reason.startswith((MISSING_FILE, "not a regular file"))]
@@ -247,79 +235,32 @@ def _requests(items: Sequence[Item], config: Config, previews: Path | None) -> l
     ]
 
 
-def _list_previews(folder: Path, requests: Sequence[Request]) -> None:
-    """Names the preview of each image, for people and for keyhole, which must not take them for images."""
-    pictures = [request for request in requests if request.preview is not None and not request.features]
-    if pictures:
-        rows = [(request.name, Path(str(request.preview)).name) for request in pictures]
-        write_csv(folder / PREVIEW_LIST, [("image", "preview"), *rows])
+def _list_previews(folder: Path, requests: Sequence[Request]) -> list[str]:
+    """Remove the previews of an earlier check and list those of this one; return a note about the removed ones.
 
-
-def clear_previews(folder: Path, pictures: Collection[str]) -> int:
-    """Remove the previews of an earlier check, so that none of them is taken for one of this check.
-
-    Args:
-        folder: where the previews go.
-        pictures: the file names that this check will write.
-
-    Returns:
-        The number of removed previews that this check does not write again.
-
-    Raises:
-        OutputError: a file that is not a preview would be overwritten.
+    keyhole and people then do not take them for images, or for previews of this check.
     """
-    earlier = listed_previews(folder)
-    removable = {name for name in earlier if Path(name).name == name and name.endswith(".png")}
-    for name in pictures:
-        if name not in removable and os.path.lexists(folder / name):
+    rows = [(request.name, Path(str(request.preview)).name) for request in requests if not request.features]
+    pictures = {picture for _, picture in rows}
+    listed = listed_previews(folder)
+    earlier = {name for name in listed if Path(name).name == name and name.endswith(".png")}
+    for name in sorted(pictures - earlier):
+        if os.path.lexists(folder / name):
             raise OutputError(f"{folder / name}: not a preview of keyhole check. Choose another folder: --previews DIR")
-    present = {name for name in removable if (folder / name).is_file()}
+    present = {name for name in earlier if (folder / name).is_file()}
     for name in present:
         (folder / name).unlink()
-    if earlier:
+    if listed:
         (folder / PREVIEW_LIST).unlink(missing_ok=True)
-    return len(present - set(pictures))
-
-
-def _probe_all(
-    requests: Sequence[Request], config: Config, progress: Callable[[int, int], None] | None
-) -> list[Probed | Failed]:
-    """Every image's result, in order; a few processes at a time."""
-    count = min(len(requests), PROCESSES, config.run.threads or os.cpu_count() or 1)
-    probes = [ImageProbe(config.run.stall) for _ in range(count)]
-    free: queue.SimpleQueue[ImageProbe] = queue.SimpleQueue()
-    for probe in probes:
-        free.put(probe)
-
-    def examine(request: Request) -> Probed | Failed:
-        probe = free.get()
-        try:
-            return probe.probe(request)
-        finally:
-            free.put(probe)
-
-    results: list[Probed | Failed] = []
-    pool = ThreadPoolExecutor(count, thread_name_prefix="keyhole-check")
-    try:
-        for result in pool.map(examine, requests):
-            if isinstance(result, Failed) and result.trouble == "output":
-                raise OutputError(result.problem)
-            results.append(result)
-            if progress is not None:
-                progress(len(results), len(requests))
-    finally:
-        # After Ctrl-C, ending the processes also ends the threads that wait for them.
-        pool.shutdown(wait=False, cancel_futures=True)
-        for probe in probes:
-            probe.kill()
-        pool.shutdown()
-        for probe in probes:
-            probe.close()
-    return results
+    if rows:
+        write_csv(folder / PREVIEW_LIST, [("image", "preview"), *rows])
+    removed = len(present - pictures)
+    plural = "preview" if removed == 1 else "previews"
+    return [f"{folder}: removed {removed} earlier {plural} of images that are not checked now"] if removed else []
 
 
 def _finding(item: Item, request: Request, failed: Failed, config: Config) -> Finding:
-    problem, fix = failed.problem, failed.fix  # where there is something better to say than in general
+    problem, fix = failed.problem, failed.fix
     if failed.previewed:
         problem = f"{problem}; see {request.preview}"
         fix = "Choose another --patch.foreground (`all` takes every patch), or a lower --patch.min-foreground."

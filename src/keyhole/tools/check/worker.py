@@ -1,8 +1,8 @@
-"""Opens images in a process of its own, which a broken file may take down or hold up without harm to ours.
+"""Open images in another process, which a broken file may crash or block.
 
-Decoders written in C can abort the whole process on a broken file, and a read can hang for ever. `ImageProbe` is our
-end; `main` is the other end, which answers one JSON line for each on its standard input, and sends empty lines while
-data come, for a gigapixel image without smaller levels takes minutes to look at. It never imports torch.
+`ImageProbe` is the parent's end. `main` is the other end: it answers each JSON line on its standard input with one JSON
+line, and sends empty lines while data arrive, since a gigapixel image without smaller levels takes minutes to read.
+torch is not imported here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import faulthandler
 import json
 import math
 import os
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,17 +28,52 @@ from keyhole.errors import KeyholeError
 from keyhole.images.geometry import Size
 from keyhole.tools.check.look import Failed, Probed, Request, probe_here
 
+MAX_PROCESSES = 4
+"""Each may hold a tile or a thumbnail of gigapixels in memory."""
 START_SECONDS = 120.0
-"""For the process to start: importing from a cold network disk is slow and says nothing about the image."""
+"""Limit for the process to start: importing from a cold network disk is slow."""
 BEAT_SECONDS = 1.0
-"""Between signs of life at least."""
+"""Longest time between two empty lines."""
+
+
+def probe_all(requests: Sequence[Request], stall: float, threads: int | None) -> Generator[Probed | Failed]:
+    """Yield the result of every image in order, from a few processes at a time.
+
+    Args:
+        requests: the images.
+        stall: seconds that may pass without data from an image.
+        threads: number of processes, at most `MAX_PROCESSES`; by default one per core.
+    """
+    probes = [ImageProbe(stall) for _ in range(min(len(requests), MAX_PROCESSES, threads or os.cpu_count() or 1))]
+    free: queue.SimpleQueue[ImageProbe] = queue.SimpleQueue()
+    for probe in probes:
+        free.put(probe)
+
+    def examine(request: Request) -> Probed | Failed:
+        probe = free.get()
+        try:
+            return probe.probe(request)
+        finally:
+            free.put(probe)
+
+    pool = ThreadPoolExecutor(len(probes), thread_name_prefix="keyhole-check")
+    try:
+        yield from pool.map(examine, requests)
+    finally:
+        # After Ctrl-C, killing the processes also ends the threads that wait for them.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for probe in probes:
+            probe.kill()
+        pool.shutdown()
+        for probe in probes:
+            probe.close()
 
 
 class ImageProbe:
-    """A process that opens images one after the other, started again after it died.
+    """A process that opens images one after the other, and is started again after it died.
 
     Args:
-        stall: seconds that may pass without anything being read from an image.
+        stall: seconds that may pass without data from an image.
     """
 
     def __init__(self, stall: float) -> None:
@@ -46,7 +83,7 @@ class ImageProbe:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the probe
 
     def probe(self, request: Request) -> Probed | Failed:
-        """Opens an image, lays the grid, reads its first and last patch, and draws a preview if asked for one.
+        """Open an image, read its first and last patch, and draw a preview if the request names one.
 
         Raises:
             KeyholeError: the process cannot be started at all.
@@ -68,19 +105,18 @@ class ImageProbe:
         return Failed(f"reading it ended the process ({how}){self._last_words()}", "died")
 
     def kill(self) -> None:
-        """Ends the process, whatever it is doing, from another thread; whoever waits for it goes on."""
+        """Kill the process, from another thread; a `probe` that waits for it returns."""
         self._killed = True
         if (process := self._process) is not None:
             process.kill()
 
     def close(self) -> None:
-        """Gives back everything; no probe may be under way."""
+        """End the process and close its files; no `probe` may be running."""
         self.kill()
         self._end()
         self._errors.close()
 
     def _start(self) -> None:
-        # -P: files of the current folder must not stand in for modules.
         import keyhole
 
         home = str(Path(keyhole.__file__).resolve().parents[1])
@@ -88,6 +124,7 @@ class ImageProbe:
         self._errors.seek(0)
         self._errors.truncate()
         self._process = subprocess.Popen(
+            # -P: files of the current folder must not replace modules
             [sys.executable, "-P", "-m", "keyhole.tools.check.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -101,7 +138,7 @@ class ImageProbe:
             raise KeyholeError(f"the process that opens images did not start (exit code {code}){self._last_words()}")
 
     def _ask(self, line: str, seconds: float) -> tuple[str, bool]:
-        """The answer, empty if the process ended; and whether it was ended by us for taking too long."""
+        """Return the answer, empty if the process ended, and True if it was killed after `seconds` without a line."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -116,7 +153,7 @@ class ImageProbe:
             process.stdin.write(line + "\n")
             process.stdin.flush()
             reply = "\n"
-            while reply == "\n":  # a sign of life
+            while reply == "\n":
                 timer = threading.Timer(seconds, end)
                 timer.daemon = True
                 timer.start()
@@ -132,17 +169,15 @@ class ImageProbe:
         process, self._process = self._process, None
         if process is None:
             return 0
-        assert process.stdin is not None
-        assert process.stdout is not None
         try:
-            # It has closed its output, so it is about to end by itself; its own exit code says why.
-            code = process.wait(1.0)
+            code = process.wait(1.0)  # it has closed its output, so it is about to end with its own exit code
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()
-        process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):  # what was not yet sent to a process that has ended
-            process.stdin.close()
+        for pipe in (process.stdout, process.stdin):
+            with contextlib.suppress(BrokenPipeError):  # unsent data for a process that has ended
+                assert pipe is not None
+                pipe.close()
         return code
 
     def _last_words(self) -> str:
@@ -153,10 +188,10 @@ class ImageProbe:
 
 
 def main() -> None:
-    """Answers requests until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; ours ends this one
+    """Answer requests until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent ends this one
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a decoder prints must not be taken for an answer
+    os.dup2(2, 1)  # what a decoder prints must not be read as an answer
 
     def answer(reply: str) -> None:
         answers.write(reply + "\n")
@@ -180,7 +215,7 @@ def serve(lines: Iterable[str], answer: Callable[[str], None]) -> None:
         last = None
         while not task.done:
             if task.since != last:
-                # Should our end be killed meanwhile, nobody else would end a read that hangs.
+                # If the parent is killed, nothing else ends a read that hangs.
                 faulthandler.dump_traceback_later(limit + 60, exit=True)
                 if last is not None:
                     answer("")
