@@ -256,7 +256,7 @@ def test_the_area_under_patches_is_what_their_boxes_cover(size: int, stride: int
     expected = np.zeros((300, 400), bool)
     for x, y, width, height in grid.boxes(slice(None)).tolist():
         expected[max(y, 0) : y + height, max(x, 0) : x + width] = True
-    np.testing.assert_array_equal(mask_preview._covered(grid, (300, 400), 1.0), expected)
+    np.testing.assert_array_equal(mask_preview.covered_by(grid, (300, 400), 1.0), expected)
 
 
 def test_previews_of_an_earlier_call_are_removed_and_a_file_of_the_user_is_never_overwritten(tmp_path: Path) -> None:
@@ -500,9 +500,8 @@ def test_the_process_ends_with_its_input_and_never_imports_torch() -> None:
 def test_a_killed_probe_lets_its_waiter_go(tmp_path: Path) -> None:
     probe = ImageProbe(stall=60)
     assert isinstance(probe.probe(request(picture(tmp_path / "good.png"))), Probed)
-    process = probe._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
+    assert probe.pid is not None
+    os.kill(probe.pid, signal.SIGSTOP)
     threading.Timer(0.3, probe.kill).start()
     failed = probe.probe(request(tmp_path / "good.png"))
     assert isinstance(failed, Failed)

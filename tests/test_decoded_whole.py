@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from make_images import picture
 from PIL import Image as Pictures
+from PIL.PngImagePlugin import PngImageFile
 from test_reading import PATIENCE, eventually, no_thread_is_left, threads
 
 from keyhole.errors import StalledRead
-from keyhole.images.pillow import PillowImage
-from keyhole.images.pixels import Pixels
 from keyhole.loading import FetchOnly, Reader
 from keyhole.patches.sources import FileOpener
 from keyhole.util.threads import Pool
@@ -26,7 +25,7 @@ SIDE, WIDTH, HEIGHT, PATCHES = 16, 64, 48, 4 * 3
 MANY = 16
 """Images of a batch, and threads."""
 
-Decode = Callable[[PillowImage], Pixels]
+Decoding = Callable[[Callable[[str], None]], Counter[str]]
 
 
 def photographs(folder: Path, count: int = MANY) -> tuple[list[FileOpener], list[np.ndarray]]:
@@ -42,18 +41,19 @@ def photographs(folder: Path, count: int = MANY) -> tuple[list[FileOpener], list
 
 
 @pytest.fixture
-def decoding(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[PillowImage], None]], Counter[str]]:
-    """Has a function called before each decoding of a picture; counts the decodings by file."""
-    decode: Decode = PillowImage._decode
+def decoding(monkeypatch: pytest.MonkeyPatch) -> Decoding:
+    """Has a function called before a file is checked and decoded, with its name; counts these by file."""
+    verify = PngImageFile.verify
     seen: Counter[str] = Counter()
 
-    def first(function: Callable[[PillowImage], None]) -> Counter[str]:
-        def decoded(self: PillowImage) -> Pixels:
-            seen[self.path.name] += 1
-            function(self)
-            return decode(self)
+    def first(function: Callable[[str], None]) -> Counter[str]:
+        def verified(self: PngImageFile) -> None:
+            name = Path(self.filename).name
+            seen[name] += 1
+            function(name)
+            verify(self)
 
-        monkeypatch.setattr(PillowImage, "_decode", decoded)
+        monkeypatch.setattr(PngImageFile, "verify", verified)
         return seen
 
     return first
@@ -61,7 +61,7 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[PillowImage
 
 @pytest.mark.parametrize("fetched", [False, True])
 def test_as_many_images_are_decoded_at_once_as_there_are_threads(
-    tmp_path: Path, decoding: Callable[[Callable[[PillowImage], None]], Counter[str]], fetched: bool
+    tmp_path: Path, decoding: Decoding, fetched: bool
 ) -> None:
     """A decoding does not go on before there are sixteen, and of each image there is one."""
     openers, expected = photographs(tmp_path)
@@ -82,13 +82,11 @@ def test_as_many_images_are_decoded_at_once_as_there_are_threads(
     assert len(decoded) == MANY
 
 
-def test_a_decoding_that_stalls_takes_one_thread(
-    tmp_path: Path, decoding: Callable[[Callable[[PillowImage], None]], Counter[str]]
-) -> None:
+def test_a_decoding_that_stalls_takes_one_thread(tmp_path: Path, decoding: Decoding) -> None:
     openers, expected = photographs(tmp_path, 2)
     gate = threading.Event()
     told: list[str] = []
-    decoded = decoding(lambda image: hang() if image.path.name == "0.png" and not told else None)
+    decoded = decoding(lambda name: hang() if name == "0.png" and not told else None)
 
     def hang() -> None:
         gate.wait(2 * PATIENCE)
@@ -105,9 +103,7 @@ def test_a_decoding_that_stalls_takes_one_thread(
     assert decoded == {"0.png": 2, "1.png": 1}
 
 
-def test_a_damaged_image_is_decoded_once(
-    tmp_path: Path, decoding: Callable[[Callable[[PillowImage], None]], Counter[str]]
-) -> None:
+def test_a_damaged_image_is_decoded_once(tmp_path: Path, decoding: Decoding) -> None:
     openers, expected = photographs(tmp_path, 2)
     path = tmp_path / "0.png"
     path.write_bytes(path.read_bytes()[:-2000])

@@ -134,8 +134,8 @@ def test_clutter_has_the_ink_of_digits(measure: str) -> None:
     """Area under the curve of digits against doodles by ink alone: 0.5 tells nothing, 0 or 1 everything."""
     rng = np.random.default_rng(0)
     by_ink = {"total": np.sum, "darkest": np.max, "mean": lambda ink: np.mean(ink[ink > 0])}[measure]
-    digit = [by_ink(digits._enlarged(rng, sample)) for part in SAMPLES["train"].values() for sample in part]
-    doodle = [by_ink(digits._enlarged(rng, source)) for source in DOODLES]
+    digit = [by_ink(digits.enlarged(rng, sample)) for part in SAMPLES["train"].values() for sample in part]
+    doodle = [by_ink(digits.enlarged(rng, source)) for source in DOODLES]
     assert 0.25 < roc_auc_score([1] * len(digit) + [0] * len(doodle), digit + doodle) < 0.75
 
 

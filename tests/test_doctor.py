@@ -58,10 +58,13 @@ def test_a_reader_that_fails_is_named_and_the_others_are_still_tried(
 
 
 def test_wrong_pixels_are_a_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from keyhole.images import ArrayImage
+    from keyhole.images import ArrayImage, open_image
+
+    right = open_image
 
     def wrong(path: Path) -> ArrayImage:
-        return ArrayImage(255 - doctor._picture())
+        with right(path) as image:
+            return ArrayImage(255 - image.read((0, 0, *image.size)))
 
     quick(monkeypatch)
     monkeypatch.setattr("keyhole.images.open_image", wrong)

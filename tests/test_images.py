@@ -42,6 +42,7 @@ from keyhole.images.openslide import OpenSlideImage
 from keyhole.images.pillow import PillowImage
 from keyhole.images.pixels import on_white
 from keyhole.images.tiff import TiffImage
+from keyhole.images.tiff_file import MAX_LOADED_ENTRIES
 
 
 @pytest.fixture(scope="module")
@@ -482,8 +483,9 @@ def test_a_file_of_many_tiles_is_read_as_tifffile_reads_it(tmp_path: Path) -> No
 def test_tables_that_stay_in_the_file_are_those_that_tifffile_reads(tmp_path: Path, options: dict[str, Any]) -> None:
     pixels = picture(3, 96, 2900)
     path = write_tiff(tmp_path / "a.tif", pixels, **options)
+    with tifffile.TiffFile(path) as tif:
+        assert len(tif.pages.first.dataoffsets) > MAX_LOADED_ENTRIES
     with TiffImage(path) as image:
-        assert all(table.values is None for table in (image._stored[0].offsets, image._stored[0].counts))
         np.testing.assert_array_equal(image.read((0, 0, 96, 2900)), pixels)
         np.testing.assert_array_equal(image.read((50, 2800, 20, 20)), pixels[2800:2820, 50:70])
 
@@ -563,9 +565,9 @@ def test_a_strip_is_decoded_once_for_many_boxes(tmp_path: Path, monkeypatch: pyt
     write_tiff(tmp_path / "a.tif", picture(), rowsperstrip=96, compression="zstd")
     with TiffImage(tmp_path / "a.tif") as image:
         decoded = []
-        decode = image._decode
+        decode = image.decode_tile
         monkeypatch.setattr(
-            image, "_decode", lambda page, level, index, data: decoded.append(index) or decode(page, level, index, data)
+            image, "decode_tile", lambda level, tile, *rest: decoded.append(tile) or decode(level, tile, *rest)
         )
         for x in range(0, 128, 16):
             np.testing.assert_array_equal(image.read((x, 8, 16, 16)), picture()[8:24, x : x + 16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keyhole.config.settings import ModelConfig
 from keyhole.errors import ConfigError
@@ -214,13 +216,33 @@ def test_an_image_of_which_nothing_arrives_keeps_nothing(rule: Any) -> None:
     assert len(drawn.index) == 0
 
 
+class Made(TorchDispatchMode):
+    """Notes tensors of one shape that are made inside."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.tensors = shape, [weakref.ref(torch.empty(0))]
+
+    def alive(self) -> int:
+        return sum(each() is not None for each in self.tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape == self.shape:
+            self.tensors.append(weakref.ref(result))
+        return result
+
+
 def test_the_logits_of_one_image_are_held_at_a_time() -> None:
-    selector, blocks = Selector([30] * 4, 2, 5), []
+    selector, made = Selector([30] * 4, 2, 5), Made((30, 4, 2))
     for image in range(4):
-        arrive(selector, list(range(30)), torch.randn(30, 4, 2), 7, image)
-        blocks += [each.rule.store.logits for each in selector._images if each.rule is not None]
+        logits = torch.randn(30, 4, 2)
+        with made:
+            arrive(selector, list(range(21)), logits, 7, image)
+            assert made.alive() == 1
+            arrive(selector, list(range(21, 30)), logits, 7, image)
+        assert made.alive() == 0
         assert selector.finish(image).logits is None
-    assert all(block is None for block in blocks)
 
 
 # Law 3: bags of different size share a batch

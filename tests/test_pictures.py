@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from keyhole.cli.main import main
 from keyhole.errors import BitsUnknown, ConfigError, ImageError
 from keyhole.images import open_image
-from keyhole.images.openslide import _check_bits, _planes
+from keyhole.images.openslide import check_bits, planes
 from keyhole.images.pixels import eight_bit
 from keyhole.images.scale import given_scale
 from keyhole.images.tiff_file import check_tiles
@@ -208,13 +208,13 @@ def test_a_makers_slide_of_sixteen_bits_is_refused_and_what_it_says_of_planes_is
             tags = [(65420, 4, 1, 1, True), (65424, 9, 1, plane, True), (271, 2, 10, "Hamamatsu", True)]
             writer.write(picture(), tile=(32, 32), extratags=tags, metadata=None)
     assert check_tiles(tmp_path / "planes.tif") == 3
-    assert _planes({}, 3) == "a stack of pictures (3 along z), of which one is read"
-    assert _planes({}, 1) == ""
-    assert _planes(said, 1) == "a stack of pictures (5 along z), of which one is read"
+    assert planes({}, 3) == "a stack of pictures (3 along z), of which one is read"
+    assert planes({}, 1) == ""
+    assert planes(said, 1) == "a stack of pictures (5 along z), of which one is read"
     deep_slide = {"zeiss.Information.Image.PixelType": "Bgr48", "zeiss.Information.Image.ComponentBitCount": "12"}
     with pytest.raises(ImageError, match="of which 12 are in use"):
-        _check_bits(tmp_path / "a.czi", deep_slide)
-    _check_bits(tmp_path / "a.czi", {**deep_slide, "zeiss.Information.Image.PixelType": "Bgr24"})
+        check_bits(tmp_path / "a.czi", deep_slide)
+    check_bits(tmp_path / "a.czi", {**deep_slide, "zeiss.Information.Image.PixelType": "Bgr24"})
 
 
 # --- transparency, and JPEGs that are refused -----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -78,7 +79,10 @@ def test_a_process_of_another_host_counts_as_dead_when_its_heartbeat_is_old(
 def test_where_flock_is_missing_the_processes_of_this_host_are_looked_up(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_flock", lambda file: None)
+    def missing(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", missing)
     write_lock(run, dataclasses.replace(Holder.this(), token="x"))
     assert f"process {os.getpid()} on " in refusal(run, capsys)
     write_lock(run, dataclasses.replace(Holder.this(), token="x", born="1"))  # the pid was given out again

@@ -67,14 +67,14 @@ def counted(image: Image) -> Iterator[Counter[int]]:
     """How often each tile of level 0 is decoded."""
     assert isinstance(image, TiledImage)
     seen: Counter[int] = Counter()
-    lock, decode = threading.Lock(), image._decoded
+    lock, decode = threading.Lock(), image.decode_tile
 
     def count(level: int, tile: int, *rest: Any) -> Any:
         with lock:
             seen[tile] += 1
         return decode(level, tile, *rest)
 
-    image._decoded = count  # type: ignore[method-assign]
+    image.decode_tile = count  # type: ignore[method-assign]
     yield seen
 
 
@@ -120,7 +120,6 @@ def test_a_pass_gives_what_each_patch_by_itself_gives(
 def test_jpeg_decoded_in_place_is_what_tifffile_decodes(files: dict[str, Path], name: str) -> None:
     with tifffile.TiffFile(files[name]) as tif, TiffImage(files[name]) as image:
         expected = tif.pages.first.asarray().reshape(HEIGHT, WIDTH, -1)
-        assert image._stored[0].jpeg is not None
         np.testing.assert_array_equal(image.read((0, 0, WIDTH, HEIGHT)), expected)
         np.testing.assert_array_equal(image.read((TILE, TILE, TILE, TILE)), expected[TILE : 2 * TILE, TILE : 2 * TILE])
 
@@ -218,7 +217,7 @@ def test_who_wants_a_tile_that_is_being_decoded_does_all_else_before_waiting(fil
         expected = PatchGrid(image, TILE, offset=(-5, -5)).read(np.arange(4))
     with open_image(files["jpeg"]) as image:
         assert isinstance(image, TiledImage)
-        grid, decode = PatchGrid(image, TILE, offset=(-5, -5)), image._decoded
+        grid, decode = PatchGrid(image, TILE, offset=(-5, -5)), image.decode_tile
         begun, last, seen = threading.Event(), threading.Event(), []
 
         def slow_first(level: int, tile: int, *rest: Any) -> Any:
@@ -230,7 +229,7 @@ def test_who_wants_a_tile_that_is_being_decoded_does_all_else_before_waiting(fil
                 last.set()
             return decode(level, tile, *rest)
 
-        image._decoded = slow_first  # type: ignore[method-assign]
+        image.decode_tile = slow_first  # type: ignore[method-assign]
         with ThreadPoolExecutor(2) as pool:
             one = pool.submit(grid.read, np.arange(0, 2))
             assert begun.wait(30)

@@ -226,9 +226,9 @@ def test_a_large_chunk_is_decoded_once_for_many_boxes(tmp_path: Path, monkeypatc
     write_multiscale(tmp_path / "a.zarr", [pixels], 3, chunk=600)
     with ZarrImage(tmp_path / "a.zarr") as image, ThreadPoolExecutor(4) as pool:
         decoded = []
-        decode = image._decoded
+        decode = image.decode_tile
         monkeypatch.setattr(
-            image, "_decoded", lambda level, tile, *rest: decoded.append(tile) or decode(level, tile, *rest)
+            image, "decode_tile", lambda level, tile, *rest: decoded.append(tile) or decode(level, tile, *rest)
         )
         places = [Box(x, y, 100, 100) for y in (50, 550) for x in range(0, 1100, 50)]
         for box, patch in zip(places, pool.map(image.read, places), strict=True):

@@ -176,7 +176,7 @@ def render(
     """
     digits = _hidden(rng, samples, limit=MAX_DIGIT_SHARE * side * side)
     count = round(_between(rng, clutter) * (side / 1536) ** 2)
-    others = [_enlarged(rng, doodles[index]) for index in rng.integers(len(doodles), size=count)]
+    others = [enlarged(rng, doodles[index]) for index in rng.integers(len(doodles), size=count)]
     ink = _long_strokes(rng, side, _between(rng, strokes))
     taken: list[Box] = []
     for number, stamp in enumerate(digits + others):
@@ -198,12 +198,12 @@ def _hidden(rng: np.random.Generator, samples: NDArray[np.float64], limit: float
     count = min(_between(rng, COPIES), len(samples))
     while True:
         chosen = rng.choice(len(samples), count, replace=False)
-        stamps = [_enlarged(rng, samples[index]) for index in chosen]
+        stamps = [enlarged(rng, samples[index]) for index in chosen]
         if sum(stamp.size for stamp in stamps) < limit:
             return stamps
 
 
-def _enlarged(rng: np.random.Generator, source: NDArray[np.float64]) -> Pixels:
+def enlarged(rng: np.random.Generator, source: NDArray[np.float64]) -> Pixels:
     """Turn an 8 x 8 source, 0 ... 16, into ink 0 ... 255: enlarged smoothly, rotated a little, cut to its box."""
     scale = rng.uniform(*SCALE)
     turn = math.radians(rng.uniform(-MAX_TURN, MAX_TURN))

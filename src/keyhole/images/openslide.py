@@ -63,8 +63,8 @@ class OpenSlideImage(Image):
             _check_declared(path, properties, len(sizes))
             self.mpp, self.mpp_note = _scale(properties)
             self.qupath_origin = _bounds_corner(properties)
-            self.note = _planes(properties, depth)
-            _check_bits(path, properties)
+            self.note = planes(properties, depth)
+            check_bits(path, properties)
         kept = [k for k, size in enumerate(sizes) if k == 0 or same_shape(sizes[0], size)]
         self._numbers = tuple(kept)  # OpenSlide's own of the levels
         self._downsamples = tuple(downsamples[k] for k in kept)
@@ -154,7 +154,7 @@ def _bounds_corner(properties: Mapping[str, str]) -> tuple[int, int]:
     return (int(x), int(y)) if x.isdigit() and y.isdigit() else (0, 0)
 
 
-def _planes(properties: Mapping[str, str], depth: int) -> str:
+def planes(properties: Mapping[str, str], depth: int) -> str:
     """What is not read of a slide with several planes or points in time: OpenSlide takes one.
 
     Args:
@@ -167,7 +167,7 @@ def _planes(properties: Mapping[str, str], depth: int) -> str:
     return f"a stack of pictures ({', '.join(many)}), of which one is read" if many else ""
 
 
-def _check_bits(path: Path, properties: Mapping[str, str]) -> None:
+def check_bits(path: Path, properties: Mapping[str, str]) -> None:
     """Refuse a Zeiss slide of 16 bits a value of which fewer are in use: OpenSlide keeps the highest eight of them."""
     kind = properties.get("zeiss.Information.Image.PixelType", "").lower()
     bits = properties.get("zeiss.Information.Image.ComponentBitCount", "16")

@@ -124,7 +124,7 @@ class TiffImage(TiledImage):
             return iter([b""] * len(tiles))
         return self._many_bytes(self._places(page, level, tiles))
 
-    def _decoded(self, level: int, tile: int, coded: Coded | None, out: Pixels | None) -> Pixels | None:
+    def decode_tile(self, level: int, tile: int, coded: Coded | None, out: Pixels | None) -> Pixels | None:
         page = self._stored[level]
         if page.jpeg is not None and coded:
             room = np.empty((page.segment.height, page.segment.width, self.channels), np.uint8) if out is None else out

@@ -48,17 +48,17 @@ _here = threading.local()
 class TiledImage(Image):
     """An image that is stored in tiles of one size. Strips are tiles as wide as the image.
 
-    A subclass implements `tiling`, `_keeps_all`, `_coded` and `_decoded`, and sets `_owner`.
+    A subclass implements `tiling`, `_keeps_all`, `_coded` and `decode_tile`, and sets `_owner`.
     """
 
     _owner: int
 
     @abstractmethod
     def _coded(self, level: int, tiles: Sequence[int]) -> Iterator[Any]:
-        """What `_decoded` wants of each of these tiles, in their order, read as late as may be."""
+        """What `decode_tile` wants of each of these tiles, in their order, read as late as may be."""
 
     @abstractmethod
-    def _decoded(self, level: int, tile: int, coded: Any, out: Pixels | None) -> Pixels | None:
+    def decode_tile(self, level: int, tile: int, coded: Any, out: Pixels | None) -> Pixels | None:
         """Pixels (h, w, c) of a tile, less at the border; None for background.
 
         Args:
@@ -94,7 +94,7 @@ class TiledImage(Image):
         for number, inside, count, users, cached, coded in self._touched(boxes, level, lv, tile, uses, keeps_all):
             pixels, first = None, out[users[0]]
             if keeps_all or count > len(users):
-                decode = partial(self._decoded, level, number, coded, None)
+                decode = partial(self.decode_tile, level, number, coded, None)
                 shared = {} if keeps_all else {"uses": len(users), "total": count}
                 pixels = TILE_CACHE.fetch(self._owner, (level, number), decode, size, **shared)
             else:
@@ -107,7 +107,7 @@ class TiledImage(Image):
                         if alone and first.flags.c_contiguous
                         else scratch((tile.height, tile.width, self.channels))
                     )
-                    pixels = self._decoded(level, number, coded, room)
+                    pixels = self.decode_tile(level, number, coded, room)
                     if pixels is first:
                         continue
             for user in users:

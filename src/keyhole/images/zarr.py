@@ -118,7 +118,7 @@ class ZarrImage(TiledImage):
             places = [{"y": row, "x": column, "c": part} for part in range(parts)]
             yield [array.encoded([place.get(axis, 0) for axis in self._axes]) for place in places]
 
-    def _decoded(self, level: int, tile: int, coded: list[bytes | None] | None, out: Pixels | None) -> Pixels:
+    def decode_tile(self, level: int, tile: int, coded: list[bytes | None] | None, out: Pixels | None) -> Pixels:
         return self._as_pixels(self._tile_values(level, tile, coded), out)
 
     def _tile_values(self, level: int, tile: int, coded: list[bytes | None] | None) -> NDArray[Any]:

@@ -55,7 +55,7 @@ def mask_preview(
     """
     pixels, downsample = thumbnail(image, SIDE)
     colors = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels.copy()
-    covered = np.zeros(colors.shape[:2], bool) if kept is None else _covered(kept, colors.shape[:2], downsample)
+    covered = np.zeros(colors.shape[:2], bool) if kept is None else covered_by(kept, colors.shape[:2], downsample)
     colors[~covered] = (255 - FADED * (255.0 - colors[~covered])).astype(np.uint8)
     if mask is not None:
         colors[_outline(_stretched(mask, colors.shape[:2]))] = MASK
@@ -72,7 +72,7 @@ def mask_preview(
     return write_atomic(path, data.getvalue())
 
 
-def _covered(grid: PatchGrid, shape: tuple[int, int], downsample: float) -> Mask:
+def covered_by(grid: PatchGrid, shape: tuple[int, int], downsample: float) -> Mask:
     """Pixels of the picture whose middle lies under a patch."""
     starts = np.zeros((grid.rows + 1, grid.columns + 1), np.int32)  # patches that begin above and left of a cell
     for first in range(0, len(grid), 2**16):

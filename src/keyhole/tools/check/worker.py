@@ -82,6 +82,11 @@ class ImageProbe:
         self._killed = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the probe
 
+    @property
+    def pid(self) -> int | None:
+        """Number of the process, None while there is none."""
+        return None if self._process is None else self._process.pid
+
     def probe(self, request: Request) -> Probed | Failed:
         """Open an image, read its first and last patch, and draw a preview if the request names one.
 
