@@ -30,11 +30,6 @@ KNOWN_CYCLES = {
 }
 
 KNOWN_WITH_MANY_PARAMETERS = {
-    "keyhole.datasets.digits._check",
-    "keyhole.datasets.digits.make_digits",
-    "keyhole.datasets.slides.make_slide",
-    "keyhole.datasets.slides.make_slides",
-    "keyhole.datasets.tiff_pyramid.write_pyramid",
     "keyhole.engine.memory.plan.make_plan",
     "keyhole.engine.memory.probe.probe",
     "keyhole.engine.passes.infer",
@@ -63,7 +58,6 @@ KNOWN_COMPARISONS_OF_KINDS = {
 }
 
 KNOWN_VAGUE_CONSTANTS = {
-    "keyhole.datasets.tiff_pyramid.SMALLEST",
     "keyhole.engine.jpeg.KNOWN",
     "keyhole.engine.looking.SIZES",
     "keyhole.engine.memory.pace.LARGE",
