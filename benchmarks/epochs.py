@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keyhole.config.file import build, resolve
-from keyhole.engine.memory.plan import cap
+from keyhole.engine.memory.pace import cap
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job
 from keyhole.training.loop import Loop

@@ -28,7 +28,7 @@ from machine import write_result
 from keyhole.config.file import build
 from keyhole.config.settings import Config
 from keyhole.datasets.slides import make_slide
-from keyhole.engine.memory.cap import cap
+from keyhole.engine.memory.pace import cap
 from keyhole.engine.memory.plan import Plan
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import keyhole
-from keyhole.engine.memory.bill import SHARED_TILES
-from keyhole.engine.memory.cap import cap
-from keyhole.engine.memory.plan import Plan
+from keyhole.engine.memory.pace import cap
+from keyhole.engine.memory.plan import SHARED_TILE_BYTES, Plan
 from keyhole.images.tile_cache import TILE_CACHE
 
 CPU, SECOND = torch.device("cpu"), torch.device("cuda", 1)
@@ -25,7 +24,7 @@ def test_caps_of_a_process_may_end_in_any_order(first_ends_first: bool) -> None:
         first.enter_context(cap(Plan(named=True), CPU))
         second.enter_context(cap(Plan(named=True), CPU))
         (first if first_ends_first else second).close()
-        assert TILE_CACHE.shared_limit == SHARED_TILES < tiles, "what the plan counts"
+        assert TILE_CACHE.shared_limit == SHARED_TILE_BYTES < tiles, "what the plan counts"
         (second if first_ends_first else first).close()
     assert TILE_CACHE.shared_limit == tiles
 

@@ -28,10 +28,10 @@ from torch import Tensor
 import keyhole
 from keyhole.config.settings import ModelConfig, RunConfig, SelectConfig
 from keyhole.engine.jpeg import Decoder
-from keyhole.engine.memory.cap import cap
+from keyhole.engine.memory.bill import BUFFERS, DECODED, TURNED
 from keyhole.engine.memory.meter import growth, taken, tensor_bytes
-from keyhole.engine.memory.pace import Pace
-from keyhole.engine.memory.plan import BUFFERS, DECODED, TURNED, Plan
+from keyhole.engine.memory.pace import Pace, cap
+from keyhole.engine.memory.plan import Plan
 from keyhole.engine.passes import fetch_kept, infer, open_reader
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.errors import ConfigError

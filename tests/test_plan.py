@@ -24,7 +24,7 @@ from keyhole.engine.memory.bill import Bill, powers
 from keyhole.engine.memory.meter import growth, has_peak, steady_heap, taken, tensor_bytes
 from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan, largest_chunk, make_plan
-from keyhole.engine.memory.probe import Costs, Line, probe
+from keyhole.engine.memory.probe import Line, PassBytes, Workload, probe
 from keyhole.errors import ConfigError
 from keyhole.nn import IPSClassifier, build_classifier, split_backward
 from keyhole.tasks.kinds import Task
@@ -42,8 +42,9 @@ def model_of(position: str = "none", **options: Any) -> IPSClassifier:
 
 
 def plan_for(model: IPSClassifier, **options: Any) -> Plan:
-    given = {"patch_shape": (16, 16, 3), "m": 8, "batch": 2, "memory": None, "largest_bag": 100, "learn": True}
-    return make_plan(model, device=CPU, **(given | options))
+    memory = options.pop("memory", None)
+    given = {"patch_shape": (16, 16, 3), "m": 8, "batch_size": 2, "largest_bag": 100, "learn": True}
+    return make_plan(model, Workload(**(given | options)), memory)
 
 
 # What the user writes
@@ -139,14 +140,12 @@ def test_only_want_of_memory_is_taken_for_it(error: Exception, is_one: bool) -> 
 
 
 MB = 10**6
-COSTS = Costs(score=Line(MB, 2 * MB), learn=Line(2 * MB, 9 * MB), pool=Line(MB, MB / 4), dim=512)
+COSTS = PassBytes(score=Line(MB, 2 * MB), learn=Line(2 * MB, 9 * MB), pool=Line(MB, MB / 4), dim=512)
 
 
 def bill_of(m: int, batch: int, learn: bool = True) -> Bill:
-    return Bill(
-        costs=COSTS, now=300 * MB, training=90 * MB, stepping=30 * MB, patch=MB // 5, buffers=6, host=0,
-        logits=3 * MB, finishing=5 * MB, images=1, m=m, kept=batch * m, learn=learn,
-    )  # fmt: skip
+    work = Workload(patch_shape=(250, 200, 4), m=m, batch_size=batch, largest_bag=MB // 16, learn=learn)
+    return Bill(work, COSTS, cpu=True, now=300 * MB, training=90 * MB, stepping=30 * MB, scores=12)
 
 
 @LAW
@@ -170,12 +169,14 @@ def test_a_plan_fits_its_budget_and_more_memory_never_makes_it_smaller(
 
 def test_a_run_that_predicts_at_its_end_has_room_for_the_logits_of_a_batch() -> None:
     bill = bill_of(8, 16)
-    predicting = replace(bill, predicted=16)
+    predicting = replace(bill, work=replace(bill.work, predicts=True))
     assert predicting.peak(64, None) == bill.peak(64, None), "learning takes more"
-    large = {"logits": 300 * MB, "finishing": 400 * MB}
-    bill, predicting = replace(bill, **large), replace(predicting, **large)
+    bill, predicting = (
+        replace(each, scores=24, work=replace(each.work, largest_bag=100 * MB // 32)) for each in (bill, predicting)
+    )
     assert predicting.peak(64, None) >= bill.now + 16 * 300 * MB > bill.peak(64, None)
-    assert predicting.peak(64, None) == replace(bill, training=0, images=16, learn=False).peak(64, None)
+    only = replace(bill, training=0, work=replace(bill.work, learn=False))
+    assert predicting.peak(64, None) == only.peak(64, None)
 
 
 def test_the_probe_sees_what_a_patch_costs_where_memory_comes_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,12 +198,12 @@ def test_the_probe_sees_what_a_patch_costs_where_memory_comes_in_steps(monkeypat
     monkeypatch.setattr("keyhole.engine.memory.probe.comes_in_steps", lambda _device: True)
     monkeypatch.setattr("keyhole.engine.memory.probe.growth", reserved)
     model, chunk, m = model_of(), 256, 64
-    given = {"images": 4, "m": m, "chunk": chunk, "learn": True, "color": False, "room": 10**12}
-    costs = probe(model, (16, 16, 3), **given)
+    work = Workload(patch_shape=(16, 16, 3), m=m, batch_size=4, largest_bag=100, learn=True, color=False)
+    costs = probe(model, work, chunk, room=10**12)
     assert [len(known) for known in sizes.values()] == [4, 4, 3], "patches: 4, 16, 64, 256"
     monkeypatch.setattr("keyhole.engine.memory.probe.growth", lambda _device, function, _repeats=1: exact(function))
     monkeypatch.setattr("keyhole.engine.memory.probe.ENOUGH_BYTES", 10**12)
-    true = probe(model, (16, 16, 3), **given)
+    true = probe(model, work, chunk, room=10**12)
     assert costs.score(chunk) == pytest.approx(true.score(chunk), rel=0.1)
     assert costs.learn(4 * m) == pytest.approx(true.learn(4 * m), rel=0.1)
 
@@ -311,11 +312,11 @@ def test_an_optimizer_that_has_its_state_is_not_counted_twice() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
     optimizer.step()
-    from keyhole.engine.memory.plan import _state_bytes
+    from keyhole.engine.memory.plan import state_bytes
 
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    assert 2 * weights <= _state_bytes(optimizer) <= 2.1 * weights
-    assert _state_bytes(None) == 0
+    assert 2 * weights <= state_bytes(optimizer) <= 2.1 * weights
+    assert state_bytes(None) == 0
 
 
 @LINUX
@@ -364,13 +365,14 @@ import json, sys
 import numpy as np
 import torch
 
-from keyhole.engine.memory.cap import cap
+from keyhole.engine.memory.pace import cap
 from keyhole.config.settings import ModelConfig
 from keyhole.util.budget import parse_memory
 from keyhole.engine.memory.meter import taken
 from keyhole.util.platform import peak_memory
 from keyhole.nn import Selector, build_classifier, evaluating, split_backward
 from keyhole.engine.memory.plan import make_plan
+from keyhole.engine.memory.probe import Workload
 from keyhole.tasks.kinds import Task
 from keyhole.nn.tensors import as_read, values_of
 
@@ -382,7 +384,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 shape = (size, size, 3)
 before = taken(cpu)
 budget = before + parse_memory(memory[1:]) if memory[0] == "+" else parse_memory(memory)
-plan = make_plan(model, patch_shape=shape, m=m, batch=b, device=cpu, memory=budget, largest_bag=n, learn=True)
+plan = make_plan(model, Workload(patch_shape=shape, m=m, batch_size=b, largest_bag=n, learn=True), budget)
 color = torch.eye(3, 4)
 ring = [rng.integers(0, 256, (plan.chunk, *shape), np.uint8) for _ in range(6)]  # as the reader holds it
 with cap(plan, cpu):

@@ -30,8 +30,6 @@ KNOWN_CYCLES = {
 }
 
 KNOWN_WITH_MANY_PARAMETERS = {
-    "keyhole.engine.memory.plan.make_plan",
-    "keyhole.engine.memory.probe.probe",
     "keyhole.engine.passes.infer",
     "keyhole.engine.passes.select_batch",
     "keyhole.images.resample.resample",
@@ -44,7 +42,6 @@ KNOWN_WITH_MANY_PARAMETERS = {
 }
 
 KNOWN_CLASSES_OF_ONE_NAME = {
-    "Costs",
     "Finding",
     "Kinds",
     "Slide",
@@ -60,9 +57,6 @@ KNOWN_COMPARISONS_OF_KINDS = {
 KNOWN_VAGUE_CONSTANTS = {
     "keyhole.engine.jpeg.KNOWN",
     "keyhole.engine.looking.SIZES",
-    "keyhole.engine.memory.pace.LARGE",
-    "keyhole.engine.memory.plan.LATER",
-    "keyhole.engine.memory.plan.SHARE",
     "keyhole.runs.journal.MANY",
     "keyhole.runs.seal.LAST",
 }

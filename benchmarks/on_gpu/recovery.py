@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keyhole.config.settings import Config, RunConfig, SelectConfig
-from keyhole.engine.memory.cap import cap
-from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.pace import Pace, cap
 from keyhole.engine.memory.plan import Plan
 from keyhole.engine.passes import open_reader, select_batch
 from keyhole.engine.to_device import Stager

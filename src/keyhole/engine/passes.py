@@ -25,7 +25,7 @@ from keyhole.config.settings import Config, RunConfig, SelectConfig
 from keyhole.data.item import Item
 from keyhole.engine.kept import KeptPixels
 from keyhole.engine.looking import Looker, on_device, rows_to_encode, timed
-from keyhole.engine.memory.bill import HELD_BYTES
+from keyhole.engine.memory.bill import MAX_HELD_BYTES
 from keyhole.engine.memory.pace import Pace, unlimited
 from keyhole.engine.memory.plan import Plan
 from keyhole.engine.to_device import Stager, prefetched
@@ -254,7 +254,7 @@ def fetch_kept(
     batch: Batch,
     kept: Sequence[Kept | None],
     color: Tensor | None = None,
-    hold: int = HELD_BYTES,
+    hold: int = MAX_HELD_BYTES,
     together: bool = False,
 ) -> tuple[Bags, list[Kept | None], list[NDArray[np.uint8] | None]]:
     """Second pass's input: the kept patches, padded to one width.

@@ -32,10 +32,10 @@ from keyhole.data.item import Item
 from keyhole.data.manifest import write_left_out
 from keyhole.engine.device import arithmetic_of, choose_device, settle_precision
 from keyhole.engine.encoding import encoder_alone
-from keyhole.engine.memory.cap import cap
 from keyhole.engine.memory.meter import steady_heap
-from keyhole.engine.memory.pace import Pace
-from keyhole.engine.memory.plan import CPU_CHUNK, Plan, make_plan
+from keyhole.engine.memory.pace import Pace, cap
+from keyhole.engine.memory.plan import CPU_CHUNK, OptionNames, Plan, make_plan
+from keyhole.engine.memory.probe import Workload
 from keyhole.engine.passes import open_reader, settle_edge
 from keyhole.errors import ConfigError, DataError, KeyholeError, RunError
 from keyhole.inference.embed_items import feature_names, items_to_embed
@@ -246,47 +246,26 @@ def _encoder(config: Config, device: torch.device) -> IPSClassifier:
     return encoder_alone(encoder.to(device), width)
 
 
+_OPTIONS = OptionNames("--encoder", "--patch.size", kept="", cache="", chunk="--chunk", device="--device")
+
+
 @contextlib.contextmanager
 def _own_pace(config: Config, model: IPSClassifier) -> Iterator[Pace]:
-    """Plan how many patches are encoded at once: as many as asked for, or else as the budget allows. It is kept inside.
-
-    Errors of the plan name the options that `embed` has.
-    """
+    """Plan how many patches are encoded at once: as many as asked for, or as the budget allows. Inside, it is kept."""
     device, memory = next(model.parameters()).device, parse_memory(config.memory)
     chunk = config.select.chunk
     plan = Plan(chunk=chunk or CPU_CHUNK)
-    try:
-        if memory is not None or device.type == "cuda":
-            plan = make_plan(
-                model,
-                patch_shape=patch_shape(config.model, config.patch.size),
-                m=1,
-                batch=1,
-                device=device,
-                memory=memory,
-                chunk=chunk,
-                host_buffers=2 * 4 * model.pool.dim * (chunk or CPU_CHUNK),
-                largest_bag=1,
-                learn=False,
-                ahead=config.run.ahead,
-                jpeg=config.run.decode == "auto",
-            )
-        with cap(plan, device):
-            yield Pace(plan, lambda text: say(f"warning: {text}"))
-    except ConfigError as error:
-        text = str(error)
-        for theirs, ours in _WORDS.items():
-            text = text.replace(theirs, ours)
-        if text == str(error):
-            raise
-        raise ConfigError(text) from error
-
-
-_WORDS = {
-    "--model.": "--",
-    "--run.device": "--device",
-    "--select.chunk": "--chunk",
-    "--patch.size, --select.m or": "--patch.size or",
-    "--select.m and --train.batch": "--encoder",
-    "--data.cache": "--encoder",
-}
+    if memory is not None or device.type == "cuda":
+        work = Workload(
+            patch_shape=patch_shape(config.model, config.patch.size),
+            m=1,
+            batch_size=1,
+            largest_bag=1,
+            chunk=chunk,
+            ahead=config.run.ahead,
+            jpeg=config.run.decode == "auto",
+            host_buffers=2 * 4 * model.pool.dim * (chunk or CPU_CHUNK),
+        )
+        plan = make_plan(model, work, memory, options=_OPTIONS)
+    with cap(plan, device):
+        yield Pace(plan, lambda text: say(f"warning: {text}"), _OPTIONS)

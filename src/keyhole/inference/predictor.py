@@ -27,8 +27,7 @@ from keyhole.data.item import FEATURE_SUFFIXES, Item
 from keyhole.data.resolution import NOT_KNOWN, Resolution
 from keyhole.engine.compiling import choose_compile
 from keyhole.engine.device import choose_device, settle_precision
-from keyhole.engine.memory.cap import cap
-from keyhole.engine.memory.pace import Pace, predicting
+from keyhole.engine.memory.pace import Pace, cap, predicting
 from keyhole.engine.passes import Inference, infer, open_reader, opener
 from keyhole.engine.to_device import Stager, Stagers
 from keyhole.errors import ConfigError, ImageLost, KeyholeError, RunError

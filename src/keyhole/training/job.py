@@ -19,6 +19,7 @@ from keyhole.engine.compiling import choose_compile
 from keyhole.engine.device import arithmetic_of, choose_device
 from keyhole.engine.memory.pace import fixed_chunk
 from keyhole.engine.memory.plan import Plan, make_plan
+from keyhole.engine.memory.probe import Workload
 from keyhole.engine.passes import open_reader, settle_edge
 from keyhole.errors import ConfigError
 from keyhole.loading import Batch, Reader
@@ -170,7 +171,7 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
         images, manifest, lines = scan(config, manifest, reader, device)
         model = new_model(config, manifest.tasks, device)
         optimizer = new_optimizer(config, model)
-        plan = _plan(config, images, model, optimizer, device)
+        plan = _plan(config, images, model, optimizer)
         val = manifest.split("val")
         metric, undefined = choose_metric(config.train.metric, manifest.tasks, targets(manifest, val) if val else None)
         state = State(
@@ -196,29 +197,24 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     return job
 
 
-def _plan(
-    config: Config, images: Images, model: IPSClassifier, optimizer: torch.optim.Optimizer, device: torch.device
-) -> Plan:
+def _plan(config: Config, images: Images, model: IPSClassifier, optimizer: torch.optim.Optimizer) -> Plan:
     """How the memory of the budget is used."""
-    return make_plan(
-        model,
+    work = Workload(
         patch_shape=images.patch_shape,
         m=config.select.m,
-        batch=config.train.batch,
-        device=device,
-        memory=parse_memory(config.memory),
-        chunk=fixed_chunk(config.select),
-        host_buffers=images.held_bytes,
-        open_pictures=images.open_bytes,
+        batch_size=config.train.batch,
         largest_bag=max(images.counts.values()),
         learn=True,
+        chunk=fixed_chunk(config.select),
         ahead=config.run.ahead,
         color=config.augment.color > 0,
-        optimizer=optimizer,
         predicts=True,
         jpeg=images.jpeg,
         turned=config.augment.flip or config.augment.rotate,
+        host_buffers=images.held_bytes,
+        open_pictures=images.open_bytes,
     )
+    return make_plan(model, work, parse_memory(config.memory), optimizer)
 
 
 def _job(
@@ -322,7 +318,7 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
         reasons = {name: reason for name, (_, reason) in state.left_out.items()}
         add_left_out(run, {left.name: left.reason for left in manifest.left_out} | reasons)
         if (before := Plan.from_json(state.plan).device) not in ("", device.type):
-            plan = _plan(config, images, model, optimizer, device)
+            plan = _plan(config, images, model, optimizer)
             state.plan = plan.to_json()
             checked.append(f"the run was on {before} and is now on {device.type}, with a new plan: {plan.describe()}")
         job = _job(lock, config, manifest, images, reader, model, optimizer, state, device)

@@ -23,10 +23,9 @@ from keyhole.config.file import configuration, validate
 from keyhole.config.settings import Config
 from keyhole.data.item import Item
 from keyhole.engine.looking import timed
-from keyhole.engine.memory.cap import cap
-from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.meter import Trim
+from keyhole.engine.memory.pace import Pace, cap
 from keyhole.engine.memory.plan import Plan
-from keyhole.engine.memory.trim import Trim
 from keyhole.engine.passes import Bags, fetch_kept, select_batch
 from keyhole.engine.to_device import stager_for
 from keyhole.errors import DataError, Interrupted, NonFiniteLoss
@@ -109,7 +108,7 @@ class Loop:
         self.saved = time.monotonic()
         self.undefined = False
         self.pace = Pace(job.plan, self.shrink)
-        self.trim = Trim(job.plan, job.device)
+        self.trim = Trim(job.plan.peak, job.device)
         self.estimate: Estimate | None = None
         self.first_epoch = job.state.epoch
         self.shares = Shares(job.device)

@@ -75,12 +75,20 @@ def doubt(error: BaseException) -> str:
     return next((line.strip() for line in text.splitlines() if _DOUBTFUL.search(line)), "")
 
 
-def explained(error: BaseException, said: str, advice: str) -> str:
-    """What to tell of an error of which `out_of_memory` is true: `said` and `advice`; its own text where in doubt."""
+def explained(
+    error: BaseException, said: str, advice: str, encoder: str = "--model.encoder", device: str = "--run.device"
+) -> str:
+    """Return a message for an error of which `out_of_memory` is true: `said` and `advice`; its own text if in doubt.
+
+    Args:
+        error: what was raised.
+        said: what happened.
+        advice: what to do about it.
+        encoder: the option that names the encoder, "" if there is none.
+        device: the option that names the device.
+    """
     own = doubt(error)
     if not own:
         return f"{said}: {advice}"
-    return (
-        f"{own} ({said}?). If memory is short, {advice}. If not, torch cannot compute this encoder on this device: "
-        "try another --model.encoder, or --run.device cpu"
-    )
+    other = f"try another {encoder}, or {device} cpu" if encoder else f"try {device} cpu"
+    return f"{own} ({said}?). If memory is short, {advice}. If not, torch cannot compute this encoder here: {other}"

@@ -1,4 +1,4 @@
-"""What a plan costs: bytes of every part of a run, as a function of how many patches are taken at a time.
+"""Adds up what a plan costs: the bytes of every part of a run for given sizes of chunk and split.
 
 Letters: b image, m kept, d width, n patches of an image.
 """
@@ -9,110 +9,125 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keyhole.engine.memory.probe import Costs
+from keyhole.engine.memory.probe import PassBytes, Workload
 from keyhole.nn import parts
 
-HELD_BYTES = 2**28
-"""Kept pixels of a batch that stay in host memory; more are read again, a part at a time, when they are wanted."""
-SHARED_TILES = 2**25
-"""Bytes that decoded tiles may take which patches that are read later share, where the user has named a budget: rows of
-170 tiles of 256 px in RGB. Of wider ones in a grid that is not aligned, some are decoded twice."""
+MAX_HELD_BYTES = 2**28
+"""Kept pixels of a batch that stay in host memory; more are read again, a part at a time, when they are needed."""
 MARGIN = 0.1
-"""What a plan leaves free, as a share of what it adds to the process: predictions are not exact."""
+"""Share of what a plan adds to the process that it leaves free, since predictions are not exact."""
+BUFFERS, DECODED, TURNED = 2, 3, 1
+"""Copies of a chunk as read that a GPU holds: two buffers; where its patches are decoded there, what the decoder gives,
+the same in one tensor, and that of the chunk before; one more where decoded patches are turned."""
+STAGED_FEATURES = 3
+"""The same for stored features: two buffers, which are half as large for float16, and then two copies in float32."""
+SORTING_BYTES = 32
+"""Bytes of a patch, beside its logits, while the best patches of an image are found."""
 
 
 @dataclass(frozen=True)
 class Bill:
-    """What everything costs, in bytes.
+    """Bytes of a run.
 
     Attributes:
+        work: what is planned for.
         costs: of the two passes, measured.
+        cpu: computed on a CPU, whose memory then counts.
         now: taken before the first step.
-        training: gradients and AdamW's two moments, as far as they are not there yet.
+        training: gradients and AdamW's two moments, unless they are there already.
         stepping: what the optimizer needs while it steps.
-        patch: one patch as it is read, where the host counts.
-        buffers: chunks in the ring of read-ahead.
-        host: what else the host holds.
-        logits: of the largest image.
-        finishing: scores, softmax and order of the largest image, once its last patch is there.
-        images: whose logits are held at a time.
-        predicted: the same in a prediction at the end of a run, when nothing is held for learning any more; 0 without.
-        m, kept: patches of an image and of a batch that are kept.
-        learn: whether there is a gradient step.
-        gaps: what measured costs are multiplied with.
-        staged: bytes of a patch in the device's own buffers, which chunks are copied to.
-        pictures: bytes of pictures that are decoded whole, as many as are open at a time.
+        scores: numbers that a patch has in the logits, heads x queries.
+        tiles: decoded tiles that are kept for later patches.
+        gaps: factor on measured costs, for gaps in malloc's heap.
     """
 
-    costs: Costs
+    work: Workload
+    costs: PassBytes
+    cpu: bool
     now: int
     training: int
     stepping: int
-    patch: int
-    buffers: int
-    host: int
-    logits: int
-    finishing: int
-    images: int
-    m: int
-    kept: int
-    learn: bool
+    scores: int
+    tiles: int = 0
     gaps: float = 1.0
-    staged: int = 0
-    pictures: int = 0
-    predicted: int = 0
+
+    @property
+    def kept(self) -> int:
+        return self.work.batch_size * self.work.kept
+
+    @property
+    def host(self) -> int:
+        return self.work.host_buffers + self.tiles if self.cpu else 0
+
+    @property
+    def pictures(self) -> int:
+        return self.work.open_pictures if self.cpu else 0
+
+    def read(self, chunk: int) -> int:
+        """Return the bytes of chunks as read: the ring of read-ahead on a CPU, buffers and copies on a GPU."""
+        work = self.work
+        if self.cpu:
+            copies = work.ahead + 2
+        elif not work.pixels:
+            copies = STAGED_FEATURES
+        else:
+            copies = BUFFERS + (DECODED + (TURNED if work.turned else 0) if work.jpeg else 0)
+        return copies * work.patch_bytes * chunk
 
     def select(self, chunk: int, images: int) -> int:
-        """Bytes of the pass over all patches, while the logits of `images` images are held."""
-        return images * self.logits + max(self.gap(self.costs.score(chunk)), self.finishing)
+        """Return the bytes of the pass over all patches, while the logits of `images` images are held."""
+        logits = 4 * self.scores * self.work.largest_bag
+        ordering = logits + SORTING_BYTES * self.work.largest_bag
+        return images * logits + max(self._gap(self.costs.score(chunk)), ordering)
 
-    def second(self, chunk: int, split: int | None) -> int:
-        """The pass over the kept patches."""
-        spans = parts(self.kept, split) if self.learn else [(0, min(chunk, self.kept))]
+    def learn(self, chunk: int, split: int | None) -> int:
+        """Return the bytes of the pass over the kept patches."""
+        learn, costs, patch = self.work.learn, self.costs, self.work.patch_bytes if self.cpu else 0
+        spans = parts(self.kept, split) if learn else [(0, min(chunk, self.kept))]
         longest = max(stop - start for start, stop in spans)
-        embeddings = 2 * 4 * self.kept * self.costs.dim
-        pixels = min(HELD_BYTES if self.patch else 0, self.patch * self.kept) + 2 * self.patch * longest
-        cost = self.costs.learn if self.learn else self.costs.score
-        if self.learn and split is None:
-            return pixels + self.gap(cost(longest) + self.costs.pool(self.m))
-        return pixels + embeddings + self.gap(max(cost(longest), self.costs.pool(self.m)))
-
-    def gap(self, size: int) -> int:
-        return round(self.gaps * size)
+        embeddings = 2 * 4 * self.kept * costs.dim
+        pixels = min(MAX_HELD_BYTES if patch else 0, patch * self.kept) + 2 * patch * longest
+        encoding, pooling = (costs.learn if learn else costs.score)(longest), costs.pool(self.work.kept)
+        if learn and split is None:
+            return pixels + self._gap(encoding + pooling)
+        return pixels + embeddings + self._gap(max(encoding, pooling))
 
     def added(self, chunk: int, split: int | None) -> int:
-        """The most that is added to what is taken now."""
-        steps = [self.select(chunk, self.images), self.second(chunk, split)]
-        if self.learn:
+        """Return the most that is added to what is taken now."""
+        work = self.work
+        steps = [self.select(chunk, 1 if work.learn else work.batch_size), self.learn(chunk, split)]
+        if work.learn:
             steps.append(self.stepping)
-        learning = self.training + max(steps)
-        predicting = self.select(chunk, self.predicted) if self.predicted else 0
-        read = self.host + self.pictures + (self.buffers * self.patch + self.staged) * chunk
-        return read + max(learning, predicting)
+        predicting = self.select(chunk, work.batch_size) if work.predicts else 0
+        return self.host + self.pictures + self.read(chunk) + max(self.training + max(steps), predicting)
 
     def peak(self, chunk: int, split: int | None) -> int:
+        """Return the predicted peak."""
         return self.now + self.added(chunk, split)
 
     def wanted(self, chunk: int, split: int | None) -> int:
-        """The budget that these sizes ask for."""
+        """Return the budget that these sizes ask for."""
         return self.now + math.ceil(self.added(chunk, split) * (1 + MARGIN))
 
     def best(self, budget: int, chunks: Sequence[int]) -> tuple[int, int | None] | None:
-        """The best chunk, of `chunks`, and split within a budget; None where none fits."""
+        """Return the best chunk, of `chunks`, and split within a budget; None where none fits."""
         fitting = [(chunk, split) for chunk in chunks for split in self.splits() if self.wanted(chunk, split) <= budget]
         return max(fitting, key=self._rank, default=None)
 
     def splits(self) -> list[int | None]:
-        """All at once, or any power of two from 2 on that is less."""
-        if not self.learn or self.kept <= 3:
+        """Return all sizes of a split: None for all patches at once, and the powers of two from 2 on."""
+        if not self.work.learn or self.kept <= 3:
             return [None]
         return [None, *powers(power_below(self.kept))[1:]]
 
     def _rank(self, sizes: tuple[int, int | None]) -> tuple[int, int, int]:
-        """The larger of the smaller of both is better: neither pass shall starve for the other."""
+        """Compare the smaller of both sizes first, so that neither pass gets little so that the other gets much."""
         chunk, split = sizes
-        learned = (split or self.kept) if self.learn else chunk
+        learned = (split or self.kept) if self.work.learn else chunk
         return min(chunk, learned), chunk, learned
+
+    def _gap(self, size: int) -> int:
+        return round(self.gaps * size)
 
 
 def powers(most: int) -> list[int]:
@@ -121,5 +136,5 @@ def powers(most: int) -> list[int]:
 
 
 def power_below(number: int) -> int:
-    """The largest power of two that is smaller."""
+    """Return the largest power of two that is smaller than `number`."""
     return 1 << ((number - 1).bit_length() - 1)

@@ -1,9 +1,7 @@
-"""How much memory a computation needs beyond what is taken already: measured, not reasoned.
+"""Measures how much memory a computation needs, and keeps malloc from holding back what is free.
 
-On CUDA it is what the allocator reserves. On the CPU it is the process's resident memory, whose peak Linux keeps and
-lets a process reset; freed memory that malloc holds back is given up before each measurement, so that it is not reused
-unseen. Where there is no such peak (macOS, or a container that forbids it) the tensors that a computation makes are
-added up instead; see `tensor_bytes`.
+On CUDA the measure is what the allocator reserves. On a CPU it is the resident memory of the process, whose peak Linux
+keeps and lets a process restart. Elsewhere the tensors that a computation makes are added up; see `tensor_bytes`.
 """
 
 from __future__ import annotations
@@ -22,12 +20,15 @@ from keyhole.util.platform import libc, peak_memory, resident_memory, restart_pe
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
+NEVER = 2**31 - 1
 BESIDES_TENSORS = 2
-"""Where only tensors are counted: work space of convolutions and gaps in the heap took up to as much again on Linux."""
+"""Factor where only tensors are counted: work space of convolutions and gaps in the heap take up to as much again."""
+EPOCHS_TO_SETTLE = 2
+"""Epochs after which a process has everything that it needs: images decoded once, kernels, caches."""
 
 
 def taken(device: torch.device) -> int:
-    """Bytes that count against a budget now: reserved on CUDA, resident on the CPU (its peak without /proc)."""
+    """Return the bytes that count against a budget now: reserved on CUDA, resident on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -42,7 +43,7 @@ def comes_in_steps(device: torch.device) -> bool:
 
 
 def growth(device: torch.device, function: Callable[[], object], repeats: int = 1) -> int:
-    """Bytes by which the peak of a computation, made so many times, exceeds what was taken before it."""
+    """Return the bytes by which the peak of a computation, repeated, exceeds what was taken before it."""
     if device.type == "cuda":
         before = taken(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -66,29 +67,64 @@ def has_peak() -> bool:
 
 
 def give_back() -> None:
-    """Hands memory that is free within malloc back to the system, where malloc can (glibc)."""
+    """Return memory that is free within malloc to the system, where malloc can do it (glibc)."""
     trim = libc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
-def steady_heap(steady: bool = True, capped: bool = False) -> None:
-    """Lets malloc (glibc) map every block of a tensor's size by itself and give it back at once, or keep it in a heap.
+def steady_heap(steady: bool = True, limited: bool = False) -> None:
+    """Let malloc (glibc) map each block of a tensor's size by itself and return it at once, or keep it in a heap.
 
-    In a heap, freed blocks leave gaps that fit the next ones badly: resident memory is a third above what is in use.
-    Giving them back means that the system clears every page anew for each layer: in trials of three encoders that took
-    1.3 to 2.5 times as long. So it is for measuring, and for who has little memory.
+    Freed blocks in a heap leave gaps that fit the next ones badly: resident memory is a third above what is in use.
+    Returning them means that the system clears every page again for each layer, which took 1.3 to 2.5 times as long
+    with three encoders. So `steady` is for measuring, and for small budgets.
 
-    Under a budget that the user named (`capped`), blocks of 32 MB and more are mapped by themselves too.
+    Args:
+        steady: return freed blocks at once.
+        limited: under a budget that the user named; blocks of 32 MB and more are then always mapped by themselves.
     """
     mallopt = libc("mallopt")
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**20 if steady else 2**25 if capped else 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**24 if steady else 2**26 if capped else 2**31 - 1)  # 2**31 - 1: never
+        mallopt(M_MMAP_THRESHOLD, 2**20 if steady else 2**25 if limited else 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**24 if steady else 2**26 if limited else NEVER)
+
+
+class Trim:
+    """Returns free memory to the system when the process grows; on a CPU only.
+
+    Batches differ in their numbers of patches, so that blocks of other sizes leave ever more gaps in the heap. To
+    return what is free takes a tenth of a second per gigabyte, and fresh pages as much again, so it is not done always.
+
+    Args:
+        peak: bytes that the plan predicts.
+        device: of the model.
+    """
+
+    def __init__(self, peak: int, device: torch.device) -> None:
+        self._active = device.type == "cpu"
+        self._peak = peak
+        self._epochs, self._settled = 0, 0
+
+    def after_pass(self) -> None:
+        """Trim if the process is above the predicted peak. Call it between passes, when their large blocks are free."""
+        if self._active and self._peak and resident_memory() > self._peak:
+            give_back()
+
+    def after_epoch(self) -> None:
+        """Trim if the process has grown since the second epoch."""
+        if not self._active:
+            return
+        self._epochs += 1
+        now = resident_memory()
+        if self._epochs <= EPOCHS_TO_SETTLE:
+            self._settled = now
+        elif now > self._settled:
+            give_back()
 
 
 def tensor_bytes(function: Callable[[], object]) -> int:
-    """Peak bytes of the tensors alive at once that a computation makes; not what libraries allocate for themselves."""
+    """Return the peak bytes of the tensors alive at once that a computation makes, without libraries' own memory."""
     with _Alive() as alive:
         function()
     peak: int = alive.peak
@@ -96,12 +132,12 @@ def tensor_bytes(function: Callable[[], object]) -> int:
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storages that operations make, and takes them off again once nothing refers to them."""
+    """Adds up the storages that operations make, and subtracts them when nothing refers to them."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self.now = 0
-        self._known: weakref.WeakSet[object] = weakref.WeakSet()
+        self._counted: weakref.WeakSet[object] = weakref.WeakSet()
 
     def __torch_dispatch__(  # type: ignore[no-untyped-def]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -113,9 +149,9 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
+        if storage in self._counted:
             return
-        self._known.add(storage)
+        self._counted.add(storage)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._remove, storage.nbytes()).atexit = False

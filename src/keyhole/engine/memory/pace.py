@@ -1,19 +1,30 @@
-"""Runs work under a memory plan: when memory runs out, or exceeds the budget of a CPU, chunks are halved."""
+"""Runs work under a memory plan: when memory runs out, or a CPU's peak exceeds the budget, chunks are halved."""
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 from keyhole.config.settings import Config, SelectConfig
-from keyhole.engine.memory.bill import HELD_BYTES
-from keyhole.engine.memory.meter import give_back
-from keyhole.engine.memory.plan import Plan, Step, make_plan
+from keyhole.engine.memory.bill import MAX_HELD_BYTES
+from keyhole.engine.memory.meter import give_back, steady_heap
+from keyhole.engine.memory.plan import (
+    PREDICTING_OPTIONS,
+    SHARED_TILE_BYTES,
+    TRAINING_OPTIONS,
+    OptionNames,
+    Plan,
+    Step,
+    make_plan,
+)
+from keyhole.engine.memory.probe import Workload
 from keyhole.errors import ConfigError
+from keyhole.images.tile_cache import TILE_CACHE
 from keyhole.nn import IPSClassifier
 from keyhole.nn.build import patch_shape
 from keyhole.util.budget import doubt, explained, memory_text, out_of_memory, parse_memory
@@ -21,7 +32,7 @@ from keyhole.util.platform import peak_memory, restart_peak
 
 T = TypeVar("T")
 
-LARGE = 250_000
+MAX_PREDICTED_PATCHES = 250_000
 """Patches of an image that a plan for predicting has room for."""
 
 
@@ -31,13 +42,14 @@ class Pace:
     Args:
         plan: the plan to begin with.
         warn: called with one sentence when the plan becomes smaller.
+        options: named when even the smallest plan does not fit.
 
     Attributes:
         plan: the plan that is followed now.
     """
 
-    def __init__(self, plan: Plan, warn: Callable[[str], None]) -> None:
-        self.plan, self.warn = plan, warn
+    def __init__(self, plan: Plan, warn: Callable[[str], None], options: OptionNames = TRAINING_OPTIONS) -> None:
+        self.plan, self.warn, self.options = plan, warn, options
         self._watched = plan.named and plan.device == "cpu"
         self._allowed = 0  # bytes; more than the budget if the peak was higher before and cannot be restarted
 
@@ -64,8 +76,8 @@ class Pace:
                 smaller = self.plan.halved(step)
                 if smaller is None:
                     said = f"out of memory even with the smallest plan ({self.plan.describe()})"
-                    advice = "raise --memory, or lower --patch.size, --select.m or the encoder's size"
-                    raise ConfigError(explained(error, said, advice)) from error
+                    encoder, device = self.options.encoder, self.options.device
+                    raise ConfigError(explained(error, said, self.options.lower(), encoder, device)) from error
                 why = f"out of memory, or else: {own}" if (own := doubt(error)) else "out of memory"
             self._shrink(smaller, why)
             if again is not None:
@@ -75,7 +87,7 @@ class Pace:
         return result
 
     def _keep_budget(self, step: Step) -> None:
-        """Halve the plan when the peak of this process since the last time has gone over the budget."""
+        """Halve the plan if the peak of this process since the last time has gone over the budget."""
         peak = peak_memory(since_restart=True)
         if peak <= self._allowed:
             return
@@ -102,34 +114,99 @@ class Pace:
 
 
 def predicting(model: IPSClassifier, config: Config, device: torch.device, warn: Callable[[str], None]) -> Pace:
-    """For a model that predicts images of up to `LARGE` patches; it is measured only where memory is limited."""
+    """Return the pace of a model that predicts; it is measured only where memory is limited."""
     plan, memory = unlimited(config.select).plan, parse_memory(config.memory)
     if memory is not None or device.type == "cuda":
-        plan = make_plan(
-            model,
+        work = Workload(
             patch_shape=patch_shape(config.model, config.patch.size),
             m=config.select.m,
-            batch=config.train.batch,
-            device=device,
-            memory=memory,
+            batch_size=config.train.batch,
+            largest_bag=MAX_PREDICTED_PATCHES,
             chunk=fixed_chunk(config.select),
-            largest_bag=LARGE,
-            learn=False,
             ahead=config.run.ahead,
-            keep_logits=True,
             jpeg=config.run.decode == "auto",
         )
-    return Pace(plan, warn)
+        plan = make_plan(model, work, memory, options=PREDICTING_OPTIONS)
+    return Pace(plan, warn, PREDICTING_OPTIONS)
 
 
 def fixed_chunk(select: SelectConfig) -> int | None:
-    """Patches that are encoded at once where the user has fixed it; the `chunk` of the rule `streaming` is another.
+    """Return the patches that are encoded at once if the user has fixed them.
 
-    That rule takes I patches at a time to its memory, however many have been encoded together.
+    The `chunk` of the rule `streaming` is another: it takes I patches at a time to its memory, however many have been
+    encoded together.
     """
     return None if select.rule == "streaming" else select.chunk
 
 
 def unlimited(select: SelectConfig) -> Pace:
-    """For callers who know what fits: chunks as configured, and no limit."""
-    return Pace(Plan(chunk=fixed_chunk(select) or 64, hold=HELD_BYTES), lambda text: warnings.warn(text, stacklevel=2))
+    """Return a pace for callers who know what fits: chunks as configured, and no limit."""
+    plan = Plan(chunk=fixed_chunk(select) or 64, hold=MAX_HELD_BYTES)
+    return Pace(plan, lambda text: warnings.warn(text, stacklevel=2))
+
+
+@contextmanager
+def cap(plan: Plan, device: torch.device) -> Iterator[None]:
+    """Keep to the plan's budget inside.
+
+    On CUDA the allocator gets the budget as its limit. On a CPU nothing limits the process, see `Pace`; malloc and the
+    cache of decoded tiles are set to what the plan counts with, if the user named the budget.
+
+    Several caps may hold at a time and end in any order, as those of two predictions do that are iterated over in turn:
+    the lowest one that holds is the limit, and after the last one everything is as before the first.
+    """
+    if device.type == "cuda":
+        with _limited_allocator(plan.budget, device):
+            yield
+    elif plan.named:
+        with _limited_heap(plan.steady):
+            yield
+    else:
+        yield
+
+
+_fractions: dict[int, tuple[float, list[float]]] = {}
+"""For each GPU the fraction of its memory that torch had before the first cap, and those of the caps that hold."""
+
+
+@contextmanager
+def _limited_allocator(budget: int, device: torch.device) -> Iterator[None]:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    fraction = budget / torch.cuda.get_device_properties(index).total_memory
+    if index not in _fractions:
+        _fractions[index] = torch.cuda.memory.get_per_process_memory_fraction(index), []
+    before, held = _fractions[index]
+    held.append(fraction)
+    try:
+        if torch.cuda.memory_reserved(index) > budget:  # else reserved memory is used again by the next call
+            torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(before, *held), index)
+        yield
+    finally:
+        held.remove(fraction)
+        torch.cuda.set_per_process_memory_fraction(min([before, *held]), index)
+        if not held:
+            del _fractions[index]
+
+
+_steady: list[bool] = []
+"""`Plan.steady` of the caps on the CPU that hold."""
+_tiles_before = 0
+"""`TILE_CACHE.shared_limit` before the first of them."""
+
+
+@contextmanager
+def _limited_heap(steady: bool) -> Iterator[None]:
+    global _tiles_before
+    if not _steady:
+        _tiles_before, TILE_CACHE.shared_limit = TILE_CACHE.shared_limit, SHARED_TILE_BYTES
+    _steady.append(steady)
+    steady_heap(steady, limited=True)
+    give_back()
+    try:
+        yield
+    finally:
+        _steady.remove(steady)
+        steady_heap(bool(_steady) and _steady[-1], limited=bool(_steady))
+        if not _steady:
+            TILE_CACHE.shared_limit = _tiles_before

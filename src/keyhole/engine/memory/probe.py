@@ -1,10 +1,11 @@
-"""What the two passes of a model cost in memory: measured on the model itself, on its device, at a few small sizes.
+"""Measures what the two passes of a model cost in memory, on the model itself and its device, at a few small sizes.
 
 Letters: b image, m kept, k patches of a chunk, d width.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,17 +25,66 @@ from keyhole.nn.tensors import as_read, values_of
 from keyhole.util.budget import out_of_memory
 
 ENOUGH_BYTES = 2**28
-"""A growth of this size is measured well; larger probes would only take longer."""
+"""Growth that is measured well; larger probes would only take longer."""
 ENOUGH_SECONDS = 0.5
 REPEATS = 2
-"""Runs that one measurement spans: on the CPU, the second leaves gaps in the heap that the first did not."""
-SMALLEST, STEP = 4, 4
-"""Patches of the first probe; each further one is so many times the size of the one before."""
+"""Runs that one measurement spans: on a CPU the second one leaves gaps in the heap that the first one did not."""
+FIRST_PATCHES, FACTOR = 4, 4
+"""Patches of the first probe, and the factor to the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a plan is made for.
+
+    Attributes:
+        patch_shape: of one patch as it is read: (s, s, c) uint8, or (f,) float32.
+        m: patches to keep of an image.
+        batch_size: images of a step.
+        largest_bag: patches of the largest image.
+        learn: there is a gradient step; else only selection and a forward pass of the kept patches.
+        chunk: patches at a time in the pass without gradients, where the user has fixed them.
+        ahead: chunks that are read ahead.
+        color: training changes colors.
+        predicts: a prediction of batches of such images follows the last gradient step.
+        jpeg: patches may come as JPEG, which a GPU decodes.
+        turned: patches are flipped or rotated.
+        host_buffers: further bytes on the host, such as decoded images that stay in memory; they count on a CPU.
+        open_pictures: bytes of images that are decoded whole, as many as are open at a time; they count on a CPU.
+    """
+
+    patch_shape: Sequence[int]
+    m: int
+    batch_size: int
+    largest_bag: int
+    learn: bool = False
+    chunk: int | None = None
+    ahead: int = 4
+    color: bool = True
+    predicts: bool = False
+    jpeg: bool = True
+    turned: bool = False
+    host_buffers: int = 0
+    open_pictures: int = 0
+
+    @property
+    def pixels(self) -> bool:
+        """Whether patches are pixels; else stored features."""
+        return len(self.patch_shape) > 1
+
+    @property
+    def patch_bytes(self) -> int:
+        return math.prod(self.patch_shape) * (1 if self.pixels else 4)
+
+    @property
+    def kept(self) -> int:
+        """Patches that the largest image keeps."""
+        return min(self.m, self.largest_bag)
 
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes as a function of patches: base + each * k."""
+    """Bytes as a function of the patches k: base + each * k."""
 
     base: float
     each: float
@@ -44,8 +94,8 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Bytes beyond the weights.
+class PassBytes:
+    """Bytes of the passes, beyond the weights.
 
     Attributes:
         score: of the pass without gradients over k patches.
@@ -60,104 +110,106 @@ class Costs:
     dim: int
 
 
-def probe(
-    model: IPSClassifier,
-    patch_shape: Sequence[int],
-    *,
-    images: int,
-    m: int,
-    chunk: int,
-    learn: bool,
-    color: bool,
-    room: int,
-) -> Costs:
-    """Measures a model; leaves weights, gradients, buffers, modes and random state as they were.
+def probe(model: IPSClassifier, work: Workload, chunk: int, room: int) -> PassBytes:
+    """Measure a model; leave weights, gradients, buffers, modes and random state as they were.
 
     Args:
         model: on its device.
-        patch_shape: of one patch as it is read: (s, s, c) uint8, or (f,) float32.
-        images: b.
-        m: kept patches of an image.
-        chunk: largest number of patches that the pass without gradients may be given.
-        learn: whether there is a gradient step.
-        color: whether colours are changed at random, which takes copies of the pixels.
-        room: bytes that there are; a probe is not made larger where it would need more.
+        work: what is planned for.
+        chunk: largest number of patches that the pass without gradients may get.
+        room: bytes that are available; a probe is not made larger where it would need more.
 
     Raises:
-        An error of which `out_of_memory` is true: even the smallest probe does not fit.
+        Exception: one of which `out_of_memory` is true: even the smallest probe does not fit.
     """
-    device = next(model.parameters()).device
-    rng = np.random.default_rng(0)
+    return _Probe(model, work).measure(chunk, room)
 
-    def patches(k: int) -> NDArray[Any]:
-        if len(patch_shape) == 1:
-            return rng.standard_normal((k, *patch_shape), np.float32)
-        return rng.integers(0, 256, (k, *patch_shape), np.uint8)
 
-    def identity(k: int) -> Tensor:
-        channels = patch_shape[-1]
-        return torch.eye(channels, channels + 1, device=device).expand(k, -1, -1)
+class _Probe:
+    """Runs the passes of a model over random patches."""
 
-    def convert(pixels: NDArray[Any]) -> Tensor | AsRead:
-        colors = identity(len(pixels)) if color and pixels.dtype == np.uint8 else None
-        read = as_read(torch.from_numpy(pixels), device, colors)
-        return values_of(read) if device.type == "cpu" else read  # pixels on the host are counted by the bill
+    def __init__(self, model: IPSClassifier, work: Workload) -> None:
+        self.model, self.work = model, work
+        self.device = next(model.parameters()).device
+        self.rng = np.random.default_rng(0)
+        self.dim = 0
 
-    def score(k: int) -> int:
-        pixels, where = patches(k), example_positions(model, (k,), device)
-        colors = identity(k) if color and pixels.dtype == np.uint8 else None
-        with model.looking():
-            return growth(device, lambda: model.score(torch.from_numpy(pixels).to(device), where, colors), REPEATS)
+    def measure(self, chunk: int, room: int) -> PassBytes:
+        model, work, steps = self.model, self.work, comes_in_steps(self.device)
+        learns = work.learn and any(parameter.requires_grad for parameter in model.encoder.parameters())
+        with as_it_was(model, self.device):
+            with evaluating(model):
+                self.dim = model.encode(self._converted(self._patches(2))).shape[1]
+            score = _line(self._score, chunk, room, steps)
+            model.train(work.learn)
+            learn = _line(self._encode, max(2, work.batch_size * work.kept), room, steps) if learns else score
+            return PassBytes(score, learn, _line(self._pool, work.kept, room, steps), self.dim)
 
-    def encode(k: int) -> int:
-        pixels = patches(k)
+    def _score(self, k: int) -> int:
+        pixels, where = self._patches(k), example_positions(self.model, (k,), self.device)
+        colors = self._colors(k)
+
+        def score() -> Tensor:
+            return self.model.score(torch.from_numpy(pixels).to(self.device), where, colors)
+
+        with self.model.looking():
+            return growth(self.device, score, REPEATS)
+
+    def _encode(self, k: int) -> int:
+        pixels = self._patches(k)
 
         def step() -> None:
-            embedding = model.encode(convert(pixels))
+            embedding = self.model.encode(self._converted(pixels))
             torch.autograd.backward(embedding, torch.ones_like(embedding))
 
-        return growth(device, step, REPEATS)
+        return growth(self.device, step, REPEATS)
 
-    def pool(width: int) -> int:
-        mask = torch.ones(images, width, dtype=torch.bool, device=device)
-        where = example_positions(model, (images, width), device)
+    def _pool(self, m: int) -> int:
+        images, learn, device = self.work.batch_size, self.work.learn, self.device
+        mask = torch.ones(images, m, dtype=torch.bool, device=device)
+        where = example_positions(self.model, (images, m), device)
 
         def step() -> None:
-            embedding = torch.randn(images * width, dim, device=device, requires_grad=learn)
-            padded = torch.zeros(images, width, dim, device=device).masked_scatter(mask[..., None], embedding)
-            logits = model.classify(padded, where, mask)
+            embedding = torch.randn(images * m, self.dim, device=device, requires_grad=learn)
+            padded = torch.zeros(images, m, self.dim, device=device).masked_scatter(mask[..., None], embedding)
+            logits = self.model.classify(padded, where, mask)
             if learn:
                 torch.autograd.backward([each.sum() for each in logits.values()])
 
         with torch.set_grad_enabled(learn):
             return growth(device, step, REPEATS)
 
-    steps = comes_in_steps(device)
-    learns = learn and any(parameter.requires_grad for parameter in model.encoder.parameters())
-    with as_it_was(model, device):
-        with evaluating(model):
-            dim = model.encode(convert(patches(2))).shape[1]
-        scoring = _line(score, chunk, room, steps)
-        model.train(learn)
-        learning = _line(encode, max(2, images * m), room, steps) if learns else scoring
-        return Costs(scoring, learning, _line(pool, m, room, steps), dim)
+    def _patches(self, k: int) -> NDArray[Any]:
+        if self.work.pixels:
+            return self.rng.integers(0, 256, (k, *self.work.patch_shape), np.uint8)
+        return self.rng.standard_normal((k, *self.work.patch_shape), np.float32)
+
+    def _colors(self, k: int) -> Tensor | None:
+        if not (self.work.learn and self.work.color and self.work.pixels):
+            return None
+        channels = self.work.patch_shape[-1]
+        return torch.eye(channels, channels + 1, device=self.device).expand(k, -1, -1)
+
+    def _converted(self, pixels: NDArray[Any]) -> Tensor | AsRead:
+        read = as_read(torch.from_numpy(pixels), self.device, self._colors(len(pixels)))
+        return values_of(read) if self.device.type == "cpu" else read  # the bill counts pixels on the host
 
 
 def _line(measure: Callable[[int], int], most: int, room: int, steps: bool) -> Line:
-    """Measures growing sizes up to `most`, two of them at least where there is room, and lays a line through the last.
+    """Measure growing sizes up to `most`, at least two where there is room, and fit a line through the last two.
 
-    Each is measured twice and the smaller figure taken: what a first run leaves for good (kernels, plans, threads) is
-    no part of what a pass needs.
+    Each size is measured twice and the smaller figure taken: what a first run leaves for good (kernels, plans, threads)
+    is not part of what a pass needs.
 
     Args:
-        measure: patches to bytes.
+        measure: returns the bytes of so many patches.
         most: patches.
-        room: bytes that there are.
-        steps: whether bytes come in steps. A growth that is small beside a step then says nothing about a patch, and a
-            first run that is slow because libraries are loaded is not a reason to stop.
+        room: bytes that are available.
+        steps: bytes come in steps. A growth that is small beside a step says nothing about a patch, and a first run
+            that is slow because libraries are loaded is not a reason to stop.
     """
     points: list[tuple[int, int]] = []
-    k = min(SMALLEST, most)
+    k = min(FIRST_PATCHES, most)
     if steps:
         measure(k)
     while True:
@@ -170,16 +222,16 @@ def _line(measure: Callable[[int], int], most: int, room: int, steps: bool) -> L
             break
         seconds, size = time.perf_counter() - began, points[-1][1]
         enough = len(points) > 1 and (size >= ENOUGH_BYTES or (seconds >= ENOUGH_SECONDS and not steps))
-        if enough or k >= most or size * STEP > room:
+        if enough or k >= most or size * FACTOR > room:
             break
-        k = min(k * STEP, most)
+        k = min(k * FACTOR, most)
     (k, size), (before, less) = points[-1], points[-2] if len(points) > 1 else (0, 0)
     each = (size - less) / (k - before)
     return Line(size - each * k, each) if 0 <= each * k <= size else Line(0, size / k)
 
 
 def example_positions(model: IPSClassifier, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """Positions of any patches, as the model's code takes them; None where it has none."""
+    """Return positions of any patches, as the model's position code takes them; None where it has none."""
     if model.position is None:
         return None
     if isinstance(model.position, CenterPosition):
@@ -189,8 +241,11 @@ def example_positions(model: IPSClassifier, shape: tuple[int, ...], device: torc
 
 @contextmanager
 def as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Everything that a step changes is put back; meanwhile every weight that learns has a gradient to add to, so that
-    gradients, which stay, are not counted with what a pass needs."""
+    """Restore everything that a step changes.
+
+    Inside, each weight that learns has a gradient to add to, so that gradients, which stay, are not counted with what a
+    pass needs.
+    """
     modes = [(part, part.training) for part in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), kept_buffers(model):

@@ -86,10 +86,10 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
     import torch
 
     from keyhole.engine.device import choose_device, settle_precision
-    from keyhole.engine.memory.cap import cap
     from keyhole.engine.memory.meter import taken
-    from keyhole.engine.memory.pace import Pace, fixed_chunk
+    from keyhole.engine.memory.pace import Pace, cap, fixed_chunk
     from keyhole.engine.memory.plan import Plan, make_plan
+    from keyhole.engine.memory.probe import Workload
     from keyhole.engine.passes import fetch_kept, open_reader, select_batch
     from keyhole.engine.to_device import Stager
     from keyhole.nn import build_classifier, split_backward
@@ -106,21 +106,18 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
     settle_precision(model, config.train.precision, shape)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
     before = taken(device)
-    plan = make_plan(
-        model,
+    work = Workload(
         patch_shape=shape,
         m=config.select.m,
-        batch=len(counts),
-        device=device,
-        memory=parse_memory(config.memory),
-        chunk=fixed_chunk(config.select),
+        batch_size=len(counts),
         largest_bag=max(counts),
         learn=True,
+        chunk=fixed_chunk(config.select),
         ahead=config.run.ahead,
         color=False,
-        optimizer=optimizer,
         jpeg=False,
     )
+    plan = make_plan(model, work, parse_memory(config.memory), optimizer)
     if config.run.compile == "on":
         model.accelerate(compile=True)
     pace = Pace(plan, lambda text: print(text, file=sys.stderr))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from keyhole.engine.looking import blank_rows
-from keyhole.engine.memory.cap import cap
+from keyhole.engine.memory.pace import cap
 from keyhole.errors import DataError, Interrupted
 from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job
