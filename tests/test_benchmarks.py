@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from processes import command
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "benchmarks" / "run"
@@ -32,10 +33,15 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def part(*words: str) -> tuple[str, ...]:
+    """What the interpreter is given for a part that is a file of the tests."""
+    return tuple(command("benchmark_part", *words)[1:])
+
+
 def test_one_that_fails_stops_no_other_and_is_named(runner: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     parts = {
-        "broken": runner.Part("fails", ("-c", "raise SystemExit(3)"), None),
-        "sound": runner.Part("writes", ("-c", "open('sound.md', 'w').write('#')"), None),
+        "broken": runner.Part("fails", part("fails"), None),
+        "sound": runner.Part("writes", part("writes", "sound.md"), None),
     }
     assert runner.main([], parts) == 1
     out, err = capfd.readouterr()
@@ -48,8 +54,8 @@ def test_what_ran_well_is_no_failure_and_a_quick_run_says_what_it_leaves_out(
     runner: ModuleType, capfd: pytest.CaptureFixture[str]
 ) -> None:
     parts = {
-        "long": runner.Part("takes hours", ("-c", "raise SystemExit(3)"), None),
-        "short": runner.Part("has a quick form", ("-c", "raise SystemExit(3)"), ("-c", "print('rough')")),
+        "long": runner.Part("takes hours", part("fails"), None),
+        "short": runner.Part("has a quick form", part("fails"), part("prints", "rough")),
     }
     assert runner.main(["--quick"], parts) == 0
     out, err = capfd.readouterr()
@@ -59,13 +65,13 @@ def test_what_ran_well_is_no_failure_and_a_quick_run_says_what_it_leaves_out(
 
 
 def test_every_part_is_a_file_with_the_options_it_is_given(runner: ModuleType) -> None:
-    for part in runner.PARTS.values():
-        for command in (part.command, part.quick or ()):
-            (file,) = [word for word in command if word.endswith(".py")] or ["tests"]
+    for each in runner.PARTS.values():
+        for given in (each.command, each.quick or ()):
+            (file,) = [word for word in given if word.endswith(".py")] or ["tests"]
             assert (ROOT / file).exists(), file
             if file.startswith("benchmarks"):
                 text = (ROOT / file).read_text()
-                assert not [word for word in command if word.startswith("--") and f'"{word}"' not in text]
+                assert not [word for word in given if word.startswith("--") and f'"{word}"' not in text]
 
 
 def test_every_benchmark_that_writes_a_result_is_a_part(runner: ModuleType) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import command
 
 from keyhole.cli.main import main
 from keyhole.config import check as config_check
@@ -100,22 +101,26 @@ def test_a_part_runs_in_a_process_of_its_own_as_it_does_on_a_gpu(tmp_path: Path)
     assert '["foreach", 1.0, "right"]' in (tmp_path / "figures" / "facts.jsonl").read_text()
 
 
+def stand_in(*words: object) -> tuple[str, ...]:
+    """A part of a call that is a file of the tests."""
+    return tuple(command("benchmark_part", *words))
+
+
 def parts_that_go_wrong(bench: Any, kept: Path) -> Any:
     """A part that fails, one that hangs and has started another process, one that is killed, and sound ones."""
-    part, python = bench.calls.Part, (sys.executable, "-c")
-    left = "import subprocess as s, time; p = s.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
+    part = bench.calls.Part
     return bench.calls.Call(
         "wrong",
         "what goes wrong",
         60,
         (
-            (part("fails", "exits with 3", command=(*python, "print('before'); raise SystemExit(3)")),),
+            (part("fails", "exits with 3", command=stand_in("fails")),),
             (
-                part("hangs", "never ends", limit=1, command=(*python, left)),
-                part("beside", "runs at the same time", command=(*python, "print('beside')")),
+                part("hangs", "never ends", limit=1, command=stand_in("hangs")),
+                part("beside", "runs at the same time", command=stand_in("prints", "beside")),
             ),
-            (part("dies", "kills itself", command=(*python, "import os; os.kill(os.getpid(), 9)")),),
-            (part("sound", "runs", command=(*python, f"open({str(kept)!r}, 'w').write('x'); print('sound at last')")),),
+            (part("dies", "kills itself", command=stand_in("dies")),),
+            (part("sound", "runs", command=stand_in("writes", kept)),),
         ),
     )
 
@@ -142,12 +147,11 @@ def test_a_part_that_fails_hangs_or_dies_leaves_the_others_and_the_result_alone(
 
 
 def test_a_call_that_is_cut_leaves_what_it_had_found(bench: Any, tmp_path: Path, signals: None) -> None:
-    part, python = bench.calls.Part, (sys.executable, "-c")
-    cuts = "import os, signal, time; print('cutting'); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    part = bench.calls.Part
     stages = (
-        (part("first", "runs", command=(*python, "print('found')")),),
-        (part("cuts", "ends the call", command=(*python, cuts)),),
-        (part("never", "does not run", command=(*python, "")),),
+        (part("first", "runs", command=stand_in("prints", "found")),),
+        (part("cuts", "ends the call", command=stand_in("cuts")),),
+        (part("never", "does not run", command=stand_in("prints")),),
     )
     calls = {"cut": bench.calls.Call("cut", "is cut", 60, stages)}
     with pytest.raises(SystemExit) as stop:
@@ -163,8 +167,8 @@ def test_a_call_ends_in_time_and_says_what_did_not_run(
     bench: Any, tmp_path: Path, signals: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench.harness, "LEAST", 0.3)
-    part, python = bench.calls.Part, (sys.executable, "-c", "import time; time.sleep(60)")
-    stages = ((part("long", "takes all", command=python),), (part("late", "comes too late", command=python),))
+    part, sleeps = bench.calls.Part, stand_in("sleeps")
+    stages = ((part("long", "takes all", command=sleeps),), (part("late", "comes too late", command=sleeps),))
     calls = {"short": bench.calls.Call("short", "ends", 12, stages)}
     assert bench.run.main(["short", "--dry", "--minutes", "0.06", "--out", str(tmp_path)], calls) == 1
     (path,) = tmp_path.glob("*.md")
@@ -186,10 +190,7 @@ def test_the_parts_fit_into_the_minutes_of_their_calls(bench: Any) -> None:
 def test_a_part_ends_when_its_call_was_killed(tmp_path: Path) -> None:
     """What it has started ends too: nothing computes beside the next call."""
     part = [sys.executable, str(ON_GPU / "part.py"), "commands", "--dry", "--seconds", "60", "--scratch", str(tmp_path)]
-    call = (
-        f"import subprocess as s, time; print(s.Popen({part}, start_new_session=True).pid, flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(stand_in("starts", *part), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         group = int(process.stdout.readline())
         try:
