@@ -60,7 +60,6 @@ WITHOUT_RETURNS: set[str] = {
     "IPSClassifier.steady",
     "IPSClassifier.train",
     "IPSClassifier.with_position",
-    "Image.jpeg_tiling",
     "PatchGrid.boxes",
     "PatchGrid.cells",
     "PatchGrid.centers",

@@ -40,7 +40,7 @@ from keyhole.datasets.tiff_pyramid import TILE, level_sizes, smaller, write_pyra
 from keyhole.errors import ConfigError, OutputError
 from keyhole.images import Box, open_image
 from keyhole.images.geometry import Size
-from keyhole.images.thumbnail import thumbnail
+from keyhole.images.resample import thumbnail
 
 SIDE = 2048
 GLASS = np.full((TILE, TILE, 3), 240, np.uint8)

@@ -32,7 +32,6 @@ KNOWN_CYCLES = {
 KNOWN_WITH_MANY_PARAMETERS = {
     "keyhole.engine.passes.infer",
     "keyhole.engine.passes.select_batch",
-    "keyhole.images.resample.resample",
     "keyhole.inference.answer.make_prediction",
     "keyhole.inference.embed.embed",
     "keyhole.inference.evaluate.evaluate",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from keyhole.errors import ImageError
-from keyhole.images.depth import of_largest
 from keyhole.images.faults import not_one_picture
 from keyhole.images.geometry import Size
+from keyhole.images.pixels import bits_of_largest
 from keyhole.images.scale import TO_MICRONS, Scale, believed
 from keyhole.images.zarr_array import ZarrArray, ZarrGroup, child, open_node
 
@@ -120,7 +120,7 @@ def _bits(ome: dict[str, Any]) -> int | None:
     channels = (ome.get("omero") or {}).get("channels", [])
     largest = [(channel.get("window") or {}).get("max") for channel in channels]
     known = [value for value in largest if isinstance(value, int | float)]
-    return of_largest(max(known)) if known and len(known) == len(channels) else None
+    return bits_of_largest(max(known)) if known and len(known) == len(channels) else None
 
 
 def _check_rgb(path: Path, ome: dict[str, Any]) -> None:

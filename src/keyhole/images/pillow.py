@@ -12,18 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError, ImageLost
-from keyhole.images.depth import DEEP, scaled, settled
-from keyhole.images.faults import faults_of
+from keyhole.images.faults import faults_of, one_line
 from keyhole.images.geometry import Box, Level, Size
-from keyhole.images.image import Image, Pixels
+from keyhole.images.image import ArrayImage, Image, Pixels
 from keyhole.images.jpeg import why_no_jpeg
 from keyhole.images.pillow_deep import states_bits, stored_as, values_of
-from keyhole.images.pixels import make_upright, on_white, upright_size, valid_orientation
+from keyhole.images.pixels import DEEP, make_upright, on_white, scaled, settled_bits, upright_size, valid_orientation
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-# Pillow's remarks on odd metadata would appear between the lines of a progress bar; what matters is raised below.
+# Pillow's remarks on odd metadata would appear between the lines of a progress bar; what matters is raised here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _FORMATS = {
@@ -38,8 +37,8 @@ _FORMATS = {
     **{b"P%d" % kind: ("PPM",) for kind in range(1, 7)},
 }
 _GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
-ORIENTATION = 0x0112
-_HEAD = 2**18
+_ORIENTATION = 0x0112
+_JPEG_HEAD_BYTES = 2**18
 """Bytes in which the frame of a JPEG is looked for when it is refused: a colour profile and a preview come before."""
 
 
@@ -104,7 +103,7 @@ class PillowImage(Image):
             why = "its header is damaged. Copy it again."
             if kind == "JPEG":
                 with self.path.open("rb") as file:
-                    why = why_no_jpeg(file.read(_HEAD))
+                    why = why_no_jpeg(file.read(_JPEG_HEAD_BYTES))
             raise ImageError(self.path, f"starts like {kind} data but {why}") from error
 
     def _refuse(self, picture: Picture) -> None:
@@ -129,10 +128,10 @@ class PillowImage(Image):
 
     def settle_bits(self, given: int | None) -> None:
         if not self._says_bits:
-            self.bits = settled(self.path, given, self._values())
+            self.bits = settled_bits(self.path, given, self._values())
 
     def _values(self) -> Iterator[NDArray[Any]]:
-        """The colours as they are stored, for a look at how many bits they use."""
+        """The colours as they are stored, to find how many bits they use."""
         assert self._stored is not None
         with faults_of(self.path, "damaged: it cannot be decoded"), self._open() as picture:
             yield values_of(self.path, picture, self._stored)[..., : self._stored.colors]
@@ -141,7 +140,7 @@ class PillowImage(Image):
         with self._lock:
             if self._closed:
                 raise ImageError(self.path, "read after it was closed")
-            if self._damage is not None:  # decoding it again, for each of its patches, would end the same way
+            if self._damage is not None:  # decoding it again for each of its patches would fail in the same way
                 raise ImageError(self.path, self._damage)
             if self._pixels is None:
                 try:
@@ -199,7 +198,7 @@ def _orientation(picture: Picture, path: Path) -> int:
     """The EXIF orientation, without decoding."""
     if picture.format == "PNG" and "exif" not in picture.info and not _png_has(path, b"eXIf"):
         return 1  # Pillow would decode the whole picture to look for it behind the pixels
-    return valid_orientation(picture.getexif().get(ORIENTATION, 1))
+    return valid_orientation(picture.getexif().get(_ORIENTATION, 1))
 
 
 def _png_has(path: Path, kind: bytes) -> bool:
@@ -211,3 +210,47 @@ def _png_has(path: Path, kind: bytes) -> bool:
                 return True
             file.seek(int.from_bytes(header[:4], "big") + 4, 1)
     return False
+
+
+def image_in_memory(picture: NDArray[Any] | Picture) -> ArrayImage:
+    """The picture as `open_image` gives one from a file: upright, on white where it is transparent.
+
+    Args:
+        picture: uint8 (h, w, 3), (h, w, 1) or (h, w); or a Pillow picture, of any mode with 8 bits a value.
+
+    Raises:
+        ImageError: anything else; the message says what was expected and what came.
+    """
+    import PIL.Image
+
+    if isinstance(picture, PIL.Image.Image):
+        name = str(getattr(picture, "filename", "") or "picture")
+        try:
+            pixels = eight_bit_pixels(picture)
+            turned = make_upright(pixels, valid_orientation(picture.getexif().get(_ORIENTATION, 1)))
+        except (ValueError, OSError) as error:
+            raise ImageError(name, f"cannot be used: {one_line(error)}") from error
+        return ArrayImage(np.ascontiguousarray(turned), name)
+    if not isinstance(picture, np.ndarray):
+        raise ImageError("image", f"expected a path, a numpy array or a Pillow picture, not {type(picture)}.")
+    if problem := _array_problem(picture):
+        came = f"{picture.dtype} {picture.shape}"
+        raise ImageError("array", f"pixels must be uint8 of shape (h, w, 3) or (h, w), not {came}. {problem}")
+    return ArrayImage(picture)
+
+
+def _array_problem(pixels: NDArray[Any]) -> str:
+    """What to do about an array that is not an image; "" where it is one."""
+    if pixels.dtype != np.uint8:
+        float_ = pixels.dtype.kind == "f"
+        return (
+            "Values of 0 ... 1: (255 * array).round().astype('uint8')." if float_ else "Scale the values to 0 ... 255."
+        )
+    if pixels.ndim not in (2, 3) or min(pixels.shape, default=0) < 1:
+        return "Give one image, with pixels."
+    if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
+        first = pixels.shape[0] in (1, 3)
+        return (
+            "Put channels last: array.transpose(1, 2, 0)." if first else "Leave out all channels but red, green, blue."
+        )
+    return ""

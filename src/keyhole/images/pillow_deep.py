@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from keyhole.images.depth import DEEP
+from keyhole.images.pixels import DEEP
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

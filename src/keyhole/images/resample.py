@@ -1,4 +1,4 @@
-"""Patches at another resolution than a level's: the level pixels that one needs, and the patch made of them."""
+"""Pixels at another resolution than a level's: patches by Pillow's bicubic filter, and a thumbnail of an image."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from keyhole.images.geometry import Box, Size
+from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
+from keyhole.util.threads import beat
 
 Index = NDArray[np.int64]
 
 SUPPORT = 2.0
 """Pixels that Pillow's bicubic filter reaches to each side, at the coarser of the two scales."""
+_BAND_BYTES = 32 * 2**20
+"""Bytes of an image that `thumbnail` reads at once."""
 
 
 def spans(start: Index, size: int, ratio: float) -> tuple[Index, Index]:
@@ -29,43 +33,77 @@ def spans(start: Index, size: int, ratio: float) -> tuple[Index, Index]:
 
 
 def inside(low: Index, high: Index, extent: int) -> tuple[Index, Index]:
-    """The part of the spans that lies inside the level, a pixel at least."""
+    """The part of the spans that lies inside the level, at least one pixel."""
     low = low.clip(0, extent - 1)
     return low, np.maximum(high.clip(max=extent), low + 1)
 
 
-def resample(
-    region: Pixels,
-    left: int,
-    top: int,
-    needed: Box,
-    lv_size: Size,
-    corner: tuple[float, float],
-    lv_side: float,
-    size: int,
-) -> Pixels:
-    """One patch (size, size, c).
+def surroundings(region: Pixels, corner: tuple[int, int], needed: Box, lv_size: Size) -> Pixels:
+    """The pixels of `needed`; outside the image those of its border are repeated.
 
     Args:
-        region: pixels of the level around the patch, its first at `left`, `top`.
-        left, top: level pixels.
-        needed: the level pixels under the patch, filter included; may reach over the border.
+        region: pixels of the level, the first of them at `corner`.
+        corner: x and y in level pixels.
+        needed: level pixels; may reach over the border.
         lv_size: of the level.
-        corner: x and y of the patch in level pixels.
-        lv_side: of the patch, in level pixels.
-        size: of the patch, in output pixels.
     """
-    # Outside the image its border pixels are repeated, so that no background bleeds into the edge.
-    columns = np.arange(needed.x, needed.x + needed.width).clip(0, lv_size.width - 1) - left
-    lines = np.arange(needed.y, needed.y + needed.height).clip(0, lv_size.height - 1) - top
+    columns = np.arange(needed.x, needed.x + needed.width).clip(0, lv_size.width - 1) - corner[0]
+    lines = np.arange(needed.y, needed.y + needed.height).clip(0, lv_size.height - 1) - corner[1]
     crop = region[lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
-    if crop.shape[:2] != (len(lines), len(columns)):
-        crop = region[lines[:, None], columns]
-    x, y = corner[0] - needed.x, corner[1] - needed.y
-    return _resize(crop, (x, y, x + lv_side, y + lv_side), size)
+    return crop if crop.shape[:2] == (len(lines), len(columns)) else region[lines[:, None], columns]
 
 
-def _resize(pixels: Pixels, box: tuple[float, float, float, float], size: int) -> Pixels:
+def resample(pixels: Pixels, corner: tuple[float, float], side: float, size: int) -> Pixels:
+    """One patch (size, size, c) from a square of `pixels`.
+
+    Args:
+        pixels: the square and as much around it as the filter reaches.
+        corner: x and y of the square in `pixels`.
+        side: of the square.
+        size: of the patch.
+    """
     picture = PIL.Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
-    resized = np.asarray(picture.resize((size, size), PIL.Image.Resampling.BICUBIC, box=box))
-    return resized[:, :, None] if resized.ndim == 2 else resized
+    box = (*corner, corner[0] + side, corner[1] + side)
+    return np.asarray(picture.resize((size, size), PIL.Image.Resampling.BICUBIC, box=box)).reshape(size, size, -1)
+
+
+def thumbnail(image: Image, side: int = 512) -> tuple[Pixels, float]:
+    """The image with its longest side at most `side` pixels, from the smallest level that is large enough.
+
+    Args:
+        image: read in bands, so that memory stays bounded where only level 0 exists.
+        side: pixels.
+
+    Returns:
+        (h, w, c) uint8, and level-0 pixels per pixel of it.
+
+    Raises:
+        ImageError: the file is damaged.
+    """
+    level = max((i for i, level in enumerate(image.levels) if max(level.size) >= side), default=0)
+    lv_width, lv_height = image.levels[level].size
+    step = max(1, max(lv_width, lv_height) // (2 * side))  # averaged here, the last factor of two by Pillow
+    band = max(1, _BAND_BYTES // (lv_width * image.channels * step)) * step
+    bands = []
+    for y in range(0, lv_height, band):
+        pixels = image.read(Box(0, y, lv_width, min(band, lv_height - y)), level)
+        bands.append(_averaged(pixels, step))
+        beat()
+    small = np.concatenate(bands)
+    factor = min(1.0, side / max(small.shape[:2]))
+    width, height = (max(1, round(extent * factor)) for extent in (small.shape[1], small.shape[0]))
+    picture = PIL.Image.fromarray(small[:, :, 0] if image.channels == 1 else small)
+    resized = np.asarray(picture.resize((width, height), PIL.Image.Resampling.BOX), np.uint8)
+    return resized.reshape(height, width, image.channels), image.size.width / width
+
+
+def _averaged(pixels: Pixels, step: int) -> Pixels:
+    """Means of step x step blocks; the blocks at the right and lower border are what is left of them."""
+    if step == 1:
+        return pixels
+    height, width, _ = pixels.shape
+    rows, columns = np.arange(0, height, step), np.arange(0, width, step)
+    sums = np.add.reduceat(np.add.reduceat(pixels.astype(np.float32), rows, axis=0), columns, axis=1)
+    counts = np.diff(np.append(rows, height))[:, None] * np.diff(np.append(columns, width))[None, :]
+    means: Pixels = (sums / counts[:, :, None]).round().astype(np.uint8)
+    return means

@@ -16,20 +16,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
-from keyhole.images.depth import alpha_of, settled
-from keyhole.images.faults import ends_early, faults_of, passed_over
+from keyhole.images.faults import ends_early, faults_of
 from keyhole.images.geometry import Box, Level, Size, downsample_of
 from keyhole.images.jpeg import Coded, jpeg_size
-from keyhole.images.pixels import Pixels, eight_bit, make_upright, on_white, stored_box, straight, upright_size
+from keyhole.images.pixels import (
+    Pixels,
+    alpha_of,
+    eight_bit,
+    make_upright,
+    on_white,
+    stored_box,
+    straight,
+    upright_size,
+)
 from keyhole.images.tiff_file import BLOCK, CONVERT, MAX_SEGMENT_PIXELS, is_tiff, vendor_of
 from keyhole.images.tiff_layout import TiffLevel, read_layout
 from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
 from keyhole.images.tiles import TiledImage
 from keyhole.util.threads import beat
 
-GAP = 4096
-"""Bytes between two tiles that are read over: alignment, or another writer's marks."""
-TOGETHER = 2**20
+_MAX_GAP_BYTES = 4096
+"""Bytes between two tiles that are read with them: alignment, or another writer's marks."""
+_MAX_READ_BYTES = 2**20
 """Encoded bytes that a thread reads at once."""
 
 
@@ -43,10 +51,10 @@ class TiffImage(TiledImage):
     Of a file with several pictures the first is read. Levels are the smaller pages whose size is level 0's by one
     factor.
 
-    Microns per pixel come from OME-XML (in µm where no unit is written: so its schema has it), from Aperio's
+    Microns per pixel come from OME-XML (in µm where no unit is written, as its schema says), from Aperio's
     description or from the resolution tags, if those can be a microscope's. They are None, and `mpp_note` says why,
-    where pixels are not square, the unit is none of length, the value is outside 0.02 ... 100, or two statements differ
-    by more than 1 %.
+    where pixels are not square, the unit is not one of length, the value is outside 0.02 ... 100, or two statements
+    differ by more than 1 %.
 
     Raises:
         ImageError: damaged, cut off, a tile of more than 64 Mpx, or a kind not listed here.
@@ -61,9 +69,11 @@ class TiffImage(TiledImage):
         self.path = path
         self.mpp, self.mpp_note = layout.scale
         self.note = layout.note
-        self.channels, self.bits = layout.levels[0].channels, layout.levels[0].bits
+        first = layout.levels[0]
+        self.channels, self.bits, self._says_bits = first.channels, first.bits, first.says_bits
         self._stored, self._orientation = layout.levels, layout.orientation
-        self.size = upright_size(layout.levels[0].size, layout.orientation)
+        self._l0_tiles = first.grid[0] * first.grid[1]
+        self.size = upright_size(first.size, layout.orientation)
         sizes = [upright_size(level.size, layout.orientation) for level in layout.levels]
         self.levels = tuple(Level(size, downsample_of(self.size, size)) for size in sizes)
         self._file = path.open("rb", buffering=0)
@@ -75,27 +85,18 @@ class TiffImage(TiledImage):
         return is_tiff(head) and vendor_of(path) is None
 
     def settle_bits(self, given: int | None) -> None:
-        if not self._stored[0].says_bits:
-            self.bits = settled(self.path, given, self._values())
+        super().settle_bits(given)
+        if not self._says_bits:
             self._stored = tuple(replace(level, bits=self.bits) for level in self._stored)
 
-    def _values(self) -> Iterator[NDArray[Any]]:
-        """The colours of level 0 as they are stored, tile by tile, for a look at how many bits they use.
-
-        Tiles in the middle come first. Those that are damaged or missing are left out: reading them says what is wrong.
-        """
+    def _stored_values(self, tile: int) -> Iterator[NDArray[Any]]:
         page = self._stored[0]
-        number = page.grid[0] * page.grid[1]
-        for tile in (*range(number // 2, number), *range(number // 2)):
-            for plane in range(min(page.planes, page.colors)):
-                index = plane * number + tile
-                values = None
-                with passed_over(self.path):
-                    data = self._bytes(*self._places(page, 0, [index])[0])
-                    self._check_coded(page, data)
-                    values = page.decode(data, index) if data else None
-                if values is not None:
-                    yield values[..., : page.colors]
+        for plane in range(min(page.planes, page.colors)):
+            index = plane * self._l0_tiles + tile
+            data = self._bytes(*self._places(page, 0, [index])[0])
+            if data:
+                self._check_coded(page, data)
+                yield page.decode(data, index)[..., : page.colors]
 
     def close(self) -> None:
         self._file.close()
@@ -133,7 +134,7 @@ class TiffImage(TiledImage):
         return self._decode(page, level, tile, coded)
 
     def _decode(self, page: TiffLevel, level: int, index: int, coded: Coded | None = None) -> Pixels | None:
-        """One tile or strip as (h, w, channels) uint8; None where the file has none. Reads what is not `coded` yet."""
+        """One tile or strip as (h, w, channels) uint8; None where the file has none. It is read if `coded` is empty."""
         columns, rows = page.grid
         parts = []
         for plane in range(page.planes):
@@ -170,7 +171,7 @@ class TiffImage(TiledImage):
         return found
 
     def _places(self, page: TiffLevel, level: int, numbers: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Where the bytes of segments lie, given in rising order: (offset, count) each."""
+        """Where the bytes of segments lie, (offset, count) each; their numbers rise."""
         wanted = np.asarray(numbers, np.int64)
         blocks, found = wanted // BLOCK, []
         cuts = np.flatnonzero(np.diff(blocks)) + 1
@@ -181,7 +182,7 @@ class TiffImage(TiledImage):
         return list(zip(offsets, counts, strict=True))
 
     def _table(self, page: TiffLevel, level: int, block: int, last: int) -> NDArray[np.int64]:
-        """A block of the tables of segments, (2, up to BLOCK): offsets and counts, as far as entry `last` at least."""
+        """A block of the tables of segments, (2, up to BLOCK): offsets and counts, at least up to entry `last`."""
         places = TILE_CACHE.get(self._owner, ("places", level, block))
         if places is None:
             start = block * BLOCK
@@ -209,7 +210,7 @@ class TiffImage(TiledImage):
             start, end = group[0][0], sum(group[-1])
             together = memoryview(b"")
             if len(group) > 1:
-                with suppress(OSError):  # it may be no fault of all: each is then read by itself, and says so
+                with suppress(OSError):  # not all of them need be at fault: each is then read by itself, and says so
                     together = memoryview(self._pread(end - start, start))
             for offset, count in group:
                 data = together[offset - start : offset - start + count]
@@ -224,7 +225,7 @@ class TiffImage(TiledImage):
             return self._file.read(count) or b""
 
     def _check_coded(self, page: TiffLevel, data: bytes) -> None:
-        """A tile that is a picture of its own may declare another size than the page does: checked before decoding."""
+        """Refuse a tile that is a picture of its own and declares a much larger size than the page does."""
         if not page.coded:
             return
         size = jpeg_size(data) if page.coded == "JPEG" else _picture_size(data)
@@ -252,12 +253,14 @@ def to_pixels(values: NDArray[np.unsignedinteger | np.bool_], page: TiffLevel) -
 
 
 def _side_by_side(places: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Cuts segments (offset, count) into groups that lie one behind the other in the file."""
+    """Cut segments (offset, count) into groups that lie one behind the other in the file."""
     group: list[tuple[int, int]] = []
     for offset, count in places:
         if group:
             end = sum(group[-1])
-            if not (0 <= offset - end <= GAP and group[-1][1] and offset + count - group[0][0] <= TOGETHER):
+            if not (
+                0 <= offset - end <= _MAX_GAP_BYTES and group[-1][1] and offset + count - group[0][0] <= _MAX_READ_BYTES
+            ):
                 yield group
                 group = []
         group.append((offset, count))

@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
-from keyhole.images.depth import DEEP
 from keyhole.images.geometry import Size, same_shape
-from keyhole.images.pixels import valid_orientation
+from keyhole.images.pixels import DEEP, valid_orientation
 from keyhole.images.scale import Scale, agreed
 from keyhole.images.tiff_file import ShortTables, TileTable, check_segment, open_pages, page_size
 from keyhole.images.tiff_jpeg import JpegTiles

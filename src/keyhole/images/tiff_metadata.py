@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from keyhole.images.depth import DEEP, of_largest
 from keyhole.images.faults import not_one_picture
+from keyhole.images.pixels import DEEP, bits_of_largest
 from keyhole.images.scale import TO_MICRONS, Scale, believed
 
 _MICROSCOPE_MPP = 0.05, 20.0
@@ -78,7 +78,7 @@ def bits_of_tags(page: Any) -> int | None:
     largest = page.tags.valueof(281)
     if page.bitspersample != DEEP or largest is None:
         return None
-    return of_largest(float(np.max(largest)))
+    return bits_of_largest(float(np.max(largest)))
 
 
 def first_plane(pixels: ElementTree.Element) -> int:

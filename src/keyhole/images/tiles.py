@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from keyhole.images.faults import faults_of
+from keyhole.images.faults import faults_of, passed_over
 from keyhole.images.geometry import Box, Size
 from keyhole.images.image import Image, Uses
-from keyhole.images.pixels import Pixels, place
+from keyhole.images.pixels import Pixels, place, settled_bits
 from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
 
 
@@ -48,14 +49,17 @@ _here = threading.local()
 class TiledImage(Image):
     """An image that is stored in tiles of one size. Strips are tiles as wide as the image.
 
-    A subclass implements `tiling`, `_keeps_all`, `_coded` and `decode_tile`, and sets `_owner`.
+    A subclass implements `tiling`, `_keeps_all`, `_coded`, `decode_tile` and `_stored_values`, and sets the
+    attributes below.
     """
 
-    _owner: int
+    _owner: int  # in the tile cache
+    _says_bits: bool  # whether the file states the bits in use
+    _l0_tiles: int  # tiles of level 0
 
     @abstractmethod
     def _coded(self, level: int, tiles: Sequence[int]) -> Iterator[Any]:
-        """What `decode_tile` wants of each of these tiles, in their order, read as late as may be."""
+        """What `decode_tile` needs of each of these tiles, in their order, read as late as possible."""
 
     @abstractmethod
     def decode_tile(self, level: int, tile: int, coded: Any, out: Pixels | None) -> Pixels | None:
@@ -69,11 +73,26 @@ class TiledImage(Image):
         """
 
     @abstractmethod
-    def _keeps_all(self, level: int) -> bool:
-        """Whether each tile is worth keeping, whoever wants it: strips, and tiles so large that memory is for one.
+    def _stored_values(self, tile: int) -> Iterable[NDArray[Any]]:
+        """The colours of a tile of level 0 as they are stored, before they are scaled to 8 bits."""
 
-        Where the boxes are part of a pass, its uses decide, but for the large ones.
+    @abstractmethod
+    def _keeps_all(self, level: int) -> bool:
+        """Whether each tile is kept in the cache whoever reads it: strips, and large tiles.
+
+        Where the boxes are part of a pass, the uses of a tile decide instead, unless it is large.
         """
+
+    def settle_bits(self, given: int | None) -> None:
+        if not self._says_bits:
+            self.bits = settled_bits(self.path, given, self._values())
+
+    def _values(self) -> Iterator[NDArray[Any]]:
+        """The stored values of level 0, tile by tile; those in the middle first, without those that are damaged."""
+        number = self._l0_tiles
+        for each in (*range(number // 2, number), *range(number // 2)):
+            with passed_over(self.path):  # reading the tile says what is wrong with it
+                yield from self._stored_values(each)
 
     def read_boxes(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:
         lv = self.levels[level].size

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
-from keyhole.images.depth import settled
-from keyhole.images.faults import faults_of, passed_over
+from keyhole.images.faults import faults_of
 from keyhole.images.geometry import Level, Size, downsample_of, same_shape
 from keyhole.images.ome_zarr import Picture, picture_of
 from keyhole.images.pixels import Pixels, eight_bit
@@ -64,6 +63,8 @@ class ZarrImage(TiledImage):
         self._arrays = [picture.arrays[k] for k in kept]
         self.size = sizes[0]
         self.levels = tuple(Level(sizes[k], downsample_of(sizes[0], sizes[k])) for k in kept)
+        wide, high = self._chunk(0)
+        self._l0_tiles = math.ceil(self.size.width / wide) * math.ceil(self.size.height / high)
         self._owner = TILE_CACHE.owner()
         self._closed = threading.Event()
 
@@ -83,17 +84,8 @@ class ZarrImage(TiledImage):
                 "Save it again in chunks of 256 to 1024 pixels a side.",
             )
 
-    def settle_bits(self, given: int | None) -> None:
-        if not self._says_bits:
-            self.bits = settled(self.path, given, self._values())
-
-    def _values(self) -> Iterator[NDArray[Any]]:
-        """The stored values of level 0, chunk by chunk, to find how many bits they use; those in the middle first."""
-        (width, height), (wide, high) = self.size, self._chunk(0)
-        number = math.ceil(width / wide) * math.ceil(height / high)
-        for tile in (*range(number // 2, number), *range(number // 2)):
-            with passed_over(self.path):
-                yield self._tile_values(0, tile, None)
+    def _stored_values(self, tile: int) -> list[NDArray[Any]]:
+        return [self._tile_values(0, tile, None)]
 
     def _chunk(self, level: int) -> Size:
         array = self._arrays[level]

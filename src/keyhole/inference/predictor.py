@@ -31,7 +31,7 @@ from keyhole.engine.memory.pace import Pace, cap, predicting
 from keyhole.engine.passes import Inference, infer, open_reader, opener
 from keyhole.engine.to_device import Stager, Stagers
 from keyhole.errors import ConfigError, ImageLost, KeyholeError, RunError
-from keyhole.images.memory import image_in_memory
+from keyhole.images.pillow import image_in_memory
 from keyhole.images.scale import given_scale
 from keyhole.inference.answer import make_prediction, with_pictures
 from keyhole.loading import Reader

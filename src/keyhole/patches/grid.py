@@ -19,7 +19,7 @@ from keyhole.errors import ConfigError
 from keyhole.images.geometry import Box, Size
 from keyhole.images.image import Image, Uses
 from keyhole.images.pixels import Pixels, place
-from keyhole.images.resample import inside, resample, spans
+from keyhole.images.resample import inside, resample, spans, surroundings
 from keyhole.patches.edge import Edge, edge_for, mirrored, place_patches
 from keyhole.patches.edge import inside as moved_inside
 from keyhole.util.threads import beat
@@ -367,8 +367,9 @@ class PatchGrid:
 
     def _resampled(self, region: Pixels, left: int, top: int, needed: Box, x: int, y: int) -> Pixels:
         """The patch at output pixel (x, y) from level pixels around it; background outside the image."""
-        lv_size, lv_corner = self.image.levels[self.level].size, (x * self._ratio, y * self._ratio)
-        patch = resample(region, left, top, needed, lv_size, lv_corner, self.size * self._ratio, self.size)
+        crop = surroundings(region, (left, top), needed, self.image.levels[self.level].size)
+        corner = x * self._ratio - needed.x, y * self._ratio - needed.y
+        patch = resample(crop, corner, self.size * self._ratio, self.size)
         width, height = self._extent
         if x < 0 or y < 0 or x + self.size > width or y + self.size > height:
             shown = slice(max(-y, 0), height - y), slice(max(-x, 0), width - x)

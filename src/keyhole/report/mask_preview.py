@@ -15,7 +15,7 @@ from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
 from keyhole.images.image import Image
-from keyhole.images.thumbnail import thumbnail
+from keyhole.images.resample import thumbnail
 from keyhole.patches.grid import PatchGrid
 from keyhole.util.files import file_names, write_atomic
 

@@ -14,7 +14,7 @@ from keyhole.images import open_image
 from keyhole.images.geometry import Box, Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
-from keyhole.images.thumbnail import thumbnail
+from keyhole.images.resample import thumbnail
 from keyhole.patches.features import FeaturePatches
 from keyhole.patches.sources import FilePatches
 from keyhole.report.drawing import score_picture

@@ -16,8 +16,8 @@ from keyhole.data.item import SPLITS
 from keyhole.data.manifest import Manifest, read_manifest
 from keyhole.errors import BitsUnknown, ConfigError, DataError, ImageError
 from keyhole.images import open_image
-from keyhole.images.depth import DEEP
 from keyhole.images.geometry import Size
+from keyhole.images.pixels import DEEP
 from keyhole.loading import Reader
 from keyhole.patches.edge import Edge
 from keyhole.patches.grid import NoPatches
