@@ -137,13 +137,16 @@ def check(
 
     Example:
         >>> import keyhole
-        >>> from keyhole.datasets.digits import make_digits
-        >>> manifest = make_digits("digits", train=5, val=0, test=0)
-        >>> report = keyhole.check(manifest, patch={"size": 100}, run={"threads": 1})
-        >>> report.images, report.spreads["patches"].max
-        (5, 256)
-        >>> for finding in report.findings:
-        ...     print(finding.severity, finding.name, finding.problem)
+        >>> from PIL import Image
+        >>> for number in range(8):
+        ...     Image.new("L", (64, 32), 25 * number).save(f"{number}.png")
+        >>> rows = [f"{number}.png,{'dark' if number < 4 else 'light'}" for number in range(8)]
+        >>> _ = Path("tones.csv").write_text("\\n".join(["image,tone", *rows]))
+        >>> report = keyhole.check("tones.csv", patch={"size": 16}, run={"threads": 1})
+        >>> report.ok, report.images, report.spreads["patches"].max
+        (True, 8, 8)
+        >>> report.findings[-1].problem.partition(":")[0]
+        'every pixel looked at has one value'
     """
     config = validate(configuration(data, settings))
     folder = None if previews is None else writable_folder(previews)
