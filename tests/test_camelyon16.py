@@ -193,7 +193,7 @@ def test_the_aws_copy_in_any_case_of_letters_is_read_alike(tmp_path: Path) -> No
 
     found = read_camelyon16(root)
 
-    assert {slide.name: slide.label for slide in found.slides if slide.split == "test"} == {
+    assert {slide.name: slide.labels["label"] for slide in found.slides if slide.split == "test"} == {
         "test_001": "normal",
         "test_002": "tumor",
     }
@@ -303,7 +303,7 @@ def test_two_references_that_disagree_are_an_error_until_one_is_named(tree: Path
     found = read_camelyon16(tmp_path / "root", reference=other)
 
     assert [slide.name for slide in found.slides if slide.split == "test"] == ["test_001"]
-    assert found.slides[8].label == "tumor"
+    assert found.slides[8].labels["label"] == "tumor"
     with pytest.raises(DataError, match="no such file"):
         read_camelyon16(tree, reference=tmp_path / "none.csv")
 

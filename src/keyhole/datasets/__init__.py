@@ -1,1 +1,1 @@
-"""Data sets that are generated, and published ones."""
+"""Generated and published data sets."""

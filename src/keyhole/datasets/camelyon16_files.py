@@ -1,7 +1,7 @@
-"""Which files of CAMELYON16 lie where: by their names, wherever they are.
+"""Find the files of CAMELYON16 by their names, in any folder.
 
-So the tree of the challenge (training/normal, training/tumor, testing/images, lesion_annotations) and that of the AWS
-copy (images/, annotations/, evaluation/) are read alike, in any case of letters.
+This reads the tree of the challenge (training/normal, training/tumor, testing/images, lesion_annotations) and that of
+the AWS copy (images, annotations, evaluation), in upper or lower case.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from keyhole.data.companions import FEATURE_FOLDERS
 from keyhole.data.item import FEATURE_SUFFIXES
 from keyhole.errors import DataError
 
 IGNORED_FOLDERS = frozenset({"masks", "mask", "evaluation_masks", "background_tissue", "__macosx"})
-"""Folders that hold TIFFs of the same names which are no slides. In lower case."""
+"""Folders with TIFFs of the same names that are not slides, in lower case."""
 MASK_FOLDERS = frozenset({"foreground", "tissue", "tissue_masks"})
-"""Folders whose PNG or GeoJSON files are foreground. `masks` is not: in the official copies it holds lesions."""
+"""Folders with PNG or GeoJSON files of the foreground. In the official copies `masks` holds lesions."""
 MASK_SUFFIXES = frozenset({".png", ".geojson"})
 SLIDE_SUFFIXES = frozenset({".tif", ".tiff"})
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -29,7 +30,7 @@ _NAME = re.compile(r"(normal|tumor|test)_?(\d{1,3})", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not as it should be: the file or slide, and what is wrong with it."""
+    """A file or slide, and what is wrong with it."""
 
     name: str
     what: str
@@ -37,7 +38,7 @@ class Problem:
 
 @dataclass
 class Found:
-    """Files by the name of their slide, and problems as they turn up."""
+    """Files by the name of their slide, and the problems found so far."""
 
     slides: dict[str, Path] = field(default_factory=dict)
     annotations: dict[str, Path] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class Found:
 
 
 def find_files(root: Path) -> Found:
-    """Slides, outlines, masks and references under a folder. Of every slide four bytes are read."""
+    """Find slides, outlines, masks and references below a folder. Four bytes of every slide are read."""
     found = Found()
     for path in _files(root, found):
         suffix, folder = path.suffix.lower(), path.parent.name.lower()
@@ -66,7 +67,7 @@ def find_files(root: Path) -> Found:
         if path.name.lower() == "reference.csv":
             found.references.append(path)
         elif suffix == ".zip" and "annotation" in path.stem.lower():
-            _say_zipped(found, path)
+            _note_zipped(found, path)
         elif name is None:
             continue
         elif suffix in MASK_SUFFIXES and folder in MASK_FOLDERS:
@@ -81,7 +82,7 @@ def find_files(root: Path) -> Found:
 
 
 def _files(root: Path, found: Found) -> Iterator[Path]:
-    """In order of their paths; links to folders are followed, each folder once."""
+    """Yield the files in order of their paths; links to folders are followed, each folder once."""
     seen: set[str] = set()
 
     def cannot(error: OSError) -> None:
@@ -98,18 +99,18 @@ def _files(root: Path, found: Found) -> Iterator[Path]:
 
 
 def slide_name(text: str) -> str | None:
-    """`Tumor_001` as `tumor_001`; None where it is the name of no slide, such as `tumor_001_mask`."""
+    """Return `tumor_001` for `Tumor_001`; None for a text that does not name a slide, such as `tumor_001_mask`."""
     match = _NAME.fullmatch(text)
     return None if match is None else f"{match[1].lower()}_{int(match[2]):03d}"
 
 
 def _fault(path: Path, name: str) -> str | None:
-    """What is wrong with the file of a slide, as far as its first bytes and its folder tell."""
+    """Say what is wrong with the file of a slide, from its first bytes and its folder; None if nothing is."""
     folder = path.parent.name.lower()
     if folder in ("normal", "tumor") and not name.startswith(folder):
         return f"its name says {name.partition('_')[0]}, its folder {folder}; not used"
     if not path.is_file():
-        return "a link that leads nowhere, or no regular file; not used"
+        return "a link that leads nowhere, or not a regular file; not used"
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -120,25 +121,25 @@ def _fault(path: Path, name: str) -> str | None:
     return None if start in TIFF_STARTS else "not a TIFF; not used. Download it again"
 
 
-def _say_zipped(found: Found, path: Path) -> None:
+def _note_zipped(found: Found, path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             outlines = sum(name.lower().endswith(".xml") for name in archive.namelist())
     except (OSError, zipfile.BadZipFile) as error:
-        found.problem(path, f"no archive that can be read ({error}). Download it again")
+        found.problem(path, f"cannot be read as a ZIP archive ({error}). Download it again")
         return
     found.notes.append(f"{path}: {outlines} lesion outlines are still zipped; unzip it, and they are found")
 
 
 def find_features(folder: Path, found: Found) -> None:
-    """Notes the feature files of the slides; they may lie in a folder inside, as CLAM writes them.
+    """Find the feature files of the slides in a folder or in CLAM's subfolders.
 
     Raises:
-        DataError: no such folder, or none in it.
+        DataError: the folder does not exist or holds none.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder. Give the one with the feature files (.h5, .pt) of the slides.")
-    for place in (folder, folder / "h5_files", folder / "pt_files"):
+    for place in (folder / name for name in FEATURE_FOLDERS):
         for path in sorted(place.iterdir()) if place.is_dir() else ():
             name = slide_name(path.stem)
             if name is None or path.suffix.lower() not in FEATURE_SUFFIXES:

@@ -1,13 +1,12 @@
-"""What generated tissue looks like up close: periodic pictures of light through a section stained with two dyes.
+"""The texture of generated tissue: periodic pictures of light that passes a section stained with two dyes.
 
-Light is taken as a section takes it (Beer and Lambert): what reaches the eye is exp(-(E e + H h)), where E and H are
-the amounts of eosin and hematoxylin at a pixel, and e and h what each takes from red, green and blue (the directions
-of Ruifrok and Johnston, 2001, varied a little from slide to slide). Amounts add, so light multiplies, and a picture
-of the stroma times a picture of the nuclei is a picture of both. Their periods differ, so that the product does not
-repeat within 5,120 px.
+A section absorbs light by the law of Beer and Lambert: exp(-(E e + H h)) of it passes, where E and H are the amounts of
+eosin and hematoxylin at a pixel, and e and h what each absorbs of red, green and blue (the directions of Ruifrok and
+Johnston, 2001, varied a little from slide to slide). Amounts add and light multiplies, so a picture of the stroma times
+a picture of the nuclei is a picture of both. Their periods differ, so the product does not repeat within 5,120 px.
 
-Nuclei come in two patterns at the same places: filled, as everywhere, and, for nests, hollow: a dark rim around a
-pale centre. Both take the same light on average, so that from afar there is nothing to be seen of a nest.
+Nuclei come in two patterns at the same places: filled, as everywhere, and hollow for nests, a dark rim around a pale
+centre. Both absorb the same light on average, so a nest cannot be seen at low resolution.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ Values = NDArray[np.float32]
 STROMA, NUCLEI = 1024, 1280
 """Periods in pixels."""
 COLUMNS, ROWS = 100, 116
-"""Places for nuclei in a period: a lattice of triangles, 12.8 by 11 px, each place a little off."""
+"""Places for nuclei in a period: a triangular lattice of 12.8 by 11 px with jitter."""
 JITTER = 1.4
 RADIUS = (3.6, 4.9)
-"""Half axes of nuclei in pixels."""
+"""Range of the half axes of nuclei in pixels."""
 REACH = 6
-"""Pixels from its centre within which a nucleus lies, but for a trace."""
+"""Pixels around its centre that hold nearly all of a nucleus."""
 
 _EOSIN = (0.07, 0.99, 0.11)
 _HEMATOXYLIN = (0.65, 0.70, 0.29)
@@ -40,21 +39,21 @@ _GREEN = 1
 _CYTOPLASM = 0.05
 """Amount of hematoxylin outside of nuclei."""
 _FULL = 2.5
-"""Amount of a dye that the value 255 stands for."""
+"""Amount of a dye at the value 255."""
 
 
 @dataclass(frozen=True, eq=False)
 class Texture:
-    """The pictures of one slide; each repeats its first 256 rows and columns at the end, so that tiles never wrap.
+    """The pictures of one slide; each repeats its first 256 rows and columns at the end, so that tiles do not wrap.
 
     Attributes:
-        stroma: (1280, 1280, 3), light through connective tissue and cytoplasm, of which glass lets pass `glass`.
-        nuclei: (1536, 1536, 3), share of the light that nuclei let pass, 255 is all.
-        hollow: the same with every nucleus in the pattern of nests.
-        fat: as `stroma`: empty round cells with thin walls.
-        glass: (256, 256, 3), a tile without tissue.
-        rough: (1280, 1280), how far off the edge of tissue is; standard deviation 1.
-        sites: (k, 3, 2), x and y of three neighbouring nuclei, in `nuclei` without its margin; may reach over its end.
+        stroma: light that passes connective tissue and cytoplasm (1280, 1280, 3).
+        nuclei: share of the light that passes the nuclei (1536, 1536, 3); 255 is all.
+        hollow: like `nuclei`, with every nucleus hollow.
+        fat: like `stroma`: empty round cells with thin walls.
+        glass: a tile without tissue (256, 256, 3).
+        rough: offset of the edge of tissue (1280, 1280), standard deviation 1.
+        sites: x and y of three neighbouring nuclei (k, 3, 2), in `nuclei` without its margin; may exceed its end.
     """
 
     stroma: Pixels
@@ -67,7 +66,7 @@ class Texture:
 
 
 def make_texture(rng: np.random.Generator) -> Texture:
-    """The texture of one slide: its own stains and its own nuclei; the stroma's and the fat's pattern are shared."""
+    """Draw the stains and nuclei of one slide; all slides share the patterns of stroma and fat."""
     light = rng.uniform(0.955, 0.96) * 255
     eosin = _stain(rng, _EOSIN)
     hematoxylin = _stain(rng, _HEMATOXYLIN)
@@ -86,18 +85,18 @@ def make_texture(rng: np.random.Generator) -> Texture:
 
 
 def _stain(rng: np.random.Generator, direction: tuple[float, float, float]) -> NDArray[np.float64]:
-    """What an amount of 1 of a dye takes from red, green and blue, on this slide."""
+    """Draw what an amount of 1 of a dye absorbs of red, green and blue on this slide."""
     return np.array(direction) * rng.uniform(0.99, 1.01, 3) * rng.uniform(0.985, 1.015)
 
 
 def _table(stain: NDArray[np.float64], light: float) -> Pixels:
-    """(256, 3): what is left of `light` after an amount of a dye."""
+    """Return the light (256, 3) that is left after each amount of a dye."""
     amount = np.arange(256)[:, None] * (_FULL / 255)
     return np.asarray(np.round(light * np.exp(-amount * stain)), np.uint8)
 
 
 def _amounts(values: Values | float) -> Pixels:
-    """Amounts of a dye in steps of a byte."""
+    """Encode amounts of a dye as bytes."""
     return np.asarray(np.minimum(np.asarray(values, np.float32) * (255 / _FULL) + 0.5, 255), np.uint8)
 
 
@@ -105,7 +104,7 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 def _wrapped(picture: NDArray[Number]) -> NDArray[Number]:
-    """With its first rows and columns repeated at the end."""
+    """Repeat the first rows and columns at the end."""
     margin = [(0, TILE), (0, TILE)] + [(0, 0)] * (picture.ndim - 2)
     return np.pad(picture, margin, mode="wrap")
 
@@ -114,7 +113,7 @@ def _wrapped(picture: NDArray[Number]) -> NDArray[Number]:
 
 
 def smooth_noise(rng: np.random.Generator, side: int, scale: float) -> Values:
-    """(side, side) periodic noise of mean 0 and deviation 1, whose features are about `scale` pixels wide."""
+    """Draw periodic noise (side, side) of mean 0 and deviation 1, with features about `scale` pixels wide."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
     spectrum = np.fft.rfft2(rng.standard_normal((side, side))) * np.exp(-0.5 * (2 * frequency * scale) ** 2)
     spectrum[0, 0] = 0
@@ -125,7 +124,7 @@ def smooth_noise(rng: np.random.Generator, side: int, scale: float) -> Values:
 
 @cache
 def _stroma() -> Pixels:
-    """Amount of eosin (1024, 1024): wavy fibres of some pixels, thicker and thinner places."""
+    """Return the amount of eosin (1024, 1024) in wavy fibres with thicker and thinner places."""
     rng = np.random.default_rng(1)
     fibres = 1 - np.abs(smooth_noise(rng, STROMA, 14)) - 0.5 * np.abs(smooth_noise(rng, STROMA, 30))
     amount = 0.36 + 0.07 * fibres + 0.02 * smooth_noise(rng, STROMA, 4) + 0.03 * smooth_noise(rng, STROMA, 160)
@@ -134,7 +133,7 @@ def _stroma() -> Pixels:
 
 @cache
 def _fat() -> Pixels:
-    """Amount of eosin (1024, 1024): walls half-way between the centres of round cells, 85 px wide."""
+    """Return the amount of eosin (1024, 1024) in the walls between round cells, 85 px wide."""
     rng = np.random.default_rng(2)
     count = STROMA // 85
     pitch = STROMA / count
@@ -165,12 +164,10 @@ def _rough() -> Values:
 # --- nuclei: each slide has its own ----------------------------------------------------------------------------------
 
 
-def _nuclei(rng: np.random.Generator, taken: float) -> tuple[Pixels, Pixels, NDArray[np.float64]]:
-    """Amounts of hematoxylin (1280, 1280) with filled and with hollow nuclei, and the sites of nests.
+def _nuclei(rng: np.random.Generator, absorbed: float) -> tuple[Pixels, Pixels, NDArray[np.float64]]:
+    """Return amounts of hematoxylin (1280, 1280) with filled and with hollow nuclei, and the sites of nests.
 
-    Args:
-        rng: source of places, sizes and strengths.
-        taken: what an amount of 1 takes from green light.
+    `absorbed` is what an amount of 1 absorbs of green light.
     """
     row, column = np.mgrid[:ROWS, :COLUMNS]
     x = (column + 0.5 * (row % 2)) * (NUCLEI / COLUMNS) + rng.uniform(-JITTER, JITTER, row.shape)
@@ -186,12 +183,12 @@ def _nuclei(rng: np.random.Generator, taken: float) -> tuple[Pixels, Pixels, NDA
     angle = rng.uniform(0, np.pi, (len(cx), 1, 1)).astype(np.float32)
     long, short = np.sort(rng.uniform(*RADIUS, (2, len(cx), 1, 1)).astype(np.float32), axis=0)[::-1]
     along, beside = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
-    radius = np.sqrt((along / long) ** 2 + (beside / short) ** 2)  # 1 at the nucleus' edge
+    radius = np.sqrt((along / long) ** 2 + (beside / short) ** 2)  # 1 at the edge of the nucleus
     strength = rng.uniform(0.85, 1.15, (len(cx), 1, 1)).astype(np.float32)
-    # Blurred and pale against crisp and dark: a few strided convolutions see it, the average of 4 x 4 pixels does not.
+    # Blurred and pale against crisp and dark: a few strided convolutions see the difference, means of 4 x 4 pixels not.
     filled = 0.6 * strength * _step((1.3 - radius) / 0.7)
     rim = strength * _step((1.12 - radius) / 0.24) * _step((radius - 0.54) / 0.2)
-    hollow = _as_much_light(rim, filled, taken) * rim
+    hollow = _as_much_light(rim, filled, absorbed) * rim
 
     rows = (top[:, None, None] + reach[None, :, None]) % NUCLEI
     columns = (left[:, None, None] + reach[None, None, :]) % NUCLEI
@@ -204,26 +201,26 @@ def _nuclei(rng: np.random.Generator, taken: float) -> tuple[Pixels, Pixels, NDA
 
 
 def _step(t: Values) -> Values:
-    """From 0 to 1, smoothly."""
+    """Smooth step from 0 to 1."""
     t = np.clip(t, 0, 1)
     return t * t * (3 - 2 * t)
 
 
-def _as_much_light(rim: Values, filled: Values, taken: float) -> float:
-    """The factor of `rim` at which hollow nuclei let as much green light pass as filled ones, by halving."""
+def _as_much_light(rim: Values, filled: Values, absorbed: float) -> float:
+    """Find, by bisection, the factor of `rim` at which hollow nuclei absorb as much green light as filled ones."""
     some = slice(0, 400)
-    wanted = np.exp(-taken * filled[some]).mean()
+    wanted = np.exp(-absorbed * filled[some]).mean()
     low, high = 0.0, 4.0
     for _ in range(20):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.exp(-taken * middle * rim[some]).mean() > wanted else (low, middle)
+        low, high = (middle, high) if np.exp(-absorbed * middle * rim[some]).mean() > wanted else (low, middle)
     return high
 
 
 def _sites(x: NDArray[np.float64], y: NDArray[np.float64], there: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """(k, 3, 2): every two neighbours in a row, with the one between them in the row below, where all three are there.
+    """Return all triples (k, 3, 2) of two neighbours in a row and the nucleus between them in the row below.
 
-    The last row and column are left out, so that no site runs over the end but by its nuclei's own size.
+    The last row and column are left out, so that a site exceeds the end only by the size of its nuclei.
     """
     row, column = np.mgrid[: ROWS - 1, : COLUMNS - 1]
     corners = [(row, column), (row, column + 1), (row + 1, column + row % 2)]

@@ -1,7 +1,7 @@
-"""Where a generated slide has tissue, fat and nests: coarse maps over the whole of it, the same size for any slide.
+"""Where a generated slide has tissue, fat and nests: coarse maps of the whole slide, the same size for any slide.
 
-Maps hold, at 193 x 193 nodes, how many pixels a place lies inside of an edge, roughly; negative is outside. What is
-asked for a tile is interpolated between the nodes.
+A map holds, at 193 x 193 nodes, roughly the number of pixels that a place lies inside an edge; negative is outside.
+Values between the nodes are interpolated.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from keyhole.images.geometry import Box
 Values = NDArray[np.float32]
 
 CELLS = 192
-"""Number of cells along each side of a map."""
+"""Cells along each side of a map."""
 EDGE = 64
-"""Pixels from an edge of tissue within which it is rough; further inside all is tissue."""
+"""Pixels around an edge of tissue within which it is rough; further inside, everything is tissue."""
 TISSUE = (0.3, 0.6)
-"""Least and greatest share of tissue."""
+"""Range of the share of tissue."""
 NEST_SHARE = 0.0009
-"""Share of the tissue's pixels that nests take up; what is promised is 0.001."""
+"""Share of the tissue's pixels that nests take up, safely below `MAX_NEST_SHARE`."""
 MAX_NEST_SHARE = 0.001
-TRIES = 2000
-"""Batches of 256 places that are tried; on the largest slide some 500 are enough."""
+MAX_TRIES = 2000
+"""Batches of 256 places that are tried; the largest slide needs about 500."""
 GAP = 8
 """Free pixels between two nests."""
 
@@ -38,11 +38,11 @@ class Tissue:
     """The maps of one slide, each (193, 193) from its upper left to its lower right corner.
 
     Attributes:
-        side: of the slide in pixels.
-        inside: pixels inside of the tissue's edge.
-        fat: pixels inside of fat.
-        stain: 0 ... 1, how strongly the section is stained.
-        share: of the slide that is tissue.
+        side: width and height of the slide in pixels.
+        inside: pixels inside the edge of the tissue.
+        fat: pixels inside fat.
+        stain: strength of the stain, 0 ... 1.
+        share: share of the slide that is tissue.
     """
 
     side: int
@@ -52,7 +52,7 @@ class Tissue:
     share: float
 
     def nodes(self, map_: Values, column: int, row: int) -> Values:
-        """The values of a map that a tile lies between."""
+        """Return the values of a map around a tile."""
         ends = [
             (int(start * TILE * CELLS / self.side), min(CELLS, int((start + 1) * TILE * CELLS / self.side) + 1))
             for start in (row, column)
@@ -61,7 +61,7 @@ class Tissue:
         return map_[top : below + 1, left : beside + 1]
 
     def at(self, map_: Values, x: NDArray[np.float64], y: NDArray[np.float64]) -> Values:
-        """A map's values (k,) at level-0 pixels x and y (k,)."""
+        """Return the values of a map (k,) at level-0 pixels x and y (k,)."""
         i, u = self._places(y)
         j, v = self._places(x)
         upper = map_[i, j] * (1 - v) + map_[i, j + 1] * v
@@ -69,7 +69,7 @@ class Tissue:
         return np.asarray(upper * (1 - u) + lower * u, np.float32)
 
     def over_tile(self, map_: Values, column: int, row: int) -> Values:
-        """A map's values (256, 256) at the pixels of a tile."""
+        """Return the values of a map (256, 256) at the pixels of a tile."""
         pixel = np.arange(TILE)
         i, u = self._places(row * TILE + pixel)
         j, v = self._places(column * TILE + pixel)
@@ -77,20 +77,14 @@ class Tissue:
         return np.asarray(rows[:, j] * (1 - v) + rows[:, j + 1] * v, np.float32)
 
     def _places(self, pixel: NDArray[np.float64] | NDArray[np.int64]) -> tuple[NDArray[np.intp], Values]:
-        """The node before, and how far it is to the next."""
+        """Return the node before, and the fraction of the way to the next."""
         place = np.minimum(pixel * (CELLS / self.side), CELLS - 1e-3)
         node = place.astype(np.intp)
         return node, (place - node).astype(np.float32)
 
 
 def make_tissue(rng: np.random.Generator, side: int, tissue: float | None = None) -> Tissue:
-    """Some blobs of tissue on glass, torn here and there, with fat in it.
-
-    Args:
-        rng: source of everything random.
-        side: of the slide in pixels.
-        tissue: share of the slide; 1 is a slide without glass and fat, None draws one of 0.3 to 0.6.
-    """
+    """Draw blobs of tissue on glass, with tears and fat; a share `tissue` of 1 is a slide without glass and fat."""
     share = rng.uniform(*TISSUE) if tissue is None else tissue
     stain: Values = np.clip(0.94 + 0.04 * _noise(rng, 14), 0.8, 1.0)
     if share >= 1:
@@ -105,7 +99,7 @@ def make_tissue(rng: np.random.Generator, side: int, tissue: float | None = None
         height += 1.6 * np.exp(-0.5 * (((x - cx) / wide) ** 2 + ((y - cy) / high) ** 2)).astype(np.float32)
     border = np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y)) - 0.02
     level = np.sort(height[border > 0])[::-1][int(share * height.size)]
-    # The slope of `height` is about 6 from side to side: so a difference in it becomes one in pixels.
+    # `height` falls by about 6 over the slide, which turns a difference in it into pixels.
     inside = np.minimum((height - level) / 6, border)
     tear = np.abs(_noise(rng, 30)) / 8 - 0.005 * np.clip(_noise(rng, 24) - 0.5, 0, 1)
     inside = np.minimum(inside, np.where(tear < 0, tear, np.inf)).astype(np.float32) * side
@@ -114,7 +108,7 @@ def make_tissue(rng: np.random.Generator, side: int, tissue: float | None = None
 
 
 def _noise(rng: np.random.Generator, scale: float) -> Values:
-    """(193, 193), features of `scale` nodes; not periodic over the slide."""
+    """Draw noise (193, 193) with features of `scale` nodes; not periodic over the slide."""
     return smooth_noise(rng, 2 * CELLS, scale)[: CELLS + 1, : CELLS + 1]
 
 
@@ -123,9 +117,9 @@ class Nests:
     """The nests of a slide.
 
     Attributes:
-        boxes: (k, 4) x, y, width, height in level-0 pixels.
-        nuclei: (k, 3, 2) x and y of the nuclei's centres in level-0 pixels.
-        pixels: (k,) pixels of each that are other than without it.
+        boxes: x, y, width, height in level-0 pixels (k, 4).
+        nuclei: centres of the nuclei in level-0 pixels (k, 3, 2).
+        pixels: pixels of each that differ from a slide without it (k,).
     """
 
     boxes: NDArray[np.int64]
@@ -133,7 +127,7 @@ class Nests:
     pixels: NDArray[np.int64]
 
     def by_tile(self) -> dict[tuple[int, int], list[int]]:
-        """Column and row of each tile that has a part of a nest, with the nests."""
+        """Return the indices of the nests by (column, row) of the tiles that they touch."""
         found: dict[tuple[int, int], list[int]] = {}
         for number, (x, y, width, height) in enumerate(self.boxes.tolist()):
             for row in range(y // TILE, (y + height - 1) // TILE + 1):
@@ -147,16 +141,12 @@ def no_nests() -> Nests:
 
 
 def place_nests(rng: np.random.Generator, tissue: Tissue, texture: Texture, shift: tuple[int, int]) -> Nests:
-    """Nests at random places deep in tissue and off fat, apart from each other, until their share is used up.
+    """Place nests at random sites of `texture`, deep in tissue, away from fat and each other, up to their share.
 
-    Args:
-        rng: source of the places.
-        tissue: where there is some.
-        texture: whose sites the nests take.
-        shift: x and y of the slide's corner in the picture of the nuclei.
+    `shift` is x and y of the slide's corner in the picture of the nuclei.
 
     Raises:
-        ConfigError: the tissue has no place for them, as on a small slide with little tissue.
+        ConfigError: there is no place for them, as on a small slide with little tissue.
     """
     budget = NEST_SHARE * tissue.share * tissue.side**2
     boxes: list[Box] = []
@@ -164,7 +154,7 @@ def place_nests(rng: np.random.Generator, tissue: Tissue, texture: Texture, shif
     pixels: list[int] = []
     used = 0
     taken: dict[tuple[int, int], list[Box]] = {}
-    for _ in range(TRIES):
+    for _ in range(MAX_TRIES):
         for site in _candidates(rng, tissue, texture, shift, 256):
             x, y = (int(value) for value in np.floor(site.min(axis=0)) - REACH)
             right, below = (int(value) for value in np.floor(site.max(axis=0)) + REACH + 1)
@@ -185,7 +175,7 @@ def place_nests(rng: np.random.Generator, tissue: Tissue, texture: Texture, shif
 
 
 def nest_mask(nuclei: NDArray[np.float64], box: Box) -> NDArray[np.bool_]:
-    """Which pixels (height, width) of a box belong to any of some nuclei (..., 2), given by their centres."""
+    """Return the pixels (height, width) of a box that belong to a nucleus; `nuclei` are their centres (..., 2)."""
     x, y = np.arange(box.x, box.x + box.width), np.arange(box.y, box.y + box.height)
     mask = np.zeros((box.height, box.width), bool)
     for cx, cy in nuclei.reshape(-1, 2):
@@ -196,7 +186,7 @@ def nest_mask(nuclei: NDArray[np.float64], box: Box) -> NDArray[np.bool_]:
 def _candidates(
     rng: np.random.Generator, tissue: Tissue, texture: Texture, shift: tuple[int, int], count: int
 ) -> NDArray[np.float64]:
-    """Up to `count` sites (k, 3, 2) in level-0 pixels, deep in tissue."""
+    """Draw up to `count` sites (k, 3, 2) in level-0 pixels, deep in tissue."""
     periods = rng.integers(0, -(-tissue.side // NUCLEI) + 1, (count, 1, 2))
     sites = texture.sites[rng.integers(len(texture.sites), size=count)] + periods * NUCLEI - np.array(shift)
     x, y = sites.mean(axis=1).T
