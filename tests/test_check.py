@@ -534,7 +534,7 @@ def test_a_fix_is_whole_whatever_dots_the_problem_has(tmp_path: Path) -> None:
         (mask / f"{i}.png").write_bytes(b"not a mask")
     settings = replace(config(path, masks=mask), patch=PatchConfig(size=32, foreground="mask"))
     (finding, *_) = check(settings).findings
-    assert finding.problem == f"{mask / '0.png'}: this mask is no PNG"
+    assert finding.problem == f"{mask / '0.png'}: this mask is not a PNG"
     assert finding.fix.startswith("Expected a PNG or GeoJSON")
 
 

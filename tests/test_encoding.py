@@ -29,7 +29,7 @@ from keyhole.engine.passes import open_reader, opener
 from keyhole.engine.to_device import Stager
 from keyhole.inference.embed import Embedded, embed
 from keyhole.nn import SmallEncoder
-from keyhole.patches.image_cache import ImageStore
+from keyhole.patches.image_cache import ImageCache
 
 CPU = torch.device("cpu")
 SIDES = ((64, 64), (96, 80), (16, 16), (160, 48), (48, 48))
@@ -84,7 +84,7 @@ def encoding(encoder: SmallEncoder, files: list[Path], chunk: int, **options: An
     model = encoder_alone(encoder, encoder.dim)
     model.accelerate()
     config = Config(patch=PatchConfig(size=16), model=ModelConfig(encoder="small", width=8))
-    openers = [opener(config, ImageStore(keep=False), Item(path.name, path, {})) for path in files]
+    openers = [opener(config, ImageCache(), Item(path.name, path, {})) for path in files]
     with open_reader(RunConfig(threads=2), CPU) as reader:
         yield from Encoding(model, reader, Stager(CPU), Pace(Plan(chunk), print), **options)(openers)
 
@@ -243,7 +243,7 @@ def test_encoding_on_a_gpu_waits_for_nothing_but_the_chunk_before(encoder: Small
     model.accelerate()(torch.zeros(8, 16, 16, 3, dtype=torch.uint8, device=device))
     config = Config(patch=PatchConfig(size=16), model=ModelConfig(encoder="small", width=8))
     files = sorted(images.iterdir()) * 4
-    openers = [opener(config, ImageStore(keep=False), Item(path.name, path, {})) for path in files]
+    openers = [opener(config, ImageCache(), Item(path.name, path, {})) for path in files]
     with open_reader(RunConfig(threads=2), device) as reader:
         told = Encoding(model, reader, Stager(device), Pace(Plan(8), print))(openers)
         counts = [len(next(told).embedding())]  # before that it is decided whether to compile

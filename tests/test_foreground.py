@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from keyhole.errors import ConfigError
 from keyhole.images import ArrayImage, Box, Image, Level, Size, open_image
-from keyhole.patches.foreground import mask as module
+from keyhole.patches.foreground import rules as module
 from keyhole.patches.foreground import tissue
-from keyhole.patches.foreground.mask import foreground
+from keyhole.patches.foreground.rules import foreground
 from keyhole.patches.foreground.tissue import find_tissue, otsu
-from keyhole.patches.grid import PatchGrid
+from keyhole.patches.grid import Foreground, PatchGrid
 
 
 def blank(width: int, height: int, channels: int = 1, value: int = 0) -> NDArray[np.uint8]:
@@ -138,12 +138,12 @@ class _Pyramid(Image):
 
 
 def test_the_smallest_level_that_is_large_enough_is_read_and_its_pixels_may_be_cells() -> None:
-    mask = foreground(_Pyramid(slide()), "tissue", downsample_to=800)
+    mask = foreground(_Pyramid(slide()), "tissue", longest=800)
     assert mask.shape == (600, 800)
     assert mask[202:398, 162:478].all()
     assert mask.sum() == 200 * 320
-    assert foreground(_Pyramid(slide()), "tissue", downsample_to=512).shape == (300, 400)
-    assert foreground(_Pyramid(slide()), "non-empty", downsample_to=512).shape == (75, 100)
+    assert foreground(_Pyramid(slide()), "tissue", longest=512).shape == (300, 400)
+    assert foreground(_Pyramid(slide()), "non-empty", longest=512).shape == (75, 100)
 
 
 # Tissue on drawn slides whose truth is known: what a patch of 64 pixels, at least 1 % tissue, shows
@@ -159,7 +159,7 @@ def kept_patches(slide: Slide) -> NDArray[np.bool_]:
     rows, columns = (side // SIDE for side in slide.tissue.shape)
     kept = np.zeros((rows + 1, columns + 1), bool)
     if mask.any():
-        kept[tuple(PatchGrid(image, SIDE, mask=mask, mask_share=0.01).cells(slice(None)).T)] = True
+        kept[tuple(PatchGrid(image, SIDE, mask=Foreground(mask, 0.01)).cells(slice(None)).T)] = True
     return kept[:rows, :columns]
 
 

@@ -14,7 +14,7 @@ from keyhole.errors import ConfigError, ImageError
 from keyhole.images import ArrayImage, Box, Image, Level, Size
 from keyhole.images.pixels import Pixels
 from keyhole.patches.edge import Edge
-from keyhole.patches.grid import NoPatches, PatchGrid
+from keyhole.patches.grid import Foreground, NoPatches, PatchGrid
 
 laws = settings(max_examples=60, deadline=None)
 EDGES: tuple[Edge, ...] = ("drop", "shift", "reflect", "background")
@@ -167,7 +167,7 @@ def test_a_patch_is_in_the_grid_if_at_least_the_share_of_the_mask_under_it_is_se
             if cells.any() and cells.mean() >= share:
                 expected.append(i)
         if expected:
-            grid = PatchGrid(image, 3, 2, mask=mask, mask_share=share)
+            grid = PatchGrid(image, 3, 2, mask=Foreground(mask, share))
             np.testing.assert_array_equal(grid.boxes(slice(None)), full.boxes(expected))
 
 
@@ -175,9 +175,9 @@ def test_one_percent_is_enough_and_less_is_not() -> None:
     mask = np.zeros((10, 20), bool)
     mask[3, 4] = True
     image = ArrayImage(noise(200, 100))
-    assert PatchGrid(image, 100, mask=mask, mask_share=0.01).cells(slice(None)).tolist() == [[0, 0]]
+    assert PatchGrid(image, 100, mask=Foreground(mask, 0.01)).cells(slice(None)).tolist() == [[0, 0]]
     with pytest.raises(NoPatches):
-        PatchGrid(image, 100, mask=mask, mask_share=0.011)
+        PatchGrid(image, 100, mask=Foreground(mask, 0.011))
 
 
 class Huge(ArrayImage):
@@ -195,7 +195,7 @@ def test_a_million_masked_patches_take_four_bytes_each_and_no_more_while_they_ar
     if stride < 128:
         mask[64:] = False  # patches that overlap eight times, on a part of the image
     tracemalloc.start()
-    grid = PatchGrid(image, 128, stride, mask=mask, mask_share=0.01)
+    grid = PatchGrid(image, 128, stride, mask=Foreground(mask, 0.01))
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(grid) >= 10**6
@@ -332,7 +332,7 @@ def test_a_resampled_patch_does_not_depend_on_what_it_is_read_with(
         ({"size": 30, "mpp": 1.0}, r"larger than the image \(50 x 25 px at 1/2 of its resolution\)"),
         ({"size": 10, "level": 1}, r"patch.level \(=1\) must be 0, the image's only level"),
         (
-            {"size": 2, "stride": 1, "mask": np.zeros((5, 5), bool), "mask_name": "foreground mask (tissue)"},
+            {"size": 2, "stride": 1, "mask": Foreground(np.zeros((5, 5), bool), name="foreground mask (tissue)")},
             r"no patches: the foreground mask \(tissue\) leaves none of 4,851. Look at it: keyhole check .* --previews",
         ),
         ({"size": 10, "offset": (0, 50)}, "outside the image"),

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from keyhole.errors import ImageError, ImageLost
 from keyhole.images import ArrayImage, Size
-from keyhole.patches.foreground import masks as module
-from keyhole.patches.foreground.masks import read_mask
-from keyhole.patches.grid import PatchGrid
+from keyhole.patches.foreground import mask_file as module
+from keyhole.patches.foreground.mask_file import read_mask
+from keyhole.patches.grid import Foreground, PatchGrid
 
 SIZE = Size(600, 400)
 
@@ -103,9 +103,9 @@ def whole_png() -> bytes:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "no PNG. Expected a PNG or GeoJSON"),
-        (b"\xff\xd8\xff\xe0 a photograph, whatever it is named", "no PNG"),
-        (whole_png()[:20], "no PNG"),
+        (b"", "not a PNG. Expected a PNG or GeoJSON"),
+        (b"\xff\xd8\xff\xe0 a photograph, whatever it is named", "not a PNG"),
+        (whole_png()[:20], "not a PNG"),
         (whole_png()[:-30], "this mask is damaged"),
         (whole_png().replace(b"IDAT", b"IDAX"), "this mask is damaged"),
         (header(60_000, 40_000) + chunk(b"IEND", b""), "60,000 x 40,000 pixels are too many for a mask"),
@@ -190,7 +190,7 @@ def test_an_annotation_far_smaller_than_a_cell_keeps_the_patch_it_is_in(
     image = ArrayImage(np.zeros((1, 1), np.uint8))
     image.size = Size(120_000, 90_000)
     image.levels = (image.levels[0]._replace(size=image.size),)
-    grid = PatchGrid(image, 256, mask=read_mask(path, image.size), mask_share=0.01)
+    grid = PatchGrid(image, 256, mask=Foreground(read_mask(path, image.size), 0.01))
     cell = [int(at[1]) // 256, int(at[0]) // 256]
     assert cell in grid.cells(slice(None)).tolist()
     assert len(grid) <= 4

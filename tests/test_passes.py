@@ -31,7 +31,7 @@ from keyhole.engine.passes import (
 from keyhole.loading import Batch, Reader
 from keyhole.nn import IPSClassifier, Kept, build_classifier
 from keyhole.nn.tensors import as_read, values_of
-from keyhole.patches.image_cache import ImageStore
+from keyhole.patches.image_cache import ImageCache
 from keyhole.patches.sources import View
 from keyhole.tasks.kinds import Task
 from keyhole.training.augment import Draw, draw, stack_colors
@@ -74,7 +74,7 @@ def model_of(config: Config, seed: int = 0) -> IPSClassifier:
 
 def only_batch(config: Config, images: list[Path], draws: list[Draw], chunk: int) -> tuple[Batch, object, Reader]:
     reader = open_reader(config.run, CPU)
-    store = ImageStore(keep=False)
+    store = ImageCache()
     openers = [
         opener(config, store, Item(path.name, path, {}), each.view, each.offset)
         for path, each in zip(images, draws, strict=True)
@@ -156,7 +156,7 @@ def test_colour_reaches_patches_as_one_affine_map() -> None:
 def test_an_image_that_fails_between_the_passes_is_left_out_alone(images: list[Path], tmp_path: Path) -> None:
     conf, broken = config(position="1d"), tmp_path / "broken.png"
     broken.write_bytes(images[0].read_bytes()[:-3000])
-    reader, store = open_reader(conf.run, CPU), ImageStore(keep=False)
+    reader, store = open_reader(conf.run, CPU), ImageCache()
     openers = [opener(conf, store, Item(path.name, path, {})) for path in (images[0], broken, images[1])]
     model = model_of(conf)
     for batch in reader.stream([openers], 8, "skip"):
@@ -172,7 +172,7 @@ def test_an_image_that_fails_between_the_passes_is_left_out_alone(images: list[P
 
 def test_weights_are_taken_over_once_for_many_batches(images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     conf = config()
-    model, store = model_of(conf), ImageStore(keep=False)
+    model, store = model_of(conf), ImageCache()
     model.accelerate()
     copies, real = [], torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: (copies.append(1), real(*args))[1])

@@ -1,4 +1,4 @@
-"""Laws of patch sources, views and the store: a turned patch source is the source of the turned image."""
+"""Laws of patch sources, views and caches: a turned patch source is the source of the turned image."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from keyhole.errors import ConfigError, ImageError
 from keyhole.images import ArrayImage, Image, open_image
 from keyhole.images.pixels import Pixels
 from keyhole.patches import image_cache as store_module
+from keyhole.patches.foreground.rules import FOREGROUND_RULES
 from keyhole.patches.grid import NoPatches, PatchGrid
-from keyhole.patches.image_cache import ImageStore, Masks, ResidentImage, decoded_bytes, fits
+from keyhole.patches.image_cache import ImageCache, MaskCache, ResidentImage, decoded_bytes, fits
 from keyhole.patches.sources import FileOpener, FilePatches, PatchSource, TensorPatches, View
 
 laws = settings(max_examples=40, deadline=None)
@@ -128,13 +129,13 @@ def test_an_opener_opens_what_it_describes(picture: Path) -> None:
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_microns_per_pixel_of_the_manifest_take_the_files_place(picture: Path, keep: bool) -> None:
-    store = ImageStore(keep)
+    store = ImageCache(keep)
     with pytest.raises(ConfigError, match="microns per pixel"):
-        FileOpener(picture, "p", 20, mpp=1.0, store=store)()
-    assert FileOpener(picture, "p", 20, mpp=1.0, store=store, image_mpp=0.5)().grid.scale == 2.0
-    assert FileOpener(picture, "p", 16, mpp=1.0, store=store, image_mpp=0.25)().grid.scale == 4.0
+        FileOpener(picture, "p", 20, mpp=1.0, cache=store)()
+    assert FileOpener(picture, "p", 20, mpp=1.0, cache=store, image_mpp=0.5)().grid.scale == 2.0
+    assert FileOpener(picture, "p", 16, mpp=1.0, cache=store, image_mpp=0.25)().grid.scale == 4.0
     with pytest.raises(ConfigError, match="microns per pixel"):
-        FileOpener(picture, "p", 20, mpp=1.0, store=store)()
+        FileOpener(picture, "p", 20, mpp=1.0, cache=store)()
 
 
 def test_an_opener_that_fails_closes_the_file(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,8 +158,8 @@ def test_only_patches_on_the_foreground_are_in_the_source(tmp_path: Path) -> Non
     pixels[200:300, 100:200] = noise(100, 100)
     path = tmp_path / "blob.png"
     PIL.Image.fromarray(pixels).save(path)
-    store = ImageStore(keep=False)
-    source = FileOpener(path, "blob", 100, foreground="non-empty", store=store)()
+    store = ImageCache()
+    source = FileOpener(path, "blob", 100, foreground="non-empty", cache=store)()
     assert [2, 1] in source.grid.cells(slice(None)).tolist()
     assert len(source) < 16
     path.unlink()
@@ -209,22 +210,22 @@ def test_a_shifted_grid_whose_patches_miss_the_least_share_falls_back_to_the_uns
     np.testing.assert_array_equal(moved.grid.boxes(slice(None)), [[80, 180, 50, 50]])
 
 
-def test_a_mask_is_the_same_under_every_view_and_is_made_once_for_two_stores(
+def test_a_mask_is_the_same_under_every_view_and_is_made_once_for_two_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    original = store_module.foreground
-    monkeypatch.setattr(store_module, "foreground", lambda *given: made.append(given) or original(*given))
+    original = (rule := FOREGROUND_RULES["tissue"]).mask
+    monkeypatch.setattr(rule, "mask", lambda *given: made.append(given) or original(*given))
     path = tmp_path / "slide.png"
     pixels = np.full((300, 400, 3), 245, np.uint8)
     pixels[100:200, 100:300] = (190, 100, 160)
     PIL.Image.fromarray(pixels).save(path)
-    probe = ImageStore(keep=False)
-    store = ImageStore(keep=True, masks=probe.masks)
+    probe = ImageCache()
+    store = ImageCache(keep=True, masks=probe.masks)
     expected = [[100, 100], [150, 100], [200, 100], [250, 100], [100, 150], [150, 150], [200, 150], [250, 150]]
     for view in (View(), View(True, False, 1), View(True, True, 3)):
         for each in (probe, store):
-            source = FileOpener(path, "s", 50, foreground="tissue", min_foreground=0.5, view=view, store=each)()
+            source = FileOpener(path, "s", 50, foreground="tissue", min_foreground=0.5, view=view, cache=each)()
             assert source.grid.boxes(slice(None))[:, :2].tolist() == expected
     assert len(made) == 1
 
@@ -233,7 +234,7 @@ def test_a_mask_is_the_same_under_every_view_and_is_made_once_for_two_stores(
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 99))
 def test_a_packed_mask_is_the_mask(rows: int, columns: int, seed: int) -> None:
     mask = np.random.default_rng(seed).random((rows, columns)) < 0.5
-    masks = Masks()
+    masks = MaskCache()
     key = (Path("a.svs"), "tissue", None)
     assert key not in masks
     masks[key] = mask
@@ -243,7 +244,7 @@ def test_a_packed_mask_is_the_mask(rows: int, columns: int, seed: int) -> None:
 
 
 def test_masks_of_a_thousand_slides_take_little() -> None:
-    masks = Masks()
+    masks = MaskCache()
     y, x = np.mgrid[:2048, :2048]
     blobs = np.sin(x / 90) * np.sin(y / 70) + 0.2 * np.sin(x / 7) * np.sin(y / 9) > 0.3
     masks[Path("blobs"), "tissue", None] = blobs
@@ -253,7 +254,7 @@ def test_masks_of_a_thousand_slides_take_little() -> None:
 
 
 def test_a_resident_image_is_the_image_without_its_file(picture: Path) -> None:
-    store = ImageStore(keep=True)
+    store = ImageCache(keep=True)
     with open_image(picture) as file, store.open(picture) as image:
         assert isinstance(image, ResidentImage)
         for of in ("path", "size", "levels", "mpp", "channels", "background"):
@@ -265,7 +266,7 @@ def test_a_resident_image_is_the_image_without_its_file(picture: Path) -> None:
     with store.open(picture) as again:
         assert again.read((0, 0, 90, 70)).shape == (70, 90, 3)
     with pytest.raises(ImageError):
-        ImageStore(keep=False).open(picture)
+        ImageCache().open(picture)
 
 
 def test_one_rule_decides_what_stays_in_memory(picture: Path) -> None:

@@ -37,7 +37,7 @@ from keyhole.nn.split import bags_of
 from keyhole.nn.tensors import host_memory, values_of
 from keyhole.patches.edge import edge_for
 from keyhole.patches.features import FeatureOpener, learned_origin
-from keyhole.patches.image_cache import ImageStore
+from keyhole.patches.image_cache import ImageCache
 from keyhole.patches.sources import FileOpener, PatchSource, View
 from keyhole.util.threads import default_threads
 from keyhole.util.timing import Shares
@@ -73,7 +73,7 @@ class Bags:
 
 
 def opener(
-    config: Config, store: ImageStore, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)
+    config: Config, store: ImageCache, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)
 ) -> Opener:
     """What a reading thread calls to get the patches of `item` under a configuration's patch settings."""
     if item.features is not None:
@@ -94,7 +94,7 @@ def opener(
         channels=config.model.channels,
         view=view or View(),
         offset=offset,
-        store=store,
+        cache=store,
         image_mpp=item.mpp,
         edge=patch.edge,
     )
@@ -110,7 +110,7 @@ def settle_edge(config: Config, items: Sequence[Item], reader: Reader) -> tuple[
     """
     if config.patch.edge != "auto":
         return config, []
-    store = ImageStore(keep=False)
+    store = ImageCache()
     for item in items:
         if item.features is not None:
             break

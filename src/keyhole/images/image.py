@@ -23,6 +23,9 @@ from keyhole.errors import ConfigError, ImageError, ImageLost
 from keyhole.images.faults import is_lost, lost, one_line
 from keyhole.images.geometry import Box, Level, Size
 from keyhole.images.pixels import Pixels as Pixels
+from keyhole.images.pixels import place
+from keyhole.images.together import runs_of
+from keyhole.util.threads import beat
 from keyhole.util.wording import from_to
 
 Uses = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
@@ -140,10 +143,10 @@ class Image(ABC):
         return None
 
     def read_boxes(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:
-        """Write the pixels of many boxes; an image of tiles decodes each tile once.
+        """Write the pixels of many boxes. Each tile is decoded once; without tiles, neighbours are read together.
 
         Args:
-            boxes: in pixels of `level`, with area; may reach over the border.
+            boxes: in pixels of `level`, with area, in raster order; may reach over the border.
             level: index into `levels`.
             out: a target (h, w, c) for each box; views of any strides.
             uses: where this is one of many calls of a pass, returns how many boxes of the pass touch a tile.
@@ -151,8 +154,12 @@ class Image(ABC):
         Raises:
             ImageError, ImageLost: as for `read`.
         """
-        for box, target in zip(boxes, out, strict=True):
-            target[...] = self.read(box, level)
+        for start, stop, around in runs_of(boxes):
+            region = self.read(around, level)
+            for box, target in zip(boxes[start:stop], out[start:stop], strict=True):
+                left, top = box.x - around.x, box.y - around.y
+                place(target, region[top : top + box.height, left : left + box.width])
+            beat()
 
     def jpeg_tiling(self, level: int) -> Size | None:
         """Tell whether `jpeg_tiles` gives the tiles of a level, for a decoder on another device.

@@ -23,7 +23,7 @@ from keyhole.errors import KeyholeError
 from keyhole.loading.unreadable import Ledger, parse_share
 from keyhole.nn import IPSClassifier
 from keyhole.patches.features.writer import BYTES, SETTINGS, FeatureWriter, feature_writer
-from keyhole.patches.image_cache import ImageStore
+from keyhole.patches.image_cache import ImageCache
 from keyhole.patches.sources import FilePatches
 from keyhole.util.files import file_size, writable_folder
 from keyhole.util.progress import Progress
@@ -55,7 +55,7 @@ class EmbeddingFiles:
         with open_reader(self.config.run, device) as reader:
             encoding = Encoding(self.model, reader, stager_for(self.config.run, device), self.pace)
             # A store keeps the masks of its images, hence one for each.
-            openers = [opener(self.config, ImageStore(keep=False), item) for item in items]
+            openers = [opener(self.config, ImageCache(), item) for item in items]
             waited = reader.waited
             for number, told in groupby(encoding(openers), key=lambda each: each.number):
                 item = items[number]

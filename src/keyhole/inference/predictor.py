@@ -39,7 +39,7 @@ from keyhole.loading.unreadable import Ledger, parse_share
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
 from keyhole.patches.features import FeaturePatches, learned_origin
-from keyhole.patches.image_cache import ImageStore, MemoryStore
+from keyhole.patches.image_cache import ImageCache
 from keyhole.patches.sources import PatchSource
 from keyhole.report.prediction import Prediction
 from keyhole.runs.checkpoint import load_weights, model_file, read_tensors
@@ -179,8 +179,8 @@ class Predictor:
             if not item.source.exists():  # the reader would wait for a share that may come back
                 raise ImageLost(item.source, "no such file. Check the path.")
         else:
-            store = MemoryStore(image_in_memory(image))
-            item = Item(str(store.image.path), store.image.path, {})
+            picture = image_in_memory(image)
+            store, item = ImageCache(image=picture), Item(str(picture.path), picture.path, {})
         item = replace(item, mpp=known, mask=None if mask is None else Path(mask).absolute())
         wanted = (lambda _item, _prediction: True) if pictures else None
         return next(
@@ -222,7 +222,7 @@ class Predictor:
         items: Sequence[Item],
         *,
         reader: Reader | None = None,
-        store: ImageStore | None = None,
+        store: ImageCache | None = None,
         on_bad_image: Literal["fail", "skip"] = "fail",
         left_out: Callable[[Item, KeyholeError], None] | None = None,
         on_chunk: Callable[[int], None] | None = None,
@@ -251,7 +251,7 @@ class Predictor:
         lent = self._stagers.lent(self.config.run, self.device) if stager is None else nullcontext(stager)
         with nullcontext(pace) if pace is not None else self._own_pace() as followed, lent as staging:
             own = open_reader(self.config.run, self.device) if reader is None else None
-            reader, store = reader or own, store or ImageStore(keep=False)
+            reader, store = reader or own, store or ImageCache()
             assert reader is not None
             size = self.config.train.batch
             batches = [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,7 +1,6 @@
-"""What becomes of patches that reach over an image's border: where they lie along one axis, and what they show.
+"""Edge rules: what happens to patches that reach over the border of an image.
 
-`drop` leaves them out, `shift` moves them inwards until they fit, `reflect` mirrors the image at its border, and
-`background` fills what is outside.
+A new rule is a subclass of `EdgeRule` in `EDGE_RULES`, and its name in `Edge` and in `config.PatchConfig`.
 """
 
 from __future__ import annotations
@@ -18,46 +17,82 @@ Index = NDArray[np.int64]
 
 
 def edge_for(image: Image) -> Edge:
-    """The rule that `auto` stands for: `background` for slides, whose border is glass, and `shift` for photographs.
+    """Return the rule that `auto` stands for: `background` for slides, whose border is glass, else `shift`.
 
     An image with more than one level counts as a slide. The measurement is benchmarks/edge_2cpu_2026-11-26.md.
     """
     return "background" if len(image.levels) > 1 else "shift"
 
 
-def place_patches(extent: int, size: int, stride: int, offset: int, edge: Edge) -> Index:
-    """Where patches begin along one axis, in rising order; at least one.
+class EdgeRule:
+    """`background`: patches that reach over the border show the background there."""
 
-    Args:
-        extent: pixels of the image along the axis, at least `size`.
-        size: side of a patch.
-        stride: step between patches.
-        offset: where the first one begins, below `extent`. With a negative one, patches are at `offset` plus multiples
-            of the stride, as far as they show some of the image; under `drop`, as far as they lie inside it.
-        edge: the rule.
-    """
-    last = extent - size
-    if edge == "drop":
+    inside = False
+    """Whether patches lie wholly inside the image."""
+
+    def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
+        """Return where patches begin along one axis, in rising order; at least one.
+
+        Args:
+            extent: pixels of the image along the axis, at least `size`.
+            size: side of a patch.
+            stride: step between patches.
+            offset: start of the first patch, below `extent`. If it is negative, patches are at `offset` plus multiples
+                of the stride, as far as they show some of the image (under `drop`: as far as they lie inside it).
+        """
+        last = extent - size
+        first = offset + max(0, -((offset + size - 1) // stride)) * stride
+        if first >= extent:  # the whole image lies between two patches
+            first = last
+        covering = -((first - last) // stride) + 1
+        touching = -((first - extent) // stride)  # fewer than `covering` only where the stride exceeds the size
+        return first + np.arange(max(1, min(covering, touching)), dtype=np.int64) * stride
+
+    def read_starts(self, starts: Index, extent: int, size: int) -> Index:
+        """Return where the pixels that the patches show begin."""
+        return starts
+
+
+class _Drop(EdgeRule):
+    """`drop`: patches that reach over the border are left out."""
+
+    inside = True
+
+    def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
+        last = extent - size
         return np.arange(min(offset if offset >= 0 else offset % stride, last), last + 1, stride, dtype=np.int64)
-    if edge != "background" and offset < 0:
-        offset = -(-offset % stride)  # one patch over the upper border is enough
-    unseen = max(0, -((offset + size - 1) // stride))
-    first = offset + unseen * stride
-    if first >= extent:  # the whole image lies between two patches
-        first = last
-    covering = -((first - last) // stride) + 1
-    touching = -((first - extent) // stride)  # fewer than `covering` only where the stride exceeds the size
-    starts = first + np.arange(max(1, min(covering, touching)), dtype=np.int64) * stride
-    # Of patches that are moved to the same place, as where the image is no larger than a patch, there is one.
-    return np.unique(inside(starts, extent, size)) if edge == "shift" else starts
 
 
-def inside(starts: Index, extent: int, size: int) -> Index:
-    """Each patch moved until it lies wholly inside the image."""
-    return starts.clip(0, extent - size)
+class _Reflect(EdgeRule):
+    """`reflect`: the image is mirrored at its border."""
+
+    def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
+        # one patch over the upper border is enough
+        return super().starts(extent, size, stride, offset if offset >= 0 else -(-offset % stride))
+
+    def read_starts(self, starts: Index, extent: int, size: int) -> Index:
+        return starts.clip(0, extent - size)
+
+
+class _Shift(_Reflect):
+    """`shift`: patches that reach over the border are moved inwards until they fit."""
+
+    inside = True
+
+    def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
+        # several patches may be moved to the same place, such as where the image is no larger than a patch
+        return np.unique(super().starts(extent, size, stride, offset).clip(0, extent - size))
+
+
+EDGE_RULES: dict[Edge, EdgeRule] = {
+    "drop": _Drop(),
+    "shift": _Shift(),
+    "reflect": _Reflect(),
+    "background": EdgeRule(),
+}
 
 
 def mirrored(start: int, size: int, extent: int) -> Index:
-    """The pixels inside the image that a patch shows under `reflect`; the border pixel itself is not repeated."""
+    """Return the pixels inside the image that a patch shows under `reflect`; the border pixel is not repeated."""
     pixels = np.abs(np.arange(start, start + size, dtype=np.int64))
     return np.where(pixels >= extent, 2 * (extent - 1) - pixels, pixels)

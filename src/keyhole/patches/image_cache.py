@@ -1,15 +1,15 @@
-"""Decoded images that stay in memory when they fit; one rule decides."""
+"""Decoded images and foreground masks that stay in memory."""
 
 from __future__ import annotations
 
 import copy
+import math
 import os
 import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,25 +18,24 @@ from keyhole.errors import ImageError, ImageLost
 from keyhole.images.geometry import Box
 from keyhole.images.image import ArrayImage, Image, open_image
 from keyhole.images.pixels import Pixels
-from keyhole.patches.foreground.mask import foreground
-from keyhole.patches.foreground.masks import read_mask
+from keyhole.patches.foreground.rules import FOREGROUND_RULES, Rule
 from keyhole.util.budget import memory_text
 from keyhole.util.threads import beat
 
-BAND_PIXELS = 2**22
-"""Pixels read at a time while an image is taken into memory."""
-BAND_ROWS = 256
-"""Rows of a band at least: bands lower than a tile would decode it more than once."""
+MAX_BAND_PIXELS = 2**22
+"""Pixels read at a time while an image is decoded into memory."""
+MIN_BAND_ROWS = 256
+"""Rows of such a band: bands lower than a tile would decode it more than once."""
 
 
 def decoded_bytes(image: Image, level: int = 0) -> int:
-    """Memory that a level takes when it is held decoded."""
+    """Return the memory that a level takes when it is decoded."""
     width, height = image.levels[level].size
     return width * height * image.channels
 
 
 def available_bytes() -> int:
-    """Memory that this process could still take without swapping, its container's limit included."""
+    """Return the memory that this process could still take without swapping, its container's limit included."""
     free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -54,11 +53,14 @@ def available_bytes() -> int:
 
 
 def fits(total_bytes: int, limit_gb: float | None) -> tuple[bool, str]:
-    """Whether decoded images of so many bytes stay in memory, and the sentence that says so.
+    """Decide whether decoded images stay in memory.
 
     Args:
         total_bytes: of all images at the level that is read (`decoded_bytes`).
-        limit_gb: GB they may take; None is a quarter of the memory free now, 0 never keeps any.
+        limit_gb: GB that they may take; None is a quarter of the memory that is free now, 0 keeps none.
+
+    Returns:
+        The decision, and a sentence for the log.
     """
     if limit_gb is None:
         free = available_bytes()
@@ -82,11 +84,11 @@ def fits(total_bytes: int, limit_gb: float | None) -> tuple[bool, str]:
 
 
 class ResidentImage(Image):
-    """One level of an image in memory; it describes itself as the file does. Other levels come from the file.
+    """An image of which one level is in memory. Other levels come from the file.
 
     Args:
-        image: the open file; read whole here and not used afterwards.
-        level: the level to hold.
+        image: the open file; read here and not used afterwards.
+        level: the level to keep.
         bits: as in `open_image`, for the other levels.
 
     Raises:
@@ -100,7 +102,7 @@ class ResidentImage(Image):
         self.level, self._given_bits = level, bits
         width, height = image.levels[level].size
         self._pixels = np.empty((height, width, image.channels), np.uint8)
-        band = max(BAND_PIXELS // width, BAND_ROWS)
+        band = max(MAX_BAND_PIXELS // width, MIN_BAND_ROWS)
         for top in range(0, height, band):
             rows = min(band, height - top)
             self._pixels[top : top + rows] = image.read(Box(0, top, width, rows), level)
@@ -110,12 +112,6 @@ class ResidentImage(Image):
     def sniff(cls, path: Path, head: bytes) -> bool:
         return False
 
-    def copy(self) -> ResidentImage:
-        """Another image over the same pixels, so that who changes its `mpp` changes no other."""
-        twin = object.__new__(ResidentImage)
-        twin.__dict__.update(self.__dict__)
-        return twin
-
     def _read(self, box: Box, level: int) -> Pixels:
         if level != self.level:
             with open_image(self.path, self._given_bits) as image:
@@ -123,31 +119,30 @@ class ResidentImage(Image):
         return self._pixels[box.y : box.y + box.height, box.x : box.x + box.width]
 
 
-Key = tuple[Path, str, Path | None]
-"""Key of a mask: the image, the kind, and the mask's own file where it has one."""
+MaskKey = tuple[Path, Rule, Path | None]
+"""Image, foreground rule, and file of the mask where it has one."""
 
 
-class Masks:
-    """Foreground masks by file and kind, each made once; packed, so that those of a thousand slides may stay.
+class MaskCache:
+    """Foreground masks, packed, so that those of a thousand slides may stay.
 
-    A mask of 2048 x 2048 cells takes 4 MB as an array, and 5 to 60 kB here (at worst 0.5 MB); unpacking it takes some
+    A mask of 2048 x 2048 cells takes 4 MB as an array, and 5 to 60 kB here (at worst 0.5 MB). Unpacking it takes some
     milliseconds, once each time its image is opened.
     """
 
     def __init__(self) -> None:
-        self._packed: dict[Key, tuple[tuple[int, int], bytes]] = {}
+        self._packed: dict[MaskKey, tuple[tuple[int, ...], bytes]] = {}
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: MaskKey) -> bool:
         return key in self._packed
 
-    def __getitem__(self, key: Key) -> NDArray[np.bool_]:
+    def __getitem__(self, key: MaskKey) -> NDArray[np.bool_]:
         shape, packed = self._packed[key]
         bits = np.frombuffer(zlib.decompress(packed), np.uint8)
-        return np.unpackbits(bits, count=shape[0] * shape[1]).view(bool).reshape(shape)
+        return np.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape)
 
-    def __setitem__(self, key: Key, mask: NDArray[np.bool_]) -> None:
-        rows, columns = mask.shape
-        self._packed[key] = (rows, columns), zlib.compress(np.packbits(mask).tobytes(), level=1)
+    def __setitem__(self, key: MaskKey, mask: NDArray[np.bool_]) -> None:
+        self._packed[key] = mask.shape, zlib.compress(np.packbits(mask).tobytes(), level=1)
 
     @property
     def nbytes(self) -> int:
@@ -155,101 +150,79 @@ class Masks:
         return sum(len(packed) for _, packed in self._packed.values())
 
 
-class ImageStore:
+class ImageCache:
     """Opens images, from their files each time or, with `keep`, once and then from memory. Thread-safe.
 
     Args:
         keep: whether decoded images stay in memory.
-        masks: those of another store, so that no mask is made twice in a run; they are kept in either case.
+        masks: those of another cache, so that no mask is made twice in a run; masks stay in memory in either case.
+        image: the only image, which is in memory already; paths are then only its name.
     """
 
-    def __init__(self, keep: bool, masks: Masks | None = None) -> None:
+    def __init__(self, keep: bool = False, masks: MaskCache | None = None, image: ArrayImage | None = None) -> None:
         self.keep = keep
-        self.masks = Masks() if masks is None else masks
+        self.masks = MaskCache() if masks is None else masks
+        self.image = image
         self._lock = threading.Lock()
         self._locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
         self._damaged: set[Path] = set()
         self._resident: defaultdict[Path, dict[int, ResidentImage]] = defaultdict(dict)
 
     def open(self, path: Path, level: int | Callable[[Image], int] = 0, bits: int | None = None) -> Image:
-        """An image for the caller to close.
+        """Open an image, which the caller closes. Changing its `mpp` changes no other.
 
         Args:
             path: the file.
-            level: the level that will be read, or a function that tells it from the image.
+            level: the level that will be read, or a function that returns it for the image.
             bits: as in `open_image`; the same at every call.
 
         Raises:
-            ImageError: the file cannot be opened. One that is damaged somewhere is not kept, so that what is not
-                damaged can be read from it.
+            ImageError: the file cannot be opened. A file that is damaged somewhere is not kept, so that its other
+                parts can be read.
         """
         if not self.keep or path in self._damaged:
             return self._file(path, bits)
         with self._lock_of(path):
-            held = self._resident[path]
-            known = next(iter(held.values()), None)
+            resident = self._resident[path]
+            known = next(iter(resident.values()), None)
             wanted = level if isinstance(level, int) else None if known is None else level(known)
-            if wanted not in held:
+            if wanted not in resident:
                 with self._file(path, bits) as image:
                     wanted = level if isinstance(level, int) else level(image)
                     try:
-                        held[wanted] = ResidentImage(image, wanted, bits)
+                        resident[wanted] = ResidentImage(image, wanted, bits)
                     except ImageLost:
                         raise
                     except ImageError:
                         self._damaged.add(path)
                         return self._file(path, bits)
-            return held[wanted].copy()
-
-    def _file(self, path: Path, bits: int | None) -> Image:
-        """The image as it is stored."""
-        return open_image(path, bits)
+            return copy.copy(resident[wanted])
 
     def foreground(
-        self,
-        path: Path,
-        kind: Literal["non-empty", "tissue", "mask"],
-        mask: Path | None = None,
-        bits: int | None = None,
+        self, path: Path, rule: Rule, mask: Path | None = None, bits: int | None = None
     ) -> NDArray[np.bool_]:
-        """The foreground mask (rows, cols) of an image, made at the first call; later ones read no file.
+        """Return the foreground mask (rows, cols) of an image; only the first call reads a file.
 
         Args:
             path: the image.
-            kind: as in `config.PatchConfig`.
-            mask: the file of the mask, for the kind `mask` and no other.
+            rule: a name in `FOREGROUND_RULES` that has a mask.
+            mask: the file of the mask, for the rule `mask` only.
             bits: as in `open`.
 
         Raises:
             ImageError: the image or the mask cannot be opened or read.
         """
-        key = path, kind, mask
+        key = path, rule, mask
         with self._lock_of(path):
             if key not in self.masks:
                 with self._file(path, bits) as image:
-                    if kind == "mask":
-                        assert mask is not None
-                        self.masks[key] = read_mask(mask, image.size, origin=image.qupath_origin)
-                    else:
-                        self.masks[key] = foreground(image, kind)
+                    self.masks[key] = FOREGROUND_RULES[rule].mask(image, mask)
             return self.masks[key]
 
+    def _file(self, path: Path, bits: int | None) -> Image:
+        return open_image(path, bits) if self.image is None else copy.copy(self.image)
+
     def _lock_of(self, path: Path) -> threading.Lock:
-        """One image is read once, and a file that hangs holds up nobody who wants another."""
+        """Each image is read once, and a file that hangs blocks only those who need it."""
         with self._lock:
             return self._locks[path]
-
-
-class MemoryStore(ImageStore):
-    """A store of one image that is in memory; paths are only its name.
-
-    Args:
-        image: what `open` gives copies of, so that who changes the `mpp` of one changes no other.
-    """
-
-    def __init__(self, image: ArrayImage) -> None:
-        super().__init__(keep=False)
-        self.image = image
-
-    def _file(self, path: Path, bits: int | None) -> Image:
-        return copy.copy(self.image)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Container
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,11 @@ from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
 from keyhole.images.scale import given_scale
 from keyhole.patches.edge import Edge
-from keyhole.patches.grid import Index, NoPatches, PatchGrid, checked_index, reading_level
-from keyhole.patches.image_cache import ImageStore, decoded_bytes
-from keyhole.util.rows import take_rows
+from keyhole.patches.foreground.rules import FOREGROUND_RULES, Rule
+from keyhole.patches.grid import Foreground, Index, NoPatches, PatchGrid
+from keyhole.patches.image_cache import ImageCache, decoded_bytes
+from keyhole.patches.level import reading_level
+from keyhole.util.rows import checked_index, take_rows
 
 Array = NDArray[Any]
 
@@ -296,7 +299,7 @@ class TensorPatches(PatchSource):
 
 @dataclass(frozen=True)
 class FileOpener:
-    """How the patches of one image file are had. Calling it opens the file; making it costs nothing.
+    """Opens the patches of one image file when called; making an opener costs nothing.
 
     Attributes:
         path: the file.
@@ -305,8 +308,13 @@ class FileOpener:
         mask: PNG or GeoJSON, for the foreground `mask`.
         channels: 1 or 3; None as in the file.
         view, offset: the geometric augmentation of this image in this epoch.
-        store: opens the file, or has it in memory.
-        image_mpp: microns per level-0 pixel; where given it takes the place of the file's.
+        cache: opens the file, or has it in memory.
+        image_mpp: microns per level-0 pixel, instead of those of the file.
+
+    >>> PIL.Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save("black.png")
+    >>> source = FileOpener(Path("black.png"), "black.png", size=32)()
+    >>> len(source), source.read([5]).shape, source.boxes([5]).tolist()
+    (6, (1, 32, 32, 3), [[64, 32, 32, 32]])
     """
 
     path: Path
@@ -316,13 +324,13 @@ class FileOpener:
     level: int | None = None
     mpp: float | None = None
     bits: int | None = None
-    foreground: Literal["all", "non-empty", "tissue", "mask"] = "all"
+    foreground: Rule = "all"
     min_foreground: float = 0.01
     mask: Path | None = None
     channels: int | None = None
     view: View = View()
     offset: tuple[int, int] = (0, 0)
-    store: ImageStore = field(default_factory=lambda: ImageStore(keep=False))
+    cache: ImageCache = field(default_factory=ImageCache)
     image_mpp: float | None = None
     edge: Edge | Literal["auto"] = "background"
 
@@ -331,13 +339,14 @@ class FileOpener:
             given_scale(self.image_mpp)
 
     def __call__(self) -> FilePatches:
-        """Open the file and lay the grid.
+        """Open the file and make the grid.
 
         Raises:
             ImageError: the file, or its mask, is broken.
-            ConfigError: its size or resolution does not allow the patches asked for, or the foreground leaves none.
+            ConfigError: its size or resolution does not allow the patches, or the foreground leaves none.
         """
-        image = self.store.open(self.path, self._level, self.bits)
+        level = partial(reading_level, mpp=self.mpp, level=self.level, image_mpp=self.image_mpp)
+        image = self.cache.open(self.path, lambda image: level(image)[0], self.bits)
         try:
             return FilePatches(image, self.grid(image), self.view, self.channels, self.name)
         except BaseException:
@@ -345,48 +354,36 @@ class FileOpener:
             raise
 
     def grid(self, image: Image) -> PatchGrid:
-        """The grid over the opened image, which from now on has the resolution of `image_mpp`."""
+        """Return the grid over the opened image, whose resolution becomes `image_mpp`."""
         if self.image_mpp is not None:
             image.mpp = self.image_mpp
-        mask = self.foreground_mask()
+        mask, rule = self.foreground_mask(), FOREGROUND_RULES[self.foreground]
+        covered = None
+        if mask is not None:
+            name = f"foreground mask ({self.mask if rule.from_file else self.foreground})"
+            covered = Foreground(mask, self.min_foreground if rule.uses_share else 0.0, name)
+        grid = partial(PatchGrid, image, self.size, self.stride, self.mpp, level=self.level, edge=self.edge)
         try:
-            return self._grid(image, mask, self.offset)
+            return grid(offset=self.offset, mask=covered)
         except NoPatches:
             if self.offset == (0, 0):
                 raise
             # A speck of foreground may have the least share of a patch in one place of the grid and not in another.
-            return self._grid(image, mask, (0, 0))
+            return grid(mask=covered)
 
     def foreground_mask(self) -> NDArray[np.bool_] | None:
-        """The mask (rows, cols) that says which patches are in the grid; None where all are.
+        """Return the mask (rows, cols) of the patches in the grid; None if all are.
 
         Raises:
             ImageError, ConfigError: as for `__call__`.
         """
-        if self.foreground == "all":
+        rule = FOREGROUND_RULES[self.foreground]
+        if not rule.has_mask:
             return None
-        if self.foreground == "mask" and self.mask is None:
+        if rule.from_file and self.mask is None:
             raise ConfigError(
                 f"{self.path}: patch.foreground (=mask) needs a mask of this image. Give a column `mask` (PNG or "
                 "GeoJSON), or a folder of masks with the images' names: --data.masks DIR, or --masks DIR of keyhole "
                 "predict"
             )
-        mask = self.mask if self.foreground == "mask" else None
-        return self.store.foreground(self.path, self.foreground, mask, self.bits)
-
-    def _grid(self, image: Image, mask: NDArray[np.bool_] | None, offset: tuple[int, int]) -> PatchGrid:
-        return PatchGrid(
-            image,
-            self.size,
-            self.stride,
-            self.mpp,
-            offset,
-            mask,
-            level=self.level,
-            mask_share=0.0 if self.foreground == "non-empty" else self.min_foreground,
-            mask_name=f"foreground mask ({self.mask if self.foreground == 'mask' else self.foreground})",
-            edge=self.edge,
-        )
-
-    def _level(self, image: Image) -> int:
-        return reading_level(image, self.mpp, self.level, self.image_mpp)[0]
+        return self.cache.foreground(self.path, self.foreground, self.mask if rule.from_file else None, self.bits)

@@ -29,7 +29,7 @@ from keyhole.loading import Opener, Reader
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
 from keyhole.patches.features import FeaturePatches, learned_origin
-from keyhole.patches.image_cache import ImageStore, fits
+from keyhole.patches.image_cache import ImageCache, fits
 from keyhole.patches.sources import View
 from keyhole.runs.checkpoint import load_encoder
 from keyhole.tasks.kinds import Task
@@ -100,7 +100,7 @@ class Images:
     """
 
     config: Config
-    store: ImageStore
+    store: ImageCache
     counts: Mapping[str, int]
     patch_shape: tuple[int, ...]
     held_bytes: int
@@ -127,7 +127,7 @@ def scan(
         ImageError: an image cannot be opened, unless `--data.on-bad-image skip`.
         DataError: none is left.
     """
-    probe = ImageStore(keep=False)
+    probe = ImageCache()
     counts: dict[str, int] = {}
     bad: dict[str, str] = {}
     shape: tuple[int, ...] = ()
@@ -173,7 +173,7 @@ def scan(
         lines.append(f"left out {counted(len(bad))} that cannot be read; see left_out.csv")
     resolution = Resolution.of(mpp.values())
     lines += [f"warning: {'. '.join(spread)}"] if (spread := resolution.spread()) else []
-    store = ImageStore(keep=keep, masks=probe.masks)
+    store = ImageCache(keep=keep, masks=probe.masks)
     opened = _open_bytes(config, pictures, patches[len(patches) // 2], reader.pool.threads, keep)
     images = Images(config, store, counts, shape, total if keep else 0, opened, resolution, jpeg and not keep)
     return images, manifest, lines

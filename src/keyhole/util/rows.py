@@ -1,11 +1,29 @@
-"""Rows of an array, copied once, into memory that exists already."""
+"""Rows of an array: which ones an index names, and copying them once into memory that exists already."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+
+def checked_index(index: ArrayLike | slice, n: int, what: str = "patch") -> NDArray[np.int64]:
+    """Return `index` as int64 (k,), each 0 ... n - 1.
+
+    Raises:
+        IndexError: no such patch.
+        ValueError: neither a slice nor one row of integers.
+    """
+    if isinstance(index, slice):
+        return np.arange(*index.indices(n), dtype=np.int64)
+    flat = np.asarray(index)
+    if flat.ndim != 1 or (flat.size and flat.dtype.kind not in "iu"):
+        raise ValueError(f"index must be a slice or one row of integers, not {flat.dtype} {flat.shape}")
+    flat = flat.astype(np.int64)
+    if flat.size and not (flat.min() >= 0 and flat.max() < n):
+        raise IndexError(f"{what} index {flat.min()} ... {flat.max()} outside 0 ... {n - 1}")
+    return flat
 
 
 def take_rows(array: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> None:

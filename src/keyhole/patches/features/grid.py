@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from keyhole.images.geometry import Size
-from keyhole.patches.grid import Index, checked_index
+from keyhole.patches.grid import Index
+from keyhole.util.rows import checked_index
 
 LOOKED_AT = 2**16
 """Rows from which the step between patches is told."""

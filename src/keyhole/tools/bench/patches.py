@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from keyhole.patches.grid import checked_index
 from keyhole.patches.sources import PatchSource
-from keyhole.util.rows import take_rows
+from keyhole.util.rows import checked_index, take_rows
 
 MARKS = 8
 """Bytes of a patch that hold its index; the rest is one of a few patterns."""

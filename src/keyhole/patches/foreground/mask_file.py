@@ -1,4 +1,4 @@
-"""Foreground masks from files that somebody else made: a PNG of any resolution, or outlines drawn in QuPath."""
+"""Foreground masks from files: a PNG of any resolution, or outlines drawn in QuPath."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from keyhole.images.geometry import Size
 from keyhole.patches.foreground.regions import GEOJSON_SUFFIXES, Region, rasterize, read_geojson
 
 MASK_SUFFIXES = (".png", ".geojson", ".json")
-LONGEST = 2048
-"""Cells along the longest side of a mask in memory at most, so that one is 4 MB whatever the file holds."""
-LARGEST_PNG = 2**26
-"""Pixels of a PNG (8,192 x 8,192), at most 4 bytes each once decoded. Checked before decoding."""
-ASPECT = 0.03
-"""By so much the proportions of mask and image may differ; whoever made the mask has rounded somewhere."""
-IGNORED = ("ignore", "ignore*")
-"""QuPath's class for what is not to be used; `*` marks a class that its own measurements pass over."""
+MAX_MASK_SIDE = 2048
+"""Cells along the longest side of a mask in memory, so that one is 4 MB whatever the file has. A cell is then smaller
+than a patch on any slide."""
+MAX_PNG_PIXELS = 2**26
+"""Of a PNG (8,192 x 8,192), at most 4 bytes each once decoded. Checked before decoding."""
+MAX_ASPECT_ERROR = 0.03
+"""Relative difference between the proportions of mask and image, from rounding when the mask was made."""
+IGNORED_CLASSES = ("ignore", "ignore*")
+"""QuPath's class for areas that are not to be used; QuPath leaves classes with `*` out of its measurements."""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EIGHT_BITS = (2, 4, 6)
 """PNG colour types that Pillow reads at 8 bits a channel only: a label 7 of 65,535 would be lost."""
@@ -29,26 +30,33 @@ _BAND_PIXELS = 2**22
 
 
 def read_mask(
-    path: str | Path, l0_size: Size, longest: int = LONGEST, origin: tuple[int, int] = (0, 0)
+    path: str | Path, l0_size: Size, longest: int = MAX_MASK_SIDE, origin: tuple[int, int] = (0, 0)
 ) -> NDArray[np.bool_]:
-    """The mask (rows, cols) of an image from a file, at most `longest` cells on its longest side.
+    """Return the foreground mask of an image from a file.
 
-    PNG: where a pixel is not black and not wholly transparent, there is foreground; palettes are applied. The picture
-    covers the whole image, at any resolution. A cell is foreground if any of its pixels is.
+    PNG: a pixel is foreground if it is not black and not wholly transparent; palettes are applied. The picture covers
+    the whole image, at any resolution. A cell is foreground if any of its pixels is.
 
-    GeoJSON (`.geojson`, `.json`): the polygons of QuPath's objects in level-0 pixels from `origin`, holes left out.
-    Areas of the class `Ignore*` are cut out of all others; every other class counts, `Region*` included. A cell is
-    foreground if a polygon touches it, so that an annotation smaller than a cell is not lost, and cut out if its centre
-    is in an `Ignore*`.
+    GeoJSON (`.geojson`, `.json`): the polygons of QuPath's objects in level-0 pixels from `origin`, without
+    holes. Areas of the class `Ignore*` are cut out of all others; every other class counts, `Region*` included. A
+    cell is foreground if a polygon touches it, so that an annotation smaller than a cell is not lost, and cut out
+    if its centre is in an `Ignore*`.
 
     Args:
         path: the mask.
-        l0_size: width and height of the image it belongs to.
-        longest: as above.
+        l0_size: width and height of the image that it belongs to.
+        longest: cells along the longest side of the result, at most.
         origin: `Image.qupath_origin` of the image. A PNG covers all of level 0, whatever QuPath shows.
 
+    Returns:
+        Mask, bool (rows, cols).
+
     Raises:
-        ImageError: of the mask's file: not there, damaged, too large, of another kind, or of other proportions.
+        ImageError: the mask's file is missing, damaged, too large, of another kind, or of other proportions.
+
+    >>> PIL.Image.fromarray(np.eye(4, dtype=np.uint8)).save("mask.png")
+    >>> read_mask("mask.png", Size(400, 400)).sum()
+    np.int64(4)
     """
     path = Path(path)
     with faults_of(path, "this mask cannot be read"), path.open("rb") as file:
@@ -57,7 +65,7 @@ def read_mask(
         return _from_outlines(path, l0_size, longest, origin)
     if not head.startswith(_SIGNATURE) or len(head) < 26:
         raise ImageError(
-            path, f"this mask is no PNG. Expected a PNG or GeoJSON of QuPath ({', '.join(MASK_SUFFIXES)})."
+            path, f"this mask is not a PNG. Expected a PNG or GeoJSON of QuPath ({', '.join(MASK_SUFFIXES)})."
         )
     return _from_png(path, head, l0_size, longest)
 
@@ -69,13 +77,11 @@ def _from_outlines(path: Path, l0_size: Size, longest: int, origin: tuple[int, i
         raise ImageError(path, str(error).removeprefix(str(path)).lstrip(":, ")) from error
     cell = max(1.0, max(l0_size) / longest)
     shape = max(1, round(l0_size.height / cell)), max(1, round(l0_size.width / cell))
-    mask = rasterize([region for region in regions if not _ignored(region)], l0_size, shape, touched=True)
-    mask &= ~rasterize([region for region in regions if _ignored(region)], l0_size, shape)
-    return mask
-
-
-def _ignored(region: Region) -> bool:
-    return region.name.strip().lower() in IGNORED
+    used: list[Region] = []
+    ignored: list[Region] = []
+    for region in regions:
+        (ignored if region.name.strip().lower() in IGNORED_CLASSES else used).append(region)
+    return rasterize(used, l0_size, shape, touched=True) & ~rasterize(ignored, l0_size, shape)
 
 
 def _from_png(path: Path, head: bytes, l0_size: Size, longest: int) -> NDArray[np.bool_]:
@@ -92,10 +98,10 @@ def _from_png(path: Path, head: bytes, l0_size: Size, longest: int) -> NDArray[n
 
 
 def _check_size(path: Path, size: Size, l0_size: Size) -> None:
-    if size.width * size.height > LARGEST_PNG:
+    if size.width * size.height > MAX_PNG_PIXELS:
         raise ImageError(
             path,
-            f"{size.width:,} x {size.height:,} pixels are too many for a mask (at most {LARGEST_PNG:,}). "
+            f"{size.width:,} x {size.height:,} pixels are too many for a mask (at most {MAX_PNG_PIXELS:,}). "
             "Save it smaller: it may have any resolution.",
         )
     if min(size) < 1:
@@ -110,14 +116,14 @@ def _check_size(path: Path, size: Size, l0_size: Size) -> None:
 
 
 def _same_shape(size: Size, l0_size: Size) -> bool:
-    """Whether the proportions agree, but for a pixel of rounding and `ASPECT`."""
+    """Return whether the proportions agree up to a pixel of rounding and `MAX_ASPECT_ERROR`."""
     width, height = (l0 / side for l0, side in zip(l0_size, size, strict=True))
-    slack = ASPECT + 1 / min(size)
+    slack = MAX_ASPECT_ERROR + 1 / min(size)
     return abs(width - height) <= slack * max(width, height)
 
 
 def _shrunk(picture: PIL.Image.Image, longest: int) -> NDArray[np.bool_]:
-    """Cells in which any pixel is foreground, a band of rows at a time."""
+    """Return the cells in which any pixel is foreground, computed a band of rows at a time."""
     width, height = picture.size
     cell = max(1.0, max(width, height) / longest)
     rows, columns = max(1, round(height / cell)), max(1, round(width / cell))
@@ -134,15 +140,12 @@ def _shrunk(picture: PIL.Image.Image, longest: int) -> NDArray[np.bool_]:
 
 
 def _not_black(picture: PIL.Image.Image) -> NDArray[np.bool_]:
-    """Pixels (h, w) of any value but 0 that are not wholly transparent."""
+    """Return the pixels (h, w) that are neither 0 nor wholly transparent."""
     if picture.mode != "RGBA" and picture.has_transparency_data and picture.mode != "I;16":
         picture = picture.convert("RGBA")
     elif picture.mode == "P":
         picture = picture.convert("RGB")
-    values = np.asarray(picture) != 0
-    found: NDArray[np.bool_] = values
-    if picture.mode in ("LA", "RGBA"):
-        found = values[..., :-1].any(axis=-1) & values[..., -1]
-    elif values.ndim == 3:
-        found = values.any(axis=-1)
-    return found
+    values = np.atleast_3d(np.asarray(picture) != 0)
+    transparency = picture.mode in ("LA", "RGBA")
+    lit: NDArray[np.bool_] = np.any(values[..., :-1] if transparency else values, axis=-1)
+    return lit & values[..., -1] if transparency else lit

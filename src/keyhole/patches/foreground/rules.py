@@ -1,0 +1,244 @@
+"""Foreground rules: which parts of an image have patches, as a small mask over the whole of it.
+
+A new rule is a subclass of `ForegroundRule` in `FOREGROUND_RULES`, and its name in `config.PatchConfig`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+from keyhole.errors import ConfigError, ImageError, ImageLost
+from keyhole.images import Box, Image
+from keyhole.images.pixels import Pixels
+from keyhole.patches.foreground.mask_file import MAX_MASK_SIDE, read_mask
+from keyhole.patches.foreground.tissue import extremes, find_tissue
+from keyhole.util.threads import beat
+
+Rule = Literal["all", "non-empty", "tissue", "mask"]
+Mask = NDArray[np.bool_]
+
+ONE_COLOR = 10
+"""Grey values by which pixels of one colour may differ: the noise of JPEG, not the contrast of a faint line."""
+MIN_CELL_SIDE = 8
+_BAND_BYTES = 32 * 2**20
+_MIN_BAND_ROWS = 1024
+"""A band is narrower than the image rather than lower than this: tiles that it cuts are decoded twice."""
+_PIECE_SIDE = 128
+"""Side of the pieces in which a damaged level is read."""
+
+
+class ForegroundRule:
+    """`all`: every patch, without a mask.
+
+    Attributes:
+        has_mask: whether `mask` is to be called.
+        uses_share: whether `patch.min_foreground` applies; otherwise one cell of the mask is enough.
+        from_file: whether the user gives the mask.
+    """
+
+    has_mask = False
+    uses_share = False
+    from_file = False
+
+    def mask(self, image: Image, file: Path | None = None, longest: int = MAX_MASK_SIDE) -> Mask:
+        """Return the mask (rows, cols) over the whole image.
+
+        Args:
+            image: open.
+            file: of the mask, where the user gives it.
+            longest: cells along the longest side, at most.
+
+        Raises:
+            ConfigError: the rule does not apply to this image.
+            ImageError: the image or the mask is damaged.
+        """
+        raise NotImplementedError
+
+
+class _NonEmpty(ForegroundRule):
+    """`non-empty`: pixels that differ within a block, or from the block beside or below it, by over 10 grey values.
+
+    Computed from the least and greatest value, so that a thin stroke is not averaged away. A patch of one colour, white
+    or not, is empty; noise of a scanner's glass above 10 grey values counts as content.
+    """
+
+    has_mask = True
+
+    def mask(self, image: Image, file: Path | None = None, longest: int = MAX_MASK_SIDE) -> Mask:
+        level, block = _level_and_block(image, longest)
+        found, unread = _reduced(image, level, max(block, MIN_CELL_SIDE), _extremes)
+        low, high = np.split(found, 2, axis=-1)
+        for axis in (0, 1):  # an edge may run exactly between two blocks
+            low, high = np.minimum(low, _neighbour(low, axis)), np.maximum(high, _neighbour(high, axis))
+        spread: NDArray[np.int16] = (high.astype(np.int16) - low).max(axis=-1)
+        return (spread > ONE_COLOR) | unread
+
+
+class _Tissue(ForegroundRule):
+    """`tissue`: `tissue.find_tissue` on the mean colours of cells of at least 8 x 8 level-0 pixels."""
+
+    has_mask = uses_share = True
+
+    def mask(self, image: Image, file: Path | None = None, longest: int = MAX_MASK_SIDE) -> Mask:
+        if image.channels != 3:
+            raise ConfigError(
+                f"{image.path}: foreground 'tissue' needs a colour image, this one is grey. Use 'non-empty'."
+            )
+        level, block = _level_and_block(image, longest)
+        # a smaller level has averaged the colours already
+        block = max(block, math.ceil(MIN_CELL_SIDE / image.levels[level].downsample - 1e-6))
+        found, unread = _reduced(image, level, block, _color_and_spread)
+        return find_tissue(found[..., :3], found[..., 3]) | unread
+
+
+class _MaskFile(ForegroundRule):
+    """`mask`: a PNG or GeoJSON of the user, see `read_mask`."""
+
+    has_mask = uses_share = from_file = True
+
+    def mask(self, image: Image, file: Path | None = None, longest: int = MAX_MASK_SIDE) -> Mask:
+        assert file is not None
+        return read_mask(file, image.size, longest, image.qupath_origin)
+
+
+FOREGROUND_RULES: dict[Rule, ForegroundRule] = {
+    "all": ForegroundRule(),
+    "non-empty": _NonEmpty(),
+    "tissue": _Tissue(),
+    "mask": _MaskFile(),
+}
+
+
+def foreground(image: Image, rule: Literal["non-empty", "tissue"], longest: int = MAX_MASK_SIDE) -> Mask:
+    """Return the foreground mask of an image, from its smallest level that is large enough.
+
+    Args:
+        image: read in bands, so that memory stays bounded where only level 0 exists.
+        rule: `non-empty` for everything that is not of one colour; `tissue` for stained tissue without glass, pen
+            and black borders.
+        longest: cells along the longest side of the mask, at most. A cell is at least 8 pixels wide: of the level for
+            `non-empty`, of level 0 for `tissue`.
+
+    Returns:
+        Mask, bool (rows, cols), over the whole image.
+
+    Raises:
+        ConfigError: `tissue` for a grey image.
+        ImageError: the file is damaged. If only a part is, that part counts as foreground, so that its patches are
+            tried, and listed if they cannot be read.
+
+    >>> from keyhole.images import ArrayImage
+    >>> pixels = np.full((64, 64, 3), 255, np.uint8)
+    >>> pixels[:30, :30] = 90
+    >>> foreground(ArrayImage(pixels), "non-empty").sum()
+    np.int64(7)
+    """
+    return FOREGROUND_RULES[rule].mask(image, longest=longest)
+
+
+def _level_and_block(image: Image, longest: int) -> tuple[int, int]:
+    """Return the smallest level with at least `longest` pixels, and its pixels per cell."""
+    level = max((i for i, level in enumerate(image.levels) if max(level.size) >= longest), default=0)
+    return level, max(1, -(-max(image.levels[level].size) // longest))
+
+
+def _neighbour(grid: NDArray[np.uint8], axis: int) -> NDArray[np.uint8]:
+    """Return the cell beside or below each cell; the last has itself."""
+    following = np.minimum(np.arange(grid.shape[axis]) + 1, grid.shape[axis] - 1)
+    neighbour: NDArray[np.uint8] = np.take(grid, following, axis)
+    return neighbour
+
+
+def _extremes(pixels: Pixels, block: int) -> NDArray[np.uint8]:
+    """Return the least and greatest value of each channel in each block (rows, cols, 2 c)."""
+    height, width, channels = pixels.shape
+    pixels = np.pad(pixels, ((0, -height % block), (0, -width % block), (0, 0)), mode="edge")
+    rows, columns = pixels.shape[0] // block, pixels.shape[1] // block
+    # Down, then across: in one step numpy is ten times slower.
+    lines = pixels.reshape(rows, block, columns * block * channels)
+    low, high = (
+        of(of(lines, axis=1).reshape(rows, columns, block, channels), axis=2)
+        for of in (np.minimum.reduce, np.maximum.reduce)
+    )
+    return np.concatenate([low, high], axis=-1)
+
+
+def _color_and_spread(pixels: Pixels, block: int) -> NDArray[np.uint8]:
+    """Return the mean colour of each block, and the mean spread of the channels within a pixel (rows, cols, 4)."""
+    brightest, darkest = extremes(pixels)
+    return np.dstack(
+        [
+            np.asarray(PIL.Image.fromarray(np.ascontiguousarray(part)).reduce(block))
+            for part in (pixels, brightest - darkest)
+        ]
+    )
+
+
+def _reduced(
+    image: Image, level: int, block: int, reduction: Callable[[Pixels, int], NDArray[np.uint8]]
+) -> tuple[NDArray[np.uint8], Mask]:
+    """Apply `reduction` to each block of pixels, a band at a time; blocks at the right and lower border may be smaller.
+
+    Returns:
+        (rows, cols, k), and (rows, cols) True where a block could not be read.
+    """
+    width, height = image.levels[level].size
+    rows, columns = -(-height // block), -(-width // block)
+    out: NDArray[np.uint8] | None = None
+    unread = np.zeros((rows, columns), bool)
+    cells = max(1, _BAND_BYTES // (block * block * image.channels))
+    wide = min(columns, max(1, cells // max(1, _MIN_BAND_ROWS // block)))
+    high = max(1, cells // wide)
+    for top in range(0, rows, high):
+        for left in range(0, columns, wide):
+            x, y = left * block, top * block
+            box = Box(x, y, min(wide * block, width - x), min(high * block, height - y))
+            pixels, damaged = _read(image, box, level)
+            part = reduction(pixels, block)
+            for hole in damaged:
+                lines = slice(hole.y // block, -(-(hole.y + hole.height) // block))
+                unread[lines, hole.x // block : -(-(hole.x + hole.width) // block)] = True
+            beat()
+            if out is None:
+                out = np.empty((rows, columns, part.shape[-1]), np.uint8)
+            out[top : top + part.shape[0], left : left + part.shape[1]] = part
+    assert out is not None
+    return out, unread
+
+
+def _read(image: Image, box: Box, level: int) -> tuple[Pixels, list[Box]]:
+    """Return the pixels of a box, and the pieces of it that are damaged and therefore background.
+
+    Raises:
+        ImageError: all of it is damaged, or the file cannot be reached.
+    """
+    try:
+        return image.read(box, level), []
+    except ImageLost:
+        raise
+    except ImageError as error:
+        first = error
+    pixels = np.full((box.height, box.width, image.channels), image.background, np.uint8)
+    damaged, seen = [], False
+    for y in range(0, box.height, _PIECE_SIDE):
+        for x in range(0, box.width, _PIECE_SIDE):
+            target = pixels[y : y + _PIECE_SIDE, x : x + _PIECE_SIDE]
+            piece = Box(box.x + x, box.y + y, target.shape[1], target.shape[0])
+            try:
+                target[...] = image.read(piece, level)
+                seen = True
+            except ImageLost:
+                raise
+            except ImageError:
+                damaged.append(piece)
+            beat()
+    if not seen:
+        raise first
+    return pixels, damaged
