@@ -20,7 +20,7 @@ from keyhole.errors import OutputError, RunError
 from keyhole.images.geometry import Size
 from keyhole.report.files import kept_geojson, write_prediction
 from keyhole.report.prediction import KeptPatches, Prediction, Scores
-from keyhole.report.table import write_table
+from keyhole.report.table import table_row, write_table
 from keyhole.tasks.kinds import Task
 
 DIGIT = Task("digit", "multiclass", ("0", "1", "2"))
@@ -212,14 +212,14 @@ def test_a_file_name_that_is_no_valid_text_is_written_escaped(tmp_path: Path) ->
     prediction = predicted(name=name)
     paths = write_prediction(prediction, tmp_path)
     assert read_json(paths["prediction.json"])["name"] == name
-    assert read_csv(write_table([prediction], tmp_path / "table.csv"))[0]["image"] == "caf\\udce9.png"
+    assert read_csv(write_table([table_row(prediction)], tmp_path / "table.csv"))[0]["image"] == "caf\\udce9.png"
 
 
 def test_the_table_has_a_row_per_image_with_truth_where_known(tmp_path: Path) -> None:
     tasks = (DIGIT, TAGS, AGE)
     several = [predicted(tasks, seed, name=f"{seed}.png") for seed in range(3)]
     truth = {"0.png": {"digit": "2"}, "1.png": {"digit": "0", "age": "33"}, "2.png": {}}
-    path = write_table(iter(several), tmp_path / "table.csv", truth=lambda prediction: truth[prediction.name])
+    path = write_table((table_row(each, truth[each.name]) for each in several), tmp_path / "table.csv")
     rows = read_csv(path)
     assert [row["image"] for row in rows] == list(truth)
     assert [row["digit.true"] for row in rows] == ["2", "0", ""]
@@ -228,16 +228,16 @@ def test_the_table_has_a_row_per_image_with_truth_where_known(tmp_path: Path) ->
         assert row["tags, all.predicted"] == prediction.label["tags, all"]
         assert float(row["digit.probability.1"]) == pytest.approx(prediction.probability["digit"]["1"], rel=1e-5)
         assert (row["width"], row["height"]) == ("420", "310")
-    assert "digit.true" not in read_csv(write_table(several, path))[0]
+    assert "digit.true" not in read_csv(write_table(map(table_row, several), path))[0]
     assert write_table([], path).read_text() == "image,path,width,height\n"
 
 
 def test_a_table_that_fails_midway_leaves_the_old_one(tmp_path: Path) -> None:
-    path = write_table([predicted()], tmp_path / "table.csv")
+    path = write_table([table_row(predicted())], tmp_path / "table.csv")
     before = path.read_bytes()
 
     def failing() -> Any:
-        yield predicted()
+        yield table_row(predicted())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -266,9 +266,9 @@ def test_attention_that_is_no_share_is_refused() -> None:
 def test_patches_that_could_not_be_read_are_counted_where_there_are_any(tmp_path: Path) -> None:
     whole = [predicted(seed=1, name="a.png"), predicted(seed=2, name="b.png")]
     damaged = replace(whole[1], unreadable=boxes(np.array([3, 9])))
-    plain = read_csv(write_table(whole, tmp_path / "plain.csv"))
+    plain = read_csv(write_table(map(table_row, whole), tmp_path / "plain.csv"))
     assert "unreadable" not in plain[0]
-    table = read_csv(write_table([whole[0], damaged], tmp_path / "damaged.csv"))
+    table = read_csv(write_table(map(table_row, [whole[0], damaged]), tmp_path / "damaged.csv"))
     assert [row["unreadable"] for row in table] == ["0", "2"]
     assert [{**row, "unreadable": None} for row in table] == [{**row, "unreadable": None} for row in plain]
     for prediction, listed in ((whole[0], []), (damaged, boxes(np.array([3, 9])).tolist())):

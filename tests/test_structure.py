@@ -34,7 +34,6 @@ KNOWN_WITH_MANY_PARAMETERS = {
     "keyhole.engine.passes.select_batch",
     "keyhole.inference.answer.make_prediction",
     "keyhole.inference.embed.embed",
-    "keyhole.inference.evaluate.evaluate",
     "keyhole.inference.predictor.Predictor.predict_items",
     "keyhole.patches.grid.PatchGrid.__init__",
     "keyhole.training.job._job",

@@ -1,19 +1,15 @@
-"""How good a run's best model is on images it has not learned from: metrics with intervals, one row per image."""
+"""How good a run's best model is on images it was not trained on: metrics with intervals, one row per image."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from keyhole.config.file import load_config
 from keyhole.config.settings import Config, Decode
@@ -32,12 +28,11 @@ from keyhole.inference.lesions import (
 )
 from keyhole.inference.predictor import Predictor
 from keyhole.report.contact_sheet import Examples, contact_sheet
-from keyhole.report.prediction import Prediction
-from keyhole.report.table import write_table
+from keyhole.report.files import csv_line
+from keyhole.report.table import TableRow, judge_rows, table_row, write_table
 from keyhole.runs.seal import check_evaluated, check_own_manifest
 from keyhole.tasks.evaluation import TaskMetrics, evaluate_task, evaluation_json, format_lines
-from keyhole.tasks.kinds import Task
-from keyhole.tasks.learning import Learning, judge_task, unevenness
+from keyhole.tasks.learning import Learning
 from keyhole.util.files import file_names, writable_folder, write_atomic
 from keyhole.util.progress import say
 from keyhole.util.version import VERSION
@@ -49,14 +44,14 @@ class Evaluation:
     """Where an evaluation was written, and what it found.
 
     Attributes:
-        path: folder with metrics.json, predictions.csv, confusion_TASK.csv, left_out.csv, contact_sheet.png, and
+        path: Folder with metrics.json, predictions.csv, confusion_TASK.csv, left_out.csv, contact_sheet.png, and
             lesions.csv where images are annotated. TASK is the task's name as a file can have it; metrics.json lists
             the files under `confusion_files`.
-        metrics: one per task.
-        left_out: images that could not be read, with the reason.
-        notes: what a reader of the figures should know.
-        lesions: how much of the attention lies in annotated lesions; None where no image has an annotation.
-        warnings: what speaks against the model, such as that it is no better than guessing.
+        metrics: One per task.
+        left_out: Images that could not be read, with the reason.
+        notes: What a reader of the figures should know.
+        lesions: How much of the attention lies in annotated lesions; None where no image has an annotation.
+        warnings: Evidence against the model, such as that it is no better than guessing.
     """
 
     path: Path
@@ -67,7 +62,7 @@ class Evaluation:
     warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The figures, as `accuracy 0.935 [0.900 0.965]`, and where the files are."""
+        """Return the figures, as `accuracy 0.935 [0.900 0.965]`, and where the files are."""
         lines = [*self.notes, *format_lines(self.metrics)]
         if self.lesions is not None:
             lines += self.lesions.lines()
@@ -77,203 +72,212 @@ class Evaluation:
         return [*lines, *self.warnings]
 
 
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates the best model of a run.
+
+    Attributes:
+        run: Run folder, or with `data` the folder of a model. It may be read-only where `out` is given.
+        data: Other labelled images; default is the run's own. Their labels must be of the model's tasks.
+        split: `train`, `val` or `test`; other data without splits count as `test`.
+        out: Folder to write to; default is RUN/evaluation/SPLIT, or RUN/evaluation/NAME for other data. Results of the
+            same run, data and split are replaced; a folder with results of anything else is refused.
+        on_bad_image: What an unreadable image or annotation does. With "skip" a broken annotation is listed in
+            lesions.csv, and its image still counts for the metrics.
+        root: With `data`, the folder that relative paths of a CSV start from; else the folder that the run's own
+            images were moved to, where they are found by relative path, size and SHA-256.
+        features, masks: Folders for `data`, as `data.features` and `data.masks` of a run.
+        device, memory, unreadable, decode: As for `keyhole.load`.
+    """
+
+    run: Path
+    data: Path | None = None
+    split: str = "test"
+    out: Path | None = None
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    root: str | Path | None = None
+    features: str | Path | None = None
+    masks: str | Path | None = None
+    device: str = "auto"
+    memory: str = "auto"
+    unreadable: str = "1%"
+    decode: Decode = "auto"
+
+    def __call__(self) -> Evaluation:
+        """Predict all images, write the results and return them; see `evaluate`."""
+        subject = Subject(self.run, self.data, self.split)
+        predictor = Predictor.open(self.run, self.device, self.memory, self.unreadable, self.decode)
+        manifest = self._manifest(predictor)
+        folder, replaced = open_folder(subject, self.out)
+        begun = unfinished(self.run)
+        notes = self._notes(manifest, begun)
+        keeps_test = self.data is None and self.out is None and self.split == "test" and not begun
+        if keeps_test:
+            writable_folder(self.run / "predictions")
+        if self.on_bad_image == "fail":
+            check_annotations(manifest.items)
+        found = _Predictions(self, predictor, manifest)
+        write_table(found.rows(), folder / "predictions.csv")
+        if (
+            keeps_test
+        ):  # those of train and val are written at the end of training, by the model that the run ended with
+            write_atomic(self.run / "predictions" / "test.csv", (folder / "predictions.csv").read_bytes())
+        notes += found.doubts()
+        metrics, learning, lesions = found.metrics(), found.learning(), found.lesions()
+        config = _config_of(self.run)
+        written = _write_confusions(folder, metrics)
+        about: dict[str, Any] = {"keyhole": VERSION, "model": predictor.name, **subject.to_json()}
+        about |= {"notes": notes, "left_out": found.left_out}
+        about |= {} if lesions is None else {"lesions": lesions.to_json()}
+        about |= {"confusion_files": dict(written), "learning": learning.to_json(config)}
+        text = json.dumps(evaluation_json(metrics, **about), indent=2, allow_nan=False)
+        write_atomic(folder / "metrics.json", text + "\n")
+        write_left_out(folder / "left_out.csv", found.left_out.items())
+        names = [*written.values()]
+        if lesions is not None:
+            write_atomic(folder / "lesions.csv", lesion_table(found.judged, [task.name for task in predictor.tasks]))
+            names.append("lesions.csv")
+        if shown := found.examples.entries():
+            title = f"{predictor.name}: {self.split} images, wrong ones first, and the patches that were kept"
+            contact_sheet(shown, folder / "contact_sheet.png", title)
+            names.append("contact_sheet.png")
+        finish(folder, names)
+        return Evaluation(folder, metrics, found.left_out, (*replaced, *notes), lesions, tuple(learning.lines(config)))
+
+    def _manifest(self, predictor: Predictor) -> Manifest:
+        own = self.data is None
+        path = self.run / "manifest.csv" if self.data is None else self.data
+        if own and not path.is_file():
+            raise RunError(f"{self.run}: no manifest.csv in it, so the images to evaluate are not known. Give --data.")
+        if own:
+            check_own_manifest(self.run)
+        folders = {name: getattr(self, name) for name in ("root", "features", "masks")}
+        given: dict[str, Any] = {name: None if folder is None else Path(folder) for name, folder in folders.items()}
+        config = replace(Config().data, path=path, on_bad_image=self.on_bad_image, **given)
+        manifest = read_for_tasks(config, predictor.tasks, (self.split,), run=own)
+        if own:
+            for line in check_evaluated(self.run, manifest, predictor.config.run):
+                say(line)
+        return manifest
+
+    def _notes(self, manifest: Manifest, begun: str) -> list[str]:
+        """What is to be said before the figures; `begun` is what `unfinished` returns."""
+        notes = [f"{self.run}: {begun}"] if begun else []
+        if self.data is not None:
+            notes += [note] if (note := seen_in_training(self.run, manifest.items)) else []
+            notes += manifest.notes
+        return notes
+
+
+class _Predictions:
+    """What an evaluation keeps of its predictions, each image being predicted once."""
+
+    def __init__(self, evaluator: Evaluator, predictor: Predictor, manifest: Manifest) -> None:
+        self.evaluator, self.predictor, self.manifest = evaluator, predictor, manifest
+        self.left_out = {left.name: left.reason for left in manifest.left_out}
+        self.examples = Examples(predictor.tasks[0])
+        self.judged: dict[str, Judged] = {}
+        self._rows: list[tuple[Item, TableRow]] = []
+        self._doubts: Counter[str] = Counter()
+
+    def rows(self) -> Iterator[TableRow]:
+        """Predict, and yield one row per image."""
+        split, skip = self.evaluator.split, self.evaluator.on_bad_image == "skip"
+        items = self.manifest.items
+        for item, prediction in self.predictor.predict_items(
+            items,
+            on_bad_image=self.evaluator.on_bad_image,
+            left_out=self._leave_out,
+            description=f"evaluating {split}",
+            pictures=self.examples.wants,
+        ):
+            self.examples.add(item, prediction)
+            self._doubts.update(prediction.notes)
+            if item.annotation is not None:
+                self.judged[item.name] = judge(prediction, item.annotation, "skip" if skip else "fail")
+            row = table_row(prediction, item.labels)
+            self._rows.append((item, row))
+            yield row
+        if not self._rows:
+            where, first = self.evaluator.data or self.evaluator.run, next(iter(self.left_out.values()))
+            raise DataError(f"{where}: none of the {len(items)} {split} images can be used; the first: {first}")
+
+    def _leave_out(self, item: Item, error: KeyholeError) -> None:
+        self.left_out[item.name] = str(error)
+
+    def doubts(self) -> list[str]:
+        return [f"{count} of {len(self._rows)} images: {text}" for text, count in self._doubts.items()]
+
+    def metrics(self) -> tuple[TaskMetrics, ...]:
+        groups = [item.group for item, _ in self._rows]
+        said = {task: [row.probability[task.name] for _, row in self._rows] for task in self.predictor.tasks}
+        return tuple(evaluate_task(task, self._targets[task.name], said[task], groups) for task in said)
+
+    def learning(self) -> Learning:
+        where = f"the {len(self._rows)} {self.evaluator.split} images"
+        return judge_rows(self.predictor.tasks, self._targets, self._rows, where)
+
+    def lesions(self) -> Lesions | None:
+        """How much of the attention lies in annotated lesions; None where no image has an annotation."""
+        groups = {item.name: item.group for item, _ in self._rows}
+        names = [task.name for task in self.predictor.tasks]
+        return lesion_means(self.judged, groups, names) if self.judged else None
+
+    @cached_property
+    def _targets(self) -> Mapping[str, Any]:
+        return self.manifest.targets([item for item, _ in self._rows])
+
+
 def evaluate(
     run: str | Path,
     data: str | Path | None = None,
     split: str = "test",
     out: str | Path | None = None,
-    device: str = "auto",
-    on_bad_image: Literal["fail", "skip"] = "fail",
-    root: str | Path | None = None,
-    memory: str = "auto",
-    unreadable: str = "1%",
-    features: str | Path | None = None,
-    masks: str | Path | None = None,
-    decode: Decode = "auto",
+    **settings: Any,
 ) -> Evaluation:
-    """Evaluates the best model of a run.
+    """Evaluate the best model of a run.
 
     Args:
-        run: run folder, or with `data` the folder of a model. It may be read-only where `out` is given.
-        data: other labelled images; default the run's own. Their labels must be of the model's tasks.
-        split: `train`, `val` or `test`; other data without splits count as `test`.
-        out: folder to write to; default RUN/evaluation/SPLIT, or RUN/evaluation/NAME for other data. Results of the
-            same run, data and split are replaced; a folder with results of anything else is refused.
-        device: where to compute.
-        on_bad_image: what an unreadable image or annotation does. With "skip" a broken annotation is listed in
-            lesions.csv, and its image still counts for the metrics.
-        root: with `data`, the folder that relative paths of a CSV start from; else the folder that the run's own
-            images were moved to, where they are found by relative path, size and SHA-256.
-        memory, unreadable, decode: as in `keyhole.load`.
-        features, masks: folders for `data`, as `data.features` and `data.masks` of a run.
+        run, data, split, out: See `Evaluator`.
+        settings: Other attributes of `Evaluator`: `on_bad_image`, `root`, `features`, `masks`, `device`, `memory`,
+            `unreadable`, `decode`.
+
+    Returns:
+        The metrics with their intervals, and where everything was written.
 
     Raises:
-        RunError: no model, no such split, data of other tasks, or the run's own images changed.
-        ImageError: an image cannot be read and `on_bad_image` is "fail".
-        DataError: likewise an annotation; or images that were moved are not in `root`.
-        OutputError: the folder cannot be written, or holds results of something else.
+        RunError: There is no model or no such split, the data are of other tasks, or the run's own images changed.
+        ImageError: An image cannot be read and `on_bad_image` is "fail".
+        DataError: Likewise an annotation; or images that were moved are not in `root`.
+        OutputError: The folder cannot be written, or holds results of something else.
+
+    Example:
+        >>> evaluation = keyhole.evaluate("runs/one", device="cpu")  # doctest: +SKIP
+        >>> print(evaluation.metrics[0].overall["auroc"])  # doctest: +SKIP
+        0.981 [0.921 0.997]
     """
-    run = Path(run)
-    subject = Subject(run, None if data is None else Path(data), split)
-    predictor = Predictor.open(run, device, memory, unreadable, decode)
-    given = {"root": root, "features": features, "masks": masks}
-    folders = {name: None if path is None else Path(path) for name, path in given.items()}
-    if data is None and (run / "manifest.csv").is_file():
-        check_own_manifest(run)
-    manifest = _manifest(run, data, predictor.tasks, split, on_bad_image, folders)
-    if data is None:
-        for line in check_evaluated(run, manifest, predictor.config.run):
-            say(line)
-    items = manifest.items
-    folder, replaced = open_folder(subject, out)
-    begun = unfinished(run)
-    notes = _notes(run, subject, manifest, begun)
-    keeps_test = data is None and out is None and split == "test" and not begun
-    if keeps_test:
-        writable_folder(run / "predictions")
-    left_out = {left.name: left.reason for left in manifest.left_out}
-    seen: list[tuple[Item, dict[str, np.ndarray]]] = []
-    if on_bad_image == "fail":
-        check_annotations(items)
-    judged: dict[str, Judged] = {}
-    uneven: list[dict[str, float]] = []
-    doubts: Counter[str] = Counter()
-    examples = Examples(predictor.tasks[0])
-
-    def predictions() -> Iterator[Prediction]:
-        def tell(item: Item, error: KeyholeError) -> None:
-            left_out[item.name] = str(error)
-
-        for item, prediction in predictor.predict_items(
-            items,
-            on_bad_image=on_bad_image,
-            left_out=tell,
-            description=f"evaluating {split}",
-            pictures=examples.wants,
-        ):
-            examples.add(item, prediction)
-            seen.append((item, {name: np.array(list(of.values())) for name, of in prediction.probability.items()}))
-            uneven.append(unevenness(prediction.kept.attention))
-            doubts.update(prediction.notes)
-            if item.annotation is not None:
-                judged[item.name] = judge(prediction, item.annotation, on_bad_image)
-            yield prediction
-        if not seen:
-            first = next(iter(left_out.values()))
-            raise DataError(f"{data or run}: none of the {len(items)} {split} images can be used; the first: {first}")
-
-    truth = {str(item.image): item.labels for item in items}
-    write_table(predictions(), folder / "predictions.csv", lambda prediction: truth[str(prediction.image)])
-    if keeps_test:  # those of train and val are written at the end of training, by the model that the run ended with
-        write_atomic(run / "predictions" / "test.csv", (folder / "predictions.csv").read_bytes())
-    metrics = tuple(_metrics(task, manifest, seen) for task in predictor.tasks)
-    lesions = None
-    if judged:
-        names = [task.name for task in predictor.tasks]
-        lesions = lesion_means(judged, {item.name: item.group for item, _ in seen}, names)
-        write_atomic(folder / "lesions.csv", lesion_table(judged, names))
-    about: dict[str, Any] = {"keyhole": VERSION, "model": predictor.name, **subject.to_json()}
-    notes += [f"{count} of {len(seen)} images: {text}" for text, count in doubts.items()]
-    about |= {"notes": notes, "left_out": left_out} | ({} if lesions is None else {"lesions": lesions.to_json()})
-    tables = dict(zip(predictor.tasks, file_names([task.name for task in predictor.tasks], "task"), strict=True))
-    about["confusion_files"] = {
-        result.task.name: f"confusion_{tables[result.task]}.csv" for result in metrics if _has_table(result)
-    }
-    learning = _learning(predictor.tasks, manifest, seen, uneven, split)
-    config = _config_of(run)
-    about["learning"] = learning.to_json(config)
-    found = evaluation_json(metrics, **about)
-    write_atomic(folder / "metrics.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
-    write_left_out(folder / "left_out.csv", left_out.items())
-    for result in metrics:
-        if _has_table(result):
-            write_atomic(folder / about["confusion_files"][result.task.name], _confusion(result))
-    title = f"{predictor.name}: {split} images, wrong ones first, and the patches that were kept"
-    shown = examples.entries()
-    if shown:
-        contact_sheet(shown, folder / "contact_sheet.png", title)
-    lesions_written, sheet_written = ["lesions.csv"] * bool(judged), ["contact_sheet.png"] * bool(shown)
-    finish(folder, [*about["confusion_files"].values(), *lesions_written, *sheet_written])
-    return Evaluation(folder, metrics, left_out, (*replaced, *notes), lesions, tuple(learning.lines(config)))
-
-
-def _notes(run: Path, subject: Subject, manifest: Manifest, begun: str) -> list[str]:
-    """What is to be said before the figures; `begun` is what `unfinished` says."""
-    notes = [f"{run}: {begun}"] if begun else []
-    if subject.data is not None:
-        notes += [note] if (note := seen_in_training(run, manifest.items)) else []
-        notes += manifest.notes
-    return notes
-
-
-def _manifest(
-    run: Path,
-    data: str | Path | None,
-    tasks: Sequence[Task],
-    split: str,
-    on_bad_image: Literal["fail", "skip"],
-    folders: Mapping[str, Path | None],
-) -> Manifest:
-    path = run / "manifest.csv" if data is None else Path(data)
-    if data is None and not path.is_file():
-        raise RunError(f"{run}: no manifest.csv in it, so the images to evaluate are not known. Give --data.")
-    given: dict[str, Any] = {"path": path, "on_bad_image": on_bad_image, **folders}
-    config = dataclasses.replace(Config().data, **given)
-    return read_for_tasks(config, tasks, (split,), run=data is None)
-
-
-def _metrics(task: Task, manifest: Manifest, seen: Sequence[tuple[Item, dict[str, np.ndarray]]]) -> TaskMetrics:
-    targets = manifest.targets([item for item, _ in seen])[task.name]
-    probabilities = np.stack([probability[task.name] for _, probability in seen])
-    return evaluate_task(task, targets, probabilities, [item.group for item, _ in seen])
-
-
-def _learning(
-    tasks: Sequence[Task],
-    manifest: Manifest,
-    seen: Sequence[tuple[Item, dict[str, np.ndarray]]],
-    uneven: Sequence[Mapping[str, float]],
-    split: str,
-) -> Learning:
-    groups = [item.group for item, _ in seen]
-    labels = manifest.targets([item for item, _ in seen])
-    return Learning(
-        f"the {len(seen)} {split} images",
-        tuple(
-            judge_task(
-                task,
-                labels[task.name],
-                np.stack([probability[task.name] for _, probability in seen]),
-                [each[task.name] for each in uneven],
-                groups,
-            )
-            for task in tasks
-        ),
-    )
+    return Evaluator(
+        Path(run), None if data is None else Path(data), split, None if out is None else Path(out), **settings
+    )()
 
 
 def _config_of(run: Path) -> Config | None:
-    """The settings of a run, for advice alone: what the folder of a model does not have is not missed."""
+    """The settings of a run, used for advice alone; None where the folder of a model does not have them."""
     path = run / "config.yaml"
     with suppress(KeyholeError):
         return load_config(path) if path.is_file() else None
     return None
 
 
-def _has_table(result: TaskMetrics) -> bool:
-    """Whether the confusion of a task is one table."""
-    return result.confusion is not None and result.task.exclusive
-
-
-def _confusion(result: TaskMetrics) -> str:
-    assert result.confusion is not None
-    header = ["true \\ predicted", *result.task.classes]
-    return _csv(
-        [header, *([name, *row] for name, row in zip(result.task.classes, result.confusion.tolist(), strict=True))]
-    )
-
-
-def _csv(rows: Sequence[Sequence[object]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue()
+def _write_confusions(folder: Path, metrics: Sequence[TaskMetrics]) -> dict[str, str]:
+    """Write a table for each task whose confusion is one; return their names by task."""
+    names = file_names([result.task.name for result in metrics], "task")
+    written = {}
+    for name, result in zip(names, metrics, strict=True):
+        if result.confusion is not None and result.task.exclusive:
+            classes = result.task.classes
+            rows = [["true \\ predicted", *classes]]
+            rows += [[name, *counts] for name, counts in zip(classes, result.confusion.tolist(), strict=True)]
+            written[result.task.name] = f"confusion_{name}.csv"
+            write_atomic(folder / written[result.task.name], "".join(map(csv_line, rows)))
+    return written

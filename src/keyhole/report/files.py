@@ -104,7 +104,7 @@ def kept_geojson(prediction: Prediction) -> dict[str, Any]:
                 "properties": {
                     "objectType": "annotation",
                     "name": f"kept {rank}",
-                    "classification": {"name": task.group_name(label), "color": list(color)},
+                    "classification": {"name": (label or "none") if task.classes else task.name, "color": list(color)},
                     "isLocked": True,
                     "measurements": {"rank": rank, "selection score": patch["score"]}
                     | {f"attention {task}": weight for task, weight in patch["attention"].items()}

@@ -1,24 +1,33 @@
-"""predictions.csv: one row per image, whether it is written while predictions come or from rows that were kept."""
+"""predictions.csv: one row per image, and what its rows say about learning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from keyhole.data.item import Item
 from keyhole.report.files import csv_line, encoded
 from keyhole.report.prediction import Prediction
-from keyhole.tasks.learning import unevenness
+from keyhole.tasks.kinds import Task
+from keyhole.tasks.learning import Learning, judge_task, unevenness
 from keyhole.util.files import atomic_file
 from keyhole.util.wording import distinct
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One image's row of predictions.csv: names of the columns, what stands in them, and how many patches failed.
+    """One image's row of predictions.csv.
 
-    `probability` and `uneven` are not written: by task what is said, and how far its attention is from equal
-    (`learning.unevenness`).
+    Attributes:
+        header: Names of the columns.
+        cells: What stands in them.
+        unreadable: How many patches could not be read.
+        probability: By task, the numbers that `Task.probability` returns; not written as such.
+        uneven: By task, how far the attention is from equal (`learning.unevenness`); not written.
     """
 
     header: list[str]
@@ -29,7 +38,15 @@ class TableRow:
 
 
 def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, folder: str | None = None) -> TableRow:
-    """The row of a prediction; with `known` labels by task, these too, empty where unknown; with its own `folder`."""
+    """Return the row of a prediction: image, path, width, height, then TASK.predicted and TASK.probability.CLASS.
+
+    Numbers are written so that reading them gives the same float64 again.
+
+    Args:
+        prediction: Of one image.
+        known: Its labels by task; adds TASK.true, empty where unknown.
+        folder: Its own folder; adds the column `folder`.
+    """
     header = ["image", "path", *([] if folder is None else ["folder"]), "width", "height"]
     cells = [prediction.name, str(prediction.image), *([] if folder is None else [folder])]
     cells += map(str, prediction.size)
@@ -49,34 +66,54 @@ def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, fo
     )
 
 
-def write_table(
-    predictions: Iterable[Prediction | TableRow],
-    path: str | Path,
-    truth: Callable[[Prediction], Mapping[str, str]] | None = None,
-) -> Path:
-    """One CSV row per image: image, path, width, height, then per task TASK.predicted and TASK.probability.CLASS.
+def write_table(rows: Iterable[TableRow], path: str | Path) -> Path:
+    """Write predictions.csv.
 
-    Numbers are written so that reading them gives the same float64 again.
-
-    Where patches of any image could not be read, the last column `unreadable` says how many.
+    Where patches of any image could not be read, the last column `unreadable` counts them.
 
     Args:
-        predictions: of the same tasks, in the order of the rows; taken one at a time, so that they need not all be
-            in memory. Or their rows.
-        path: the CSV.
-        truth: the known labels of an image by task; adds TASK.true, empty where unknown.
+        rows: Of the same tasks; taken one at a time.
+        path: The CSV.
+
+    Returns:
+        The path.
 
     Raises:
-        OutputError: it cannot be written; nothing of it is left then.
+        OutputError: It cannot be written; an earlier file is then left as it was.
     """
-    rows: list[TableRow] = []
+    done: list[TableRow] = []
     with atomic_file(path) as file:  # open from the start, so that a place that cannot be written shows at once
-        for each in predictions:
-            row = each if isinstance(each, TableRow) else table_row(each, None if truth is None else truth(each))
-            rows.append(row)
-        counted = any(row.unreadable for row in rows)
-        header = rows[0].header if rows else ["image", "path", "width", "height"]
+        done += rows
+        counted = any(row.unreadable for row in done)
+        header = done[0].header if done else ["image", "path", "width", "height"]
         file.write(encoded(csv_line([*header, *(["unreadable"] if counted else [])])))
-        for row in rows:
+        for row in done:
             file.write(encoded(csv_line([*row.cells, *([row.unreadable] if counted else [])])))
     return Path(path)
+
+
+def judge_rows(
+    tasks: Sequence[Task], targets: Mapping[str, NDArray[np.float64]], rows: Sequence[tuple[Item, TableRow]], where: str
+) -> Learning:
+    """Return whether the predictions of a table are better than guessing.
+
+    Args:
+        tasks: What was predicted.
+        targets: By task, the encoded labels (n, w) of the images.
+        rows: Each image with its row.
+        where: Which images these are, such as `the 18 validation images`.
+    """
+    groups = [item.group for item, _ in rows]
+    return Learning(
+        where,
+        tuple(
+            judge_task(
+                task,
+                targets[task.name],
+                np.array([row.probability[task.name] for _, row in rows]),
+                [row.uneven[task.name] for _, row in rows],
+                groups,
+            )
+            for task in tasks
+        ),
+    )
