@@ -18,6 +18,7 @@ from pathlib import Path
 
 from keyhole.errors import ConfigError, Interrupted, KeyholeError
 from keyhole.util.budget import doubt, explained, out_of_memory
+from keyhole.util.platform import BROKEN_PIPE_EXIT
 from keyhole.util.version import VERSION
 
 VERBS = {
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         _drop_output()  # whoever read it has gone, as in `keyhole check | head`
-        return 128 + signal.SIGPIPE
+        return BROKEN_PIPE_EXIT
     except KeyboardInterrupt:
         if debug:
             raise

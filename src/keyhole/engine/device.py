@@ -14,7 +14,9 @@ from keyhole.nn.cost import has_depthwise, multiply_adds
 
 
 def choose_device(name: str, remedy: str = "", option: str = "--run.device") -> torch.device:
-    """`auto` is the first GPU, or the CPU without one. A GPU has its index: what is kept by device is kept once.
+    """Return the device: `auto` is the first CUDA GPU, else Apple's (`mps`), else the CPU. A CUDA GPU has its index.
+
+    Nothing was tested on `mps`.
 
     Args:
         name: of the setting `run.device`.
@@ -24,7 +26,7 @@ def choose_device(name: str, remedy: str = "", option: str = "--run.device") -> 
     Raises:
         ConfigError: torch does not know the device, or it is not there, or another process has it to itself.
     """
-    first = "cuda" if torch.cuda.is_available() else "cpu"
+    first = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = with_index(torch.device(first if name == "auto" else name))
         torch.empty(1, device=device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import threading
 import zlib
 from collections import defaultdict
@@ -20,6 +19,7 @@ from keyhole.images.image import ArrayImage, Image, open_image
 from keyhole.images.pixels import Pixels
 from keyhole.patches.foreground.rules import FOREGROUND_RULES, Rule
 from keyhole.util.budget import memory_text
+from keyhole.util.platform import available_memory
 from keyhole.util.threads import beat
 
 MAX_BAND_PIXELS = 2**22
@@ -34,24 +34,6 @@ def decoded_bytes(image: Image, level: int = 0) -> int:
     return width * height * image.channels
 
 
-def available_bytes() -> int:
-    """Return the memory that this process could still take without swapping, its container's limit included."""
-    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = (line.split() for line in meminfo.read_text().splitlines())
-        free = [int(words[1]) * 1024 for words in lines if words and words[0] == "MemAvailable:"] or free
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if Path(limit).exists() and Path(used).exists():
-            text = Path(limit).read_text().strip()
-            if text != "max":
-                free.append(max(int(text) - int(Path(used).read_text()), 0))
-    return min(free)
-
-
 def fits(total_bytes: int, limit_gb: float | None) -> tuple[bool, str]:
     """Decide whether decoded images stay in memory.
 
@@ -63,7 +45,7 @@ def fits(total_bytes: int, limit_gb: float | None) -> tuple[bool, str]:
         The decision, and a sentence for the log.
     """
     if limit_gb is None:
-        free = available_bytes()
+        free = available_memory()
         limit = free / 4
         why = f"a quarter of the {memory_text(free)} free"
     elif limit_gb == 0:

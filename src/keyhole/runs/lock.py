@@ -13,8 +13,6 @@ Nothing here waits for a lock. A folder that is in use is refused with one line.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -27,6 +25,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from keyhole.errors import OutputError, RunError
+from keyhole.util.platform import (
+    REMOVES_OPEN_FILES,
+    after_fork,
+    boot_id,
+    has_ended,
+    lock_file,
+    process_namespace,
+    read_at,
+    start_of_process,
+)
 
 NAME = "lock"
 BEAT = 15.0
@@ -62,12 +70,8 @@ class Holder:
     @classmethod
     def this(cls) -> Holder:
         """This process."""
-        kernel = space = ""
-        with contextlib.suppress(OSError):  # only Linux has these
-            kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            space = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - not a path
         host, pid, now = socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
-        return cls(uuid.uuid4().hex, host, kernel or host, space, pid, _born(pid), now)
+        return cls(uuid.uuid4().hex, host, boot_id(), process_namespace(), pid, start_of_process(pid), now)
 
     @classmethod
     def read(cls, text: bytes) -> Holder | None:
@@ -82,13 +86,7 @@ class Holder:
         """Whether `seen_from` can see that this process has ended."""
         if (self.kernel, self.space) != (seen_from.kernel, seen_from.space):
             return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            return False  # of another user
-        return self.born != _born(self.pid)
+        return has_ended(self.pid, self.born)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, started {self.started},"
@@ -146,12 +144,14 @@ class RunLock:
             return
         with contextlib.suppress(OSError):  # a folder that is gone has no lock to delete
             if Holder.read(self.path.read_bytes()) == self.holder:
+                if not REMOVES_OPEN_FILES:
+                    self._close()
                 self.path.unlink()
         self._close()
 
     def _take(self) -> None:
         created, alone = self._open()
-        text = os.pread(self._file, 10_000, 0)
+        text = read_at(self._file, 10_000, 0)
         named, other = Holder.read(text), False
         if not created:
             same = named is not None and named.kernel == self.holder.kernel
@@ -162,7 +162,8 @@ class RunLock:
             other = not same
         try:
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, json.dumps(asdict(self.holder)).encode() + b"\n", 0)
+            os.lseek(self._file, 0, os.SEEK_SET)
+            os.write(self._file, json.dumps(asdict(self.holder)).encode() + b"\n")
             os.fsync(self._file)
         except OSError:
             self.path.unlink(missing_ok=True)  # it is ours, and would name nobody
@@ -185,9 +186,9 @@ class RunLock:
                     self._file, created = os.open(self.path, os.O_RDWR), False
                 except FileNotFoundError:
                     continue  # its holder has just deleted it
-            alone = _flock(self._file)
+            alone = lock_file(self._file)
             if alone is False:
-                raise self._refusal(Holder.read(os.pread(self._file, 10_000, 0)))
+                raise self._refusal(Holder.read(read_at(self._file, 10_000, 0)))
             if self._is_current():
                 return created, alone
             os.close(self._file)
@@ -242,12 +243,12 @@ class RunLock:
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
-def _after_fork() -> None:
+def _close_in_child() -> None:
     for lock in list(_held):
         lock.close_file()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork(_close_in_child)
 
 
 def is_held(folder: Path) -> bool:
@@ -257,24 +258,3 @@ def is_held(folder: Path) -> bool:
     except (RunError, OutputError):
         return True
     return False
-
-
-def _flock(file: int) -> bool | None:
-    """True where this process has the file alone, False where another has it, None where the system cannot say."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            return None
-        raise
-    return True
-
-
-def _born(pid: int) -> str:
-    """When a process started, in ticks since the boot: a pid that was given out again has another."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import os
 import platform
 import shutil
 import tempfile
@@ -31,6 +30,7 @@ from keyhole.config.settings import (
 )
 from keyhole.errors import Interrupted
 from keyhole.util.budget import memory_text
+from keyhole.util.platform import cores, total_memory
 
 Pixels = NDArray[np.uint8]
 
@@ -82,7 +82,7 @@ def machine() -> Iterator[Finding]:
             yield Finding(package, "info", version(package))
         except PackageNotFoundError:
             yield Finding(package, "FAIL", "not installed; install keyhole again")
-    yield Finding("cores", "info", str(_cores()))
+    yield Finding("cores", "info", str(cores()))
     yield Finding("memory", "info", _memory())
     for place in (Path(tempfile.gettempdir()), Path("/dev/shm")):
         if place.is_dir():
@@ -91,12 +91,8 @@ def machine() -> Iterator[Finding]:
     yield Finding("GPU", "info", _gpu())
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _memory() -> str:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = total_memory()
     text = memory_text(total)
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (given := limit.read_text().strip()).isdigit() and int(given) < total:

@@ -8,6 +8,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from keyhole.util.platform import signal_numbers
+
 
 class StopRequested(Exception):  # noqa: N818 - an event, not an error
     """A signal came; raised where work can be dropped without loss."""
@@ -31,7 +33,7 @@ class Interrupt:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in [getattr(signal, name) for name in NAMES if hasattr(signal, name)]:
+            for number in signal_numbers(*NAMES):
                 if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._catch)
         return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import io
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from keyhole.errors import OutputError
+from keyhole.util.platform import lock_file, sync_folder
 
 LONGEST_NAME = 120
 """Characters of a file name made from a user's text; the end of a path says more than its beginning."""
@@ -66,7 +66,7 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
             with contextlib.suppress(OSError):  # not every file system has it
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(file.fileno())
             yield file  # type: ignore[misc]
             file.flush()
             os.fsync(file.fileno())
@@ -75,7 +75,7 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
         temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
         temporary = None
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BrokenPipeError:
         raise  # whoever reads what the body prints has left; no fault of this file
     except OSError as error:
@@ -108,10 +108,9 @@ def is_abandoned(path: Path) -> bool:
     """Whether no process is writing a file that `atomic_file` made; False where that cannot be known."""
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock_file(file.fileno()) is True
     except OSError:
         return False
-    return True
 
 
 def umask() -> int:
@@ -119,17 +118,6 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable; only POSIX systems let a folder be synced."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def file_size(path: Path) -> int:

@@ -1,13 +1,20 @@
-"""What differs between operating systems: the memory of this process.
+"""What differs between operating systems, in one place: memory, cores, file locks, signals and processes.
 
-Other modules do not import `resource` and do not read `/proc`; they ask here. Does not import torch.
+Other modules do not import `resource`, `fcntl` or `ctypes` and do not read `/proc`: they call a function of this one,
+which says what it returns where the system lacks something. The tests run on Linux without what Windows lacks; nothing
+has run on Windows itself. Does not import torch.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 import re
+import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +22,22 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
+ASSUMED_MEMORY = 2**32
+"""Bytes of memory that are assumed where the system does not tell how much there is."""
 RESTART_PEAK = "5"
 """Written to `clear_refs`, it sets the peak to what is resident now (proc(5))."""
+BROKEN_PIPE_EXIT = 128 + 13
+"""Exit code of a program whose output nobody reads; 13 is SIGPIPE."""
 
 _peak_before_restart = 0
+
+
+# Memory
 
 
 def resident_memory() -> int:
@@ -55,19 +73,143 @@ def restart_peak() -> bool:
     return before > 0
 
 
+def total_memory() -> int:
+    """Return the memory of this machine in bytes."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return ASSUMED_MEMORY
+
+
+def available_memory() -> int:
+    """Return the bytes that this process could still take without swapping, the limit of its container included."""
+    free = [total_memory()]
+    if match := re.search(r"^MemAvailable:\s+(\d+)", _text("/proc/meminfo"), re.MULTILINE):
+        free = [int(match[1]) * 1024]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        most, now = _text(limit).strip(), _text(used).strip()
+        if most.isdigit() and now.isdigit():  # else it is "max"
+            free.append(max(int(most) - int(now), 0))
+    return min(free)
+
+
 def libc(name: str) -> Callable[..., int] | None:
     """Return a function of the C library; None where it does not have it, as `mallopt` outside of Linux."""
     try:
         return getattr(ctypes.CDLL(None), name, None)
-    except TypeError:  # Windows
+    except (TypeError, OSError):  # Windows
         return None
 
 
 def _status(name: str) -> int:
     """Return a figure of /proc/self/status in bytes, such as VmRSS; 0 where there is none."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    match = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    match = re.search(rf"^{name}:\s+(\d+) kB", _text("/proc/self/status"), re.MULTILINE)
     return 0 if match is None else int(match[1]) * 1024
+
+
+def _text(path: str) -> str:
+    """Return what a file of the system says; "" where it does not exist."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+# Processes
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def boot_id() -> str:
+    """Return what tells this machine, since it was started, from all others; its name where there is no better."""
+    return _text("/proc/sys/kernel/random/boot_id").strip() or socket.gethostname()
+
+
+def process_namespace() -> str:
+    """Return the namespace in which process numbers of this process mean something; "" where there are none."""
+    try:
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - not a path
+    except OSError:
+        return ""
+
+
+def start_of_process(pid: int) -> str:
+    """Return when a process started, in ticks since the boot; a reused process number has another. "" if unknown."""
+    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 else ""
+
+
+def has_ended(pid: int, start: str) -> bool:
+    """Whether a process that began at `start` (see `start_of_process`) has ended; False where that cannot be known."""
+    if os.name != "posix":  # signal 0 would end the process on Windows
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # of another user
+        return False
+    return start != start_of_process(pid)
+
+
+def after_fork(function: Callable[[], None]) -> None:
+    """Have a function called in each child that this process forks, where processes can be forked."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
+
+
+def signal_numbers(*names: str) -> list[int]:
+    """Return the numbers of the signals that this system has."""
+    return [int(getattr(signal, name)) for name in names if hasattr(signal, name)]
+
+
+# Files
+
+REMOVES_OPEN_FILES = os.name == "posix"
+"""A file can be removed while it is open."""
+_seeking = threading.Lock()
+
+
+def lock_file(handle: int) -> bool | None:
+    """Lock an open file until it is closed, without waiting.
+
+    Returns:
+        True if this process has the lock, False if another one has it, None where there are no such locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            return None
+        raise
+    return True
+
+
+def read_at(handle: int, count: int, offset: int) -> bytes:
+    """Return up to `count` bytes of an open file from `offset` on."""
+    if hasattr(os, "pread"):
+        return os.pread(handle, count, offset)
+    with _seeking:
+        os.lseek(handle, offset, os.SEEK_SET)
+        return os.read(handle, count)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; only POSIX systems can do this."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -153,9 +153,11 @@ class Progress:
                 parts.append(f"{min(self.waited / max(seconds, 1e-9), 1):.0%} waiting for reading")
             elif told := shares_text(self.shares.so_far(), seconds):
                 parts.append(told)
-        parts.append(f"peak {memory_text(peak_memory())}")
+        peaks = [memory_text(peak)] if (peak := peak_memory()) else []
         if self.device_bytes is not None and (device_bytes := self.device_bytes()):
-            parts[-1] += f" and {memory_text(device_bytes)} on the device"
+            peaks.append(f"{memory_text(device_bytes)} on the device")
+        if peaks:
+            parts.append(f"peak {' and '.join(peaks)}")
         if self.text:
             parts.append(self.text)
         return parts

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import math
-import os
 import threading
 import time
 import weakref
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from keyhole.errors import StalledRead
+from keyhole.util.platform import cores
 
 T = TypeVar("T")
 LINGER = 5.0
@@ -50,16 +50,15 @@ def default_threads(beside_gpu: bool = False) -> int:
     Args:
         beside_gpu: whether one more thread gives work to a GPU; see `reading_cores`.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(reading_cores(cores, beside_gpu), 16)
+    return min(reading_cores(cores(), beside_gpu), 16)
 
 
-def reading_cores(cores: int, beside_gpu: bool) -> int:
+def reading_cores(available: int, beside_gpu: bool) -> int:
     """Cores for the threads that read.
 
     With a GPU and more than 2 cores one is left to the thread that launches the work: while it waits, the GPU does.
     """
-    return cores - 1 if beside_gpu and cores > 2 else cores
+    return available - 1 if beside_gpu and available > 2 else available
 
 
 class Task(Generic[T]):

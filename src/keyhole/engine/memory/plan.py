@@ -21,8 +21,8 @@ from keyhole.engine.memory.meter import steady_heap, taken
 from keyhole.engine.memory.probe import FIRST_PATCHES, Workload, probe
 from keyhole.errors import ConfigError
 from keyhole.nn import IPSClassifier
-from keyhole.patches.image_cache import available_bytes
 from keyhole.util.budget import explained, memory_text, out_of_memory
+from keyhole.util.platform import available_memory
 
 CPU_CHUNK = 64
 """Patches at a time on a CPU: more are not faster, and results should not depend on the memory of the moment."""
@@ -192,7 +192,7 @@ def make_plan(
         sizes = bill.best(budget, chunks)
     if sizes is None:
         raise _too_little(memory_text(budget) if named else f"{memory_text(budget)} ({source})", bill, options)
-    left = budget - bill.wanted(*sizes) if cpu else round(AUTO_SHARE * available_bytes())
+    left = budget - bill.wanted(*sizes) if cpu else round(AUTO_SHARE * available_memory())
     # images that stay in memory decoded are not read again anyway
     hold = 0 if work.host_buffers else _hold(batch * work.patch_bytes, left)
     peak = bill.peak(*sizes) + (2 * hold if cpu else 0)
@@ -240,7 +240,7 @@ def _budget(memory: int | None, device: torch.device) -> tuple[int, str]:
         free = torch.cuda.mem_get_info(device)[0]
         budget = free - max(GPU_RESERVE, free // 20) + torch.cuda.memory_reserved(device)
         return budget, f"auto, {memory_text(free)} free on {torch.cuda.get_device_name(device)}"
-    free = available_bytes()
+    free = available_memory()
     return taken(device) + round(AUTO_SHARE * free), f"auto, {AUTO_SHARE:.0%} of {memory_text(free)} free"
 
 

@@ -7,7 +7,6 @@ the training images and in a run folder that is removed again; nothing of the us
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
 from keyhole.engine.compiling import Setting, choose_compile
 from keyhole.engine.device import arithmetic_of, choose_device
-from keyhole.patches.image_cache import available_bytes
 from keyhole.runs.checkpoint import load_weights, read_info, read_tensors
 from keyhole.runs.run import Run, read_rows
 from keyhole.runs.state import State
@@ -35,6 +33,7 @@ from keyhole.training.duration import about, spoken
 from keyhole.training.job import Job, start_job
 from keyhole.training.setup import cache_limit
 from keyhole.training.trial import blind_epochs
+from keyhole.util.platform import available_memory, cores
 from keyhole.util.timing import PARTS
 
 
@@ -265,7 +264,7 @@ def _some(manifest: Manifest, wanted: int, seed: int) -> tuple[Item, ...]:
 def _cache(config: Config, share: float) -> float:
     """GB of decoded images that may stay in memory: as much of some images as would of all."""
     limit = cache_limit(config, choose_device(config.run.device))
-    return share * (available_bytes() / 4e9 if limit is None else limit)
+    return share * (available_memory() / 4e9 if limit is None else limit)
 
 
 def _load(job: Job, run: Run) -> None:
@@ -336,8 +335,3 @@ def _chosen(job: Job, facts: Facts, compiled: str) -> dict[str, str]:
         + ("; decoded images stay in memory" if facts.resident else ""),
         "at a time": f"{plan.chunk:,} patches looked at; {job.config.train.batch} images a step, learned from {learn}",
     }
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
