@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from keyhole.errors import ImageError
 from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier
 from keyhole.patches.features import FeatureOpener
-from keyhole.patches.features.files import ALONE, widen
+from keyhole.patches.features.files import MAX_CONVERTED, widen
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 B, N, F, GO = 4, 1000, 8, 125
@@ -154,7 +154,7 @@ def test_every_number_of_float16_becomes_the_same_in_float32() -> None:
         out = np.empty(narrow.shape, np.float32)
         widen(narrow, out)
         np.testing.assert_array_equal(out, narrow.astype(np.float32))
-    assert rows.reshape(1, -1).shape[1] > ALONE, "a row that is left to numpy is among them"
+    assert rows.reshape(1, -1).shape[1] > MAX_CONVERTED, "a row that is left to numpy is among them"
 
 
 def test_float16_of_a_file_arrives_to_the_bit_in_any_order(tmp_path: Path) -> None:

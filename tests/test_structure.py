@@ -21,10 +21,6 @@ MAX_PARAMETERS = 7
 
 KNOWN_CYCLES = {
     "keyhole",
-    "keyhole.patches.features.files",
-    "keyhole.patches.features.hdf5",
-    "keyhole.patches.features.hdf5_rows",
-    "keyhole.patches.features.pt",
     "keyhole.tools.check.run",
     "keyhole.tools.check.worker",
 }

@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from keyhole.patches.features.files import open_features
+from keyhole.patches.features.source import open_features
 from keyhole.util.threads import Pool
 
 path = Path(sys.argv[1])

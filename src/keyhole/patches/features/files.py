@@ -1,17 +1,16 @@
 """Files of stored features: rows of numbers, and where on the slide they are from.
 
-HDF5 as CLAM, TRIDENT and `keyhole embed` write it, and tensors in `.pt`. Rows stay on the disk until asked for.
+HDF5 as CLAM, TRIDENT and `keyhole embed` write it, and tensors in `.pt`. Rows stay on the disk until they are read.
 """
 
 from __future__ import annotations
 
-import stat
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,35 +21,36 @@ from keyhole.patches.features.origin import UNKNOWN, Origin
 from keyhole.util.threads import beat
 from keyhole.util.wording import from_to
 
-TORCH_SUFFIX = ".pt"
-PIECE = 2**22
-"""Bytes read at once."""
-ALONE = 2**15
-"""Numbers that torch converts on the thread that asks for it."""
-LARGEST_COORDINATE = 2**31 - 1
+MAX_READ_BYTES = 2**22
+"""Bytes that are read at once."""
+MAX_CONVERTED = 2**15
+"""Numbers that torch converts on the calling thread, without threads of its own."""
+MAX_COORDINATE = 2**31 - 1
 ATTRIBUTES = (
     *("patch_size", "patch_size_level0", "patch_level", "downsample", "custom_downsample", "overlap", "level_dim"),
     *("level0_magnification", "target_magnification", "level0_width", "level0_height", "mpp", "stride", "edge"),
     "qupath_origin",
 )
-"""What a file may say of its patches, under the names of CLAM, TRIDENT and keyhole."""
+"""What a file may state about its patches, under the names of CLAM, TRIDENT and keyhole."""
 
 Floats = NDArray[np.float32]
 Coordinates = NDArray[np.int32]
 
 
 class FeatureFile(ABC):
-    """An open file of features. Safe to read from several threads.
+    """An open file of features. Safe to read from several threads. A subclass implements `_read` and `close`.
 
     Attributes:
+        suffixes: of the files that it reads.
         path: the file.
-        n, d: features, and numbers of each.
+        n, d: number of features, and of the values of each.
         coords: level-0 x, y (n, 2) of the patches' upper left corners; None where the file has none.
         coords_um: the same in microns, where the file has them in microns.
         attributes: those of ATTRIBUTES and STAMP that the file has.
         origin: which encoder made them, as far as the file says it.
     """
 
+    suffixes: ClassVar[frozenset[str]]
     path: Path
     n: int
     d: int
@@ -60,12 +60,12 @@ class FeatureFile(ABC):
     origin: Origin = UNKNOWN
 
     def read(self, start: int, stop: int, out: Floats) -> None:
-        """Rows `start` to `stop`, written into `out` (stop - start, d).
+        """Write the rows `start` to `stop` into `out` (stop - start, d).
 
         Raises:
-            ImageError: the file is damaged there, or holds what is no number.
+            ImageError: the file is damaged there, or holds NaN or infinity.
         """
-        step = max(1, PIECE // (4 * self.d))
+        step = max(1, MAX_READ_BYTES // (4 * self.d))
         for first in range(start, stop, step):
             last = min(first + step, stop)
             rows = out[first - start : last - start]
@@ -82,21 +82,20 @@ class FeatureFile(ABC):
 
     @abstractmethod
     def _read(self, start: int, stop: int, out: Floats) -> None:
-        """Rows into `out`, in float32."""
+        """Write rows into `out`, in float32."""
 
     @abstractmethod
     def close(self) -> None: ...
 
 
 def widen(rows: NDArray[Any], out: Floats) -> None:
-    """Writes numbers (k, d) of any kind into `out` as float32.
+    """Write numbers (k, d) of any kind into `out` as float32.
 
-    numpy converts float16 number by number, which takes three times as long as reading them. torch does not; where it
-    is loaded, as in every process that computes, it converts. Few numbers at a time: of many it would start threads of
-    its own in each reading thread.
+    numpy converts float16 three times as slowly as the disk reads them; torch, where it is loaded, does not. It gets
+    few numbers at a time, since for many it would start threads of its own in each reading thread.
     """
-    torch, step = sys.modules.get("torch"), ALONE // max(1, out.shape[1])
-    loaded = hasattr(torch, "vmap")  # its last name: else another thread is still importing it
+    torch, step = sys.modules.get("torch"), MAX_CONVERTED // max(1, out.shape[1])
+    loaded = hasattr(torch, "vmap")  # its last name; without it another thread is still importing torch
     if rows.dtype != np.float16 or not loaded or step == 0:
         out[...] = rows
         return
@@ -106,30 +105,8 @@ def widen(rows: NDArray[Any], out: Floats) -> None:
         wide[start : start + step].copy_(narrow[start : start + step])
 
 
-def open_features(path: Path) -> FeatureFile:
-    """Opens a file of features by its suffix: `.pt` by torch, every other as HDF5.
-
-    Raises:
-        ImageLost: no such file, or its disk or share does not answer.
-        ImageError: not a regular file, empty, damaged, or not of the layout expected.
-    """
-    with feature_faults(path, "cannot be read"):
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(path, "not a regular file, expected features as .h5 or .pt.")
-        if status.st_size == 0:
-            raise ImageError(path, "the file is empty (0 bytes). Copy it again.")
-    if path.suffix.lower() == TORCH_SUFFIX:
-        from keyhole.patches.features.pt import TorchFeatures
-
-        return TorchFeatures(path, status.st_size)
-    from keyhole.patches.features.hdf5 import Hdf5Features
-
-    return Hdf5Features(path)
-
-
 def check_coords_shape(path: Path, shape: tuple[int, ...], n: int) -> None:
-    """Before they are read: what a file declares decides how much memory that takes."""
+    """Refuse coordinates of another shape before reading them, which could take any amount of memory."""
     if shape != (n, 2):
         raise ImageError(path, f"coords are of shape {shape}, expected ({n}, 2): one x, y for each feature.")
 
@@ -138,14 +115,14 @@ def checked_coords(path: Path, coords: NDArray[Any], n: int) -> Coordinates:
     """Coordinates (n, 2) as whole numbers."""
     coords = coords[0] if coords.ndim == 3 and len(coords) == 1 else coords
     check_coords_shape(path, coords.shape, n)
-    if coords.dtype.kind not in "iuf" or not -LARGEST_COORDINATE <= coords.min() <= coords.max() <= LARGEST_COORDINATE:
-        raise ImageError(path, "coords are no pixels of a slide, expected level-0 x, y. Extract them again.")
+    if coords.dtype.kind not in "iuf" or not -MAX_COORDINATE <= coords.min() <= coords.max() <= MAX_COORDINATE:
+        raise ImageError(path, "coords are not pixels of a slide, expected level-0 x, y. Extract them again.")
     return np.rint(coords).astype(np.int32) if coords.dtype.kind == "f" else coords.astype(np.int32)
 
 
 @contextmanager
 def feature_faults(path: Path, what: str) -> Iterator[None]:
-    """Whatever the libraries raise on a damaged file becomes an ImageError of one line."""
+    """Raise an ImageError of one line for whatever the libraries raise on a damaged file."""
     try:
         yield
     except ImageError:
@@ -154,4 +131,4 @@ def feature_faults(path: Path, what: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in LOST:
             raise lost(path, error) from error
         check_reachable(path, str(error))
-        raise ImageError(path, f"{what} ({one_line(error)}). Copy the file again, or extract it anew.") from error
+        raise ImageError(path, f"{what} ({one_line(error)}). Copy the file again, or extract it again.") from error

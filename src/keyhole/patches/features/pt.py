@@ -6,7 +6,7 @@ import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,21 +23,23 @@ from keyhole.patches.features.files import (
 from keyhole.patches.features.origin import Origin, origin_of
 from keyhole.util.wording import listed
 
-LARGEST_PICKLE = 2**26
-"""Bytes of what describes the tensors."""
+MAX_PICKLE_BYTES = 2**26
+"""Bytes of the description of the tensors."""
 
 
 class TorchFeatures(FeatureFile):
-    """Features in a `.pt` file. Nothing but tensors is unpickled.
+    """Features in a `.pt` file. Only tensors are unpickled.
 
-    Rows are read from their place in the file, since a map of it would count as this process's memory and end the
+    Rows are read from their place in the file, since a memory map would count as this process's memory and end the
     process where the file is cut short. Files of torch before 1.6 have no such place and are held in memory.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    suffixes: ClassVar[frozenset[str]] = frozenset({".pt"})
+
+    def __init__(self, path: Path) -> None:
         import torch
 
-        self.path = path
+        self.path, size = path, path.stat().st_size
         self._lock = threading.Lock()
         self._file: Any = None
         with feature_faults(path, "cannot be read as tensors"):
@@ -105,7 +107,7 @@ def _records(path: Path, size: int) -> list[zipfile.ZipInfo] | None:
         packed = record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size
         if packed or record.header_offset + record.file_size > size:
             raise ImageError(path, f"its part {record.filename} is compressed or cut short. Save it by torch.save.")
-        if record.filename.endswith(".pkl") and record.file_size > LARGEST_PICKLE:
+        if record.filename.endswith(".pkl") and record.file_size > MAX_PICKLE_BYTES:
             raise ImageError(path, "holds far more than tensors of features and coords. Save these alone.")
     return [record for record in records if "/data/" in record.filename]
 

@@ -7,7 +7,9 @@ source.boxes([5, 2])                # where on the slide
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,32 @@ from numpy.typing import ArrayLike, NDArray
 from keyhole.config.settings import Config, ModelConfig
 from keyhole.errors import ConfigError, ImageError
 from keyhole.images.geometry import Size
-from keyhole.patches.features.files import FeatureFile, checked_coords, open_features
+from keyhole.patches.features.files import FeatureFile, checked_coords, feature_faults
 from keyhole.patches.features.grid import FeatureGrid, in_pixels
+from keyhole.patches.features.hdf5 import Hdf5Features
 from keyhole.patches.features.origin import UNKNOWN, Origin
+from keyhole.patches.features.pt import TorchFeatures
 from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
+
+READERS: tuple[type[Hdf5Features | TorchFeatures], ...] = (Hdf5Features, TorchFeatures)
+"""Files of another suffix are read by the first."""
+
+
+def open_features(path: Path) -> FeatureFile:
+    """Open a file of features with the reader of its suffix.
+
+    Raises:
+        ImageLost: no such file, or its disk or share does not answer.
+        ImageError: not a regular file, empty, damaged, or not of the layout expected.
+    """
+    with feature_faults(path, "cannot be read"):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(path, "not a regular file, expected features as .h5 or .pt.")
+        if status.st_size == 0:
+            raise ImageError(path, "the file is empty (0 bytes). Copy it again.")
+    return next((reader for reader in READERS if path.suffix.lower() in reader.suffixes), READERS[0])(path)
 
 
 class FeaturePatches(PatchSource):
@@ -107,7 +130,7 @@ class FeaturePatches(PatchSource):
         return self.grid.centers(index)
 
     def doubts(self, learned: Origin) -> list[str]:
-        """What a user should know before the answers are believed, where the model learned from `learned`."""
+        """What a user should know before trusting the answers of a model that learned from `learned`."""
         found = [doubt] if (doubt := self.origin.doubt(learned)) else []
         if self.file.coords_um is not None and self._coords is None:
             found.append(
@@ -122,14 +145,14 @@ class FeaturePatches(PatchSource):
 
 @dataclass(frozen=True)
 class FeatureOpener:
-    """How the features of one file are had. Calling it opens the file; making it costs nothing.
+    """How the features of one file are opened. Calling it opens the file; making it costs nothing.
 
     Attributes:
         path: the file, .h5 or .pt.
         name: for messages; as the manifest writes it.
-        width: numbers of each feature that the model takes; None takes any.
+        width: values of each feature that the model takes; None takes any.
         learned: which encoder the model learned from, as far as it is known.
-        mpp: microns per level-0 pixel of the slide, where it is given.
+        mpp: microns per level-0 pixel of the slide, if given.
     """
 
     path: Path
@@ -144,45 +167,41 @@ class FeatureOpener:
         Raises:
             ImageError: the file is broken, or not of the layout or width expected.
         """
-        file = open_features(self.path)
+        file, problem = open_features(self.path), ""
         if self.width is not None and file.d != self.width:
-            file.close()
-            raise ImageError(
-                self.path,
+            problem = (
                 f"features of {file.d} numbers, but the model takes {self.width}. They are of another encoder; extract "
-                "them by the one that the others are from.",
+                "them by the one that the others are from."
             )
-        if self.learned.excludes(file.origin):
-            file.close()
-            raise ImageError(
-                self.path,
+        elif self.learned.excludes(file.origin):
+            problem = (
                 f"features of {file.origin.describe()}, but the others, or the model, are of "
                 f"{self.learned.describe()}. Numbers of two encoders mean nothing to each other: embed this "
-                "slide by the encoder of the others.",
+                "slide by the encoder of the others."
             )
+        if problem:
+            file.close()
+            raise ImageError(self.path, problem)
         return FeaturePatches(file, self.name, self.mpp)
 
 
 def feature_width(path: str | Path) -> int:
-    """Numbers of each feature of a file; no feature is read.
+    """The number of values of each feature of a file; no feature is read.
 
     Raises:
         ImageError: the file is broken, or not of the layout expected.
     """
-    file = open_features(Path(path))
-    try:
+    with closing(open_features(Path(path))) as file:
         return file.d
-    finally:
-        file.close()
 
 
 def learned_origin(model: ModelConfig) -> Origin:
-    """Which encoder a model of stored features learned from."""
+    """The encoder that a model of stored features learned from."""
     return Origin(model.feature_encoder, model.feature_weights, model.feature_patches)
 
 
 def common_origin(paths: Iterable[str | Path]) -> Origin:
-    """That of the first file that says its own; no feature is read. Broken files are left to whoever reads them."""
+    """The origin that the first file states; no feature is read. Broken files are reported when they are read."""
     for path in paths:
         try:
             file = open_features(Path(path))
@@ -195,7 +214,7 @@ def common_origin(paths: Iterable[str | Path]) -> Origin:
 
 
 def check_features_config(config: Config) -> None:
-    """Stored features have no encoder: settings of one would do nothing.
+    """Refuse settings of an encoder, which would do nothing for stored features.
 
     Raises:
         ConfigError: such a setting is not at its default, naming it.

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ConfigError, ImageError, KeyholeError, OutputError
-from keyhole.patches.features.files import open_features
 from keyhole.patches.features.origin import SETTINGS as SETTINGS
+from keyhole.patches.features.source import open_features
 from keyhole.patches.sources import FilePatches
 from keyhole.util.files import atomic_file
 from keyhole.util.version import VERSION
