@@ -1,14 +1,12 @@
 """How much of what a prediction rests on lies in outlined lesions: prediction, regions -> shares -> means, a table.
 
-A lesion is whatever the annotation outlines. Annotations are never seen in training; they judge where a model looked.
+A lesion is whatever the annotation outlines. Annotations are never used in training, only to judge the attention.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +16,14 @@ from numpy.typing import NDArray
 from keyhole.data.item import Item
 from keyhole.errors import DataError
 from keyhole.patches.foreground.regions import Region, covered, read_regions, touching
+from keyhole.report.files import csv_line
 from keyhole.report.prediction import Prediction, Scores
 from keyhole.tasks.bootstrap import IntervalEstimate, Weights, bootstrap
 
 _BLOCK = 50_000
 """Patches whose boxes are held at once."""
+_BOUNDS = ("looked_at", "area", "most_attention", "most_kept")
+"""Values that need the scores of all patches."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,21 @@ class LesionShare:
     """One image's prediction against its annotation.
 
     Attributes:
-        regions: outlined; without any the shares say nothing of the model.
-        attention: by task, the attention of each kept patch times the share of its area in lesions, summed: 1 where
-            all attention lies wholly inside.
-        kept: share of the kept patches that touch a lesion.
-        looked_at: share of all patches that were looked at that touch one, which is what keeping at random would
-            give; None where their scores were not kept.
-        area: share of the area of all patches looked at that lies in lesions, which is what attention spread evenly
-            over them would give; None likewise.
-        most_attention: the largest value that `attention` can have: all of it on the patch that lies most in lesions.
-        most_kept: the largest value that `kept` can have: fewer patches may touch a lesion than are kept.
+        regions: Number of outlines; without any, the shares say nothing about the model.
+        attention: By task, the attention of each kept patch times the share of its area in lesions, summed: 1 where
+            all attention lies inside.
+        kept: Share of the kept patches that touch a lesion.
+        looked_at: Share of all patches that touch one, the expected value of `kept` for a random choice; None, as the
+            fields below, where the scores of all patches were not kept.
+        area: Share of the area of all patches that lies in lesions, the value of `attention` if it were uniform.
+        most_attention: The largest value that `attention` can have: all of it on the patch that lies most in lesions.
+        most_kept: The largest value that `kept` can have: fewer patches may touch a lesion than are kept.
     """
 
     regions: int
     attention: Mapping[str, float]
     kept: float
-    looked_at: float | None
+    looked_at: float | None = None
     area: float | None = None
     most_attention: float | None = None
     most_kept: float | None = None
@@ -56,13 +56,11 @@ class Lesions:
     """Means over the images with at least one outlined lesion.
 
     Attributes:
-        images: how many these are.
-        empty: names of images whose annotation outlines nothing; they do not count.
-        left_out: by name, why an annotation could not be used; these images do not count here.
-        attention: by task, mean of `LesionShare.attention`.
-        kept: mean share of the kept patches that touch a lesion.
-        looked_at: the same of all patches looked at, which is what chance gives.
-        area, most_attention, most_kept: means of those of `LesionShare`.
+        images: How many these are.
+        empty: Names of images whose annotation outlines nothing; they do not count.
+        left_out: By name, why an annotation could not be used; these images do not count.
+        attention: By task, mean of `LesionShare.attention`.
+        kept, looked_at, area, most_attention, most_kept: Means of those of `LesionShare`.
     """
 
     images: int
@@ -76,7 +74,7 @@ class Lesions:
     most_kept: IntervalEstimate
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict, without NaN."""
+        """Return a plain dict without NaN."""
         return {
             "images": self.images,
             "without_region": list(self.empty),
@@ -91,7 +89,7 @@ class Lesions:
         }
 
     def lines(self) -> list[str]:
-        """The means with their intervals, what chance gives, the largest values possible, and what does not count."""
+        """Return the means with their intervals, those by chance, the largest possible ones, and what is left out."""
         several = len(self.attention) > 1
         images = f"{self.images} annotated image{'' if self.images == 1 else 's'}"
         lines = [
@@ -125,17 +123,17 @@ Judged = LesionShare | str
 
 
 def check_annotations(items: Iterable[Item]) -> None:
-    """Raises DataError for the first annotation that cannot be read: before hours are spent on predicting."""
+    """Raise DataError for the first annotation that cannot be read, before hours are spent on predicting."""
     for item in items:
         if item.annotation is not None:
             read_regions(item.annotation)
 
 
 def judge(prediction: Prediction, annotation: Path, on_bad: Literal["fail", "skip"] = "fail") -> Judged:
-    """The prediction's share in the regions of an annotation file, or why it is not known.
+    """Return the share of a prediction in the regions of an annotation file, or why it is unknown.
 
     Raises:
-        DataError: the file cannot be read and `on_bad` is "fail".
+        DataError: The file cannot be read and `on_bad` is "fail".
     """
     if not prediction.kept.boxes[:, 2:].all():
         return "stored features without coordinates, so it is not known where on the slide they are from"
@@ -148,29 +146,28 @@ def judge(prediction: Prediction, annotation: Path, on_bad: Literal["fail", "ski
 
 
 def lesion_share(prediction: Prediction, regions: Sequence[Region]) -> LesionShare:
-    """Where the prediction looked, against the regions of the same image in level-0 pixels.
+    """Compare a prediction with the regions of the same image in level-0 pixels.
 
     The area of a patch is its whole box, also where it reaches over the border of the image.
     """
     kept = prediction.kept
     inside = covered(regions, kept.boxes)
-    looked_at, area, most_attention, most_kept = None, None, None, None
-    if prediction.scores is not None:
-        touched, area, most_attention = _of_all(prediction.scores, regions)
-        looked_at, most_kept = touched / len(prediction.scores), min(1.0, touched / len(kept))
-    return LesionShare(
+    share = LesionShare(
         regions=len(regions),
         attention={task: float(weights.astype(np.float64) @ inside) for task, weights in kept.attention.items()},
         kept=float(touching(regions, kept.boxes).mean()),
-        looked_at=looked_at,
-        area=area,
-        most_attention=most_attention,
-        most_kept=most_kept,
+    )
+    if prediction.scores is None:
+        return share
+    touched, area, most = _of_all(prediction.scores, regions)
+    n = len(prediction.scores)
+    return replace(
+        share, looked_at=touched / n, area=area, most_attention=most, most_kept=min(1.0, touched / len(kept))
     )
 
 
 def _of_all(scores: Scores, regions: Sequence[Region]) -> tuple[int, float, float]:
-    """How many of all patches looked at touch a region, the share of their area inside, and the largest of one."""
+    """How many patches touch a region, the share of their area inside, and the largest share of one patch."""
     touched, inside, most = 0, 0.0, 0.0
     for start in range(0, len(scores), _BLOCK):
         boxes = scores.boxes(scores.index[start : start + _BLOCK])
@@ -185,20 +182,20 @@ def _of_all(scores: Scores, regions: Sequence[Region]) -> tuple[int, float, floa
 def lesion_means(
     judged: Mapping[str, Judged], groups: Mapping[str, str | None], tasks: Sequence[str], seed: int = 0
 ) -> Lesions:
-    """Means with 95 % bootstrap intervals over images, or groups where there are any.
+    """Return means with 95 % bootstrap intervals over images, or over groups where there are any.
 
     Args:
-        judged: by image name.
-        groups: of each image; drawn whole.
-        tasks: of the model.
-        seed: of the bootstrap.
+        judged: By image name.
+        groups: Group of each image; drawn whole.
+        tasks: Names of the model's tasks.
+        seed: Of the bootstrap.
     """
     used = {name: share for name, share in judged.items() if isinstance(share, LesionShare) and share.regions}
     columns: dict[tuple[str, str], NDArray[np.float64]] = {
         ("attention", task): np.array([share.attention[task] for share in used.values()]) for task in tasks
     }
     columns["kept", ""] = np.array([share.kept for share in used.values()])
-    for name in ("looked_at", "area", "most_attention", "most_kept"):
+    for name in _BOUNDS:
         known = [value for share in used.values() if (value := getattr(share, name)) is not None]
         if len(known) == len(used):
             columns[name, ""] = np.array(known)
@@ -218,28 +215,25 @@ def lesion_means(
         kept=found["kept", ""],
         **{
             name: found.get((name, ""), IntervalEstimate(None, note="the scores of the patches were not kept"))
-            for name in ("looked_at", "area", "most_attention", "most_kept")
+            for name in _BOUNDS
         },
     )
 
 
 def lesion_table(judged: Mapping[str, Judged], tasks: Sequence[str]) -> str:
-    """CSV with a row per annotated image: shares with six digits, or the problem in the last column.
+    """Return a CSV with a row per annotated image: shares with six digits, or the problem in the last column.
 
-    `looked_at_touching` and `area_inside` are what chance gives for `kept_touching` and `attention`; `most_...` are the
-    largest values possible.
+    `looked_at_touching` and `area_inside` are the values of `kept_touching` and `attention` by chance; `most_...` are
+    the largest possible ones.
     """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     attention = ["attention"] if len(tasks) == 1 else [f"attention {task}" for task in tasks]
     shares = ["kept_touching", "looked_at_touching", "area_inside", "most_attention", "most_kept_touching"]
-    writer.writerow(["image", "regions", *attention, *shares, "problem"])
+    rows: list[list[object]] = [["image", "regions", *attention, *shares, "problem"]]
     for name, share in judged.items():
         if isinstance(share, str):
-            writer.writerow([name, "", *("" for _ in (*tasks, *shares)), share])
+            rows.append([name, "", *("" for _ in (*tasks, *shares)), share])
             continue
-        bounds = share.looked_at, share.area, share.most_attention, share.most_kept
-        values = [*(share.attention[task] for task in tasks), share.kept, *bounds]
+        values = [*(share.attention[task] for task in tasks), share.kept, *(getattr(share, name) for name in _BOUNDS)]
         problem = "" if share.regions else "the annotation outlines nothing"
-        writer.writerow([name, share.regions, *("" if v is None else f"{v:.6f}" for v in values), problem])
-    return out.getvalue()
+        rows.append([name, share.regions, *("" if v is None else f"{v:.6f}" for v in values), problem])
+    return "".join(map(csv_line, rows))

@@ -1,4 +1,4 @@
-"""95 % intervals by drawing images, or whole groups of them, again and again."""
+"""95 % intervals by resampling images, or whole groups of them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class IntervalEstimate:
     """A value with its 95 % interval.
 
     Attributes:
-        value: on the data as it is; None where undefined.
-        low: lower limit; None where there is no interval.
-        high: upper limit.
-        note: why value or interval are not there, or what the value leaves out.
-        method: what the interval is from, such as `bootstrap` or `Wilson`.
+        value: On the data as they are; None where undefined.
+        low: Lower limit; None where there is no interval.
+        high: Upper limit.
+        note: Why the value or the interval is missing, or what the value leaves out.
+        method: Where the interval comes from, such as `bootstrap` or `Wilson`.
     """
 
     value: float | None
@@ -53,16 +53,25 @@ def bootstrap(
     """Percentile bootstrap (Efron 1979) of all metrics of `measure` on the same resamples.
 
     The limits are the 2.5th and the 97.5th percentile. A round in which a metric is undefined (a class was not drawn)
-    does not count for it; with more than half of the rounds undefined there is no interval. Nor is there where all
-    rounds give the same value, as of a model without an error: that says nothing of how far it may be off.
+    does not count for it. There is no interval where more than half of the rounds are undefined, or where all rounds
+    give the same value, as for a model without an error: that says nothing about how far the value may be off.
 
     Args:
-        measure: weights (r, n), how often each image counts, to metrics (r,), NaN where undefined.
-        n: images, at least one.
-        groups: of each image, drawn whole; an image of no group (None or empty) is one by itself.
-        seed: of the resamples.
-        rounds: resamples.
-        notes: what to say of a metric that has a value but leaves something out, or has none.
+        measure: Weights (r, n), how often each image counts, to metrics (r,), NaN where undefined.
+        n: Number of images, at least one.
+        groups: Group of each image, drawn whole; an image without a group (None or empty) is one by itself.
+        seed: Of the resamples.
+        rounds: Number of resamples.
+        notes: By metric, a note for its estimate.
+
+    Returns:
+        The estimates by metric.
+
+    Example:
+        >>> values = np.arange(20.0)
+        >>> found = bootstrap(lambda w: {"mean": w @ values / w.sum(axis=1)}, n=20)
+        >>> print(found["mean"])
+        9.500 [6.950 11.9]
     """
     notes = notes or {}
     points = {key: float(values[0]) for key, values in measure(np.ones((1, n))).items()}
@@ -81,7 +90,7 @@ def bootstrap(
 
 
 def units_of(n: int, groups: Sequence[str | None] | None) -> NDArray[np.int64]:
-    """Which unit of drawing each image belongs to, 0 and up."""
+    """Return the number of the unit that each image is drawn with, 0 and up."""
     if groups is None:
         return np.arange(n)
     if len(groups) != n:
@@ -121,5 +130,5 @@ def _joined(*notes: str | None) -> str | None:
 
 
 def _short(value: float) -> str:
-    """Three decimals for shares; four digits for what has a unit and may be of any size."""
+    """Three decimals for shares; four digits for larger values."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"

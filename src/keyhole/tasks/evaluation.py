@@ -28,15 +28,15 @@ class TaskMetrics:
     """Evaluation of one task.
 
     Attributes:
-        task: what was predicted.
-        n: images whose label is known; the others do not count.
-        missing: images whose label is not known.
-        groups: how many there are, taken whole for the intervals; None where the images stand alone.
-        rounds: resamples of the bootstrap.
-        seed: of the resamples.
-        overall: by metric, for the task as a whole.
-        per_class: by class and metric; empty for regression.
-        support: images of each class.
+        task: What was predicted.
+        n: Images whose label is known; the others do not count.
+        missing: Images whose label is unknown.
+        groups: Number of groups, resampled whole; None where the images stand alone.
+        rounds: Resamples of the bootstrap.
+        seed: Of the resamples.
+        overall: By metric, for the task as a whole.
+        per_class: By class and metric; empty for regression.
+        support: Images of each class.
         confusion: (k, k) counts, true class by row, predicted by column; for multilabel (k, 2, 2), one such table per
             label with "no" first; None for regression.
     """
@@ -53,7 +53,7 @@ class TaskMetrics:
     confusion: NDArray[np.int64] | None
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict without NaN: what has no value is None, with a note that says why."""
+        """Return a plain dict without NaN: an undefined value is None, with a note that says why."""
         return {
             "task": self.task.name,
             "kind": self.task.kind,

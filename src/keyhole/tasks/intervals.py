@@ -1,4 +1,4 @@
-"""95 % intervals that hold for few images and at the ends of the scale, where resampling has nothing to vary.
+"""95 % intervals that hold for few images and at the ends of the scale, where resamples do not vary.
 
 A model that is right on all 10 images has an accuracy of 1 in every resample; Wilson's interval says [0.72 1].
 
@@ -33,7 +33,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """Limits of a value, and the name of the method they are from."""
+    """Limits of a value, and the name of their method."""
 
     low: float
     high: float
@@ -41,7 +41,7 @@ class Interval(NamedTuple):
 
 
 class _Effective(NamedTuple):
-    """A number of images as if independent, and the quantile that belongs to it."""
+    """The equivalent number of independent images, and the quantile to use with it."""
 
     n: float
     quantile: float
@@ -116,7 +116,7 @@ class ClassIntervals:
 
 
 def share_interval(success: Bool[Array, " n"], counted: Bool[Array, " n"], unit: Int[Array, " n"]) -> Interval | None:
-    """Wilson's interval of the share of `success` among the images `counted`; None where none is."""
+    """Return Wilson's interval of the share of `success` among the images `counted`; None where there are none."""
     n = int(counted.sum())
     if not n:
         return None
@@ -125,7 +125,7 @@ def share_interval(success: Bool[Array, " n"], counted: Bool[Array, " n"], unit:
 
 
 def wilson(share: float, n: float, quantile: float) -> tuple[float, float]:
-    """Limits of a share of n images: where |p - share| = quantile * sqrt(p (1 - p) / n).
+    """Return the limits of a share of n images: the p with |p - share| = quantile * sqrt(p (1 - p) / n).
 
     >>> [round(limit, 3) for limit in wilson(1.0, 10, 1.96)]
     [0.722, 1.0]
@@ -143,7 +143,7 @@ def _share(success: Bool[Array, " n"], counted: Bool[Array, " n"]) -> float:
 
 
 def _effective(success: Bool[Array, " n"], share: float, unit: Int[Array, " n"]) -> _Effective:
-    """How many independent images say as much of a share as these, which may be of the same groups."""
+    """How many independent images say as much about a share as these, which may belong to the same groups."""
     number, place = np.unique(unit, return_inverse=True)
     groups, n = len(number), len(unit)
     if groups == n or share in (0, 1):
@@ -168,12 +168,12 @@ class Ranking(NamedTuple):
 
 
 def auroc_interval(truth: Bool[Array, " n"], score: Float[Array, " n"], unit: Int[Array, " n"]) -> Ranking:
-    """Newcombe's interval of the probability that an image of the class scores above another.
+    """Return Newcombe's interval of the probability that an image of the class scores above another.
 
     Args:
-        truth: of the class; both kinds must be there.
-        score: of each image.
-        unit: of each image.
+        truth: Whether each image is of the class; there must be both kinds.
+        score: Of each image.
+        unit: Group of each image.
     """
     positive, negative = score[truth], score[~truth]
     m, n = len(positive), len(negative)
@@ -197,7 +197,7 @@ def auroc_interval(truth: Bool[Array, " n"], score: Float[Array, " n"], unit: In
 
 
 def newcombe(value: float, m: float, n: float, quantile: float) -> tuple[float, float]:
-    """The values a with |a - value| = quantile * sqrt(V(a)), where, with N = (m + n) / 2,
+    """Return the values a with |a - value| = quantile * sqrt(V(a)), where, with N = (m + n) / 2,
 
     V(a) = a (1 - a) (1 + (N - 1) ((1 - a) / (2 - a) + a / (1 + a))) / (m n).
 
@@ -228,9 +228,9 @@ def _wins(score: Float[Array, " a"], others: Float[Array, " b"]) -> Float[Array,
 
 
 def _mean_auroc(rankings: Sequence[Ranking], unit: Int[Array, " n"]) -> Interval:
-    """Interval of the mean over classes, whose AUROCs vary together because they are of the same images.
+    """Interval of the mean over classes, whose AUROCs are correlated because they are of the same images.
 
-    The correlations are those of the influences; where an AUROC is 0 or 1 it has none, and 1 is the safe value.
+    The correlations are those of the influences; an AUROC of 0 or 1 has none, and 1 is the safe value.
     """
     influence = np.stack([np.bincount(unit, each.influence) for each in rankings])
     covariance = influence @ influence.T
@@ -244,7 +244,7 @@ def _mean_auroc(rankings: Sequence[Ranking], unit: Int[Array, " n"]) -> Interval
 
 
 def mean_interval(parts: Sequence[tuple[float, Interval | None]]) -> Interval | None:
-    """Interval of the mean of independent values; None where one has no interval."""
+    """Return the interval of the mean of independent values; None where one of them has no interval."""
     known = [(value, interval) for value, interval in parts if interval is not None]
     return _joined(known, np.eye(len(known))) if known and len(known) == len(parts) else None
 

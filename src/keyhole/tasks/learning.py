@@ -1,15 +1,14 @@
-"""Whether a model has learned anything: its answers against guessing, said in words, with what to try next.
+"""Whether a model has learned anything: its predictions compared with guessing, in words, with what to try next.
 
-A run can end with exit code 0 and a folder full of files though the model is no better than guessing. Nothing about
-the run fails then, so that somebody has to look at its answers. A model is called no better than guessing only if
-nothing in its answers speaks against it: neither its loss, nor its AUROC, nor its balanced accuracy.
+A run can end with exit code 0 though the model is no better than guessing. It is called so only if nothing in its
+predictions speaks for it: neither its loss, nor its AUROC, nor its balanced accuracy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,40 +21,40 @@ from keyhole.tasks.kinds import Task
 from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
 from keyhole.tasks.metrics import task_metrics
 
-EVEN = 0.05
+EVEN_MARGIN = 0.05
 """Attention is equal where no patch has more than this share above 1 / M."""
-NEAR = 0.95
-"""A loss below this share of that of guessing speaks for the model, however few the images are."""
-HIGH = 0.8
-"""An AUROC or balanced accuracy from which on it speaks for the model, however few the images are."""
+LEARNED_LOSS = 0.95
+"""A loss below this share of that of guessing speaks for the model, however few images there are."""
+LEARNED_METRIC = 0.8
+"""An AUROC or balanced accuracy of at least this speaks for the model, however few images there are."""
 MIN_NUMBERS = 4
-"""Images of a regression below which nothing can be said."""
+"""Fewest images of a regression for a verdict."""
 
 
 @dataclass(frozen=True)
 class TaskLearning:
-    """What the answers to one task say.
+    """What the predictions of one task say about a model.
 
     Attributes:
-        task: its name.
-        images: with a known label.
-        loss: mean cross-entropy of the labels, or mean squared error as a share of the variance.
-        guessing: the same of the best constant answer: the frequencies of the classes, or the mean.
-        learned: whether anything speaks for the model; None where the labels do not tell, as of a single class.
-        only: the one answer that all images get, though their labels differ; None otherwise.
-        even: whether all kept patches of every image have the same attention; None where one patch was kept.
+        task: Its name.
+        images: Images with a known label.
+        loss: Mean cross-entropy of the labels, or mean squared error as a share of the variance.
+        guessing: The same for the best constant prediction: the frequencies of the classes, or the mean.
+        learned: Whether anything speaks for the model; None where the labels cannot tell, as with a single class.
+        only: The one prediction that all images get, though their labels differ; None otherwise.
+        even: Whether all kept patches of every image have the same attention; None where one patch was kept.
     """
 
     task: str
     images: int
-    loss: float | None
-    guessing: float | None
-    learned: bool | None
-    only: str | None
-    even: bool | None
+    loss: float | None = None
+    guessing: float | None = None
+    learned: bool | None = None
+    only: str | None = None
+    even: bool | None = None
 
     def facts(self) -> list[str]:
-        """What is odd, one phrase each."""
+        """Return what is suspicious, one phrase each."""
         found = []
         if self.learned is False and self.loss is not None and self.guessing is not None:
             found.append(f"its loss is {self.loss:.3f}, and guessing gives {self.guessing:.3f}")
@@ -68,11 +67,11 @@ class TaskLearning:
 
 @dataclass(frozen=True)
 class Learning:
-    """What the answers to all tasks say of a model.
+    """What the predictions of all tasks say about a model.
 
     Attributes:
-        where: which images were looked at, such as `the 18 validation images`.
-        tasks: one for each task.
+        where: Which images were predicted, such as `the 18 validation images`.
+        tasks: One per task.
     """
 
     where: str
@@ -80,15 +79,15 @@ class Learning:
 
     @property
     def learned(self) -> bool | None:
-        """Whether a model does better than guessing in any task; None where no task tells."""
+        """Whether the model is better than guessing in any task; None where no task can tell."""
         told = [task.learned for task in self.tasks if task.learned is not None]
         return any(told) if told else None
 
     def lines(self, config: Config | None = None) -> list[str]:
-        """Warnings for people; none where all is well.
+        """Return warnings and what to try next; empty where all is well.
 
         Args:
-            config: of the run, for what to try next.
+            config: Settings of the run, on which the advice depends.
         """
         odd = [task for task in self.tasks if task.facts()]
         if not odd:
@@ -102,15 +101,18 @@ class Learning:
         return [*lines, f"try next: {'; '.join(what_to_try(self, config))}"]
 
     def to_json(self, config: Config | None = None) -> dict[str, Any]:
-        """A plain dict."""
+        """Return a plain dict."""
         tasks = [asdict(task) for task in self.tasks]
         return {"learned": self.learned, "images": self.where, "tasks": tasks, "lines": self.lines(config)}
 
 
 def unevenness(attention: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
-    """By task, how far the largest attention of the m kept patches lies above 1 / m, as a share of it.
+    """Return by task how far the largest attention of the m kept patches lies above 1 / m, as a share of 1 / m.
 
-    0 is attention that is equal for all, m - 1 attention on one patch; -1 stands for a single kept patch.
+    0 is equal attention for all, m - 1 all attention on one patch; -1 stands for a single kept patch.
+
+    >>> unevenness({"label": np.array([0.5, 0.25, 0.25], np.float32)})
+    {'label': 0.5}
     """
     return {
         task: float(len(weights) * weights.astype(np.float64).max() - 1) if len(weights) > 1 else -1.0
@@ -125,47 +127,34 @@ def judge_task(
     uneven: Sequence[float],
     groups: Sequence[str | None] | None = None,
 ) -> TaskLearning:
-    """What the answers to one task say.
+    """Compare the predictions of one task with guessing.
 
     Args:
-        task: what was predicted.
-        targets: (n, w) as `Task.encode` gives them; images whose row holds NaN do not count.
-        probabilities: (n, k) as `Task.probability` gives them.
-        uneven: (n,) as `unevenness` gives them.
-        groups: of each image.
+        task: What was predicted.
+        targets: (n, w) as `Task.encode` returns them; images whose row holds NaN do not count.
+        probabilities: (n, k) as `Task.probability` returns them.
+        uneven: (n,) as `unevenness` returns them.
+        groups: Group of each image.
     """
     targets, probabilities = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
     known = ~np.isnan(targets).any(axis=1)
     spread = np.asarray(uneven, np.float64)
     spread = spread[spread >= 0]
-    even = bool((spread < EVEN).all()) if len(spread) else None
+    even = bool((spread < EVEN_MARGIN).all()) if len(spread) else None
     n = int(known.sum())
-    found = _NO_VERDICT
-    if n:
-        some = [group for group, use in zip(groups or (), known, strict=True) if use] if any(groups or ()) else None
-        measures = task.measure(targets[known], probabilities[known])
-        if isinstance(measures, RegressionMeasures):
-            found = _judge_numbers(measures)
-        else:
-            found = _judge_classes(task, measures, units_of(n, some))
-    return TaskLearning(task.name, n, found.loss, found.guessing, found.learned, found.only, even)
+    nothing = TaskLearning(task.name, n, even=even)
+    if not n:
+        return nothing
+    measures = task.measure(targets[known], probabilities[known])
+    if isinstance(measures, RegressionMeasures):
+        return _judge_numbers(nothing, measures)
+    some = [group for group, use in zip(groups or (), known, strict=True) if use] if any(groups or ()) else None
+    return _judge_classes(nothing, measures, task, units_of(n, some))
 
 
-class _Verdict(NamedTuple):
-    """The fields of `TaskLearning` that depend on the answers."""
-
-    loss: float | None
-    guessing: float | None
-    learned: bool | None
-    only: str | None
-
-
-_NO_VERDICT = _Verdict(None, None, None, None)
-
-
-def _judge_classes(task: Task, measures: ClassMeasures, unit: NDArray[np.int64]) -> _Verdict:
+def _judge_classes(nothing: TaskLearning, measures: ClassMeasures, task: Task, unit: NDArray[np.int64]) -> TaskLearning:
     if not measures.mixed.any() or unit.max() == 0:
-        return _NO_VERDICT  # labels of one class, or images of one group: anything fits them
+        return nothing  # labels of one class, or images of one group: anything fits them
     truth, decided = measures.truth, measures.decided
     probability = np.clip(measures.probability, 1e-12, 1 - 1e-12)
     frequency = truth.mean(axis=0)
@@ -179,23 +168,25 @@ def _judge_classes(task: Task, measures: ClassMeasures, unit: NDArray[np.int64])
     said = " and ".join(np.array(task.classes)[decided[0]].tolist()) or "none of the labels"
     weighted, limits = measures(np.ones((1, len(loss)))), ClassIntervals(measures, unit)
     above = [
-        metric.value(weighted)[0] >= HIGH or interval.low > metric.chance(measures)
+        metric.value(weighted)[0] >= LEARNED_METRIC or interval.low > metric.chance(measures)
         for metric in task_metrics(task)
         if metric.chance is not None and (interval := metric.interval(limits)) is not None
     ]
-    learned = bool(loss.mean() < NEAR * guess.mean() or any(above) or _is_below(loss - guess, unit))
-    return _Verdict(float(loss.mean()), float(guess.mean()), learned, said if alike else None)
+    learned = bool(loss.mean() < LEARNED_LOSS * guess.mean() or any(above) or _is_below(loss - guess, unit))
+    only = said if alike else None
+    return replace(nothing, loss=float(loss.mean()), guessing=float(guess.mean()), learned=learned, only=only)
 
 
-def _judge_numbers(measures: RegressionMeasures) -> _Verdict:
+def _judge_numbers(nothing: TaskLearning, measures: RegressionMeasures) -> TaskLearning:
     truth, said = measures.truth, measures.said
     variance = float(truth.var())
     if len(truth) < MIN_NUMBERS or variance <= 1e-24 * float((truth**2).max()):
-        return _NO_VERDICT
+        return nothing
     loss = float(((said - truth) ** 2).mean()) / variance
     flat = bool(said.std() < 1e-3 * truth.std())
-    learned = loss < NEAR or (not flat and _correlates(truth, said))
-    return _Verdict(loss, 1.0, learned, f"nearly the same number ({said.mean():.6g})" if flat else None)
+    learned = loss < LEARNED_LOSS or (not flat and _correlates(truth, said))
+    only = f"nearly the same number ({said.mean():.6g})" if flat else None
+    return replace(nothing, loss=loss, guessing=1.0, learned=learned, only=only)
 
 
 def _binary_loss(truth: NDArray[np.bool_], probability: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -220,7 +211,7 @@ def _correlates(truth: NDArray[np.float64], said: NDArray[np.float64]) -> bool:
 
 
 def what_to_try(learning: Learning, config: Config | None) -> list[str]:
-    """Changes of a run that may help, the likeliest first."""
+    """Return changes of a run that may help, the likeliest first."""
     if config is None:
         return ["more epochs, another --train.lr, an encoder with pretrained weights, a larger --select.m"]
     config, _ = settle_learning(config, config.model.feature_width is not None)
