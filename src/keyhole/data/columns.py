@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from keyhole.data.item import DataTable, Doubt, Row
+from keyhole.data.item import DataTable, Finding, Row, warning
 from keyhole.data.read_folder import split_named
 from keyhole.errors import DataError
 from keyhole.tasks.infer import MAX_NUMBERED_CLASSES
@@ -158,7 +158,7 @@ def column_notes(table: DataTable, tasks: Iterable[str], named: Collection[str])
     return [*notes, f"{'; '.join(parts)} ({'; '.join(options)})"] if parts else notes
 
 
-def alike_classes(tasks: Sequence[Task]) -> list[Doubt]:
+def alike_classes(tasks: Sequence[Task]) -> list[Finding]:
     """Return a doubt for classes of a task that differ only in case or in the kind of blank."""
     doubts = []
     for task in tasks:
@@ -168,7 +168,7 @@ def alike_classes(tasks: Sequence[Task]) -> list[Doubt]:
         for names in same.values():
             if len(names) > 1:
                 problem = f"{' and '.join(names)} differ in upper and lower case alone, and are learned as classes"
-                doubts.append(Doubt(task.name, problem, "Write them alike if they are one class."))
+                doubts.append(warning(task.name, problem, "Write them alike if they are one class."))
     return doubts
 
 
@@ -246,7 +246,7 @@ def _counts_rows(texts: Sequence[str]) -> bool:
     return all(after - before == 1 for before, after in pairwise(numbers))
 
 
-def _divided_patients(name: str, texts: Sequence[str], rows: Sequence[Row]) -> list[Doubt]:
+def _divided_patients(name: str, texts: Sequence[str], rows: Sequence[Row]) -> list[Finding]:
     """Return a doubt if images of one patient are in several groups of the CSV's own column `group`."""
     groups = defaultdict(set)
     for text, row in zip(texts, rows, strict=True):
@@ -256,4 +256,4 @@ def _divided_patients(name: str, texts: Sequence[str], rows: Sequence[Row]) -> l
     if not apart:
         return []
     problem = f"{len(apart)} values have images in more than one `group`, so perhaps in more than one split"
-    return [Doubt(name, f"{problem}: {listed(apart)}", f"If they are patients or the like: --data.group {name!r}.")]
+    return [warning(name, f"{problem}: {listed(apart)}", f"If they are patients or the like: --data.group {name!r}.")]

@@ -14,8 +14,6 @@ from keyhole.errors import DataError
 from keyhole.images.image import image_suffixes
 from keyhole.util.wording import listed
 
-FEATURE_ORDER = (".h5", ".hdf5", ".pt")
-"""Suffixes of features, best first: HDF5 holds coordinates."""
 FEATURE_FOLDERS = ("", "h5_files", "pt_files")
 """Subfolders in which features are looked for: the folder itself and those of CLAM."""
 MASK_ORDER = (".png", ".geojson")
@@ -35,13 +33,13 @@ def with_companions(path: Path, table: DataTable, data: DataConfig) -> DataTable
         DataError: a folder does not exist, the table mixes images and features, or two images share one file of
             features.
     """
-    features = None if data.features is None else Companions(data.features, "features", FEATURE_ORDER, FEATURE_FOLDERS)
+    features = (
+        None if data.features is None else Companions(data.features, "features", FEATURE_SUFFIXES, FEATURE_FOLDERS)
+    )
     masks = None if data.masks is None else Companions(data.masks, "masks", MASK_ORDER)
     rows, unmasked = [], 0
     for row in table.rows:
         item = row.item
-        if item.features is None and item.image.suffix.lower() in FEATURE_SUFFIXES:
-            item = replace(item, features=item.image)
         if item.features is None and features is not None:
             item = replace(item, features=features.find(item) or features.expected(item))
         if item.mask is None and masks is not None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from keyhole.util.wording import listed
 
 SPLITS = ("train", "val", "test")
-FEATURE_SUFFIXES = frozenset({".h5", ".hdf5", ".pt"})
-"""Suffixes of files with stored features, which are read instead of an image."""
+FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt")
+"""Suffixes of files with stored features, best first: HDF5 holds coordinates."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Item:
         mpp: microns per level-0 pixel from the CSV, which overrides the file.
         mask: PNG or GeoJSON of the foreground, absolute.
         annotation: GeoJSON or ASAP XML with outlines of what is looked for, such as lesions; never read in training.
-        features: file of stored features, which is read instead of `image`; `image` need not exist then.
+        features: file of stored features, which is read instead of `image`; `image` need not exist then. An `image` with
+            the suffix of features is such a file.
     """
 
     name: str
@@ -37,6 +42,10 @@ class Item:
     mask: Path | None = None
     annotation: Path | None = None
     features: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.features is None and self.image.suffix.lower() in FEATURE_SUFFIXES:
+            object.__setattr__(self, "features", self.image)
 
     @property
     def source(self) -> Path:
@@ -61,16 +70,32 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Doubt:
-    """Something in the data that is often a mistake, and what to do if it is one."""
+class Finding:
+    """Something that would stop a run (error) or is often a mistake (warning), and what to do about it.
+
+    Attributes:
+        name: the image, task or setting that it is about.
+        problem: what is wrong.
+        fix: what to do.
+        severity: `error` or `warning`.
+    """
 
     name: str
     problem: str
     fix: str
+    severity: Literal["error", "warning"] = "error"
 
     def line(self) -> str:
-        """The warning for the log."""
-        return f"warning: {self.name}: {self.problem}. {self.fix}"
+        """Return the line for the log."""
+        return f"{self.severity}: {self.name}: {self.problem}. {self.fix}"
+
+
+def warning(name: str | Sequence[str], problem: str, fix: str) -> Finding:
+    """Return a warning about one image, task or setting, or about several images, which are then listed."""
+    names = [name] if isinstance(name, str) else name
+    if len(names) == 1:
+        return Finding(names[0], problem, fix, "warning")
+    return Finding(f"{len(names)} images", f"{problem}: {listed(names)}", fix, "warning")
 
 
 @dataclass(frozen=True)
@@ -94,7 +119,7 @@ class DataTable:
     rows: list[Row]
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    doubts: list[Doubt] = field(default_factory=list)
+    doubts: list[Finding] = field(default_factory=list)
     written: bool = False
     has_group: bool = False
     grouped_by: str = ""

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from keyhole.data.companions import FEATURE_FOLDERS, FEATURE_ORDER
+from keyhole.data.companions import FEATURE_FOLDERS
 from keyhole.data.item import FEATURE_SUFFIXES, LeftOut, absolute
 from keyhole.errors import DataError
 from keyhole.images.image import folder_suffixes, image_suffixes
@@ -198,7 +198,7 @@ def _why_not(file: Path) -> str:
         return "not an image"
     if file.name.startswith("."):
         return "hidden file"
-    if suffix not in image_suffixes() | FEATURE_SUFFIXES:
+    if suffix not in image_suffixes() and suffix not in FEATURE_SUFFIXES:
         return f"not an image (suffix {suffix})" if suffix else "not an image (no suffix)"
     return ""
 
@@ -206,7 +206,7 @@ def _why_not(file: Path) -> str:
 def _one_per_slide(path: Path, stored: list[Path]) -> tuple[list[Path], list[LeftOut]]:
     """Keep one of the feature files of a slide that differ only in suffix or in CLAM's folder: HDF5 before .pt."""
     best: dict[Path, Path] = {}
-    for file in sorted(stored, key=lambda file: (FEATURE_ORDER.index(file.suffix.lower()), file)):
+    for file in sorted(stored, key=lambda file: (FEATURE_SUFFIXES.index(file.suffix.lower()), file)):
         inside = [part for part in file.relative_to(path).parts if part not in FEATURE_FOLDERS]
         best.setdefault(Path(*inside).with_suffix(""), file)
     chosen = set(best.values())

@@ -22,7 +22,7 @@ from keyhole.config.settings import DataConfig
 from keyhole.data.columns import alike_classes, column_notes, tasks_among, with_columns_read, without_missing_words
 from keyhole.data.companions import with_companions
 from keyhole.data.hashes import FileHash
-from keyhole.data.item import SPLITS, DataTable, Doubt, Item, LeftOut, Row, absolute
+from keyhole.data.item import SPLITS, DataTable, Finding, Item, LeftOut, Row, absolute
 from keyhole.data.moved import moved_to
 from keyhole.data.read_csv import FILES, read_csv
 from keyhole.data.read_folder import check_classes, read_folder
@@ -62,7 +62,7 @@ class Manifest:
     tasks: tuple[Task, ...]
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
-    doubts: tuple[Doubt, ...] = ()
+    doubts: tuple[Finding, ...] = ()
 
     def split(self, name: str) -> tuple[Item, ...]:
         """Return the items of `train`, `val` or `test`."""

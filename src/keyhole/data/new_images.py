@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from keyhole.data.companions import mask_of
-from keyhole.data.item import FEATURE_SUFFIXES, Item, LeftOut, absolute
+from keyhole.data.item import Item, LeftOut, absolute
 from keyhole.data.listing import expand_images
 from keyhole.data.read_csv import read_csv
 from keyhole.errors import DataError
@@ -83,8 +83,6 @@ def _names(files: Sequence[Path], given: Sequence[Path]) -> Mapping[Path, str]:
 
 def _completed(item: Item, mpp: float | None, masks: Path | None) -> Item:
     """Fill in from the command line what the CSV does not state."""
-    if item.features is None and item.image.suffix.lower() in FEATURE_SUFFIXES:
-        item = replace(item, features=item.image)
     if item.mpp is None:
         item = replace(item, mpp=mpp)
     return item if masks is None or item.mask is not None else replace(item, mask=mask_of(masks, item))

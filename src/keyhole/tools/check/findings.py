@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
-from typing import Literal
 
 from keyhole.config.settings import Config
 from keyhole.data.hashes import hash_files
-from keyhole.data.item import SPLITS, Item
+from keyhole.data.item import SPLITS, Finding, Item, warning
 from keyhole.data.manifest import Manifest
 from keyhole.data.resolution import Resolution
 from keyhole.data.splits import give_splits, leaking_groups
@@ -29,31 +27,6 @@ MAX_MPP_DIFFERENCE = 0.05
 """Share by which the resolutions in the CSV and in the file may differ through rounding and calibration."""
 
 ALL_IMAGES = "all images"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that would stop a run (error) or is worth knowing (warning), and what to do about it.
-
-    Attributes:
-        name: the image, task or setting that it is about.
-        problem: what is wrong.
-        fix: what to do.
-        severity: `error` or `warning`.
-    """
-
-    name: str
-    problem: str
-    fix: str
-    severity: Literal["error", "warning"] = "error"
-
-
-def warning(name: str | Sequence[str], problem: str, fix: str) -> Finding:
-    """Return a warning about one image, or about several, which are then listed."""
-    names = [name] if isinstance(name, str) else name
-    if len(names) == 1:
-        return Finding(names[0], problem, fix, "warning")
-    return Finding(f"{len(names)} images", f"{problem}: {listed(names)}", fix, "warning")
 
 
 def count_classes(manifest: Manifest) -> dict[str, dict[str, dict[str, int]]]:

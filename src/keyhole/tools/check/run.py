@@ -13,14 +13,14 @@ from typing import Any
 from keyhole.config.file import configuration, validate
 from keyhole.config.settings import Config
 from keyhole.data.companions import unused_masks
-from keyhole.data.item import SPLITS, Doubt, Item, LeftOut
+from keyhole.data.item import SPLITS, Finding, Item, LeftOut, warning
 from keyhole.data.listing import PREVIEW_LIST, listed_previews
 from keyhole.data.manifest import MISSING_FILE, Manifest, read_manifest, write_csv
 from keyhole.errors import OutputError
 from keyhole.inference.embed_items import items_to_embed, without_labels
 from keyhole.patches.image_cache import fits
 from keyhole.report.mask_preview import preview_names
-from keyhole.tools.check.findings import Finding, about_bits, about_content, about_images, about_labels, count_classes
+from keyhole.tools.check.findings import about_bits, about_content, about_images, about_labels, count_classes
 from keyhole.tools.check.look import Failed, Probed, Request, Trouble
 from keyhole.tools.check.worker import probe_all
 from keyhole.training.duration import Work
@@ -152,7 +152,7 @@ def check(
     folder = None if previews is None else writable_folder(previews)
     manifest = _read(config, labels)
     findings, left_out = _missing(manifest, config)
-    findings += [Finding(doubt.name, doubt.problem, doubt.fix, "warning") for doubt in manifest.doubts]
+    findings += manifest.doubts
     requests = _requests(manifest.items, config, folder)
     doubts = {doubt.line() for doubt in manifest.doubts}
     notes = [note for note in manifest.notes if note not in doubts]
@@ -203,7 +203,7 @@ def _read(config: Config, labels: bool) -> Manifest:
         return read_manifest(data, config.train.seed)
     assert data.path is not None
     items, left_out = items_to_embed(data.path, data.root, data.masks, "skip")
-    doubt = Doubt("all images", "no labels, so only the images were looked at", f"To train on them: {LABELS}")
+    doubt = warning("all images", "no labels, so only the images were looked at", f"To train on them: {LABELS}")
     return Manifest(
         items=tuple(replace(item, split="test") for item in items),
         tasks=(),
