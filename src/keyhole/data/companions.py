@@ -33,10 +33,8 @@ def with_companions(path: Path, table: DataTable, data: DataConfig) -> DataTable
         DataError: a folder does not exist, the table mixes images and features, or two images share one file of
             features.
     """
-    features = (
-        None if data.features is None else Companions(data.features, "features", FEATURE_SUFFIXES, FEATURE_FOLDERS)
-    )
-    masks = None if data.masks is None else Companions(data.masks, "masks", MASK_ORDER)
+    features = Companions(data.features, "features", FEATURE_SUFFIXES, FEATURE_FOLDERS) if data.features else None
+    masks = Companions(data.masks, "masks", MASK_ORDER) if data.masks else None
     rows, unmasked = [], 0
     for row in table.rows:
         item = row.item

@@ -29,8 +29,8 @@ class Item:
         mpp: microns per level-0 pixel from the CSV, which overrides the file.
         mask: PNG or GeoJSON of the foreground, absolute.
         annotation: GeoJSON or ASAP XML with outlines of what is looked for, such as lesions; never read in training.
-        features: file of stored features, which is read instead of `image`; `image` need not exist then. An `image` with
-            the suffix of features is such a file.
+        features: file of stored features, which is read instead of `image`; `image` need not exist then. Where `image`
+            has the suffix of features, it is this file.
     """
 
     name: str

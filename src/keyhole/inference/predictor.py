@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from keyhole.config.file import build
 from keyhole.config.settings import Config, Decode, RunConfig
 from keyhole.data.companions import mask_of
-from keyhole.data.item import FEATURE_SUFFIXES, Item
+from keyhole.data.item import Item
 from keyhole.data.resolution import NOT_KNOWN, Resolution
 from keyhole.engine.compiling import choose_compile
 from keyhole.engine.device import choose_device, settle_precision
@@ -384,7 +384,5 @@ class Predictor:
 
 
 def _item(path: str | Path) -> Item:
-    """A file given by its path alone, features by their suffix."""
-    absolute = Path(path).absolute()
-    stored = absolute.suffix.lower() in FEATURE_SUFFIXES
-    return Item(str(path), absolute, {}, features=absolute if stored else None)
+    """A file given by its path alone."""
+    return Item(str(path), Path(path).absolute(), {})
