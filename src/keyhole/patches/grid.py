@@ -193,32 +193,64 @@ class PatchGrid:
         return flat if self._kept is None else self._kept[flat].astype(np.int64, copy=False)
 
     def corners(self, index: ArrayLike | slice) -> Index:
-        """Return left and top in output pixels, int64 (k, 2)."""
+        """Compute where patches begin.
+
+        Args:
+            index: patches, a slice or integers (k,).
+
+        Returns:
+            x, y of the upper left corner in output pixels, int64 (k, 2).
+        """
         g_row, g_column = np.divmod(self._raster(index), self.columns)
         return np.stack([self.starts[0][g_column], self.starts[1][g_row]], axis=1)
 
     def cells(self, index: ArrayLike | slice) -> Index:
-        """Return row and column in the full grid, int64 (k, 2)."""
+        """Compute where patches are in the full grid.
+
+        Args:
+            index: patches, a slice or integers (k,).
+
+        Returns:
+            Row and column, int64 (k, 2).
+        """
         return np.stack(np.divmod(self._raster(index), self.columns), axis=1)
 
     def boxes(self, index: ArrayLike | slice) -> Index:
-        """Return x, y, width, height in level-0 pixels, int64 (k, 4).
+        """Compute the boxes of patches.
 
-        They may reach over the border, except under `drop` and `shift`.
+        Args:
+            index: patches, a slice or integers (k,).
+
+        Returns:
+            x, y, width, height in level-0 pixels, int64 (k, 4). Boxes may reach over the border, except under `drop`
+            and `shift`.
         """
         start = self.corners(index)
         l0_start, l0_end = (np.rint(edge * self.scale).astype(np.int64) for edge in (start, start + self.size))
         return np.concatenate([l0_start, l0_end - l0_start], axis=1)
 
     def centers(self, index: ArrayLike | slice) -> NDArray[np.float64]:
-        """Return x, y of the middle in level-0 pixels, float64 (k, 2)."""
+        """Compute the centres of patches.
+
+        Args:
+            index: patches, a slice or integers (k,).
+
+        Returns:
+            x, y in level-0 pixels, float64 (k, 2).
+        """
         return (self.corners(index).astype(np.float64) + self.size / 2) * self.scale
 
     def read(self, index: ArrayLike | slice, out: Pixels | None = None) -> Pixels:
-        """Return pixels, uint8 (k, size, size, channels), written into `out` if given.
+        """Read patches. Neighbours are read together, so that each tile of the file is decoded once per call.
 
-        Neighbours are read with one access, so that each tile of the file is decoded once per run of patches.
         The pixels of a patch do not depend on the others of the call.
+
+        Args:
+            index: patches, a slice or integers (k,).
+            out: where to write the pixels; default is new memory.
+
+        Returns:
+            Pixels, uint8 (k, size, size, channels).
 
         Raises:
             ImageError: the file is damaged there.
