@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from keyhole.cli.arguments import ConfigOptions, parse, parse_over, print_config
-from keyhole.cli.bench_source import source_of
 from keyhole.config.check import validate
+from keyhole.config.file import recipes, resolve
 from keyhole.config.settings import Config, Positive, PositiveFloat
 from keyhole.errors import ConfigError
 from keyhole.util.budget import parse_memory
+from keyhole.util.wording import nearest
 
 if TYPE_CHECKING:
     from keyhole.runs.run import Run
@@ -79,10 +80,33 @@ def _short_data(argv: Sequence[str]) -> Iterator[str]:
         yield word.replace("--data", "--data.path", 1) if word == "--data" or word.startswith("--data=") else word
 
 
+def _recipe_or_file(options: SpeedOptions) -> tuple[str | None, Path | None]:
+    """Return the recipe and the settings file, given by a bare name or as `--recipe` and `--config`.
+
+    Raises:
+        ConfigError: there is nothing of that name, or one is given twice.
+    """
+    named, recipe, file = options.source, options.recipe, options.config
+    if named is None:
+        return recipe, file
+    known = recipes()
+    if str(named) in known:
+        if recipe is not None:
+            raise ConfigError(f"two recipes are given, {named} and --recipe {recipe}: leave one out")
+        return str(named), file
+    if not named.is_file():
+        near = nearest(str(named), known)
+        raise ConfigError(
+            f"{named}: expected a run folder, a settings file or a recipe, found nothing of that name{near}; recipes: "
+            f"{', '.join(known)}"
+        )
+    if file is not None:
+        raise ConfigError(f"two settings files are given, {named} and --config {file}: leave one out")
+    return recipe, named
+
+
 def _settings(argv: Sequence[str]) -> tuple[SpeedOptions, Config, Run | None, str | None]:
     """The options, the configuration, the run where one is named, and the recipe where one is."""
-    from keyhole.config.file import recipes, resolve
-
     options = parse(SpeedOptions, argv, PROG)
     named, run = options.source, None
     recipe, file = options.recipe, options.config
@@ -91,7 +115,7 @@ def _settings(argv: Sequence[str]) -> tuple[SpeedOptions, Config, Run | None, st
             raise ConfigError(f"{named} is a run, whose settings are used: leave out --recipe and --config")
         base, run = _of_run(named)
     else:
-        recipe, file = source_of(named, recipe, file, "a run folder, a settings file or a recipe")
+        recipe, file = _recipe_or_file(options)
         if recipe is None and file is None:
             raise ConfigError(f"nothing to measure given: {PROG} RUN, or a recipe: {', '.join(recipes())}")
         base = resolve(recipe, file)
