@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keyhole.config.file import build, resolve
+from keyhole.config.file import resolve
 from keyhole.engine.memory.pace import cap
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job
@@ -28,7 +28,7 @@ class Epochs:
     """
 
     def __init__(self, settings: Mapping[str, Any], recipe: str | None = None) -> None:
-        config = build(resolve(recipe, None), dict(settings))
+        config = resolve(recipe).replace(**settings)
         self.notes: list[str] = []
         self.job = start_job(config, self.notes.append)
         self.loop = Loop(self.job, Interrupt())

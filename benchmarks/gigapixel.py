@@ -14,7 +14,6 @@ The pixels are generated: the figures are about memory and speed, not about lear
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 import time
@@ -25,7 +24,6 @@ import torch
 from epochs import run_passive
 from machine import write_result
 
-from keyhole.config.file import build
 from keyhole.config.settings import Config
 from keyhole.datasets.slides import make_slide
 from keyhole.engine.memory.pace import cap
@@ -134,25 +132,22 @@ def write_links(scratch: Path, slide: Path, count: int) -> Path:
 def settings(device: str, links: Path, batch: int, memory: str, compiled: str = "auto") -> Config:
     """The configuration of `keyhole train`; the run folder is beside the table of slides."""
     cuda = device.startswith("cuda")
-    return build(
-        Config(),
-        {
-            "out": str(links.parent / "run"),
-            "memory": memory,
-            "data": {"path": str(links), "cache": 0.0, "val": 0.0, "test": 0.0},
-            "patch": {"size": 256},
-            "model": GPU if cuda else CPU,
-            "select": {"m": 64},
-            "train": {
-                "batch": batch,
-                "epochs": 1,
-                "warmup": 0.0,
-                "explore": 0.0,
-                "precision": "bf16" if cuda else "float32",
-            },
-            "augment": {"flip": False, "rotate": False, "shift": False, "color": 0.0},  # none, as published for slides
-            "run": {"device": device, "compile": compiled},
+    return Config().replace(
+        out=links.parent / "run",
+        memory=memory,
+        data={"path": links, "cache": 0.0, "val": 0.0, "test": 0.0},
+        patch={"size": 256},
+        model=GPU if cuda else CPU,
+        select={"m": 64},
+        train={
+            "batch": batch,
+            "epochs": 1,
+            "warmup": 0.0,
+            "explore": 0.0,
+            "precision": "bf16" if cuda else "float32",
         },
+        augment={"flip": False, "rotate": False, "shift": False, "color": 0.0},  # none, as published for slides
+        run={"device": device, "compile": compiled},
     )
 
 
@@ -188,7 +183,7 @@ def take_steps(config: Config, number: int) -> Steps:
 
 def report(side: int, slide: Path, made: float, steps: Steps) -> None:
     config, number, batch = steps.config, steps.number, steps.batch
-    model = dataclasses.asdict(config.model)
+    model = config.model.model_dump()
     device, seconds = config.run.device, steps.seconds
     lines = [
         f"{number} training step{'s' * (number > 1)} on {batch} slide{'s' * (batch > 1)} of "

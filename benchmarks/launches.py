@@ -30,7 +30,7 @@ from operations import Count, CountedShares, Operations
 from PIL import Image
 from torch import Tensor, nn
 
-from keyhole.config.file import configuration, validate
+from keyhole.config.file import configuration
 from keyhole.config.settings import SelectConfig
 from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan, largest_chunk
@@ -195,7 +195,7 @@ def training_batch(
         sections["select"] = {"rule": rule}
     manifest = write_images(folder, columns * SIDE, rows * SIDE, channels, tasks)
     data = {"path": manifest, "val": 0.0, "tasks": tuple(f"task{number}" for number in range(tasks))}
-    config = validate(replace(configuration(data, sections), out=folder / "run"))
+    config = configuration(data, sections).replace(out=folder / "run")
     with Interrupt() as interrupt, closing(start_job(config, lambda _: None)) as job:
         job.plan = replace(job.plan, chunk=1024)
         loop = Counted(job, interrupt)

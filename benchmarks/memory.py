@@ -4,7 +4,7 @@
                                 [--quick] [--no-write]
 
 One of N patches an image, M kept patches and B images a step varies, around N = 10,000, M = 64 and B = 4, each in a
-process of its own. `memory_steps.py` has the steps: patches come through the reader as they do from files,
+process of its own. `keyhole.tools.bench.memory` has the steps: patches come through the reader as they do from files,
 but are made from their index: 32 px and the small encoder at width 8 on a CPU, 256 px and ResNet-18 on a GPU. On a
 CPU the budget is that of the whole process; on a GPU that of torch's allocator, and the process's peak is given beside
 it.
@@ -13,15 +13,14 @@ it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from typing import Any
 
 import torch
 from machine import write_result
-from memory_steps import Peak, growths, measure_apart, plain_config, verdict
 
 from keyhole.config.settings import Config, RunConfig
+from keyhole.tools.bench.memory import Peak, growths, lines, measure_apart, plain_config
 
 PATCHES, KEPT, IMAGES = (1_000, 10_000, 100_000, 250_000, 1_000_000), (16, 64, 256, 1_024), (1, 4, 16)
 QUICK = (1_000, 10_000)
@@ -43,7 +42,7 @@ def main() -> None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = options.device.startswith("cuda")
     base = plain_config(cuda)
-    base = dataclasses.replace(base, memory=options.memory or base.memory, run=RunConfig(device=options.device))
+    base = base.replace(memory=options.memory or base.memory, run=RunConfig(device=options.device))
     over_n = [PLAIN | {"n": n} for n in options.patches or (QUICK if options.quick else PATCHES)]
     others = [] if options.quick else [PLAIN | {"m": m} for m in KEPT] + [PLAIN | {"b": b} for b in IMAGES]
     found: list[tuple[dict[str, int], Peak]] = []
@@ -54,7 +53,7 @@ def main() -> None:
     what = f"{base.model.encoder} on {base.patch.size} px"
     device = torch.cuda.get_device_name(options.device) if cuda else "CPU"
     peak = "of torch's allocator" if cuda else "of the whole process"
-    flat = verdict(growths([peak for setting, peak in found if setting in over_n], PLAIN["m"]))
+    flat = lines(growths([peak for setting, peak in found if setting in over_n], PLAIN["m"]))[-1]
     text = [
         f"`--memory {base.memory}`, {what}. Two steps each (one from {MANY:,} patches on), from the reader to the",
         f"optimizer. Peaks are {peak}. 'added' is what is above that before the plan was made, when torch's libraries",
@@ -64,7 +63,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(setting, peak) for setting, peak in found),
         "",
-        f"Over N: {flat}.",
+        f"Over N as `keyhole bench memory` judges it: {flat}.",
     ]
     print("\n".join(text))
     if not options.no_write:
@@ -73,9 +72,7 @@ def main() -> None:
 
 def steps(base: Config, n: int, m: int, b: int) -> Peak:
     """One setting, in a process of its own."""
-    select = dataclasses.replace(base.select, m=m)
-    train = dataclasses.replace(base.train, batch=b)
-    config = dataclasses.replace(base, select=select, train=train)
+    config = base.replace(select={"m": m}, train={"batch": b})
     return measure_apart(config, [n] * b, steps=2 if n < MANY else 1)
 
 

@@ -9,9 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from keyhole.cli.arguments import parse_config
+from keyhole.cli.options import read
 from keyhole.cli.train import TrainOptions
-from keyhole.config.check import validate
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -83,6 +82,6 @@ def test_flags_of_a_study_are_a_setting_that_can_be_trained_in_full_and_in_short
     study = getattr(runs, name)
     for each in (study, runs.shortened(study)):
         for path in runs.PATHS:
-            _, config = parse_config(TrainOptions, [*each.flags, *runs.path_flags(path, "cpu")], "keyhole train")
-            validate(config, flags=True)
+            words = [*each.flags, *runs.path_flags(path, "cpu")]
+            config = read(TrainOptions, words, "keyhole train").settings
     assert config.train.epochs == 1

@@ -16,7 +16,6 @@ from PIL import Image
 from processes import run_process
 
 import keyhole
-from keyhole.config.file import build
 from keyhole.config.settings import Config, PatchConfig, SelectConfig
 from keyhole.errors import ConfigError, KeyholeError
 from keyhole.inference.predictor import Predictor
@@ -41,7 +40,7 @@ def test_import_keyhole_loads_nothing_heavy() -> None:
 
 
 def test_train_and_check_take_a_whole_config_as_well_as_keywords(toy: Path, tmp_path: Path) -> None:
-    config = build(Config(), {**SMALL, "data": {"path": str(toy)}})
+    config = Config().replace(**SMALL, data={"path": str(toy)})
     run = keyhole.train(config, tmp_path / "run", train={"epochs": 1})
     assert run.config.train.epochs == 1
     assert run.config.patch.size == 16

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def test_warnings_tell_what_would_not_stop_a_run_but_spoil_it(tmp_path: Path) ->
     path = tmp_path / "l.csv"
     path.write_text("image,grade,split,group,mpp\n" + "\n".join(rows))
     settings = config(path)
-    report = check(replace(settings, select=SelectConfig(m=9)), deep=True)
+    report = check(settings.replace(select=SelectConfig(m=9)), deep=True)
     assert report.ok
     problems = [finding.problem for finding in report.findings]
     assert any("23 training images of 'a', but 1 of 'b'" in problem for problem in problems)
@@ -204,7 +204,7 @@ GREEN, BLUE, RED = (0, 150, 60), (30, 90, 220), (200, 30, 38)
 
 
 def test_a_preview_of_every_slide_is_written_also_where_no_patch_is_left(tmp_path: Path) -> None:
-    settings = replace(config(slides(tmp_path)), patch=PatchConfig(size=50, foreground="tissue", min_foreground=0.5))
+    settings = config(slides(tmp_path)).replace(patch=PatchConfig(size=50, foreground="tissue", min_foreground=0.5))
     report = check(settings, previews=tmp_path / "pictures")
     assert report.previews == str(tmp_path / "pictures")
     found = by_name(report)["b.png"]
@@ -225,7 +225,7 @@ def test_a_preview_of_every_slide_is_written_also_where_no_patch_is_left(tmp_pat
 
 
 def test_the_patches_of_a_preview_are_where_the_grid_has_them(tmp_path: Path) -> None:
-    settings = replace(config(slides(tmp_path)), patch=PatchConfig(size=50, foreground="tissue", min_foreground=0.5))
+    settings = config(slides(tmp_path)).replace(patch=PatchConfig(size=50, foreground="tissue", min_foreground=0.5))
     check(settings, previews=tmp_path / "pictures")
     drawn, _ = page(tmp_path / "pictures" / "a_slide_1.png")
     y, x = np.nonzero((drawn == BLUE).all(axis=-1))
@@ -235,7 +235,7 @@ def test_the_patches_of_a_preview_are_where_the_grid_has_them(tmp_path: Path) ->
 
 
 def test_no_preview_is_made_unless_asked_for_and_a_place_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
-    settings = replace(config(slides(tmp_path)), patch=PatchConfig(size=50, foreground="tissue"))
+    settings = config(slides(tmp_path)).replace(patch=PatchConfig(size=50, foreground="tissue"))
     before = sorted(tmp_path.rglob("*"))
     assert check(settings).previews is None
     assert sorted(tmp_path.rglob("*")) == before
@@ -261,7 +261,7 @@ def test_the_area_under_patches_is_what_their_boxes_cover(size: int, stride: int
 
 def test_previews_of_an_earlier_call_are_removed_and_a_file_of_the_user_is_never_overwritten(tmp_path: Path) -> None:
     table, pictures = slides(tmp_path), tmp_path / "pictures"
-    settings = replace(config(table), patch=PatchConfig(size=50, foreground="tissue"))
+    settings = config(table).replace(patch=PatchConfig(size=50, foreground="tissue"))
     check(settings, previews=pictures)
     assert len(list(pictures.glob("*.png"))) == 3
     (pictures / "mine.png").write_bytes(b"of the user")
@@ -365,7 +365,7 @@ def test_a_resolution_that_is_not_believed_is_a_warning_and_an_error_where_it_is
     assert note
     found = by_name(check(whole))["2 images"]
     assert found.problem == f"microns per pixel are not known ({note}): 0.tif, 1.tif"
-    report = check(replace(whole, patch=PatchConfig(size=32, mpp=1.0)))
+    report = check(whole.replace(patch=PatchConfig(size=32, mpp=1.0)))
     wrong = by_name(report)["0.tif"]
     assert wrong.severity == "error"
     assert note in wrong.problem
@@ -524,7 +524,7 @@ def test_a_message_is_cut_at_the_end_of_its_first_sentence_only(message: str, pa
 
 def test_a_fix_is_whole_whatever_dots_the_problem_has(tmp_path: Path) -> None:
     path = data_set(tmp_path / "Dr. Who's images, e.g. No. 1", 6)
-    settings = replace(config(path), patch=PatchConfig(size=32, level=9))
+    settings = config(path).replace(patch=PatchConfig(size=32, level=9))
     (finding, *_) = check(settings).findings
     assert finding.problem == "patch.level (=9) must be 0, the image's only level"
     assert finding.fix == "Change the patch settings. Or leave it out: --data.on-bad-image skip."
@@ -532,7 +532,7 @@ def test_a_fix_is_whole_whatever_dots_the_problem_has(tmp_path: Path) -> None:
     mask.mkdir(parents=True)
     for i in range(6):
         (mask / f"{i}.png").write_bytes(b"not a mask")
-    settings = replace(config(path, masks=mask), patch=PatchConfig(size=32, foreground="mask"))
+    settings = config(path, masks=mask).replace(patch=PatchConfig(size=32, foreground="mask"))
     (finding, *_) = check(settings).findings
     assert finding.problem == f"{mask / '0.png'}: this mask is not a PNG"
     assert finding.fix.startswith("Expected a PNG or GeoJSON")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import keyhole
 from keyhole.cli.main import main
 from keyhole.config.auto import settle_learning
-from keyhole.config.file import build, read_recipe, recipes
+from keyhole.config.file import recipes, resolve
 from keyhole.config.settings import Config, ModelConfig, TrainConfig
 from keyhole.nn import SmallEncoder
 
@@ -55,8 +55,8 @@ def test_a_run_from_random_weights_explores_whether_or_not_init_was_called(
     ("model", "features", "expected"),
     [
         (ModelConfig(), False, (1e-3, 15.0)),
-        (ModelConfig("resnet18"), False, (1e-3, 15.0)),
-        (ModelConfig("resnet18", pretrained=True), False, (3e-4, 0.0)),
+        (ModelConfig(encoder="resnet18"), False, (1e-3, 15.0)),
+        (ModelConfig(encoder="resnet18", pretrained=True), False, (3e-4, 0.0)),
         (ModelConfig(weights=Path("w.safetensors")), False, (3e-4, 0.0)),
         (ModelConfig(), True, (3e-4, 0.0)),
     ],
@@ -74,7 +74,7 @@ def test_what_the_defaults_follow_from(model: ModelConfig, features: bool, expec
 
 @pytest.mark.parametrize("name", recipes())
 def test_a_recipe_says_its_own_rate_and_exploring_or_follows_the_encoder(name: str) -> None:
-    config = build(Config(), read_recipe(name))
+    config = resolve(name)
     published = name in ("traffic", "megapixel-mnist", "camelyon16", "camelyon16-features")
     if published:
         assert config.train.lr in (3e-4, 1e-3)

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from keyhole.config.file import build, read_recipe
-from keyhole.config.settings import Config
+from keyhole.config.file import resolve
 from keyhole.errors import OutputError
 from keyhole.tools.demo import demo, demo_config, free_folder
 
 
 def test_the_demo_trains_as_keyhole_train_with_its_recipe(tmp_path: Path) -> None:
     config = demo_config(tmp_path, seed=3)
-    recipe = build(Config(), read_recipe("demo"))
+    recipe = resolve("demo")
     assert (config.patch, config.model, config.select, config.augment) == (
         recipe.patch,
         recipe.model,

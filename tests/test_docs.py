@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import runpy
@@ -13,7 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -22,14 +21,11 @@ from conftest import write_toy
 from safetensors import safe_open
 
 from keyhole.cli import bench, data
-from keyhole.cli.arguments import parse
 from keyhole.cli.main import VERBS
-from keyhole.config.check import leaves
-from keyhole.config.file import recipes
+from keyhole.cli.options import Options, flags_of, parse
+from keyhole.config.file import leaves, recipes
 from keyhole.config.settings import Config
 from keyhole.errors import ConfigError
-from keyhole.loading.unreadable import parse_share
-from keyhole.util.budget import parse_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -175,7 +171,7 @@ def test_the_picture_is_what_its_script_draws() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_every_setting_that_is_named_exists(document: Path) -> None:
-    known = {path for path, _, _ in leaves(Config())}
+    known = {path for path, _ in leaves(Config())}
     sections = {path.partition(".")[0] for path in known if "." in path}
     pattern = rf"(?:--|`)((?:{'|'.join(sections)})\.[a-z][a-z_-]*)\b(?![.(])"
     used = {found.replace("-", "_").replace(".no_", ".") for found in re.findall(pattern, document.read_text())}
@@ -192,15 +188,15 @@ def command_lines(text: str) -> Iterator[tuple[str, bool]]:
         yield " ".join(span.split()), False
 
 
-def options_of(verb: str) -> type:
-    """The dataclass that a verb's options make."""
+def options_of(verb: str) -> type[Options]:
+    """The model that a verb's options make."""
     module = import_module(f"keyhole.cli.{verb}")
     (kind,) = (
         found
         for name, found in vars(module).items()
         if name.endswith("Options") and found.__module__ == module.__name__
     )
-    assert isinstance(kind, type)
+    assert issubclass(kind, Options)
     return kind
 
 
@@ -216,14 +212,9 @@ def wrong_with(line: str, typed: bool) -> str | None:
     if "--help" in words or verb in GROUPS:
         return None
     try:
-        options: Any = parse(options_of(verb), words, f"keyhole {verb}")
+        recipe = parse(options_of(verb), words, f"keyhole {verb}").get("recipe")
     except ConfigError as error:
         return None if not typed and "is missing" in str(error) else str(error)
-    if hasattr(options, "memory"):
-        parse_memory(options.memory)
-    if hasattr(options, "unreadable"):
-        parse_share(options.unreadable)
-    recipe = getattr(options, "recipe", None)
     return None if recipe in (None, "NAME", *recipes()) else f"no recipe {recipe}"
 
 
@@ -252,19 +243,11 @@ def test_a_command_line_that_would_not_work_is_found() -> None:
     assert wrong_with("evaluate", False) is None
 
 
-def flags(kind: type, prefix: str = "") -> Iterator[str]:
-    """Every option of a verb."""
-    hints = get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from flags(hints[field.name], f"{prefix}{field.name}.")
-        else:
-            yield from (f"--{prefix}{no}{field.name}".replace("_", "-") for no in ("", "no-"))
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_every_option_that_is_named_by_itself_exists_for_some_verb(document: Path) -> None:
-    known = {flag for verb in ACTIONS for flag in flags(options_of(verb))} | {
+    known = {
+        f"--{flag}" for verb in ACTIONS for each in flags_of(options_of(verb)) for flag in (each.name, each.pair)
+    } | {
         "--help",
         "--help-all",
         "--debug",
@@ -297,7 +280,7 @@ def test_the_help_of_train_lists_every_setting() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "keyhole", "train", "--help-all"], capture_output=True, text=True, check=True, timeout=60
     )
-    assert not [path for path, _, _ in leaves(Config()) if f"--{path.replace('_', '-')}" not in done.stdout]
+    assert not [path for path, _ in leaves(Config()) if f"--{path.replace('_', '-')}" not in done.stdout]
 
 
 def test_the_command_line_page_names_every_verb() -> None:

@@ -256,10 +256,9 @@ class Stop:
         self.after_epochs = after_epochs
 
     def train(self, data: Path, out: Path) -> None:
-        from keyhole.config.file import build, validate
         from keyhole.training.job import start_job
 
-        config = validate(build(keyhole.Config(), SMALL | {"data": {"path": str(data)}, "out": str(out)}))
+        config = keyhole.Config().replace(**SMALL, data={"path": str(data)}, out=str(out))
         with Interrupt() as interrupt, closing(start_job(config, lambda _: None)) as job:
             loop = Loop(job, interrupt)
             ended = loop.end_epoch

@@ -160,7 +160,7 @@ def test_an_image_that_fails_between_the_passes_is_left_out_alone(images: list[P
     openers = [opener(conf, store, Item(path.name, path, {})) for path in (images[0], broken, images[1])]
     model = model_of(conf)
     for batch in reader.stream([openers], 8, "skip"):
-        kept = select_batch(model, batch, SelectConfig(4, 8))
+        kept = select_batch(model, batch, SelectConfig(m=4, chunk=8))
         bags, _, pixels = fetch_kept(model, batch, kept)
         assert list(batch.failed) == [1]
         assert "broken.png" in str(batch.failed[1])
@@ -181,7 +181,7 @@ def test_weights_are_taken_over_once_for_many_batches(images: list[Path], monkey
         batches = [[opener(conf, store, Item(path.name, path, {}))] for path in images]
         for each in (batches[:1], batches[:1], batches):
             copies.clear()
-            assert len(list(infer(model, reader, each, SelectConfig(4, 8)))) == len(each)
+            assert len(list(infer(model, reader, each, SelectConfig(m=4, chunk=8)))) == len(each)
             counts.append(len(copies))
     assert counts[1] > 0, "weights may have changed since, in a way that torch does not count"
     assert counts[2] == counts[1]

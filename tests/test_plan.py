@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from keyhole.config.settings import ModelConfig
+from keyhole.config.amounts import parse_memory
+from keyhole.config.settings import Config, ModelConfig
 from keyhole.engine.memory.bill import Bill, powers
 from keyhole.engine.memory.meter import growth, has_peak, steady_heap, taken, tensor_bytes
 from keyhole.engine.memory.pace import Pace
@@ -28,7 +29,7 @@ from keyhole.engine.memory.probe import Line, PassBytes, Workload, probe
 from keyhole.errors import ConfigError
 from keyhole.nn import IPSClassifier, build_classifier, split_backward
 from keyhole.tasks.kinds import Task
-from keyhole.util.budget import memory_text, out_of_memory, parse_memory
+from keyhole.util.budget import memory_text, out_of_memory
 
 CPU = torch.device("cpu")
 TASKS = [Task("a", "binary", ("no", "yes")), Task("b", "multiclass", ("x", "y", "z"))]
@@ -73,8 +74,8 @@ def test_sizes_are_read(text: str, size: int | None) -> None:
     "text", ["", "5", "0GB", "-1GB", "5XB", "GB", "five GB", "1e9B", "5GBB", "nan GB", "auto5", 5, 0.5]
 )
 def test_what_is_no_size_is_refused_with_what_is_expected(text: str | float) -> None:
-    with pytest.raises(ConfigError, match=r"--memory .*expected `auto` or a size with its unit, such as 5GB"):
-        parse_memory(text)
+    with pytest.raises(ConfigError, match=r"^memory: expected `auto` or a size with its unit, such as 5GB"):
+        Config(memory=text)
 
 
 def test_a_size_is_never_rounded_to_nothing() -> None:
@@ -367,7 +368,7 @@ import torch
 
 from keyhole.engine.memory.pace import cap
 from keyhole.config.settings import ModelConfig
-from keyhole.util.budget import parse_memory
+from keyhole.config.amounts import parse_memory
 from keyhole.engine.memory.meter import taken
 from keyhole.util.platform import peak_memory
 from keyhole.nn import Selector, build_classifier, evaluating, split_backward

@@ -43,7 +43,6 @@ KNOWN_CLASSES_OF_ONE_NAME = {
 }
 
 KNOWN_COMPARISONS_OF_KINDS = {
-    "keyhole.config.check",
     "keyhole.engine.memory.pace",
     "keyhole.nn.classifier",
 }

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keyhole.config.amounts import parse_share
+from keyhole.config.settings import Config
 from keyhole.errors import ConfigError, KeyholeError, RunError
-from keyhole.loading.unreadable import COLUMNS, Ledger, TooMuchUnreadable, parse_share
+from keyhole.loading.unreadable import COLUMNS, Ledger, TooMuchUnreadable
 
 
 @pytest.mark.parametrize(
@@ -35,13 +37,13 @@ def test_shares_that_are_understood(text: str | float, share: float) -> None:
     "text", ["", "%", "one", "-1%", "101%", "1.5", "nan", "nan%", "inf", "1%%", "1 % x", "-0.1", "1", "5"]
 )
 def test_what_is_no_share_is_refused_in_one_line(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--unreadable \(=.*\) must be a share such as 1% or 0\.01, from 0 to 100%"):
-        parse_share(text)
+    with pytest.raises(ConfigError, match=r"^unreadable: expected a share such as 1% or 0\.01, from 0 to 100%"):
+        Config(unreadable=text)
 
 
 def test_a_plain_number_that_could_be_percent_is_asked_back() -> None:
-    with pytest.raises(ConfigError, match="if you mean percent, write 5%"):
-        parse_share("5")
+    with pytest.raises(ConfigError, match="if you mean percent: 5%"):
+        Config(unreadable="5")
 
 
 BOXES = [[0, 0, 8, 8], [8, 0, 8, 8], [16, 0, 8, 8]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +15,7 @@ from conftest import settings, write_toy
 from on_device import GPU, waits_counted
 from torch import nn
 
-from keyhole.config.file import configuration, validate
+from keyhole.config.file import configuration
 from keyhole.data.item import Item
 from keyhole.engine.passes import Bags
 from keyhole.engine.to_device import Stager
@@ -62,7 +61,7 @@ def loop_of(path: Path, out: Path, loop: type[Loop], device: str = "cpu") -> Loo
         run={"device": device, "compile": "off"},
         select={"rule": "streaming"},
     )
-    config = validate(dataclasses.replace(configuration({"path": path, "tasks": KINDS}, sections), out=out))
+    config = configuration({"path": path, "tasks": KINDS}, sections).replace(out=out)
     with Interrupt() as interrupt, closing(start_job(config, lambda _: None)) as job:
         made = loop(job, interrupt)
         made.learn()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 from megapixel_mnist import MNIST
 from published_canvases import write_published
 
-from keyhole.config.file import build, resolve
+from keyhole.config.file import resolve
 from keyhole.config.settings import Config
 from keyhole.errors import Interrupted
 from keyhole.training.interrupt import Interrupt
@@ -80,7 +79,7 @@ def train_some(bench: Bench) -> None:
     count, folder = 16 if bench.dry else 64, bench.scratch / "few-canvases"
     manifest = write_published(folder, {"train": count}, 200 if bench.dry else SIDE, mnist=bench.mnist or MNIST)
     config = settings(bench, manifest)
-    config = replace(config, out=folder / "run", train=replace(config.train, epochs=1, warmup=0))
+    config = config.replace(out=folder / "run", train={"epochs": 1, "warmup": 0})
     start = time.monotonic()
     train_config(config)
     bench.say(f"an epoch of {count} canvases, from the start of the run to its end: {time.monotonic() - start:.1f} s")
@@ -98,4 +97,4 @@ def settings(bench: Bench, manifest: Path) -> Config:
         changed["model"] = {"encoder": "small", "width": 4, "stages": 2, "hidden": 16, "channels": 1}
         changed["select"] = {"m": 4, "chunk": 8}
         changed["train"] |= {"batch": 2}
-    return build(resolve("megapixel-mnist", None), {"out": str(bench.scratch / "digits"), **changed})
+    return resolve("megapixel-mnist").replace(out=bench.scratch / "digits", **changed)

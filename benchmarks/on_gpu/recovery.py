@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 
 import memory
 import numpy as np
 import torch
-from memory_steps import plain_config
 from torch import Tensor, nn
 
 from keyhole.config.settings import Config, RunConfig, SelectConfig
@@ -18,6 +16,7 @@ from keyhole.engine.memory.plan import Plan
 from keyhole.engine.passes import open_reader, select_batch
 from keyhole.engine.to_device import Stager
 from keyhole.nn import IPSClassifier
+from keyhole.tools.bench.memory import plain_config
 from on_gpu.bench import Bench, new_model
 from on_gpu.streams import InMemory
 
@@ -93,4 +92,4 @@ def plan(bench: Bench) -> None:
 def budgeted(bench: Bench) -> Config:
     """The configuration that `benchmarks/memory.py` measures."""
     base = plain_config(not bench.dry)
-    return dataclasses.replace(base, run=RunConfig(device=str(bench.device)))
+    return base.replace(run=RunConfig(device=str(bench.device)))

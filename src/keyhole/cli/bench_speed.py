@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from keyhole.cli.arguments import ConfigOptions, parse, parse_over, print_config
-from keyhole.config.check import validate
-from keyhole.config.file import recipes, resolve
+from keyhole.cli.bench_source import source_of
+from keyhole.cli.options import ConfigOptions, parse, print_config, read
 from keyhole.config.settings import Config, Positive, PositiveFloat
 from keyhole.errors import ConfigError
-from keyhole.util.budget import parse_memory
-from keyhole.util.wording import nearest
 
 if TYPE_CHECKING:
     from keyhole.runs.run import Run
@@ -26,7 +21,6 @@ if TYPE_CHECKING:
 PROG = "keyhole bench speed"
 
 
-@dataclass(frozen=True)
 class SpeedOptions(ConfigOptions):
     """Measure training steps beside the encoder alone, and say where the time goes.
 
@@ -53,7 +47,7 @@ class SpeedOptions(ConfigOptions):
     """Steps to measure, after the first one."""
     seconds: PositiveFloat = 60.0
     """No further step is begun after so many seconds; one is measured at least."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    json_: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object."""
 
 
@@ -66,7 +60,7 @@ def run(argv: list[str]) -> int:
     from keyhole.tools.bench.speed import speed
 
     found = speed(config, run=run, recipe=recipe, steps=options.steps, seconds=options.seconds, say=_say)
-    print(json.dumps(found.to_json(), indent=2) if options.json else "\n".join(found.lines()))
+    print(json.dumps(found.to_json(), indent=2) if options.json_ else "\n".join(found.lines()))
     return 0
 
 
@@ -80,61 +74,34 @@ def _short_data(argv: Sequence[str]) -> Iterator[str]:
         yield word.replace("--data", "--data.path", 1) if word == "--data" or word.startswith("--data=") else word
 
 
-def _recipe_or_file(options: SpeedOptions) -> tuple[str | None, Path | None]:
-    """Return the recipe and the settings file, given by a bare name or as `--recipe` and `--config`.
-
-    Raises:
-        ConfigError: there is nothing of that name, or one is given twice.
-    """
-    named, recipe, file = options.source, options.recipe, options.config
-    if named is None:
-        return recipe, file
-    known = recipes()
-    if str(named) in known:
-        if recipe is not None:
-            raise ConfigError(f"two recipes are given, {named} and --recipe {recipe}: leave one out")
-        return str(named), file
-    if not named.is_file():
-        near = nearest(str(named), known)
-        raise ConfigError(
-            f"{named}: expected a run folder, a settings file or a recipe, found nothing of that name{near}; recipes: "
-            f"{', '.join(known)}"
-        )
-    if file is not None:
-        raise ConfigError(f"two settings files are given, {named} and --config {file}: leave one out")
-    return recipe, named
-
-
 def _settings(argv: Sequence[str]) -> tuple[SpeedOptions, Config, Run | None, str | None]:
     """The options, the configuration, the run where one is named, and the recipe where one is."""
-    options = parse(SpeedOptions, argv, PROG)
-    named, run = options.source, None
-    recipe, file = options.recipe, options.config
+    from keyhole.config.file import given_values, recipes
+
+    given, run = parse(SpeedOptions, argv, PROG), None
+    named, recipe, file = given.get("source"), given.get("recipe"), given.get("config")
     if named is not None and (named / "config.yaml").is_file():
         if recipe is not None or file is not None:
             raise ConfigError(f"{named} is a run, whose settings are used: leave out --recipe and --config")
-        base, run = _of_run(named)
+        run, base = _of_run(named)
     else:
-        recipe, file = _recipe_or_file(options)
+        recipe, file = source_of(named, recipe, file, "a run folder, a settings file or a recipe")
         if recipe is None and file is None:
             raise ConfigError(f"nothing to measure given: {PROG} RUN, or a recipe: {', '.join(recipes())}")
-        base = resolve(recipe, file)
-    options = parse_over(SpeedOptions, argv, PROG, base)
-    if options.out is not None:
+        base = given_values(recipe, file)
+    options = read(SpeedOptions, argv, PROG, base)
+    if options.settings.out is not None:
         raise ConfigError("--out: a measurement leaves no run folder; leave it out")
-    parse_memory(options.memory)
-    config = Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
-    return options, validate(config, flags=True), run, recipe
+    return options, options.settings, run, recipe
 
 
-def _of_run(folder: Path) -> tuple[Config, Run]:
-    """A run and its configuration, without what says where its data are: its manifest does."""
+def _of_run(folder: Path) -> tuple[Run, dict[str, Any]]:
+    """A run and its settings, without what says where its data are: its manifest does."""
     from keyhole.runs.run import find_run
 
     run = find_run(folder)
-    config = run.config
-    data = dataclasses.replace(config.data, path=None, root=None, features=None, masks=None)
-    return dataclasses.replace(config, out=None, data=data), run
+    nowhere = {"path": None, "root": None, "features": None, "masks": None}
+    return run, run.config.replace(out=None, data=nowhere).model_dump()
 
 
 def _say(text: str) -> None:

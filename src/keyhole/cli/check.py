@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, TextIO
 
 import tyro
 
-from keyhole.cli.arguments import ConfigOptions, config_with_data, parse_config, print_config
+from keyhole.cli.options import DataOptions, print_config, read
 
 if TYPE_CHECKING:
     from keyhole.config.settings import Config
@@ -22,8 +22,7 @@ LISTED = 20
 """Left-out files shown; the JSON has all."""
 
 
-@dataclass(frozen=True)
-class CheckOptions(ConfigOptions):
+class CheckOptions(DataOptions):
     """Open every image, read its first and last patch, and say what would go wrong, with a fix for each.
 
     Exit code 1 if anything is wrong. Takes the settings of `keyhole train`, so the same line can be checked first.
@@ -42,7 +41,7 @@ class CheckOptions(ConfigOptions):
         *("train.lr", "train.encoder-lr", "train.weight-decay", "train.final-lr", "train.clip", "train.patience"),
     )
 
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    json_: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the report as JSON to a file, or `-` for standard output."""
     previews: Annotated[str, tyro.conf.arg(metavar="DIR")] = "auto"
     """Folder for a PNG per image with its foreground mask and patches; `auto` is keyhole-check where patch.foreground
@@ -54,10 +53,11 @@ class CheckOptions(ConfigOptions):
 
 
 def run(argv: list[str]) -> int:
-    options, config = parse_config(CheckOptions, argv, "keyhole check")
-    config_with_data(options, config, "check")
+    options = read(CheckOptions, argv, "keyhole check")
+    config = options.settings
     if options.print_config:
         return print_config(config)
+    options.check_data("check")
 
     from keyhole.tools.check.run import check
     from keyhole.util.files import write_atomic
@@ -74,12 +74,12 @@ def run(argv: list[str]) -> int:
     if not options.no_labels:
         report = replace(report, time=_expected(config, report))
     as_json = json.dumps(report.to_json(), indent=2) + "\n"
-    to_stdout = options.json == Path("-")
+    to_stdout = options.json_ == Path("-")
     show_report(report, sys.stderr if to_stdout else sys.stdout)
     if to_stdout:
         print(as_json, end="")
-    elif options.json is not None:
-        write_atomic(options.json, as_json)
+    elif options.json_ is not None:
+        write_atomic(options.json_, as_json)
     return 0 if report.ok else 1
 
 

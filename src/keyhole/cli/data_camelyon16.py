@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
 
 import tyro
 
-from keyhole.cli.arguments import parse, print_options
+from keyhole.cli.options import Options, print_options, read
 from keyhole.config.settings import NotNegative, Rate
 from keyhole.errors import DataError, OutputError
 
 
-@dataclass(frozen=True)
-class Camelyon16Options:
+class Camelyon16Options(Options):
     """Make a manifest of a copy of CAMELYON16, and report what is missing, double or broken in it.
 
     Reads the tree of the challenge (training, testing) and that of the AWS copy (images, annotations, evaluation).
@@ -35,12 +33,10 @@ class Camelyon16Options:
     """Share of the training slides held out to choose the best model, in each class alike."""
     seed: NotNegative = 0
     """Another seed holds out others."""
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print these options as they result, as YAML, and end."""
 
 
 def run(argv: list[str]) -> int:
-    options = parse(Camelyon16Options, argv, "keyhole data camelyon16")
+    options = read(Camelyon16Options, argv, "keyhole data camelyon16")
     if options.print_config:
         return print_options(options)
 

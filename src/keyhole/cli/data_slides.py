@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from annotated_types import Interval
 
-from keyhole.cli.arguments import parse, print_options
-from keyhole.config.settings import Fraction, NotNegative, Positive
+from keyhole.cli.options import Options, print_options, read
+from keyhole.config.settings import Fraction, NotNegative, Number, Positive
 
 
-@dataclass(frozen=True)
-class SlidesOptions:
+class SlidesOptions(Options):
     """Write labelled pyramidal TIFF slides of generated tissue; positive ones hold small nests of hollow nuclei.
 
     Writes manifest.csv, which `keyhole train` takes, and nests.csv, which says where the nests are.
@@ -25,7 +23,7 @@ class SlidesOptions:
     """Folder to write to; created if it is not there, and must be empty."""
     count: Positive = 100
     """Slides to write, those of `val` and `test` included."""
-    side: Annotated[int, Interval(ge=2048, le=200_000)] = 6144
+    side: Annotated[Positive, Interval(ge=2048, le=200_000)] = 6144
     """Width and height in pixels, 2,048 to 200,000; memory does not grow with it."""
     positive: Fraction = 0.5
     """Share of the slides that have nests."""
@@ -35,14 +33,12 @@ class SlidesOptions:
     """How many are for choosing the model. With neither `val` nor `test` the manifest names no splits."""
     test: NotNegative = 0
     """How many are for testing; the last ones."""
-    mpp: Annotated[float, Interval(ge=0.05, le=20)] = 0.5
+    mpp: Annotated[Number, Interval(ge=0.05, le=20)] = 0.5
     """Microns per pixel that the files state."""
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print these options as they result, as YAML, and end."""
 
 
 def run(argv: list[str]) -> int:
-    options = parse(SlidesOptions, argv, "keyhole data slides")
+    options = read(SlidesOptions, argv, "keyhole data slides")
     if options.print_config:
         return print_options(options)
 
@@ -58,7 +54,7 @@ def run(argv: list[str]) -> int:
             speed = pixels / 1e6 / (time.monotonic() - start)
             progress.update(images=pixels // whole - progress.images, text=f"{speed:.0f} Mpx/s")
 
-        slides = SlideSet(**{field.name: getattr(options, field.name) for field in fields(SlideSet)})
+        slides = SlideSet(**options.model_dump(exclude={"out", "print_config"}))
         manifest = make_slides(options.out, slides, show)
     print(f"{options.count} slides of {options.side} x {options.side} pixels; nests: {manifest.with_name('nests.csv')}")
     print(f"train on them with: keyhole train {manifest} --recipe slides")

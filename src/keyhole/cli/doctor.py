@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from keyhole.cli.arguments import parse, print_config
+from keyhole.cli.options import Options, print_config, read
 
 
-@dataclass(frozen=True)
-class DoctorOptions:
+class DoctorOptions(Options):
     """Try every reader on small images and train for a few seconds, and say what is missing.
 
     Writes only to a temporary folder. Exit code 1 if something that is needed does not work.
     """
 
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the configuration of the short training run, as YAML, and end."""
-
 
 def run(argv: list[str]) -> int:
-    options = parse(DoctorOptions, argv, "keyhole doctor")
+    options = read(DoctorOptions, argv, "keyhole doctor")
     from keyhole.tools import doctor
 
     if options.print_config:

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from keyhole.cli.arguments import check_device, parse, print_options
-from keyhole.config.check import validate
-from keyhole.config.settings import (
-    Config,
-    Decode,
-    ModelConfig,
-    PatchConfig,
-    Positive,
-    Quantity,
-    RunConfig,
-)
+from keyhole.cli.options import Options, print_options, read
+from keyhole.config.amounts import ONE_PERCENT, Memory, Share
+from keyhole.config.settings import Channels, Decode, Device, Encoder, ModelConfig, PatchConfig, Positive
 from keyhole.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class EmbedOptions:
+class EmbedOptions(Options):
     """Embed the patches of every image, and write one HDF5 file of features for each, as CLAM and TRIDENT do.
 
     `keyhole train DATA --data.features DIR` learns from them. The same line again goes on where it was stopped.
@@ -46,7 +36,7 @@ class EmbedOptions:
     run: Path | None = None
     """Run, or folder of a model, whose encoder embeds: gives the encoder, its weights and the patch settings; flags of
     patches go over it."""
-    encoder: str = "resnet50"
+    encoder: Encoder = "resnet50"
     """Any timm name, or `small`."""
     pretrained: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Download timm's pretrained weights. Nothing is downloaded without being asked for."""
@@ -56,9 +46,9 @@ class EmbedOptions:
     """Keep only the first stages of a timm encoder; for `small`, halvings after the first convolution."""
     width: Positive = 32
     """Channels of the first stage of the `small` encoder."""
-    channels: Literal[1, 3] = 3
+    channels: Channels = 3
     """Channels the encoder sees."""
-    patch: PatchConfig = field(default_factory=PatchConfig)
+    patch: PatchConfig = PatchConfig()
     root: Path | None = None
     """Folder that relative image paths of a CSV start from; default is the CSV's own folder."""
     masks: Path | None = None
@@ -70,9 +60,9 @@ class EmbedOptions:
     products on a GPU; both are faster. Features outlive the machine, hence float32, without TF32."""
     chunk: Positive | None = None
     """Patches that are encoded at once; default is what `--memory` allows, 64 at most on a CPU."""
-    memory: Quantity = "auto"
+    memory: Memory = None
     """Budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     decode: Decode = "auto"
     """Where JPEG tiles of slides are decoded: `auto` lets a GPU take part, which changes features a little from run to
@@ -81,14 +71,12 @@ class EmbedOptions:
     """Threads that read and decode; default one per core, at most 16. With a GPU one core of 3 or more stays free."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What an unreadable image does: end the run, or be left out, counted and listed."""
-    unreadable: Quantity = "1%"
+    unreadable: Share = ONE_PERCENT
     """Share of an image's patches that may be unreadable; they are left out of its features, and counted."""
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print these options as they result, and end."""
 
 
 def run(argv: list[str]) -> int:
-    options = _over_run(parse(EmbedOptions, argv, "keyhole embed"), argv)
+    options = _over_run(read(EmbedOptions, argv, "keyhole embed"), argv)
     _check(options)
     if options.print_config:
         return print_options(options)
@@ -145,17 +133,12 @@ def _over_run(options: EmbedOptions, argv: list[str]) -> EmbedOptions:
         if getattr(options, name) != getattr(plain, name):
             raise ConfigError(f"--run gives the encoder and its weights: leave out --{name}")
     _, patch = encoder_of(options.run.expanduser())
-    return parse(EmbedOptions, argv, "keyhole embed", replace(plain, patch=patch))
+    return read(EmbedOptions, argv, "keyhole embed", {"patch": patch.model_dump()})
 
 
 def _check(options: EmbedOptions) -> None:
-    """Raises ConfigError for options that do not fit each other, under the names they have here."""
-    check_device(options.device)
-    model = ModelConfig(options.encoder, stages=options.stages, pretrained=options.pretrained, weights=options.weights)
-    config = Config(
-        memory=options.memory, patch=options.patch, model=model, run=RunConfig(), unreadable=options.unreadable
-    )
+    """Raise ConfigError for options that do not fit each other, under the names they have here."""
     try:
-        validate(config, flags=True)
+        ModelConfig(encoder=options.encoder, pretrained=options.pretrained, weights=options.weights)
     except ConfigError as error:
-        raise ConfigError(str(error).replace("--model.", "--")) from error
+        raise ConfigError(str(error).replace("model.", "--")) from error

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from keyhole.cli.arguments import check_device, parse, print_options
-from keyhole.config.settings import Decode
+from keyhole.cli.options import Options, print_options, read
+from keyhole.config.amounts import ONE_PERCENT, Memory, Share
+from keyhole.config.settings import Decode, Device
 from keyhole.errors import DataError
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """Metrics of a run's best model with 95 % intervals, and one CSV row per image.
 
     Where the data have a column `annotation` (GeoJSON of QuPath, XML of ASAP), also how much of the attention lies in
@@ -34,7 +33,7 @@ class EvaluateOptions:
     out: Path | None = None
     """Folder for metrics, table and contact sheet; default is in the run folder, under evaluation. With it, nothing is
     written into the run folder."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     decode: Decode = "auto"
     """Where JPEG tiles of slides are decoded: `auto` lets a GPU take part, which changes results a little from run to
@@ -43,19 +42,16 @@ class EvaluateOptions:
     """Folder of feature files of the images given with --data."""
     masks: Path | None = None
     """Folder of masks of the images given with --data."""
-    memory: str = "auto"
+    memory: Memory = None
     """Budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free."""
-    unreadable: str = "1%"
+    unreadable: Share = ONE_PERCENT
     """Share of an image's patches that may be unreadable."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What an unreadable image or annotation does: end the evaluation, or be left out, counted and listed."""
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print these options as they result, as YAML, and end."""
 
 
 def run(argv: list[str]) -> int:
-    options = parse(EvaluateOptions, argv, "keyhole evaluate")
-    check_device(options.device)
+    options = read(EvaluateOptions, argv, "keyhole evaluate")
     if options.print_config:
         return print_options(options)
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from keyhole.cli.arguments import ConfigOptions, parse_config, parse_over
-from keyhole.config.check import validate
+from keyhole.cli.options import DataOptions, read
 from keyhole.config.settings import Config
-from keyhole.errors import ConfigError, OutputError
+from keyhole.errors import OutputError
 
 
-@dataclass(frozen=True)
-class InitOptions(ConfigOptions):
+class InitOptions(DataOptions):
     """Measure a data set and write a configuration for it, with the reason beside every value.
 
     Values come from the data, but --recipe, --config and flags go over them. Never overwrites a file.
@@ -27,34 +23,25 @@ class InitOptions(ConfigOptions):
         *("patch.foreground", "model.encoder", "select.m", "train.epochs", "print-config"),
     )
 
-    out: Path | None = None
-    """File to write; default is keyhole.yaml."""
+    TEXTS: ClassVar = {"out": "File to write; default is keyhole.yaml."}
 
 
 def run(argv: list[str]) -> int:
-    options, config = parse_config(InitOptions, argv, "keyhole init")
-    config = dataclasses.replace(config, out=None)
-    validate(config, flags=True)
-    if config.data.path is None:
-        raise ConfigError("no data given: keyhole init DATA, where DATA is a folder of classes or a CSV")
-    target = options.out or Path("keyhole.yaml")
+    options = read(InitOptions, argv, "keyhole init")
+    options.check_data("init")
+    config, target = options.settings, options.settings.out or Path("keyhole.yaml")
     if not options.print_config and (target.exists() or target.is_symlink()):
         raise OutputError(f"{target}: is there already, and is not overwritten. Remove it or give another --out.")
 
     from keyhole.config.auto import auto_reasons
-    from keyhole.config.file import dump_config, resolve
+    from keyhole.config.file import dump_config
     from keyhole.tools.init import measure, propose, with_counted_patches
 
     measured = measure(config)
     proposal = with_counted_patches(propose(Config(data=config.data), measured), measured, config)
     # What was said by recipe, file or flag goes over what was measured.
-    said = parse_over(InitOptions, argv, "keyhole init", resolve(options.recipe, options.config, proposal.config))
-    final = dataclasses.replace(
-        Config(**{field.name: getattr(said, field.name) for field in dataclasses.fields(Config)}),
-        out=None,
-        data=config.data,
-    )
-    validate(final, flags=True)
+    said = read(InitOptions, argv, "keyhole init", proposal.config.model_dump())
+    final = said.settings.replace(out=None, data=config.data)
     reasons = {name: why for name, why in proposal.reasons.items() if _at(final, name) == _at(proposal.config, name)}
     reasons |= auto_reasons(final)
     text = _header(target, proposal.summary) + dump_config(final, comments=True, notes=reasons)

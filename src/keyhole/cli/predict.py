@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
-from keyhole.cli.arguments import check_device, parse, print_options
-from keyhole.config.settings import Bits, Decode
+from keyhole.cli.options import Options, print_options, read
+from keyhole.config.amounts import ONE_PERCENT, Memory, Share
+from keyhole.config.settings import Bits, Decode, Device, Number
 from keyhole.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from keyhole.report.table import TableRow
 
 
-@dataclass(frozen=True)
-class PredictOptions:
+class PredictOptions(Options):
     """Labels of images by a run's best model, the patches they rest on, and the score of every patch.
 
     Writes predictions.csv with one row per image, and a folder per image, which its row names: prediction.json,
@@ -38,30 +37,27 @@ class PredictOptions:
     """Image files, folders of them, or CSVs with a column image and, where known, mpp, mask and features."""
     out: Path | None = None
     """Folder to write to; created if it is not there."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     decode: Decode = "auto"
     """Where JPEG tiles of slides are decoded: `auto` lets a GPU take part, which changes results a little from run to
     run; `cpu` does not."""
-    mpp: float | None = None
+    mpp: Number | None = None
     """Microns per pixel of the full resolution, where the files do not say it or are wrong; a CSV says it per image."""
     masks: Path | None = None
     """Folder of masks by the images' names, for a model of `patch.foreground mask`."""
     bits: Bits | None = None
     """Bits in use of 16-bit images that do not state them; default is what the model learned with."""
-    memory: str = "auto"
+    memory: Memory = None
     """Budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free."""
-    unreadable: str = "1%"
+    unreadable: Share = ONE_PERCENT
     """Share of an image's patches that may be unreadable."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What an unreadable image does: end the prediction, or be left out, counted and listed."""
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print these options as they result, as YAML, and end."""
 
 
 def run(argv: list[str]) -> int:
-    options = parse(PredictOptions, argv, "keyhole predict")
-    check_device(options.device)
+    options = read(PredictOptions, argv, "keyhole predict")
     if options.print_config:
         return print_options(options)
     if not options.images:
@@ -83,7 +79,7 @@ def run(argv: list[str]) -> int:
 
     predictor = load(options.run, options.device, options.memory, options.unreadable, options.decode)
     if options.bits is not None:
-        predictor.config = replace(predictor.config, patch=replace(predictor.config.patch, bits=options.bits))
+        predictor.config = predictor.config.replace(patch={"bits": options.bits})
     answers = AnswerFolder(options.out, [item.image for item in items])
     if answers.replaced:
         print(f"{options.out}: replaces earlier answers for {answers.replaced} of these images", file=sys.stderr)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import tyro
 
-from keyhole.cli.arguments import parse, print_config
+from keyhole.cli.options import Options, print_config, read
+from keyhole.config.base import Settings
 from keyhole.config.settings import Positive
 
 
-@dataclass(frozen=True)
-class ResumeTrain:
+class ResumeTrain(Settings):
     """What may change about the learning."""
 
     epochs: Positive | None = None
@@ -21,8 +20,7 @@ class ResumeTrain:
     follows the schedule of so many epochs."""
 
 
-@dataclass(frozen=True)
-class ResumeOptions:
+class ResumeOptions(Options):
     """Go on with a run that was stopped, with the settings it has, or with a finished one for more epochs.
 
     On CPU it ends with the same weights as if it had not been stopped.
@@ -32,15 +30,13 @@ class ResumeOptions:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder of `keyhole train`."""
-    train: ResumeTrain = field(default_factory=ResumeTrain)
+    train: ResumeTrain = ResumeTrain()
     root: Path | None = None
     """Folder that the images were moved to since; they are found in it by relative path, size and SHA-256."""
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the configuration of the run, as YAML, and end."""
 
 
 def run(argv: list[str]) -> int:
-    options = parse(ResumeOptions, argv, "keyhole resume")
+    options = read(ResumeOptions, argv, "keyhole resume")
     if options.print_config:
         from keyhole.config.file import load_config
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
-from keyhole.cli.arguments import ConfigOptions, config_with_data, parse_config, print_config
+from keyhole.cli.options import DataOptions, print_config, read
 
 
-@dataclass(frozen=True)
-class TrainOptions(ConfigOptions):
+class TrainOptions(DataOptions):
     """Learn from images, and write the model, its metrics and its predictions into a run folder.
 
     Settings: default < --recipe < --config < flags. The result is in the run folder as config.yaml.
@@ -26,13 +24,13 @@ class TrainOptions(ConfigOptions):
 
 
 def run(argv: list[str]) -> int:
-    options, config = parse_config(TrainOptions, argv, "keyhole train")
-    config_with_data(options, config, "train")
+    options = read(TrainOptions, argv, "keyhole train")
     if options.print_config:
-        return print_config(config)
+        return print_config(options.settings)
+    options.check_data("train")
 
     from keyhole.training.loop import train_config
 
-    done = train_config(config)
+    done = train_config(options.settings)
     print("\n".join(done.summary()))
     return 0

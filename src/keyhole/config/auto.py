@@ -6,7 +6,6 @@ depend on these rules.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +68,14 @@ def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
     if changes:
         said = ", ".join(f"{name} {value:g}" for name, value in changes.items())
         lines.append(f"{said}: {found.why}")
-    train = dataclasses.replace(train, **changes)
+    config = config.replace(train=changes)
+    train = config.train
     if number(train.explore, "train.explore") >= train.epochs:
         lines.append(
             f"warning: train.explore (={train.explore:g}) is not over within train.epochs (={train.epochs}): some "
             "patches are kept at random until the end. Lower it, or leave it at auto."
         )
-    return dataclasses.replace(config, train=train), lines
+    return config, lines
 
 
 def auto_reasons(config: Config) -> dict[str, str]:

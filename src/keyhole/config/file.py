@@ -1,39 +1,24 @@
-"""Configuration from YAML and back: every value checked, every mistake named with its nearest right spelling.
+"""Configuration from YAML and back, and the recipes.
 
 Precedence: default < recipe < `--config` file < flags. `resolve` does the first three; the command line adds the flags.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import re
 import textwrap
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
-from keyhole.config.check import check_value, got, leaves, validate
-from keyhole.config.docstrings import field_texts
+from keyhole.config.base import Contradiction, Settings, got
 from keyhole.config.settings import Config
 from keyhole.errors import ConfigError
 from keyhole.util.wording import nearest
-
-__all__ = [
-    "build",
-    "configuration",
-    "dump_config",
-    "load_config",
-    "parse_config",
-    "read_config",
-    "read_recipe",
-    "recipes",
-    "resolve",
-    "validate",
-]
 
 MAX_BYTES = 1_000_000
 """A configuration is a few kilobytes; a larger file is something else."""
@@ -103,7 +88,7 @@ def _one_line(message: object) -> str:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The values that a YAML file gives, nested as in `Config`, each checked; what it leaves out is not there.
+    """Return the values that a YAML file gives, nested as in `Config`, each checked; others are not in it.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key (the nearest is named), a wrong type or range.
@@ -121,114 +106,111 @@ def read_config(path: str | Path) -> dict[str, Any]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not text (byte {error.start} is not UTF-8); expected a YAML file") from error
-    return _section(Config, _parse(text, str(path)), str(path), "")
+    return _checked(text, str(path))
+
+
+def _checked(text: str, source: str) -> dict[str, Any]:
+    """The values of a YAML text, each checked by itself: another source may resolve a contradiction."""
+    values = _parse(text, source)
+    try:
+        for name, value in values.items():
+            with contextlib.suppress(Contradiction):
+                Config().replace(**{str(name): value})
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    return values
 
 
 def load_config(path: str | Path) -> Config:
-    """The configuration of a YAML file, defaults filled in. Raises ConfigError as `read_config` and `validate` do."""
-    config = build(Config(), read_config(path))
-    return validate(config, source=f"{path}: ")
+    """Return the configuration of a YAML file, defaults filled in. Raises ConfigError where it is not valid."""
+    return _config(read_config(path), str(path))
 
 
 def parse_config(text: str, source: str) -> Config:
-    """The configuration of a YAML text, defaults filled in. Raises ConfigError as `load_config` does."""
-    return validate(build(Config(), _section(Config, _parse(text, source), source, "")), source=f"{source}: ")
+    """Return the configuration of a YAML text, defaults filled in. Raises ConfigError where it is not valid."""
+    return _config(_checked(text, source), source)
+
+
+def _config(values: Mapping[str, Any], source: str) -> Config:
+    try:
+        return Config().replace(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def recipes() -> dict[str, str]:
-    """Name and first line of each recipe that comes with keyhole."""
+    """Return name and first line of each recipe that comes with keyhole."""
     folder = resources.files("keyhole.config.recipes")
     found = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
     return {entry.name.removesuffix(".yaml"): entry.read_text("utf-8").splitlines()[0].lstrip("# ") for entry in found}
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The values that a recipe gives. Raises ConfigError naming the nearest recipe if there is none of this name."""
+    """Return the values that a recipe gives. Raises ConfigError naming the nearest recipe if there is no such one."""
     names = recipes()
     if name not in names:
         raise ConfigError(
             f"--recipe: there is no recipe {name!r}{nearest(name, names, quote='`')}; there are {', '.join(names)}"
         )
-    text = (resources.files("keyhole.config.recipes") / f"{name}.yaml").read_text("utf-8")
-    return _section(Config, _parse(text, f"recipe {name}"), f"recipe {name}", "")
+    return _checked((resources.files("keyhole.config.recipes") / f"{name}.yaml").read_text("utf-8"), f"recipe {name}")
 
 
-def resolve(recipe: str | None = None, config_path: str | Path | None = None, base: Config | None = None) -> Config:
-    """`base` (the defaults) under the recipe under the file; cross-field rules are for `validate`, after the flags."""
-    config = base or Config()
-    if recipe is not None:
-        config = build(config, read_recipe(recipe))
-    if config_path is not None:
-        config = build(config, read_config(config_path))
-    return config
+def merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values in which each source goes over those before it."""
+    found: dict[str, Any] = {}
+    for source in sources:
+        for name, value in source.items():
+            old = found.get(name)
+            found[name] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return found
+
+
+def given_values(recipe: str | None = None, config_path: str | Path | None = None) -> dict[str, Any]:
+    """Return the values of a recipe and of a file over it; they may still contradict each other."""
+    return merged(
+        {} if recipe is None else read_recipe(recipe), {} if config_path is None else read_config(config_path)
+    )
+
+
+def resolve(recipe: str | None = None, config_path: str | Path | None = None) -> Config:
+    """Return the configuration of a recipe and of a file over it."""
+    return Config().replace(**given_values(recipe, config_path))
 
 
 def configuration(data: str | Path | Mapping[str, Any] | Config, settings: Mapping[str, Any]) -> Config:
-    """The configuration that a function of the API is called with, not yet validated.
+    """Return the configuration that a function of the API is called with.
 
     Args:
         data: the data, their section as a mapping, or a whole configuration.
         settings: sections over it; and, where `data` is not a whole configuration, `recipe` and `config` under them.
     """
     given = dict(settings)
+    recipe, file = given.pop("recipe", None), given.pop("config", None)
     if not isinstance(data, Config):
-        section = dict(data) if isinstance(data, Mapping) else {"path": str(data)}
-        return build(resolve(given.pop("recipe", None), given.pop("config", None)), {**given, "data": section})
-    for name in ("recipe", "config"):
-        if given.pop(name, None) is not None:
+        section = data if isinstance(data, Mapping) else {"path": str(data)}
+        return Config().replace(**merged(given_values(recipe, file), given, {"data": section}))
+    for name, value in (("recipe", recipe), ("config", file)):
+        if value is not None:
             raise ConfigError(
                 f"{name}: not beside a whole Config, which has all settings; leave it out, or give the data"
             )
-    return build(data, given)
-
-
-def build(config: Config, given: Mapping[str, Any], source: str = "settings") -> Config:
-    """`config` with the values `given`, nested as in `Config`, put over it.
-
-    Args:
-        config: what holds where nothing is given.
-        given: sections as mappings (or as their dataclasses).
-        source: where the values come from, for messages.
-
-    Raises:
-        ConfigError: an unknown name (the nearest is named), a wrong type or range.
-    """
-    changes = {
-        key: dataclasses.replace(getattr(config, key), **value) if isinstance(value, dict) else value
-        for key, value in _section(Config, given, source, "").items()
-    }
-    return dataclasses.replace(config, **changes)
-
-
-def _section(kind: type, raw: Mapping[Any, Any], source: str, prefix: str) -> dict[str, Any]:
-    """The values of `raw`, each checked against the fields of the dataclass `kind`."""
-    hints = get_type_hints(kind, include_extras=True)
-    checked: dict[str, Any] = {}
-    for key, value in raw.items():
-        name = f"{prefix}{key}"
-        if key not in hints:
-            raise ConfigError(f"{source}: unknown key `{name}`{nearest(str(key), hints, prefix, quote='`')}")
-        if not dataclasses.is_dataclass(hints[key]):
-            checked[key] = check_value(hints[key], value, f"{source}: {name}")
-        elif isinstance(value, _as_type(hints[key])):
-            checked[key] = value
-        elif isinstance(value, Mapping):
-            checked[key] = _section(_as_type(hints[key]), value, source, f"{name}.")
-        elif value is not None:  # a section with every line commented out reads as null
-            raise ConfigError(f"{source}: {name}: expected a section of keys, got {got(value)}")
-    return checked
-
-
-def _as_type(hint: Any) -> type:
-    assert isinstance(hint, type)
-    return hint
+    return data.replace(**given)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+def leaves(config: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted name and value of every setting."""
+    for name, value in config:
+        if isinstance(value, Settings):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def dump_config(config: Config, comments: bool = False, notes: Mapping[str, str] | None = None) -> str:
-    """YAML that `load_config` reads back to an equal configuration.
+    """Return YAML that `load_config` reads back to an equal configuration.
 
     Args:
         config: what to write; paths are written as they are.
@@ -236,19 +218,25 @@ def dump_config(config: Config, comments: bool = False, notes: Mapping[str, str]
         notes: further reasons by dotted name, such as what was measured; written with `comments`.
     """
     lines: list[str] = []
-    reasons = _reasons() if comments else {}
-    section = ""
-    for path, _, value in leaves(config):
-        head, _, key = path.rpartition(".")
-        if head != section:
-            section = head
-            lines += [""] * comments + [f"{head}:" + (f"  # {reasons[head]}" if comments else "")]
-        indent = "  " if head else ""
-        if comments:
-            lines += [f"{indent}# {line}" for line in _wrap(reasons[path])]
-            lines += [f"{indent}# -> {line}" for line in _wrap((notes or {}).get(path, ""))]
-        lines.append(f"{indent}{key}: {_scalar(value)}")
-    return "\n".join(lines).lstrip("\n") + "\n"
+
+    def write(model: Settings, section: str) -> None:
+        indent = "  " if section else ""
+        for key, value in model.model_dump(exclude=set(dict(_sections(model)))).items():
+            if comments:
+                note = (notes or {}).get(f"{section}.{key}", "")
+                lines.extend(f"{indent}# {line}" for line in _wrap(type(model).model_fields[key].description or ""))
+                lines.extend(f"{indent}# -> {line}" for line in _wrap(note))
+            lines.append(f"{indent}{key}: {_scalar(value)}")
+
+    write(config, "")
+    for name, section in _sections(config):
+        lines.extend(["", f"{name}:  # {_flat(type(section).__doc__)}"] if comments else [f"{name}:"])
+        write(section, name)
+    return "\n".join(lines) + "\n"
+
+
+def _sections(config: Settings) -> Iterator[tuple[str, Settings]]:
+    return ((name, value) for name, value in config if isinstance(value, Settings))
 
 
 def _scalar(value: Any) -> str:
@@ -261,17 +249,9 @@ def _scalar(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("...").removesuffix("\n")
 
 
+def _flat(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
 def _wrap(text: str, width: int = 110) -> list[str]:
-    return textwrap.wrap(text, width)
-
-
-@cache
-def _reasons() -> dict[str, str]:
-    """The texts under the classes and fields of config.py, by dotted name."""
-    hints = get_type_hints(Config)
-    found = field_texts(Config)
-    for section in (name for name, kind in hints.items() if dataclasses.is_dataclass(kind)):
-        kind = _as_type(hints[section])
-        found[section] = " ".join((kind.__doc__ or "").split())
-        found |= {f"{section}.{key}": text for key, text in field_texts(kind).items()}
-    return found
+    return textwrap.wrap(_flat(text), width)

@@ -1,42 +1,75 @@
-"""Every setting of a run, with the reason for its default.
+"""Every setting of a run, with the reason for its default and its checks beside it.
 
-One set of frozen dataclasses makes the command line (tyro) and is checked when read from YAML
-(pydantic). Precedence: default < recipe < `--config` file < flags. The resolved configuration is
+One set of frozen pydantic models checks every value, from Python, YAML or the command line, whose options are made from
+the same fields. Precedence: default < recipe < `--config` file < flags. The resolved configuration is
 written into the run folder and is itself a valid `--config`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from math import inf
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from annotated_types import Ge, Gt, Interval, MinLen
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Strict, model_validator
 
-Fraction = Annotated[float, Interval(ge=0, le=1)]
-Rate = Annotated[float, Interval(ge=0, lt=1)]
-Positive = Annotated[int, Gt(0)]
-NotNegative = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Interval(gt=0, lt=inf)]
-NotNegativeFloat = Annotated[float, Interval(ge=0, lt=inf)]
+from keyhole.config.amounts import ONE_PERCENT, Memory, Share
+from keyhole.config.base import Contradiction, Settings
+
+# The text of a ValueError says what was expected.
+
+
+def _without_zero_byte(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("a path without a zero byte")
+    return path
+
+
+def _not_bool(value: object) -> object:
+    if isinstance(value, bool):  # to Python, true is 1
+        raise ValueError("a whole number")
+    return value
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("auto, cpu, cuda or cuda:1 (a number)")
+    return name
+
+
+def _encoder(name: str) -> str:
+    if not name.strip():
+        raise ValueError("`small` or the name of a timm model")
+    return name
+
+
+Number = Annotated[float, AllowInfNan(False), Strict()]
+Fraction = Annotated[Number, Ge(0), Le(1)]
+Rate = Annotated[Number, Ge(0), Lt(1)]
+Positive = Annotated[int, Gt(0), Strict()]
+NotNegative = Annotated[int, Ge(0), Strict()]
+PositiveFloat = Annotated[Number, Gt(0)]
+NotNegativeFloat = Annotated[Number, Ge(0)]
+Switch = Annotated[bool, Strict()]
+Location = Annotated[Path, AfterValidator(_without_zero_byte)]
+Device = Annotated[str, AfterValidator(_device)]
+Encoder = Annotated[str, AfterValidator(_encoder)]
+Channels = Annotated[Literal[1, 3], BeforeValidator(_not_bool)]
 Auto = Literal["auto"]
 """The setting follows from others; see `keyhole.config.auto`."""
-Bits = Literal[8, 9, 10, 11, 12, 13, 14, 15, 16]
+Bits = Annotated[Literal[8, 9, 10, 11, 12, 13, 14, 15, 16], BeforeValidator(_not_bool)]
 """Bits in use of a value that is stored in 16."""
 Decode = Literal["auto", "cpu"]
 """Where JPEG tiles are decoded; see `RunConfig.decode`."""
-Quantity = Annotated[str, MinLen(1)]
-"""A number with or without a unit, such as 5GB or 1%."""
 
 
-@dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """Which images, which labels, which split."""
 
-    path: Path | None = None
+    path: Location | None = None
     """Folder of classes, or CSV with `image`, one column per task, optional `split`, `group`, `mpp`."""
-    root: Path | None = None
+    root: Location | None = None
     """Folder that relative image paths of a CSV start from; default is the CSV's own folder."""
     tasks: tuple[str, ...] = ()
     """Columns to learn, each `name` or `name=kind` (multiclass, binary, multilabel, regression); none: all columns that
@@ -54,10 +87,10 @@ class DataConfig:
     """Share of the images never looked at in training, where no `split` is given."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What an unreadable image does: end the run, or be left out, counted and listed."""
-    features: Path | None = None
+    features: Location | None = None
     """Folder of feature files (.h5, .pt), one an image by its name without suffix, as CLAM, TRIDENT and `keyhole embed`
     write them; they are read in the images' place."""
-    masks: Path | None = None
+    masks: Location | None = None
     """Folder of masks (.png, .geojson), one an image by its name without suffix, for `patch.foreground mask`; a
     column `mask` of the CSV goes over it."""
     hash_gb: NotNegativeFloat = 50.0
@@ -65,9 +98,17 @@ class DataConfig:
     cache: NotNegativeFloat | None = None
     """GB of decoded pixels that may stay in memory; default is a quarter of the memory free at the start, 0 never."""
 
+    @model_validator(mode="after")
+    def _leaves_images(self) -> Self:
+        if self.val + self.test >= 1:
+            raise Contradiction(
+                f"data.val (={self.val}) and data.test (={self.test}) must leave images to learn from: their sum must "
+                "be below 1"
+            )
+        return self
 
-@dataclass(frozen=True)
-class PatchConfig:
+
+class PatchConfig(Settings):
     """How an image becomes patches."""
 
     size: Positive = 224
@@ -89,12 +130,18 @@ class PatchConfig:
     """Patches that reach over the image's border: `drop` leaves them out, `shift` moves them inwards, `reflect` mirrors
     the image, `background` fills them. `auto` is `background` for slides (several levels) and `shift` for others."""
 
+    @model_validator(mode="after")
+    def _one_scale(self) -> Self:
+        if self.level is not None and self.mpp is not None:
+            both = f"patch.level (={self.level}) and patch.mpp (={self.mpp})"
+            raise Contradiction(f"{both} exclude each other: drop one")
+        return self
 
-@dataclass(frozen=True)
-class ModelConfig:
+
+class ModelConfig(Settings):
     """Encoder, attention pool and position code."""
 
-    encoder: str = "small"
+    encoder: Encoder = "small"
     """`small` (ours, fast on small machines) or any timm name, such as `resnet18` or `tf_efficientnet_lite0`. Stored
     features need none: they are projected to `dim`."""
     dim: Positive = 512
@@ -107,18 +154,18 @@ class ModelConfig:
     """SHA-256 of its weights; default is what the files say. Features of other weights are refused."""
     feature_patches: str | None = None
     """Patches that it saw, in words; default is what the files say."""
-    channels: Literal[1, 3] = 3
+    channels: Channels = 3
     """Channels the encoder sees; grey images are repeated or colour turned to grey as needed."""
     width: Positive = 32
     """Channels of the first stage of the `small` encoder; each later stage doubles them."""
     stages: Positive | None = None
     """Keep only the first stages of a timm encoder (the paper's Megapixel MNIST uses 2 of ResNet-18); for `small`,
     halvings after the first convolution, default 2."""
-    pretrained: bool = False
+    pretrained: Switch = False
     """Download timm's pretrained weights. Off: nothing is downloaded without being asked for."""
-    weights: Path | None = None
+    weights: Location | None = None
     """Weights for the encoder: a run, whose best model's encoder is taken, or a safetensors file."""
-    freeze: bool = False
+    freeze: Switch = False
     """Keep the encoder as it is; only attention and heads learn."""
     heads: Positive = 8
     """Attention heads. The paper uses 8."""
@@ -131,9 +178,19 @@ class ModelConfig:
     position: Literal["none", "1d", "2d"] = "none"
     """Position code: none, sinusoidal over the patch index (as published), or over patch coordinates."""
 
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> Self:
+        if self.encoder == "small" and self.pretrained:
+            raise Contradiction(
+                "model.pretrained: the encoder `small` has no pretrained weights; name a timm model with "
+                "model.encoder, or leave this off"
+            )
+        if self.pretrained and self.weights is not None:
+            raise Contradiction("model.pretrained and model.weights exclude each other: drop one")
+        return self
 
-@dataclass(frozen=True)
-class SelectConfig:
+
+class SelectConfig(Settings):
     """Iterative patch selection."""
 
     m: Positive = 32
@@ -144,9 +201,17 @@ class SelectConfig:
     rule: Literal["global", "streaming"] = "global"
     """`global` does not depend on order or chunk size; `streaming` is the published rule."""
 
+    @model_validator(mode="after")
+    def _streaming_has_a_chunk(self) -> Self:
+        if self.rule == "streaming" and self.chunk is None:
+            raise Contradiction(
+                "select.rule streaming keeps other patches with other chunks: give select.chunk, the I of the "
+                "published method"
+            )
+        return self
 
-@dataclass(frozen=True)
-class TrainConfig:
+
+class TrainConfig(Settings):
     """Learning."""
 
     epochs: Positive = 30
@@ -185,26 +250,33 @@ class TrainConfig:
     seed: NotNegative = 0
     """Same seed, same run (on CPU, to the bit)."""
 
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.warmup > self.epochs:
+            raise Contradiction(
+                f"train.warmup (={self.warmup:g}) must not exceed train.epochs (={self.epochs}): the full rate would "
+                "never be reached"
+            )
+        return self
 
-@dataclass(frozen=True)
-class AugmentConfig:
+
+class AugmentConfig(Settings):
     """Drawn once per image and epoch, the same in both passes."""
 
-    flip: bool = True
+    flip: Switch = True
     """Mirror left-right and up-down at random. Off where orientation carries meaning: text, digits, roads."""
-    rotate: bool = True
+    rotate: Switch = True
     """Turn by 0, 90, 180 or 270 degrees at random."""
-    shift: bool = True
+    shift: Switch = True
     """Shift the patch grid by up to one stride, so that borders fall elsewhere each epoch."""
     color: Fraction = 0.1
     """Strength of brightness, contrast, saturation and hue changes."""
 
 
-@dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """Machine, output and progress."""
 
-    device: str = "auto"
+    device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the encoder for this machine; `auto` does on a GPU where that pays back within the run. It says why."""
@@ -226,20 +298,19 @@ class RunConfig:
     """Loggers to send metrics to. None unless asked for."""
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """A whole run."""
 
-    out: Path | None = None
+    out: Location | None = None
     """Run folder to create; must not exist yet."""
-    memory: Quantity = "auto"
+    memory: Memory = None
     """Budget of device memory such as `5GB`, kept by choosing chunks; `auto` is what is free. On CPU: the process."""
-    unreadable: Quantity = "1%"
+    unreadable: Share = ONE_PERCENT
     """Share of all patches that may be unreadable before training ends with an error; for each image in predicting."""
-    data: DataConfig = field(default_factory=DataConfig)
-    patch: PatchConfig = field(default_factory=PatchConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    select: SelectConfig = field(default_factory=SelectConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = DataConfig()
+    patch: PatchConfig = PatchConfig()
+    model: ModelConfig = ModelConfig()
+    select: SelectConfig = SelectConfig()
+    train: TrainConfig = TrainConfig()
+    augment: AugmentConfig = AugmentConfig()
+    run: RunConfig = RunConfig()

@@ -121,7 +121,7 @@ def settle_edge(config: Config, items: Sequence[Item], reader: Reader) -> tuple[
             edge, levels = edge_for(image), len(image.levels)
             kind = f"{levels} levels, as slides do" if levels > 1 else "one level, as photographs do"
             line = f"patch.edge auto: {edge}, since {item.name} has {kind}"
-            return replace(config, patch=replace(config.patch, edge=edge)), [line]
+            return config.replace(patch={"edge": edge}), [line]
     return config, []
 
 

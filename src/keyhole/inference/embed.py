@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from keyhole.config.check import validate
-from keyhole.config.file import build
+from keyhole.config.amounts import Bytes
 from keyhole.config.settings import (
     Config,
     Decode,
@@ -40,12 +39,10 @@ from keyhole.engine.passes import open_reader, settle_edge
 from keyhole.errors import ConfigError, DataError, KeyholeError, RunError
 from keyhole.inference.embed_items import feature_names, items_to_embed
 from keyhole.inference.embedding_files import EmbeddingFiles, image_bytes, own_settings, settings_of, unfinished_files
-from keyhole.loading.unreadable import parse_share
 from keyhole.nn import IPSClassifier
 from keyhole.nn.build import build_encoder, embedding_width, patch_shape
 from keyhole.patches.features.writer import already_there
 from keyhole.runs.checkpoint import load_encoder, read_info, weights_file
-from keyhole.util.budget import parse_memory
 from keyhole.util.files import writable_folder
 from keyhole.util.progress import Progress, say
 from keyhole.util.version import VERSION
@@ -104,12 +101,12 @@ def embed(
     dtype: Literal["float32", "float16"] = "float32",
     precision: Literal["auto", "float32", "tf32", "bf16"] = "float32",
     chunk: int | None = None,
-    memory: str = "auto",
+    memory: str | Bytes | None = "auto",
     device: str = "auto",
     decode: Decode = "auto",
     threads: int | None = None,
     on_bad_image: Literal["fail", "skip"] = "fail",
-    unreadable: str = "1%",
+    unreadable: str | float = "1%",
     quiet: bool = False,
     run: str | Path | None = None,
 ) -> Embedded:
@@ -143,14 +140,16 @@ def embed(
         OutputError: `out` cannot be written.
     """
     path = None if weights is None else Path(weights)
-    model = ModelConfig(encoder, channels=channels, width=width, stages=stages, pretrained=pretrained, weights=path)
+    model = ModelConfig(
+        encoder=encoder, channels=channels, width=width, stages=stages, pretrained=pretrained, weights=path
+    )
     if run is not None:
         if pretrained or weights is not None:
             raise ConfigError("run gives the weights: leave out pretrained and weights")
         model, learned = encoder_of(run)
         patch = patch or learned
     config = Config(
-        patch=build(Config(), {"patch": patch or PatchConfig()}).patch,
+        patch=patch or PatchConfig(),
         model=model,
         select=SelectConfig(chunk=chunk),
         train=TrainConfig(precision=precision),
@@ -158,9 +157,6 @@ def embed(
         memory=memory,
         unreadable=unreadable,
     )
-    validate(config)
-    parse_memory(memory)
-    parse_share(unreadable)
     items, left_out = items_to_embed(Path(data), root, masks, on_bad_image)
     with open_reader(config.run, torch.device("cpu")) as reader:
         config, _ = settle_edge(config, items, reader)
@@ -210,7 +206,7 @@ def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
     file = weights_file(Path(run))
     info = read_info(file)
     try:
-        own = build(Config(), {"model": info["model"], "patch": info["patch"]})
+        own = Config().replace(model=info["model"], patch=info["patch"])
     except (KeyError, ConfigError) as error:
         raise RunError(f"{file}: its description does not fit keyhole {VERSION} ({error}).") from error
     if own.model.feature_width is not None:
@@ -252,7 +248,7 @@ _OPTIONS = OptionNames("--encoder", "--patch.size", kept="", cache="", chunk="--
 @contextlib.contextmanager
 def _own_pace(config: Config, model: IPSClassifier) -> Iterator[Pace]:
     """Plan how many patches are encoded at once: as many as asked for, or as the budget allows. Inside, it is kept."""
-    device, memory = next(model.parameters()).device, parse_memory(config.memory)
+    device, memory = next(model.parameters()).device, config.memory
     chunk = config.select.chunk
     plan = Plan(chunk=chunk or CPU_CHUNK)
     if memory is not None or device.type == "cuda":

@@ -20,7 +20,7 @@ from keyhole.engine.memory.pace import Pace
 from keyhole.engine.passes import open_reader, opener
 from keyhole.engine.to_device import stager_for
 from keyhole.errors import KeyholeError
-from keyhole.loading.unreadable import Ledger, parse_share
+from keyhole.loading.unreadable import Ledger
 from keyhole.nn import IPSClassifier
 from keyhole.patches.features.writer import BYTES, SETTINGS, FeatureWriter, feature_writer
 from keyhole.patches.image_cache import ImageCache
@@ -100,7 +100,7 @@ class EmbeddingFiles:
         return len(end.unreadable)
 
     def _check(self, item: Item, source: FilePatches, missing: Mapping[int, str]) -> None:
-        ledger = Ledger(len(source), parse_share(self.config.unreadable))
+        ledger = Ledger(len(source), self.config.unreadable)
         index = list(missing)
         ledger.add(item.name, source.boxes(index), index, list(missing.values()))
         try:

@@ -6,13 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from keyhole.config.amounts import Bytes
 from keyhole.config.file import load_config
-from keyhole.config.settings import Config, Decode
+from keyhole.config.settings import Config, DataConfig, Decode
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
 from keyhole.errors import DataError, KeyholeError, RunError
@@ -99,8 +100,8 @@ class Evaluator:
     features: str | Path | None = None
     masks: str | Path | None = None
     device: str = "auto"
-    memory: str = "auto"
-    unreadable: str = "1%"
+    memory: str | Bytes | None = "auto"
+    unreadable: str | float = "1%"
     decode: Decode = "auto"
 
     def __call__(self) -> Evaluation:
@@ -153,7 +154,7 @@ class Evaluator:
             check_own_manifest(self.run)
         folders = {name: getattr(self, name) for name in ("root", "features", "masks")}
         given: dict[str, Any] = {name: None if folder is None else Path(folder) for name, folder in folders.items()}
-        config = replace(Config().data, path=path, on_bad_image=self.on_bad_image, **given)
+        config = DataConfig(path=path, on_bad_image=self.on_bad_image, **given)
         manifest = read_for_tasks(config, predictor.tasks, (self.split,), run=own)
         if own:
             for line in check_evaluated(self.run, manifest, predictor.config.run):

@@ -8,7 +8,6 @@ Everything in a prediction comes from its one selection pass: the score map is w
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,8 +19,8 @@ import PIL.Image
 import torch
 from numpy.typing import NDArray
 
-from keyhole.config.file import build
-from keyhole.config.settings import Config, Decode, RunConfig
+from keyhole.config.amounts import Bytes
+from keyhole.config.settings import Config, Decode
 from keyhole.data.companions import mask_of
 from keyhole.data.item import Item
 from keyhole.data.resolution import NOT_KNOWN, Resolution
@@ -35,7 +34,7 @@ from keyhole.images.pillow import image_in_memory
 from keyhole.images.scale import given_scale
 from keyhole.inference.answer import make_prediction, with_pictures
 from keyhole.loading import Reader
-from keyhole.loading.unreadable import Ledger, parse_share
+from keyhole.loading.unreadable import Ledger
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
 from keyhole.patches.features import FeaturePatches, learned_origin
@@ -44,7 +43,6 @@ from keyhole.patches.sources import PatchSource
 from keyhole.report.prediction import Prediction
 from keyhole.runs.checkpoint import load_weights, model_file, read_tensors
 from keyhole.tasks.kinds import Task
-from keyhole.util.budget import parse_memory
 from keyhole.util.progress import Progress, say
 from keyhole.util.version import VERSION
 
@@ -54,7 +52,7 @@ SECTIONS = ("patch", "model", "select")
 
 def describe(config: Config, tasks: Sequence[Task], **about: Any) -> dict[str, Any]:
     """What has to be known of a model beside its weights; goes into model.json."""
-    plain: dict[str, Any] = {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS}
+    plain: dict[str, Any] = {name: getattr(config, name).model_dump() for name in SECTIONS}
     # the weights are in the file, so nothing is to be downloaded or read from elsewhere
     plain["model"] |= {"pretrained": False, "weights": None}
     return {
@@ -69,7 +67,11 @@ def describe(config: Config, tasks: Sequence[Task], **about: Any) -> dict[str, A
 
 
 def load(
-    run: str | Path, device: str = "auto", memory: str = "auto", unreadable: str = "1%", decode: Decode = "auto"
+    run: str | Path,
+    device: str = "auto",
+    memory: str | Bytes | None = "auto",
+    unreadable: str | float = "1%",
+    decode: Decode = "auto",
 ) -> Predictor:
     """The best model of a run, or a model copied out of one.
 
@@ -119,15 +121,14 @@ class Predictor:
         cls,
         path: str | Path,
         device: str = "auto",
-        memory: str = "auto",
-        unreadable: str = "1%",
+        memory: str | Bytes | None = "auto",
+        unreadable: str | float = "1%",
         decode: Decode = "auto",
         into: IPSClassifier | None = None,
     ) -> Predictor:
         """See `load`. A model of the same settings may be given that takes the weights (`into`), on its own device."""
         path = Path(path)
-        parse_memory(memory)
-        parse_share(unreadable)
+        asked = Config(memory=memory, unreadable=unreadable)
         if decode not in get_args(Decode):
             raise ConfigError(f"decode {decode}: expected {' or '.join(get_args(Decode))}")
         file = model_file(path)
@@ -136,7 +137,7 @@ class Predictor:
         try:
             tasks = [Task.from_json(task) for task in info["tasks"]]
             given = {name: info[name] for name in SECTIONS} | {"train": {"batch": info["batch"]}}
-            config = build(Config(memory=memory, unreadable=unreadable, run=RunConfig(decode=decode)), given)
+            config = asked.replace(run={"decode": decode}, **given)
             name, precision = str(info["name"]), str(info["precision"])
             resolution = Resolution.from_json(info.get("resolution"))
         except (KeyError, TypeError, ConfigError, RunError) as error:
@@ -373,7 +374,7 @@ class Predictor:
         for row, reasons in done.batch.unreadable.items():
             source = done.batch.sources[row]
             assert source is not None
-            ledger = Ledger(len(source), parse_share(self.config.unreadable))
+            ledger = Ledger(len(source), self.config.unreadable)
             index = list(reasons)
             ledger.add(done.batch.names[row], source.boxes(index), index, list(reasons.values()))
             try:

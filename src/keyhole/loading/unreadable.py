@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from keyhole.errors import ConfigError, KeyholeError, RunError
+from keyhole.errors import KeyholeError, RunError
 from keyhole.util.files import write_atomic
 
 COLUMNS = ("image", "index", "patches", "x", "y", "width", "height", "reason")
@@ -23,26 +23,6 @@ Box = tuple[int, int, int, int]
 
 class TooMuchUnreadable(KeyholeError):  # noqa: N818 - names the event
     """More patches could not be read than `--unreadable` allows."""
-
-
-def parse_share(text: str | float) -> float:
-    """A share from 0 to 1: "1%", "0.5 %" and "0.01" are such.
-
-    Raises:
-        ConfigError: not a share, or a plain number of 1 and more, which could mean percent.
-    """
-    words = str(text).strip()
-    wrong = f"--unreadable (={words}) must be a share such as 1% or 0.01, from 0 to 100%"
-    try:
-        number = float(words.removesuffix("%"))
-    except ValueError:
-        raise ConfigError(wrong) from None
-    share = number / 100 if words.endswith("%") else number
-    if not words.endswith("%") and 1 <= number <= 100:
-        raise ConfigError(f"{wrong}; if you mean percent, write {words}%")
-    if not 0 <= share <= 1:
-        raise ConfigError(wrong)
-    return share
 
 
 class Ledger:

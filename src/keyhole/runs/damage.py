@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from keyhole.loading.unreadable import Ledger, parse_share
+from keyhole.loading.unreadable import Ledger
 from keyhole.patches.sources import PatchSource
 from keyhole.runs.run import read_rows, write_rows
 from keyhole.util.progress import say
@@ -20,12 +20,12 @@ class Damage:
     Args:
         path: unreadable.csv of the run.
         total: patches of an epoch.
-        unreadable: as `--unreadable`, such as 1%.
+        share: of them that may be unreadable.
         epoch: under way, counted from 0. A resumed run counts anew: files may have been put right meanwhile.
     """
 
-    def __init__(self, path: Path, total: int, unreadable: str, epoch: int) -> None:
-        self.path, self.total, self.share = path, total, parse_share(unreadable)
+    def __init__(self, path: Path, total: int, share: float, epoch: int) -> None:
+        self.path, self.total, self.share = path, total, share
         self._earlier = read_rows(path, LISTED_AGAIN)
         self.epoch, self.ledger = epoch, Ledger(total, self.share)
         self._told = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -52,7 +51,7 @@ def create_folder(
     try:
         lock = RunLock(folder)
         # without `out`: as a --config it makes another run, not this one again
-        state.config = dump_config(dataclasses.replace(config, out=None))
+        state.config = dump_config(config.replace(out=None))
         write_atomic(folder / "config.yaml", state.config)
         state.manifest = file_digest(manifest.write(folder / "manifest.csv", hashes))
         state.run = hashlib.sha256(f"{state.manifest}\n{state.config}".encode()).hexdigest()

@@ -8,12 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from keyhole.config.check import leaves, validate
-from keyhole.config.file import dump_config, load_config, parse_config
+from keyhole.config.file import dump_config, leaves, load_config, parse_config
 from keyhole.config.settings import Config, RunConfig
 from keyhole.data.hashes import OTHER_CONTENT, FileHash, changed_files, stored_hashes
 from keyhole.data.item import Item
@@ -86,8 +84,7 @@ def more_epochs(state: State, epochs: int) -> str:
     begun = state.epoch + (state.batch > 0)
     if epochs < begun:
         raise ConfigError(f"--train.epochs {epochs}: the run has begun {begun} epochs already. Give {begun} or more.")
-    changed = validate(replace(config, train=replace(config.train, epochs=epochs)), flags=True)
-    state.config_before, state.config = state.config, dump_config(changed)
+    state.config_before, state.config = state.config, dump_config(config.replace(train={"epochs": epochs}))
     state.stopped, state.waiting = False, 0 if state.stopped else state.waiting
     return (
         f"train.epochs is {epochs} now, {config.train.epochs} before: the rate follows the schedule of {epochs} epochs "
@@ -192,7 +189,7 @@ def _check_config(path: Path, state: State) -> str:
         found, wanted = load_config(path), sealed_config(state)
     except ConfigError as error:
         raise RunError(f"{error}. Delete the file: resume writes it again.") from error
-    changed = [name for (name, _, a), (_, _, b) in zip(leaves(found), leaves(wanted), strict=True) if a != b]
+    changed = [name for (name, a), (_, b) in zip(leaves(found), leaves(wanted), strict=True) if a != b]
     if not changed:
         return ""  # a comment
     raise RunError(

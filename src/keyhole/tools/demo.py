@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keyhole.config.file import build, read_recipe
+from keyhole.config.file import resolve
 from keyhole.config.settings import Config
 from keyhole.errors import OutputError
 from keyhole.inference.evaluate import Evaluation, evaluate
@@ -24,7 +24,7 @@ from keyhole.training.loop import train_config
 def demo_config(out: Path, seed: int) -> Config:
     """The configuration the demo trains with: the recipe `demo`, its own images and run folder."""
     given = {"out": str(out / "run"), "data": {"path": str(out / "images" / "manifest.csv")}, "train": {"seed": seed}}
-    return build(build(Config(), read_recipe("demo")), given)
+    return resolve("demo").replace(**given)
 
 
 def free_folder(name: str = "demo") -> Path:

@@ -150,20 +150,17 @@ def propose(config: Config, measured: Measured) -> Proposal:
     imbalance = _imbalance(measured.manifest)
     if imbalance >= 2:
         reasons["train.balance"] = f"the largest class has {imbalance:.1f} times the images of the smallest"
-    replace = dataclasses.replace
     return Proposal(
-        replace(
-            config,
-            patch=replace(config.patch, size=size, mpp=mpp, bits=bits, foreground=foreground, edge=edge),
-            model=replace(config.model, channels=1 if measured.grey else 3),
-            select=replace(config.select, m=m),
-            train=replace(
-                config.train,
-                epochs=epochs,
-                batch=batch,
-                warmup=max(1.0, epochs / 10),
-                balance="loss" if imbalance >= 2 else "none",
-            ),
+        config.replace(
+            patch={"size": size, "mpp": mpp, "bits": bits, "foreground": foreground, "edge": edge},
+            model={"channels": 1 if measured.grey else 3},
+            select={"m": m},
+            train={
+                "epochs": epochs,
+                "batch": batch,
+                "warmup": max(1.0, epochs / 10),
+                "balance": "loss" if imbalance >= 2 else "none",
+            },
         ),
         reasons,
         tuple(_summary(measured)),
@@ -185,7 +182,7 @@ def with_counted_patches(proposal: Proposal, measured: Measured, config: Config)
     items = measured.manifest.items
     with Reader(threads=1, stall=config.run.stall) as reader:
         for item in items[:: max(1, len(items) // COUNTED)][:COUNTED]:
-            opener = FileOpener(item.image, item.name, mask=item.mask, image_mpp=item.mpp, **dataclasses.asdict(patch))
+            opener = FileOpener(item.image, item.name, mask=item.mask, image_mpp=item.mpp, **dict(patch))
             with contextlib.suppress(ImageError, NoPatches):  # `measure` told of the first, `check` tells of both
                 counts.append(reader.run(str(item.image), partial(_count, opener)))
     if not counts:
@@ -196,7 +193,7 @@ def with_counted_patches(proposal: Proposal, measured: Measured, config: Config)
     )
     return dataclasses.replace(
         proposal,
-        config=dataclasses.replace(proposal.config, select=dataclasses.replace(proposal.config.select, m=m)),
+        config=proposal.config.replace(select={"m": m}),
         reasons={**proposal.reasons, "select.m": f"{reason}; from 4 to 256"},
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from keyhole.engine.memory.probe import Workload
 from keyhole.engine.passes import open_reader, settle_edge
 from keyhole.errors import ConfigError
 from keyhole.loading import Batch, Reader
-from keyhole.loading.unreadable import parse_share
 from keyhole.nn import IPSClassifier
 from keyhole.nn.pretrained import check_pretrained
 from keyhole.runs.checkpoint import load_state, save_state
@@ -45,7 +43,7 @@ from keyhole.tasks.kinds import Task
 from keyhole.training.loggers import check_loggers
 from keyhole.training.score import choose_metric
 from keyhole.training.setup import Images, absolute, new_model, new_optimizer, scan, targets, with_features
-from keyhole.util.budget import memory_text, parse_memory
+from keyhole.util.budget import memory_text
 from keyhole.util.files import file_size, write_atomic
 from keyhole.util.version import VERSION
 from keyhole.util.wording import counted
@@ -158,7 +156,6 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     sweep_beside(config.out, say)
     check_loggers(config.run.log)
     device = choose_device(config.run.device)
-    parse_share(config.unreadable)
     manifest = read_manifest(config.data, config.train.seed)
     config, notes = with_features(config, manifest)
     config, settled = settle_learning(config, features=config.model.feature_width is not None)
@@ -214,7 +211,7 @@ def _plan(config: Config, images: Images, model: IPSClassifier, optimizer: torch
         host_buffers=images.held_bytes,
         open_pictures=images.open_bytes,
     )
-    return make_plan(model, work, parse_memory(config.memory), optimizer)
+    return make_plan(model, work, config.memory, optimizer)
 
 
 def _job(
@@ -300,12 +297,12 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
     state = read_state(run)
     checked = check_files(run, state)
     longer = "" if epochs is None else more_epochs(state, epochs)
-    config = dataclasses.replace(sealed_config(state), out=run.path)
+    config = sealed_config(state).replace(out=run.path)
     device = choose_device(config.run.device, "A run keeps its device: resume it where there is one.")
     path = run.path / "manifest.csv"
-    written = dataclasses.replace(config.data, path=path, root=root)
+    written = config.data.replace(path=path, root=root)
     if root is not None:  # the manifest names every file; these folders may have moved too
-        written = dataclasses.replace(written, features=None, masks=None)
+        written = written.replace(features=None, masks=None)
     manifest = read_for_tasks(written, [Task.from_json(task) for task in state.tasks], ("train", "val"), run=True)
     remedy = "Put the old files back, or train again into another folder."
     checked += check_images(run.path, path, manifest.items, config.run, remedy, others=("test",))

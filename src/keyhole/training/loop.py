@@ -6,7 +6,6 @@ resumed from any saved state therefore ends with the same weights as one that wa
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from keyhole.config.auto import number
-from keyhole.config.file import configuration, validate
+from keyhole.config.file import configuration
 from keyhole.config.settings import Config
 from keyhole.data.item import Item
 from keyhole.engine.looking import timed
@@ -70,14 +69,14 @@ def train(data: str | Path | Mapping[str, Any] | Config, out: str | Path | None 
         KeyholeError: a setting, the data or the output is not as it must be; one clear line.
     """
     config = configuration(data, settings)
-    return train_config(validate(config if out is None else dataclasses.replace(config, out=Path(out))))
+    return train_config(config if out is None else config.replace(out=Path(out)))
 
 
 def train_config(config: Config) -> Run:
     """Trains as a configuration says; see `train`."""
     if config.out is None:
         name = config.data.path.resolve().stem if config.data.path is not None else "run"
-        config = dataclasses.replace(config, out=Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        config = config.replace(out=Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     with Interrupt() as interrupt, closing(start_job(config, say)) as job:
         return Loop(job, interrupt).run()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,6 @@ from keyhole.patches.image_cache import ImageCache, fits
 from keyhole.patches.sources import View
 from keyhole.runs.checkpoint import load_encoder
 from keyhole.tasks.kinds import Task
-from keyhole.util.budget import parse_memory
 from keyhole.util.wording import counted, from_to
 
 DECODING = 7 / 3
@@ -48,9 +46,7 @@ def absolute(config: Config) -> Config:
         return None if path is None else path.expanduser().absolute()
 
     paths: dict[str, Any] = {name: each(getattr(config.data, name)) for name in ("path", "root", "features", "masks")}
-    data = dataclasses.replace(config.data, **paths)
-    model = dataclasses.replace(config.model, weights=each(config.model.weights))
-    return dataclasses.replace(config, out=each(config.out), data=data, model=model)
+    return config.replace(out=each(config.out), data=paths, model={"weights": each(config.model.weights)})
 
 
 def with_features(config: Config, manifest: Manifest) -> tuple[Config, list[str]]:
@@ -72,16 +68,15 @@ def with_features(config: Config, manifest: Manifest) -> tuple[Config, list[str]
     width = feature_width(first)
     learned = (item.features for split in ("train", "val") for item in manifest.split(split))
     origin = common_origin(path for path in learned if path is not None)
-    model = dataclasses.replace(
-        config.model,
-        feature_width=width,
-        feature_encoder=origin.encoder,
-        feature_weights=origin.weights,
-        feature_patches=origin.patches,
-    )
+    model = {
+        "feature_width": width,
+        "feature_encoder": origin.encoder,
+        "feature_weights": origin.weights,
+        "feature_patches": origin.patches,
+    }
     still = AugmentConfig(flip=False, rotate=False, shift=False, color=0.0)
     line = f"stored features of {width} numbers, projected to {config.model.dim}; they are not augmented"
-    return dataclasses.replace(config, model=model, augment=still), [line]
+    return config.replace(model=model, augment=still), [line]
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,7 @@ def _open_bytes(config: Config, pictures: Sequence[int], patches: int, threads: 
 
 def cache_limit(config: Config, device: torch.device) -> float | None:
     """GB of decoded images that may stay: on a CPU they are within the budget, of which they get a quarter."""
-    budget = parse_memory(config.memory)
+    budget = config.memory
     if config.data.cache is not None or budget is None or device.type != "cpu":
         return config.data.cache
     return budget / 4 / 1e9

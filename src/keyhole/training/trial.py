@@ -88,7 +88,7 @@ def forecast(config: Config, work: Work, reading: tuple[float, float], feature_w
     try:
         config, _ = settle_learning(config, features=feature_width is not None)
         device = choose_device(config.run.device)
-        settings = dataclasses.replace(config.model, pretrained=False, feature_width=feature_width)
+        settings = config.model.replace(pretrained=False, feature_width=feature_width)
         shape = patch_shape(settings, config.patch.size)
         model = build_classifier(settings, [Task("label", "binary", ("no", "yes"))], config.patch.size).to(device)
         settle_precision(model, config.train.precision, shape)

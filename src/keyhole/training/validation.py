@@ -114,7 +114,7 @@ def predict_splits(job: Job, pace: Pace, interrupt: Interrupt, stager: Stager) -
         stager: the run's.
     """
     predictor = Predictor.open(job.run.path, decode=job.config.run.decode, into=job.end_learning())
-    predictor.config = dataclasses.replace(predictor.config, unreadable="100%")
+    predictor.config = predictor.config.replace(unreadable="100%")
     predictor.tells_doubts = False  # the log of the run has them
     folder = job.run.path / "predictions"
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""`--memory` as text, and which errors mean that memory ran out. Torch-free."""
+"""Amounts of memory as text, and which errors mean that memory ran out. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import errno
 import math
 import re
 
-from keyhole.errors import ConfigError
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 # What is said where torch has no class of its own for it: by its allocator on the CPU, oneDNN and C++ libraries; by
 # CUDA's libraries that allocate for themselves; by torchvision, which passes on no more than the text of an error, and
 # of nvJPEG's the number of its status, 5 (NVJPEG_STATUS_ALLOCATOR_FAILURE); and by compilers, which quote it all.
@@ -25,22 +22,6 @@ _DOUBTFUL = re.compile(
     r"[Uu]nable to find (an engine to execute this computation|a valid cuDNN algorithm)"
     r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate"
 )
-
-
-def parse_memory(text: str | float, option: str = "--memory") -> int | None:
-    """Bytes of `5GB`, `4GiB`, `800MB` or `1.5g`; None for `auto`. GB is 10^9 bytes, GiB 2^30.
-
-    Raises:
-        ConfigError: neither `auto` nor a positive number with a unit.
-    """
-    text = str(text)
-    if text.strip().lower() == "auto":
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?)?(b?)", text.strip(), re.IGNORECASE)
-    # a bare number would be taken for GB by one and for bytes by another
-    if match is None or not (match[2] or match[3]) or float(match[1]) == 0:
-        raise ConfigError(f"{option} {text}: expected `auto` or a size with its unit, such as 5GB, 4GiB or 800MB")
-    return math.floor(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
 def memory_text(size: int, up: bool = False) -> str:

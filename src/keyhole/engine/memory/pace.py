@@ -27,7 +27,7 @@ from keyhole.errors import ConfigError
 from keyhole.images.tile_cache import TILE_CACHE
 from keyhole.nn import IPSClassifier
 from keyhole.nn.build import patch_shape
-from keyhole.util.budget import doubt, explained, memory_text, out_of_memory, parse_memory
+from keyhole.util.budget import doubt, explained, memory_text, out_of_memory
 from keyhole.util.platform import peak_memory, restart_peak
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ class Pace:
 
 def predicting(model: IPSClassifier, config: Config, device: torch.device, warn: Callable[[str], None]) -> Pace:
     """Return the pace of a model that predicts; it is measured only where memory is limited."""
-    plan, memory = unlimited(config.select).plan, parse_memory(config.memory)
+    plan, memory = unlimited(config.select).plan, config.memory
     if memory is not None or device.type == "cuda":
         work = Workload(
             patch_shape=patch_shape(config.model, config.patch.size),

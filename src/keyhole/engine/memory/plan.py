@@ -145,7 +145,7 @@ def make_plan(
     Args:
         model: on its device.
         work: what is planned for.
-        memory: budget in bytes, see `parse_memory`; None takes what is free.
+        memory: budget in bytes; None takes what is free.
         optimizer: what it holds already, in a resumed run, is not counted twice.
         options: named when nothing fits.
 

@@ -137,15 +137,14 @@ def speed(
 
 def _plain(config: Config, scratch: Path) -> Config:
     """The configuration without what costs time and is not measured: hashes, loggers, saving, blind exploring."""
-    return dataclasses.replace(
-        config,
+    return config.replace(
         out=scratch / "run",
-        data=dataclasses.replace(config.data, hash_gb=0.0, val=0.0, test=0.0),
+        data={"hash_gb": 0.0, "val": 0.0, "test": 0.0},
         # weights are random, or those of the run: nothing is downloaded
-        model=dataclasses.replace(config.model, pretrained=False, weights=None),
-        train=dataclasses.replace(config.train, explore=0.0, metric="auto"),
+        model={"pretrained": False, "weights": None},
+        train={"explore": 0.0, "metric": "auto"},
         # what pays in so short a run is another question; see _compile
-        run=dataclasses.replace(config.run, log=(), save_minutes=1e6, compile="off"),
+        run={"log": (), "save_minutes": 1e6, "compile": "off"},
     )
 
 
@@ -210,7 +209,7 @@ def _with_data(
         path = write_images(kind, scratch, wanted)
         features = scratch / "features" if kind.what == "features" else None
         own = DataConfig(path=path, features=features, cache=0.0)
-        config = dataclasses.replace(config, data=own)
+        config = config.replace(data=own)
         return (
             config,
             f"generated {kind.describe()}, read from disk each time",
@@ -219,7 +218,7 @@ def _with_data(
     if run is not None and config.data.path is None:
         # the manifest's images have their absolute paths, and only those that are learned from need be there
         kept = {name: getattr(config.data, name) for name in ("cache", "on_bad_image")}
-        data = dataclasses.replace(run.config.data, path=run.path / "manifest.csv", root=None, **kept)
+        data = run.config.data.replace(path=run.path / "manifest.csv", root=None, **kept)
         last = run.path / "last.safetensors"
         tasks = [Task.from_json(task) for task in State.from_json(read_info(last), last).tasks]
         manifest = read_for_tasks(data, tasks, ("train",))
@@ -233,9 +232,9 @@ def _with_data(
     path = dataclasses.replace(manifest, items=some).write(scratch / "some.csv")
     cache = _cache(config, len(some) / len(train))
     names = tuple(f"{task.name}={task.kind}" for task in manifest.tasks)
-    data = dataclasses.replace(data, path=path, root=None, tasks=names, cache=cache)
+    data = data.replace(path=path, root=None, tasks=names, cache=cache)
     source = run.path if run is not None and config.data.path is None else config.data.path
-    config = dataclasses.replace(config, data=data)
+    config = config.replace(data=data)
     return (
         config,
         f"{len(some)} of {len(train)} training images of {source}",

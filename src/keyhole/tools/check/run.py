@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from keyhole.config.file import configuration, validate
+from keyhole.config.file import configuration
 from keyhole.config.settings import Config
 from keyhole.data.companions import unused_masks
 from keyhole.data.item import SPLITS, Finding, Item, LeftOut, warning
@@ -148,7 +148,7 @@ def check(
         >>> report.findings[-1].problem.partition(":")[0]
         'every pixel looked at has one value'
     """
-    config = validate(configuration(data, settings))
+    config = configuration(data, settings)
     folder = None if previews is None else writable_folder(previews)
     manifest = _read(config, labels)
     findings, left_out = _missing(manifest, config)
@@ -198,7 +198,7 @@ def check(
 
 def _read(config: Config, labels: bool) -> Manifest:
     """Read the data as training does, or as `predict` and `embed` do where there are no labels."""
-    data = replace(config.data, on_bad_image="skip")
+    data = config.data.replace(on_bad_image="skip")
     if labels and not without_labels(data):
         return read_manifest(data, config.train.seed)
     assert data.path is not None
@@ -227,7 +227,7 @@ def _requests(items: Sequence[Item], config: Config, previews: Path | None) -> l
     return [
         Request(
             path=str(item.source),
-            patch=asdict(config.patch),
+            patch=config.patch.model_dump(),
             image_mpp=item.mpp,
             mask=None if item.mask is None else str(item.mask),
             features=item.features is not None,

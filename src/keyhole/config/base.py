@@ -1,0 +1,109 @@
+"""What all settings share: they are frozen, checked when they are made, and say in one line what is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from keyhole.errors import ConfigError
+from keyhole.util.wording import nearest
+
+
+class Contradiction(ConfigError):  # noqa: N818 - says what is wrong
+    """Values of two settings that exclude each other, although each is valid."""
+
+
+class Settings(BaseModel):
+    """Base of all settings and of the options of the command line: frozen, and checked when they are made.
+
+    Raises:
+        ConfigError: an unknown name (the nearest is given), a wrong type or value, or values that exclude each other.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, given: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return check(given)
+        except ValidationError as error:
+            raise ConfigError(explain(cls, error)) from error
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with changed settings; a mapping changes only the settings of a section that it names.
+
+        >>> from keyhole import Config
+        >>> config = Config().replace(patch={"size": 50}, memory="5GB")
+        >>> config.patch.size, config.patch.edge, config.memory
+        (50, 'auto', 5000000000)
+        """
+        merged = dict(self)
+        for name, value in changes.items():
+            old = merged.get(name)
+            if isinstance(old, Settings) and isinstance(value, Mapping):
+                value = old.replace(**{str(key): each for key, each in value.items()})
+            if value is not None or not isinstance(old, Settings):  # in YAML a section without keys is null
+                merged[name] = value
+        return type(self)(**merged)
+
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "tuple_type": "a list",
+    "model_type": "a section of settings",
+}
+"""What is expected, by the type of pydantic's error, where its own words are meant for programmers."""
+
+
+def explain(kind: type, error: ValidationError, name: str = "") -> str:
+    """Return what pydantic found first, as one line.
+
+    Args:
+        kind: the model that was checked.
+        error: what pydantic raised.
+        name: of the value, where it was checked alone; by default that of the setting, with its section.
+    """
+    errors = error.errors(include_url=False)
+    first, key = errors[0], "".join(map(str, errors[0]["loc"][:1]))
+    section = kind.__name__.removesuffix("Config").lower() if kind.__name__.endswith("Config") else ""
+    path = f"{section}.{key}".strip(".")
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        prefix = section and f"{section}."
+        return f"unknown key `{path}`{nearest(key, getattr(kind, 'model_fields', ()), prefix, quote='`')}"
+    # a union has an error for each of its types
+    same = [each for each in errors if name or each["loc"][:1] == first["loc"][:1]]
+    expected = ", or ".join(dict.fromkeys(map(_expected, same)))
+    hint = ""
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        hint = nearest(first["input"], re.findall(r"'([^']+)'", first["ctx"]["expected"]))
+    return f"{name or path}: expected {expected}, got {got(first['input'])}{hint}"
+
+
+def _expected(error: Any) -> str:
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    words = str(EXPECTED.get(error["type"]) or error["msg"].removeprefix("Input should be "))
+    return f"a number {words}" if words.startswith(("greater", "less")) else words
+
+
+def got(value: object) -> str:
+    """Return a value as a message shows it."""
+    if value is None or isinstance(value, bool):
+        return {None: "nothing (null)", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "a section"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else value[:57] + "...") + " (text)"
+    if isinstance(value, list | tuple):
+        return f"the list {list(value)!r}"[:80]
+    return str(value)[:60]
