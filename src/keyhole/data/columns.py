@@ -49,11 +49,7 @@ UNKNOWN_AMONG_NUMBERS = frozenset({"none", "?", "-", ".", "missing", "unknown"})
 def with_columns_read(path: Path, table: DataTable, group: str, asked: Collection[str]) -> DataTable:
     """Add the groups and splits that the columns give, and find the columns that only identify.
 
-    Args:
-        path: the CSV, for messages.
-        table: its rows, without words for unknown labels.
-        group: `auto`, `none`, or the column whose images stay in one split.
-        asked: columns that the user named as tasks or that a model predicts; they have no other meaning.
+    `asked` are the columns that the user named as tasks or that a model predicts; they have no other meaning.
 
     Raises:
         DataError: there is no column `group`.
@@ -83,11 +79,8 @@ def with_columns_read(path: Path, table: DataTable, group: str, asked: Collectio
 def without_missing_words(table: DataTable, words: Collection[str], classes: Collection[str] = ()) -> DataTable:
     """Empty the cells whose words mean an unknown label; `DataTable.missing` counts them.
 
-    Args:
-        table: the rows of a CSV.
-        words: these count in any case, but a word in mixed case (`None`) only as written. Without words, every cell is
-            a label.
-        classes: classes of a trained model, which are labels even if `words` has them.
+    Words count in any case, but a word in mixed case (`None`) only as written. `classes` of a trained model are labels
+    even if `words` has them.
     """
     if not words:
         return table
@@ -136,10 +129,7 @@ def tasks_among(path: Path, table: DataTable) -> list[str]:
 def column_notes(table: DataTable, tasks: Iterable[str], named: Collection[str]) -> list[str]:
     """Return sentences about words read as unknown labels, the column of groups, and columns that are not learned.
 
-    Args:
-        table: the rows.
-        tasks: the columns that are learned.
-        named: columns that the user named, about which nothing needs to be said.
+    The columns `tasks` are learned; about those in `named`, which the user named, nothing needs to be said.
     """
     notes = []
     for name in tasks:

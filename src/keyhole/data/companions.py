@@ -24,11 +24,6 @@ def with_companions(path: Path, table: DataTable, data: DataConfig) -> DataTable
 
     A file of features that does not exist is still added, so that it is reported as missing.
 
-    Args:
-        path: the CSV or folder, for messages.
-        table: its rows.
-        data: settings; `features` and `masks` are used.
-
     Raises:
         DataError: a folder does not exist, the table mixes images and features, or two images share one file of
             features.
@@ -100,9 +95,6 @@ class Companions:
         option: its name in `DataConfig`, for messages.
         order: suffixes, best first.
         subfolders: where in the folder the files may be.
-
-    Raises:
-        DataError: the folder does not exist.
     """
 
     def __init__(self, folder: Path, option: str, order: tuple[str, ...], subfolders: tuple[str, ...] = ("",)) -> None:

@@ -70,19 +70,11 @@ def changed_files(
 ) -> dict[str, str]:
     """Compare files with their recorded size and, where one was recorded, with their SHA-256.
 
-    Files that are gone or cannot be read are left out; the code that opens them reports them.
-
-    Args:
-        items: the images; each file is read to its end.
-        recorded: size and hash by the item's name; an item without a record is not compared.
-        threads: as in `hash_files`.
-        stall: as in `hash_files`.
+    Items without a record are not compared, nor are files that are gone or cannot be read: the code that opens them
+    reports them. Other arguments are those of `hash_files`.
 
     Returns:
         The difference in words by the item's name, of files that differ.
-
-    Raises:
-        StalledRead: as in `hash_files`.
     """
     changed: dict[str, str] = {}
     same_size = []

@@ -1,14 +1,13 @@
 """The images of a run with their labels and splits, read from a CSV or a folder of classes.
 
-`read_manifest` reads them for training: rows (`read_csv`, `read_folder`), columns and unknown labels (`columns`),
-features and masks found by name (`companions`), usable rows, tasks, splits (`splits`). Nothing is skipped silently:
-`Manifest.left_out` holds every file and row that is not used, with the reason.
+`read_manifest` reads them for training. `rows` reads a CSV (`read_csv`, `columns`) or a folder (`read_folder`,
+`listing`), adds features and masks found by name (`companions`) and drops rows without a label or file; the labels
+give the tasks, and `splits` the splits. Nothing is skipped silently: `Manifest.left_out` holds every file and row that
+is not used, with the reason.
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,22 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.config.settings import DataConfig
-from keyhole.data.columns import alike_classes, column_notes, tasks_among, with_columns_read, without_missing_words
-from keyhole.data.companions import with_companions
+from keyhole.data.columns import alike_classes, column_notes, tasks_among
 from keyhole.data.hashes import FileHash
-from keyhole.data.item import SPLITS, DataTable, Finding, Item, LeftOut, Row, absolute
-from keyhole.data.moved import moved_to
-from keyhole.data.read_csv import FILES, read_csv
-from keyhole.data.read_folder import check_classes, read_folder
+from keyhole.data.item import Finding, Item, LeftOut, Row
+from keyhole.data.read_csv import FILES
+from keyhole.data.read_folder import check_classes
+from keyhole.data.rows import in_splits, moved_to, name_and_kind, read_rows, usable_rows
 from keyhole.data.splits import check_training, settle_splits
 from keyhole.errors import ConfigError, DataError
-from keyhole.images.image import folder_suffixes
 from keyhole.tasks.infer import check_label, infer_task, positive_note
 from keyhole.tasks.kinds import Task
 from keyhole.util.files import csv_text, write_atomic
 from keyhole.util.wording import listed, nearest
 
-MISSING_FILE = "no such file"
 RELATIVE_PATHS = (
     "Relative paths start from the CSV's folder or --data.root; `keyhole check` lists all, "
     "--data.on-bad-image skip leaves them out."
@@ -186,11 +182,11 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
         >>> manifest.targets(manifest.items[:2])["animal"].tolist()
         [[1.0], [0.0]]
     """
-    table, path = _read(data, data.tasks)
+    table, path = read_rows(data, data.tasks)
     if path.is_dir():
         check_classes(path, table)
     wanted = _wanted_tasks(path, table.columns, data.tasks or tasks_among(path, table))
-    rows, left_out = _usable(path, table, list(wanted), data)
+    rows, left_out = usable_rows(path, table, list(wanted), data, RELATIVE_PATHS)
     tasks = [_task(path, rows, name, kind) for name, kind in wanted.items()]
     items, notes = settle_splits(path, rows, tasks, data, seed, table.grouped_by)
     check_training(str(path), items, tasks)
@@ -222,7 +218,7 @@ def read_for_tasks(
         DataError: there is no column for any task, a label that the model does not know, or no image in the splits.
     """
     names = [task.name for task in tasks]
-    table, path = _read(data, names, [label for task in tasks for label in task.classes])
+    table, path = read_rows(data, names, [label for task in tasks for label in task.classes])
     labelled = [name for name in names if name in table.columns]
     if not labelled:
         raise DataError(
@@ -230,10 +226,10 @@ def read_for_tasks(
             f"{listed(table.columns, 8) or 'none'}. Use data of the same tasks, or rename the column."
         )
     if splits is not None:
-        table = _only(path, table, splits)
+        table = in_splits(path, table, splits)
     if run and data.root is not None:
         table = moved_to(path, table, data.root)
-    rows, left_out = _usable(path, table, labelled, data, MOVED_FILES if run else RELATIVE_PATHS)
+    rows, left_out = usable_rows(path, table, labelled, data, MOVED_FILES if run else RELATIVE_PATHS)
     for row in rows:
         for task in tasks:
             try:
@@ -246,148 +242,19 @@ def read_for_tasks(
     return Manifest(tuple(items), tuple(tasks), tuple(left_out), (*table.notes, *notes))
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def _read(data: DataConfig, asked: Sequence[str], classes: Sequence[str] = ()) -> tuple[DataTable, Path]:
-    """Return the rows of a data set, and its path.
-
-    Args:
-        data: settings.
-        asked: columns to learn or to compare with, each `name` or `name=kind`.
-        classes: classes that a model knows, which are labels even if `data.missing` has them.
-    """
-    if data.path is None:
-        raise DataError("no data given. Name a folder of classes or a CSV: --data.path PATH.")
-    if not data.path.exists():
-        raise DataError(f"{data.path}: no such file or folder. Name a folder of classes or a CSV: --data.path PATH.")
-    if data.path.is_dir():
-        if data.group not in ("auto", "none"):
-            raise ConfigError(
-                f"data.group (={data.group}) names a column, but {data.path} is a folder. Give a CSV with the columns "
-                f"image, label and {data.group}."
-            )
-        beside = {"--data.masks": data.masks, "--data.features": data.features}
-        ignore = {absolute(path.expanduser()): f"the folder of {name}" for name, path in beside.items() if path}
-        table = read_folder(data.path, ignore)
-    elif data.path.is_file():
-        table = read_csv(data.path, data.root, slides=data.features is not None)
-        table = table if table.written else without_missing_words(table, data.missing, classes)
-        names = {_name_and_kind(entry, table.columns)[0] for entry in asked}
-        table = with_columns_read(data.path, table, data.group, table.columns if table.written else names)
-    else:
-        raise DataError(f"{data.path}: not a regular file. Name a folder of classes or a CSV: --data.path PATH.")
-    return with_companions(data.path, table, data), data.path
-
-
-def _only(path: Path, table: DataTable, splits: Sequence[str]) -> DataTable:
-    """Return the rows of some splits; those without a split are in `test`."""
-    rows = [row for row in table.rows if (row.item.split or "test") in splits]
-    if not rows:
-        counts = Counter(row.item.split or "test" for row in table.rows)
-        others = ", ".join(f"{counts[name]} in {name}" for name in SPLITS if counts[name])
-        raise DataError(
-            f"{path}: no image in the split {listed(map(repr, splits))}; there are {others}. Choose another --split."
-        )
-    return replace(table, rows=rows)
-
-
-def _usable(
-    path: Path, table: DataTable, names: Sequence[str], data: DataConfig, remedy: str = RELATIVE_PATHS
-) -> tuple[list[Row], list[LeftOut]]:
-    """Return the rows that have a label and a file, each image once, with the labels of the columns `names` only."""
-    rows: list[Row] = []
-    left_out = list(table.left_out)
-    first: dict[Path, Row] = {}
-    by_name: dict[str, Row] = {}
-    missing: list[str] = []
-    for row in table.rows:
-        item = replace(row.item, labels={name: row.item.labels[name] for name in names})
-        row = replace(row, item=item)
-        if item.image in first:
-            _check_same(path, first[item.image], row)
-            left_out.append(LeftOut(item.name, f"{row.where}: same image as {first[item.image].where}"))
-            continue
-        first[item.image] = row
-        if item.name in by_name:
-            before = by_name[item.name].where
-            raise DataError(f"{path}, {row.where}: name {item.name!r} is taken by {before}. Give each image its own.")
-        by_name[item.name] = row
-        if not any(item.labels.values()):
-            left_out.append(LeftOut(item.name, f"no label for {' or '.join(names)}"))
-        elif (lacking := _unusable_file(item)) is not None:
-            file, reason = lacking
-            missing.append(str(file) if reason == MISSING_FILE else f"{file} ({reason})")
-            left_out.append(LeftOut(item.name, reason if file == item.image else f"{reason}: {file}"))
-        else:
-            rows.append(row)
-    if missing and (not rows or data.on_bad_image == "fail"):
-        what = "feature" if any(row.item.features is not None for row in table.rows) else "image"
-        count = f"{len(missing)} of {len(first)} {what} files" if rows else f"all {len(missing)} {what} files"
-        raise DataError(f"{path}: {count} are not there: {listed(missing)}. {remedy}")
-    if not rows:
-        raise DataError(f"{path}: no row has a label for {' or '.join(names)}. Fill the column or choose other tasks.")
-    return rows, left_out
-
-
-def _unusable_file(item: Item) -> tuple[Path, str] | None:
-    """Return the first file of an item that cannot be used, and why. With features, the image need not exist."""
-    for file in (item.source, item.mask, item.annotation):
-        # Path.is_file raises on a name too long for the system
-        if file is None or os.path.isfile(file):  # noqa: PTH113
-            continue
-        if file.suffix.lower() in folder_suffixes() and os.path.isdir(file):  # noqa: PTH112
-            continue
-        if not os.path.lexists(file):
-            return file, MISSING_FILE
-        broken = file.is_symlink() and not file.exists()
-        return file, f"{MISSING_FILE}: a link that leads nowhere" if broken else "not a regular file"
-    return None
-
-
-def _check_same(path: Path, first: Row, again: Row) -> None:
-    """Refuse two rows of one image that contradict each other."""
-    facts = [(name, first.item.labels[name], again.item.labels[name]) for name in first.item.labels]
-    others = ("split", "group", "mpp", *FILES)
-    facts += [(name, getattr(first.item, name), getattr(again.item, name)) for name in others]
-
-    def shown(value: object) -> str:
-        return repr(str(value) if isinstance(value, Path) else value or "")
-
-    for name, before, now in facts:
-        if before != now:
-            raise DataError(
-                f"{path}, {again.where}: {again.item.name} has {name} {shown(now)}, "
-                f"but {shown(before)} in {first.where}. Keep one row per image."
-            )
-
-
-# --- tasks ------------------------------------------------------------------------------------------------------------
-
-
 def _wanted_tasks(path: Path, columns: Sequence[str], asked: Sequence[str]) -> dict[str, str | None]:
     """Return the kind of each column to learn, or None where it is to be inferred."""
     if not columns:
         raise DataError(f"{path}: no task column, only `image` and what describes it. Add a column with labels.")
     wanted: dict[str, str | None] = {}
     for entry in asked or columns:
-        name, kind = _name_and_kind(entry, columns)
+        name, kind = name_and_kind(entry, columns)
         if name not in columns:
             raise DataError(f"{path}: no column {name!r}{nearest(name, columns)}; the tasks are {listed(columns, 8)}.")
         if name in wanted:
             raise ConfigError(f"data.tasks names {name!r} twice. Name each column once.")
         wanted[name] = kind or None
     return wanted
-
-
-def _name_and_kind(entry: str, columns: Sequence[str]) -> tuple[str, str]:
-    """Split `name=kind`; `kind` is empty for `name`.
-
-    A name may contain `=`, and so may the class of `name=binary:class`: the longest column that fits is meant.
-    """
-    fitting = [column for column in columns if entry == column or entry.startswith(f"{column}=")]
-    name = max(fitting, key=len, default=entry.partition("=")[0])
-    return name, entry[len(name) + 1 :]
 
 
 def _task(path: Path, rows: Sequence[Row], name: str, kind: str | None) -> Task:

@@ -42,9 +42,7 @@ def split_named(name: str) -> str:
 def read_folder(path: Path, ignore: Mapping[Path, str] | None = None) -> DataTable:
     """Read `path/CLASS/**/image`, `path/SPLIT/CLASS/**/image` or `path/CLASS/SPLIT/**/image`.
 
-    Args:
-        path: the folder.
-        ignore: folders in it that hold something else, such as masks, each with what it holds.
+    `ignore` are folders in it that hold something else, such as masks, each with what it holds.
 
     Raises:
         DataError: there are no class folders, they hold no images, or folders are named like splits but not laid out
@@ -136,11 +134,7 @@ class Layout:
 
 
 def find_layout(path: Path, places: Sequence[Sequence[str]]) -> Layout:
-    """Return the layout of a folder.
-
-    Args:
-        path: the folder, for messages.
-        places: for each image, the names of the folders that it is in, outermost first.
+    """Return the layout of a folder from the names of the folders that each image is in, outermost first.
 
     Raises:
         DataError: folders are named like splits or folds but are not laid out as such.

@@ -1,4 +1,4 @@
-"""At which resolution a model learned, and whether an image has another one."""
+"""The resolution at which a model learned, and whether an image has another one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 TOLERANCE = 1.2
-"""Resolutions whose ratio is at most this are alike: scanners of one nominal magnification differ by less."""
-MICROSCOPE = 20.0
-"""Microns per pixel; coarser ones are the print resolution of a photograph and say nothing of what it shows."""
+"""Largest ratio of two resolutions that count as alike: scanners of one nominal magnification differ by less."""
+MAX_MICROSCOPE_MPP = 20.0
+"""Coarser values are the print resolution of a photograph and do not describe what it shows."""
 
-GIVEN = "a column `mpp` in a CSV, or --mpp of predict"
-"""How the user gives the resolution of an image."""
+HOW_TO_GIVE = "a column `mpp` in a CSV, or --mpp of predict"
+"""The ways to state the resolution of an image."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Resolution:
     """Microns per pixel of the patches that a model learned from.
 
     Attributes:
-        low, high: the least and the greatest of them; None where no image said it.
-        unknown: images that did not say it.
+        low: smallest value; None if no image states it.
+        high: largest value; None if no image states it.
+        unknown: number of images that do not state it.
     """
 
     low: float | None = None
@@ -30,18 +31,18 @@ class Resolution:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Resolution:
-        """The resolution of images, one value for each."""
+        """Return the resolution of images from one value each."""
         values = list(values)
         known = [value for value in values if value is not None]
         return cls(min(known, default=None), max(known, default=None), len(values) - len(known))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> Resolution:
-        """As `to_json` gives it; nothing is known of a model that does not say it."""
+        """Return what `to_json` gave; unknown for a model that does not state it."""
         return cls(**data) if data else cls()
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict, for model.json."""
+        """Return a plain dict for model.json."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -50,8 +51,8 @@ class Resolution:
         return f"{self.low:.3g}" if self.high / self.low < 1.01 else f"{self.low:.3g} to {self.high:.3g}"
 
     def spread(self) -> tuple[str, str] | None:
-        """What is wrong and what to do, where the images differ among themselves."""
-        if self.low is None or self.high is None or self.low > MICROSCOPE:
+        """Return what is wrong and what to do, if the images differ from each other."""
+        if self.low is None or self.high is None or self.low > MAX_MICROSCOPE_MPP:
             return None
         if self.high / self.low > TOLERANCE:
             return f"images differ in resolution, {self} um per pixel", f"Read all at one: --patch.mpp {self.high:.3g}."
@@ -61,11 +62,11 @@ class Resolution:
         return None
 
     def doubt(self, mpp: float | None) -> str:
-        """A sentence where patches of `mpp` microns per pixel are not what the model learned from; else ""."""
-        if self.low is None or self.high is None or self.low > MICROSCOPE:
+        """Return a warning if the model did not learn from patches of `mpp` microns per pixel; else an empty text."""
+        if self.low is None or self.high is None or self.low > MAX_MICROSCOPE_MPP:
             return ""
         if mpp is None:
-            said = f"no resolution is stated, and the model learned at {self} um per pixel. Give it: {GIVEN}"
+            said = f"no resolution is stated, and the model learned at {self} um per pixel. Give it: {HOW_TO_GIVE}"
             return "" if self.unknown else said
         if self.low / TOLERANCE <= mpp <= self.high * TOLERANCE:
             return ""
@@ -73,10 +74,10 @@ class Resolution:
         size = "larger" if mpp < self.low else "smaller"
         return (
             f"patches of {mpp:.3g} um per pixel, but the model learned at {self}: everything is {times:.1f} times "
-            f"{size} than it knows. If a file is wrong, give the true value: {GIVEN}. A model trained with "
+            f"{size} than it knows. If a file is wrong, give the true value: {HOW_TO_GIVE}. A model trained with "
             "--patch.mpp resamples"
         )
 
 
 NOT_KNOWN = Resolution()
-"""The resolution of a model that does not say at which one it learned."""
+"""The resolution of a model that does not state it."""

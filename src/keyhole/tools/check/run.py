@@ -15,7 +15,8 @@ from keyhole.config.settings import Config
 from keyhole.data.companions import unused_masks
 from keyhole.data.item import SPLITS, Finding, Item, LeftOut, warning
 from keyhole.data.listing import PREVIEW_LIST, listed_previews
-from keyhole.data.manifest import MISSING_FILE, Manifest, read_manifest, write_csv
+from keyhole.data.manifest import Manifest, read_manifest, write_csv
+from keyhole.data.rows import MISSING_FILE
 from keyhole.errors import OutputError
 from keyhole.inference.embed_items import items_to_embed, without_labels
 from keyhole.patches.image_cache import fits

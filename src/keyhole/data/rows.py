@@ -1,0 +1,201 @@
+"""The usable rows of a CSV or folder: in the wanted splits, each image once, with a label and a file."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from keyhole.config.settings import DataConfig
+from keyhole.data.columns import with_columns_read, without_missing_words
+from keyhole.data.companions import with_companions
+from keyhole.data.item import SPLITS, DataTable, Item, LeftOut, Row, absolute
+from keyhole.data.read_csv import FILES, read_csv
+from keyhole.data.read_folder import read_folder
+from keyhole.errors import ConfigError, DataError
+from keyhole.images.image import folder_suffixes
+from keyhole.util.wording import listed
+
+MISSING_FILE = "no such file"
+SAMPLE_FILES = 16
+"""Number of files that are looked up first, to rule out a folder quickly."""
+
+
+def read_rows(data: DataConfig, asked: Sequence[str], classes: Sequence[str] = ()) -> tuple[DataTable, Path]:
+    """Return the rows of a data set, and its path.
+
+    `asked` are the columns to learn or to compare with, each `name` or `name=kind`; `classes` those that a model knows,
+    which are labels even if `data.missing` has them.
+    """
+    if data.path is None:
+        raise DataError("no data given. Name a folder of classes or a CSV: --data.path PATH.")
+    if not data.path.exists():
+        raise DataError(f"{data.path}: no such file or folder. Name a folder of classes or a CSV: --data.path PATH.")
+    if data.path.is_dir():
+        if data.group not in ("auto", "none"):
+            raise ConfigError(
+                f"data.group (={data.group}) names a column, but {data.path} is a folder. Give a CSV with the columns "
+                f"image, label and {data.group}."
+            )
+        beside = {"--data.masks": data.masks, "--data.features": data.features}
+        ignore = {absolute(path.expanduser()): f"the folder of {name}" for name, path in beside.items() if path}
+        table = read_folder(data.path, ignore)
+    elif data.path.is_file():
+        table = read_csv(data.path, data.root, slides=data.features is not None)
+        table = table if table.written else without_missing_words(table, data.missing, classes)
+        names = {name_and_kind(entry, table.columns)[0] for entry in asked}
+        table = with_columns_read(data.path, table, data.group, table.columns if table.written else names)
+    else:
+        raise DataError(f"{data.path}: not a regular file. Name a folder of classes or a CSV: --data.path PATH.")
+    return with_companions(data.path, table, data), data.path
+
+
+def name_and_kind(entry: str, columns: Sequence[str]) -> tuple[str, str]:
+    """Split `name=kind`; `kind` is empty for `name`.
+
+    A name may contain `=`, and so may the class of `name=binary:class`: the longest column that fits is meant.
+    """
+    fitting = [column for column in columns if entry == column or entry.startswith(f"{column}=")]
+    name = max(fitting, key=len, default=entry.partition("=")[0])
+    return name, entry[len(name) + 1 :]
+
+
+def in_splits(path: Path, table: DataTable, splits: Sequence[str]) -> DataTable:
+    """Return the rows of some splits; those without a split are in `test`."""
+    rows = [row for row in table.rows if (row.item.split or "test") in splits]
+    if not rows:
+        counts = Counter(row.item.split or "test" for row in table.rows)
+        others = ", ".join(f"{counts[name]} in {name}" for name in SPLITS if counts[name])
+        raise DataError(
+            f"{path}: no image in the split {listed(map(repr, splits))}; there are {others}. Choose another --split."
+        )
+    return replace(table, rows=rows)
+
+
+def usable_rows(
+    path: Path, table: DataTable, names: Sequence[str], data: DataConfig, remedy: str
+) -> tuple[list[Row], list[LeftOut]]:
+    """Return the rows that have a label and a file, each image once, with the labels of the columns `names` only."""
+    rows: list[Row] = []
+    left_out = list(table.left_out)
+    first: dict[Path, Row] = {}
+    by_name: dict[str, Row] = {}
+    missing: list[str] = []
+    for row in table.rows:
+        item = replace(row.item, labels={name: row.item.labels[name] for name in names})
+        row = replace(row, item=item)
+        if item.image in first:
+            _check_same(path, first[item.image], row)
+            left_out.append(LeftOut(item.name, f"{row.where}: same image as {first[item.image].where}"))
+            continue
+        first[item.image] = row
+        if item.name in by_name:
+            before = by_name[item.name].where
+            raise DataError(f"{path}, {row.where}: name {item.name!r} is taken by {before}. Give each image its own.")
+        by_name[item.name] = row
+        if not any(item.labels.values()):
+            left_out.append(LeftOut(item.name, f"no label for {' or '.join(names)}"))
+        elif (lacking := _unusable_file(item)) is not None:
+            file, reason = lacking
+            missing.append(str(file) if reason == MISSING_FILE else f"{file} ({reason})")
+            left_out.append(LeftOut(item.name, reason if file == item.image else f"{reason}: {file}"))
+        else:
+            rows.append(row)
+    if missing and (not rows or data.on_bad_image == "fail"):
+        what = "feature" if any(row.item.features is not None for row in table.rows) else "image"
+        count = f"{len(missing)} of {len(first)} {what} files" if rows else f"all {len(missing)} {what} files"
+        raise DataError(f"{path}: {count} are not there: {listed(missing)}. {remedy}")
+    if not rows:
+        raise DataError(f"{path}: no row has a label for {' or '.join(names)}. Fill the column or choose other tasks.")
+    return rows, left_out
+
+
+def _unusable_file(item: Item) -> tuple[Path, str] | None:
+    """Return the first file of an item that cannot be used, and why. With features, the image need not exist."""
+    for file in (item.source, item.mask, item.annotation):
+        # Path.is_file raises on a name too long for the system
+        if file is None or os.path.isfile(file):  # noqa: PTH113
+            continue
+        if file.suffix.lower() in folder_suffixes() and os.path.isdir(file):  # noqa: PTH112
+            continue
+        if not os.path.lexists(file):
+            return file, MISSING_FILE
+        broken = file.is_symlink() and not file.exists()
+        return file, f"{MISSING_FILE}: a link that leads nowhere" if broken else "not a regular file"
+    return None
+
+
+def _check_same(path: Path, first: Row, again: Row) -> None:
+    """Refuse two rows of one image that contradict each other."""
+    facts = [(name, first.item.labels[name], again.item.labels[name]) for name in first.item.labels]
+    others = ("split", "group", "mpp", *FILES)
+    facts += [(name, getattr(first.item, name), getattr(again.item, name)) for name in others]
+
+    def shown(value: object) -> str:
+        return repr(str(value) if isinstance(value, Path) else value or "")
+
+    for name, before, now in facts:
+        if before != now:
+            raise DataError(
+                f"{path}, {again.where}: {again.item.name} has {name} {shown(now)}, "
+                f"but {shown(before)} in {first.where}. Keep one row per image."
+            )
+
+
+def moved_to(manifest: Path, table: DataTable, root: Path) -> DataTable:
+    """Replace the paths of a run's manifest by those below `root`, where the files exist there.
+
+    `root` may stand for any folder above the images. It is the one below which most files are found.
+
+    Raises:
+        DataError: there is no such folder, or it holds none of the images.
+    """
+    root = absolute(root.expanduser())
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder. --root names the folder that the images of {manifest} were moved to.")
+    files = [row.item.source for row in table.rows]
+    common = Path(os.path.commonpath([file.parent for file in files]))
+    old = _old_root(files, common, root)
+    if old is None:
+        raise DataError(
+            f"{root}: none of the {len(files)} images of {manifest} is there, such as {files[0].name}. "
+            f"Name the folder that now holds what was in {common}, or one above it: --root DIR"
+        )
+    return replace(table, rows=[replace(row, item=_moved(row.item, old, root)) for row in table.rows])
+
+
+def _old_root(files: Sequence[Path], common: Path, root: Path) -> Path | None:
+    """Return the folder above the files whose contents are now in `root`, or None if no file is found."""
+    best, most = None, 0
+    sample = files[:: max(1, len(files) // SAMPLE_FILES)]
+    for old in (common, *common.parents):
+        if not any(_exists(root / file.relative_to(old)) for file in sample):
+            continue
+        count = sum(_exists(root / file.relative_to(old)) for file in files)
+        if count > most:
+            best, most = old, count
+        if most == len(files):
+            break
+    return best
+
+
+def _moved(item: Item, old: Path, root: Path) -> Item:
+    def now(file: Path | None) -> Path | None:
+        if file is None or not file.is_relative_to(old):
+            return file
+        new = root / file.relative_to(old)
+        return new if _exists(new) else file
+
+    return replace(
+        item,
+        image=now(item.image) or item.image,
+        mask=now(item.mask),
+        annotation=now(item.annotation),
+        features=now(item.features),
+    )
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises on a name too long for the system
