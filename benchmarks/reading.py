@@ -30,7 +30,7 @@ from machine import cores, write_result
 from keyhole.datasets.slides import make_slide
 from keyhole.images import open_image
 from keyhole.loading import Reader
-from keyhole.patches.sources import FileOpener
+from keyhole.patches.opener import FileOpener
 
 TILE = 256
 CHUNK = 64

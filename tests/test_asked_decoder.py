@@ -17,7 +17,7 @@ from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.loading import Reader
-from keyhole.patches.sources import FileOpener
+from keyhole.patches.opener import FileOpener
 
 __all__ = ["files", "no_thread_is_left"]  # fixtures
 

@@ -22,7 +22,8 @@ from test_reading import PATIENCE, Opener, eventually, no_thread_is_left
 from keyhole.errors import ImageError, ImageLost, StalledRead
 from keyhole.loading import Batch, OnError, Reader
 from keyhole.loading.chunks import FetchOnly
-from keyhole.patches.sources import FileOpener, TensorPatches, View
+from keyhole.patches.opener import FileOpener
+from keyhole.patches.sources import TensorPatches, View
 
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 

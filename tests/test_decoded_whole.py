@@ -16,7 +16,7 @@ from test_reading import PATIENCE, eventually, no_thread_is_left, threads
 
 from keyhole.errors import StalledRead
 from keyhole.loading import FetchOnly, Reader
-from keyhole.patches.sources import FileOpener
+from keyhole.patches.opener import FileOpener
 from keyhole.util.threads import Pool
 
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses

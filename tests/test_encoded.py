@@ -33,7 +33,8 @@ from keyhole.images.tiff_file import BLOCK
 from keyhole.loading import Batch, Delivery, Reader
 from keyhole.loading.reading import PATCHES_BETWEEN_LOOKS
 from keyhole.nn import build_classifier
-from keyhole.patches.sources import FileOpener, FilePatches, PatchSource, View
+from keyhole.patches.opener import FileOpener
+from keyhole.patches.sources import FilePatches, PatchSource, View
 from keyhole.tasks.kinds import Task
 
 pytest.importorskip("torchvision", reason="torchvision decodes JPEG for devices")

@@ -18,7 +18,8 @@ from test_damage import COLUMNS, ROWS, Disk, MakePipe, damage, disk, pipe, read_
 from test_reading import PATIENCE, Opener, Probe, eventually, no_thread_is_left, openers, sources
 
 from keyhole.loading import Batch, FetchOnly, OnError, Reader
-from keyhole.patches.sources import FileOpener, FilePatches
+from keyhole.patches.opener import FileOpener
+from keyhole.patches.sources import FilePatches
 
 __all__ = ["disk", "no_thread_is_left", "pipe", "whole"]  # fixtures that tests here use
 

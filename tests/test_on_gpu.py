@@ -24,7 +24,7 @@ from processes import command
 
 from keyhole.cli.main import main
 from keyhole.engine.memory.plan import largest_chunk
-from keyhole.patches.sources import FileOpener
+from keyhole.patches.opener import FileOpener
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 ON_GPU = BENCHMARKS / "on_gpu"

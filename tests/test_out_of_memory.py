@@ -38,7 +38,8 @@ from keyhole.errors import ConfigError
 from keyhole.loading import Reader
 from keyhole.loading.chunks import Chunk, Coded, Delivery
 from keyhole.nn import build_classifier
-from keyhole.patches.sources import FileOpener, TensorPatches, View
+from keyhole.patches.opener import FileOpener
+from keyhole.patches.sources import TensorPatches, View
 from keyhole.tasks.kinds import Task
 from keyhole.util.budget import out_of_memory
 

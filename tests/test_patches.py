@@ -18,7 +18,8 @@ from keyhole.patches import image_cache as store_module
 from keyhole.patches.foreground.rules import FOREGROUND_RULES
 from keyhole.patches.grid import NoPatches, PatchGrid
 from keyhole.patches.image_cache import ImageCache, MaskCache, ResidentImage, decoded_bytes, fits
-from keyhole.patches.sources import FileOpener, FilePatches, PatchSource, TensorPatches, View
+from keyhole.patches.opener import FileOpener
+from keyhole.patches.sources import FilePatches, PatchSource, TensorPatches, View
 
 laws = settings(max_examples=40, deadline=None)
 views = st.builds(View, st.booleans(), st.booleans(), st.integers(0, 3))

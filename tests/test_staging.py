@@ -19,7 +19,8 @@ from keyhole.config.settings import RunConfig
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.loading import Delivery, Reader
 from keyhole.loading.chunks import Chunk, Coded
-from keyhole.patches.sources import FileOpener, TensorPatches, View
+from keyhole.patches.opener import FileOpener
+from keyhole.patches.sources import TensorPatches, View
 
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 

@@ -28,7 +28,8 @@ from keyhole.images.tiles import TiledImage
 from keyhole.loading import Reader
 from keyhole.patches.edge import Edge
 from keyhole.patches.grid import PatchGrid
-from keyhole.patches.sources import FileOpener, FilePatches, View
+from keyhole.patches.opener import FileOpener
+from keyhole.patches.sources import FilePatches, View
 
 WIDTH, HEIGHT, TILE = 200, 136, 32
 COLUMNS, ROWS = 7, 5

@@ -23,7 +23,8 @@ from keyhole.engine.to_device import prefetched, stager_for
 from keyhole.errors import ConfigError
 from keyhole.inference.embed import embed
 from keyhole.loading import Delivery, Reader
-from keyhole.patches.sources import FileOpener, View
+from keyhole.patches.opener import FileOpener
+from keyhole.patches.sources import View
 
 __all__ = ["files", "no_thread_is_left"]  # fixtures
 

@@ -14,7 +14,7 @@ import torch
 from keyhole.datasets.slides import make_slide
 from keyhole.engine.jpeg import Decoder, decodes
 from keyhole.images.jpeg import COLORS, segments
-from keyhole.patches.sources import FileOpener
+from keyhole.patches.opener import FileOpener
 from on_gpu.bench import Bench, rate
 
 SIDE, SMOOTH = 64, 8

@@ -11,7 +11,7 @@ import torch
 from gigapixel import Steps, settings, take_steps, write_links
 from repeated_slide import write_repeated
 
-from keyhole.patches.sources import FileOpener
+from keyhole.patches.opener import FileOpener
 from on_gpu.bench import Bench, floor, new_model
 from on_gpu.streams import CHUNK, Stream, stream
 

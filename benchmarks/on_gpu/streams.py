@@ -21,7 +21,8 @@ from keyhole.engine.memory.plan import Plan
 from keyhole.engine.passes import open_reader, select_batch
 from keyhole.engine.to_device import Stager
 from keyhole.loading import Reader
-from keyhole.patches.sources import FileOpener, PatchSource, TensorPatches
+from keyhole.patches.opener import FileOpener
+from keyhole.patches.sources import PatchSource, TensorPatches
 from on_gpu.bench import Bench, floor, new_model, rate
 
 if TYPE_CHECKING:

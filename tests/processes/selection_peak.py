@@ -10,7 +10,7 @@ from keyhole.config.settings import ModelConfig, SelectConfig
 from keyhole.engine.passes import fetch_kept, select_batch
 from keyhole.loading import Reader
 from keyhole.nn import build_classifier
-from keyhole.patches.sources import FileOpener
+from keyhole.patches.opener import FileOpener
 from keyhole.tasks.kinds import Task
 
 path = Path(sys.argv[1])

@@ -38,7 +38,8 @@ from keyhole.nn.tensors import host_memory, values_of
 from keyhole.patches.edge import edge_for
 from keyhole.patches.features import FeatureOpener, learned_origin
 from keyhole.patches.image_cache import ImageCache
-from keyhole.patches.sources import FileOpener, PatchSource, View
+from keyhole.patches.opener import FileOpener
+from keyhole.patches.sources import PatchSource, View
 from keyhole.util.threads import default_threads
 from keyhole.util.timing import Shares
 

@@ -1,17 +1,11 @@
-"""Sources of patches: an image file, or an array in memory, behind one small contract.
-
-Everything after this line of the flow is written once, for all sources. `FileOpener` says how a source is made
-from a file, so that opening can happen later, on a reading thread.
-"""
+"""Sources of patches: an image file, or an array in memory, behind one base class."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Container
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -21,12 +15,8 @@ from keyhole.errors import ConfigError
 from keyhole.images.geometry import Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
-from keyhole.images.scale import given_scale
-from keyhole.patches.edge import Edge
-from keyhole.patches.foreground.rules import FOREGROUND_RULES, Rule
-from keyhole.patches.grid import Foreground, Index, NoPatches, PatchGrid
-from keyhole.patches.image_cache import ImageCache, decoded_bytes
-from keyhole.patches.level import reading_level
+from keyhole.patches.grid import Index, PatchGrid
+from keyhole.patches.image_cache import decoded_bytes
 from keyhole.util.rows import checked_index, take_rows
 
 Array = NDArray[Any]
@@ -36,8 +26,8 @@ Array = NDArray[Any]
 class View:
     """How a whole image is turned: the geometric part of the augmentation of one image in one epoch.
 
-    First the flips, then `turns` counter-clockwise quarter turns. It is applied patch by patch, and so are the
-    positions, which gives what reading the turned image would give.
+    First the flips, then `turns` counter-clockwise quarter turns. Applying it to each patch and to the positions gives
+    the same as reading the turned image.
     """
 
     flip_x: bool = False
@@ -45,17 +35,17 @@ class View:
     turns: int = 0
 
     def pixels(self, block: Array) -> Array:
-        """Each patch of (k, s, s, c) turned; a view of the same memory."""
+        """Turn each patch of (k, s, s, c); return a view of the same memory."""
         block = block[:, :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
         return np.rot90(block, self.turns, axes=(1, 2))
 
     def undo(self, block: Array) -> Array:
-        """The inverse of `pixels`: what is written to it appears turned in `block`."""
+        """Invert `pixels`: pixels that are written to the result appear turned in `block`."""
         block = np.rot90(block, -self.turns, axes=(1, 2))
         return block[:, :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
 
     def centers(self, xy: NDArray[np.float64], l0_size: Size) -> NDArray[np.float64]:
-        """Points (k, 2) of an image of `l0_size` = (width, height), in the turned image."""
+        """Return points (k, 2) of an image of `l0_size`, in the turned image."""
         (x, y), (width, height) = xy.T, l0_size
         x, y = width - x if self.flip_x else x, height - y if self.flip_y else y
         for _ in range(self.turns % 4):
@@ -63,7 +53,7 @@ class View:
         return np.stack([x, y], axis=1)
 
     def cells(self, g_cells: Index, rows: int, columns: int) -> tuple[Index, tuple[int, int]]:
-        """Row and column (k, 2) of a grid of `rows` x `columns`, in the turned grid; its (rows, columns)."""
+        """Return row and column (k, 2) of a grid of `rows` x `columns` in the turned grid, and its (rows, columns)."""
         row, column = g_cells.T
         row, column = rows - 1 - row if self.flip_y else row, columns - 1 - column if self.flip_x else column
         for _ in range(self.turns % 4):
@@ -168,13 +158,13 @@ class PatchSource(ABC):
 
 
 class FilePatches(PatchSource):
-    """The patches of a grid over an image; closes the image.
+    """The patches of a grid over an image; `close` closes the image.
 
     Args:
         image: the file.
         grid: where its patches are.
         view: how the image is turned.
-        channels: 1 or 3, grey from RGB by ITU-R 601 luma, RGB from grey by repeating; default as in the file.
+        channels: 1 or 3; grey from RGB by ITU-R 601 luma, RGB from grey by repeating; default as in the file.
         name: for messages; default is the image's path.
     """
 
@@ -254,7 +244,7 @@ class FilePatches(PatchSource):
 
 
 def _grey(pixels: Pixels) -> Pixels:
-    """(k, s, s, 3) to (k, s, s, 1), rounded as Pillow does."""
+    """Convert (k, s, s, 3) to (k, s, s, 1), rounded as Pillow does."""
     k, height, width, _ = pixels.shape
     if k == 0:
         return pixels[..., :1]
@@ -269,6 +259,11 @@ class TensorPatches(PatchSource):
         array: (n, ...), such as (n, h, w, c) uint8 pixels or (n, d) float features; anything numpy takes.
         name: for messages.
         centers: x, y (n, 2) of the patches, for 2-D position codes.
+
+    >>> source = TensorPatches(np.arange(12).reshape(4, 3))
+    >>> source.read([3, 0])
+    array([[ 9, 10, 11],
+           [ 0,  1,  2]])
     """
 
     def __init__(self, array: ArrayLike, name: str = "tensor", centers: ArrayLike | None = None) -> None:
@@ -295,95 +290,3 @@ class TensorPatches(PatchSource):
 
     def close(self) -> None:
         """Do nothing."""
-
-
-@dataclass(frozen=True)
-class FileOpener:
-    """Opens the patches of one image file when called; making an opener costs nothing.
-
-    Attributes:
-        path: the file.
-        name: for messages; as the manifest writes it.
-        size, stride, level, mpp, bits, foreground, min_foreground, edge: as in `config.PatchConfig`.
-        mask: PNG or GeoJSON, for the foreground `mask`.
-        channels: 1 or 3; None as in the file.
-        view, offset: the geometric augmentation of this image in this epoch.
-        cache: opens the file, or has it in memory.
-        image_mpp: microns per level-0 pixel, instead of those of the file.
-
-    >>> PIL.Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save("black.png")
-    >>> source = FileOpener(Path("black.png"), "black.png", size=32)()
-    >>> len(source), source.read([5]).shape, source.boxes([5]).tolist()
-    (6, (1, 32, 32, 3), [[64, 32, 32, 32]])
-    """
-
-    path: Path
-    name: str
-    size: int
-    stride: int | None = None
-    level: int | None = None
-    mpp: float | None = None
-    bits: int | None = None
-    foreground: Rule = "all"
-    min_foreground: float = 0.01
-    mask: Path | None = None
-    channels: int | None = None
-    view: View = View()
-    offset: tuple[int, int] = (0, 0)
-    cache: ImageCache = field(default_factory=ImageCache)
-    image_mpp: float | None = None
-    edge: Edge | Literal["auto"] = "background"
-
-    def __post_init__(self) -> None:
-        if self.image_mpp is not None:
-            given_scale(self.image_mpp)
-
-    def __call__(self) -> FilePatches:
-        """Open the file and make the grid.
-
-        Raises:
-            ImageError: the file, or its mask, is broken.
-            ConfigError: its size or resolution does not allow the patches, or the foreground leaves none.
-        """
-        level = partial(reading_level, mpp=self.mpp, level=self.level, image_mpp=self.image_mpp)
-        image = self.cache.open(self.path, lambda image: level(image)[0], self.bits)
-        try:
-            return FilePatches(image, self.grid(image), self.view, self.channels, self.name)
-        except BaseException:
-            image.close()
-            raise
-
-    def grid(self, image: Image) -> PatchGrid:
-        """Return the grid over the opened image, whose resolution becomes `image_mpp`."""
-        if self.image_mpp is not None:
-            image.mpp = self.image_mpp
-        mask, rule = self.foreground_mask(), FOREGROUND_RULES[self.foreground]
-        covered = None
-        if mask is not None:
-            name = f"foreground mask ({self.mask if rule.from_file else self.foreground})"
-            covered = Foreground(mask, self.min_foreground if rule.uses_share else 0.0, name)
-        grid = partial(PatchGrid, image, self.size, self.stride, self.mpp, level=self.level, edge=self.edge)
-        try:
-            return grid(offset=self.offset, mask=covered)
-        except NoPatches:
-            if self.offset == (0, 0):
-                raise
-            # A speck of foreground may have the least share of a patch in one place of the grid and not in another.
-            return grid(mask=covered)
-
-    def foreground_mask(self) -> NDArray[np.bool_] | None:
-        """Return the mask (rows, cols) of the patches in the grid; None if all are.
-
-        Raises:
-            ImageError, ConfigError: as for `__call__`.
-        """
-        rule = FOREGROUND_RULES[self.foreground]
-        if not rule.has_mask:
-            return None
-        if rule.from_file and self.mask is None:
-            raise ConfigError(
-                f"{self.path}: patch.foreground (=mask) needs a mask of this image. Give a column `mask` (PNG or "
-                "GeoJSON), or a folder of masks with the images' names: --data.masks DIR, or --masks DIR of keyhole "
-                "predict"
-            )
-        return self.cache.foreground(self.path, self.foreground, self.mask if rule.from_file else None, self.bits)

@@ -21,7 +21,7 @@ from keyhole.images.pixels import DEEP
 from keyhole.loading import Reader
 from keyhole.patches.edge import Edge
 from keyhole.patches.grid import NoPatches
-from keyhole.patches.sources import FileOpener
+from keyhole.patches.opener import FileOpener
 
 SAMPLE = 100
 """Images opened to measure sizes; more would not move the medians."""

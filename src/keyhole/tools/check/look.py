@@ -19,7 +19,7 @@ from keyhole.util.wording import problem_and_fix
 if TYPE_CHECKING:
     from keyhole.images import Image
     from keyhole.patches.grid import PatchGrid
-    from keyhole.patches.sources import FileOpener
+    from keyhole.patches.opener import FileOpener
 
 MAX_DARK_VALUE = 16
 """A picture whose brightest value, of 255, is below is nearly black."""
@@ -131,7 +131,7 @@ def _probe_image(path: Path, request: Request) -> Probed | Failed:
     from keyhole.images.image import open_image
     from keyhole.patches.grid import NoPatches
     from keyhole.patches.image_cache import decoded_bytes
-    from keyhole.patches.sources import FileOpener
+    from keyhole.patches.opener import FileOpener
 
     mask = None if request.mask is None else Path(request.mask)
     opener = FileOpener(path=path, name=request.path, image_mpp=request.image_mpp, mask=mask, **request.patch)
