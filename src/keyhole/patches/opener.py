@@ -53,7 +53,7 @@ class FileOpener:
     min_foreground: float = 0.01
     mask: Path | None = None
     channels: int | None = None
-    view: View = View()
+    view: View = field(default_factory=View)
     offset: tuple[int, int] = (0, 0)
     cache: ImageCache = field(default_factory=ImageCache)
     image_mpp: float | None = None
