@@ -1,4 +1,4 @@
-"""What decoders raise on damaged files, turned into one line that names the file."""
+"""Errors of decoders on damaged files, as one line that names the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keyhole.errors import ImageError, ImageLost
 from keyhole.images.pixels import ValueTooLarge
 
 FAULTS: tuple[type[Exception], ...] = (
-    # tifffile and Pillow let nearly everything through on a damaged file; each of these was seen.
+    # What tifffile and Pillow were seen to raise on damaged files.
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -32,13 +32,13 @@ FAULTS: tuple[type[Exception], ...] = (
 )
 
 _LOST_NAMES = (
-    # Gone, or the disk or share does not answer; and what passes: too many open files, an interrupted call.
+    # The file is gone, or the disk or share does not answer; or for a moment: too many open files, an interrupted call.
     *("ENOENT", "EIO", "ESTALE", "ENXIO", "ENODEV", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN"),
     *("ENETUNREACH", "ENETRESET", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "ESHUTDOWN", "EREMOTEIO", "ENOLINK"),
     *("ECOMM", "EPROTO", "ENOMEDIUM", "EAGAIN", "EBUSY", "EINTR", "EMFILE", "ENFILE", "EBADFD"),
 )
 LOST = frozenset(getattr(errno, name) for name in _LOST_NAMES if hasattr(errno, name))
-"""Numbers of system errors after which the same read may work again later. All others say what the file is."""
+"""Numbers of system errors after which the same read may work again later. All others are about the file itself."""
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:
@@ -49,9 +49,9 @@ def one_line(error: BaseException, limit: int = 160) -> str:
 
 @contextmanager
 def faults_of(path: Path, what: str) -> Iterator[None]:
-    """Raises ImageError(path, "`what` (reason). Copy it again ...") for whatever a decoder raises inside.
+    """Raise ImageError(path, "`what` (reason). Copy it again ...") for whatever a decoder raises inside.
 
-    What the system raises because the file cannot be reached becomes ImageLost.
+    A system error because the file cannot be reached becomes ImageLost.
     """
     try:
         yield
@@ -60,11 +60,11 @@ def faults_of(path: Path, what: str) -> Iterator[None]:
     except FAULTS as error:
         if isinstance(error, OSError) and is_lost(path, error):
             raise lost(path, error) from error
-        raise ImageError(path, f"{what} ({one_line(error)}). Copy the file again, or export it anew.") from error
+        raise ImageError(path, f"{what} ({one_line(error)}). Copy the file again, or export it again.") from error
 
 
 def is_lost(path: Path, error: OSError) -> bool:
-    """Whether the system, or a library that looked for it, says that the file cannot be reached."""
+    """Whether an error of the system or of a library means that the file cannot be reached."""
     return error.errno in LOST or (isinstance(error, FileNotFoundError) and not os.path.lexists(path))
 
 
@@ -75,30 +75,28 @@ def lost(path: Path, error: OSError) -> ImageLost:
     return ImageLost(path, f"cannot be reached ({error.strerror or one_line(error)}). Is its disk or share there?")
 
 
-_UNREADABLE: tuple[type[Exception], ...] = (*FAULTS, ImageError)
-
-
 @contextmanager
 def passed_over(path: Path) -> Iterator[None]:
-    """Pass over a part of a file that cannot be decoded; who needs its pixels says what is wrong with it.
+    """Pass over a part of a file that cannot be decoded; reading its pixels reports what is wrong with it.
 
     Raises:
         ImageLost: the disk or share does not answer.
     """
     try:
-        yield
+        with faults_of(path, "damaged"):
+            yield
     except ImageLost:
         raise
-    except _UNREADABLE as error:
-        if isinstance(error, OSError) and is_lost(path, error):
-            raise lost(path, error) from error
+    except ImageError:
+        pass
 
 
 def check_reachable(path: Path, problem: str) -> None:
-    """Tells a lost file from a damaged one where a library gives only text: looks for the system's words, then asks.
+    """Tell a lost file from a damaged one where a library gives only text.
 
     Args:
-        problem: what the library said.
+        path: the file or folder, which is tried.
+        problem: the library's text, which may have the words of a system error.
 
     Raises:
         ImageLost: the file or folder is gone, or does not answer.
@@ -118,30 +116,29 @@ def check_reachable(path: Path, problem: str) -> None:
 
 
 def not_one_picture(path: Path, lengths: Mapping[str, int]) -> ImageError:
-    """The error for a file of several pictures: planes in depth (z), points in time (t), channels (c).
+    """The error for a file of several pictures.
 
     Args:
         path: the file.
-        lengths: of each axis that has more than one entry.
+        lengths: of each axis with more than one entry: planes in depth (z), points in time (t), channels (c).
     """
-    said = ", ".join(
-        f"{length} channels" if axis == "c" else f"{length} along {axis}" for axis, length in lengths.items()
-    )
+    axes = [f"{length} channels" if axis == "c" else f"{length} along {axis}" for axis, length in lengths.items()]
+    stated = ", ".join(axes)
     if set(lengths) == {"c"}:
         return ImageError(
             path,
-            f"{said}; one or RGB is read. Save the channel that you want as a file of its own, or merge the channels "
+            f"{stated}; one or RGB is read. Save the channel that you want as a file of its own, or merge the channels "
             "to RGB (in ImageJ: Image > Type > RGB Color).",
         )
     return ImageError(
         path,
-        f"a stack of pictures ({said}); one is read. Save the one that you want as a file of its own (in ImageJ: "
+        f"a stack of pictures ({stated}); one is read. Save the one that you want as a file of its own (in ImageJ: "
         "Image > Duplicate), or a projection of them.",
     )
 
 
 def ends_early(path: Path, there: int, needed: int) -> ImageError:
-    """The error for a file of `there` bytes that says it has at least `needed`."""
+    """The error for a file of `there` bytes whose structure needs at least `needed`."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if needed >= scale:
             sizes = f"{there / scale:.1f} of {needed / scale:.1f} {unit}"

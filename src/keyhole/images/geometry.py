@@ -13,7 +13,7 @@ class Size(NamedTuple):
 
 
 class Box(NamedTuple):
-    """Left, top, width and height in pixels of a stated level; may reach over the border."""
+    """Left, top, width and height in pixels of a level; may reach over the border."""
 
     x: int
     y: int
@@ -31,8 +31,8 @@ class Level(NamedTuple):
 def downsample_of(l0_size: Size, lv_size: Size) -> float:
     """Level-0 pixels per pixel of a level, from the two sizes.
 
-    A level of half size has (w + 1) // 2 or w // 2 pixels, so the quotient of the sizes is a little off 2; the
-    whole number is taken wherever rounding of the sizes explains the difference.
+    A level of half size has (w + 1) // 2 or w // 2 pixels, so the quotient of the sizes is not exactly 2. The result
+    is the whole number wherever rounding of the sizes explains the difference.
     """
     quotient = (l0_size.width / lv_size.width + l0_size.height / lv_size.height) / 2
     whole = round(quotient)

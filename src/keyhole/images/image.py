@@ -42,8 +42,8 @@ class Image(ABC):
         path: the file, or a name for pixels in memory.
         size: (width, height) of level 0 in pixels, orientation obeyed.
         levels: level 0 first, then ever smaller ones; each with size and downsample.
-        mpp: microns per level-0 pixel, or None where the file does not say, or says something implausible.
-        mpp_note: "", or why `mpp` is None although the file says something: "the file says 0.25 x 0.5 um per pixel".
+        mpp: microns per level-0 pixel, or None where the file does not state them plausibly.
+        mpp_note: "", or why `mpp` is None although the file states a value: "the file says 0.25 x 0.5 um per pixel".
         note: "", or what of the file is not read: "of 3 pages the first is read".
         channels: 1 (grey) or 3 (RGB).
         bits: bits of a stored value that are in use: 8, or what other values are scaled by.

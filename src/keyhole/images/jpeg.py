@@ -1,4 +1,4 @@
-"""The structure of a JPEG stream: what its header says, and how its tables and colours are put into another."""
+"""The structure of a JPEG stream: its header, its segments, and how a tile of a TIFF becomes a stream of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_frame(marker: int) -> bool:
 
 
 class Frame(NamedTuple):
-    """What the frame header of a JPEG says."""
+    """The frame header of a JPEG."""
 
     bits: int
     height: int
@@ -125,7 +125,7 @@ def merged_head(tables: bytes, tile: bytes, size: Size, samples: int, rgb: bool)
         tables: of the page; may be empty.
         tile: as it is stored.
         size, samples: that the tile must have.
-        rgb: whether the page says that the samples are red, green and blue.
+        rgb: whether the page states that the samples are red, green and blue.
     """
     shared, own = segments(tables), segments(tile)
     if own is None or (tables and shared is None):

@@ -1,4 +1,4 @@
-"""What the metadata of OME-Zarr says: which arrays are the levels of one picture, their axes and scale."""
+"""The metadata of OME-Zarr: which arrays are the levels of one picture, their axes and scale."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from keyhole.errors import ImageError
 from keyhole.images.faults import not_one_picture
 from keyhole.images.geometry import Size
 from keyhole.images.pixels import bits_of_largest
-from keyhole.images.scale import TO_MICRONS, Scale, believed
+from keyhole.images.scale import TO_MICRONS, Scale, plausible_scale
 from keyhole.images.zarr_array import ZarrArray, ZarrGroup, child, open_node
 
 _OLD_AXES = "tczyx"
@@ -154,7 +154,7 @@ def _scale(axes: str, named: list[Any], first: dict[str, Any], dataset: dict[str
             what = "without a unit" if unit is None else f"in {unit!r}, which is not a unit of length"
             return Scale(None, f"its OME-Zarr gives {product:g} as the size of a pixel, {what}")
         sizes.append(product * TO_MICRONS[unit])
-    return believed(sizes[0], sizes[1], "its OME-Zarr")
+    return plausible_scale(sizes[0], sizes[1], "its OME-Zarr")
 
 
 def _array_axes(path: Path, array: ZarrArray) -> str:

@@ -15,7 +15,7 @@ from keyhole.images.faults import check_reachable, faults_of, one_line
 from keyhole.images.geometry import Box, Level, Size, downsample_of, same_shape
 from keyhole.images.image import Image, Pixels
 from keyhole.images.pixels import on_white
-from keyhole.images.scale import Scale, agreed, believed
+from keyhole.images.scale import Scale, agreed, plausible_scale
 from keyhole.images.tiff_file import check_segment, check_tiles, is_tiff, vendor_of
 from keyhole.images.tiff_metadata import per_length
 
@@ -23,19 +23,18 @@ if TYPE_CHECKING:
     from openslide import OpenSlide, OpenSlideCache
 
 CACHE_BYTES = 32 * 2**20
-"""Decoded tiles that OpenSlide keeps: what it would keep by itself for each handle, here for all of the process."""
+"""Decoded tiles that OpenSlide keeps for the whole process; by default it keeps as many for each handle."""
 _SUFFIXES = frozenset({".mrxs", ".vms", ".vmu", ".svslide", ".czi", ".dcm"})
 
 
 class OpenSlideImage(Image):
     """Every format of OpenSlide: Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, DICOM, Aperio.
 
-    Of the files that tifffile reads too, plain TIFF, OME-TIFF and Aperio SVS (JPEG) go to `TiffImage`: it gives the
-    same pixels about three times as fast, and its errors are not final for a handle. Of TIFFs, OpenSlide gets those
-    whose pixels are more than their tiles: Hamamatsu (NDPI), Leica (SCN), Philips, Trestle, Ventana (BIF) with their
-    own layouts and overlaps, and Aperio's JPEG 2000, whose colours only OpenSlide knows.
+    `TiffImage` reads plain TIFF, OME-TIFF and Aperio SVS (JPEG): it gives the same pixels about three times as fast,
+    and a handle survives its errors. OpenSlide reads TIFFs with layouts, overlaps or colours of their own: Hamamatsu
+    (NDPI), Leica (SCN), Philips, Trestle, Ventana (BIF), and Aperio's JPEG 2000.
 
-    Transparent parts, where the scanner saw nothing, become white. Where a level's downsample is not a whole number,
+    Transparent parts, which were not scanned, become white. Where a level's downsample is not a whole number,
     OpenSlide places a region to the nearest level-0 pixel and blends: at most half a level-0 pixel off. Levels whose
     size is not level 0's by one factor are left out. Microns per pixel are the maker's; None, and `mpp_note` says why,
     where pixels are not square, the value is outside 0.02 ... 100, or Aperio's description contradicts the TIFF's tags.
@@ -66,7 +65,7 @@ class OpenSlideImage(Image):
             self.note = planes(properties, depth)
             check_bits(path, properties)
         kept = [k for k, size in enumerate(sizes) if k == 0 or same_shape(sizes[0], size)]
-        self._numbers = tuple(kept)  # OpenSlide's own of the levels
+        self._numbers = tuple(kept)  # OpenSlide's numbers of the levels
         self._downsamples = tuple(downsamples[k] for k in kept)
         self.size = sizes[0]
         self.levels = tuple(Level(sizes[k], downsample_of(sizes[0], sizes[k])) for k in kept)
@@ -75,7 +74,7 @@ class OpenSlideImage(Image):
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
-        if is_tiff(head):  # of plain TIFF, what TiffImage refuses would come out wrong here, not better
+        if is_tiff(head):  # plain TIFF that TiffImage refuses would come out wrong here
             return vendor_of(path) is not None
         return bool(head) and path.suffix.lower() in _SUFFIXES
 
@@ -102,7 +101,7 @@ class OpenSlideImage(Image):
         try:
             return self._region(shared, box, level)
         except openslide.OpenSlideError:
-            # Final for this handle, and perhaps another thread's fault: asked again of one that nobody shares.
+            # The handle is lost, perhaps through another thread's read: try again with one that is not shared.
             own = self._open()
         try:
             pixels = self._region(own, box, level)
@@ -122,7 +121,7 @@ class OpenSlideImage(Image):
             return on_white(np.asarray(region))
 
     def _replace(self, failed: OpenSlide, sound: OpenSlide | None) -> None:
-        """A sound handle in place of a failed one, which is closed once the last thread has left it."""
+        """Put a new handle in the place of a failed one, which is closed when the last thread has left it."""
         with self._lock:
             if self._slide is failed:
                 self._slide = sound if sound is not None else self._open()
@@ -134,14 +133,14 @@ class OpenSlideImage(Image):
 
 @functools.cache
 def _cache() -> OpenSlideCache:
-    """The one cache of the process: by itself each handle has one, and the number of open slides decides the memory."""
+    """The one cache of the process, so that memory does not grow with the number of open slides."""
     import openslide
 
     return openslide.OpenSlideCache(CACHE_BYTES)
 
 
 def _check_declared(path: Path, properties: Mapping[str, str], levels: int) -> None:
-    """The tiles that a slide declares, TIFF or not, before one is decoded."""
+    """Check the size of the tiles that a slide declares, TIFF or not, before one is decoded."""
     for level in range(levels):
         sides = [properties.get(f"openslide.level[{level}].tile-{side}", "") for side in ("width", "height")]
         if all(side.isdigit() for side in sides):
@@ -149,17 +148,17 @@ def _check_declared(path: Path, properties: Mapping[str, str], levels: int) -> N
 
 
 def _bounds_corner(properties: Mapping[str, str]) -> tuple[int, int]:
-    """Where the bounds begin in which the scanner saw something; QuPath crops a slide to them and counts from there."""
+    """Where the scanned part begins; QuPath crops a slide to it and counts from there."""
     x, y = (properties.get(f"openslide.bounds-{axis}", "0") for axis in "xy")
     return (int(x), int(y)) if x.isdigit() and y.isdigit() else (0, 0)
 
 
 def planes(properties: Mapping[str, str], depth: int) -> str:
-    """What is not read of a slide with several planes or points in time: OpenSlide takes one.
+    """A note on a slide with several planes or points in time, of which OpenSlide reads one.
 
     Args:
         properties: of the slide; Zeiss's have the numbers.
-        depth: planes that are known otherwise.
+        depth: planes that are known from elsewhere.
     """
     counts = {axis: properties.get(f"zeiss.Information.Image.Size{axis.upper()}", "1") for axis in "zt"}
     counts["z"] = str(depth) if depth > 1 else counts["z"]
@@ -176,8 +175,8 @@ def check_bits(path: Path, properties: Mapping[str, str]) -> None:
 
 
 def _scale(properties: Mapping[str, str]) -> Scale:
-    """What the maker's metadata says; Aperio's only where the TIFF's own tags do not contradict it."""
-    scale = believed(properties.get("openslide.mpp-x"), properties.get("openslide.mpp-y"))
+    """The scale that the maker's metadata states; Aperio's only if the TIFF's own tags do not contradict it."""
+    scale = plausible_scale(properties.get("openslide.mpp-x"), properties.get("openslide.mpp-y"))
     if properties.get("openslide.vendor") != "aperio":
         return scale
     unit = {"inch": 2, "centimeter": 3}.get(properties.get("tiff.ResolutionUnit", "inch"), 0)

@@ -16,8 +16,8 @@ from keyhole.images.faults import faults_of, one_line
 from keyhole.images.geometry import Box, Level, Size
 from keyhole.images.image import ArrayImage, Image, Pixels
 from keyhole.images.jpeg import why_no_jpeg
-from keyhole.images.pillow_deep import states_bits, stored_as, values_of
-from keyhole.images.pixels import DEEP, make_upright, on_white, scaled, settled_bits, upright_size, valid_orientation
+from keyhole.images.pillow_deep import stored_as, values_of
+from keyhole.images.pixels import make_upright, on_white, scaled, settled_bits, upright_size, valid_orientation
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -39,7 +39,7 @@ _FORMATS = {
 _GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 _ORIENTATION = 0x0112
 _JPEG_HEAD_BYTES = 2**18
-"""Bytes in which the frame of a JPEG is looked for when it is refused: a colour profile and a preview come before."""
+"""Bytes in which the frame of a refused JPEG is searched: a colour profile and a preview come before it."""
 
 
 def _plugins(head: bytes) -> tuple[str, ...]:
@@ -50,12 +50,13 @@ def _plugins(head: bytes) -> tuple[str, ...]:
 
 
 class PillowImage(Image):
-    """A picture that Pillow reads. Opening reads the header; the first read decodes all of it and keeps it until it is
-    closed: up to 268 MB for each picture that is open and read, by the limit below.
+    """A picture that Pillow reads. Opening reads the header; the first read decodes the whole picture.
+
+    It stays in memory until the image is closed: up to 268 MB for each open picture, by the limit below.
 
     EXIF orientation is obeyed. Grey stays one channel, all else becomes RGB: palettes are applied, transparency is
-    composited onto white, other bits than 8 are scaled to 8. CRC sums of a PNG are checked. The resolution in such a
-    file says nothing of what it shows: `mpp` is None.
+    composited onto white, other bits than 8 are scaled to 8. CRC sums of a PNG are checked. The resolution of such a
+    file is not that of what it shows: `mpp` is None.
 
     Raises:
         ImageError: damaged, an animation, or more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -75,8 +76,6 @@ class PillowImage(Image):
                 self._refuse(picture)
                 self._orientation = _orientation(picture, path)
                 self._stored = stored_as(path, picture)
-                deep = self._stored is not None and self._stored.bits == DEEP
-                self._says_bits = not deep or states_bits(path, picture)
         self.size = upright_size(size, self._orientation)
         self.levels = (Level(self.size, 1.0),)
         self.channels = self._stored.colors if self._stored is not None else 1 if picture.mode in _GREY else 3
@@ -127,7 +126,7 @@ class PillowImage(Image):
         )
 
     def settle_bits(self, given: int | None) -> None:
-        if not self._says_bits:
+        if self._stored is not None and not self._stored.says_bits:
             self.bits = settled_bits(self.path, given, self._values())
 
     def _values(self) -> Iterator[NDArray[Any]]:
@@ -202,7 +201,7 @@ def _orientation(picture: Picture, path: Path) -> int:
 
 
 def _png_has(path: Path, kind: bytes) -> bool:
-    """Whether a PNG has a chunk of this kind anywhere, by hopping from chunk to chunk."""
+    """Whether a PNG has a chunk of this kind anywhere."""
     with path.open("rb") as file:
         file.seek(8)
         while len(header := file.read(8)) == 8 and header[4:] != b"IEND":

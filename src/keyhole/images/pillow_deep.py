@@ -1,7 +1,7 @@
 """Pictures of other than 8 bits a value, which Pillow cuts or shifts to 8: their values as they are stored.
 
-A JPEG 2000 of 12 bits in colour comes black out of Pillow, one of 4 bits with a white of 240, and of a PNG of 16 bits
-in colour the lower bits are gone; so these are decoded here.
+Pillow decodes a JPEG 2000 of 12 bits in colour as black and one of 4 bits with a white of 240, and drops the lower bits
+of a PNG of 16 bits in colour; so these are decoded here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from keyhole.images.pixels import DEEP
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-_HEADS = {"PNG": 32, "PPM": 2**12, "JPEG2000": 2**20}
-"""Bytes in which the header is looked for; that of a codestream may follow a colour profile."""
+_HEAD_BYTES = {"PNG": 32, "PPM": 2**12, "JPEG2000": 2**20}
+"""Bytes in which the header is searched; that of a codestream may follow a colour profile."""
 _SIZ = b"\xff\x4f\xff\x51"
 """Start of a JPEG 2000 codestream, with the marker of its size."""
 
@@ -27,43 +27,40 @@ class Stored(NamedTuple):
     """How a picture's values are stored.
 
     Attributes:
-        bits: of a value; 16 are what is stored, and need not be in use.
+        bits: of a value; of 16, fewer may be in use.
         colors: 1 or 3; alpha may follow.
+        says_bits: whether the file states how many bits are in use.
     """
 
     bits: int
     colors: int
+    says_bits: bool = True
 
 
 def stored_as(path: Path, picture: Picture) -> Stored | None:
-    """How a picture is stored that `values_of` has to decode; None for all that Pillow decodes rightly.
+    """How a picture is stored that `values_of` has to decode; None for those that Pillow decodes correctly.
 
     Raises:
         ValueError: a kind that is not read, with the reason.
     """
-    if picture.format not in _HEADS:
+    if picture.format not in _HEAD_BYTES:
         return None
     with path.open("rb") as file:
-        head = file.read(_HEADS[picture.format])
+        head = file.read(_HEAD_BYTES[picture.format])
     if picture.format == "PNG":
         depth, kind = head[24], head[25]
         odd = depth < 8 and kind == 0 and "transparency" in picture.info  # Pillow scales the grey and not its key
-        return Stored(max(depth, 8), 1 if kind in (0, 4) else 3) if depth == DEEP or odd else None
+        return Stored(max(depth, 8), 1 if kind in (0, 4) else 3, depth != DEEP) if depth == DEEP or odd else None
     if picture.format == "JPEG2000":
         return _jpeg2000(head, picture.mode)
+    says_bits = _maxval(head) != 2**DEEP - 1
     if picture.mode == "I":
-        return Stored(DEEP, 1)
-    if picture.mode == "RGB" and _maxval(head) == 2**DEEP - 1:
+        return Stored(DEEP, 1, says_bits)
+    if picture.mode == "RGB" and not says_bits:
         if not head.startswith(b"P6"):
             raise ValueError("a PPM of 16 bits as text is not read; save it as PNG or TIFF")
-        return Stored(DEEP, 3)
+        return Stored(DEEP, 3, says_bits)
     return None  # Pillow scales by the white that the header states
-
-
-def states_bits(path: Path, picture: Picture) -> bool:
-    """Whether a picture that is stored in 16 bits says which value is white: a PGM whose largest is not 65535."""
-    with path.open("rb") as file:
-        return picture.format == "PPM" and _maxval(file.read(_HEADS["PPM"])) != 2**DEEP - 1
 
 
 def values_of(path: Path, picture: Picture, stored: Stored) -> NDArray[Any]:
@@ -87,17 +84,17 @@ def values_of(path: Path, picture: Picture, stored: Stored) -> NDArray[Any]:
 def _jpeg2000(head: bytes, mode: str) -> Stored | None:
     at = head.find(_SIZ)
     samples = int.from_bytes(head[at + 40 : at + 42], "big")
-    said = head[at + 42 : at + 42 + 3 * samples : 3]
-    if at < 0 or not said or len(said) < samples or mode in ("P", "PA", "CMYK"):
+    depth_bytes = head[at + 42 : at + 42 + 3 * samples : 3]
+    if at < 0 or not depth_bytes or len(depth_bytes) < samples or mode in ("P", "PA", "CMYK"):
         return None
-    if any(byte & 0x80 for byte in said):
+    if any(byte & 0x80 for byte in depth_bytes):
         raise ValueError("a JPEG 2000 of signed values is not read; save it with 8 bits")
-    depths = sorted({byte + 1 for byte in said})
+    depths = sorted({byte + 1 for byte in depth_bytes})
     if depths == [8]:
         return None
     if len(depths) > 1 or depths[0] > DEEP:
         raise ValueError(f"a JPEG 2000 of {' and '.join(map(str, depths))} bits is not read; save it with 8 bits")
-    return Stored(depths[0], 1 if samples < 3 else 3)
+    return Stored(depths[0], 1 if samples < 3 else 3, depths[0] != DEEP)
 
 
 def _maxval(head: bytes) -> int:

@@ -69,8 +69,8 @@ def make_upright(pixels: Pixels, orientation: int) -> Pixels:
     return pixels
 
 
-class ValueTooLarge(ValueError):  # noqa: N818 - says what is the matter
-    """A value that does not fit into the bits that are said to be in use."""
+class ValueTooLarge(ValueError):  # noqa: N818 - names the problem
+    """A value that does not fit into the bits in use."""
 
 
 def eight_bit(values: NDArray[np.unsignedinteger | np.bool_], bits: int) -> Pixels:
@@ -124,7 +124,7 @@ def straight(pixels: Pixels, alpha: Pixels) -> Pixels:
 def bits_of_largest(largest: float | None) -> int | None:
     """Bits in use by the largest value that a file states: 12 for 4095; None where it is not a power of two less one.
 
-    Such a value is a property of the camera; any other is the largest of one picture, and says nothing of the next.
+    Such a value is a property of the camera; any other is the largest of one picture only.
     """
     if largest is None or largest != int(largest):
         return None
@@ -153,7 +153,7 @@ def settled_bits(path: Path, given: int | None, parts: Iterable[NDArray[Any]]) -
         if count > MAX_VALUES_SEARCHED:
             break
     if count == 0:
-        return DEEP  # nothing can be decoded, and reading says why
+        return DEEP  # nothing can be decoded, which reading reports
     raise BitsUnknown(path, largest)
 
 

@@ -1,4 +1,4 @@
-"""When microns per pixel are believed: one rule for all that readers find and for all that users give."""
+"""Which microns per pixel are plausible: one rule for those that readers find and those that users give."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from keyhole.errors import ConfigError
 
-LOWEST, HIGHEST = 0.02, 100.0
+MIN_MPP, MAX_MPP = 0.02, 100.0
 """Microns per pixel of anything a microscope or slide scanner writes, thumbnails included."""
-SAME = 0.01
+TOLERANCE = 0.01
 """Values that differ by less than this share are the same: pixels are square, two statements agree."""
 TO_MICRONS = {
     **dict.fromkeys(("µm", "μm", "um", "micrometer", "micrometre", "micron"), 1.0),
@@ -23,21 +23,25 @@ TO_MICRONS = {
 
 
 class Scale(NamedTuple):
-    """Microns per level-0 pixel or None; and where something is stated that is not believed, what it is."""
+    """Microns per level-0 pixel or None, and a note on a value that is stated but not plausible."""
 
     mpp: float | None = None
     note: str = ""
 
 
-def believed(x: object, y: object, source: str = "the file", lowest: float = LOWEST, highest: float = HIGHEST) -> Scale:
-    """The one scale that `x` and `y` microns per pixel are, if square and possible; nothing stated is no note.
+def plausible_scale(
+    x: object, y: object, source: str = "the file", limits: tuple[float, float] = (MIN_MPP, MAX_MPP)
+) -> Scale:
+    """The scale of `x` and `y` microns per pixel, if they are plausible and equal; without a statement, no note.
 
     Args:
         x, y: numbers or text; None or "" where not stated.
-        source: who says so, for the note.
+        source: of the statement, for the note.
+        limits: lowest and highest plausible value.
     """
     if x in (None, "") and y in (None, ""):
         return Scale()
+    lowest, highest = limits
     try:
         um_x, um_y = float(str(x)), float(str(y))
     except ValueError:
@@ -51,22 +55,22 @@ def believed(x: object, y: object, source: str = "the file", lowest: float = LOW
 
 
 def given_scale(mpp: object) -> float:
-    """Microns per pixel that a user gives in place of what the file says, by the rule that a file's are held to.
+    """Check microns per pixel that a user gives instead of the file's, by the same rule.
 
     Raises:
         ConfigError: not a number, or outside what a microscope or slide scanner writes.
     """
-    scale = believed(mpp, mpp)
+    scale = plausible_scale(mpp, mpp)
     if scale.mpp is None:
         raise ConfigError(
-            f"mpp is {_stated(mpp)!r}. Expected microns per pixel of the full resolution, {LOWEST:g} ... {HIGHEST:g}, "
-            "such as 0.25; leave it out where it is not known."
+            f"mpp is {_stated(mpp)!r}. Expected microns per pixel of the full resolution, {MIN_MPP:g} ... {MAX_MPP:g}, "
+            "such as 0.25; leave it out if it is not known."
         )
     return scale.mpp
 
 
 def same_scale(one: float, other: float) -> bool:
-    return abs(one / other - 1) <= SAME
+    return abs(one / other - 1) <= TOLERANCE
 
 
 def agreed(text: Scale, tag: Scale) -> Scale:

@@ -210,7 +210,7 @@ class TiffImage(TiledImage):
             start, end = group[0][0], sum(group[-1])
             together = memoryview(b"")
             if len(group) > 1:
-                with suppress(OSError):  # not all of them need be at fault: each is then read by itself, and says so
+                with suppress(OSError):  # each is then read by itself, since others may be readable
                     together = memoryview(self._pread(end - start, start))
             for offset, count in group:
                 data = together[offset - start : offset - start + count]

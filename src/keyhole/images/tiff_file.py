@@ -135,7 +135,7 @@ class ShortTables:
                 self._file.seek(link)
                 if any(self._file.read()):
                     raise ends_early(self.path, size, link + struct.calcsize(link_format))
-                break  # only the zeros that say "no next page" are missing: libtiff, Pillow and OpenCV read such a file
+                break  # only the zeros of "no next page" are missing: libtiff, Pillow and OpenCV read such a file
             offset = found
         if not seen:
             raise ImageError(self.path, "a TIFF without a page. Copy or export it again.")
@@ -265,7 +265,7 @@ def vendor_of(path: Path) -> str | None:
             }
             return next((maker for maker, sign in signs.items() if sign), None)
     except ImageError:
-        return None  # damaged: opening it says how
+        return None  # damaged, which opening it reports
 
 
 def page_size(page: Any) -> Size:

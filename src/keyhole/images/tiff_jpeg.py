@@ -1,8 +1,8 @@
-"""JPEG tiles of a TIFF page: decoded straight into the memory where they are wanted, or as whole JPEG streams.
+"""JPEG tiles of a TIFF page, decoded straight into the target's memory or passed on as JPEG streams.
 
-A tile of a TIFF is a JPEG without its tables, which the page keeps once for all, and often without a word on whether it
-stores RGB or YCbCr, which the page says. For a decoder that is not the host's, the tables are put back and an Adobe
-marker says the colours, so that every decoder makes of a tile what this package's own does.
+A tile of a TIFF is a JPEG without its tables, which the page stores once for all tiles. Often only the page states
+whether the tile stores RGB or YCbCr. A stream for another decoder gets the tables and an Adobe marker for the colours,
+so that every decoder gives the same pixels as this package's own.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class JpegTiles:
         """Decode a tile into C-contiguous (h, w, c); False where it is not a sound picture of just the tile's size."""
         from imagecodecs import jpeg8_decode
 
-        # A JPEG may declare a size of its own and cost what that says.
+        # A JPEG may declare another size and cost as much memory.
         if not self._good or bytes(data[: len(self._good)]) != self._good:  # a view would be compared byte by byte
             end, frame = frame_of(data)
             if frame != Frame(8, self._size.height, self._size.width, self._samples):
@@ -60,7 +60,7 @@ class JpegTiles:
         try:
             jpeg8_decode(data, out=out, **self._options)  # type: ignore[arg-type] # takes any buffer, its stub does not
         except FAULTS:
-            return False  # tifffile's way is tried next, and says what is wrong
+            return False  # tifffile's decoder is tried next, and reports what is wrong
         return True
 
     def stream(self, data: Coded, colors: Container[str]) -> bytes | None:

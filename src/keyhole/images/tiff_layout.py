@@ -127,8 +127,8 @@ def read_layout(path: Path) -> TiffLayout:
             check_imagej(path, description)
         main = tif.pages[first_plane(ome) if ome is not None else 0]
         pages = [main, *_reduced(tif, short, main)]
-        said = (significant_bits(ome) if ome is not None else None) or bits_of_tags(main)
-        levels = tuple(_level(path, page, short, said) for page in pages)
+        stated = (significant_bits(ome) if ome is not None else None) or bits_of_tags(main)
+        levels = tuple(_level(path, page, short, stated) for page in pages)
         for level, page in zip(levels, pages, strict=True):
             if level.channels != levels[0].channels:
                 raise ImageError(path, f"page {page.index} has {level.channels} channels, level 0 has another number")
@@ -169,11 +169,11 @@ def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
     return found
 
 
-def _level(path: Path, page: Any, short: ShortTables, said: int | None) -> TiffLevel:
+def _level(path: Path, page: Any, short: ShortTables, stated: int | None) -> TiffLevel:
     """A tifffile page as a `TiffLevel`, which needs neither the page nor its file any longer.
 
     Args:
-        said: bits in use, as the file says.
+        stated: bits in use, as the file states them.
     """
     size = page_size(page)
     segment = Size(page.tilewidth, page.tilelength) if page.is_tiled else Size(size.width, page.rowsperstrip)
@@ -191,8 +191,8 @@ def _level(path: Path, page: Any, short: ShortTables, said: int | None) -> TiffL
     short.check_end(page)
     options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression == 7 else {}
     decode_page, stored = page.decode, page.bitspersample
-    believed = said is not None and not (coded and stored <= 8)  # a JPEG of 8 bits is what its decoder makes of it
-    bits = min(said or stored, stored) if believed else stored
+    in_use = None if coded and stored <= 8 else stated  # a JPEG of 8 bits is what its decoder makes of it
+    bits = stored if in_use is None else min(in_use, stored)
 
     def decode(data: bytes, index: int) -> NDArray[Any]:
         values: NDArray[Any] = decode_page(data, index, **options)[0][0]
@@ -211,7 +211,7 @@ def _level(path: Path, page: Any, short: ShortTables, said: int | None) -> TiffL
         samples=used,
         stored=stored,
         bits=stored if color == "palette" else bits,
-        says_bits=believed or stored != DEEP,
+        says_bits=in_use is not None or stored != DEEP,
         color=color,
         alpha=alpha,
         palette=_palette(path, page) if color == "palette" else None,

@@ -1,4 +1,4 @@
-"""What the tags, OME-XML and the descriptions of ImageJ and Aperio in a TIFF say: microns per pixel, planes, bits."""
+"""Microns per pixel, planes and bits in the tags, the OME-XML and the descriptions of ImageJ and Aperio of a TIFF."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from keyhole.images.faults import not_one_picture
 from keyhole.images.pixels import DEEP, bits_of_largest
-from keyhole.images.scale import TO_MICRONS, Scale, believed
+from keyhole.images.scale import TO_MICRONS, Scale, plausible_scale
 
 _MICROSCOPE_MPP = 0.05, 20.0
 """Microns per pixel of a resolution tag that can be a microscope's: 72 or 300 dpi are what any program writes."""
@@ -63,14 +63,14 @@ def imagej_scale(description: str, page: Any) -> Scale:
     micron_x, micron_y = TO_MICRONS.get(unit), TO_MICRONS.get(units.get("y", unit))
     if micron_x is None or micron_y is None:
         return resolution_scale(page)  # inches and cm are in the resolution tags too; pixels are no length
-    return believed(micron_x * x[1] / x[0], micron_y * y[1] / y[0], "its ImageJ description")
+    return plausible_scale(micron_x * x[1] / x[0], micron_y * y[1] / y[0], "its ImageJ description")
 
 
 def significant_bits(pixels: ElementTree.Element) -> int | None:
     """SignificantBits; None where they are not fewer than are stored: writers put the bits of the type there."""
-    said, kind = pixels.get("SignificantBits", ""), pixels.get("Type", "")
-    stored = {"bit": 1, "uint8": 8, "uint16": 16}.get(kind, 0)
-    return int(said) if said.isdigit() and 0 < int(said) < stored else None
+    stated, kind = pixels.get("SignificantBits", ""), pixels.get("Type", "")
+    in_file = {"bit": 1, "uint8": 8, "uint16": 16}.get(kind, 0)
+    return int(stated) if stated.isdigit() and 0 < int(stated) < in_file else None
 
 
 def bits_of_tags(page: Any) -> int | None:
@@ -87,7 +87,7 @@ def first_plane(pixels: ElementTree.Element) -> int:
 
 
 def ome_scale(pixels: ElementTree.Element) -> Scale:
-    """PhysicalSizeX and Y. Their unit is µm where none is written: so says the schema, and writers rely on it."""
+    """PhysicalSizeX and Y. Their unit is µm where none is written, by the schema."""
     sizes: list[float | None] = []
     for axis in ("X", "Y"):
         size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
@@ -97,7 +97,7 @@ def ome_scale(pixels: ElementTree.Element) -> Scale:
             sizes.append(None if size is None else float(size) * TO_MICRONS[unit])
         except ValueError:
             return Scale(None, f"its OME-XML gives {size!r:.20} as the size of a pixel")
-    return believed(sizes[0], sizes[1], "its OME-XML")
+    return plausible_scale(sizes[0], sizes[1], "its OME-XML")
 
 
 def aperio_scale(description: str) -> Scale:
@@ -105,7 +105,7 @@ def aperio_scale(description: str) -> Scale:
     if found is None:
         return Scale()
     um = found[1].strip().replace(",", ".")  # as OpenSlide reads it
-    return believed(um, um, "its description")
+    return plausible_scale(um, um, "its description")
 
 
 def resolution_scale(page: Any) -> Scale:
@@ -121,4 +121,4 @@ def per_length(unit: object, x: float, y: float) -> Scale:
     micron = {2: 25400.0, 3: 10000.0}.get(unit) if isinstance(unit, int) else None
     if micron is None or not (x > 0 and y > 0):
         return Scale()
-    return believed(micron / x, micron / y, "its resolution tag", *_MICROSCOPE_MPP)
+    return plausible_scale(micron / x, micron / y, "its resolution tag", _MICROSCOPE_MPP)

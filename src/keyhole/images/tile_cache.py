@@ -19,13 +19,13 @@ MAX_SHARED_BYTES = 96 * 2**20
 """Bytes of tiles that are kept for the next row of patches: a row of 500 tiles of 256 pixels in RGB, so that of a slide
 of 128,000 pixels. Tiles are dropped after their last use, so that an aligned grid keeps none."""
 MIN_KEPT_BYTES = 2**20
-"""Decoded bytes from which a tile or chunk is kept whoever reads it."""
+"""Decoded bytes from which every tile or chunk is kept."""
 MIN_ALONE_BYTES = 2**24
 """Decoded bytes from which tiles are decoded one after the other in the whole process: memory is for one of them."""
 
 _SPARED = 8
-"""Of so many tiles beyond the limit one takes the place of the oldest; the others are not kept. A row that does
-not fit would otherwise push out every tile just before its use."""
+"""One of this many tiles beyond the limit replaces the oldest; the others are not kept. A row that does not fit would
+otherwise push out every tile just before its use."""
 _MAX_COUNTED_TILES = 4096
 """Tiles that are not kept whose remaining uses are counted."""
 _PATIENCE = 20.0

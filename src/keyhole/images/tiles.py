@@ -78,7 +78,7 @@ class TiledImage(Image):
 
     @abstractmethod
     def _keeps_all(self, level: int) -> bool:
-        """Whether each tile is kept in the cache whoever reads it: strips, and large tiles.
+        """Whether every tile is kept in the cache: strips, and large tiles.
 
         Where the boxes are part of a pass, the uses of a tile decide instead, unless it is large.
         """
@@ -91,7 +91,7 @@ class TiledImage(Image):
         """The stored values of level 0, tile by tile; those in the middle first, without those that are damaged."""
         number = self._l0_tiles
         for each in (*range(number // 2, number), *range(number // 2)):
-            with passed_over(self.path):  # reading the tile says what is wrong with it
+            with passed_over(self.path):  # reading the tile reports what is wrong with it
                 yield from self._stored_values(each)
 
     def read_boxes(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:

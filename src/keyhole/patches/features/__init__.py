@@ -1,4 +1,4 @@
-"""Stored features in the place of pixels: files as CLAM, TRIDENT and `keyhole embed` write them."""
+"""Stored features instead of pixels: files as CLAM, TRIDENT and `keyhole embed` write them."""
 
 from keyhole.patches.features.origin import Origin as Origin
 from keyhole.patches.features.source import FeatureOpener as FeatureOpener

@@ -47,7 +47,7 @@ class FeatureFile(ABC):
         coords: level-0 x, y (n, 2) of the patches' upper left corners; None where the file has none.
         coords_um: the same in microns, where the file has them in microns.
         attributes: those of ATTRIBUTES and STAMP that the file has.
-        origin: which encoder made them, as far as the file says it.
+        origin: which encoder made them, as far as the file states it.
     """
 
     suffixes: ClassVar[frozenset[str]]

@@ -1,4 +1,4 @@
-"""Where on the slide stored features are from, told from their coordinates: what `PatchGrid` is to pixels.
+"""Where on the slide stored features are from, by their coordinates: the counterpart of `PatchGrid`.
 
 Coordinates: `l0_` level-0 pixels, `g_` row and column.
 """
@@ -16,9 +16,9 @@ from keyhole.images.geometry import Size
 from keyhole.patches.grid import Index
 from keyhole.util.rows import checked_index
 
-LOOKED_AT = 2**16
-"""Rows from which the step between patches is told."""
-LARGEST_MAP = 2**24
+MAX_SPACING_ROWS = 2**16
+"""Rows from which the step between patches is estimated."""
+MAX_MAP_CELLS = 2**24
 """Cells of a map of scores; coordinates that spread over more are not on a grid of this step."""
 
 
@@ -28,10 +28,9 @@ class FeatureGrid:
     The side of a patch at level 0 is, in this order: `patch_size_level0`; `patch_size` times `downsample` (and
     `custom_downsample`), or at `patch_level` 0 alone, or times `level0_magnification` / `target_magnification`; else
     the step between neighbours, with `known` False. Patches of several contours need not lie on one grid: each is in
-    the cell that its corner falls into, and a map shows the highest score of a cell. Files of keyhole say their exact
-    step as `stride` times `downsample`: cells are those of the grid, also of patches that the edge rule `shift` moved
-    inwards at the border. Without coordinates all are in one row in the order of the file, with boxes of no size at
-    0, 0.
+    the cell of its corner, and a map shows the highest score of a cell. Files of keyhole state their exact step as
+    `stride` times `downsample`: cells are those of the grid, also for patches that the edge rule `shift` moved
+    inwards at the border. Without coordinates all are in one row in the order of the file, with empty boxes at 0, 0.
 
     Args:
         n: features of the file.
@@ -41,12 +40,12 @@ class FeatureGrid:
     Attributes:
         rows, columns: of the map, from the slide's origin.
         size, stride: of a patch, in pixels of the resolution it was read at.
-        level: pyramid level it was read from; None where the file does not say.
+        level: pyramid level it was read from; None where the file does not state it.
         scale: level-0 pixels per pixel read.
-        mpp: microns per pixel read, where the file says.
-        known: whether the size is as the file says, and not told from the coordinates.
-        l0_size: width and height of level 0, where the file says.
-        qupath_origin: level-0 x, y from which QuPath counts on the slide, where the file says, as ours do.
+        mpp: microns per pixel read, if the file states them.
+        known: whether the file states the size; else it is estimated from the coordinates.
+        l0_size: width and height of level 0, if the file states them.
+        qupath_origin: level-0 x, y from which QuPath counts on the slide, if the file states it, as ours do.
     """
 
     def __init__(self, n: int, coords: NDArray[np.int32] | None, attributes: Mapping[str, Any]) -> None:
@@ -55,12 +54,12 @@ class FeatureGrid:
         self.known = l0_side is not None and coords is not None
         exact = _exact_step(attributes)
         if exact is not None:
-            self.scale = _number(attributes, "downsample") or self.scale
+            self.scale = number(attributes, "downsample") or self.scale
         step = None if coords is None else exact or _step(attributes, l0_side, self.scale) or _spacing(coords)
         self._l0_side = 0 if coords is None else round(l0_side or step or 0)
         self._l0_step = max(1, round(step or l0_side or 1))
         self.size, self.stride = (max(1, round(side / self.scale)) for side in (self._l0_side, self._l0_step))
-        level, self.mpp = _number(attributes, "patch_level", zero=True), _number(attributes, "mpp")
+        level, self.mpp = number(attributes, "patch_level", zero=True), number(attributes, "mpp")
         self.level = None if level is None else int(level)
         self.l0_size = _extent(attributes)
         self.qupath_origin = _origin(attributes)
@@ -71,7 +70,7 @@ class FeatureGrid:
             low, high = coords.min(axis=0).astype(np.int64), coords.max(axis=0).astype(np.int64)
             origin = np.zeros(2, np.int64) if exact else np.where(low < 0, low, low % self._l0_step)
             columns, rows = (self._steps(high - origin) + 1).tolist()
-            if rows * columns <= LARGEST_MAP:
+            if rows * columns <= MAX_MAP_CELLS:
                 self.rows, self.columns, self._g_origin = rows, columns, origin
 
     def __len__(self) -> int:
@@ -125,8 +124,8 @@ class FeatureGrid:
 
 def in_pixels(attributes: Mapping[str, Any], mpp: float) -> dict[str, Any]:
     """STAMP's tile size as the attributes of `FeatureGrid`, for a slide of `mpp` microns per level-0 pixel."""
-    microns = _number(attributes, "tile_size_um") or _number(attributes, "tile_size")
-    pixels = _number(attributes, "tile_size_px")
+    microns = number(attributes, "tile_size_um") or number(attributes, "tile_size")
+    pixels = number(attributes, "tile_size_px")
     found: dict[str, Any] = {}
     if microns is not None:
         found["patch_size_level0"] = microns / mpp
@@ -136,26 +135,26 @@ def in_pixels(attributes: Mapping[str, Any], mpp: float) -> dict[str, Any]:
 
 
 def _side(attributes: Mapping[str, Any]) -> tuple[float | None, float]:
-    """Side of a patch at level 0, None where it is not said, and level-0 pixels per pixel read."""
-    l0_side, size = _number(attributes, "patch_size_level0"), _number(attributes, "patch_size")
+    """Side of a patch at level 0, None where it is not stated, and level-0 pixels per pixel read."""
+    l0_side, size = number(attributes, "patch_size_level0"), number(attributes, "patch_size")
     if l0_side is not None:
         return l0_side, l0_side / size if size else 1.0
     if size is None:
         return None, 1.0
-    downsample, level = _number(attributes, "downsample"), _number(attributes, "patch_level", zero=True)
-    source, target = _number(attributes, "level0_magnification"), _number(attributes, "target_magnification")
+    downsample, level = number(attributes, "downsample"), number(attributes, "patch_level", zero=True)
+    source, target = number(attributes, "level0_magnification"), number(attributes, "target_magnification")
     if downsample is None and level == 0:
         downsample = 1.0
     if downsample is not None:
-        downsample *= _number(attributes, "custom_downsample") or 1.0
+        downsample *= number(attributes, "custom_downsample") or 1.0
     elif source is not None and target is not None:
         downsample = source / target
     return (None, 1.0) if downsample is None else (size * downsample, downsample)
 
 
 def _step(attributes: Mapping[str, Any], l0_side: float | None, scale: float) -> float | None:
-    """Step between patches at level 0, where the file says what they overlap by."""
-    overlap = _number(attributes, "overlap", zero=True)
+    """Step between patches at level 0, where the file states their overlap."""
+    overlap = number(attributes, "overlap", zero=True)
     if l0_side is None or overlap is None or overlap * scale >= l0_side:
         return None
     return l0_side - overlap * scale
@@ -163,13 +162,13 @@ def _step(attributes: Mapping[str, Any], l0_side: float | None, scale: float) ->
 
 def _exact_step(attributes: Mapping[str, Any]) -> float | None:
     """Step between the patches of one regular grid at level 0, as keyhole writes it; it need not be a whole number."""
-    stride, downsample = _number(attributes, "stride"), _number(attributes, "downsample")
+    stride, downsample = number(attributes, "stride"), number(attributes, "downsample")
     return None if stride is None or downsample is None or "edge" not in attributes else stride * downsample
 
 
 def _spacing(coords: NDArray[np.int32]) -> float | None:
     """The most common step between neighbours of one row or column, else the smallest between any two."""
-    some = coords[:LOOKED_AT].astype(np.int64)
+    some = coords[:MAX_SPACING_ROWS].astype(np.int64)
     across = np.abs(np.diff(some, axis=0))
     steps = across[(across == 0).any(axis=1)].max(axis=1, initial=0)
     steps = steps[steps > 0]
@@ -182,21 +181,21 @@ def _spacing(coords: NDArray[np.int32]) -> float | None:
 
 def _extent(attributes: Mapping[str, Any]) -> Size | None:
     """Size of level 0, under TRIDENT's names or CLAM's."""
-    sides = [_number(attributes, f"level0_{side}") for side in ("width", "height")]
-    if None in sides and _number(attributes, "patch_level", zero=True) == 0:
-        sides = [_number(attributes, "level_dim", place=place) for place in (0, 1)]
+    sides = [number(attributes, f"level0_{side}") for side in ("width", "height")]
+    if None in sides and number(attributes, "patch_level", zero=True) == 0:
+        sides = [number(attributes, "level_dim", place=place) for place in (0, 1)]
     return None if None in sides else Size(*(round(side or 0) for side in sides))
 
 
 def _origin(attributes: Mapping[str, Any]) -> tuple[int, int] | None:
-    x, y = (_number(attributes, "qupath_origin", zero=True, place=place) for place in (0, 1))
+    x, y = (number(attributes, "qupath_origin", zero=True, place=place) for place in (0, 1))
     return None if x is None or y is None else (round(x), round(y))
 
 
-def _number(attributes: Mapping[str, Any], name: str, *, zero: bool = False, place: int = 0) -> float | None:
-    """An attribute as a number above 0; of several, such as CLAM's (x, y), one. None where it is none."""
+def number(attributes: Mapping[str, Any], name: str, *, zero: bool = False, place: int = 0) -> float | None:
+    """An attribute as a number above 0, else None; of several, such as CLAM's (x, y), the one at `place`."""
     try:
-        number = float(np.asarray(attributes[name]).ravel()[place])
+        value = float(np.asarray(attributes[name]).ravel()[place])
     except (KeyError, IndexError, TypeError, ValueError):  # TRIDENT writes 'None' for what it does not know
         return None
-    return number if math.isfinite(number) and (number > 0 or (zero and number == 0)) else None
+    return value if math.isfinite(value) and (value > 0 or (zero and value == 0)) else None

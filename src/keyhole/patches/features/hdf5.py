@@ -70,7 +70,7 @@ class Hdf5Features(FeatureFile):
                 *lead, self.n, self.d = features.shape
                 self._lead = tuple(slice(0, 1) for _ in lead)
                 self._features = features
-                self._places: StoredRows | Literal[False] | None = None  # not asked for yet
+                self._places: StoredRows | Literal[False] | None = None  # not needed yet
                 self.coords = self._coords() if "coords" in self._file and name == "features" else None
                 self.coords_um = self._coords_um() if "coords" in self._file and name == "feats" else None
                 self.attributes = self._attributes((*ATTRIBUTES, *STAMP))
@@ -108,7 +108,7 @@ class Hdf5Features(FeatureFile):
             raise ImageError(
                 self.path,
                 f"`{name}` is compressed in chunks of which {row / 1e6:.0f} MB have to be decoded for one row, at most "
-                f"{MAX_ROW_BYTES / 1e6:.0f} MB are. Store it anew in chunks of fewer rows, for example by h5repack.",
+                f"{MAX_ROW_BYTES / 1e6:.0f} MB are. Store it again in chunks of fewer rows, for example by h5repack.",
             )
         del found  # while it is open, HDF5 would go on with its cache
         access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
@@ -123,10 +123,10 @@ class Hdf5Features(FeatureFile):
         return checked_coords(self.path, rows, self.n)
 
     def _coords_um(self) -> Floats | None:
-        """STAMP's coordinates in microns; None where the file does not say that they are."""
+        """STAMP's coordinates in microns; None where the file does not state the unit."""
         stated = self._file.attrs
         if "tile_size_um" not in stated and ("unit" not in stated or stated["unit"] not in ("um", b"um")):
-            return None  # before version 2 they were in pixels of a resolution that the file does not say
+            return None  # before version 2 they were in pixels of a resolution that the file does not state
         dataset = self._dataset("coords", "iuf")
         check_coords_shape(self.path, dataset.shape[-2:], self.n)
         rows = np.asarray(dataset[0] if dataset.ndim == 3 else dataset[()], np.float32)

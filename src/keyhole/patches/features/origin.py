@@ -1,7 +1,7 @@
-"""Where stored features come from: the encoder, its weights, and the patches that it saw, as far as a file says it.
+"""Where stored features come from: the encoder, its weights, and the patches that it saw, as far as a file states them.
 
-Features of two encoders can have the same width and mean nothing to each other: a model that learned from one gives
-answers without sense on the other.
+Features of two encoders can have the same width and still not be comparable: a model that learned from one gives
+meaningless answers on the other.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from keyhole.patches.features.grid import number
+
 SETTINGS = "keyhole_settings"
 """Attribute of the dataset `features` in which `keyhole embed` writes its settings, as JSON."""
 NAMES = ("encoder", "extractor", "weights_sha256", SETTINGS, "patch_size", "target_magnification")
-"""Attributes that say it, under the names of keyhole, TRIDENT and STAMP."""
+"""Attributes that state the origin, under the names of keyhole, TRIDENT and STAMP."""
 STAMP = ("stamp_version", "tile_size_um", "tile_size_px", "tile_size", "unit")
 """Attributes that STAMP writes on the file."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a file says, or what a model learned from.
+    """What a file states, or what a model learned from.
 
     Attributes:
         encoder: its name.
@@ -35,22 +37,22 @@ class Origin:
 
     @property
     def known(self) -> bool:
-        """Whether it says which encoder it was."""
+        """Whether the encoder is known."""
         return self.encoder is not None or self.weights is not None
 
     def describe(self) -> str:
-        """`resnet50 with weights 3f2a91c0`, or what is known of it."""
+        """Name and weights, such as `resnet50 with weights 3f2a91c0`."""
         name = self.encoder or "an encoder"
         return name if self.weights is None else f"{name} with weights {self.weights[:8]}"
 
     def excludes(self, other: Origin) -> bool:
-        """Whether features of the two have nothing to do with each other: other weights, or another encoder."""
+        """Whether features of the two cannot be compared: they are of other weights, or of another encoder."""
         if self.weights is not None and other.weights is not None:
             return self.weights != other.weights
         return self.encoder is not None and other.encoder is not None and self.encoder != other.encoder
 
     def doubt(self, learned: Origin) -> str:
-        """What makes answers on such features doubtful, where the model learned from `learned`; or nothing."""
+        """Why answers on such features are doubtful for a model that learned from `learned`, or ""."""
         if not self.known:
             known = f"; the others, or the model, are of {learned.describe()}" if learned.known else ""
             return f"features do not say which encoder made them{known}. Make sure that it is one for all of them"
@@ -65,7 +67,7 @@ UNKNOWN = Origin()
 
 
 def origin_of(attributes: Mapping[str, Any]) -> Origin:
-    """Reads the attributes NAMES and STAMP of a file; what is not text or a number says nothing."""
+    """The origin that the attributes NAMES and STAMP of a file state; values of other types are ignored."""
     encoder = _text(attributes.get("encoder")) or _text(attributes.get("extractor"))
     return Origin(encoder, _text(attributes.get("weights_sha256")), _patches(attributes))
 
@@ -76,13 +78,6 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _number(value: Any) -> str | None:
-    try:
-        return f"{float(value):g}"
-    except (TypeError, ValueError):
-        return None
-
-
 def _patches(attributes: Mapping[str, Any]) -> str | None:
     text = _text(attributes.get(SETTINGS))
     if text is not None:
@@ -90,15 +85,15 @@ def _patches(attributes: Mapping[str, Any]) -> str | None:
             return _of_keyhole(json.loads(text))
         except (ValueError, AttributeError):
             return None
-    pixels, microns = _number(attributes.get("tile_size_px")), _number(attributes.get("tile_size_um"))
+    pixels, microns = number(attributes, "tile_size_px"), number(attributes, "tile_size_um")
     if microns is not None:
-        return f"{pixels} px, {microns} microns" if pixels is not None else f"{microns} microns"
-    size, power = _number(attributes.get("patch_size")), _number(attributes.get("target_magnification"))
-    return f"{size} px at {power}x" if size is not None and power is not None else None
+        return f"{microns:g} microns" if pixels is None else f"{pixels:g} px, {microns:g} microns"
+    size, power = number(attributes, "patch_size"), number(attributes, "target_magnification")
+    return None if size is None or power is None else f"{size:g} px at {power:g}x"
 
 
 def _of_keyhole(settings: Mapping[str, Any]) -> str | None:
-    """The settings under which `keyhole embed` cut the patches."""
+    """The settings with which `keyhole embed` cut the patches, in words."""
     size, stride = settings.get("patch.size"), settings.get("patch.stride")
     if size is None:
         return None

@@ -9,17 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
-from keyhole.patches.features.files import (
-    ATTRIBUTES,
-    FeatureFile,
-    Floats,
-    checked_coords,
-    feature_faults,
-    widen,
-)
+from keyhole.patches.features.files import ATTRIBUTES, FeatureFile, Floats, checked_coords, feature_faults, widen
 from keyhole.patches.features.origin import Origin, origin_of
 from keyhole.util.wording import listed
 
@@ -46,7 +38,7 @@ class TorchFeatures(FeatureFile):
             records = _records(path, size)
             mapped: dict[str, Any] = {} if records is None else {"mmap": True}
             held = torch.load(path, map_location="cpu", weights_only=True, **mapped)
-        features, coords, self.attributes = _of_torch(path, held)
+        features, coords, self.attributes = _tensors(path, held)
         self.origin = origin_of(held) if isinstance(held, Mapping) else Origin()
         self.n, self.d = features.shape
         self._stride = features.stride(0) if self.n > 1 else self.d
@@ -61,7 +53,7 @@ class TorchFeatures(FeatureFile):
             with feature_faults(path, "cannot be read"):
                 first = features.storage_offset() * features.element_size()
                 self._start = _place(path, records, features.untyped_storage()) + first
-                self._file = path.open("rb", buffering=0)
+                self._file = path.open("rb")
 
     def _read(self, start: int, stop: int, out: Floats) -> None:
         if self._tensor is not None:
@@ -72,7 +64,7 @@ class TorchFeatures(FeatureFile):
         wanted = flat[: (stop - start - 1) * stride + self.d]
         with self._lock:
             self._file.seek(self._start + start * stride * item)
-            there = _read_into(self._file, wanted)
+            there = self._file.readinto(wanted.view(np.uint8).data)
         if there < wanted.nbytes:
             raise EOFError("the file ends early")
         rows = flat.reshape(-1, stride)[:, : self.d]
@@ -85,18 +77,11 @@ class TorchFeatures(FeatureFile):
                 self._file.close()
 
 
-def _read_into(file: Any, array: NDArray[Any]) -> int:
-    view, there = array.view(np.uint8).data, 0
-    while there < len(view) and (count := file.readinto(view[there:])):
-        there += count
-    return there
-
-
 def _records(path: Path, size: int) -> list[zipfile.ZipInfo] | None:
-    """Where the storages of a `.pt` file are; None for the form that torch wrote before 1.6, which is no archive.
+    """Where the storages of a `.pt` file are; None for the form that torch wrote before 1.6, which is not an archive.
 
     Raises:
-        ImageError: sizes that the file cannot have, or that reading it would blow up.
+        ImageError: sizes that the file cannot have, or compressed parts, which could take any amount of memory.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -129,7 +114,7 @@ def _place(path: Path, records: list[zipfile.ZipInfo], storage: Any) -> int:
     raise ImageError(path, "the features are not where the file says. Save it again by torch.save.")
 
 
-def _of_torch(path: Path, held: Any) -> tuple[Any, Any, dict[str, Any]]:
+def _tensors(path: Path, held: Any) -> tuple[Any, Any, dict[str, Any]]:
     """The tensors features (n, d) and coords (n, 2) or None, and the numbers beside them."""
     import torch
 

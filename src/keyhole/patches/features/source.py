@@ -60,7 +60,7 @@ class FeaturePatches(PatchSource):
         patch_shape: (d,).
         dtype: float32, whatever the file stores.
         grid: where the features are from.
-        origin: which encoder made them, as far as the file says it.
+        origin: which encoder made them, as far as the file states it.
     """
 
     def __init__(self, file: FeatureFile, name: str | None = None, mpp: float | None = None) -> None:

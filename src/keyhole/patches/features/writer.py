@@ -1,4 +1,4 @@
-"""One HDF5 file of features for each slide, in the layout of CLAM and TRIDENT, under its name only once it is whole."""
+"""One HDF5 file of features for each slide, in the layout of CLAM and TRIDENT, which gets its name once complete."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from keyhole.patches.sources import FilePatches
 from keyhole.util.files import atomic_file
 from keyhole.util.version import VERSION
 
-CHUNK = 2**18
+CHUNK_BYTES = 2**18
 """Bytes of a chunk: small enough to be read for a few rows, large enough for a short index."""
 BYTES = "image_bytes"
+"""Attribute for the size of the image's file."""
 
 
 class FeatureWriter:
-    """Rows of features and their places, appended to a file as they come; memory does not grow with them.
+    """Append rows of features and their places to a file; memory does not grow with them.
 
     Args:
         file: an open `h5py.File`.
         dtype: of the stored features, float32 or float16.
-        check: raises where the disk is full.
+        check: raises if the disk is full.
     """
 
     def __init__(self, file: Any, dtype: str, check: Callable[[], None]) -> None:
@@ -39,10 +40,10 @@ class FeatureWriter:
         self.n = 0
 
     def add(self, features: NDArray[np.float32], corners: NDArray[np.int64], name: str) -> None:
-        """Appends features (k, d) of patches with level-0 x, y (k, 2).
+        """Append features (k, d) of patches with level-0 x, y (k, 2).
 
         Raises:
-            KeyholeError: a number that is not finite, or is not in `dtype`.
+            KeyholeError: a number is not finite, or not in the range of `dtype`.
         """
         with np.errstate(over="ignore"):
             rows = features.astype(self.dtype)
@@ -64,16 +65,15 @@ class FeatureWriter:
         self.check()
 
     def _create(self, part: str, width: int, dtype: str) -> None:
-        rows = max(1, CHUNK // (width * np.dtype(dtype).itemsize))
+        rows = max(1, CHUNK_BYTES // (width * np.dtype(dtype).itemsize))
         self.file.create_dataset(part, (0, width), dtype, maxshape=(None, width), chunks=(rows, width))
 
     def describe(self, source: FilePatches, about: Mapping[str, Any]) -> None:
-        """Writes what readers need to know: of the patches under the names of CLAM and TRIDENT, of the origin ours.
+        """Write what readers need: about the patches under the names of CLAM and TRIDENT, about the origin ours.
 
-        Ours are also `stride`, which CLAM and TRIDENT do not say where it exceeds the size, and `edge`.
-
-        `patch_size` is in pixels as the encoder saw them, and `patch_size_level0` is it times `downsample`, whether or
-        not patches were resampled from `patch_level`.
+        Ours are also `stride`, which CLAM and TRIDENT do not state where it exceeds the size, and `edge`.
+        `patch_size` is in pixels as the encoder saw them, and `patch_size_level0` is that times `downsample`, whether
+        or not patches were resampled from `patch_level`.
         """
         grid, image = source.grid, source.image
         coords: dict[str, Any] = {
@@ -97,10 +97,10 @@ class FeatureWriter:
 
 @contextmanager
 def feature_writer(path: Path, dtype: str) -> Iterator[FeatureWriter]:
-    """A writer whose file takes the name `path` when the block ends well, after it was read back.
+    """A writer whose file gets the name `path` when the block ends without an error, after it was read back.
 
     Raises:
-        OutputError: no permission or space; nothing is left then.
+        OutputError: no permission or space; then nothing is left.
     """
     import h5py
 
@@ -108,7 +108,7 @@ def feature_writer(path: Path, dtype: str) -> Iterator[FeatureWriter]:
         try:
             open_features(temporary).close()
         except ImageError as error:
-            raise OutputError(f"{path}: the disk gave back other bytes ({error.problem}) Check the disk.") from error
+            raise OutputError(f"{path}: the disk returned other bytes ({error.problem}) Check the disk.") from error
 
     with atomic_file(path, check) as file:
         disk = _Disk(file)
@@ -123,7 +123,7 @@ def feature_writer(path: Path, dtype: str) -> Iterator[FeatureWriter]:
 class _Disk(io.RawIOBase):
     """The file as HDF5 sees it: writing never fails, since HDF5 does not survive that (2.0 ends the process later).
 
-    What could not be written, as on a full disk or at Ctrl-C, is held here and read back from here; `check` raises it.
+    What could not be written, as on a full disk or at Ctrl-C, is read back from memory; `check` raises the error.
 
     Args:
         file: open for writing and reading; its buffer is not used.
@@ -137,7 +137,7 @@ class _Disk(io.RawIOBase):
         self._error: BaseException | None = None
 
     def check(self) -> None:
-        """Raises what kept something from being written."""
+        """Raise the error of the first write that failed."""
         if self._error is not None:
             raise self._error
 
@@ -194,10 +194,10 @@ class _Disk(io.RawIOBase):
 
 
 def already_there(path: Path, settings: Mapping[str, Any], image_bytes: int) -> bool:
-    """Whether the features are there already, by the same settings from the same image.
+    """Whether the file exists, made with the same settings from the same image.
 
     Raises:
-        ConfigError: they are by others, or not by `keyhole embed`; what differs is named.
+        ConfigError: it was made with others, or not by `keyhole embed`; the message names what differs.
     """
     import h5py
 
