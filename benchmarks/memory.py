@@ -4,7 +4,7 @@
                                 [--quick] [--no-write]
 
 One of N patches an image, M kept patches and B images a step varies, around N = 10,000, M = 64 and B = 4, each in a
-process of its own. `keyhole.tools.bench.memory` has the steps: patches come through the reader as they do from files,
+process of its own. `memory_steps.py` has the steps: patches come through the reader as they do from files,
 but are made from their index: 32 px and the small encoder at width 8 on a CPU, 256 px and ResNet-18 on a GPU. On a
 CPU the budget is that of the whole process; on a GPU that of torch's allocator, and the process's peak is given beside
 it.
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from machine import write_result
+from memory_steps import Peak, growths, measure_apart, plain_config, verdict
 
 from keyhole.config.settings import Config, RunConfig
-from keyhole.tools.bench.memory import Peak, growths, lines, measure_apart, plain_config
 
 PATCHES, KEPT, IMAGES = (1_000, 10_000, 100_000, 250_000, 1_000_000), (16, 64, 256, 1_024), (1, 4, 16)
 QUICK = (1_000, 10_000)
@@ -53,7 +53,7 @@ def main() -> None:
     what = f"{base.model.encoder} on {base.patch.size} px"
     device = torch.cuda.get_device_name(options.device) if cuda else "CPU"
     peak = "of torch's allocator" if cuda else "of the whole process"
-    flat = lines(growths([peak for setting, peak in found if setting in over_n], PLAIN["m"]))[-1]
+    flat = verdict(growths([peak for setting, peak in found if setting in over_n], PLAIN["m"]))
     text = [
         f"`--memory {base.memory}`, {what}. Two steps each (one from {MANY:,} patches on), from the reader to the",
         f"optimizer. Peaks are {peak}. 'added' is what is above that before the plan was made, when torch's libraries",
@@ -63,7 +63,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(setting, peak) for setting, peak in found),
         "",
-        f"Over N as `keyhole bench memory` judges it: {flat}.",
+        f"Over N: {flat}.",
     ]
     print("\n".join(text))
     if not options.no_write:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from keyhole.cli.bench_memory import parse_patches, report
 from keyhole.cli.main import main
 from keyhole.config.file import recipes, resolve
 from keyhole.config.settings import Config
 from keyhole.data.manifest import read_manifest
-from keyhole.errors import ConfigError
 from keyhole.images.geometry import Size
 from keyhole.tools.bench.advice import Facts, advice
 from keyhole.tools.bench.images import DIFFERENT, Kind, kind_of, write_images
-from keyhole.tools.bench.memory import Growth, Peak, growths, measure_apart, plain_config
 from keyhole.util.timing import PARTS
 
 Say = Callable[..., tuple[int, str, str]]
@@ -189,90 +184,6 @@ def test_some_learning_is_no_limit_and_some_waiting_is_hidden() -> None:
     assert advice(shares, Facts()).startswith("The encoder is the limit")
 
 
-# Memory
-
-TINY = ["--model.width=4", "--model.heads=2", "--patch.size=16", "--select.m=8", "--select.chunk=32", "--run.ahead=1"]
-
-
-def test_memory_of_a_real_step_is_flat_and_the_process_ends_with_0(say: Say) -> None:
-    code, out, err = say("bench", "memory", "--patches", "0.2k,3k", "--json", *TINY, "--train.batch=2")
-    assert code == 0, err
-    found = json.loads(out)
-    assert found["flat"] is True
-    few, many = found["patches"]
-    assert (few["n"], many["n"]) == (200, 3000)
-    assert (few["chunk"], few["read_ahead"]) == (32, 96)
-    assert many["logits"] == 4 * 2 * 3000
-    assert few["growth"] == 0
-    assert many["growth"] == many["process"] - few["process"]
-    assert many["allowed"] >= many["growth_of_logits"]
-
-
-KEEPING = """
-import sys
-from keyhole.tools.bench import memory, patches
-
-held, read = [], patches.MadePatches.read
-
-def reading_and_keeping(self, index, out=None):
-    found = read(self, index, out)
-    held.append(found.copy())
-    return found
-
-patches.MadePatches.read = reading_and_keeping
-sys.exit(memory._child())
-"""
-
-
-def test_a_process_that_keeps_what_it_reads_is_not_flat(capsys: pytest.CaptureFixture[str]) -> None:
-    plain = plain_config(cuda=False)
-    config = plain.replace(model={"width": 4, "heads": 2}, patch={"size": 64}, select={"m": 8, "chunk": 32})
-    peaks = []
-    for n in (300, 6000):
-        asked = {"config": config.model_dump(), "counts": [n], "steps": 1}
-        command = [sys.executable, "-c", KEEPING]
-        done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=True, timeout=120)
-        peaks.append(Peak(**json.loads(done.stdout)))
-    assert report(growths(peaks, kept=8), as_json=False) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert said[-1].startswith("not flat: from 300 to 6,000 patches memory grew by ")
-    assert report(growths(peaks, kept=8), as_json=True) == 1
-    assert json.loads(capsys.readouterr().out)["flat"] is False
-
-
-def peak(n: int, process: int, device: int = 0, read_ahead: int = 384) -> Peak:
-    return Peak(n, 64, None, read_ahead, 32 * n, 0, process, 0, process, device, 1.0)
-
-
-def test_flat_is_the_logits_twice_their_order_and_what_two_runs_differ_by() -> None:
-    base = peak(1000, 600 * 10**6)
-    allowed = 2 * 32 * 99_000 + 32 * 99_000 + 20 * 10**6
-    for more, flat in ((allowed, True), (allowed + 1, False)):
-        growth = Growth(peak(100_000, base.process + more), base)
-        assert growth.allowed == allowed
-        assert growth.flat is flat
-    assert not Growth(peak(2000, 600 * 10**6, device=10**9), peak(1000, 600 * 10**6, device=5 * 10**8)).flat
-
-
-def test_numbers_below_what_is_read_ahead_are_shown_but_not_compared_with() -> None:
-    found = growths([peak(100, 1), peak(500, 10**9), peak(1000, 10**9)], kept=64)
-    assert [each.base for each in found] == [None, None, peak(500, 10**9)]
-    with pytest.raises(ConfigError, match="two numbers of 384 or more"):
-        growths([peak(100, 1), peak(500, 2)], kept=64)
-    with pytest.raises(ConfigError, match="two numbers of 600 or more"):
-        growths([peak(100, 1), peak(500, 2)], kept=600)
-
-
-def test_numbers_of_patches_are_written_short() -> None:
-    assert parse_patches("10k, 1k,2.5k,1M,1000") == [1000, 2500, 10_000, 10**6]
-
-
-def test_a_mistake_in_the_process_that_measures_is_the_users_line() -> None:
-    config = plain_config(cuda=False).replace(memory="10MB")
-    with pytest.raises(ConfigError, match="--memory: 10 MB"):
-        measure_apart(config, [300])
-
-
 # What is wrong, in one line
 
 
@@ -289,14 +200,6 @@ def test_a_mistake_in_the_process_that_measures_is_the_users_line() -> None:
         (["speed", "small", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["speed", "small", "--patch.size", "-1"], "--patch.size"),
         (["speed", "small", "--patch.sise", "9"], "did you mean `--patch.size`?"),
-        (["memory", "--patches", "1k"], "expected two different numbers"),
-        (["memory", "--patches", "1k,1000"], "expected two different numbers"),
-        (["memory", "--patches", "1k,ten"], "'ten' is no number of patches"),
-        (["memory", "--patches", "0,1k"], "'0' is no number of patches"),
-        (["memory", "--patches", "1k,1.5"], "'1.5' is no number of patches"),
-        (["memory", "nothing"], "nothing: expected a recipe or a settings file"),
-        (["memory", "--run.device", "tpu"], "device"),
-        (["memory", "--memory", "5"], "--memory 5: expected"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(say: Say, words: list[str], said: str) -> None:
@@ -314,9 +217,8 @@ def test_a_run_takes_no_recipe_beside_its_own_settings(say: Say, toy_run: Path) 
     assert "leave out --recipe and --config" in err
 
 
-@pytest.mark.parametrize("kind", ["speed", "memory"])
-def test_help_and_the_configuration_come_without_measuring(say: Say, kind: str) -> None:
-    assert say("bench", kind, "--help")[0] == 0
-    code, out, _ = say("bench", kind, "small", "--select.m", "9", "--print-config")
+def test_help_and_the_configuration_come_without_measuring(say: Say) -> None:
+    assert say("bench", "speed", "--help")[0] == 0
+    code, out, _ = say("bench", "speed", "small", "--select.m", "9", "--print-config")
     assert code == 0
     assert yaml.safe_load(out)["select"]["m"] == 9

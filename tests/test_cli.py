@@ -116,7 +116,7 @@ def test_help_of_train_shows_what_matters_and_help_all_every_option(say: Say) ->
         assert name in short
 
 
-@pytest.mark.parametrize("verb", ["train", "check", "init", "embed", "bench speed", "bench memory"])
+@pytest.mark.parametrize("verb", ["train", "check", "init", "embed", "bench speed"])
 def test_what_a_verb_calls_essential_or_idle_are_options_it_takes(verb: str, say: Say) -> None:
     module = import_module(f"keyhole.cli.{verb.replace(' ', '_')}")
     (kind,) = [

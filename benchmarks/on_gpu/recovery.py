@@ -8,6 +8,7 @@ import gc
 import memory
 import numpy as np
 import torch
+from memory_steps import plain_config
 from torch import Tensor, nn
 
 from keyhole.config.settings import Config, RunConfig, SelectConfig
@@ -16,7 +17,6 @@ from keyhole.engine.memory.plan import Plan
 from keyhole.engine.passes import open_reader, select_batch
 from keyhole.engine.to_device import Stager
 from keyhole.nn import IPSClassifier
-from keyhole.tools.bench.memory import plain_config
 from on_gpu.bench import Bench, new_model
 from on_gpu.streams import InMemory
 

@@ -4,7 +4,6 @@ from keyhole.cli.kinds import Kinds
 
 KINDS = {
     "speed": "training steps beside the encoder alone, where the time goes, and what to do about it",
-    "memory": "peak memory over the number of patches, which must be flat",
 }
 
 run = Kinds(

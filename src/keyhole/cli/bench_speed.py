@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from keyhole.cli.bench_source import source_of
 from keyhole.cli.options import ConfigOptions, parse, print_config, read
+from keyhole.config.file import given_values, recipes
 from keyhole.config.settings import Config, Positive, PositiveFloat
 from keyhole.errors import ConfigError
+from keyhole.util.wording import nearest
 
 if TYPE_CHECKING:
     from keyhole.runs.run import Run
@@ -74,10 +75,33 @@ def _short_data(argv: Sequence[str]) -> Iterator[str]:
         yield word.replace("--data", "--data.path", 1) if word == "--data" or word.startswith("--data=") else word
 
 
+def _recipe_or_file(given: Mapping[str, Any]) -> tuple[str | None, Path | None]:
+    """Return the recipe and the settings file, given by a bare name or as `--recipe` and `--config`.
+
+    Raises:
+        ConfigError: there is nothing of that name, or one is given twice.
+    """
+    named, recipe, file = given.get("source"), given.get("recipe"), given.get("config")
+    if named is None:
+        return recipe, file
+    known = recipes()
+    if str(named) in known:
+        if recipe is not None:
+            raise ConfigError(f"two recipes are given, {named} and --recipe {recipe}: leave one out")
+        return str(named), file
+    if not named.is_file():
+        near = nearest(str(named), known)
+        raise ConfigError(
+            f"{named}: expected a run folder, a settings file or a recipe, found nothing of that name{near}; recipes: "
+            f"{', '.join(known)}"
+        )
+    if file is not None:
+        raise ConfigError(f"two settings files are given, {named} and --config {file}: leave one out")
+    return recipe, named
+
+
 def _settings(argv: Sequence[str]) -> tuple[SpeedOptions, Config, Run | None, str | None]:
     """The options, the configuration, the run where one is named, and the recipe where one is."""
-    from keyhole.config.file import given_values, recipes
-
     given, run = parse(SpeedOptions, argv, PROG), None
     named, recipe, file = given.get("source"), given.get("recipe"), given.get("config")
     if named is not None and (named / "config.yaml").is_file():
@@ -85,7 +109,7 @@ def _settings(argv: Sequence[str]) -> tuple[SpeedOptions, Config, Run | None, st
             raise ConfigError(f"{named} is a run, whose settings are used: leave out --recipe and --config")
         run, base = _of_run(named)
     else:
-        recipe, file = source_of(named, recipe, file, "a run folder, a settings file or a recipe")
+        recipe, file = _recipe_or_file(given)
         if recipe is None and file is None:
             raise ConfigError(f"nothing to measure given: {PROG} RUN, or a recipe: {', '.join(recipes())}")
         base = given_values(recipe, file)

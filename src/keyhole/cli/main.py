@@ -1,6 +1,6 @@
 """The command `keyhole`: finds the verb, imports only what it needs, and turns every error into one line.
 
-Exit codes: 0 done, 1 `check`, `doctor` or `bench memory` found something wrong, 2 a mistake in the input or no place
+Exit codes: 0 done, 1 `check` or `doctor` found something wrong, 2 a mistake in the input or no place
 to write, 70 a fault of keyhole, 128 + signal when stopped (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1, 141 a
 closed pipe).
 """
@@ -31,7 +31,7 @@ VERBS = {
     "embed": "every patch of every image through an encoder once, into files of features to train on",
     "predict": "labels of images, and what they rest on",
     "data": "write slides of generated tissue to try keyhole on, or read in a published data set",
-    "bench": "speed beside the encoder's own and where the time goes; memory over the number of patches",
+    "bench": "speed beside the encoder's own, and where the time goes",
     "doctor": "try every reader and one training step on this machine",
 }
 

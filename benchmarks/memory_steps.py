@@ -16,9 +16,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from made_patches import OpenMade
+
 from keyhole.config.settings import Config, ModelConfig, PatchConfig, SelectConfig, TrainConfig
+from keyhole.engine.device import choose_device, settle_precision
+from keyhole.engine.memory.meter import taken
+from keyhole.engine.memory.pace import Pace, cap, fixed_chunk
+from keyhole.engine.memory.plan import Plan, make_plan
+from keyhole.engine.memory.probe import Workload
+from keyhole.engine.passes import fetch_kept, open_reader, select_batch
+from keyhole.engine.to_device import Stager
 from keyhole.errors import ConfigError, KeyholeError
-from keyhole.tools.bench.patches import OpenMade
+from keyhole.nn import build_classifier, split_backward
+from keyhole.nn.build import patch_shape
+from keyhole.tasks.kinds import Task
 from keyhole.util.budget import memory_text
 from keyhole.util.platform import peak_memory
 
@@ -82,19 +94,6 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
     Raises:
         ConfigError: the budget is too small.
     """
-    import torch
-
-    from keyhole.engine.device import choose_device, settle_precision
-    from keyhole.engine.memory.meter import taken
-    from keyhole.engine.memory.pace import Pace, cap, fixed_chunk
-    from keyhole.engine.memory.plan import Plan, make_plan
-    from keyhole.engine.memory.probe import Workload
-    from keyhole.engine.passes import fetch_kept, open_reader, select_batch
-    from keyhole.engine.to_device import Stager
-    from keyhole.nn import build_classifier, split_backward
-    from keyhole.nn.build import patch_shape
-    from keyhole.tasks.kinds import Task
-
     device = choose_device(config.run.device)
     cuda = device.type == "cuda"
     shape = patch_shape(config.model, config.patch.size)
@@ -160,33 +159,13 @@ def measure_apart(config: Config, counts: Sequence[int], steps: int = 1) -> Peak
     """As `measure`, in a process of its own.
 
     Raises:
-        ConfigError: what it said, where the input was wrong.
-        KeyholeError: it ended otherwise.
+        KeyholeError: what that process said.
     """
     asked = json.dumps({"config": config.model_dump(), "counts": list(counts), "steps": steps}, default=str)
-    command = [sys.executable, "-m", "keyhole.tools.bench.memory"]
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
-    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    if done.returncode == WRONG_INPUT:
-        raise ConfigError(said)
+    done = subprocess.run([sys.executable, __file__], input=asked, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise KeyholeError(f"{max(counts):,} patches: the process that measures ended with {done.returncode} ({said})")
+        raise KeyholeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
     return Peak(**json.loads(done.stdout.splitlines()[-1]))
-
-
-WRONG_INPUT = 3
-"""Exit code of the process for a mistake in the configuration, so that it is not taken for a fault."""
-
-
-def _child() -> int:
-    asked = json.loads(sys.stdin.read())
-    try:
-        peak = measure(Config().replace(**asked["config"]), asked["counts"], asked["steps"])
-    except KeyholeError as error:
-        print(error, file=sys.stderr)
-        return WRONG_INPUT
-    print(json.dumps(dataclasses.asdict(peak)))
-    return 0
 
 
 @dataclass(frozen=True)
@@ -240,44 +219,27 @@ def growths(peaks: Sequence[Peak], kept: int) -> list[Growth]:
     return [Growth(peak, full[0] if peak in full[1:] else None) for peak in peaks]
 
 
-def to_json(found: Sequence[Growth]) -> dict[str, Any]:
-    """Everything measured and the verdict."""
-    rows = [
-        {
-            **dataclasses.asdict(each.peak),
-            "growth": each.grown,
-            "growth_of_logits": each.logits,
-            "allowed": each.allowed,
-        }
-        for each in found
-    ]
-    return {"flat": all(each.flat for each in found), "bytes_per_patch_sorting": SORTING, "patches": rows}
-
-
-def lines(found: Sequence[Growth]) -> list[str]:
-    """A table for people and the verdict."""
-    cuda = any(each.peak.device for each in found)
-    head = ["patches", *(["device"] if cuda else []), "process", "growth", "of it logits", "may be", "patches/s"]
-    rows = [head]
-    for each in found:
-        peak = each.peak
-        sizes = [*([peak.device] if cuda else []), peak.process]
-        more = [each.grown, each.logits, each.allowed] if each.base is not None else []
-        shown = [f"{size / 1e6:,.1f} MB" for size in (*sizes, *more)] + ["-"] * (3 - len(more))
-        rows.append([f"{peak.n:,}", *shown, f"{peak.rate:,.0f}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+def verdict(found: Sequence[Growth]) -> str:
+    """Say whether memory is flat."""
     bad = [each for each in found if not each.flat]
     if not bad:
-        return [*table, "flat: memory does not grow with the number of patches, but for the logits"]
+        return "flat: memory does not grow with the number of patches, but for the logits"
     worst = bad[-1]
     assert worst.base is not None
-    return [
-        *table,
+    return (
         f"not flat: from {worst.base.n:,} to {worst.peak.n:,} patches memory grew by {memory_text(worst.grown)}, and "
-        f"may by {memory_text(worst.allowed)}",
-    ]
+        f"may by {memory_text(worst.allowed)}"
+    )
+
+
+def main() -> None:
+    asked = json.loads(sys.stdin.read())
+    try:
+        peak = measure(Config().replace(**asked["config"]), asked["counts"], asked["steps"])
+    except KeyholeError as error:
+        sys.exit(str(error))
+    print(json.dumps(dataclasses.asdict(peak)))
 
 
 if __name__ == "__main__":
-    sys.exit(_child())
+    main()
