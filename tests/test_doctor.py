@@ -30,7 +30,7 @@ def test_a_sound_machine_is_found_sound(
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "machine", lambda: iter(()))
-    monkeypatch.setattr(doctor, "training", lambda folder: doctor.Finding("training", "ok", ""))
+    monkeypatch.setattr(doctor, "training", lambda folder: doctor.Diagnosis("training", "ok", ""))
 
 
 def test_a_reader_that_fails_is_named_and_the_others_are_still_tried(

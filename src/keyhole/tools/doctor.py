@@ -43,7 +43,7 @@ SIDE = 96
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing that was looked at.
 
     Attributes:
@@ -60,7 +60,7 @@ class Finding:
         return f"{self.state:<5} {self.name:<34} {self.detail}".rstrip()
 
 
-def examine() -> Iterator[Finding]:
+def examine() -> Iterator[Diagnosis]:
     """Looks at everything, one finding at a time; nothing is left behind."""
     yield from machine()
     with tempfile.TemporaryDirectory(prefix="keyhole-doctor-") as folder:
@@ -72,23 +72,23 @@ def examine() -> Iterator[Finding]:
 # --- the machine -----------------------------------------------------------------------------------------------------
 
 
-def machine() -> Iterator[Finding]:
+def machine() -> Iterator[Diagnosis]:
     """Versions, cores, memory, temporary space and GPU."""
-    yield Finding("python", "info", f"{platform.python_version()} on {platform.platform()}")
+    yield Diagnosis("python", "info", f"{platform.python_version()} on {platform.platform()}")
     from keyhole.runs.run import PACKAGES
 
     for package in PACKAGES:
         try:
-            yield Finding(package, "info", version(package))
+            yield Diagnosis(package, "info", version(package))
         except PackageNotFoundError:
-            yield Finding(package, "FAIL", "not installed; install keyhole again")
-    yield Finding("cores", "info", str(cores()))
-    yield Finding("memory", "info", _memory())
+            yield Diagnosis(package, "FAIL", "not installed; install keyhole again")
+    yield Diagnosis("cores", "info", str(cores()))
+    yield Diagnosis("memory", "info", _memory())
     for place in (Path(tempfile.gettempdir()), Path("/dev/shm")):
         if place.is_dir():
             usage = shutil.disk_usage(place)
-            yield Finding(str(place), "info", f"{memory_text(usage.free)} of {memory_text(usage.total)} free")
-    yield Finding("GPU", "info", _gpu())
+            yield Diagnosis(str(place), "info", f"{memory_text(usage.free)} of {memory_text(usage.total)} free")
+    yield Diagnosis("GPU", "info", _gpu())
 
 
 def _memory() -> str:
@@ -112,7 +112,7 @@ def _gpu() -> str:
 # --- readers ---------------------------------------------------------------------------------------------------------
 
 
-def readers(folder: Path) -> Iterator[Finding]:
+def readers(folder: Path) -> Iterator[Diagnosis]:
     """Writes a picture in every format and reads it back: lossless ones exactly, JPEG and its like nearly."""
     for entry in entry_points(group="keyhole.images"):
         yield attempt(f"reader {entry.name}", partial(_load, entry))
@@ -227,7 +227,7 @@ def training_config(folder: Path) -> Config:
     )
 
 
-def training(folder: Path) -> Finding:
+def training(folder: Path) -> Diagnosis:
     """One epoch on eight images of 64 px, exactly as `keyhole train` does it, on the device it would choose."""
 
     def learn() -> str:
@@ -251,23 +251,23 @@ def training(folder: Path) -> Finding:
     return attempt("training, one epoch", learn)
 
 
-def optional_parts() -> Iterator[Finding]:
+def optional_parts() -> Iterator[Diagnosis]:
     """Packages that are not needed, and what they would give."""
     for package, gives in OPTIONAL.items():
         there = importlib.util.find_spec(package) is not None
-        yield Finding(package, "ok" if there else "info", "" if there else f"not installed; would give {gives}")
+        yield Diagnosis(package, "ok" if there else "info", "" if there else f"not installed; would give {gives}")
 
 
-def attempt(name: str, work: Callable[[], str]) -> Finding:
+def attempt(name: str, work: Callable[[], str]) -> Diagnosis:
     try:
-        return Finding(name, "ok", work())
+        return Diagnosis(name, "ok", work())
     except Interrupted:
         raise
     except Exception as error:
         if _interrupted(error):
             raise KeyboardInterrupt from error
         problem = " ".join(str(error).split()) or "no message"
-        return Finding(name, "FAIL", f"{type(error).__name__}: {problem}")
+        return Diagnosis(name, "FAIL", f"{type(error).__name__}: {problem}")
 
 
 def _interrupted(error: BaseException | None) -> bool:
