@@ -156,7 +156,7 @@ def describe(options: argparse.Namespace, kind: str, small: Ours, equal: Ours) -
         f"published: on the host image after image in {options.workers} worker processes that stay between epochs "
         f"(decode, enlarge to {SIZE[0]} x {SIZE[1]}, colour jitter, shift up to {PATCH} px, float32, normalise, "
         f"unfold into {PATCHES} patches of {PATCH} px), float32 eager. keyhole: its training code, recipe `traffic`, "
-        f"{small.job.reader.pool.threads} reading threads, {arithmetic_of(small.job.model)}, "
+        f"{small.job.reader.threads.count} reading threads, {arithmetic_of(small.job.model)}, "
         f"{small.encoder} (80 px), {equal.encoder} (100 px); "
         f"{small.patches} patches an image, as the shift of the grid falls: of 80 px, which see what 100 px of the "
         f"enlarged image do at 0.64 of the encoder's work, or of 100 px ({equal.patches}) of images enlarged on disk. "

@@ -17,7 +17,7 @@ from test_reading import PATIENCE, eventually, no_thread_is_left, threads
 from keyhole.errors import StalledRead
 from keyhole.loading import FetchOnly, Reader
 from keyhole.patches.opener import FileOpener
-from keyhole.util.threads import Pool
+from keyhole.util.threads import ReadingThreads
 
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 
@@ -120,7 +120,7 @@ def test_tasks_that_follow_another_go_before_what_is_queued_and_also_when_it_is_
     order: list[str] = []
     gate = threading.Event()
     before = threads()
-    pool = Pool(1, stall=0.5)
+    pool = ReadingThreads(1, stall=0.5)
     try:
         first = pool.submit("first", lambda: gate.wait(PATIENCE))
         queued = pool.submit("queued", lambda: order.append("queued"))

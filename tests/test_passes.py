@@ -207,6 +207,6 @@ def test_reading_leaves_a_core_to_the_thread_that_launches_the_work_of_a_gpu(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
     for device, threads in (("cpu", on_cpu), ("cuda", on_gpu)):
         with open_reader(RunConfig(), torch.device(device)) as reader:
-            assert reader.pool.threads == threads
+            assert reader.threads.count == threads
         with open_reader(RunConfig(threads=cores), torch.device(device)) as reader:
-            assert reader.pool.threads == cores
+            assert reader.threads.count == cores

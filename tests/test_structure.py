@@ -39,7 +39,6 @@ KNOWN_CLASSES_OF_ONE_NAME = {
     "Finding",
     "Kinds",
     "Slide",
-    "Task",
 }
 
 KNOWN_COMPARISONS_OF_KINDS = {

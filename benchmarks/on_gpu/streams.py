@@ -136,7 +136,7 @@ def stream(bench: Bench, what: Stream, model: IPSClassifier, alone: float) -> tu
                 start = _counts(reader)
         wait(bench.device)
         now = _counts(reader)
-        threads = reader.pool.threads
+        threads = reader.threads.count
     seconds, patches, encoded, waited = (there - here for here, there in zip(start, now, strict=True))
     found = patches / seconds
     bench.say(

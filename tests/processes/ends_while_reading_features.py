@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from keyhole.patches.features.source import open_features
-from keyhole.util.threads import Pool
+from keyhole.util.threads import ReadingThreads
 
 path = Path(sys.argv[1])
 
@@ -17,6 +17,6 @@ def read() -> None:
 
 
 kept = [open_features(path) for _ in range(20)]
-pool = Pool(2, 60)
+pool = ReadingThreads(2, 60)
 tasks = [pool.submit("a", read) for _ in range(2)]
 time.sleep(0.2)

@@ -5,7 +5,7 @@ import threading
 
 
 def hold() -> None:
-    thread = threading.Thread(target=reader.pool.lock.acquire)
+    thread = threading.Thread(target=reader.threads.lock.acquire)
     thread.start()
     thread.join()
 

@@ -14,7 +14,7 @@ from keyhole.data.item import Item
 from keyhole.errors import DataError, ImageError, StalledRead
 from keyhole.images.image import folder_suffixes
 from keyhole.util.files import file_size
-from keyhole.util.threads import Pool, beat
+from keyhole.util.threads import ReadingThreads, beat
 
 READ_BYTES = 8 << 20
 """Bytes that are read at a time; each read restarts the stall limit."""
@@ -47,12 +47,12 @@ def hash_files(
         ImageError: a file is gone or cannot be read, unless `skip_unreadable`.
         StalledRead: a file gave nothing within `stall` seconds.
     """
-    pool = Pool(threads, stall)
+    reading = ReadingThreads(threads, stall)
     try:
-        tasks = {item.name: pool.submit(str(item.source), partial(_hash, item.source)) for item in items}
+        tasks = {item.name: reading.submit(str(item.source), partial(_hash, item.source)) for item in items}
         hashes: dict[str, FileHash] = {}
         for name, task in tasks.items():
-            pool.wait(task)
+            reading.wait(task)
             try:
                 hashes[name] = task.value()
             except StalledRead:
@@ -62,7 +62,7 @@ def hash_files(
                     raise
         return hashes
     finally:
-        pool.close()
+        reading.close()
 
 
 def changed_files(

@@ -173,7 +173,7 @@ class Batch:
         stream = self._stream
         stream.recycle(keep=1)
         stream.reader.wait(lambda: stream.wait_for(lambda: bool(self.planned) or self.complete or self.closed))
-        with stream.pool.lock:
+        with stream.threads.lock:
             if stream.closed and not self.closed:  # what is planned may not be all
                 raise RuntimeError("the stream was closed while it was read from")
             return self.planned.popleft() if self.planned else None

@@ -1,7 +1,7 @@
 """The memory of a stream: a ring of buffers for chunks, and a cache for the pixels of a batch.
 
 Pinned memory is slow to allocate and fresh memory slow to touch, so both are used again, by the next batch and by the
-next stream. All locks are that of the reader's pool.
+next stream. All locks are that of the reader's threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.util.rows import take_rows
-from keyhole.util.threads import Pool
+from keyhole.util.threads import ReadingThreads
 
 Array = NDArray[Any]
 Index = NDArray[np.int64]
@@ -28,8 +28,8 @@ Copied = Callable[[], None]
 class SpareBuffers:
     """Up to `count` buffers of one shape that no stream uses."""
 
-    def __init__(self, pool: Pool, count: int, allocate: Allocate) -> None:
-        self._lock, self._count, self._allocate = pool.lock, count, allocate
+    def __init__(self, threads: ReadingThreads, count: int, allocate: Allocate) -> None:
+        self._lock, self._count, self._allocate = threads.lock, count, allocate
         self._free: deque[tuple[Array, Copied | None]] = deque()
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -64,8 +64,8 @@ class BufferRing:
         changed: notified when a buffer comes back, and by the caller that changes what `unwanted` of `take` returns.
     """
 
-    def __init__(self, pool: Pool, count: int, spare: SpareBuffers) -> None:
-        self.changed = threading.Condition(pool.lock)
+    def __init__(self, threads: ReadingThreads, count: int, spare: SpareBuffers) -> None:
+        self.changed = threading.Condition(threads.lock)
         self.spare = spare
         self._left = count  # buffers that may still be allocated
         self._free: deque[tuple[Array, Copied | None]] = deque()

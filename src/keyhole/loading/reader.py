@@ -6,7 +6,7 @@
                 ...
             kept = batch.fetch(indices)           # the kept patches of each image; the next batch is being read
 
-A planning thread opens the sources of a batch, cuts their patches into chunks and hands the reading to the pool.
+A planning thread opens the sources of a batch, cuts their patches into chunks and hands the reading to the threads.
 Host memory is bounded by the ring of buffers, (ahead + 2) chunks and what the tasks in progress hold, and by twice
 `cache_bytes` where a stream caches pixels for `Batch.fetch`. A batch is opened when the last chunk of the one before it
 has a buffer, so that of images of many chunks the sources of two batches are open at most, and of images of few chunks
@@ -34,7 +34,7 @@ from keyhole.loading.chunks import Delivery, Opener, Segment, pack
 from keyhole.loading.reading import Planned, Reading
 from keyhole.loading.source import LOST
 from keyhole.loading.stream import OnError, Retry, SharedReading, Stream
-from keyhole.util.threads import Pool
+from keyhole.util.threads import ReadingThreads
 
 T = TypeVar("T")
 MAX_TASK_PATCHES = 64
@@ -84,7 +84,7 @@ class Reader(SharedReading):
         retry_wait: float = 1.0,
         on_retry: Callable[[str, str], None] | None = None,
     ) -> None:
-        super().__init__(Pool(threads, stall), ahead, allocate, Retry(retries, retry_wait, on_retry))
+        super().__init__(ReadingThreads(threads, stall), ahead, allocate, Retry(retries, retry_wait, on_retry))
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 
     def stream(
@@ -130,8 +130,8 @@ class Reader(SharedReading):
 
     def run(self, name: str, function: Callable[[], T]) -> T:
         """Return the result of a function that reads the file `name`, under the stall limit, without retries."""
-        task = self.pool.submit(name, function, urgent=True)
-        self.wait(partial(self.pool.wait, task))
+        task = self.threads.submit(name, function, urgent=True)
+        self.wait(partial(self.threads.wait, task))
         return task.value()
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class Reader(SharedReading):
         for stream in list(self._streams):
             stream.close()
         self.spare.close()
-        self.pool.close()
+        self.threads.close()
 
     def __enter__(self) -> Self:
         return self
@@ -154,9 +154,9 @@ class _Planner:
     """A thread that opens batches in order and has their chunks read, as far ahead as the ring has buffers."""
 
     def __init__(self, stream: Stream, batches: Iterable[Sequence[Opener]]) -> None:
-        self._stream, self._pool, self._batches = stream, stream.pool, batches
+        self._stream, self._threads, self._batches = stream, stream.threads, batches
         ahead = stream.reader.ahead
-        self._run = int(np.clip(stream.chunk * ahead // (2 * self._pool.threads), MIN_TASK_PATCHES, MAX_TASK_PATCHES))
+        self._run = int(np.clip(stream.chunk * ahead // (2 * self._threads.count), MIN_TASK_PATCHES, MAX_TASK_PATCHES))
         self._ready: deque[Batch | None] = deque()  # None: no more
         threading.Thread(target=self._plan, name="keyhole-plan", daemon=True).start()
 
@@ -180,7 +180,7 @@ class _Planner:
                     batch.complete = True
                     # The ring does not hold back batches that need no buffers.
                     while len(self._ready) > stream.reader.ahead and not stream.closed:
-                        self._pool.changed.wait()
+                        self._threads.changed.wait()
             self._hand_over(None)
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer, when it gets there
             with stream.changing():
@@ -196,10 +196,10 @@ class _Planner:
         batch = Batch(stream, openers)
         waiting, tries = batch.slots, 0
         while waiting and not stream.closed:
-            tasks = [self._pool.submit(slot.opener.name, partial(stream.open, slot.opener)) for slot in waiting]
+            tasks = [self._threads.submit(slot.opener.name, partial(stream.open, slot.opener)) for slot in waiting]
             lost = []
             for slot, task in zip(waiting, tasks, strict=True):
-                self._pool.wait(task, stop=lambda: stream.closed)
+                self._threads.wait(task, stop=lambda: stream.closed)
                 if stream.closed:
                     return batch
                 if isinstance(task.error, LOST) and tries < stream.retry.times:
@@ -210,7 +210,7 @@ class _Planner:
                 elif (handle := task.value()) is not None:
                     stream.put(slot, handle)
             if lost:
-                self._pool.pause(stream.retry.seconds(tries), lambda: stream.closed)
+                self._threads.pause(stream.retry.seconds(tries), lambda: stream.closed)
                 tries += 1
             waiting = lost
         return batch
@@ -221,7 +221,7 @@ class _Planner:
         def unwanted() -> bool:
             return stream.closed or batch.closed
 
-        with self._pool.lock:
+        with self._threads.lock:
             batch.cache = stream.new_cache(streamed, unwanted)
         lengths = [0 if source is None else len(source) for source in batch.sources]
         for packed in pack(lengths, stream.chunk):

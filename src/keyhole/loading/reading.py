@@ -13,7 +13,7 @@ from keyhole.loading.chunks import Delivery
 from keyhole.loading.source import LOST, LeaveOut, OpenSource, Outcome, Slot
 from keyhole.loading.stream import Stream
 from keyhole.patches.grid import Index
-from keyhole.util.threads import Task, given_up
+from keyhole.util.threads import ReadTask, given_up
 
 PATCHES_BETWEEN_LOOKS = 16
 """Patches that a thread decodes before it looks again whether the consumer waits. With 64 the consumer often waited for
@@ -52,13 +52,13 @@ class Reading:
         self._cache = cache
         self.task = self._submit(stream.leave_out, urgent)
 
-    def _submit(self, leave_out: LeaveOut, urgent: bool) -> Task[Outcome]:
+    def _submit(self, leave_out: LeaveOut, urgent: bool) -> ReadTask[Outcome]:
         self._used: list[OpenSource] = []
         job = partial(self._read, self.out, self._used, leave_out, None if urgent else self.stream.deliver)
-        pool, name, handle = self.stream.pool, self.slot.opener.name, self.slot.handle
+        threads, name, handle = self.stream.threads, self.slot.opener.name, self.slot.handle
         if handle is None:  # the image has failed meanwhile
-            return pool.submit(name, job, urgent)
-        return handle.submit(pool, name, job, urgent)
+            return threads.submit(name, job, urgent)
+        return handle.submit(threads, name, job, urgent)
 
     def _read(self, out: Array, used: list[OpenSource], leave_out: LeaveOut, deliver: Delivery | None) -> Outcome:
         """Read on a thread: pixels, or JPEG streams as soon as the consumer waits for them."""
@@ -96,7 +96,7 @@ class Reading:
             The error that remains.
         """
         stream, slot, retry = self.stream, self.slot, self.stream.retry
-        stream.pool.wait(self.task)
+        stream.threads.wait(self.task)
         error, tries = self.task.error, 0
         while isinstance(error, LOST) and not stream.closed:
             leave_out = stream.leave_out
@@ -107,7 +107,7 @@ class Reading:
                 slot.handle.lost = slot.handle.lost or error  # no other thread gets stuck in the same source
                 if tries or not slot.worn_out:  # where waiting has not helped, opening again may
                     retry.tell(slot.opener.name, error, tries)
-                    stream.pool.pause(retry.seconds(tries), lambda: stream.closed)
+                    stream.threads.pause(retry.seconds(tries), lambda: stream.closed)
                     if stream.closed:
                         break
                 tries += 1
@@ -117,7 +117,7 @@ class Reading:
                 if stream.on_error == "mask" and (tries == retry.times or slot.worn_out):
                     leave_out = "lost"
             self._again(leave_out)
-            stream.pool.wait(self.task)
+            stream.threads.wait(self.task)
             error = self.task.error
             if leave_out == "lost" and error is None and self.task.value().unreadable:
                 slot.worn_out = True

@@ -13,7 +13,7 @@ from keyhole.loading.buffers import Array
 from keyhole.loading.chunks import Coded, Opener
 from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
-from keyhole.util.threads import Pool, Task, beat, given_up
+from keyhole.util.threads import ReadingThreads, ReadTask, beat, given_up
 
 LeaveOut = Literal["nothing", "damaged", "lost"]
 """Patches that a read may leave out: none, damaged ones, or also those that the disk does not deliver."""
@@ -43,23 +43,23 @@ class OpenSource:
         self.lost: ImageError | None = None
         self.delivers = False
         self._whole = source.whole_bytes > 0
-        self._first: Task[Outcome] | None = None  # the reading that decodes the image, where it is decoded whole
+        self._first: ReadTask[Outcome] | None = None  # the reading that decodes the image, where it is decoded whole
         self._lock = threading.RLock()
         self._readers = 0
         self._closing = False
 
-    def submit(self, pool: Pool, name: str, job: Callable[[], Outcome], urgent: bool) -> Task[Outcome]:
+    def submit(self, threads: ReadingThreads, name: str, job: Callable[[], Outcome], urgent: bool) -> ReadTask[Outcome]:
         """Have a thread read from here.
 
         The first read of an image that is decoded whole decodes it. All others begin when that has ended, so that no
         thread waits for another's decoding: as many images are decoded at once as there are threads.
         """
-        with pool.lock:
+        with threads.lock:
             first = self._first
             late = first is not None and first.since is None and urgent and not first.urgent  # far back in the queue
             if first is not None and not late:
-                return pool.submit(name, job, urgent, after=first)
-            task = pool.submit(name, job, urgent)
+                return threads.submit(name, job, urgent, after=first)
+            task = threads.submit(name, job, urgent)
             if self._whole:
                 self._first = task
             return task

@@ -17,7 +17,7 @@ from keyhole.loading.buffers import Allocate, Array, BufferRing, CacheMemory, Pi
 from keyhole.loading.chunks import Chunk, Delivery, Opener
 from keyhole.loading.source import LeaveOut, OpenSource, Slot
 from keyhole.patches.sources import PatchSource
-from keyhole.util.threads import Pool, given_up
+from keyhole.util.threads import ReadingThreads, given_up
 
 T = TypeVar("T")
 OnError = Literal["raise", "skip", "mask"]
@@ -45,9 +45,9 @@ class Retry:
 class SharedReading:
     """What all streams of one `Reader` share: threads, spare buffers, retries and counters."""
 
-    def __init__(self, pool: Pool, ahead: int, allocate: Allocate, retry: Retry) -> None:
-        self.pool, self.ahead, self.retry = pool, ahead, retry
-        self.spare = SpareBuffers(pool, ahead + 2, allocate)
+    def __init__(self, threads: ReadingThreads, ahead: int, allocate: Allocate, retry: Retry) -> None:
+        self.threads, self.ahead, self.retry = threads, ahead, retry
+        self.spare = SpareBuffers(threads, ahead + 2, allocate)
         self.waited = 0.0
         self.read_patches = self.reread_patches = self.encoded_patches = 0
 
@@ -79,11 +79,11 @@ class Stream:
     ) -> None:
         if chunk < 1:
             raise ConfigError(f"select.chunk (={chunk}) must be at least 1")
-        self.reader, self.pool, self.retry = reader, reader.pool, reader.retry
+        self.reader, self.threads, self.retry = reader, reader.threads, reader.retry
         self.chunk, self.on_error, self.deliver = chunk, on_error, deliver
         self.leave_out: LeaveOut = "damaged" if on_error == "mask" else "nothing"
         self.shape: tuple[tuple[int, ...], np.dtype[Any]] | None = None
-        self.ring = BufferRing(reader.pool, reader.ahead + 2, reader.spare)
+        self.ring = BufferRing(reader.threads, reader.ahead + 2, reader.spare)
         self.waiting = False
         self.error: BaseException | None = None
         self.closed = False
@@ -94,9 +94,9 @@ class Stream:
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Hold the lock inside, then wake all that wait."""
-        with self.pool.lock:
+        with self.threads.lock:
             yield
-            self.pool.changed.notify_all()
+            self.threads.changed.notify_all()
             self.ring.changed.notify_all()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
@@ -106,20 +106,20 @@ class Stream:
             RuntimeError: the stream was closed.
             BaseException: what the planning thread failed with.
         """
-        with self.pool.lock:
+        with self.threads.lock:
             while not condition():
                 if self.error is not None:
                     raise self.error
                 if self.closed:
                     raise RuntimeError("the stream was closed while it was read from")
-                self.pool.changed.wait()
+                self.threads.changed.wait()
 
     def open(self, opener: Opener) -> OpenSource | None:
         """Open an image, on a reading thread; return None if nobody wants it any more."""
         if self.closed:
             return None
         handle = OpenSource(opener())
-        with self.pool.lock:
+        with self.threads.lock:
             wanted = not (self.closed or given_up())
             if wanted:
                 self._opened.add(handle)
@@ -147,8 +147,8 @@ class Stream:
         """Replace a lost source by a new one; return the error if that fails."""
         old = slot.handle
         assert old is not None
-        task = self.pool.submit(slot.opener.name, lambda: self.open(slot.opener), urgent=True)
-        self.pool.wait(task)
+        task = self.threads.submit(slot.opener.name, lambda: self.open(slot.opener), urgent=True)
+        self.threads.wait(task)
         if task.error is not None:
             return task.error
         new = task.value()
@@ -165,7 +165,7 @@ class Stream:
 
     def drop(self, handle: OpenSource) -> None:
         """Close a source of this stream."""
-        with self.pool.lock:
+        with self.threads.lock:
             self._opened.discard(handle)
         handle.close()
 
@@ -173,11 +173,11 @@ class Stream:
         """Return a cache for all pixels of a batch if they fit; wait while batches before it hold too much for that."""
         if self.shape is None or not 0 < (size := cache_size(lengths, *self.shape)) <= self._cache_bytes:
             return None
-        with self.pool.lock:
+        with self.threads.lock:
             while not unwanted():
                 if (memory := self._cache_memory.take(size, 2 * self._cache_bytes)) is not None:
                     return PixelCache(lengths, *self.shape, memory)
-                self.pool.changed.wait()
+                self.threads.changed.wait()
         return None
 
     def free_cache(self, cache: PixelCache, written: bool) -> None:

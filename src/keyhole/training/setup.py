@@ -169,7 +169,7 @@ def scan(
     resolution = Resolution.of(mpp.values())
     lines += [f"warning: {'. '.join(spread)}"] if (spread := resolution.spread()) else []
     store = ImageCache(keep=keep, masks=probe.masks)
-    opened = _open_bytes(config, pictures, patches[len(patches) // 2], reader.pool.threads, keep)
+    opened = _open_bytes(config, pictures, patches[len(patches) // 2], reader.threads.count, keep)
     images = Images(config, store, counts, shape, total if keep else 0, opened, resolution, jpeg and not keep)
     return images, manifest, lines
 

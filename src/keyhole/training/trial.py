@@ -129,7 +129,7 @@ def _measured(job: Job) -> tuple[Costs, str]:
         where = torch.cat([piece.where for piece in pieces if piece.where is not None])[: job.plan.chunk]
     score, learn = model_seconds(job.model, pixels, where, job.plan.split or job.plan.kept, config.augment.color > 0)
     image, patch = (sum(part) / len(pieces) for part in list(zip(*pieces, strict=True))[:2])
-    threads = min(job.reader.pool.threads, default_threads())
+    threads = min(job.reader.threads.count, default_threads())
     costs = Costs(image, patch, score, learn, threads, job.device.type != "cpu", _saving(job.run.path))
     images = f"{len(pieces)} image{'s' * (len(pieces) > 1)}"
     return costs, f"reading {images}, scoring {len(pixels)} patches and learning from some of them"

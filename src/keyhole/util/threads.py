@@ -1,11 +1,11 @@
-"""Threads that read files under a stall limit, so that nothing can wait for ever.
+"""Threads that read files under a time limit, so that nothing waits forever.
 
-They are daemons: `concurrent.futures` joins its threads at exit, so one read that hangs on a network share
-would keep the whole process alive. A task that gives no sign of life for `stall` seconds is given up with an
-error that names it, and its thread is replaced. `beat` is that sign; whatever reads calls it after each read.
+They are daemons: `concurrent.futures` joins its threads at exit, so one read that hangs on a network share would keep
+the process alive. A task that reads nothing for `stall` seconds is given up with an error that names its file, and its
+thread is replaced. Whatever reads calls `beat` after each read.
 
-The end of the process waits for them, but not for long: a library that is in the middle of a read while Python shuts
-down may hold a lock for ever, as HDF5's, for which the main thread then waits for ever.
+The end of the process waits for them, but not for long. A library that is in the middle of a read while Python shuts
+down may hold a lock forever, as HDF5 does, and the main thread would wait for it.
 """
 
 from __future__ import annotations
@@ -23,46 +23,43 @@ from keyhole.errors import StalledRead
 from keyhole.util.platform import cores
 
 T = TypeVar("T")
-LINGER = 5.0
-"""Seconds that the end of the process waits for reads under way; longer ones hang."""
+MAX_LINGER_SECONDS = 5.0
+"""Time that the end of the process waits for reads that are under way; a longer one hangs."""
 _here = threading.local()
 
 
 def beat() -> None:
-    """Say that the task on this thread has just read something; its time starts again. Elsewhere: nothing."""
+    """Restart the time of the task on this thread, which has just read something; do nothing on other threads."""
     task = getattr(_here, "task", None)
     if task is not None:
         task.since = time.monotonic()
 
 
 def given_up() -> bool:
-    """Whether the task on this thread has been given up meanwhile, so that nobody will take what it returns.
+    """Whether the task on this thread was given up, so that nobody takes what it returns.
 
-    Call it under the pool's lock to decide by it.
+    Hold the lock of the threads to decide by it.
     """
     task = getattr(_here, "task", None)
     return task is not None and task.lost
 
 
 def default_threads(beside_gpu: bool = False) -> int:
-    """One thread per core that this process may use, at most 16.
+    """Return the number of threads: one per core that this process may use, at most 16.
 
     Args:
-        beside_gpu: whether one more thread gives work to a GPU; see `reading_cores`.
+        beside_gpu: another thread gives work to a GPU; see `reading_cores`.
     """
     return min(reading_cores(cores(), beside_gpu), 16)
 
 
 def reading_cores(available: int, beside_gpu: bool) -> int:
-    """Cores for the threads that read.
-
-    With a GPU and more than 2 cores one is left to the thread that launches the work: while it waits, the GPU does.
-    """
+    """Return the cores for reading: beside a GPU, one of more than 2 is left to the thread that launches work."""
     return available - 1 if beside_gpu and available > 2 else available
 
 
-class Task(Generic[T]):
-    """A function handed to the pool, and what became of it. `name` is the file, for messages."""
+class ReadTask(Generic[T]):
+    """A function for a reading thread, and its result. `name` is the file, for messages."""
 
     def __init__(self, name: str, function: Callable[[], T], urgent: bool = False) -> None:
         self.name = name
@@ -71,9 +68,9 @@ class Task(Generic[T]):
         self.since: float | None = None  # when it started or last gave a sign of life
         self.thread: threading.Thread | None = None  # that runs it
         self.done = False
-        self.awaited = False  # somebody waits for it, and is to be woken at its end
-        self.lost = False  # done by giving it up; its thread is still stuck in it
-        self.followers: list[Task[Any]] = []  # to be queued when this one has ended
+        self.awaited = False  # another thread waits for it
+        self.lost = False  # given up; its thread is still in it
+        self.followers: list[ReadTask[Any]] = []  # queued when this one has ended
         self.error: BaseException | None = None
         self._value: list[T] = []
 
@@ -81,49 +78,49 @@ class Task(Generic[T]):
         self.function, self._value, self.error, self.done = None, value, error, True
 
     def value(self) -> T:
-        """What the function returned, or its exception raised here."""
+        """Return what the function returned, or raise what it raised."""
         if self.error is not None:
             raise self.error
         return self._value[0]
 
 
-class Pool:
+class ReadingThreads:
     """Daemon threads that take tasks in order, urgent ones first.
 
     Attributes:
-        lock: guards the pool and whatever is built on it. Reentrant, because the garbage collector may
-            close an abandoned stream in the middle of any statement of any thread.
-        changed: notified when a task ends that somebody waits for, and by whoever builds on the lock. Waking costs a
-            thread some tens of microseconds of the one interpreter, so nobody is woken for nothing.
+        lock: guards the threads and whatever is built on them. It is reentrant: the garbage collector may close an
+            abandoned stream in the middle of any statement of any thread.
+        changed: notified when a task ends that a thread waits for, and by what is built on the lock. Waking a thread
+            takes some tens of microseconds of the interpreter, so it is not done for nothing.
     """
 
-    def __init__(self, threads: int | None, stall: float) -> None:
-        self.threads = default_threads() if threads is None else threads
+    def __init__(self, count: int | None, stall: float) -> None:
+        self.count = default_threads() if count is None else count
         self.stall = stall
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.closed = False
         self._work = threading.Condition(self.lock)
-        self._queue: deque[Task[Any]] = deque()
-        self._urgent: deque[Task[Any]] = deque()
-        self._running: set[Task[object]] = set()
+        self._queue: deque[ReadTask[Any]] = deque()
+        self._urgent: deque[ReadTask[Any]] = deque()
+        self._running: set[ReadTask[object]] = set()
         self._started = 0
         self._threads: list[threading.Thread] = []
-        _pools.add(self)
+        _all_threads.add(self)
 
     def submit(
-        self, name: str, function: Callable[[], T], urgent: bool = False, after: Task[Any] | None = None
-    ) -> Task[T]:
-        """Queue a function; urgent ones are taken before all others.
+        self, name: str, function: Callable[[], T], urgent: bool = False, after: ReadTask[Any] | None = None
+    ) -> ReadTask[T]:
+        """Queue a function.
 
         Args:
             name: the file, for messages.
             function: what to do.
-            urgent: whether it goes before all that are not.
-            after: a task of this pool that has to end first, in whichever way. Then this one goes before all that is
-                queued: no thread waits in between, and what follows a task is not left behind by later ones.
+            urgent: take it before all tasks that are not urgent.
+            after: a task that has to end first, in whichever way. This one is then taken before all that are queued: no
+                thread waits in between, and later tasks do not overtake what follows a task.
         """
-        task = Task(name, function, urgent)
+        task = ReadTask(name, function, urgent)
         with self.lock:
             if self.closed:
                 raise RuntimeError("the reader is closed")
@@ -131,15 +128,15 @@ class Pool:
                 after.followers.append(task)
                 return task
             (self._urgent if urgent else self._queue).append(task)
-            while self._started < self.threads:
+            while self._started < self.count:
                 self._start()
             self._work.notify()
         return task
 
-    def wait(self, task: Task[T], stop: Callable[[], bool] = lambda: False, seconds: float = math.inf) -> None:
+    def wait(self, task: ReadTask[T], stop: Callable[[], bool] = lambda: False, seconds: float = math.inf) -> None:
         """Return when the task is done, when `stop()` is true, or after `seconds`.
 
-        `stop` is called after each change: whoever makes it true notifies `changed`.
+        `stop` is called after each change: what makes it true has to notify `changed`.
         """
         end = time.monotonic() + seconds
         with self.lock:
@@ -152,23 +149,19 @@ class Pool:
                 self._give_up(now)
                 if not task.done:
                     task.awaited = True
-                    # A task that starts while we sleep cannot be late before `stall` from now.
+                    # a task that starts in the meantime cannot be late before `stall` from now
                     oldest = min((running.since or now for running in self._running), default=now)
                     self.changed.wait(max(min(oldest + self.stall, end) - now, 0.001))
 
     def pause(self, seconds: float, stop: Callable[[], bool]) -> None:
-        """Let time pass on the calling thread, or return early when `stop()` is true.
-
-        `stop` is called after each change: whoever makes it true notifies `changed`. The end of a task does not; to
-        wait for a task, call `wait`.
-        """
+        """Return after `seconds`, or when `stop()` is true, which is called as in `wait`."""
         end = time.monotonic() + seconds
         with self.lock:
             while not (stop() or self.closed) and (left := end - time.monotonic()) > 0:
                 self.changed.wait(left)
 
     def close(self) -> None:
-        """Forget what is queued and let the threads end. Does not wait: one may be stuck in a read."""
+        """Drop what is queued and let the threads end. Does not wait: one may be stuck in a read."""
         with self.lock:
             self.closed = True
             self._queue.clear()
@@ -177,7 +170,7 @@ class Pool:
             self.changed.notify_all()
 
     def join(self, seconds: float) -> None:
-        """Wait for the threads of a closed pool to end, so long at most."""
+        """Wait up to `seconds` for the threads to end, after `close`."""
         end = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -192,12 +185,12 @@ class Pool:
             task.end([], StalledRead(task.name, problem))
             self._running.discard(task)
             self._follow(task)
-            self._threads = [thread for thread in self._threads if thread is not task.thread]  # nobody waits for it
+            self._threads = [thread for thread in self._threads if thread is not task.thread]
             self._start()
             self.changed.notify_all()
 
-    def _follow(self, task: Task[Any]) -> None:
-        """Queue what was to begin after a task, in order, before all else."""
+    def _follow(self, task: ReadTask[Any]) -> None:
+        """Queue what follows a task, in order, before all else."""
         if not self.closed:
             for each in reversed(task.followers):
                 (self._urgent if each.urgent else self._queue).appendleft(each)
@@ -241,19 +234,19 @@ class Pool:
             del task, function, value, error  # an idle thread must not keep pixels or open files alive
 
 
-_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_all_threads: weakref.WeakSet[ReadingThreads] = weakref.WeakSet()
 
 
 def end_reading() -> None:
-    """Let no thread be in the middle of a read when Python shuts down."""
-    end = time.monotonic() + LINGER
-    for pool in list(_pools):
-        pool.close()
-        pool.join(max(0.0, end - time.monotonic()))
+    """End reading, so that no thread is in the middle of a read when Python shuts down."""
+    end = time.monotonic() + MAX_LINGER_SECONDS
+    for threads in list(_all_threads):
+        threads.close()
+        threads.join(max(0.0, end - time.monotonic()))
 
 
 def end_reading_first() -> None:
-    """Have reads end before a library that was just imported is shut down: what is registered last comes first."""
+    """Have reads end before a library that was just imported shuts down: what is registered last is called first."""
     atexit.unregister(end_reading)
     atexit.register(end_reading)
 

@@ -294,7 +294,7 @@ def _summary(job: Job, told: str, compiled: str, found: Steps, alone: Floor, epo
     facts = Facts(
         kind="features" if features else "images",
         cuda=cuda,
-        threads=job.reader.pool.threads,
+        threads=job.reader.threads.count,
         cores=cores(),
         resident=job.images.held_bytes > 0,
         split=plan.split is not None,

@@ -207,16 +207,16 @@ def main() -> None:
 
 def serve(lines: Iterable[str], answer: Callable[[str], None]) -> None:
     """Answer each request line with one JSON line, and with empty lines while a long read makes progress."""
-    from keyhole.util.threads import Pool
+    from keyhole.util.threads import ReadingThreads
 
-    pool = Pool(1, stall=math.inf)
+    threads = ReadingThreads(1, stall=math.inf)
     for line in lines:
         asked = json.loads(line)
         if not asked:
             answer("{}")
             continue
         limit = asked.pop("limit")
-        task = pool.submit(asked["path"], partial(probe_here, Request(**asked)))
+        task = threads.submit(asked["path"], partial(probe_here, Request(**asked)))
         last = None
         while not task.done:
             if task.since != last:
@@ -225,10 +225,10 @@ def serve(lines: Iterable[str], answer: Callable[[str], None]) -> None:
                 if last is not None:
                     answer("")
                 last = task.since
-            pool.wait(task, seconds=BEAT_SECONDS)
+            threads.wait(task, seconds=BEAT_SECONDS)
         faulthandler.cancel_dump_traceback_later()
         answer(json.dumps(asdict(task.value())))
-    pool.close()
+    threads.close()
 
 
 if __name__ == "__main__":
