@@ -24,7 +24,7 @@ from keyhole.inference.evaluate import evaluate
 from keyhole.inference.predictor import describe
 from keyhole.nn import build_classifier
 from keyhole.report import contact_sheet as sheet
-from keyhole.report.pictures import SHOWN, most_attended, small_patches
+from keyhole.report.pictures import MAX_PATCHES, most_attended, small_patches
 from keyhole.runs.checkpoint import save_model
 from keyhole.tasks.kinds import Task
 
@@ -188,10 +188,10 @@ def test_a_prediction_of_many_large_patches_carries_few_small_pictures(tmp_path:
     pictures = prediction.pictures
     assert len(prediction.kept) == 100
     assert pictures is not None
-    assert pictures.patches.shape == (SHOWN, 142, 142, 3)
+    assert pictures.patches.shape == (MAX_PATCHES, 142, 142, 3)
     assert pictures.thumbnail.nbytes + pictures.patches.nbytes < 6e6
     attention = prediction.kept.attention["label"]
-    assert attention[pictures.place].min() >= np.sort(attention)[-SHOWN]
+    assert attention[pictures.place].min() >= np.sort(attention)[-MAX_PATCHES]
     assert predictor.predict(tmp_path / "a.png", pictures=False).pictures is None
 
 
@@ -202,7 +202,7 @@ def test_the_most_attended_of_every_task_are_shown() -> None:
         np.arange(500), np.zeros((500, 4), np.int64), np.zeros(500, np.float32), weights
     )
     place = most_attended(kept)
-    assert len(place) == SHOWN
+    assert len(place) == MAX_PATCHES
     for each in weights.values():
         assert set(np.argsort(-each)[:8]) <= set(place.tolist())
     assert small_patches(np.zeros((3, 20, 20, 1), np.uint8)).shape == (3, 20, 20, 1)

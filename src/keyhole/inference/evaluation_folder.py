@@ -1,7 +1,7 @@
-"""Where an evaluation is written: results of other data go to their own folder, and nothing is replaced without a word.
+"""Where an evaluation is written: results of other data have their own folder, and what is replaced is reported.
 
-`metrics.json` says what a folder holds the evaluation of: the run, the data and the split. Until it is written,
-`unfinished.json` says so, and stays where the work was killed: the same command then finds its folder again.
+`metrics.json` states the run, the data and the split of the results in a folder. Until it is written, `unfinished.json`
+does, so that the same command finds its folder again after the process was killed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from keyhole.data.item import SPLITS, absolute
 from keyhole.errors import OutputError
 from keyhole.util.files import file_names, remove_unfinished, writable_folder, write_atomic
 
-OURS = ("confusion_*.csv", "lesions.csv", "contact_sheet.png")
-"""Files that not every evaluation writes: one of an earlier call would be taken for this one's."""
-
-
+OPTIONAL_FILES = ("confusion_*.csv", "lesions.csv", "contact_sheet.png")
+"""Files that not every evaluation writes; those of an earlier call are removed."""
 UNFINISHED = "unfinished.json"
 NAMES = re.compile(
     r"confusion_.*\.csv|(lesions|predictions|left_out)\.csv|contact_sheet\.png|(metrics|unfinished)\.json"
@@ -36,9 +34,9 @@ class Subject:
     """What is evaluated.
 
     Attributes:
-        run: folder of the run or model.
-        data: other data than the run's own; None where these are evaluated.
-        split: of the data.
+        run: Folder of the run or model.
+        data: Other data than the run's own; None for the run's own.
+        split: Of the data.
     """
 
     run: Path
@@ -46,13 +44,13 @@ class Subject:
     split: str
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written into metrics.json."""
+        """Return what metrics.json says."""
         data = self.run if self.data is None else self.data
         return {"run": str(absolute(self.run)), "data": str(absolute(data)), "split": self.split}
 
     @property
     def folder(self) -> Path:
-        """Where the results go if nothing else is said: other data never into the folder of a split."""
+        """The default folder for the results; other data never have the folder of a split."""
         parent = self.run / "evaluation"
         if self.data is None:
             return parent / self.split
@@ -62,13 +60,13 @@ class Subject:
         return next(folder for folder in free if not folder.exists() or self.is_in(folder))
 
     def is_in(self, folder: Path) -> bool:
-        """Whether the results in a folder are of this subject.
+        """Return whether the results in a folder are of this subject.
 
-        What lies in the run's own folder is the run's, also after the run was moved or copied to another place.
+        Results inside the run's own folder are the run's, also after it was moved or copied.
         """
         held, wanted = _subject_in(folder), self.to_json()
         own = absolute(self.run) / "evaluation"
-        if held is None:  # an evaluation that was killed before it was whole
+        if held is None:  # an evaluation that was killed before it was complete
             return self.data is None and absolute(folder) == own / self.split
         if own in absolute(folder).parents:
             held = {
@@ -80,10 +78,10 @@ class Subject:
 
 
 def open_folder(subject: Subject, out: str | Path | None) -> tuple[Path, list[str]]:
-    """The folder for the results, proven to be writable, and a line where it replaces earlier ones of the same subject.
+    """Return the folder for the results, after checking that it is writable, and a note where it replaces earlier ones.
 
     Raises:
-        OutputError: it holds results of something else, or cannot be written.
+        OutputError: It holds results of something else, or cannot be written.
     """
     folder = subject.folder if out is None else Path(out)
     notes: list[str] = []
@@ -106,8 +104,8 @@ def open_folder(subject: Subject, out: str | Path | None) -> tuple[Path, list[st
 
 
 def finish(folder: Path, written: Collection[str]) -> None:
-    """Removes what an earlier evaluation left in the folder and this one did not write: the work is done."""
-    for pattern in OURS:
+    """Remove what an earlier evaluation left in the folder and this one did not write."""
+    for pattern in OPTIONAL_FILES:
         for path in folder.glob(pattern):
             if path.name not in written:
                 path.unlink(missing_ok=True)
@@ -115,7 +113,7 @@ def finish(folder: Path, written: Collection[str]) -> None:
 
 
 def _subject_in(folder: Path) -> dict[str, Any] | None:
-    """What the results in a folder are of; None where that is not known."""
+    """What the results in a folder are of; None where that is unknown."""
     for file in (UNFINISHED, "metrics.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             held = json.loads((folder / file).read_text())

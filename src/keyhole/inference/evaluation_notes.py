@@ -1,4 +1,4 @@
-"""What a reader of an evaluation should know of where its figures come from."""
+"""Notes on the data and the run behind an evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from keyhole.util.files import file_size
 
 
 def unfinished(run: Path) -> str:
-    """A sentence where a run has not ended; "" where it has, or where the folder is a model without its run."""
+    """Return a sentence where a run is not finished; "" where it is, or where the folder is a model without its run."""
     if not (run / "last.safetensors").is_file():
         return ""
     try:
@@ -32,10 +32,10 @@ def unfinished(run: Path) -> str:
 
 
 def seen_in_training(run: Path, items: Sequence[Item]) -> str:
-    """A sentence where images that a model is evaluated on were used to train or to choose it; else "".
+    """Return a sentence where evaluated images were used to train or to choose the model; else "".
 
-    Images are compared by SHA-256, wherever they are and whatever they are called; where the manifest has sizes
-    alone (`data.hash_gb`), by path.
+    Images are compared by SHA-256, whatever their path and name; where the manifest has only sizes (`data.hash_gb`), by
+    path.
     """
     manifest = run / "manifest.csv"
     if not manifest.is_file():
@@ -46,7 +46,7 @@ def seen_in_training(run: Path, items: Sequence[Item]) -> str:
     places = {item.source: item.split for item in used}
     sizes = {stored[item.name].bytes for item in used if item.name in stored}
     alike = [item for item in items if item.source not in places and file_size(item.source) in sizes]
-    # a file that cannot be read is told of when its image is opened
+    # A file that cannot be read is reported when its image is opened.
     hashes = hash_files(alike, skip_unreadable=True) if splits else {}
     found = [
         places.get(item.source) or splits.get(hashes[item.name].sha256 if item.name in hashes else "", "")

@@ -1,7 +1,7 @@
-"""A folder of predictions: `predictions.csv`, and a folder for each image that it names.
+"""A folder of predictions: `predictions.csv`, and a folder for each image.
 
-What a folder holds of earlier calls is never mixed with a new one: answers for the same images are replaced, and a
-folder with answers for others is refused.
+Results of earlier calls are never mixed with new ones: predictions of the same images are replaced, and a folder with
+predictions of others is refused.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from keyhole.util.files import remove_unfinished, writable_folder
 
 
 class AnswerFolder:
-    """Where the answers for some images go.
+    """Where the predictions of some images are written.
 
     Args:
-        out: the folder; made if it is not there.
-        images: all that will be predicted.
+        out: The folder; created where it does not exist.
+        images: All that will be predicted.
 
     Attributes:
-        replaced: how many of the images it has answers for already.
+        replaced: Number of images that it holds predictions of already.
 
     Raises:
-        OutputError: it cannot be written, or holds answers for other images, or an evaluation.
+        OutputError: It cannot be written, or holds predictions of other images, or an evaluation.
     """
 
     def __init__(self, out: Path, images: Sequence[Path]) -> None:
@@ -57,14 +57,14 @@ class AnswerFolder:
         remove_unfinished((out / name for name in {*self._names.values(), *self._earlier}), own)
 
     def write(self, prediction: Prediction) -> TableRow:
-        """Writes the folder of one image; its row in predictions.csv, which names the folder."""
+        """Write the folder of one image, and return its row of predictions.csv, which names the folder."""
         name = self._names[prediction.image]
         write_prediction(prediction, self.out / name)
         self._written.add(name)
         return table_row(prediction, folder=name)
 
     def finish(self) -> None:
-        """Removes the answers of earlier calls that predictions.csv does not name; only files that keyhole wrote."""
+        """Remove the files of earlier calls that predictions.csv does not name; other files are left."""
         for name in self._earlier.keys() - self._written:
             for file in FILES:
                 (self.out / name / file).unlink(missing_ok=True)
@@ -73,7 +73,7 @@ class AnswerFolder:
 
 
 def folder_names(images: Collection[Path]) -> dict[Path, str]:
-    """The file's name, with a mark of its place where another image has the same name."""
+    """Return the name of each file, with a hash of its path where another image has the same name."""
     taken = Counter(image.name.lower() for image in images)
     return {
         image: image.name
@@ -84,7 +84,7 @@ def folder_names(images: Collection[Path]) -> dict[Path, str]:
 
 
 def _earlier(out: Path) -> dict[str, str]:
-    """By the folder's name, which image the answers in it are for; "" where that cannot be read."""
+    """Which image each folder inside is of, by the name of the folder."""
     if not out.is_dir():
         return {}
     found = {}
@@ -110,5 +110,5 @@ def _named(out: Path) -> set[str]:
 
 
 def _key(image: str | Path) -> str:
-    """A path as it is written to a CSV: a name need not be valid text."""
+    """A path as it is written to a CSV; a name need not be valid text."""
     return str(image).encode("utf-8", "backslashreplace").decode()

@@ -1,6 +1,6 @@
-"""A PNG that shows what a foreground mask takes and leaves: the slide, the mask's outline, and the patches in the grid.
+"""A PNG that shows what a foreground mask selects: the slide, the outline of the mask, and the patches of the grid.
 
-Patches are outlined where they are large enough to be seen, else the area they cover is. What no patch covers is faded.
+Patches are outlined where they are large enough to be seen; else the area that they cover is. The rest is faded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from PIL import ImageDraw, ImageFont
 from keyhole.images.image import Image
 from keyhole.images.resample import thumbnail
 from keyhole.patches.grid import PatchGrid
+from keyhole.report.drawing import GREY, INK, WHITE, as_picture, printable
 from keyhole.util.files import file_names, write_atomic
 
 SIDE = 1024
@@ -24,12 +25,11 @@ SIDE = 1024
 LEAST_WIDTH = 720
 """Smallest width of the whole picture, so that the caption of a narrow slide can be read."""
 VISIBLE = 7
-"""Pixels of the picture from patch to patch, from which on each is outlined by itself."""
+"""Patches at least this many pixels of the picture apart are outlined one by one."""
 MASK, PATCH, WRONG = (0, 150, 60), (30, 90, 220), (200, 30, 38)
-INK, GREY, WHITE = (28, 30, 33), (110, 115, 122), (255, 255, 255)
 MARGIN, LINE = 16, 26
 FADED = 0.45
-"""What is left of the contrast where no patch is."""
+"""Contrast that is left where there is no patch."""
 
 Colors = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -39,22 +39,25 @@ Steps = NDArray[np.int64]
 def mask_preview(
     image: Image, full: PatchGrid, kept: PatchGrid | None, mask: Mask | None, caption: Sequence[str], path: Path
 ) -> Path:
-    """Writes the picture.
+    """Write the picture.
 
     Args:
-        image: open.
-        full: the grid without the mask.
-        kept: the grid with it, of the same size, stride and offset; None where no patch is left.
+        image: Open.
+        full: The grid without the mask.
+        kept: The grid with it, of the same size, stride and offset; None where no patch is left.
         mask: (rows, cols) over the whole image; None where there is none.
-        caption: lines under the picture; one more is added with the number of patches.
-        path: the PNG; overwritten.
+        caption: Lines under the picture; one more is added with the number of patches.
+        path: The PNG; overwritten.
+
+    Returns:
+        The path.
 
     Raises:
-        ImageError: the image is damaged.
-        OutputError: the PNG cannot be written.
+        ImageError: The image is damaged.
+        OutputError: The PNG cannot be written.
     """
     pixels, downsample = thumbnail(image, SIDE)
-    colors = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels.copy()
+    colors = np.array(as_picture(pixels))
     covered = np.zeros(colors.shape[:2], bool) if kept is None else covered_by(kept, colors.shape[:2], downsample)
     colors[~covered] = (255 - FADED * (255.0 - colors[~covered])).astype(np.uint8)
     if mask is not None:
@@ -130,7 +133,7 @@ def _with_caption(picture: Picture.Image, lines: Sequence[str], masked: bool, an
     y = picture.height + 2 * MARGIN
     for number, line in enumerate(lines):
         color = INK if number == 0 else WRONG if number == len(lines) - 1 and not any_left else GREY
-        text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+        text = printable(line)
         while font.getlength(text) > width - 2 * MARGIN:
             text = "\N{HORIZONTAL ELLIPSIS}" + text[2:]  # the end of a path says more than its beginning
         draw.text((MARGIN, y), text, fill=color, font=font)
@@ -144,6 +147,6 @@ def _with_caption(picture: Picture.Image, lines: Sequence[str], masked: bool, an
 
 
 def preview_names(names: Sequence[str]) -> list[str]:
-    """A file name for the preview of each image: its name without suffix, safe on every file system, no two alike."""
+    """Return a file name for the preview of each image: its name without suffix, safe on every file system, unique."""
     stems = [name.removesuffix(PurePath(name).suffix) for name in names]
     return [f"{name}.png" for name in file_names(stems, "image")]

@@ -1,6 +1,6 @@
 """The pixels that show a prediction, taken from the source that it was made from, while that is open.
 
-Nothing here opens the image of a prediction again or lays a grid: boxes and places are those of the prediction.
+Boxes are those of the prediction: nothing here computes a grid again.
 """
 
 from __future__ import annotations
@@ -20,43 +20,37 @@ from keyhole.patches.sources import FilePatches
 from keyhole.report.drawing import score_picture
 from keyhole.report.prediction import KeptPatches, Pictures, Prediction, Scores
 
-SHOWN = 64
-"""Kept patches of an image whose pixels are carried along."""
+MAX_PATCHES = 64
+"""Kept patches of an image whose pixels a prediction carries."""
 SIDE = 142
-"""Largest side of a carried patch, in pixels: what the contact sheet shows of it."""
+"""Largest side of such a patch, in pixels, as on the contact sheet."""
 THUMBNAIL = 680
 """Longest side of the picture of the whole image."""
-LEAST = 340
-"""Pixels of the longer side of a picture of scores."""
+SCORES_SIDE = 340
+"""Longest side of a picture of scores, approximately."""
 
 
 def most_attended(kept: KeptPatches) -> NDArray[np.int64]:
-    """Places among the kept of the patches to show: of very many those with the highest attention of any task."""
+    """Return which of the kept patches are shown: of very many, those with the highest attention of any task."""
     ranks = [np.argsort(np.argsort(-weights, kind="stable")) for weights in kept.attention.values()]
     order = np.argsort(np.min(ranks, axis=0), kind="stable") if ranks else np.arange(len(kept))
-    return np.sort(order[:SHOWN]).astype(np.int64)
+    return np.sort(order[:MAX_PATCHES]).astype(np.int64)
 
 
 def small_patches(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Patches (k, s, s, c) with sides of at most `SIDE` pixels."""
-    k, side, _, channels = pixels.shape
-    if side <= SIDE:
-        return np.array(pixels)
-    out = np.empty((k, SIDE, SIDE, channels), np.uint8)
-    for place, patch in zip(out, pixels, strict=True):
-        place[...] = _resized(patch)
-    return out
+    """Return patches (k, s, s, c) scaled down to sides of at most `SIDE` pixels."""
+    return np.array(pixels) if pixels.shape[1] <= SIDE else np.stack([_resized(patch) for patch in pixels])
 
 
 def pictures_of_file(
     source: FilePatches, prediction: Prediction, place: NDArray[np.int64], patches: Pixels
 ) -> Pictures:
-    """What shows a prediction made from the pixels of a file.
+    """Return what shows a prediction made from the pixels of a file.
 
     Args:
-        source: still open.
-        prediction: made from it.
-        place: which of the kept patches are shown.
+        source: Still open.
+        prediction: Made from it.
+        place: Which of the kept patches are shown.
         patches: (k, s, s, c) pixels of these, as the model saw them.
     """
     small = small_patches(patches)
@@ -69,10 +63,9 @@ def pictures_of_file(
 
 
 def pictures_of_features(source: FeaturePatches, prediction: Prediction, place: NDArray[np.int64]) -> Pictures:
-    """What shows a prediction made from stored features: the slide where it can be read, else the scores.
+    """Return what shows a prediction made from stored features: the slide where it can be read, else the scores.
 
-    The pixels of a slide are not what the model saw, which the note says. A slide of another size than the features
-    state, or one that ends before their last patch, is not shown.
+    A slide is not shown if it has another size than the features state, or ends before their last patch.
     """
     boxes = prediction.kept.boxes[place]
     if boxes[:, 2:].any() and prediction.image != source.file.path:
@@ -83,7 +76,7 @@ def pictures_of_features(source: FeaturePatches, prediction: Prediction, place: 
                     note = "stored features: pixels of the slide"
                     return Pictures(picture, downsample, _patches(image, boxes), place, note)
         except ImageError:
-            pass  # the slide is often elsewhere than its features; a damaged one is no reason to show nothing
+            pass  # the slide is often elsewhere than its features; where it is damaged the scores are shown
     picture, downsample = _scores_picture(prediction)
     nothing = np.empty((0, SIDE, SIDE, 3), np.uint8)
     return Pictures(picture, downsample, nothing, place[:0], "stored features: scores, no pixels")
@@ -100,11 +93,11 @@ def _is_slide_of(size: Size, source: FeaturePatches) -> bool:
 def _patches(image: Image, boxes: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Pixels (k, SIDE, SIDE, c) of level-0 boxes, from the coarsest level that has as many."""
     out = np.empty((len(boxes), SIDE, SIDE, image.channels), np.uint8)
-    for place, (x, y, width, height) in zip(out, boxes.tolist(), strict=True):
+    for patch, (x, y, width, height) in zip(out, boxes.tolist(), strict=True):
         fine = [i for i, level in enumerate(image.levels) if i == 0 or level.downsample * SIDE <= max(width, height)]
         down = image.levels[fine[-1]].downsample
         left, top, right, bottom = (round(edge / down) for edge in (x, y, x + width, y + height))
-        place[...] = _resized(image.read(Box(left, top, max(1, right - left), max(1, bottom - top)), fine[-1]))
+        patch[...] = _resized(image.read(Box(left, top, max(1, right - left), max(1, bottom - top)), fine[-1]))
     return out
 
 
@@ -121,11 +114,11 @@ def _scores_picture(prediction: Prediction) -> tuple[NDArray[np.uint8], float]:
     if scores is None or not prediction.kept.boxes[:, 2:].any():
         values = np.full((1, 1), np.nan, np.float32) if scores is None else _folded(scores)
         equal = 1.0 if scores is None else 1 / len(scores)
-        return score_picture(values, max(1, LEAST // max(values.shape)), equal), 1.0
+        return score_picture(values, max(1, SCORES_SIDE // max(values.shape)), equal), 1.0
     step = float(prediction.patch["scale"]) * float(prediction.patch["stride"])
-    zoom = max(1, round(LEAST / max(scores.rows, scores.columns)))
+    zoom = max(1, round(SCORES_SIDE / max(scores.rows, scores.columns)))
     picture = score_picture(scores.map(), zoom, 1 / len(scores))
-    # where the map's first cell lies on the slide, from a patch whose cell and box are known
+    # Where the first cell of the map lies on the slide, from a patch whose cell and box are known.
     at = scores.boxes(scores.index[:1])[0, :2] - scores.cells[0, ::-1] * step
     left, top = (round(max(0.0, float(edge) / step * zoom)) for edge in at)
     wanted = [max(1, round(side / step * zoom)) for side in (size.height, size.width)]
@@ -136,7 +129,7 @@ def _scores_picture(prediction: Prediction) -> tuple[NDArray[np.uint8], float]:
 
 
 def _folded(scores: Scores) -> NDArray[np.float32]:
-    """Scores without places, in the order of the file, as lines of a square."""
+    """Scores without places, in the order of the file, as rows of a square."""
     columns = int(np.ceil(np.sqrt(len(scores))))
     values = np.full((-(-len(scores) // columns) * columns), np.nan, np.float32)
     values[: len(scores)] = scores.score
