@@ -175,6 +175,14 @@ def test_every_column_of_a_csv_arrives(tmp_path: Path) -> None:
     assert [len(manifest.split(name)) for name in ("train", "val", "test")] == [2, 1, 1]
 
 
+def test_a_label_is_encoded_once_and_targets_follow_the_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read(write(tmp_path / "l.csv", TWELVE))
+    first = manifest.targets(manifest.items)["grade"]
+    assert first.shape == (12, 1)
+    monkeypatch.delattr(Task, "encode")
+    assert (manifest.targets(manifest.items[::-1])["grade"] == first[::-1]).all()
+
+
 def test_rows_without_a_label_repeated_rows_and_empty_rows_are_listed(tmp_path: Path) -> None:
     text = TWELVE + table("0.png,a", "./1.png,b", "13.png,", ",", "")
     manifest = read(write(tmp_path / "l.csv", text))

@@ -78,7 +78,7 @@ def without_labels(data: DataConfig) -> bool:
     if not path.is_file():
         return False
     table = read_csv(path, data.root)
-    return not table.columns and all(row.item.features is None for row in table.rows)
+    return not table.columns and all(row.item.features in (None, row.item.image) for row in table.rows)
 
 
 def feature_names(folder: Path, items: Sequence[Item]) -> dict[str, Path]:
