@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from keyhole.config.file import resolve
-from keyhole.engine.memory.pace import cap
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job
 from keyhole.training.loop import Loop
@@ -37,10 +36,10 @@ class Epochs:
     def learn(self) -> None:
         """Selects from and learns from every image once."""
         self.job.state.batch = 0
-        with cap(self.job.plan, self.job.device):
+        with self.job.engine.limit():
             start = time.perf_counter()
             self.loop.learn()
-            parts: dict[str, float] = {**self.loop.shares.seconds()}
+            parts: dict[str, float] = {**self.job.engine.timer.seconds()}
             self.parts.append(parts | {"all": time.perf_counter() - start})
         self.job.state.epoch += 1
 

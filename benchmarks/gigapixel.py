@@ -26,7 +26,6 @@ from machine import write_result
 
 from keyhole.config.settings import Config
 from keyhole.datasets.slides import make_slide
-from keyhole.engine.memory.pace import cap
 from keyhole.engine.memory.plan import Plan
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job
@@ -159,7 +158,7 @@ def take_steps(config: Config, number: int) -> Steps:
         loop = Loop(job, Interrupt())
         items = list(job.manifest.split("train"))[: batch * number]
         loop.epoch_items = lambda: items  # type: ignore[method-assign]
-        with cap(job.plan, job.device):
+        with job.engine.limit():
             if cuda:
                 torch.cuda.reset_peak_memory_stats(job.device)
             start = time.monotonic()
@@ -167,13 +166,13 @@ def take_steps(config: Config, number: int) -> Steps:
             seconds = time.monotonic() - start
         return Steps(
             config=job.config,
-            plan=job.plan,
+            plan=job.engine.plan,
             number=int(row["step"]),
             batch=batch,
             patches=next(iter(job.images.counts.values())),
             precision=job.model.precision,
             seconds=seconds,
-            shares=loop.shares.seconds(),
+            shares=job.engine.timer.seconds(),
             allocated=torch.cuda.max_memory_allocated(job.device) if cuda else None,
             reserved=torch.cuda.max_memory_reserved(job.device) if cuda else None,
         )

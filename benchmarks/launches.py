@@ -31,12 +31,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from keyhole.config.file import configuration
-from keyhole.config.settings import SelectConfig
-from keyhole.engine.memory.pace import Pace
+from keyhole.config.settings import RunConfig, SelectConfig
+from keyhole.engine import Engine
+from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.plan import Plan, largest_chunk
-from keyhole.engine.passes import select_batch
 from keyhole.engine.to_device import Stager
-from keyhole.loading import Reader
 from keyhole.loading.chunks import Chunk
 from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier
 from keyhole.patches.features import FeatureOpener
@@ -83,11 +82,11 @@ def megapixel_mnist(folder: Path) -> Mapping[str, Count]:
 
 def features(_folder: Path) -> Mapping[str, Count]:
     """16 bags of 250,000 features on the device, a quarter of a bag at a time, as `selection.py` selects from them."""
-    model = feature_model()
+    encoders = feature_encoders()
     bags = torch.randn(SLIDES, FEATURES, NARROW)
-    model.select(bags[:, :8], 4, 8)  # builds things
-    with Operations([*tensors_of(model), bags]) as operations:
-        model.select(bags, KEPT, FEATURES // 4)
+    encoders.select(bags[:, :8], 4, 8)  # builds things
+    with Operations([*tensors_of(encoders.model), bags]) as operations:
+        encoders.select(bags, KEPT, FEATURES // 4)
     return operations.parts
 
 
@@ -96,15 +95,18 @@ def features_files(folder: Path) -> Mapping[str, Count]:
     path = folder / "features.h5"
     with h5py.File(path, "w") as file:
         file["features"] = np.random.default_rng(0).standard_normal((FEATURES, NARROW), np.float32)
-    model = feature_model()
+    model = feature_encoders().model
     openers = [FeatureOpener(path, str(number)) for number in range(SLIDES)]
-    select, pace = SelectConfig(m=KEPT), Pace(Plan(largest_chunk(torch.device("cuda"), (2048,))), print)
     operations = Operations(tensors_of(model))
-    shares = CountedShares(operations)
-    with Reader(1) as reader:
-        for batch in reader.stream([openers], pace.plan.chunk):
+    timer = CountedShares(operations)
+    plan = Plan(largest_chunk(torch.device("cuda"), (2048,)))
+    engine = Engine(model, SelectConfig(m=KEPT), RunConfig(threads=1), plan=plan, timer=timer)
+    engine.stager = CopyingStager(timer)
+    engine.encoders.fast(torch.randn(2, NARROW))
+    with closing(engine):
+        for batch in engine.stream([openers]):
             with operations:
-                select_batch(model, batch, select, pace=pace, stager=CopyingStager(shares))
+                engine.select(batch)
     return operations.parts
 
 
@@ -118,11 +120,12 @@ class CopyingStager(Stager):
         return Operations.put(super().__call__(chunk, rows).clone())
 
 
-def feature_model() -> IPSClassifier:
-    """The published model of stored features, narrower, and ready to look."""
+def feature_encoders() -> Encoders:
+    """The published model of stored features, narrower, with its fast copy."""
     model = IPSClassifier(FeatureProjector(NARROW, 16), CrossAttentionPool(16, 8), {"label": nn.Linear(16, 1)})
-    model.accelerate()(torch.randn(2, NARROW))
-    return model
+    encoders = Encoders(model)
+    encoders.fast(torch.randn(2, NARROW))
+    return encoders
 
 
 def tensors_of(model: IPSClassifier) -> list[Tensor]:
@@ -160,8 +163,7 @@ class Counted(Loop):
     def __init__(self, job: Job, interrupt: Interrupt) -> None:
         super().__init__(job, interrupt)
         self.operations = Operations([*job.model.parameters(), *job.model.buffers()])
-        self.shares = CountedShares(self.operations)
-        self.stager = Stager(job.device, self.shares)
+        job.engine.timer = job.engine.stager.timer = CountedShares(self.operations)
         self.steps = 0
         for group in job.optimizer.param_groups:
             group["fused"] = True  # as on a GPU
@@ -197,7 +199,7 @@ def training_batch(
     data = {"path": manifest, "val": 0.0, "tasks": tuple(f"task{number}" for number in range(tasks))}
     config = configuration(data, sections).replace(out=folder / "run")
     with Interrupt() as interrupt, closing(start_job(config, lambda _: None)) as job:
-        job.plan = replace(job.plan, chunk=1024)
+        job.engine.plan = replace(job.engine.plan, chunk=1024)
         loop = Counted(job, interrupt)
         with suppress(Enough):
             loop.learn()

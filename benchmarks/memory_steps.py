@@ -13,22 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from made_patches import OpenMade
 
 from keyhole.config.settings import Config, ModelConfig, PatchConfig, SelectConfig, TrainConfig
-from keyhole.engine.device import choose_device, settle_precision
+from keyhole.engine import Engine
+from keyhole.engine.device import choose_device, choose_precision
 from keyhole.engine.memory.meter import taken
-from keyhole.engine.memory.pace import Pace, cap, fixed_chunk
-from keyhole.engine.memory.plan import Plan, make_plan
+from keyhole.engine.memory.pace import fixed_chunk
+from keyhole.engine.memory.plan import make_plan
 from keyhole.engine.memory.probe import Workload
-from keyhole.engine.passes import fetch_kept, open_reader, select_batch
-from keyhole.engine.to_device import Stager
 from keyhole.errors import ConfigError, KeyholeError
-from keyhole.nn import build_classifier, split_backward
+from keyhole.nn import build_classifier
 from keyhole.nn.build import patch_shape
 from keyhole.tasks.kinds import Task
 from keyhole.util.budget import memory_text
@@ -100,7 +99,13 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
     torch.manual_seed(0)
     task = Task("label", "binary", ("no", "yes"))
     model = build_classifier(config.model, [task], config.patch.size, pretrained=False).to(device)
-    settle_precision(model, config.train.precision, shape)
+    engine = Engine(
+        model,
+        config.select,
+        config.run,
+        arithmetic=choose_precision(config.train.precision, model.encoder, shape),
+        warn=lambda text: print(text, file=sys.stderr),
+    )
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
     before = taken(device)
     work = Workload(
@@ -114,36 +119,24 @@ def measure(config: Config, counts: Sequence[int], steps: int = 1) -> Peak:
         color=False,
         jpeg=False,
     )
-    plan = make_plan(model, work, config.memory, optimizer)
-    if config.run.compile == "on":
-        model.accelerate(compile=True)
-    pace = Pace(plan, lambda text: print(text, file=sys.stderr))
+    plan = engine.plan = make_plan(engine.encoders, work, config.memory, optimizer)
+    engine.choose_compile("on" if config.run.compile == "on" else "off", shape, 0)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.monotonic()
-    stager = Stager(device)
     batches = [[OpenMade(n, shape) for n in counts]] * steps
-    with cap(plan, device), open_reader(config.run, device) as reader:
-        for batch in reader.stream(batches, plan.chunk):
-            kept = select_batch(model, batch, config.select, pace=pace, stager=stager)
-            bags, _, _ = fetch_kept(model, batch, kept, together=True)
-
-            def learn(plan: Plan, bags: Any = bags) -> torch.Tensor:
-                optimizer.zero_grad(set_to_none=True)
-                return split_backward(
-                    model, bags.part, bags.position, bags.mask, lambda each: each["label"].square().mean(), plan.split
-                )
-
-            model.train()
-            pace.run("learn", learn)
+    with engine.limit(), closing(engine):
+        for batch in engine.stream(batches, hold=0):
+            bags = engine.fetch(batch, engine.select(batch), together=True)
+            engine.backward(bags, lambda logits: logits["label"].square().mean())
             optimizer.step()
-            del bags, kept
+            del bags
     process = peak_memory()
     measured = torch.cuda.max_memory_reserved(device) if cuda else process
     return Peak(
         n=max(counts),
-        chunk=pace.plan.chunk,
-        split=pace.plan.split,
+        chunk=engine.plan.chunk,
+        split=engine.plan.split,
         read_ahead=(config.run.ahead + 2) * plan.chunk,
         logits=4 * model.pool.heads * model.pool.queries * max(counts),
         predicted=plan.peak,

@@ -31,7 +31,6 @@ from machine import cores, write_result
 from photographs_published import PATCH, PATCHES, SIZE, load, most_workers
 from published import published_from
 
-from keyhole.engine.device import arithmetic_of
 from keyhole.engine.to_device import prefetched
 from keyhole.nn import TimmEncoder
 from keyhole.nn.pixels import prepare
@@ -156,7 +155,7 @@ def describe(options: argparse.Namespace, kind: str, small: Ours, equal: Ours) -
         f"published: on the host image after image in {options.workers} worker processes that stay between epochs "
         f"(decode, enlarge to {SIZE[0]} x {SIZE[1]}, colour jitter, shift up to {PATCH} px, float32, normalise, "
         f"unfold into {PATCHES} patches of {PATCH} px), float32 eager. keyhole: its training code, recipe `traffic`, "
-        f"{small.job.reader.threads.count} reading threads, {arithmetic_of(small.job.model)}, "
+        f"{small.job.engine.reader.threads.count} reading threads, {small.job.engine.encoders.arithmetic}, "
         f"{small.encoder} (80 px), {equal.encoder} (100 px); "
         f"{small.patches} patches an image, as the shift of the grid falls: of 80 px, which see what 100 px of the "
         f"enlarged image do at 0.64 of the encoder's work, or of 100 px ({equal.patches}) of images enlarged on disk. "
@@ -194,12 +193,12 @@ class Ours(Epochs):
         draws = [draw(config.augment, 0, job.state.epoch, item.name, config.patch.size, 3) for item in items]
         openers = [job.images.opener(item, one.view, one.offset) for item, one in zip(items, draws, strict=True)]
         batches = [openers[first : first + size] for first in range(0, len(items), size)]
-        for number, batch in enumerate(job.reader.stream(batches, job.plan.chunk)):
+        for number, batch in enumerate(job.engine.stream(batches, hold=0)):
             colors = stack_colors(draws[number * size : (number + 1) * size])
             assert colors is not None
-            for chunk, pixels in prefetched(batch.chunks(), self.loop.stager):
+            for chunk, pixels in prefetched(batch.chunks(), job.engine.stager):
                 image = torch.from_numpy(chunk.image[: chunk.count])
-                prepare(pixels[: chunk.count], colors[image].to(job.device))
+                prepare(pixels[: chunk.count], torch.from_numpy(colors)[image].to(job.device))
         job.state.epoch += 1
 
     @property

@@ -14,6 +14,7 @@ On a GPU the settings of `CUDA` in `selection_settings.py` are run, else those o
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import multiprocessing
 import os
@@ -31,8 +32,8 @@ from selection_inputs import Inputs, build, load_lite0, make_inputs, settle
 from selection_settings import CPU, CUDA, QUICK, Setting
 from selection_sides import Ours, Theirs, logits_error, overlap
 
-from keyhole.engine.compiling import Choice, choose_compile
 from keyhole.engine.device import Arithmetic, choose_device, choose_precision
+from keyhole.engine.encoders import CompileChoice, Encoders
 from keyhole.nn import IPSClassifier
 from keyhole.nn.cost import multiply_adds
 
@@ -61,7 +62,7 @@ class Result:
     seconds: dict[str, float]
     spread: tuple[float, float]
     first: float
-    choice: Choice
+    choice: CompileChoice
     precision: Arithmetic
     work: int
     peak: dict[torch.dtype, float]
@@ -184,7 +185,7 @@ def timed(
     """
     precision = choose_precision(setting.precision or options.precision, model.encoder, patch_shape(setting))
     theirs = Theirs(setting, model, inputs)
-    choice = choose(setting, model, precision, device, options.compile)
+    choice = choose(setting, model, precision, options.compile)
     with Ours(setting, model, inputs, device, precision, choice.compile) as ours:
         first = seconds_of(ours.step if setting.step else ours.select, device)
         pieces: dict[str, Callable[[], object]] = {"published": theirs.select, "keyhole": ours.select}
@@ -215,15 +216,12 @@ def patch_shape(setting: Setting) -> tuple[int, ...]:
     return (setting.size,) if setting.inputs == "features" else (setting.size, setting.size, setting.channels)
 
 
-def choose(setting: Setting, model: IPSClassifier, precision: Arithmetic, device: torch.device, asked: str) -> Choice:
+def choose(setting: Setting, model: IPSClassifier, precision: Arithmetic, asked: str) -> CompileChoice:
     """Whether `keyhole train` would compile in a run of the published length."""
     images = MNIST_IMAGES if setting.position else IMAGES[setting.encoder]
     expected = EPOCHS[setting.inputs] * images * setting.n
-    model.accelerate(precision.look)
-    try:
-        return choose_compile(asked, model, patch_shape(setting), setting.chunk, expected)  # type: ignore[arg-type]
-    finally:
-        model.fast = None
+    encoders = Encoders(copy.deepcopy(model), precision)
+    return encoders.choose_compile(asked, patch_shape(setting), setting.chunk, expected)  # type: ignore[arg-type]
 
 
 def compare(
@@ -248,7 +246,6 @@ def train(setting: Setting, model: IPSClassifier, inputs: Inputs, device: torch.
     """The model after some steps on its own batch: attention that has begun to tell patches apart."""
     with Ours(setting, model, inputs, device, Arithmetic(torch.float32, torch.float32)) as ours:
         ours.step(steps)
-    ours.model.precision, ours.model.fast, ours.model.learned = torch.float32, None, None
     return ours.model
 
 

@@ -13,13 +13,12 @@ from selection_inputs import Inputs, activations, published_labels
 from selection_settings import Setting
 from torch import Tensor
 
-from keyhole.config.settings import Config, RunConfig, SelectConfig, TrainConfig
+from keyhole.config.settings import Config, SelectConfig, TrainConfig
+from keyhole.engine import Engine
+from keyhole.engine.bags import Bags
 from keyhole.engine.device import Arithmetic
-from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan
-from keyhole.engine.passes import Bags, fetch_kept, open_reader, select_batch
-from keyhole.engine.to_device import Stager
-from keyhole.nn import IPSClassifier, Kept, split_backward, total_loss
+from keyhole.nn import IPSClassifier, Kept, total_loss
 from keyhole.nn.pixels import prepare
 from keyhole.nn.selection import Rule
 from keyhole.nn.tensors import values_of
@@ -84,11 +83,13 @@ class Ours:
     ) -> None:
         self.setting, self.inputs, self.device = setting, inputs, device
         self.model = copy.deepcopy(model).train()
-        self.model.precision = precision.learn
-        self.fast = self.model.accelerate(precision.look, compiled)
+        self.engine = Engine(
+            self.model, self._settings(setting.rule), plan=Plan(chunk=setting.chunk), arithmetic=precision, warn=print
+        )
+        if compiled:
+            self.engine.encoders.compile()
         self.optimizer = new_optimizer(Config(train=TrainConfig(lr=1e-3)), self.model)
-        self.reader = open_reader(RunConfig(), device) if setting.source == "host" else None
-        self.stager = Stager(device)
+        self.from_host = setting.source == "host"
         self.labels = {name: labels.cpu() for name, labels in inputs.labels.items()}
         self.openers = [Opener(str(image), patches) for image, patches in enumerate(inputs.ours)]
 
@@ -96,20 +97,19 @@ class Ours:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.reader is not None:
-            self.reader.close()
+        self.engine.close()
 
     def select(self, rule: Rule | None = None) -> Tensor:
         """Indices (b m) of the kept patches, best first."""
-        if self.reader is None:
+        if not self.from_host:
             return self._select_tensor(rule or self.setting.rule)
         [(kept, _)] = self.stream(1, rule)
         return torch.stack([image.index for image in kept])
 
     def logits(self) -> Tensor:
         """Attention logits (b n h t) of all patches."""
-        if self.reader is None:
-            selection = self.model.select(self._as_images(), self.setting.m, self.setting.chunk, "global")
+        if not self.from_host:
+            selection = self.engine.encoders.select(self._as_images(), self.setting.m, self.setting.chunk, "global")
             found = [selection.logits]
         else:
             [(kept, _)] = self.stream(1, keep_logits=True)
@@ -118,7 +118,7 @@ class Ours:
 
     def step(self, steps: int = 1) -> float:
         """Whole training steps; the last loss. From host memory the patches of a step are read while one learns."""
-        if self.reader is None:
+        if not self.from_host:
             loss = 0.0
             for _ in range(steps):
                 loss = self.learn(self.bags(self._select_tensor(self.setting.rule)))
@@ -129,25 +129,20 @@ class Ours:
         self, batches: int, rule: Rule | None = None, learn: bool = False, keep_logits: bool = False
     ) -> list[tuple[list[Kept], float]]:
         """The batch from host memory, several times over: what its images keep, and the loss."""
-        assert self.reader is not None
-        setting, rule = self.setting, rule or self.setting.rule
-        select = SelectConfig(m=setting.m, chunk=setting.i if rule == "streaming" else None, rule=rule)
-        pace = Pace(Plan(chunk=setting.chunk), print)
+        engine = self.engine
+        engine.settings = self._settings(rule or self.setting.rule)
         hold = self.inputs.ours.nbytes if learn else 0
         done = []
-        for batch in self.reader.stream([self.openers] * batches, setting.chunk, cache_bytes=hold):
-            found = select_batch(self.model, batch, select, keep_logits=keep_logits, pace=pace, stager=self.stager)
+        for batch in engine.stream([self.openers] * batches, hold=hold):
+            found = engine.select(batch, keep_logits=keep_logits)
             kept = [image for image in found if image is not None]
-            done.append((kept, self.learn(fetch_kept(self.model, batch, found, together=True)[0]) if learn else 0.0))
+            done.append((kept, self.learn(engine.fetch(batch, found, together=True)) if learn else 0.0))
         return done
 
     def learn(self, bags: Bags) -> float:
         """The gradient step on the kept patches, as the training loop takes it."""
-        self.optimizer.zero_grad(set_to_none=True)
         tasks, labels = self.setting.tasks, self.labels
-        loss = split_backward(
-            self.model, bags.part, bags.position, bags.mask, lambda logits: total_loss(tasks, logits, labels)
-        )
+        loss = self.engine.backward(bags, lambda logits: total_loss(tasks, logits, labels))
         learned = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in learned if parameter.grad is not None])
         figures = step_if_finite(self.optimizer, torch.stack([loss, norm]))
@@ -165,11 +160,11 @@ class Ours:
     def floor(self) -> Callable[[], None]:
         """The fast encoder alone over all patches on the device, in the same chunks, into nothing."""
         loose = self.inputs.ours.flatten(0, 1)
-        chunks = list((loose if self.reader is None else loose.to(self.device)).split(self.setting.chunk))
+        chunks = list((loose if not self.from_host else loose.to(self.device)).split(self.setting.chunk))
 
         def look() -> None:
             for chunk in chunks:
-                self.fast(chunk)
+                self.engine.encoders.fast(chunk)
 
         return look
 
@@ -194,10 +189,13 @@ class Ours:
 
         return {"learning": lambda: self.learn(bags), "own encoder": both_ways}
 
+    def _settings(self, rule: Rule) -> SelectConfig:
+        return SelectConfig(m=self.setting.m, chunk=self.setting.i if rule == "streaming" else None, rule=rule)
+
     def _select_tensor(self, rule: Rule) -> Tensor:
         setting = self.setting
         chunk = setting.i if rule == "streaming" else setting.chunk
-        return self.model.select(self._as_images(), setting.m, chunk, rule).index
+        return self.engine.encoders.select(self._as_images(), setting.m, chunk, rule).index
 
     def _as_images(self) -> Tensor:
         """(b n c h w) as `IPSClassifier.select` takes pixels, without a copy; features as they are."""

@@ -139,9 +139,7 @@ def test_pixels_of_another_kind_are_refused_in_words(predictor: Predictor, image
 def test_a_file_that_is_not_there_is_told_before_a_reader_waits_for_it(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "keyhole.inference.predictor.open_reader", lambda *_: pytest.fail("a reader tries again for 20 s")
-    )
+    monkeypatch.setattr("keyhole.engine.engine.open_reader", lambda *_: pytest.fail("a reader tries again for 20 s"))
     with pytest.raises(KeyholeError, match=r"nosuch.png: no such file"):
         predictor.predict("nosuch.png")
 

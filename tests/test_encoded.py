@@ -24,8 +24,8 @@ from test_damage import damage
 from test_reading import PATIENCE, Opener, eventually, no_thread_is_left
 
 from keyhole.config.settings import ModelConfig, SelectConfig
+from keyhole.engine import Engine
 from keyhole.engine.jpeg import KNOWN, Decoder, decodes
-from keyhole.engine.passes import select_batch
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.errors import ImageError
 from keyhole.images.jpeg import COLORS, segments, stored_colors
@@ -452,8 +452,10 @@ def test_the_same_patches_are_kept(shared: Path, files: dict[str, Path]) -> None
         kept = []
         for deliver in (None, always(stager)):
             with Reader(2, stall=PATIENCE) as reader:
+                engine = Engine(model, SelectConfig(m=10))
+                engine.stager = stager
                 for batch in reader.stream([openers], 16, deliver=deliver):
-                    kept.append(select_batch(model, batch, SelectConfig(m=10), stager=stager))
+                    kept.append(engine.select(batch))
                 assert (reader.encoded_patches > 0) == (deliver is not None)
         for one, other in zip(*kept, strict=True):
             assert one is not None

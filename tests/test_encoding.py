@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,11 @@ from torch import Tensor
 
 from keyhole.config.settings import Config, ModelConfig, PatchConfig, RunConfig
 from keyhole.data.item import Item
-from keyhole.engine.encoding import Encoding, End, Rows, encoder_alone
+from keyhole.engine import Engine
+from keyhole.engine.embedding import Embedding, End, Rows, encoder_alone
 from keyhole.engine.memory.meter import has_peak
-from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan
-from keyhole.engine.passes import open_reader, opener
-from keyhole.engine.to_device import Stager
+from keyhole.engine.opening import opener
 from keyhole.inference.embed import Embedded, embed
 from keyhole.nn import SmallEncoder
 from keyhole.patches.image_cache import ImageCache
@@ -82,11 +82,10 @@ def same(one: Embedded, other: Embedded, **tolerance: float) -> None:
 def encoding(encoder: SmallEncoder, files: list[Path], chunk: int, **options: Any) -> Iterator[Rows | End]:
     """What an encoding of images tells, in chunks of a size."""
     model = encoder_alone(encoder, encoder.dim)
-    model.accelerate()
     config = Config(patch=PatchConfig(size=16), model=ModelConfig(encoder="small", width=8))
     openers = [opener(config, ImageCache(), Item(path.name, path, {})) for path in files]
-    with open_reader(RunConfig(threads=2), CPU) as reader:
-        yield from Encoding(model, reader, Stager(CPU), Pace(Plan(chunk), print), **options)(openers)
+    with closing(Engine(model, run=RunConfig(threads=2), plan=Plan(chunk), warn=print)) as engine:
+        yield from Embedding(engine, **options)(openers)
 
 
 # How many patches go through the encoder together
@@ -240,12 +239,13 @@ def test_features_of_a_gpu_are_those_of_the_cpu(images: Path, weights: Path, tmp
 def test_encoding_on_a_gpu_waits_for_nothing_but_the_chunk_before(encoder: SmallEncoder, images: Path) -> None:
     device = GPU
     model = encoder_alone(SmallEncoder(3, 8).eval().to(device), encoder.dim)
-    model.accelerate()(torch.zeros(8, 16, 16, 3, dtype=torch.uint8, device=device))
+    engine = Engine(model, run=RunConfig(threads=2), plan=Plan(8), warn=print)
+    engine.encoders.fast(torch.zeros(8, 16, 16, 3, dtype=torch.uint8, device=device))
     config = Config(patch=PatchConfig(size=16), model=ModelConfig(encoder="small", width=8))
     files = sorted(images.iterdir()) * 4
     openers = [opener(config, ImageCache(), Item(path.name, path, {})) for path in files]
-    with open_reader(RunConfig(threads=2), device) as reader:
-        told = Encoding(model, reader, Stager(device), Pace(Plan(8), print))(openers)
+    with closing(engine):
+        told = Embedding(engine)(openers)
         counts = [len(next(told).embedding())]  # before that it is decided whether to compile
         with no_waiting():
             counts += [len(each.embedding()) for each in told if isinstance(each, Rows)]

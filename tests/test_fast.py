@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keyhole.nn import CrossAttentionPool, FastEncoder, FeatureProjector, IPSClassifier, SmallEncoder, TimmEncoder
-from keyhole.nn.fast import FOLDED_ERROR
+from keyhole.engine.device import Arithmetic
+from keyhole.engine.encoders import Encoders
+from keyhole.engine.fast import FOLDED_ERROR, FastEncoder
+from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier, SmallEncoder, TimmEncoder
 from keyhole.nn.pixels import prepare
 from keyhole.training.augment import color_matrix
 
@@ -75,6 +77,7 @@ def test_the_encoder_stays_as_it_is() -> None:
     before = copy.deepcopy(encoder.state_dict())
     fast = FastEncoder(encoder, torch.bfloat16)
     fast(pixels())
+    fast.weights_changed()
     fast.refresh()
     assert encoder.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
@@ -119,6 +122,7 @@ class Operations(TorchDispatchMode):
 def refreshing(encoder: nn.Module, patches: Tensor, precision: torch.dtype = torch.bfloat16) -> Operations:
     fast = FastEncoder(encoder, precision)
     fast(patches)
+    fast.weights_changed()
     with Operations() as operations:
         fast.refresh()
     return operations
@@ -146,11 +150,9 @@ def test_no_copy_of_many_tensors_mixes_types(make: Callable[[], nn.Module], patc
         assert len({(to.dtype, of.dtype) for to, of in zip(there, here, strict=True)}) == 1
 
 
-def model_of(seed: int = 0) -> IPSClassifier:
+def encoders_of(seed: int = 0) -> Encoders:
     encoder = lived(ENCODERS["small"](), seed)
-    model = IPSClassifier(encoder, CrossAttentionPool(encoder.dim, 2), {"a": nn.Linear(encoder.dim, 2)}).eval()
-    model.accelerate()
-    return model
+    return Encoders(IPSClassifier(encoder, CrossAttentionPool(encoder.dim, 2), {"a": nn.Linear(encoder.dim, 2)}).eval())
 
 
 def fused_step(encoder: nn.Module) -> None:
@@ -181,36 +183,38 @@ def train_statistics(encoder: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [fused_step, write_data, load, replace_tensors, train_statistics])
 def test_looking_sees_the_weights_of_now_however_they_changed(change: Callable[[nn.Module], None]) -> None:
-    model = model_of()
+    encoders = encoders_of()
+    encoder = encoders.model.encoder
     for _ in range(2):
-        change(model.encoder)
-        with model.looking():
-            assert error(model.look(pixels()), plain(model.encoder, pixels())) < 1e-5
+        change(encoder)
+        encoders.weights_changed()
+        with encoders.inference():
+            assert error(encoders.embed(pixels()), plain(encoder, pixels())) < 1e-5
 
 
 @pytest.mark.cuda(dry=False)
 def test_the_copy_follows_a_model_to_a_gpu() -> None:
-    model = model_of()
-    with model.looking():
-        expected = model.look(pixels())
-    model.cuda()
-    with model.looking():
-        assert error(model.look(pixels().cuda()).cpu(), expected) < 1e-5
+    encoders = encoders_of()
+    with encoders.inference():
+        expected = encoders.embed(pixels())
+    encoders.model.cuda()
+    with encoders.inference():
+        assert error(encoders.embed(pixels().cuda()).cpu(), expected) < 1e-5
 
 
 @pytest.mark.parametrize("change", [load, replace_tensors, train_statistics])
 def test_many_batches_with_one_set_of_weights_take_it_over_once(change: Callable[[nn.Module], None]) -> None:
-    model = model_of()
-    with model.looking():
-        model.look(pixels())
-    with model.steady():
-        with Operations() as operations, model.looking():
-            pass
-        assert operations.seen == []
-        change(model.encoder)
-        with Operations() as operations, model.looking():
-            assert error(model.look(pixels()), plain(model.encoder, pixels())) < 1e-5
-        assert any(name == "_foreach_copy_" for name, _ in operations.seen)
+    encoders = encoders_of()
+    encoder = encoders.model.encoder
+    with encoders.inference():
+        encoders.embed(pixels())
+    with Operations() as operations, encoders.inference():
+        pass
+    assert operations.seen == []
+    change(encoder)
+    with Operations() as operations, encoders.inference():
+        assert error(encoders.embed(pixels()), plain(encoder, pixels())) < 1e-5
+    assert any(name == "_foreach_copy_" for name, _ in operations.seen)
 
 
 class Branching(nn.Module):
@@ -233,6 +237,7 @@ def test_what_cannot_be_folded_is_left_as_it_is(age: str) -> None:
     fast(pixels())  # a new norm changes next to nothing: folding it would go unnoticed
     if age == "lived":
         lived(encoder)
+        fast.weights_changed()
         fast.refresh()
     assert error(fast(pixels()), plain(encoder, pixels())) < FOLDED_ERROR / 10
     assert fast.folded == 0
@@ -281,8 +286,6 @@ def test_bf16_keeps_nearly_the_same_patches() -> None:
     model = IPSClassifier(encoder, CrossAttentionPool(128, 8), {"label": nn.Linear(128, 2)})
     patches = torch.rand(2, 200, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     exact = model.select(patches, 40, 64)
-    model.precision = torch.bfloat16
-    model.accelerate()
-    fast = model.select(patches, 40, 64)
+    fast = Encoders(model, Arithmetic(torch.bfloat16, torch.bfloat16)).select(patches, 40, 64)
     overlap = [len(set(a.tolist()) & set(b.tolist())) / 40 for a, b in zip(exact.index, fast.index, strict=True)]
     assert min(overlap) >= 0.95

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from keyhole.engine.encoders import Encoders
 from keyhole.errors import ImageError
 from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier
 from keyhole.patches.features import FeatureOpener
@@ -39,11 +40,12 @@ def bench() -> Any:
 
 
 @pytest.fixture
-def model() -> IPSClassifier:
+def encoders() -> Encoders:
     torch.manual_seed(0)
     model = IPSClassifier(FeatureProjector(F, 16), CrossAttentionPool(16, 8), {"label": nn.Linear(16, 1)})
-    model.accelerate()(torch.randn(2, F))
-    return model
+    encoders = Encoders(model)
+    encoders.fast(torch.randn(2, F))
+    return encoders
 
 
 class Largest(TorchDispatchMode):
@@ -65,19 +67,19 @@ class Largest(TorchDispatchMode):
 
 
 def test_selecting_from_features_in_memory_gives_the_device_a_few_operations_a_go(
-    bench: Any, model: IPSClassifier
+    bench: Any, encoders: Encoders
 ) -> None:
-    bags = torch.randn(B, N, F)
+    bags, model = torch.randn(B, N, F), encoders.model
     with bench.operations.Operations([*model.parameters(), *model.buffers(), bags]) as counted:
-        model.select(bags, 10, GO)
+        encoders.select(bags, 10, GO)
     goes = B * N // GO
     assert counted.total.waits == 0
     assert counted.total.launched <= 4 * goes + 9 * B + 30, "layer norm, projection, ReLU and scoring; what is kept"
 
 
-def test_selecting_from_features_in_memory_the_host_looks_at_no_patch(model: IPSClassifier) -> None:
+def test_selecting_from_features_in_memory_the_host_looks_at_no_patch(encoders: Encoders) -> None:
     with Largest() as largest:
-        model.select(torch.randn(B, N, F), 10, GO)
+        encoders.select(torch.randn(B, N, F), 10, GO)
     assert largest.size == 10 * B, "what is kept"
 
 

@@ -17,7 +17,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keyhole.config.settings import ModelConfig, RunConfig
-from keyhole.engine.passes import fetch_kept, open_reader
+from keyhole.engine import Engine
+from keyhole.engine.encoders import Encoders
+from keyhole.engine.opening import open_reader
 from keyhole.errors import ImageError
 from keyhole.loading import Batch, Reader
 from keyhole.nn import IPSClassifier, Kept, build_classifier
@@ -79,7 +81,7 @@ KEPT = [[3, 1, 20], [7], [0, 23, 5, 9]]
 def test_parts_for_learning_lie_where_they_were_read_to(held: int) -> None:
     with Reader(1, stall=PATIENCE) as reader:
         batch = looked(reader, [Source(image) for image in range(3)], held)
-        bags, _, _ = fetch_kept(model_of(), batch, kept_of(KEPT), together=True)
+        bags = Engine(model_of()).fetch(batch, kept_of(KEPT), together=True)
         expected = np.concatenate([drawn(image)[index] for image, index in enumerate(KEPT)])
         with taking(ROW):
             parts = [bags.part(0, 5), bags.part(3, 8), bags.part(0, 8)]
@@ -95,15 +97,16 @@ def test_patches_that_become_unreadable_are_left_out_however_the_others_are_held
     sources, colors = [Source(image) for image in range(3)], colors_of(3)
     with Reader(1, stall=PATIENCE) as reader:
         batch = looked(reader, sources, 0)
+        batch.color = colors.numpy()
         sources[0].bad, sources[1].bad = {1}, {7}
         if not hold:  # then nothing is read before a part is asked for, and that of an unreadable patch is an error
-            bags, _, _ = fetch_kept(model_of(), batch, kept_of(KEPT), colors, hold, together)
+            bags = Engine(model_of()).fetch(batch, kept_of(KEPT), hold=hold, together=together)
             with pytest.raises(ImageError, match=r"image 0: .*cannot be read again \(damaged\)"):
                 bags.part(0, 8)
             return
-        bags, found, pixels = fetch_kept(model_of(), batch, kept_of(KEPT), colors, hold, together)
+        bags = Engine(model_of()).fetch(batch, kept_of(KEPT), hold=hold, together=together)
         good = [[3, 20], [], [0, 23, 5, 9]]
-        assert [None if each is None else each.index.tolist() for each in found] == [good[0], None, good[2]]
+        assert [None if each is None else each.index.tolist() for each in bags.kept] == [good[0], None, good[2]]
         assert bags.rows == [0, 2]
         assert bags.mask.sum(dim=1).tolist() == [2, 4]
         part = bags.part(1, 5)
@@ -111,8 +114,8 @@ def test_patches_that_become_unreadable_are_left_out_however_the_others_are_held
         np.testing.assert_array_equal(part.pixels, np.concatenate([drawn(0)[[20]], drawn(2)[[0, 23, 5]]]))
         assert part.color is not None
         assert part.color.equal(colors[[0, 2, 2, 2]])
-        np.testing.assert_array_equal(pixels[0], drawn(0)[good[0]])
-        assert pixels[1] is None
+        np.testing.assert_array_equal(bags.pixels[0], drawn(0)[good[0]])
+        assert bags.pixels[1] is None
 
 
 def test_pixels_that_were_read_again_beside_a_stuck_thread_are_taken_from_where_they_are() -> None:
@@ -130,8 +133,8 @@ def test_pixels_that_were_read_again_beside_a_stuck_thread_are_taken_from_where_
     with Reader(2, stall=0.5, retry_wait=0.01) as reader:
         batch = looked(reader, sources, 0)
         stuck.set()
-        bags, kept, _ = fetch_kept(model_of(), batch, kept_of(KEPT), together=True)
-        assert None not in kept
+        bags = Engine(model_of()).fetch(batch, kept_of(KEPT), together=True)
+        assert None not in bags.kept
         part = bags.part(0, 8)
         assert isinstance(part, AsRead)
         np.testing.assert_array_equal(
@@ -143,7 +146,7 @@ def test_pixels_that_were_read_again_beside_a_stuck_thread_are_taken_from_where_
 def test_images_that_keep_nothing_leave_no_hole() -> None:
     with Reader(1, stall=PATIENCE) as reader:
         batch = looked(reader, [Source(image) for image in range(3)])
-        bags, _, _ = fetch_kept(model_of(), batch, [*kept_of(KEPT[:1]), None, *kept_of(KEPT[2:])], together=True)
+        bags = Engine(model_of()).fetch(batch, [*kept_of(KEPT[:1]), None, *kept_of(KEPT[2:])], together=True)
         with taking(ROW):
             part = bags.part(0, 7)
         np.testing.assert_array_equal(
@@ -159,9 +162,9 @@ def test_pixels_as_read_give_what_numbers_made_before_give(precision: torch.dtyp
     for mode in (True, False):
         model.train(mode)
         assert model.encode(read).equal(model.encode(read.values()))
-    model.accelerate(precision)
-    with model.looking():
-        assert model.look(read).equal(model.look(read.values()))
+    encoders = Encoders(model)
+    with encoders.inference():
+        assert encoders.embed(read).equal(encoders.embed(read.values()))
 
 
 class Maps(TorchDispatchMode):
@@ -201,7 +204,8 @@ def test_on_a_gpu_parts_come_without_waiting_and_learn_as_on_the_host() -> None:
         with open_reader(RunConfig(), where) as reader:
             batch = looked(reader, sources)
             for together in (True, False):
-                bags, _, _ = fetch_kept(model, batch, kept_of(KEPT), colors_of(3), together=together)
+                batch.color = colors_of(3).numpy()
+                bags = Engine(model).fetch(batch, kept_of(KEPT), together=together)
                 model.encode(bags.part(0, 8))  # loads what the device needs
                 if where == CPU:
                     part = bags.part(2, 8)

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 from keyhole.cli.main import main
-from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier, SmallEncoder, split_backward
+from keyhole.engine import split_backward
+from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier, SmallEncoder
 from keyhole.nn.encoder import TimmEncoder
 from keyhole.runs.run import find_run
 

@@ -1,6 +1,7 @@
 """Laws of the first pass over one chunk: blank patches cost nothing, nothing waits for the device, nothing is rebuilt."""
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from keyhole.config.settings import RunConfig, SelectConfig
-from keyhole.engine.looking import Looker, blank_rows
+from keyhole.engine import Engine
+from keyhole.engine.device import Arithmetic
+from keyhole.engine.encoders import Encoders
+from keyhole.engine.fast import FastEncoder
 from keyhole.engine.memory.pace import Pace, unlimited
 from keyhole.engine.memory.plan import Plan
-from keyhole.engine.passes import open_reader, select_batch
-from keyhole.engine.to_device import Stager
+from keyhole.engine.scoring import ChunkScorer, blank_rows
 from keyhole.loading import Chunk
-from keyhole.nn import CrossAttentionPool, FastEncoder, IPSClassifier, SmallEncoder
+from keyhole.nn import CrossAttentionPool, IPSClassifier, SmallEncoder
 from keyhole.patches.sources import TensorPatches
 from keyhole.training.augment import color_matrix
-from keyhole.util.timing import Shares
+from keyhole.util.timing import NO_SHARES, Shares
 
 Array = NDArray[Any]
 
@@ -62,25 +65,22 @@ def chunk_of(kinds: list[int], images: list[int], rng: np.random.Generator) -> C
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=24), st.booleans(), st.booleans())
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=24), st.booleans())
 def test_patches_of_one_colour_are_encoded_once_and_get_what_they_would_get(
-    rows: list[tuple[int, int]], colored: bool, fast: bool
+    rows: list[tuple[int, int]], colored: bool
 ) -> None:
     kinds, images = [kind for kind, _ in rows], sorted(image for _, image in rows)
     chunk = chunk_of(kinds, images, np.random.default_rng(0))
-    model = model_of()
-    if fast:
-        model.accelerate()
-        model.fast(torch.from_numpy(chunk.pixels))  # type: ignore[misc]  # built before counting
+    encoders = Encoders(model_of())
+    encoders.fast(torch.from_numpy(chunk.pixels))  # built before counting
     colors = torch.stack([color_matrix(np.full(4, 0.05 * image), 3) for image in range(3)]) if colored else None
-    looker = Looker(model, colors, unlimited(SelectConfig(m=2)))
-    with model.looking():
-        expected = model.score(
-            torch.from_numpy(chunk.pixels), None, None if colors is None else colors[torch.tensor(images)]
-        )
+    scorer = ChunkScorer(encoders, unlimited(SelectConfig(m=2)), NO_SHARES, None if colors is None else colors.numpy())
+    with encoders.inference():
+        each = None if colors is None else colors[torch.tensor(images)]
+        expected = encoders.logits(encoders.embed(torch.from_numpy(chunk.pixels), each))
         for repeat in range(2):  # in the second chunk every colour is known
             Counting.seen = 0
-            found = looker.score(chunk, torch.from_numpy(chunk.pixels), None)
+            found = scorer.score(chunk, torch.from_numpy(chunk.pixels), None)
             keys = {(kind, image) for kind, image in zip(kinds, images, strict=True) if kind}
             assert Counting.seen == kinds.count(0) + (0 if repeat else len(keys))
             assert torch.allclose(found, expected, atol=1e-5)
@@ -89,19 +89,20 @@ def test_patches_of_one_colour_are_encoded_once_and_get_what_they_would_get(
 
 
 def test_the_query_is_folded_once_for_all_chunks_and_anew_for_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, embedding = model_of(), torch.rand(5, 64)
+    encoders, embedding = Encoders(model_of()), torch.rand(5, 64)
+    model = encoders.model
     calls, folded_query = [], CrossAttentionPool.folded_query
     monkeypatch.setattr(CrossAttentionPool, "folded_query", lambda pool: (calls.append(1), folded_query(pool))[1])
     for _ in range(2):
         expected = model.pool.logits(embedding[None])[0]
         calls.clear()
-        with model.looking():
-            found = [model.score_embedding(embedding) for _ in range(3)]
+        with encoders.inference():
+            found = [encoders.logits(embedding) for _ in range(3)]
         assert len(calls) == 1
         assert all(torch.equal(each, expected) for each in found)
         with torch.no_grad():
             model.pool.query.mul_(2)
-    model.score_embedding(embedding).sum().backward()
+    model.logits(embedding).sum().backward()
     assert model.pool.query.grad is not None
     assert model.pool.key_proj.weight.grad is not None
 
@@ -138,32 +139,36 @@ def sources(count: int, n: int) -> list[TensorPatches]:
 def test_a_batch_waits_for_the_device_once_and_not_in_the_chunk_loop(rule: Any, compiled: bool) -> None:
     device = GPU
     model = model_of(encoder=SmallEncoder).to(device)  # no counter: dynamo would compile again as it counts
-    model.precision = torch.bfloat16
-    model.accelerate(compile=compiled)
-    select = SelectConfig(m=4, chunk=32, rule=rule)
-    stager = Stager(device, Shares(device))
+    engine = Engine(
+        model,
+        SelectConfig(m=4, chunk=32, rule=rule),
+        RunConfig(threads=2),
+        arithmetic=Arithmetic(torch.bfloat16, torch.bfloat16),
+        timer=Shares(device),
+    )
+    if compiled:
+        engine.encoders.compile()
     colors = torch.stack([color_matrix(np.full(4, 0.05), 3)] * 3)
-    with open_reader(RunConfig(threads=2), device) as reader:
+    with closing(engine):
         batches = [[opener_of(source) for source in sources(3, 100)] for _ in range(3)]
-        for number, batch in enumerate(reader.stream(batches, 32)):
+        for number, batch in enumerate(engine.stream(batches)):
+            batch.color = colors.numpy()
             with waits_counted() as waits:
-                kept = select_batch(model, batch, select, colors, stager=stager)
+                kept = engine.select(batch)
             assert not number or len(waits) == 1, "once, for what was selected; the first batch builds and compiles"
             assert [len(image.index) for image in kept if image is not None] == [4, 4, 4]
 
 
 def test_what_is_kept_is_not_read_again_where_a_batch_fits() -> None:
-    from keyhole.engine.passes import fetch_kept
-
-    model, select = model_of(), SelectConfig(m=5, chunk=16)
+    engine = Engine(model_of(), SelectConfig(m=5, chunk=16), RunConfig(threads=2))
     for hold, again in ((2**20, 0), (0, 10)):
-        with open_reader(RunConfig(threads=2), torch.device("cpu")) as reader:
+        with closing(engine):
             batches = [[opener_of(source) for source in sources(2, 40)]]
-            for batch in reader.stream(batches, 16, cache_bytes=hold):
-                kept = select_batch(model, batch, select)
-                _, _, pixels = fetch_kept(model, batch, kept)
-            assert reader.reread_patches == again
-        for source, image, block in zip(sources(2, 40), kept, pixels, strict=True):
+            for batch in engine.stream(batches, hold=hold):
+                kept = engine.select(batch)
+                bags = engine.fetch(batch, kept)
+            assert engine.reader.reread_patches == again
+        for source, image, block in zip(sources(2, 40), kept, bags.pixels, strict=True):
             assert image is not None
             assert block is not None
             assert np.array_equal(block, source.array[image.index.numpy()])
@@ -191,19 +196,18 @@ def test_compiled_learning_has_the_gradients_of_plain_learning() -> None:
     run_process("compiled_gradients")
 
 
-class OnDevice(nn.Module):
-    """Stands in for a model on a GPU: says how many rows it was given, and of how many its compiled encoder is."""
+class OnDevice:
+    """Stands in for encoders on a GPU: says how many rows it was given, and of how many its compiled encoder is."""
 
     def __init__(self, compiled: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, device="meta"))
+        self.device = torch.device("meta")
         self.compiled, self.given = compiled, []
 
-    def look(self, pixels: Tensor, color: Tensor | None, rows: int) -> Tensor:
+    def embed(self, pixels: Tensor, color: Tensor | None, rows: int) -> Tensor:
         self.given.append((len(pixels), rows))
         return pixels[:, 0, 0].float()
 
-    def score_embedding(self, embedding: Tensor, position: Tensor | None) -> Tensor:
+    def logits(self, embedding: Tensor, position: Tensor | None) -> Tensor:
         return embedding[:, None, :1]
 
 
@@ -226,7 +230,7 @@ def test_a_gpu_encodes_no_more_of_the_last_chunk_than_it_needs_to(
     model, pace = OnDevice(compiled), Pace(Plan(chunk=64), warn=print)
     pixels = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8)
     chunk = Chunk(pixels.numpy(), used, np.zeros(used, np.int64), np.arange(used))
-    logits = Looker(model, None, pace).score(chunk, pixels, None)  # type: ignore[arg-type]
+    logits = ChunkScorer(model, pace, NO_SHARES).score(chunk, pixels, None)  # type: ignore[arg-type]
     assert logits[:, 0, 0].tolist() == pixels[:used, 0, 0, 0].tolist()
     assert model.given == [given]
 
@@ -235,7 +239,7 @@ def test_after_a_plan_was_halved_only_the_last_part_of_a_chunk_is_cut_short() ->
     model, pace = OnDevice(compiled=True), Pace(Plan(chunk=16), warn=print)
     pixels = torch.zeros(64, 8, 8, 3, dtype=torch.uint8)
     chunk = Chunk(pixels.numpy(), 37, np.zeros(37, np.int64), np.arange(37))
-    assert len(Looker(model, None, pace).score(chunk, pixels, None)) == 37  # type: ignore[arg-type]
+    assert len(ChunkScorer(model, pace, NO_SHARES).score(chunk, pixels, None)) == 37  # type: ignore[arg-type]
     assert model.given == [(16, 16), (16, 16), (6, 0)]
 
 
@@ -253,7 +257,8 @@ def test_on_a_gpu_the_last_chunk_and_the_kept_patches_score_as_in_a_whole_chunk(
     torch.manual_seed(0)
     model = model_of(encoder=SmallEncoder).to(GPU)
     pixels = torch.randint(0, 256, (20, 24, 24, 3), dtype=torch.uint8, device=GPU)
-    model.accelerate(torch.float32, compile=True)
-    with model.looking():
-        whole, few = model.look(pixels, rows=64), model.look(pixels, rows=0)
+    encoders = Encoders(model)
+    encoders.compile()
+    with encoders.inference():
+        whole, few = encoders.embed(pixels, rows=64), encoders.embed(pixels, rows=0)
     torch.testing.assert_close(few, whole, rtol=0.02, atol=0.02)

@@ -363,7 +363,7 @@ def test_positions_tell_equal_patches_apart(position: str) -> None:
     model = features_model(position=position).eval()
     patches = bag(1, 0).expand(1, 2, FEATURES)
     where = torch.tensor([[0, 7]]) if position == "1d" else torch.tensor([[[0.0, 0.0], [70.0, 0.0]]])
-    logits = model.score(patches[0], where[0])
+    logits = model.logits(model.encode(patches[0]), where[0])
     assert not torch.allclose(logits[0], logits[1])
 
 

@@ -13,8 +13,8 @@ import torch
 from on_device import GPU, leaving_the_device_as_found, no_waiting, without_checks_of_shapes
 
 from keyhole.engine.device import choose_device
+from keyhole.engine.fast import FastEncoder
 from keyhole.nn import SmallEncoder
-from keyhole.nn.fast import FastEncoder
 
 
 def test_a_test_without_the_mark_sees_no_gpu() -> None:

@@ -26,13 +26,14 @@ from test_reading import PATIENCE, Opener
 from torch import Tensor
 
 import keyhole
-from keyhole.config.settings import ModelConfig, RunConfig, SelectConfig
+from keyhole.config.settings import ModelConfig, SelectConfig
+from keyhole.engine import Engine
+from keyhole.engine.bags import fetch_bags
 from keyhole.engine.jpeg import Decoder
 from keyhole.engine.memory.bill import BUFFERS, DECODED, TURNED
 from keyhole.engine.memory.meter import growth, taken, tensor_bytes
 from keyhole.engine.memory.pace import Pace, cap
 from keyhole.engine.memory.plan import Plan
-from keyhole.engine.passes import fetch_kept, infer, open_reader
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.errors import ConfigError
 from keyhole.loading import Reader
@@ -107,17 +108,16 @@ def test_kept_patches_that_do_not_fit_come_to_the_device_in_parts(
     toy: Path, toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch(*given: Any, **options: Any) -> Any:
-        bags, kept, pixels = fetch_kept(*given, **options)
+        bags = fetch_bags(*given, **options)
 
         def part(start: int, stop: int) -> Tensor:
             if stop - start > 4:
                 raise torch.OutOfMemoryError(FULL)
             return bags.part(start, stop)
 
-        return replace(bags, part=part), kept, pixels
+        return replace(bags, part=part)
 
-    monkeypatch.setattr("keyhole.training.loop.fetch_kept", fetch)
-    monkeypatch.setattr("keyhole.engine.passes.fetch_kept", fetch)
+    monkeypatch.setattr("keyhole.engine.engine.fetch_bags", fetch)
     run = keyhole.train(toy, tmp_path / "run", **SMALL)
     assert "learning from 16 kept patches in chunks of 4;" in (run.path / "log.txt").read_text()
     assert len(rows(run.path / "metrics.csv")) == 2
@@ -138,17 +138,18 @@ def full_decoder(monkeypatch: pytest.MonkeyPatch, room: int, text: str) -> list[
     return given
 
 
-def looked_at(openers: Sequence[FileOpener], pace: Pace, stager: Stager, on_error: str) -> Any:
+def looked_at(openers: Sequence[FileOpener], warn: Callable[[str], None], stager: Stager, on_error: str) -> Any:
     """What is inferred of one batch of images that come encoded, in chunks of 32."""
     torch.manual_seed(0)
     model = build_classifier(ModelConfig(width=4, heads=2), [Task("a", "binary", ("no", "yes"))], 16).eval()
     assert stager.deliver is not None
     stager.deliver = Delivery(stager.deliver.colors, always=True)
+    engine = Engine(model, SelectConfig(m=3), plan=Plan(32), warn=warn)
+    engine.stager = stager
     with Reader(2, stall=PATIENCE) as reader:
-        (found,) = list(
-            infer(model, reader, [openers], SelectConfig(m=3), on_error, keep_logits=True, pace=pace, stager=stager)
-        )
-    return found
+        engine.reader = reader
+        (found,) = list(engine.infer([openers], on_error, keep_logits=True))  # type: ignore[arg-type]
+    return found.bags
 
 
 @pytest.mark.parametrize(
@@ -161,9 +162,9 @@ def test_a_decoder_without_room_is_given_fewer_tiles(
     path = write_tiff(tmp_path / "a.tif", picture(3, 160, 96), tile=(16, 16), compression="jpeg")
     openers = [FileOpener(path, str(turns), 16, view=View(turns=turns)) for turns in (0, 1)]
     stager, said = Stager(CPU, encoded=True), []
-    expected = looked_at(openers, Pace(Plan(32), said.append), stager, "raise")
+    expected = looked_at(openers, said.append, stager, "raise")
     given = full_decoder(monkeypatch, 5, text)
-    found = looked_at(openers, Pace(Plan(32), said.append), stager, "raise")
+    found = looked_at(openers, said.append, stager, "raise")
     assert stager.refused == 0, "nothing is wrong with the tiles"
     assert len(said) == 3, "32, 16, 8, 4"
     assert sum(count for count in given if count <= 5) == 2 * 60, "each tile was decoded on the device, once"
@@ -203,10 +204,10 @@ def test_an_image_that_fails_in_one_part_of_a_chunk_is_not_in_the_next(
     bad = break_quietly(tmp_path / "bad.tif", whole, [5])
     openers = [FileOpener(path, path.stem, 16) for path in (bad, whole)]
     stager = Stager(CPU, encoded=True)
-    found = looked_at(openers, Pace(Plan(32), print), stager, "skip")
+    found = looked_at(openers, print, stager, "skip")
     full_decoder(monkeypatch, 4, FULL)
-    parted = looked_at(openers, Pace(Plan(32), print), stager, "skip")
-    assert [list(each.batch.failed) for each in (found, parted)] == [[0], [0]]
+    parted = looked_at(openers, print, stager, "skip")
+    assert [each.rows for each in (found, parted)] == [[1], [1]]
     assert parted.kept[0] is None
     torch.testing.assert_close(parted.kept[1].logits, found.kept[1].logits)
 
@@ -272,13 +273,13 @@ def test_a_gpu_without_room_for_a_chunk_looks_at_it_in_parts(monkeypatch: pytest
         if DRY and found:
             narrow(monkeypatch, chunk // 3)
         plan = no_room(Plan(chunk), more)
-        pace, stager = Pace(plan, said.append), Stager(device)
-        with cap(plan, device), open_reader(RunConfig(), device) as reader:
+        engine = Engine(model, SelectConfig(m=8), plan=plan, warn=said.append)
+        with engine.limit(), closing(engine):
             opener = Opener("a", lambda: TensorPatches(pixels))
-            found += infer(model, reader, [[opener]], SelectConfig(m=8), keep_logits=True, pace=pace, stager=stager)
+            found += engine.infer([[opener]], keep_logits=True)
         assert bool(said) == (more < 10**9)
-        del stager  # else its buffers count as taken, and are room for the next
-    (one,), (other,) = (each.kept for each in found)
+        del engine  # else its buffers count as taken, and are room for the next
+    (one,), (other,) = (each.bags.kept for each in found)
     assert one.logits.isfinite().all()
     difference = (one.logits - other.logits).abs().max()
     assert difference <= 0.02 * (one.logits.max() - one.logits.min()), "each patch has its own score"

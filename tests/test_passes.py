@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,9 @@ from keyhole.config.settings import (
     SelectConfig,
 )
 from keyhole.data.item import Item
-from keyhole.engine.passes import (
-    fetch_kept,
-    infer,
-    open_reader,
-    opener,
-    positions,
-    select_batch,
-)
+from keyhole.engine import Engine
+from keyhole.engine.bags import positions
+from keyhole.engine.opening import open_reader, opener
 from keyhole.loading import Batch, Reader
 from keyhole.nn import IPSClassifier, Kept, build_classifier
 from keyhole.nn.tensors import as_read, values_of
@@ -102,14 +98,15 @@ def test_both_passes_see_the_same_pixels(
     seen: dict[tuple[int, int], torch.Tensor] = {}
     for part in batch.chunks():
         rows = torch.from_numpy(part.image[: part.count])
-        tensors = values(part.pixels[: part.count], colors[rows])
+        tensors = values(part.pixels[: part.count], torch.from_numpy(colors)[rows])
         for image, index, tensor in zip(part.image, part.index, tensors, strict=False):
             seen[int(image), int(index)] = tensor
     model, rng = model_of(conf), np.random.default_rng(seed)
     wanted = [rng.permutation(len(source))[:5] for source in batch.sources if source is not None]
 
     kept = [Kept(torch.from_numpy(index), torch.zeros(len(index))) for index in wanted]
-    bags, _, _ = fetch_kept(model, batch, kept, colors, hold)
+    batch.color = colors
+    bags = Engine(model).fetch(batch, kept, hold=hold)
     patches = bags.patches()
     for row, index in enumerate(wanted):
         for place, patch in enumerate(index):
@@ -131,14 +128,15 @@ def test_streaming_from_files_selects_what_the_modules_select_in_memory(
     conf = config(position=position)
     model = model_of(conf)
     batch, _stream, reader = only_batch(conf, images, [Draw()] * 3, chunk)
-    kept = select_batch(model, batch, SelectConfig(m, chunk, rule), keep_logits=True)  # type: ignore[arg-type]
+    engine = Engine(model, SelectConfig(m=m, chunk=chunk, rule=rule))  # type: ignore[arg-type]
+    kept = engine.select(batch, keep_logits=True)
     for source, found in zip(batch.sources, kept, strict=True):
         assert source is not None
         assert found is not None
         every = np.arange(len(source))
         patches = values(source.read(every))[None]
-        where = positions(model, source, every, CPU)
-        expected = model.select(patches, m, chunk, rule, None if where is None else where[None])  # type: ignore[arg-type]
+        where = None if model.position is None else torch.from_numpy(positions(model, source, every))[None]
+        expected = model.select(patches, m, chunk, rule, where)  # type: ignore[arg-type]
         assert set(found.index.tolist()) == set(expected.index[0].tolist())
         torch.testing.assert_close(found.score, expected.score[0], atol=1e-5, rtol=1e-4)
     reader.close()
@@ -156,35 +154,37 @@ def test_colour_reaches_patches_as_one_affine_map() -> None:
 def test_an_image_that_fails_between_the_passes_is_left_out_alone(images: list[Path], tmp_path: Path) -> None:
     conf, broken = config(position="1d"), tmp_path / "broken.png"
     broken.write_bytes(images[0].read_bytes()[:-3000])
-    reader, store = open_reader(conf.run, CPU), ImageCache()
+    store = ImageCache()
     openers = [opener(conf, store, Item(path.name, path, {})) for path in (images[0], broken, images[1])]
-    model = model_of(conf)
-    for batch in reader.stream([openers], 8, "skip"):
-        kept = select_batch(model, batch, SelectConfig(m=4, chunk=8))
-        bags, _, pixels = fetch_kept(model, batch, kept)
+    engine = Engine(model_of(conf), SelectConfig(m=4, chunk=8))
+    for batch in engine.stream([openers], "skip"):
+        bags = engine.fetch(batch, engine.select(batch))
         assert list(batch.failed) == [1]
         assert "broken.png" in str(batch.failed[1])
         assert bags.rows == [0, 2]
-        assert pixels[1] is None
+        assert bags.pixels[1] is None
         assert bags.patches().shape[:2] == (2, 4)
-    reader.close()
+    engine.close()
 
 
 def test_weights_are_taken_over_once_for_many_batches(images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     conf = config()
-    model, store = model_of(conf), ImageCache()
-    model.accelerate()
+    engine, store = Engine(model_of(conf), SelectConfig(m=4, chunk=8)), ImageCache()
     copies, real = [], torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: (copies.append(1), real(*args))[1])
     counts = []
-    with open_reader(conf.run, CPU) as reader:
+    with closing(engine):
         batches = [[opener(conf, store, Item(path.name, path, {}))] for path in images]
         for each in (batches[:1], batches[:1], batches):
+            engine.weights_changed()
             copies.clear()
-            assert len(list(infer(model, reader, each, SelectConfig(m=4, chunk=8)))) == len(each)
+            assert len(list(engine.infer(each))) == len(each)
             counts.append(len(copies))
-    assert counts[1] > 0, "weights may have changed since, in a way that torch does not count"
+        copies.clear()
+        assert len(list(engine.infer(batches))) == len(batches)
+    assert counts[1] > 0, "it was told that weights have changed, which torch may not have counted"
     assert counts[2] == counts[1]
+    assert not copies, "nothing has changed since"
 
 
 def test_positions_are_those_of_the_turned_image(images: list[Path]) -> None:
@@ -194,8 +194,7 @@ def test_positions_are_those_of_the_turned_image(images: list[Path]) -> None:
     batch, _stream, reader = only_batch(conf, [images[2]], [Draw(view=View(flip_x=True))], 8)
     source = batch.sources[0]
     assert source is not None
-    where = positions(model, source, np.arange(len(source)), CPU)
-    assert where is not None
+    where = positions(model, source, np.arange(len(source)))
     assert where[0].tolist() == [64 - SIZE / 2, SIZE / 2]
     reader.close()
 

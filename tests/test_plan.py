@@ -21,13 +21,15 @@ from torch import nn
 
 from keyhole.config.amounts import parse_memory
 from keyhole.config.settings import Config, ModelConfig
+from keyhole.engine import split_backward
+from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.bill import Bill, powers
 from keyhole.engine.memory.meter import growth, has_peak, steady_heap, taken, tensor_bytes
 from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan, largest_chunk, make_plan
 from keyhole.engine.memory.probe import Line, PassBytes, Workload, probe
 from keyhole.errors import ConfigError
-from keyhole.nn import IPSClassifier, build_classifier, split_backward
+from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.tasks.kinds import Task
 from keyhole.util.budget import memory_text, out_of_memory
 
@@ -45,7 +47,7 @@ def model_of(position: str = "none", **options: Any) -> IPSClassifier:
 def plan_for(model: IPSClassifier, **options: Any) -> Plan:
     memory = options.pop("memory", None)
     given = {"patch_shape": (16, 16, 3), "m": 8, "batch_size": 2, "largest_bag": 100, "learn": True}
-    return make_plan(model, Workload(**(given | options)), memory)
+    return make_plan(Encoders(model), Workload(**(given | options)), memory)
 
 
 # What the user writes
@@ -182,7 +184,7 @@ def test_a_run_that_predicts_at_its_end_has_room_for_the_logits_of_a_batch() -> 
 
 def test_the_probe_sees_what_a_patch_costs_where_memory_comes_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: 20 MB at a time, and runs of the first two sizes load libraries for longer than a probe may take."""
-    scale, step, slow = 60, 20 * MB, 0.05
+    scale, step, slow = 90, 20 * MB, 0.05
     sizes: dict[str, set[int]] = {}
 
     def exact(function: Any) -> int:
@@ -198,13 +200,14 @@ def test_the_probe_sees_what_a_patch_costs_where_memory_comes_in_steps(monkeypat
     monkeypatch.setattr("keyhole.engine.memory.probe.ENOUGH_SECONDS", slow)
     monkeypatch.setattr("keyhole.engine.memory.probe.comes_in_steps", lambda _device: True)
     monkeypatch.setattr("keyhole.engine.memory.probe.growth", reserved)
-    model, chunk, m = model_of(), 256, 64
+    encoders, chunk, m = Encoders(model_of()), 256, 64
+    encoders.fast(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))  # built before counting
     work = Workload(patch_shape=(16, 16, 3), m=m, batch_size=4, largest_bag=100, learn=True, color=False)
-    costs = probe(model, work, chunk, room=10**12)
+    costs = probe(encoders, work, chunk, room=10**12)
     assert [len(known) for known in sizes.values()] == [4, 4, 3], "patches: 4, 16, 64, 256"
     monkeypatch.setattr("keyhole.engine.memory.probe.growth", lambda _device, function, _repeats=1: exact(function))
     monkeypatch.setattr("keyhole.engine.memory.probe.ENOUGH_BYTES", 10**12)
-    true = probe(model, work, chunk, room=10**12)
+    true = probe(encoders, work, chunk, room=10**12)
     assert costs.score(chunk) == pytest.approx(true.score(chunk), rel=0.1)
     assert costs.learn(4 * m) == pytest.approx(true.learn(4 * m), rel=0.1)
 
@@ -371,7 +374,8 @@ from keyhole.config.settings import ModelConfig
 from keyhole.config.amounts import parse_memory
 from keyhole.engine.memory.meter import taken
 from keyhole.util.platform import peak_memory
-from keyhole.nn import Selector, build_classifier, evaluating, split_backward
+from keyhole.engine import Engine, split_backward
+from keyhole.nn import Selector, build_classifier
 from keyhole.engine.memory.plan import make_plan
 from keyhole.engine.memory.probe import Workload
 from keyhole.tasks.kinds import Task
@@ -385,19 +389,21 @@ optimizer = torch.optim.AdamW(model.parameters())
 shape = (size, size, 3)
 before = taken(cpu)
 budget = before + parse_memory(memory[1:]) if memory[0] == "+" else parse_memory(memory)
-plan = make_plan(model, Workload(patch_shape=shape, m=m, batch_size=b, largest_bag=n, learn=True), budget)
+engine = Engine(model)
+work = Workload(patch_shape=shape, m=m, batch_size=b, largest_bag=n, learn=True)
+plan = make_plan(engine.encoders, work, budget)
 color = torch.eye(3, 4)
 ring = [rng.integers(0, 256, (plan.chunk, *shape), np.uint8) for _ in range(6)]  # as the reader holds it
 with cap(plan, cpu):
     for step in range(6):  # gaps in the heap, which the plan counts, take some steps to come
         selector = Selector([n] * b, m, plan.chunk)
-        with evaluating(model):
+        with engine.encoders.inference():
             for image in range(b):
                 for start in range(0, n, plan.chunk):
                     index = torch.arange(start, min(start + plan.chunk, n))
                     rows = torch.from_numpy(ring[start % 6][: len(index)])
                     pixels = values_of(as_read(rows, cpu, color.expand(len(index), -1, -1)))
-                    selector.add(torch.full_like(index, image), index, model.score(pixels))
+                    selector.add(torch.full_like(index, image), index, engine.encoders.logits(engine.encoders.embed(pixels)))
         kept = [selector.finish(image) for image in range(b)]
         held = rng.integers(0, 256, (b * m, *shape), np.uint8)
         model.train()

@@ -25,8 +25,7 @@ from keyhole.errors import KeyholeError
 from keyhole.images import open_image
 from keyhole.inference.evaluate import evaluate
 from keyhole.inference.predictor import Predictor, describe
-from keyhole.loading import Reader
-from keyhole.nn import build_classifier
+from keyhole.nn import SmallEncoder, build_classifier
 from keyhole.patches.grid import PatchGrid
 from keyhole.report.files import write_prediction
 from keyhole.report.prediction import Prediction
@@ -90,16 +89,20 @@ def close(a: Prediction, b: Prediction, tolerance: float) -> bool:
 
 
 @pytest.mark.parametrize("rule", ["global", "streaming"])
-def test_each_patch_is_encoded_and_read_once_and_each_kept_one_once_more(rule: Any, images: list[Path]) -> None:
+def test_each_patch_is_encoded_and_read_once_and_each_kept_one_once_more(
+    rule: Any, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     patch, select = PatchConfig(size=16), SelectConfig(m=6, chunk=7, rule=rule)
     predictor = random_predictor(patch, select)
-    encoded = 0
+    predictor.engine.encoders.fast(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))  # built before counting
+    encoded, embed = 0, SmallEncoder.embed
 
-    def count(_: object, arguments: tuple[torch.Tensor]) -> None:
+    def count(encoder: SmallEncoder, patches: torch.Tensor) -> torch.Tensor:
         nonlocal encoded
-        encoded += len(arguments[0])
+        encoded += len(patches)
+        return embed(encoder, patches)
 
-    predictor.model.encoder.register_forward_pre_hook(count)
+    monkeypatch.setattr(SmallEncoder, "embed", count)
     for path, n in zip(images, [16, 1, 21, 54, 6], strict=True):
         encoded = 0
         prediction = predictor.predict(path)
@@ -108,10 +111,10 @@ def test_each_patch_is_encoded_and_read_once_and_each_kept_one_once_more(rule: A
         assert len(prediction.kept) == min(6, n)
         assert encoded == n + min(6, n), "the score map is a by-product"
     encoded = 0
-    reader = Reader(2)
+    reader = predictor.engine.reader
     items = [keyhole.inference.predictor.Item(path.name, path, {}) for path in images]
-    assert len(list(predictor.predict_items(items, reader=reader, quiet=True))) == 5
-    reader.close()
+    assert len(list(predictor.predict_items(items, engine=predictor.engine, quiet=True))) == 5
+    predictor.engine.close()
     assert encoded == reader.read_patches == 98 + 6 + 1 + 6 + 6 + 6
 
 

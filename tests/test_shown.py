@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image, ImageOps
 import keyhole
 from keyhole.config.settings import Config, ModelConfig, PatchConfig, SelectConfig
 from keyhole.data.item import Item
-from keyhole.engine.memory.pace import unlimited
+from keyhole.engine import Engine
 from keyhole.images.pillow import PillowImage
 from keyhole.inference.evaluate import evaluate
 from keyhole.inference.predictor import describe
@@ -169,10 +170,11 @@ def relabelled(toy: Path, folder: Path) -> Path:
 def test_kept_pixels_that_are_not_held_are_read_from_the_same_source(toy: Path, tmp_path: Path) -> None:
     predictor = keyhole.load(model_folder(tmp_path / "model", size=16))
     whole = predictor.predict(toy / "red" / "0.png").pictures
-    pace = unlimited(predictor.config.select)
-    pace.plan = replace(pace.plan, hold=0)
+    engine = Engine(predictor.model, predictor.config.select)
+    engine.plan = replace(engine.plan, hold=0)
     item = Item("0.png", toy / "red" / "0.png", {})
-    ((_, prediction),) = predictor.predict_items([item], quiet=True, pace=pace, pictures=lambda *_: True)
+    with closing(engine):
+        ((_, prediction),) = predictor.predict_items([item], quiet=True, engine=engine, pictures=lambda *_: True)
     again = prediction.pictures
     assert whole is not None
     assert again is not None

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from keyhole.nn import CrossAttentionPool, IndexPosition, IPSClassifier, SmallEncoder, parts, split_backward
+from keyhole.engine import parts, split_backward
+from keyhole.nn import CrossAttentionPool, IndexPosition, IPSClassifier, SmallEncoder
 
 LAW = settings(max_examples=25, deadline=None)
 FEATURES, DIM = 6, 8

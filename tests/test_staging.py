@@ -140,7 +140,7 @@ def on_gpu(pixels: Tensor) -> Tensor:
 
 @pytest.mark.cuda
 def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind() -> None:
-    from keyhole.engine.passes import open_reader
+    from keyhole.engine.opening import open_reader
 
     device = GPU
     arrays = [np.random.default_rng(n).integers(0, 256, (700, 64, 64, 3), dtype=np.uint8) for n in range(3)]
@@ -162,7 +162,7 @@ def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind() -> 
 
 @pytest.mark.cuda
 def test_features_of_any_kind_arrive_as_float32_on_a_gpu() -> None:
-    from keyhole.engine.passes import open_reader
+    from keyhole.engine.opening import open_reader
 
     device = GPU
     for dtype in (np.float16, np.float32):
@@ -178,7 +178,7 @@ def test_features_of_any_kind_arrive_as_float32_on_a_gpu() -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", ["rgb", "4:4:4", "4:2:0"])
 def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kind: str) -> None:
-    from keyhole.engine.passes import open_reader
+    from keyhole.engine.opening import open_reader
 
     device = GPU
     stager = Stager(device, encoded=True)
@@ -209,7 +209,7 @@ def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kin
 
 @pytest.mark.cuda
 def test_a_gpu_that_waits_for_patches_decodes_some_of_them(tmp_path: Path) -> None:
-    from keyhole.engine.passes import open_reader
+    from keyhole.engine.opening import open_reader
 
     device = GPU
     stager = Stager(device, encoded=True)
@@ -227,7 +227,7 @@ def test_a_gpu_that_waits_for_patches_decodes_some_of_them(tmp_path: Path) -> No
 def test_a_tile_that_the_gpu_refuses_is_named_by_the_host(tmp_path: Path) -> None:
     from test_encoded import break_quietly
 
-    from keyhole.engine.passes import open_reader
+    from keyhole.engine.opening import open_reader
 
     device = GPU
     stager = Stager(device, encoded=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,8 @@ from test_reading import Opener
 from torch import Tensor, nn
 
 from keyhole.config.settings import RunConfig, SelectConfig
-from keyhole.engine.memory.pace import Pace
+from keyhole.engine import Engine
 from keyhole.engine.memory.plan import Plan
-from keyhole.engine.passes import open_reader, select_batch
-from keyhole.engine.to_device import Stager
 from keyhole.nn import CrossAttentionPool, IPSClassifier, Selector
 from keyhole.nn.streaming import LATE
 from keyhole.patches.sources import TensorPatches
@@ -131,12 +130,15 @@ def counted(operations: Any, counts: Sequence[int], rule: Any, m: int, chunk: in
     features = [np.random.default_rng(n).normal(size=(n, 8)).astype(np.float32) for n in counts]
     openers = [Opener(str(n), partial(TensorPatches, each)) for n, each in enumerate(features)]
     counts_of = operations.Operations(model.parameters())
-    stager = Stager(CPU, operations.CountedShares(counts_of))
-    select, pace = SelectConfig(m=m, chunk=chunk, rule=rule), Pace(Plan(chunk=4096), print)
-    with open_reader(RunConfig(threads=1), CPU) as reader, counts_of:
-        (kept,) = (
-            select_batch(model, batch, select, pace=pace, stager=stager) for batch in reader.stream([openers], 4096)
-        )
+    engine = Engine(
+        model,
+        SelectConfig(m=m, chunk=chunk, rule=rule),
+        RunConfig(threads=1),
+        plan=Plan(chunk=4096),
+        timer=operations.CountedShares(counts_of),
+    )
+    with closing(engine), counts_of:
+        (kept,) = (engine.select(batch) for batch in engine.stream([openers]))
     return counts_of.parts["scoring"].launched, kept
 
 

@@ -26,13 +26,10 @@ KNOWN_CYCLES = {
 }
 
 KNOWN_WITH_MANY_PARAMETERS = {
-    "keyhole.engine.passes.infer",
-    "keyhole.engine.passes.select_batch",
     "keyhole.inference.answer.make_prediction",
     "keyhole.inference.embed.embed",
     "keyhole.inference.predictor.Predictor.predict_items",
     "keyhole.patches.grid.PatchGrid.__init__",
-    "keyhole.training.job._job",
 }
 
 KNOWN_CLASSES_OF_ONE_NAME = {
@@ -41,14 +38,10 @@ KNOWN_CLASSES_OF_ONE_NAME = {
     "Slide",
 }
 
-KNOWN_COMPARISONS_OF_KINDS = {
-    "keyhole.engine.memory.pace",
-    "keyhole.nn.classifier",
-}
+KNOWN_COMPARISONS_OF_KINDS = {}
 
 KNOWN_VAGUE_CONSTANTS = {
     "keyhole.engine.jpeg.KNOWN",
-    "keyhole.engine.looking.SIZES",
     "keyhole.runs.journal.MANY",
     "keyhole.runs.seal.LAST",
 }

@@ -9,8 +9,12 @@ from on_device import GPU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keyhole.engine.device import choose_precision
-from keyhole.nn import CrossAttentionPool, FastEncoder, IPSClassifier, SmallEncoder, TimmEncoder, split_backward
+from keyhole.engine import Engine
+from keyhole.engine.bags import Bags
+from keyhole.engine.device import Arithmetic, choose_precision
+from keyhole.engine.fast import FastEncoder
+from keyhole.engine.memory.plan import Plan
+from keyhole.nn import CrossAttentionPool, IPSClassifier, SmallEncoder, TimmEncoder
 from keyhole.util.tf32 import tf32
 
 
@@ -70,22 +74,19 @@ def test_batch_norm_is_folded_on_a_gpu_as_on_a_cpu(gpu: Gpu, name: str, norms: i
     assert settings() == before
 
 
-def classifier(use: bool = False) -> IPSClassifier:
+def classifier() -> IPSClassifier:
     torch.manual_seed(0)
     encoder = SmallEncoder(3, 4, stages=1)
-    model = IPSClassifier(encoder, CrossAttentionPool(encoder.dim, 2), {"a": nn.Linear(encoder.dim, 2)})
-    model.tf32 = use
-    return model
+    return IPSClassifier(encoder, CrossAttentionPool(encoder.dim, 2), {"a": nn.Linear(encoder.dim, 2)})
 
 
-@pytest.mark.parametrize("accelerated", [False, True])
-def test_float32_is_not_rounded_where_keyhole_computes(gpu: Gpu, accelerated: bool) -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_float32_is_not_rounded_where_keyhole_computes(gpu: Gpu, fast: bool) -> None:
     model, patches = classifier(), torch.rand(2, 6, 3, 16, 16)
-    if accelerated:
-        model.accelerate()
+    engine = Engine(model, plan=Plan(split=4))
     before = settings()
-    model.select(patches, 3, 4)
-    split_backward(model, lambda *span: patches.flatten(0, 1)[slice(*span)], None, torch.ones(2, 6) > 0, _loss, 4)
+    (engine.encoders if fast else model).select(patches, 3, 4)
+    engine.backward(bags_of(patches), _loss)
     assert gpu.rounded == 0
     assert gpu.exact > 0
     assert settings() == before
@@ -93,20 +94,24 @@ def test_float32_is_not_rounded_where_keyhole_computes(gpu: Gpu, accelerated: bo
     assert gpu.rounded > 0, "in a training step of their own, users have what they set in torch"
 
 
+def bags_of(patches: Tensor) -> Bags:
+    return Bags(None, torch.ones(2, 6) > 0, [0, 1], lambda *span: patches.flatten(0, 1)[slice(*span)])
+
+
 def _loss(logits: dict[str, Tensor]) -> Tensor:
     return logits["a"].square().mean()
 
 
 def test_tf32_rounds_the_encoder_and_the_gradient_step_but_not_the_scoring(gpu: Gpu) -> None:
-    model, patches = classifier(use=True), torch.rand(2, 6, 3, 16, 16)
-    fast = model.accelerate()
-    fast(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+    model, patches = classifier(), torch.rand(2, 6, 3, 16, 16)
+    engine = Engine(model, arithmetic=Arithmetic(torch.float32, torch.float32, tf32=True))
+    engine.encoders.fast(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
     gpu.exact = gpu.rounded = 0
-    model.select(patches, 3, 4)
+    engine.encoders.select(patches, 3, 4)
     layers = sum(isinstance(part, nn.Conv2d) for part in model.encoder.modules())
     assert gpu.rounded == 3 * layers, "one go of four patches after the other"
     scoring = gpu.exact
-    split_backward(model, lambda *span: patches.flatten(0, 1)[slice(*span)], None, torch.ones(2, 6) > 0, _loss)
+    engine.backward(bags_of(patches), _loss)
     assert gpu.exact == scoring
 
 

@@ -17,8 +17,7 @@ from torch import nn
 
 from keyhole.config.file import configuration
 from keyhole.data.item import Item
-from keyhole.engine.passes import Bags
-from keyhole.engine.to_device import Stager
+from keyhole.engine.bags import Bags
 from keyhole.training.finite import step_if_finite
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job
@@ -77,8 +76,8 @@ def test_a_step_waits_once_and_reading_never(bench: Any, four_tasks: Path, tmp_p
                 group["fused"] = fused  # as on a GPU
             on_device = [*self.job.model.parameters(), *self.job.model.buffers(), *self.weights.values()]
             self.whole = bench.operations.Operations(on_device)
-            self.shares = bench.operations.CountedShares(self.whole)
-            self.stager = Stager(self.job.device, self.shares)
+            timer = bench.operations.CountedShares(self.whole)
+            self.engine.timer = self.engine.stager.timer = timer
 
         def learn(self) -> dict[str, float]:
             with self.whole:

@@ -16,15 +16,18 @@ from test_encoded import COLUMNS, ROWS, TILE, files
 from test_reading import PATIENCE, no_thread_is_left
 
 import keyhole
-from keyhole.config.settings import RunConfig
+from keyhole.config.settings import Decode, ModelConfig, RunConfig
+from keyhole.engine import Engine
 from keyhole.engine import to_device as staging
 from keyhole.engine.jpeg import Decoder
-from keyhole.engine.to_device import prefetched, stager_for
+from keyhole.engine.to_device import Stager, prefetched
 from keyhole.errors import ConfigError
 from keyhole.inference.embed import embed
 from keyhole.loading import Delivery, Reader
+from keyhole.nn import build_classifier
 from keyhole.patches.opener import FileOpener
 from keyhole.patches.sources import View
+from keyhole.tasks.kinds import Task
 
 __all__ = ["files", "no_thread_is_left"]  # fixtures
 
@@ -45,10 +48,16 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Decoder, "__call__", off_by_one)
 
 
+def stager_of(decode: Decode, device: torch.device) -> Stager:
+    """The stager of a run."""
+    model = build_classifier(ModelConfig(width=4, heads=2), [Task("a", "binary", ("no", "yes"))], TILE).to(device)
+    return Engine(model, run=RunConfig(decode=decode)).stager
+
+
 @pytest.mark.usefixtures("decoding")
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_the_pixels_looked_at_are_those_learned_from(files: dict[str, Path], device: torch.device) -> None:
-    stager = stager_for(RunConfig(decode="cpu"), device)
+    stager = stager_of("cpu", device)
     opener = FileOpener(files["4:2:0"], "tiles", TILE, view=View(flip_x=True, turns=1))
     with Reader(2, stall=PATIENCE) as reader:
         for batch in reader.stream([[opener]] * 2, 16, deliver=stager.deliver):
@@ -105,8 +114,8 @@ def test_training_evaluating_predicting_and_embedding_leave_jpeg_to_the_cpu_wher
 
 @pytest.mark.usefixtures("decoding")
 def test_a_gpu_takes_part_unless_it_is_told_not_to() -> None:
-    assert stager_for(RunConfig(), CPU).deliver is not None
-    assert stager_for(RunConfig(decode="cpu"), CPU).deliver is None
+    assert stager_of("auto", CPU).deliver is not None
+    assert stager_of("cpu", CPU).deliver is None
 
 
 def test_another_word_is_refused(toy_run: Path) -> None:

@@ -167,23 +167,24 @@ def test_a_killed_selection_does_again_only_the_image_it_was_at_and_ends_the_sam
 
 def images_streamed(run: Path) -> int:
     """Resumes here, and counts the images of which every patch is looked at for learning."""
-    from keyhole.training import loop
+    from keyhole.engine import Engine
 
     counted = 0
-    select = loop.select_batch
+    select = Engine.select
 
-    def counting(model: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+    def counting(engine: Engine, batch: Any, **options: Any) -> Any:
         nonlocal counted
-        counted += sum(length > 0 for length in batch.lengths())
-        return select(model, batch, *arguments, **options)
+        if options.get("on_image") is not None:  # a step of training, not a validation
+            counted += sum(length > 0 for length in batch.lengths())
+        return select(engine, batch, **options)
 
-    loop.select_batch = counting
+    Engine.select = counting  # type: ignore[method-assign]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes before: sums of another number of threads differ in the last bit
     try:
         resume(run)
     finally:
-        loop.select_batch = select
+        Engine.select = select  # type: ignore[method-assign]
         torch.set_num_threads(threads)
     return counted
 

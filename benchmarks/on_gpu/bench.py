@@ -13,7 +13,7 @@ import torch
 from alternate import seconds_of
 
 if TYPE_CHECKING:
-    from keyhole.nn import IPSClassifier
+    from keyhole.engine import Engine
 
 
 @dataclass
@@ -80,8 +80,8 @@ def rate(bench: Bench, work: Callable[[], object], count: int, least: float = 1.
     return best
 
 
-def new_model(bench: Bench, compiled: bool = False, encoder: str = "resnet18") -> IPSClassifier:
-    """A classifier with fresh weights that looks in bf16.
+def new_engine(bench: Bench, compiled: bool = False, encoder: str = "resnet18") -> Engine:
+    """The engine of a classifier with fresh weights that computes in bf16.
 
     Args:
         bench: says where it is.
@@ -90,26 +90,28 @@ def new_model(bench: Bench, compiled: bool = False, encoder: str = "resnet18") -
     """
     from torch import nn
 
+    from keyhole.engine import Engine
+    from keyhole.engine.device import Arithmetic
     from keyhole.nn import CrossAttentionPool, IPSClassifier, TimmEncoder
 
     torch.manual_seed(0)
     body = TimmEncoder(encoder, 3, stages=1 if bench.dry else None)
     model = IPSClassifier(body, CrossAttentionPool(body.dim, 8), {"label": nn.Linear(body.dim, 2)})
     model.to(bench.device).train()
-    model.precision = torch.bfloat16
-    model.accelerate(torch.bfloat16, compile=compiled and not bench.dry)
-    return model
+    engine = Engine(model, arithmetic=Arithmetic(torch.bfloat16, torch.bfloat16), warn=bench.say)
+    if compiled and not bench.dry:
+        engine.encoders.compile()
+    return engine
 
 
-def floor(bench: Bench, model: IPSClassifier, chunk: int) -> float:
+def floor(bench: Bench, engine: Engine, chunk: int) -> float:
     """Patches a second of the encoder alone, over one chunk on the device again and again, into nothing."""
     pixels = torch.randint(0, 256, (chunk, bench.side, bench.side, 3), dtype=torch.uint8, device=bench.device)
     times = 1 if bench.dry else max(2, 4096 // chunk)
-    assert model.fast is not None
-    with model.looking():
+    with engine.encoders.inference():
 
         def work() -> None:
             for _ in range(times):
-                model.look(pixels)
+                engine.encoders.embed(pixels)
 
         return rate(bench, work, chunk * times)

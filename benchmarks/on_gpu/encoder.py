@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
-from on_gpu.bench import Bench, floor, new_model
+from on_gpu.bench import Bench, floor, new_engine
 from on_gpu.streams import CHUNK, OTHERS
+
+if TYPE_CHECKING:
+    from keyhole.engine import Engine
 
 NETWORKS = ("resnet18", "tf_efficientnet_lite0", "mobilenetv3_large_100")
 
@@ -38,27 +42,27 @@ def compiled(bench: Bench) -> None:
 
 def alone(bench: Bench, chunk: int, compile_it: bool) -> float:
     """Patches a second of ResNet-18 in bf16."""
-    model, start = new_model(bench, compile_it), time.perf_counter()
+    engine, start = new_engine(bench, compile_it), time.perf_counter()
     pixels = torch.zeros(chunk, bench.side, bench.side, 3, dtype=torch.uint8, device=bench.device)
-    with model.looking():
-        model.look(pixels)
+    with engine.encoders.inference():
+        engine.encoders.embed(pixels)
     first = time.perf_counter() - start
-    found, refresh = floor(bench, model, chunk), refreshing(bench, model)
+    found, refresh = floor(bench, engine, chunk), refreshing(bench, engine)
     how = "compiled" if compile_it else "eager"
     bench.say(f"{how}, chunk {chunk}: {found:9,.0f} patches/s; first call {first:.1f} s; new weights {refresh:.1f} ms")
     return found
 
 
-def refreshing(bench: Bench, model: torch.nn.Module) -> float:
+def refreshing(bench: Bench, engine: Engine) -> float:
     """Milliseconds that the copy takes to follow weights that have changed."""
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(3):
         with torch.no_grad():
-            for weight in model.parameters():
+            for weight in engine.model.parameters():
                 weight.mul_(1.0)
-        with model.looking():  # type: ignore[operator]
+        with engine.encoders.inference():
             pass
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
@@ -72,11 +76,10 @@ def folding(bench: Bench) -> None:
         folded = []
         for tf32 in (True, False):
             with _tf32(bench, tf32):
-                model = new_model(bench, encoder=name)
-                with model.looking():
-                    model.look(torch.zeros(4, 64, 64, 3, dtype=torch.uint8, device=bench.device))
-            assert model.fast is not None
-            folded.append(model.fast.folded)
+                encoders = new_engine(bench, encoder=name).encoders
+                with encoders.inference():
+                    encoders.embed(torch.zeros(4, 64, 64, 3, dtype=torch.uint8, device=bench.device))
+            folded.append(encoders.fast.folded)
         same = same and folded[0] == folded[1] > 0
         said.append(f"{name} {folded[0]} with TF32, {folded[1]} without")
     bench.figure("folding", same, "; ".join(said))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from contextlib import closing
 
 import memory
 import numpy as np
@@ -12,12 +13,9 @@ from memory_steps import plain_config
 from torch import Tensor, nn
 
 from keyhole.config.settings import Config, RunConfig, SelectConfig
-from keyhole.engine.memory.pace import Pace, cap
+from keyhole.engine import Engine
 from keyhole.engine.memory.plan import Plan
-from keyhole.engine.passes import open_reader, select_batch
-from keyhole.engine.to_device import Stager
-from keyhole.nn import IPSClassifier
-from on_gpu.bench import Bench, new_model
+from on_gpu.bench import Bench, new_engine
 from on_gpu.streams import InMemory
 
 ROOM = 2**31
@@ -48,30 +46,30 @@ def recovery(bench: Bench) -> None:
 
 def survive(bench: Bench, name: str, compiled: bool) -> None:
     chunk, patches = (32, 64) if bench.dry else (1024, 2048)
-    model = new_model(bench, compiled)
+    engine = new_engine(bench, compiled)
     if bench.dry:
-        model = copy.deepcopy(model)
+        model = copy.deepcopy(engine.model)
         model.encoder = NoRoom(model.encoder, chunk // 4)
-        model.accelerate(torch.bfloat16)
+        engine = Engine(model, warn=bench.say)
     gc.collect()
     budget = 2**34
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
         budget = torch.cuda.memory_reserved(bench.device) + ROOM
-    kept, pace = select(bench, model, Plan(chunk=chunk, budget=budget, named=bench.device.type == "cuda"), patches)
-    below = pace.plan.chunk
+    engine.plan = Plan(chunk=chunk, budget=budget, named=bench.device.type == "cuda")
+    kept = select(bench, engine, patches)
+    below = engine.plan.chunk
     bench.figure(name, below < chunk and kept == 8, f"went on with chunks of {below} after {chunk}, kept {kept} of 8")
 
 
-def select(bench: Bench, model: IPSClassifier, plan: Plan, patches: int) -> tuple[int, Pace]:
-    """How many patches a pass under a plan keeps of 8, and what became of the plan."""
+def select(bench: Bench, engine: Engine, patches: int) -> int:
+    """How many patches a pass under the engine's plan keeps of 8."""
     pixels = np.random.default_rng(0).integers(0, 256, (patches, bench.side, bench.side, 3), np.uint8)
-    pace, stager, kept = Pace(plan, bench.say, model.compiled), Stager(bench.device), 0
-    with cap(plan, bench.device), open_reader(RunConfig(threads=2), bench.device) as reader:
-        for batch in reader.stream([[InMemory(pixels)]], plan.chunk, deliver=stager.deliver):
-            found = select_batch(model, batch, SelectConfig(m=8), pace=pace, stager=stager)
-            kept = sum(len(image.index) for image in found if image is not None)
-    return kept, pace
+    engine.settings, engine.run, kept = SelectConfig(m=8), RunConfig(threads=2), 0
+    with engine.limit(), closing(engine):
+        for batch in engine.stream([[InMemory(pixels)]]):
+            kept = sum(len(image.index) for image in engine.select(batch) if image is not None)
+    return kept
 
 
 def plan(bench: Bench) -> None:

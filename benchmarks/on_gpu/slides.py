@@ -12,7 +12,7 @@ from gigapixel import Steps, settings, take_steps, write_links
 from repeated_slide import write_repeated
 
 from keyhole.patches.opener import FileOpener
-from on_gpu.bench import Bench, floor, new_model
+from on_gpu.bench import Bench, floor, new_engine
 from on_gpu.streams import CHUNK, Stream, stream
 
 SIDE, BATCH, MEMORY = 128_000, 16, "3GB"
@@ -41,9 +41,9 @@ def rate_of_files(bench: Bench) -> float:
     """Patches a second of the pass without gradients, from a smaller slide."""
     side = 1024 if bench.dry else 16_384
     opener = FileOpener(write_repeated(bench.scratch / f"rate-{side}.tif", side, source=2048), "slide", 256)
-    model, chunk = new_model(bench, compiled=True), 16 if bench.dry else CHUNK
-    alone = floor(bench, model, chunk)
-    share, _ = stream(bench, Stream("as built", opener, (side // 256) ** 2, chunk), model, alone)
+    engine, chunk = new_engine(bench, compiled=True), 16 if bench.dry else CHUNK
+    alone = floor(bench, engine, chunk)
+    share, _ = stream(bench, Stream("as built", opener, (side // 256) ** 2, chunk), engine, alone)
     return share * alone
 
 

@@ -16,17 +16,16 @@ from machine import cores
 from repeated_slide import write_repeated
 
 from keyhole.config.settings import RunConfig, SelectConfig
-from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan
-from keyhole.engine.passes import open_reader, select_batch
+from keyhole.engine.opening import open_reader
 from keyhole.engine.to_device import Stager
 from keyhole.loading import Reader
 from keyhole.patches.opener import FileOpener
 from keyhole.patches.sources import PatchSource, TensorPatches
-from on_gpu.bench import Bench, floor, new_model, rate
+from on_gpu.bench import Bench, floor, new_engine, rate
 
 if TYPE_CHECKING:
-    from keyhole.nn import IPSClassifier
+    from keyhole.engine import Engine
 
 SECONDS = 2.0
 """Of a stream, if it were as fast as the encoder alone."""
@@ -72,25 +71,25 @@ def memory_stream(bench: Bench) -> None:
     some = np.random.default_rng(0).integers(0, 256, (64 if bench.dry else 1024, bench.side, bench.side, 3), np.uint8)
     patches = some if bench.dry else np.concatenate([some] * 8)
     for chunk in (16,) if bench.dry else (CHUNK, OTHERS[-1]):
-        model = new_model(bench, compiled=True)
-        alone = floor(bench, model, chunk)
+        engine = new_engine(bench, compiled=True)
+        alone = floor(bench, engine, chunk)
         bench.say(f"encoder alone, chunk {chunk}: {alone:,.0f} patches/s")
         measured = Stream(f"host memory, chunk {chunk}", InMemory(patches), len(patches), chunk)
-        share, _ = stream(bench, measured, model, alone)
+        share, _ = stream(bench, measured, engine, alone)
         if bench.dry or chunk == CHUNK:
             bench.figure("stream.host", share, f"{share:.3f}: {share * alone:,.0f} of {alone:,.0f} patches/s")
-        found = on_device(bench, model, patches, chunk)
+        found = on_device(bench, engine, patches, chunk)
         shown = f"{found / alone:.3f}: {found:,.0f} of {alone:,.0f} patches/s"
         bench.say(f"device memory, chunk {chunk}: {shown}")
         if bench.dry or chunk == CHUNK:
             bench.figure("stream.device", found / alone, shown)
 
 
-def on_device(bench: Bench, model: IPSClassifier, patches: np.ndarray[Any, Any], chunk: int) -> float:
-    """Patches a second of `IPSClassifier.select` on patches that lie on the device."""
+def on_device(bench: Bench, engine: Engine, patches: np.ndarray[Any, Any], chunk: int) -> float:
+    """Patches a second of `Encoders.select` on patches that lie on the device."""
     there = torch.from_numpy(patches).to(bench.device)
     images = there.permute(0, 3, 1, 2)[None]  # (b n c h w), as it takes pixels; the bytes stay as they are
-    return rate(bench, lambda: model.select(images, SELECT.m, chunk, "global"), len(patches))
+    return rate(bench, lambda: engine.encoders.select(images, SELECT.m, chunk, "global"), len(patches))
 
 
 def file_stream(bench: Bench) -> None:
@@ -99,38 +98,38 @@ def file_stream(bench: Bench) -> None:
     path = write_repeated(Path(bench.scratch) / f"tiles-{side}.tif", side, source=2048 if bench.dry else 8192)
     opener, patches = FileOpener(path, "tiles", 256), (side // 256) ** 2
     chunk, others = (8, (4,)) if bench.dry else (CHUNK, OTHERS)
-    model = new_model(bench, compiled=True)
-    alone = floor(bench, model, chunk)
+    engine = new_engine(bench, compiled=True)
+    alone = floor(bench, engine, chunk)
     bench.say(f"encoder alone, chunk {chunk}: {alone:,.0f} patches/s")
     built = Stream("as built", opener, patches, chunk)
-    share, threads = stream(bench, built, model, alone)
+    share, threads = stream(bench, built, engine, alone)
     bench.figure("stream.jpeg", share, f"{share:.3f}: {share * alone:,.0f} of {alone:,.0f} patches/s, as built")
     for title, deliver in (("the host decodes all", "none"), ("the device decodes all", "all")):
         changed = dataclasses.replace(built, title=title, deliver=deliver)
-        bench.attempt(title, lambda changed=changed: stream(bench, changed, model, alone))  # type: ignore[misc]
+        bench.attempt(title, lambda changed=changed: stream(bench, changed, engine, alone))  # type: ignore[misc]
     for count in (2,) if bench.dry else (8, 12, 15, 16):
         if count != threads and (bench.dry or count <= cores()):
             changed = dataclasses.replace(built, title="other threads", threads=count)
-            bench.attempt(changed.title, lambda changed=changed: stream(bench, changed, model, alone))  # type: ignore[misc]
+            bench.attempt(changed.title, lambda changed=changed: stream(bench, changed, engine, alone))  # type: ignore[misc]
     for chunk in others:
-        model = new_model(bench, compiled=True)
-        alone = floor(bench, model, chunk)
+        engine = new_engine(bench, compiled=True)
+        alone = floor(bench, engine, chunk)
         bench.say(f"encoder alone, chunk {chunk}: {alone:,.0f} patches/s")
-        stream(bench, dataclasses.replace(built, title=f"chunk {chunk}", chunk=chunk), model, alone)
+        stream(bench, dataclasses.replace(built, title=f"chunk {chunk}", chunk=chunk), engine, alone)
 
 
-def stream(bench: Bench, what: Stream, model: IPSClassifier, alone: float) -> tuple[float, int]:
+def stream(bench: Bench, what: Stream, engine: Engine, alone: float) -> tuple[float, int]:
     """Selects from the same image again and again: the share of the encoder alone that is reached, reading threads."""
     stager = Stager(bench.device, encoded=True if bench.dry else None)  # a CPU can decode as a device does
     deliver = None if what.deliver == "none" else stager.deliver
     if deliver is not None and what.deliver == "all":
         deliver = dataclasses.replace(deliver, always=True)
-    pace = Pace(Plan(chunk=what.chunk), bench.say, model.compiled)
+    engine.settings, engine.plan, engine.stager = SELECT, Plan(chunk=what.chunk), stager
     images = 1 if bench.dry else max(2, round(SECONDS * alone / what.patches))
     with open_reader(RunConfig(threads=what.threads), bench.device) as reader:
         start = _counts(reader)
         for number, batch in enumerate(reader.stream([[what.opener]] * (images + 1), what.chunk, deliver=deliver)):
-            select_batch(model, batch, SELECT, pace=pace, stager=stager)
+            engine.select(batch)
             if number == 0:  # opens the file, compiles and fills buffers
                 wait(bench.device)
                 start = _counts(reader)

@@ -29,9 +29,11 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
 
 torch.compile = functools.partial(torch.compile, backend=backend)  # type: ignore[assignment]
 
+from keyhole.engine.compiled import CompiledEncoder  # noqa: E402
+from keyhole.engine.fast import FastEncoder  # noqa: E402
 from keyhole.engine.memory.plan import Plan  # noqa: E402
-from keyhole.nn import FastEncoder, SmallEncoder  # noqa: E402
-from keyhole.nn.fast import CompiledEncoder, encoded  # noqa: E402
+from keyhole.nn import SmallEncoder  # noqa: E402
+from keyhole.nn.classifier import encoded  # noqa: E402
 from keyhole.runs.seal import read_state  # noqa: E402
 from keyhole.training.loop import Loop, train  # noqa: E402
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from keyhole.engine.compiled import CompiledEncoder
 from keyhole.nn import SmallEncoder
-from keyhole.nn.fast import CompiledEncoder
 
 torch.manual_seed(0)
 encoder = SmallEncoder(1, 4, stages=1)

@@ -7,7 +7,7 @@ import torch
 from usage import memory
 
 from keyhole.config.settings import ModelConfig, SelectConfig
-from keyhole.engine.passes import fetch_kept, select_batch
+from keyhole.engine import Engine
 from keyhole.loading import Reader
 from keyhole.nn import build_classifier
 from keyhole.patches.opener import FileOpener
@@ -17,10 +17,11 @@ path = Path(sys.argv[1])
 patches, size, heads, tasks = map(int, sys.argv[2:])
 kinds = [Task(f"task{t}", "binary", ("no", "yes")) for t in range(tasks)]
 model = build_classifier(ModelConfig(width=8, heads=heads), kinds, size).eval()
+engine = Engine(model, SelectConfig(m=16, chunk=64))
 with Reader(threads=2, ahead=4) as reader:
-    for batch in reader.stream([[FileOpener(path, path.name, size)]], chunk=64):
-        kept = select_batch(model, batch, SelectConfig(m=16, chunk=64))
-        bags, _, _ = fetch_kept(model, batch, kept)
+    engine.reader = reader
+    for batch in engine.stream([[FileOpener(path, path.name, size)]], hold=0):
+        bags = engine.fetch(batch, engine.select(batch))
         with torch.no_grad():
             model(bags.patches(), bags.position, bags.mask)
 assert reader.read_patches == patches + 16

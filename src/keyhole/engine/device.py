@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from keyhole.errors import ConfigError
-from keyhole.nn import IPSClassifier
 from keyhole.nn.cost import has_depthwise, multiply_adds
 
 
@@ -97,25 +96,6 @@ def choose_precision(name: str, encoder: nn.Module, shape: Sequence[int]) -> Ari
         return Arithmetic(torch.bfloat16, torch.bfloat16)
     fast = not has_depthwise(encoder) and multiply_adds(encoder, shape) >= ENOUGH_WORK
     return Arithmetic(torch.bfloat16 if fast else torch.float32, torch.float32)
-
-
-def settle_precision(model: IPSClassifier, name: str, shape: Sequence[int]) -> None:
-    """Gives a model that is on its device its arithmetic, for looking and for learning.
-
-    Args:
-        model: to change.
-        name: of the setting `train.precision`.
-        shape: of a patch as it is read.
-    """
-    arithmetic = choose_precision(name, model.encoder, shape)
-    model.precision, model.tf32 = arithmetic.learn, arithmetic.tf32
-    model.accelerate(arithmetic.look)
-
-
-def arithmetic_of(model: IPSClassifier) -> Arithmetic:
-    """What a model computes in."""
-    look = model.precision if model.fast is None else model.fast.precision
-    return Arithmetic(look, model.precision, model.tf32)
 
 
 def has_bf16(device: torch.device) -> bool:

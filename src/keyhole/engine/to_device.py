@@ -1,6 +1,6 @@
 """Chunks from the reader -> pixels on the device, of one static shape, while the chunk before is encoded.
 
-    stager = stager_for(config.run, device)
+    stager = Stager(device)
     for batch in reader.stream(batches, pace.plan.chunk, deliver=stager.deliver):
         for chunk, pixels in prefetched(batch.chunks(), stager, pace):
             ...                                   # pixels: all rows of the buffer; `chunk.count` of them are in use
@@ -21,7 +21,7 @@ time. On a CPU and under `run.decode cpu` nothing comes encoded, and both passes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TypeVar
 
@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keyhole.config.settings import RunConfig
 from keyhole.engine.jpeg import Decoder, Kinds, decodes
 from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan
@@ -46,7 +45,7 @@ class Stager:
 
     Args:
         device: where the encoder is.
-        shares: counts the time of copies and decoding as "copying".
+        timer: measures the time of copies and decoding as "copying".
         encoded: whether chunks may bring JPEG, with the decoder tried at once. By default they may on a GPU, whose
             decoder is tried when a file has JPEG to give; on a CPU the readers decode as well.
         tell: told the `note`.
@@ -60,11 +59,11 @@ class Stager:
     def __init__(
         self,
         device: torch.device,
-        shares: Shares = NO_SHARES,
+        timer: Shares = NO_SHARES,
         encoded: bool | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
-        self.device, self.shares, self.tell = device, shares, tell
+        self.device, self.timer, self.tell = device, timer, tell
         self.note, self.refused = "", 0
         self._kinds = Kinds()
         asks = may_decode(device) if encoded is None else encoded
@@ -110,7 +109,7 @@ class Stager:
 
     def _on_host(self, chunk: Chunk, rows: int) -> Tensor:
         decoded = self._decoded(chunk, rows)
-        with self.shares.part("copying"):
+        with self.timer.part("copying"):
             pixels = _tensor(chunk, rows)
             for places, block in decoded:
                 pixels[places] = block
@@ -119,7 +118,7 @@ class Stager:
     def _on_device(self, chunk: Chunk, rows: int, slots: Slots) -> Tensor:
         source = _tensor(chunk, rows)
         pixels = slots.next(source)
-        with slots.filling(), self.shares.part("copying"):
+        with slots.filling(), self.timer.part("copying"):
             decoded = self._decoded(chunk, rows)
             for start, stop in _without(len(source), [row for row in sorted(chunk.encoded) if row < rows]):
                 pixels[start:stop].copy_(source[start:stop], non_blocking=True)
@@ -148,32 +147,6 @@ class Stager:
             self.refused += 1
             chunk.decode_on_host()
             return []
-
-
-def stager_for(
-    run: RunConfig, device: torch.device, shares: Shares = NO_SHARES, tell: Callable[[str], None] | None = None
-) -> Stager:
-    """The stager of a run; under `run.decode cpu` no chunk brings JPEG."""
-    return Stager(device, shares, encoded=False if run.decode == "cpu" else None, tell=tell)
-
-
-class Stagers:
-    """Stagers for calls that may overlap: each has one of its own, and one serves all calls in a row."""
-
-    def __init__(self) -> None:
-        self._left: list[Stager] = []
-
-    @contextmanager
-    def lent(self, run: RunConfig, device: torch.device) -> Iterator[Stager]:
-        """A stager that nobody else uses inside."""
-        try:
-            stager = self._left.pop()
-        except IndexError:
-            stager = stager_for(run, device)
-        try:
-            yield stager
-        finally:
-            self._left.append(stager)
 
 
 def may_decode(device: torch.device) -> bool:

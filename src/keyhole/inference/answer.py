@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from keyhole.data.item import Item
-from keyhole.engine.passes import Inference
+from keyhole.engine import Inference
 from keyhole.errors import ImageError
 from keyhole.images import open_image
 from keyhole.images.geometry import Size
@@ -50,7 +50,7 @@ def make_prediction(
         row: of the image in the batch.
         reader: for a look at the slide behind stored features.
     """
-    kept, source = done.kept[row], done.batch.sources[row]
+    kept, source = done.bags.kept[row], done.batch.sources[row]
     assert kept is not None
     assert source is not None
     scores = _scores(model, tasks, kept, source)
@@ -109,7 +109,7 @@ def _kept_pixels(
     prediction: Prediction, place: NDArray[np.int64], done: Inference, row: int
 ) -> NDArray[np.uint8] | None:
     """Pixels of kept patches: those that the model saw, or read from the same source where they are not held."""
-    held, kept, index = done.pixels[row], done.kept[row], prediction.kept.index[place]
+    held, kept, index = done.bags.pixels[row], done.bags.kept[row], prediction.kept.index[place]
     if held is not None and kept is not None:
         found = kept.index.cpu().numpy()
         order = np.argsort(found)

@@ -29,13 +29,13 @@ from keyhole.config.settings import (
 )
 from keyhole.data.item import Item
 from keyhole.data.manifest import write_left_out
-from keyhole.engine.device import arithmetic_of, choose_device, settle_precision
-from keyhole.engine.encoding import encoder_alone
+from keyhole.engine import Engine
+from keyhole.engine.device import choose_device, choose_precision
+from keyhole.engine.embedding import encoder_alone
 from keyhole.engine.memory.meter import steady_heap
-from keyhole.engine.memory.pace import Pace, cap
 from keyhole.engine.memory.plan import CPU_CHUNK, OptionNames, Plan, make_plan
 from keyhole.engine.memory.probe import Workload
-from keyhole.engine.passes import open_reader, settle_edge
+from keyhole.engine.opening import open_reader, settle_edge
 from keyhole.errors import ConfigError, DataError, KeyholeError, RunError
 from keyhole.inference.embed_items import feature_names, items_to_embed
 from keyhole.inference.embedding_files import EmbeddingFiles, image_bytes, own_settings, settings_of, unfinished_files
@@ -166,8 +166,14 @@ def embed(
     if chosen.type == "cpu":
         steady_heap(False)
     network = _encoder(config, chosen)
-    settle_precision(network, precision, patch_shape(model, config.patch.size))
-    arithmetic = arithmetic_of(network)
+    arithmetic = choose_precision(precision, network.encoder, patch_shape(model, config.patch.size))
+    engine = Engine(
+        network,
+        run=config.run,
+        plan=Plan(chunk=chunk or CPU_CHUNK),
+        arithmetic=arithmetic,
+        warn=lambda text: say(f"warning: {text}"),
+    )
     settings = settings_of(config, network.encoder, dtype, arithmetic.name(arithmetic.look))
     open_items = [
         item
@@ -180,8 +186,8 @@ def embed(
         progress = None if quiet else stack.enter_context(Progress(len(open_items), "embedding"))
         found: Iterable[tuple[Item, int | KeyholeError]] = ()
         if open_items:
-            pace = stack.enter_context(_own_pace(config, network))
-            found = EmbeddingFiles(config, network, pace, dtype, settings, progress).embed_all(open_items, files)
+            stack.enter_context(_planned(config, engine))
+            found = EmbeddingFiles(config, engine, dtype, settings, progress).embed_all(open_items, files)
         for item, missing in found:
             if isinstance(missing, KeyholeError):
                 if on_bad_image == "fail":
@@ -246,12 +252,11 @@ _OPTIONS = OptionNames("--encoder", "--patch.size", kept="", cache="", chunk="--
 
 
 @contextlib.contextmanager
-def _own_pace(config: Config, model: IPSClassifier) -> Iterator[Pace]:
+def _planned(config: Config, engine: Engine) -> Iterator[None]:
     """Plan how many patches are encoded at once: as many as asked for, or as the budget allows. Inside, it is kept."""
-    device, memory = next(model.parameters()).device, config.memory
-    chunk = config.select.chunk
-    plan = Plan(chunk=chunk or CPU_CHUNK)
-    if memory is not None or device.type == "cuda":
+    memory, chunk = config.memory, config.select.chunk
+    engine.pace.options = _OPTIONS
+    if memory is not None or engine.device.type == "cuda":
         work = Workload(
             patch_shape=patch_shape(config.model, config.patch.size),
             m=1,
@@ -260,8 +265,8 @@ def _own_pace(config: Config, model: IPSClassifier) -> Iterator[Pace]:
             chunk=chunk,
             ahead=config.run.ahead,
             jpeg=config.run.decode == "auto",
-            host_buffers=2 * 4 * model.pool.dim * (chunk or CPU_CHUNK),
+            host_buffers=2 * 4 * engine.model.pool.dim * (chunk or CPU_CHUNK),
         )
-        plan = make_plan(model, work, memory, options=_OPTIONS)
-    with cap(plan, device):
-        yield Pace(plan, lambda text: say(f"warning: {text}"), _OPTIONS)
+        engine.plan = make_plan(engine.encoders, work, memory, options=_OPTIONS)
+    with engine.limit():
+        yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -15,13 +16,11 @@ from torch import nn
 
 from keyhole.config.settings import Config
 from keyhole.data.item import Item
-from keyhole.engine.encoding import Encoding, End, Rows
-from keyhole.engine.memory.pace import Pace
-from keyhole.engine.passes import open_reader, opener
-from keyhole.engine.to_device import stager_for
+from keyhole.engine import Engine
+from keyhole.engine.embedding import Embedding, End, Rows
+from keyhole.engine.opening import opener
 from keyhole.errors import KeyholeError
 from keyhole.loading.unreadable import Ledger
-from keyhole.nn import IPSClassifier
 from keyhole.patches.features.writer import BYTES, SETTINGS, FeatureWriter, feature_writer
 from keyhole.patches.image_cache import ImageCache
 from keyhole.patches.sources import FilePatches
@@ -35,29 +34,26 @@ class EmbeddingFiles:
 
     Attributes:
         config: patches, encoder and reading.
-        model: the encoder on its device, see `encoding.encoder_alone`.
-        pace: how many patches are encoded at once.
+        engine: of the encoder, see `engine.embedding.encoder_alone`.
         dtype: of the stored features.
         settings: see `settings_of`.
         progress: told of each patch and image.
     """
 
     config: Config
-    model: IPSClassifier
-    pace: Pace
+    engine: Engine
     dtype: str
     settings: Mapping[str, Any]
     progress: Progress | None
 
     def embed_all(self, items: Sequence[Item], files: Mapping[str, Path]) -> Iterator[tuple[Item, int | KeyholeError]]:
         """Each image with the number of its patches that could not be read, or with why it has no features."""
-        device = next(self.model.parameters()).device
-        with open_reader(self.config.run, device) as reader:
-            encoding = Encoding(self.model, reader, stager_for(self.config.run, device), self.pace)
+        with closing(self.engine):
+            reader, embed = self.engine.reader, Embedding(self.engine)
             # A store keeps the masks of its images, hence one for each.
             openers = [opener(self.config, ImageCache(), item) for item in items]
             waited = reader.waited
-            for number, told in groupby(encoding(openers), key=lambda each: each.number):
+            for number, told in groupby(embed(openers), key=lambda each: each.number):
                 item = items[number]
                 try:
                     found: int | KeyholeError = self._embed(item, told, files[item.name])

@@ -24,16 +24,15 @@ from keyhole.config.settings import Config, Decode
 from keyhole.data.companions import mask_of
 from keyhole.data.item import Item
 from keyhole.data.resolution import NOT_KNOWN, Resolution
-from keyhole.engine.compiling import choose_compile
-from keyhole.engine.device import choose_device, settle_precision
-from keyhole.engine.memory.pace import Pace, cap, predicting
-from keyhole.engine.passes import Inference, infer, open_reader, opener
-from keyhole.engine.to_device import Stager, Stagers
+from keyhole.engine import Engine, Inference
+from keyhole.engine.device import choose_device, choose_precision
+from keyhole.engine.memory.pace import prediction_plan
+from keyhole.engine.memory.plan import PREDICTING_OPTIONS
+from keyhole.engine.opening import opener
 from keyhole.errors import ConfigError, ImageLost, KeyholeError, RunError
 from keyhole.images.pillow import image_in_memory
 from keyhole.images.scale import given_scale
 from keyhole.inference.answer import make_prediction, with_pictures
-from keyhole.loading import Reader
 from keyhole.loading.unreadable import Ledger
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
@@ -98,6 +97,7 @@ class Predictor:
         tasks: what it predicts, in the order of its queries.
         name: what predictions call it.
         resolution: at which it learned, where that is known.
+        engine: of the model; default is one that computes in the model's precision.
     """
 
     def __init__(
@@ -107,12 +107,12 @@ class Predictor:
         tasks: Sequence[Task],
         name: str = "model",
         resolution: Resolution = NOT_KNOWN,
+        engine: Engine | None = None,
     ) -> None:
         self.model, self.config, self.tasks, self.name = model.eval(), config, tuple(tasks), name
-        self.device = next(model.parameters()).device
-        self.resolution = resolution
-        self._pace: Pace | None = None
-        self._stagers = Stagers()
+        self.engine = engine or Engine(model, config.select, config.run, warn=_warn)
+        self.device, self.resolution = self.engine.device, resolution
+        self._free: list[Engine] | None = None  # engines that no call uses; None before the first call
         self.tells_doubts = True  # about features and resolution; off where they have been told
         self._told: set[str] = set()
 
@@ -124,9 +124,9 @@ class Predictor:
         memory: str | Bytes | None = "auto",
         unreadable: str | float = "1%",
         decode: Decode = "auto",
-        into: IPSClassifier | None = None,
+        engine: Engine | None = None,
     ) -> Predictor:
-        """See `load`. A model of the same settings may be given that takes the weights (`into`), on its own device."""
+        """See `load`. The weights may be loaded into the model of an `engine` of the same settings."""
         path = Path(path)
         asked = Config(memory=memory, unreadable=unreadable)
         if decode not in get_args(Decode):
@@ -144,12 +144,17 @@ class Predictor:
             raise RunError(
                 f"{file}: its description does not fit keyhole {VERSION} ({error}). Was it made by another version?"
             ) from error
-        with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; a caller's random state is not ours
-            model = into or build_classifier(config.model, tasks, config.patch.size, pretrained=False)
-        load_weights(model, weights, file)
-        if into is None:
-            settle_precision(model.to(chosen), precision, patch_shape(config.model, config.patch.size))
-        return cls(model, config, tasks, name, resolution)
+        if engine is not None:
+            load_weights(engine.model, weights, file)
+            engine.weights_changed()
+        else:
+            with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; a caller's random state stays
+                model = build_classifier(config.model, tasks, config.patch.size, pretrained=False)
+            load_weights(model, weights, file)
+            shape = patch_shape(config.model, config.patch.size)
+            arithmetic = choose_precision(precision, model.to(chosen).encoder, shape)
+            engine = Engine(model, config.select, config.run, arithmetic=arithmetic, warn=_warn)
+        return cls(engine.model, config, tasks, name, resolution, engine)
 
     def predict(
         self,
@@ -222,38 +227,31 @@ class Predictor:
         self,
         items: Sequence[Item],
         *,
-        reader: Reader | None = None,
+        engine: Engine | None = None,
         store: ImageCache | None = None,
         on_bad_image: Literal["fail", "skip"] = "fail",
         left_out: Callable[[Item, KeyholeError], None] | None = None,
         on_chunk: Callable[[int], None] | None = None,
         description: str = "predicting",
         quiet: bool = False,
-        pace: Pace | None = None,
         pictures: Callable[[Item, Prediction], bool] | None = None,
-        stager: Stager | None = None,
     ) -> Iterator[tuple[Item, Prediction]]:
         """As `predict_many`, for rows of a manifest.
 
         Args:
             items: what to predict.
-            reader: reading threads to use; default its own.
+            engine: of the model, planned by the caller; default is the predictor's own.
             store: where images are opened.
             on_bad_image: as in `predict_many`.
             left_out: told each image skipped, with the error.
             on_chunk: called after each chunk; may raise to stop.
             description: for the progress line.
             quiet: show no progress.
-            pace: the memory plan to follow; default its own.
             pictures: asked of each prediction whether it is to carry pictures; default none does.
-            stager: takes patches to the device; default its own.
         """
         self._check_kind(items)
-        lent = self._stagers.lent(self.config.run, self.device) if stager is None else nullcontext(stager)
-        with nullcontext(pace) if pace is not None else self._own_pace() as followed, lent as staging:
-            own = open_reader(self.config.run, self.device) if reader is None else None
-            reader, store = reader or own, store or ImageCache()
-            assert reader is not None
+        with self._lent() if engine is None else nullcontext(engine) as engine:
+            reader, store = engine.reader, store or ImageCache()
             size = self.config.train.batch
             batches = [items[start : start + size] for start in range(0, len(items), size)]
             openers = [[opener(self.config, store, item) for item in each] for each in batches]
@@ -271,20 +269,10 @@ class Predictor:
             try:
                 if progress is not None:
                     progress.__enter__()
-                stream = infer(
-                    self.model,
-                    reader,
-                    openers,
-                    self.config.select,
-                    "mask",
-                    keep_logits=True,
-                    on_chunk=chunk,
-                    pace=followed,
-                    stager=staging,
-                )
+                stream = engine.infer(openers, "mask", keep_logits=True, on_chunk=chunk)
                 for number, (each, done) in enumerate(zip(batches, stream, strict=True), start=1):
                     if number == 1:
-                        self._compile(done, followed.plan.chunk, len(batches) - 1)
+                        self._compile(engine, done, len(batches) - 1)
                     self._tell_doubts(done)
                     failed = dict(done.batch.failed) | self._too_damaged(done)
                     for row, error in sorted(failed.items()):
@@ -314,28 +302,31 @@ class Predictor:
             finally:
                 if progress is not None:
                     progress.__exit__(*sys.exc_info())  # after an error no line says that all is done
-                if own is not None:
-                    own.close()
 
     @contextmanager
-    def _own_pace(self) -> Iterator[Pace]:
-        """A plan of its own within the budget; a model is measured once, and only where that matters."""
-        if self._pace is None:
-            self._pace = predicting(self.model, self.config, self.device, lambda text: say(f"warning: {text}"))
-        with cap(self._pace.plan, self.device):
-            yield self._pace
+    def _lent(self) -> Iterator[Engine]:
+        """An engine that no other call uses. A model is measured once, and only where that matters."""
+        if self._free is None:
+            self.engine.pace.options = PREDICTING_OPTIONS
+            self.engine.plan = prediction_plan(self.engine.encoders, self.config)
+            self._free = [self.engine]
+        engine = self._free.pop() if self._free else self.engine.beside()
+        try:
+            with engine.limit():
+                yield engine
+        finally:
+            engine.close()
+            self._free.append(engine)
 
-    def _compile(self, done: Inference, chunk: int, batches: int) -> None:
+    def _compile(self, engine: Engine, done: Inference, batches: int) -> None:
         """Compiles the encoder after the first batch where that pays back over the others, if they are like it."""
         source = next((source for source in done.batch.sources if source is not None), None)
-        fast = self.model.fast
-        if not batches or source is None or fast is None or fast.compiled:
+        if not batches or source is None or engine.encoders.compiled:
             return
         expected = batches * sum(len(each) for each in done.batch.sources if each is not None)
-        choice = choose_compile("auto", self.model, source.patch_shape, chunk, expected)
+        choice = engine.choose_compile("auto", source.patch_shape, expected)
         if choice.compile:
-            self.model.accelerate(compile=True)
-            say(f"encoder {choice.describe(self.model, source.patch_shape)}")
+            say(f"encoder {engine.encoders.describe(choice, source.patch_shape)}")
 
     def _resolution_doubt(self, prediction: Prediction) -> str:
         """A sentence where an image has another resolution than the model learned at; files of features may not say."""
@@ -382,6 +373,10 @@ class Predictor:
             except KeyholeError as error:
                 found[row] = error
         return found
+
+
+def _warn(text: str) -> None:
+    say(f"warning: {text}")
 
 
 def _item(path: str | Path) -> Item:

@@ -33,6 +33,7 @@ class Batch:
             that came in earlier chunks.
         unreadable: under "mask", why patches of other images could not be read, by image and patch. Grows during
             `chunks` and `fetch`; an image that fails is removed.
+        color: (b c c+1) float32 affine colour change of each image, in both passes; set by the consumer, or None.
         cache: the pixels of all streamed images, if they fit; else None.
     """
 
@@ -40,6 +41,7 @@ class Batch:
         self.names = [opener.name for opener in openers]
         self.failed: dict[int, KeyholeError] = {}
         self.unreadable: dict[int, dict[int, str]] = {}
+        self.color: Array | None = None
         self.cache: PixelCache | None = None
         self.slots = [Slot(image, opener) for image, opener in enumerate(openers)]
         self.planned: deque[Planned] = deque()

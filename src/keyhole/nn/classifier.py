@@ -3,21 +3,20 @@
 Letters: b image, n patches, m kept, i chunk, t query, h head, d width, o outputs of a task.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import cache
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from keyhole.nn.attention import CrossAttentionPool, check_mask
-from keyhole.nn.fast import CompiledEncoder, FastEncoder, encoded
+from keyhole.nn.encoder import PixelEncoder
 from keyhole.nn.heads import Heads
 from keyhole.nn.lone import lone_patch
 from keyhole.nn.pixels import AsRead, prepare
 from keyhole.nn.position import CenterPosition
-from keyhole.nn.selection import Rule, Selection, Selector, evaluating, keep_global, whole_bags
+from keyhole.nn.selection import Rule, Selection, evaluating, select_bags
 from keyhole.util.tf32 import tf32
 
 
@@ -38,7 +37,7 @@ def _check_bags(patches: Tensor, position: Tensor | None, mask: Tensor | None) -
         raise ValueError(f"`position` must begin with {wanted}, as the patches do, not {tuple(position.shape)}")
 
 
-def _encoder_input(patches: Tensor | AsRead) -> tuple[Tensor, Tensor | None]:
+def encoder_input(patches: Tensor | AsRead) -> tuple[Tensor, Tensor | None]:
     """Return what the encoder is given of patches, and the colour change that is left to it.
 
     On a CPU pixels become numbers before the encoder begins: colours are changed in float32 there, whatever the
@@ -47,6 +46,22 @@ def _encoder_input(patches: Tensor | AsRead) -> tuple[Tensor, Tensor | None]:
     if isinstance(patches, Tensor):
         return patches, None
     return (patches.values(), None) if patches.device.type == "cpu" else (patches.pixels, patches.color)
+
+
+def encoded(encoder: Callable[..., Tensor], pixels: Tensor, color: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the embeddings of patches, normalized in the pass over uint8 pixels where the encoder allows that.
+
+    Args:
+        encoder: of patches (k ...).
+        pixels: (k h w c) uint8 as read from files, (k c h w) floats as the encoder takes them, or (k f) features.
+        color: affine colour change (k c c+1) of each patch; for uint8 only.
+        dtype: of the values that the encoder takes.
+    """
+    if pixels.dtype != torch.uint8:
+        return encoder(pixels)
+    if isinstance(encoder, PixelEncoder):
+        return encoder.embed(prepare(pixels, color, dtype, encoder.scale, encoder.shift))
+    return encoder(prepare(pixels, color))
 
 
 class IPSClassifier(nn.Module):
@@ -58,14 +73,7 @@ class IPSClassifier(nn.Module):
         heads: task -> module from (b d) to (b o) logits.
         position: positions (b n) or (b n 2) -> codes (b n d), or None.
         queries: task -> query of the pool; default one each, in the order of `heads`.
-        precision: arithmetic of the encoder (autocast), which may be another one for looking, see `accelerate`;
-            everything behind it is float32.
-
-    Attributes:
-        fast: what looks at patches without gradients in the encoder's place, see `accelerate`; None: the encoder.
-        tf32: whether a GPU may round float32 to TF32 in `fast` and in `split_backward`, see `keyhole.util.tf32`; set it
-            before `accelerate`. If it is off, neither these nor `select` round. In a training step of your own, the
-            settings that you made in torch hold.
+        precision: arithmetic of the encoder (autocast); everything behind it is float32.
 
     Raises:
         ValueError: a head's query does not exist in the pool.
@@ -85,11 +93,6 @@ class IPSClassifier(nn.Module):
         self.heads = Heads(heads)
         self.queries = dict(queries) if queries is not None else {task: t for t, task in enumerate(heads)}
         self.precision = precision
-        self.tf32 = False
-        self.fast: FastEncoder | None = None
-        self.learned: CompiledEncoder | None = None
-        self._query: Callable[[], Tensor] | None = None
-        self._steady = False
         for task, t in self.queries.items():
             if not 0 <= t < pool.queries:
                 raise ValueError(f"task {task!r} needs query {t}, the pool has `queries` (={pool.queries})")
@@ -139,31 +142,6 @@ class IPSClassifier(nn.Module):
             return embedding.unflatten(0, patches.shape[:2])
         return embedding.new_zeros(*mask.shape, embedding.shape[-1]).masked_scatter(mask[..., None], embedding)
 
-    def accelerate(
-        self,
-        precision: torch.dtype | None = None,
-        compile: bool = False,  # noqa: A002 - torch's word for it
-    ) -> FastEncoder:
-        """From now on a folded copy of the encoder looks at patches, see `FastEncoder`; a copy that fits is kept.
-
-        Args:
-            precision: its arithmetic; default is that of the last call, or else the model's.
-            compile: `torch.compile` it, and the encoder where it learns.
-        """
-        if precision is None:
-            precision = self.precision if self.fast is None else self.fast.precision
-        fast, wanted = self.fast, (self.encoder, precision, self.tf32)
-        if fast is None or (fast.encoder, fast.precision, fast.tf32) != wanted:
-            fast = self.fast = FastEncoder(self.encoder, precision, tf32=self.tf32)
-        fast.compiled = compile
-        self.learned = CompiledEncoder(self.encoder) if compile else None
-        return fast
-
-    @property
-    def compiled(self) -> bool:
-        """Whether its encoder goes through `torch.compile`, see `accelerate`."""
-        return self.fast is not None and self.fast.compiled
-
     def encode(self, patches: Shaped[Tensor, "k ..."] | AsRead) -> Float[Tensor, "k d"]:
         """The encoder over loose patches, in the model's precision; the result is float32.
 
@@ -175,35 +153,13 @@ class IPSClassifier(nn.Module):
         if isinstance(patches, Tensor) and patches.dtype == torch.uint8:
             patches = patches.to(torch.float32) / 255
         alone = self.training and len(patches) == 1
-        compiled = self.learned if self.training and not alone else None
-        pixels, color = _encoder_input(patches)
-        with (
-            torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32),
-            lone_patch(self.encoder) if alone else nullcontext(),
-        ):
-            if compiled is not None:
-                return compiled(pixels, color).float()
+        pixels, color = encoder_input(patches)
+        with self.autocast(pixels.device), lone_patch(self.encoder) if alone else nullcontext():
             return encoded(self.encoder, pixels, color, torch.float32).float()
 
-    def look(
-        self,
-        pixels: Shaped[Tensor, "k ..."] | AsRead,
-        color: Float[Tensor, "k c c+1"] | None = None,
-        rows: int | None = None,
-    ) -> Float[Tensor, "k d"]:
-        """Embeddings of loose patches, for use without gradients and in evaluation mode; see `looking`.
-
-        Args:
-            pixels: uint8 as read from files (k h w c), floats as the encoder takes them (k c h w), or features (k f).
-            color: affine colour change of each patch, for uint8 only; `AsRead` brings its own.
-            rows: the most patches that are encoded at once, for which a compiled encoder is compiled; 0: too few for
-                that, see `FastEncoder`.
-        """
-        if isinstance(pixels, AsRead):
-            pixels, color = _encoder_input(pixels)
-        if self.fast is not None:
-            return self.fast(pixels, color, rows)
-        return self.encode(prepare(pixels, color) if pixels.dtype == torch.uint8 else pixels)
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return a context in which the encoder computes in `precision`."""
+        return torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32)
 
     def with_position(
         self, embedding: Float[Tensor, "b n d"], position: Shaped[Tensor, "b n ..."] | None
@@ -217,20 +173,19 @@ class IPSClassifier(nn.Module):
             )
         return embedding + self.position(position)
 
-    def score(
+    def logits(
         self,
-        pixels: Shaped[Tensor, "k ..."],
+        embedding: Float[Tensor, "k d"],
         position: Shaped[Tensor, "k ..."] | None = None,
-        color: Float[Tensor, "k c c+1"] | None = None,
+        query: Tensor | None = None,
     ) -> Float[Tensor, "k h t"]:
-        """Attention logits of loose patches, given as to `look`; what the selection runs over every chunk."""
-        return self.score_embedding(self.look(pixels, color), position)
+        """Attention logits of loose patches.
 
-    def score_embedding(
-        self, embedding: Float[Tensor, "k d"], position: Shaped[Tensor, "k ..."] | None = None
-    ) -> Float[Tensor, "k h t"]:
-        """Attention logits of loose patches, from their embeddings."""
-        query = None if self._query is None else self._query()
+        Args:
+            embedding: without position codes.
+            position: patch index (k) or centres (k 2), where the model has a position code.
+            query: of `CrossAttentionPool.folded_query`, so that many calls compute it once.
+        """
         placed = self.with_position(embedding[None], None if position is None else position[None])
         return self.pool.logits(placed, query)[0]
 
@@ -262,68 +217,29 @@ class IPSClassifier(nn.Module):
         Returns:
             Selection with `index` (b m) best first and, under "global", `logits` (b n h t).
         """
+        loose, where = self.loose_bags(patches, position, mask)
+        with evaluating(self), tf32(False):
+            query = self.pool.folded_query()
+
+            def score(rows: slice) -> Tensor:
+                pixels = loose[rows]
+                embedding = self.encode(prepare(pixels) if pixels.dtype == torch.uint8 else pixels)
+                return self.logits(embedding, None if where is None else where[rows], query)
+
+            return select_bags(score, (len(patches), patches.shape[1]), mask, m, chunk, rule, at_once)
+
+    def loose_bags(
+        self, patches: Shaped[Tensor, "b n ..."], position: Tensor | None, mask: Tensor | None
+    ) -> tuple[Shaped[Tensor, "k ..."], Tensor | None]:
+        """Return bags as loose patches as read from files, and their positions."""
         _check_bags(patches, position, mask)
-        if m < 1 or chunk < 1:
-            raise ValueError(f"`m` (={m}) and `chunk` (={chunk}) must be at least 1")
         b, n = patches.shape[:2]
         if position is None and self.position is not None and not isinstance(self.position, CenterPosition):
             position = torch.arange(n, device=patches.device).expand(b, n)
         loose = _loose(patches, mask)
-        where = None if position is None else _loose(position, mask)
         if loose.dtype == torch.uint8 and loose.ndim == 4:
-            loose = loose.permute(0, 2, 3, 1)  # as if read from files
-        goes = [slice(start, start + (at_once or chunk)) for start in range(0, len(loose), at_once or chunk)]
-        scored = ((go, self.score(loose[go], None if where is None else where[go])) for go in goes)
-        with self.looking():  # `scored` is lazy: all scoring happens inside
-            if rule == "global":
-                shape = (b, n, self.pool.heads, self.pool.queries)
-                return keep_global(whole_bags([logits for _, logits in scored], mask, shape, loose.device), m, mask)
-            on_host = torch.ones(b, n, dtype=torch.bool) if mask is None else mask.cpu()
-            image, index = on_host.nonzero(as_tuple=True)
-            selector = Selector([n] * b, m, chunk, rule)
-            selector.skip((~on_host).nonzero(as_tuple=True)[0])
-            for go, logits in scored:
-                selector.add(image[go], index[go], logits)
-        return self._collect(selector, b, n, m)
-
-    def _collect(self, selector: Selector, b: int, n: int, m: int) -> Selection:
-        kept = [selector.finish(image) for image in range(b)]
-        index = torch.full((b, min(m, n)), -1, dtype=torch.long, device=self.pool.query.device)
-        score = torch.zeros(index.shape, device=index.device)
-        for row, image in enumerate(kept):
-            index[row, : len(image.index)] = image.index
-            score[row, : len(image.index)] = image.score
-        return Selection(index, score, index >= 0)
-
-    @contextmanager
-    def looking(self) -> Iterator[None]:
-        """Evaluation mode without gradients, and `fast` with the weights of now; afterwards all is as it was.
-
-        Weights must not change inside: what follows from them alone is computed once.
-        """
-        outer = self._query
-        with evaluating(self), tf32(False):
-            if self.fast is not None:
-                self.fast.refresh(changed_only=self._steady)
-            self._query = cache(self.pool.folded_query)
-            try:
-                yield
-            finally:
-                self._query = outer
-
-    @contextmanager
-    def steady(self) -> Iterator[None]:
-        """Inside, `looking` takes over weights only where torch has counted a change of them since the last time.
-
-        For many batches with one set of weights. Torch counts what is loaded or moved and most operations in place,
-        but not what fused optimizers do, nor what is written through `.data`.
-        """
-        outer = self._steady
-        try:
-            self._steady = True
-            yield
-        finally:
-            self._steady = outer
+            loose = loose.permute(0, 2, 3, 1)
+        return loose, None if position is None else _loose(position, mask)
 
     def train(self, mode: bool = True) -> "IPSClassifier":
         """Training mode, except for what is frozen: a part whose parameters all stay fixed keeps evaluating.

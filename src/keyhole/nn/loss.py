@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keyhole.nn.to_device import to_device
+from keyhole.nn.tensors import to_device
 from keyhole.tasks.kinds import Task
 
 

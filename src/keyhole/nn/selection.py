@@ -9,11 +9,11 @@ Letters: b image, n patches, m kept, i chunk, t query, h head.
 A patch's logits do not depend on the others, so neither rule ever needs an embedding twice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from keyhole.nn.streaming import LATE, Best, StreamingRule
-from keyhole.nn.to_device import to_device
+from keyhole.nn.tensors import to_device
 
 Rule = Literal["global", "streaming"]
 
@@ -139,49 +139,21 @@ class LogitStore:
             self.logits[to_device(index, logits.device)] = logits
 
 
-class GlobalRule:
-    """Collects the logits of an image's patches, in any order, then keeps the m best of those that arrived."""
-
-    def __init__(self, m: int, n: int) -> None:
-        self.m = m
-        self.store = LogitStore(n)
-
-    def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        self.store.add(index, logits)
-
-    def finish(self, arrived: Bool[Tensor, " n"] | None) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
-        """Index and score of the kept.
-
-        Args:
-            arrived: on the host, False where a patch never came; None if all did.
-        """
-        assert self.store.logits is not None
-        score = scores(self.store.logits)
-        if arrived is None:
-            return best(score, self.m)
-        # a score that underflows to 0 is still better than none
-        return best(score.masked_fill(~to_device(arrived, score.device), -1.0), min(self.m, int(arrived.sum())))
-
-
 def whole_bags(
-    loose: Sequence[Float[Tensor, "_ h t"]],
-    mask: Bool[Tensor, "b n"] | None,
-    shape: tuple[int, int, int, int],
-    device: torch.device,
+    loose: Sequence[Float[Tensor, "_ h t"]], mask: Bool[Tensor, "b n"] | None, shape: tuple[int, int]
 ) -> Float[Tensor, "b n h t"]:
-    """Logits of loose patches as bags; -inf at padding.
+    """Return the logits of loose patches as bags; -inf at padding.
 
     Args:
         loose: one tensor after the other, in the order of the mask.
         mask: True where there is a patch; None where none is missing.
-        shape: b, n, h, t.
-        device: of the result.
+        shape: b, n.
     """
-    if mask is None and loose:
-        return torch.cat(list(loose)).unflatten(0, shape[:2])
-    bags = torch.full(shape, -torch.inf, device=device)
-    if mask is not None and loose:
-        bags[mask.to(device)] = torch.cat(list(loose))
+    logits = torch.cat(list(loose))
+    if mask is None:
+        return logits.unflatten(0, shape)
+    bags = logits.new_full((*shape, *logits.shape[1:]), -torch.inf)
+    bags[mask.to(bags.device)] = logits
     return bags
 
 
@@ -209,18 +181,90 @@ def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b 
     return Selection(index.where(kept, -1), score.where(kept, 0), kept, logits)
 
 
-class Selector:
-    """Hands packed chunks, which may hold patches of several images, to one rule per image.
+class Ended(NamedTuple):
+    """An image of which no further patch will come.
 
-    An image is finished when its last patch has arrived or been skipped, and its logits are dropped then: a batch
-    whose images arrive one after the other needs the logits of one, whatever its size. Under "streaming" small images
-    wait for each other, since they take their steps together; `finish` of one makes all take theirs.
+    Attributes:
+        logits: (n h t) by patch index, -inf where a patch never arrived; None where the rule does not need them.
+        arrived: (n,) on the host, False where a patch never arrived; None if all did.
+    """
+
+    logits: Tensor | None
+    arrived: Tensor | None
+
+
+class SelectionRule(Protocol):
+    """How the patches that are kept follow from attention logits, for the images of a batch.
+
+    To add a rule, write a class with these members and enter it in `RULES`.
+
+    Attributes:
+        needs_logits: it ranks an image when the logits of all its patches are there.
+        own_chunk: `chunk` is a size of the rule's own, not the number of patches that are encoded at once.
+        keep_bags: ranks whole bags in memory at once, where the rule can: logits (b n h t), m, mask.
+        due: images that have ended should be settled now; else they may wait for others.
+    """
+
+    needs_logits: ClassVar[bool]
+    own_chunk: ClassVar[bool]
+    keep_bags: ClassVar[Callable[..., Any] | None]
+
+    def __init__(self, m: int, chunk: int) -> None: ...
+
+    @property
+    def due(self) -> bool: ...
+
+    def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
+        """Take the logits of k patches; `image` and `index` live on the host, in order of arrival."""
+
+    def settle(self, ended: Mapping[int, Ended]) -> Mapping[int, Best]:
+        """Return what those images keep, all of which have at least one patch, and forget them."""
+
+
+class GlobalRule:
+    """Ranks all patches of an image together, in whatever order they came."""
+
+    needs_logits: ClassVar[bool] = True
+    own_chunk: ClassVar[bool] = False
+    keep_bags: ClassVar[Callable[..., Any] | None] = staticmethod(keep_global)
+    due: ClassVar[bool] = True
+
+    def __init__(self, m: int, chunk: int = 1) -> None:
+        self.m = m
+
+    def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
+        """Nothing is done before the logits of an image are complete."""
+
+    def settle(self, ended: Mapping[int, Ended]) -> dict[int, Best]:
+        """Return the m best of those patches of each image that arrived."""
+        return {image: self._best(*each) for image, each in ended.items()}
+
+    def _best(self, logits: Tensor | None, arrived: Tensor | None) -> Best:
+        assert logits is not None
+        score = scores(logits)
+        if arrived is None:
+            return Best(*best(score, self.m))
+        # a score that underflows to 0 is still better than none
+        score = score.masked_fill(~to_device(arrived, score.device), -1.0)
+        return Best(*best(score, min(self.m, int(arrived.sum()))))
+
+
+RULES: dict[str, type[SelectionRule]] = {"global": GlobalRule, "streaming": StreamingRule}
+"""The selection rules, by the name that settings give them."""
+
+
+class Selector:
+    """Gives the logits of packed chunks, which may hold patches of several images, to the rule of a batch.
+
+    An image has ended when its last patch has arrived or been skipped. Under "global" its logits are dropped then: a
+    batch whose images arrive one after the other needs the logits of one, whatever its size. Under "streaming" small
+    images wait for each other, since they take their steps together; `finish` of one makes all take theirs.
 
     Args:
         counts: patches of each image.
         m: patches to keep of each.
         chunk: i of the streaming rule.
-        rule: "global" or "streaming".
+        rule: name of a rule in `RULES`.
         keep_logits: `Kept.logits` holds those of all patches; else None.
     """
 
@@ -229,29 +273,29 @@ class Selector:
     ) -> None:
         if m < 1 or chunk < 1:
             raise ValueError(f"m (={m}) and chunk (={chunk}) must be at least 1")
-        if rule not in ("global", "streaming"):
-            raise ValueError(f"rule (={rule!r}) must be 'global' or 'streaming'")
-        self._streaming = StreamingRule(m, chunk) if rule == "streaming" else None
-        self._ended: set[int] = set()  # images whose last steps are still to be taken
-        self._images = [_Image(n, GlobalRule(m, n) if rule == "global" else None, keep_logits) for n in counts]
+        if rule not in RULES:
+            raise ValueError(f"rule (={rule!r}) must be one of {', '.join(map(repr, RULES))}")
+        self._rule, self._keeps_logits = RULES[rule](m, chunk), keep_logits
+        stores = keep_logits or self._rule.needs_logits
+        self._images = [_Image(n, LogitStore(n) if stores else None) for n in counts]
+        self._ended: list[int] = []  # images that are still to be settled
 
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        """Takes the logits of k patches; `image` and `index` live on the host, in order of arrival."""
+        """Take the logits of k patches; `image` and `index` live on the host, in order of arrival."""
         owner = image.numpy()
         if not len(owner):
             return
-        if self._streaming is not None:
-            self._streaming.add(image, index, logits)
+        self._rule.add(image, index, logits)
         starts = [0, *(np.flatnonzero(owner[1:] != owner[:-1]) + 1).tolist(), len(owner)]
         for start, stop in pairwise(starts):
             number = int(owner[start])
             self._images[number].add(index[start:stop], logits, start)
             self._count(number, stop - start)
-        if self._streaming is not None and self._streaming.late:
-            self._step()
+        if self._rule.due:
+            self._settle()
 
     def skip(self, image: Int[Tensor, " k"]) -> None:
-        """Notes that k patches, whose images these are, will never arrive.
+        """Note that k patches, whose images these are, will never arrive.
 
         Patches need not be skipped, but an image that lacks some is then finished, and its logits dropped, by
         `finish` only.
@@ -259,9 +303,24 @@ class Selector:
         numbers, counts = np.unique(image.numpy(), return_counts=True)
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
             self._count(number, count)
+        if self._rule.due:
+            self._settle()
+
+    def finished(self, image: int) -> bool:
+        """Whether the last patch of image number `image` has arrived or been skipped."""
+        return self._images[image].kept is not None or image in self._ended
+
+    def finish(self, image: int) -> Kept:
+        """Return what image number `image` keeps of the patches that have arrived; none may be added afterwards."""
+        if not self.finished(image):
+            self._end(image)
+        if image in self._ended:
+            self._settle()
+        kept = self._images[image].kept
+        assert kept is not None
+        return kept
 
     def _count(self, number: int, patches: int) -> None:
-        """Fewer patches of an image are still to come."""
         image = self._images[number]
         image.left -= patches
         assert image.left >= 0, "more patches arrived or were skipped than the image has"
@@ -269,78 +328,100 @@ class Selector:
             self._end(number)
 
     def _end(self, number: int) -> None:
-        """No further patch of an image will come; under "streaming" it takes its last steps with others, later."""
-        if self._streaming is None or self._images[number].arrived is None:
-            self._images[number].finish()
+        image = self._images[number]
+        if image.arrived is None:
+            nothing = torch.zeros(image.n, dtype=torch.bool) if image.n else None
+            image.finish(Kept(torch.empty(0, dtype=torch.long), torch.empty(0), None, nothing))
         else:
-            self._ended.add(number)
+            self._ended.append(number)
 
-    def _step(self) -> None:
-        """Takes the steps of the rule "streaming" for which there are patches."""
-        assert self._streaming is not None
-        for number, best in self._streaming.step(self._ended).items():
-            self._images[number].finish(best)
+    def _settle(self) -> None:
+        ended = {number: self._images[number].ended() for number in self._ended}
+        for number, found in self._rule.settle(ended).items():
+            logits, arrived = ended[number]
+            kept = Kept(found.index, found.score, logits if self._keeps_logits else None, arrived)
+            self._images[number].finish(kept)
         self._ended.clear()
-
-    def finished(self, image: int) -> bool:
-        """Whether the last patch of image number `image` has arrived or been skipped."""
-        return self._images[image].kept is not None or image in self._ended
-
-    def finish(self, image: int) -> Kept:
-        """What image number `image` keeps of the patches that have arrived; none may be added afterwards."""
-        if not self.finished(image):
-            self._end(image)
-        if image in self._ended:
-            self._step()
-        kept = self._images[image].kept
-        assert kept is not None
-        return kept
 
 
 class _Image:
-    """One image on its way through the selection: which of its patches have come, and its logits where they are kept.
+    """An image on its way through the selection: which of its patches have come, and its logits where they are needed.
 
     Attributes:
         left: patches still to come.
         arrived: (n,) True where a patch has come; None before the first.
-        rule: under "global".
-        store: of the logits that are handed out.
-        kept: once it is finished.
+        kept: once it is settled.
     """
 
-    def __init__(self, n: int, rule: GlobalRule | None, keep_logits: bool) -> None:
+    def __init__(self, n: int, store: LogitStore | None) -> None:
         self.n = self.left = n
+        self.store = store
         self.arrived: NDArray[np.bool_] | None = None
-        self.rule = rule
-        self.store: LogitStore | None = None
-        if keep_logits:
-            self.store = LogitStore(n) if rule is None else rule.store
         self.kept: Kept | None = None
 
     def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "r h t"], start: int) -> None:
-        """Takes k of the rows of a chunk's logits, from `start` on."""
+        """Take k of the rows of a chunk's logits, from `start` on."""
         assert self.kept is None, "a patch arrived after its image was finished"
         if self.arrived is None:
             self.arrived = np.zeros(self.n, np.bool_)
         rows = index.numpy()
         assert not self.arrived[rows].any(), "a patch arrived twice"
         self.arrived[rows] = True
-        store = self.store if self.rule is None else self.rule.store
-        if store is not None:
-            store.add(index, logits[start : start + len(index)])
+        if self.store is not None:
+            self.store.add(index, logits[start : start + len(index)])
 
-    def finish(self, best: Best | None = None) -> None:
-        """Notes what is kept of what has arrived: under "streaming" as given, if anything has arrived."""
-        if self.arrived is None:
-            nothing = torch.zeros(self.n, dtype=torch.bool) if self.n else None
-            self.kept = Kept(torch.empty(0, dtype=torch.long), torch.empty(0), None, nothing)
-        else:
-            arrived = None if self.arrived.all() else torch.from_numpy(self.arrived)
-            if self.rule is not None:
-                best = Best(*self.rule.finish(arrived))
-            assert best is not None
-            self.kept = Kept(best.index, best.score, None if self.store is None else self.store.logits, arrived)
-        self.rule = self.store = self.arrived = None
+    def ended(self) -> Ended:
+        assert self.arrived is not None
+        arrived = None if self.arrived.all() else torch.from_numpy(self.arrived)
+        return Ended(None if self.store is None else self.store.logits, arrived)
+
+    def finish(self, kept: Kept) -> None:
+        self.kept, self.store, self.arrived = kept, None, None
+
+
+def select_bags(
+    score: Callable[[slice], Float[Tensor, "_ h t"]],
+    shape: tuple[int, int],
+    mask: Bool[Tensor, "b n"] | None,
+    m: int,
+    chunk: int,
+    rule: Rule,
+    at_once: int | None = None,
+) -> Selection:
+    """Select from bags in memory.
+
+    Args:
+        score: gives the attention logits of some loose patches, in the order of `mask`.
+        shape: b, n.
+        mask: True where there is a patch; None where none is missing.
+        m: patches to keep.
+        chunk: as the rule takes it.
+        rule: name of a rule in `RULES`.
+        at_once: patches to score at once; default `chunk`.
+    """
+    if m < 1 or chunk < 1:
+        raise ValueError(f"`m` (={m}) and `chunk` (={chunk}) must be at least 1")
+    (b, n), size = shape, at_once or chunk
+    count = b * n if mask is None else int(mask.sum())
+    goes = [slice(start, start + size) for start in range(0, count, size)]
+    if (keep := RULES[rule].keep_bags) is not None and goes:
+        return keep(whole_bags([score(go) for go in goes], mask, shape), m, mask)
+    on_host = torch.ones(b, n, dtype=torch.bool) if mask is None else mask.cpu()
+    image, index = on_host.nonzero(as_tuple=True)
+    selector = Selector([n] * b, m, chunk, rule)
+    selector.skip((~on_host).nonzero(as_tuple=True)[0])
+    device = on_host.device
+    for go in goes:
+        logits = score(go)
+        selector.add(image[go], index[go], logits)
+        device = logits.device
+    kept = [selector.finish(number) for number in range(b)]
+    found = torch.full((b, min(m, n)), -1, dtype=torch.long, device=device)
+    value = torch.zeros(found.shape, device=found.device)
+    for row, each in enumerate(kept):
+        found[row, : len(each.index)] = each.index
+        value[row, : len(each.index)] = each.score
+    return Selection(found, value, found >= 0)
 
 
 @contextmanager

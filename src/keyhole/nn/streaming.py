@@ -8,8 +8,9 @@ the published code does with a batch in memory. What an image keeps does not dep
 images: its steps begin and end at the same patches, and padding is never kept.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keyhole.nn.to_device import to_device
+from keyhole.nn.tensors import to_device
 
 LATE = 2**14
 """Patches that may wait beside those of a whole step; with 8 heads and 4 queries their logits are 2 MB."""
@@ -48,8 +49,12 @@ class StreamingRule:
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}  # of images under way: index (m,) and logits (m h t)
         self._waiting: list[tuple[Ints, Ints, Tensor]] = []  # image, index and logits of patches, in order of arrival
 
+    needs_logits: ClassVar[bool] = False
+    own_chunk: ClassVar[bool] = True
+    keep_bags: ClassVar[Callable[..., Any] | None] = None
+
     @property
-    def late(self) -> bool:
+    def due(self) -> bool:
         """Whether enough patches wait for steps to be taken now."""
         return sum(len(image) for image, _, _ in self._waiting) > LATE + self.m + self.chunk
 
@@ -57,7 +62,7 @@ class StreamingRule:
         """Takes the logits of k patches; `image` and `index` live on the host, in order of arrival."""
         self._waiting.append((image.numpy(), index.numpy(), logits))
 
-    def step(self, ended: Collection[int]) -> dict[int, Best]:
+    def settle(self, ended: Collection[int]) -> dict[int, Best]:
         """Takes all steps for which there are patches.
 
         Args:

@@ -6,9 +6,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from keyhole.nn.pixels import AsRead
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a small tensor of the host on the device; a tensor that is on the device already is returned as it is.
+
+    The copy takes its turn behind the work that was launched before; the host does not wait for it.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def on_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """Return a copy of a small array on the device, as `to_device` does."""
+    return to_device(torch.from_numpy(np.array(array)), device)
 
 
 def host_memory(shape: tuple[int, ...], dtype: np.dtype[Any], device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from keyhole.config.settings import AugmentConfig
@@ -68,7 +69,7 @@ def color_matrix(factors: np.ndarray[tuple[int], np.dtype[np.float64]], channels
     return torch.from_numpy(np.concatenate([matrix, bias[:, None]], axis=1)).float()
 
 
-def stack_colors(draws: list[Draw]) -> Tensor | None:
+def stack_colors(draws: list[Draw]) -> NDArray[np.float32] | None:
     """(b c c+1) of a batch, or None where colours stay."""
     colors = [each.color for each in draws if each.color is not None]
-    return torch.stack(colors) if colors else None
+    return torch.stack(colors).numpy() if colors else None

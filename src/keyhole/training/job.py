@@ -14,14 +14,14 @@ from keyhole.config.settings import Config
 from keyhole.data.hashes import FileHash, hash_files
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest, write_left_out
-from keyhole.engine.compiling import choose_compile
-from keyhole.engine.device import arithmetic_of, choose_device
+from keyhole.engine import Engine
+from keyhole.engine.device import choose_device
 from keyhole.engine.memory.pace import fixed_chunk
 from keyhole.engine.memory.plan import Plan, make_plan
 from keyhole.engine.memory.probe import Workload
-from keyhole.engine.passes import open_reader, settle_edge
+from keyhole.engine.opening import open_reader, settle_edge
 from keyhole.errors import ConfigError
-from keyhole.loading import Batch, Reader
+from keyhole.loading import Batch
 from keyhole.nn import IPSClassifier
 from keyhole.nn.pretrained import check_pretrained
 from keyhole.runs.checkpoint import load_state, save_state
@@ -42,9 +42,10 @@ from keyhole.runs.state import State
 from keyhole.tasks.kinds import Task
 from keyhole.training.loggers import check_loggers
 from keyhole.training.score import choose_metric
-from keyhole.training.setup import Images, absolute, new_model, new_optimizer, scan, targets, with_features
+from keyhole.training.setup import Images, absolute, new_engine, new_model, new_optimizer, scan, targets, with_features
 from keyhole.util.budget import memory_text
 from keyhole.util.files import file_size, write_atomic
+from keyhole.util.progress import say as tell
 from keyhole.util.version import VERSION
 from keyhole.util.wording import counted
 
@@ -58,15 +59,20 @@ class Job:
     config: Config
     manifest: Manifest
     images: Images
-    reader: Reader
-    model: IPSClassifier
+    engine: Engine
     optimizer: torch.optim.AdamW
     state: State
     log: Log
-    device: torch.device
-    plan: Plan
     damage: Damage
     learning: bool = True
+
+    @property
+    def model(self) -> IPSClassifier:
+        return self.engine.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -83,16 +89,11 @@ class Job:
         self.lock.check()
         save_state(self.run.path / "last.safetensors", self.model, self.optimizer, self.state.to_json())
 
-    def end_learning(self) -> IPSClassifier:
-        """Free what only learning needs; the state must be saved already, and is not to be saved again.
-
-        Returns:
-            The model, for other weights to be loaded into.
-        """
+    def end_learning(self) -> None:
+        """Free what only learning needs; the state must be saved already, and is not to be saved again."""
         self.learning = False
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
-        return self.model
 
     def usable(self, item: Item) -> bool:
         """Whether an image has not failed in an earlier epoch."""
@@ -131,7 +132,7 @@ class Job:
         self.damage.check()
 
     def close(self) -> None:
-        self.reader.close()
+        self.engine.close()
         self.lock.release()
 
 
@@ -166,23 +167,23 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     try:
         config, border = settle_edge(config, manifest.items, reader)
         images, manifest, lines = scan(config, manifest, reader, device)
-        model = new_model(config, manifest.tasks, device)
-        optimizer = new_optimizer(config, model)
-        plan = _plan(config, images, model, optimizer)
+        engine = new_engine(config, new_model(config, manifest.tasks, device), reader)
+        optimizer = new_optimizer(config, engine.model)
+        engine.plan = _plan(config, images, engine, optimizer)
         val = manifest.split("val")
         metric, undefined = choose_metric(config.train.metric, manifest.tasks, targets(manifest, val) if val else None)
         state = State(
             steps_per_epoch=-(-len(manifest.split("train")) // config.train.batch),
             metric=metric,
             tasks=[task.to_json() for task in manifest.tasks],
-            plan=plan.to_json(),
+            plan=engine.plan.to_json(),
         )
         hashes, hashed = _hashes(config, manifest)
-        lock = create_folder(config, manifest, hashes, model, optimizer, state, device)
+        lock = create_folder(config, manifest, hashes, engine.model, optimizer, state, device)
     except BaseException:
         reader.close()
         raise
-    job = _job(lock, config, manifest, images, reader, model, optimizer, state, device)
+    job = _job(lock, config, manifest, images, engine, optimizer, state)
     try:
         told = *notes, *border, *lines, *hashed, *undefined
         for line in (*manifest.notes, *told, *_overview(job), *_compile(job)):
@@ -194,7 +195,7 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     return job
 
 
-def _plan(config: Config, images: Images, model: IPSClassifier, optimizer: torch.optim.Optimizer) -> Plan:
+def _plan(config: Config, images: Images, engine: Engine, optimizer: torch.optim.Optimizer) -> Plan:
     """How the memory of the budget is used."""
     work = Workload(
         patch_shape=images.patch_shape,
@@ -211,7 +212,7 @@ def _plan(config: Config, images: Images, model: IPSClassifier, optimizer: torch
         host_buffers=images.held_bytes,
         open_pictures=images.open_bytes,
     )
-    return make_plan(model, work, config.memory, optimizer)
+    return make_plan(engine.encoders, work, config.memory, optimizer)
 
 
 def _job(
@@ -219,16 +220,21 @@ def _job(
     config: Config,
     manifest: Manifest,
     images: Images,
-    reader: Reader,
-    model: IPSClassifier,
+    engine: Engine,
     optimizer: torch.optim.AdamW,
     state: State,
-    device: torch.device,
 ) -> Job:
-    plan, run = Plan.from_json(state.plan), Run(lock.folder)
+    run = Run(lock.folder)
     damage = Damage(run.path / "unreadable.csv", sum(images.counts.values()), config.unreadable, state.epoch)
     log = Log(run.path / "log.txt")
-    return Job(run, lock, config, manifest, images, reader, model, optimizer, state, log, device, plan, damage)
+    engine.plan, engine.stager.tell = Plan.from_json(state.plan), log
+
+    def warn(text: str) -> None:
+        tell(f"warning: {text}")
+        log(f"warning: {text}")
+
+    engine.pace.warn = warn
+    return Job(run, lock, config, manifest, images, engine, optimizer, state, log, damage)
 
 
 def _hashes(config: Config, manifest: Manifest) -> tuple[dict[str, FileHash], list[str]]:
@@ -244,13 +250,13 @@ def _hashes(config: Config, manifest: Manifest) -> tuple[dict[str, FileHash], li
 def _overview(job: Job) -> list[str]:
     splits = ", ".join(f"{len(job.manifest.split(name))} {name}" for name in ("train", "val", "test"))
     lines = [f"images: {splits}; tasks: {', '.join(task.describe() for task in job.tasks)}"]
-    lines.append(job.plan.describe())
+    lines.append(job.engine.plan.describe())
     if job.manifest.left_out:
         lines.append(
             f"left out {counted(len(job.manifest.left_out), 'file or row', 'files or rows')}; see left_out.csv"
         )
     best = f"best model by {job.state.metric} on the validation split" if job.state.metric else "the last epoch is kept"
-    lines.append(f"{best}; computing on {job.device} in {arithmetic_of(job.model)}")
+    lines.append(f"{best}; computing on {job.device} in {job.engine.encoders.arithmetic}")
     return lines
 
 
@@ -262,12 +268,11 @@ def _compile(job: Job) -> list[str]:
     left = max(1, job.config.train.epochs - job.state.epoch)
     items = (item for split in ("train", "val") for item in job.manifest.split(split))
     expected = left * sum(job.images.counts[item.name] for item in items)
-    choice = choose_compile(job.config.run.compile, job.model, job.images.patch_shape, job.plan.chunk, expected)
-    if choice.compile:
-        job.model.accelerate(compile=True)
-    elif len(job.images.patch_shape) == 1:
+    shape = job.images.patch_shape
+    choice = job.engine.choose_compile(job.config.run.compile, shape, expected)
+    if not choice.compile and len(shape) == 1:
         return []
-    return [f"encoder {choice.describe(job.model, job.images.patch_shape)}"]
+    return [f"encoder {job.engine.encoders.describe(choice, shape)}"]
 
 
 def open_job(run: Run, say: Callable[[str], None], root: Path | None = None, epochs: int | None = None) -> Job:
@@ -308,17 +313,17 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
     checked += check_images(run.path, path, manifest.items, config.run, remedy, others=("test",))
     reader = open_reader(config.run, device)
     try:
-        model = new_model(config, manifest.tasks, device, fresh=False)
-        optimizer = new_optimizer(config, model)
-        load_state(run.path / "last.safetensors", model, optimizer, LAST)
+        engine = new_engine(config, new_model(config, manifest.tasks, device, fresh=False), reader)
+        optimizer = new_optimizer(config, engine.model)
+        load_state(run.path / "last.safetensors", engine.model, optimizer, LAST)
         images, manifest, lines = scan(config, manifest, reader, device)
         reasons = {name: reason for name, (_, reason) in state.left_out.items()}
         add_left_out(run, {left.name: left.reason for left in manifest.left_out} | reasons)
         if (before := Plan.from_json(state.plan).device) not in ("", device.type):
-            plan = _plan(config, images, model, optimizer)
+            plan = _plan(config, images, engine, optimizer)
             state.plan = plan.to_json()
             checked.append(f"the run was on {before} and is now on {device.type}, with a new plan: {plan.describe()}")
-        job = _job(lock, config, manifest, images, reader, model, optimizer, state, device)
+        job = _job(lock, config, manifest, images, engine, optimizer, state)
         if longer:
             checked += [longer, *_go_on_longer(job)]
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"

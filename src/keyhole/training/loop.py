@@ -21,17 +21,13 @@ from keyhole.config.auto import number
 from keyhole.config.file import configuration
 from keyhole.config.settings import Config
 from keyhole.data.item import Item
-from keyhole.engine.looking import timed
+from keyhole.engine.bags import Bags
 from keyhole.engine.memory.meter import Trim
-from keyhole.engine.memory.pace import Pace, cap
-from keyhole.engine.memory.plan import Plan
-from keyhole.engine.passes import Bags, fetch_kept, select_batch
-from keyhole.engine.to_device import stager_for
 from keyhole.errors import DataError, Interrupted, NonFiniteLoss
 from keyhole.inference.predictor import describe
 from keyhole.loading import Batch, FetchOnly, Opener
 from keyhole.loading.chunks import is_alone
-from keyhole.nn import Kept, split_backward, total_loss
+from keyhole.nn import Kept, total_loss
 from keyhole.runs.checkpoint import save_model
 from keyhole.runs.journal import MANY, SelectionJournal
 from keyhole.runs.run import Run, find_run, write_rows
@@ -48,7 +44,6 @@ from keyhole.training.trial import estimate
 from keyhole.training.validation import predict_splits, validate_epoch
 from keyhole.util.platform import peak_memory
 from keyhole.util.progress import Progress, say
-from keyhole.util.timing import Shares
 from keyhole.util.wording import counted
 
 
@@ -106,12 +101,10 @@ class Loop:
         self.job, self.interrupt = job, interrupt
         self.saved = time.monotonic()
         self.undefined = False
-        self.pace = Pace(job.plan, self.shrink)
-        self.trim = Trim(job.plan.peak, job.device)
+        self.engine = job.engine
+        self.trim = Trim(self.engine.plan.peak, job.device)
         self.estimate: Estimate | None = None
         self.first_epoch = job.state.epoch
-        self.shares = Shares(job.device)
-        self.stager = stager_for(job.config.run, job.device, self.shares, job.log)
         self.journal = SelectionJournal(job.run.path / "selection.safetensors")
         explore = number(job.config.train.explore, "train.explore")
         self.exploration = Exploration(explore, job.state.steps_per_epoch, job.config.train.seed)
@@ -122,7 +115,7 @@ class Loop:
         self.weights = {name: weight.to(job.device) for name, weight in weights.items() if weight is not None}
 
     def run(self) -> Run:
-        with cap(self.job.plan, self.job.device):
+        with self.engine.limit():
             return self._run()
 
     def _run(self) -> Run:
@@ -136,13 +129,13 @@ class Loop:
         try:
             while job.state.epoch < config.train.epochs and not job.state.stopped:
                 started = time.monotonic()
-                row = self.learn() | validate_epoch(job, self.pace, self.interrupt, self.weights, self.stager)
+                row = self.learn() | validate_epoch(job, self.interrupt, self.weights)
                 row["seconds"] = round(time.monotonic() - started, 2)
                 self.end_epoch(row)
                 for logger in loggers:
                     logger.log(row, job.state.epoch)
             self.remove_journals()
-            predict_splits(job, self.pace, self.interrupt, self.stager)
+            predict_splits(job, self.interrupt)
             for line in job.run.learning.get("lines", ()):
                 job.log(line)
             if job.state.left_out:
@@ -195,33 +188,32 @@ class Loop:
         for step, wanted in enumerate(openers, start=state.step):
             if self.exploration.is_blind(step):
                 wanted[:] = [FetchOnly(one) for one in wanted]
-        counted = job.reader.read_patches
-        self.shares.reset()
+        reader, engine = self.engine.reader, self.engine
+        counted = reader.read_patches
+        engine.timer.reset()
         name = f"epoch {state.epoch + 1}/{config.train.epochs}"
         after = None if self.estimate is None else partial(self._after, len(items) / max(1, sum(map(len, batches))))
         with Progress(sum(map(len, batches)), name, after=after, device_bytes=self.device_bytes) as progress:
 
             def on_chunk(patches: int) -> None:
                 self.interrupt.check()
-                progress.update(patches=patches, shares=self.shares)
+                progress.update(patches=patches, shares=engine.timer)
 
-            self.chunk = self.pace.plan.chunk
-            stream = job.reader.stream(openers, self.chunk, "mask", self.pace.plan.hold, self.stager.deliver)
-            for each, changes, batch in zip(batches, draws, timed(stream, self.shares), strict=True):
-                colors = stack_colors(changes)
-                kept = self.select(each, batch, colors, on_chunk)
-                with self.shares.part("reading"):
-                    bags, _, _ = fetch_kept(job.model, batch, kept, colors, together=True)
+            self.chunk = engine.plan.chunk
+            for each, changes, batch in zip(batches, draws, engine.stream(openers, "mask"), strict=True):
+                batch.color = stack_colors(changes)
+                kept = self.select(each, batch, on_chunk)
+                bags = engine.fetch(batch, kept, together=True)
                 self.job.note_unreadable(each, batch)
                 if bags.rows:
                     rate = learning_rate(config, state.step, state.steps_per_epoch)
                     self.trim.after_pass()
-                    with self.shares.part("learning"):
+                    with engine.timer.part("learning"):
                         loss = self.step([each[row] for row in bags.rows], bags, rate)
                     state.loss_sum += loss * len(bags.rows)
                     state.loss_count += len(bags.rows)
-                state.patches += job.reader.read_patches - counted + self.seen_before
-                counted = job.reader.read_patches
+                state.patches += reader.read_patches - counted + self.seen_before
+                counted = reader.read_patches
                 state.step += 1
                 state.batch += 1
                 progress.update(images=len(each), text=f"loss {state.loss_sum / max(1, state.loss_count):.4f}")
@@ -244,9 +236,7 @@ class Loop:
         epoch = self.job.state.epoch
         return self.estimate.after(epoch, share * seconds, epoch == self.first_epoch)
 
-    def select(
-        self, items: list[Item], batch: Batch, colors: torch.Tensor | None, on_chunk: Callable[[int], None]
-    ) -> list[Kept | None]:
+    def select(self, items: list[Item], batch: Batch, on_chunk: Callable[[int], None]) -> list[Kept | None]:
         """What the images of a batch keep for learning."""
         job, step = self.job, self.job.state.step
         job.model.pool.key_proj.requires_grad_(not self.exploration.is_blind(step))
@@ -257,17 +247,7 @@ class Loop:
             for _ in batch.chunks():  # there are none, but what cannot be opened shows
                 raise AssertionError("patches were streamed that nobody wants")
             return self.exploration.draw(step, batch.sources, job.config.select.m)
-        kept = select_batch(
-            job.model,
-            batch,
-            job.config.select,
-            colors,
-            on_chunk=on_chunk,
-            known=known,
-            on_image=partial(self.note_image, batch),
-            pace=self.pace,
-            stager=self.stager,
-        )
+        kept = self.engine.select(batch, on_chunk=on_chunk, known=known, on_image=partial(self.note_image, batch))
         return self.exploration.mix(step, kept, batch.sources)
 
     def note_image(self, batch: Batch, row: int, finish: Callable[[], Kept]) -> None:
@@ -275,11 +255,6 @@ class Loop:
         source = batch.sources[row]
         if source is not None and is_alone(len(source), self.chunk):
             self.journal.add(row, finish())
-
-    def shrink(self, text: str) -> None:
-        """Says that the plan had to become smaller."""
-        say(f"warning: {text}")
-        self.job.log(f"warning: {text}")
 
     def device_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.job.device) if self.job.device.type == "cuda" else None
@@ -307,26 +282,11 @@ class Loop:
         labels = targets(job.manifest, items)
         seed = int(np.random.SeedSequence([config.seed, job.state.step]).generate_state(1)[0])
 
-        def learn(plan: Plan) -> torch.Tensor:
-            torch.manual_seed(seed)
-            job.optimizer.zero_grad(set_to_none=True)
-            return split_backward(
-                job.model,
-                bags.part,
-                bags.position,
-                bags.mask,
-                lambda logits: total_loss(job.tasks, logits, labels, self.weights),
-                plan.split,
-            )
+        def criterion(logits: dict[str, torch.Tensor]) -> torch.Tensor:
+            return total_loss(job.tasks, logits, labels, self.weights)
 
-        def again() -> None:
-            if job.model.learned is not None:
-                job.model.learned.forget()
-
-        job.model.train()
-        with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-            loss = self.pace.run("learn", learn, again)
-        job.state.plan = self.pace.plan.to_json()
+        loss = self.engine.backward(bags, criterion, seed)
+        job.state.plan = self.engine.plan.to_json()
         learned = [parameter for parameter in job.model.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in learned]
         norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])

@@ -18,10 +18,11 @@ from keyhole.data.companions import unused_masks
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest
 from keyhole.data.resolution import NOT_KNOWN, Resolution
-from keyhole.engine.device import settle_precision
+from keyhole.engine import Engine
+from keyhole.engine.device import choose_precision
 from keyhole.engine.memory.pace import fixed_chunk
 from keyhole.engine.memory.plan import CPU_CHUNK
-from keyhole.engine.passes import opener
+from keyhole.engine.opening import opener
 from keyhole.engine.to_device import may_decode
 from keyhole.errors import ConfigError, DataError, ImageError
 from keyhole.loading import Opener, Reader
@@ -32,6 +33,7 @@ from keyhole.patches.image_cache import ImageCache, fits
 from keyhole.patches.sources import View
 from keyhole.runs.checkpoint import load_encoder
 from keyhole.tasks.kinds import Task
+from keyhole.util.timing import Shares
 from keyhole.util.wording import counted, from_to
 
 DECODING = 7 / 3
@@ -226,9 +228,17 @@ def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh
         torch.nn.init.zeros_(model.pool.key_proj.weight)  # attention starts uniform
     if fresh and config.model.weights is not None:
         load_encoder(model.encoder, config.model.weights)
-    model.to(device)
-    settle_precision(model, config.train.precision, patch_shape(config.model, config.patch.size))
-    return model
+    return model.to(device)
+
+
+def new_engine(config: Config, model: IPSClassifier, reader: Reader) -> Engine:
+    """The engine of a run, which is still to be planned."""
+    shape = patch_shape(config.model, config.patch.size)
+    arithmetic = choose_precision(config.train.precision, model.encoder, shape)
+    timer = Shares(next(model.parameters()).device)
+    engine = Engine(model, config.select, config.run, arithmetic=arithmetic, timer=timer)
+    engine.reader = reader
+    return engine
 
 
 def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:

@@ -23,19 +23,21 @@ from torch import Tensor
 
 from keyhole.config.auto import number, settle_learning
 from keyhole.config.settings import Config
-from keyhole.engine.device import choose_device, settle_precision
+from keyhole.engine import Engine, split_backward
+from keyhole.engine.bags import positions
+from keyhole.engine.device import choose_device, choose_precision
 from keyhole.engine.memory.probe import as_it_was, example_positions
-from keyhole.engine.passes import positions
 from keyhole.errors import KeyholeError
 from keyhole.loading import Opener
-from keyhole.nn import IPSClassifier, build_classifier, split_backward
+from keyhole.nn import build_classifier
 from keyhole.nn.build import patch_shape
 from keyhole.nn.pixels import AsRead
-from keyhole.nn.tensors import as_read
+from keyhole.nn.tensors import as_read, on_device
 from keyhole.tasks.kinds import Task
 from keyhole.training.duration import Costs, Estimate, Work
 from keyhole.training.job import Job
 from keyhole.util.budget import out_of_memory
+from keyhole.util.tf32 import tf32
 from keyhole.util.threads import default_threads
 
 ENOUGH = 0.3
@@ -91,7 +93,7 @@ def forecast(config: Config, work: Work, reading: tuple[float, float], feature_w
         settings = config.model.replace(pretrained=False, feature_width=feature_width)
         shape = patch_shape(settings, config.patch.size)
         model = build_classifier(settings, [Task("label", "binary", ("no", "yes"))], config.patch.size).to(device)
-        settle_precision(model, config.train.precision, shape)
+        engine = Engine(model, arithmetic=choose_precision(config.train.precision, model.encoder, shape))
         for count in (4, 64):  # 64 only where 4 are fast
             noise = (
                 np.random.default_rng(0).integers(0, 256, (count, *shape)).astype(np.uint8 if shape[1:] else np.float32)
@@ -99,7 +101,7 @@ def forecast(config: Config, work: Work, reading: tuple[float, float], feature_w
             where = example_positions(model, (count,), device)
             began = time.perf_counter()
             kept = min(config.select.m * config.train.batch, count)
-            score, learn = model_seconds(model, noise, where, kept, config.augment.color > 0)
+            score, learn = model_seconds(engine, noise, where, kept, config.augment.color > 0)
             if time.perf_counter() - began > ENOUGH:
                 break
     except (KeyholeError, ValueError, RuntimeError) as error:
@@ -122,14 +124,16 @@ class Piece(NamedTuple):
 def _measured(job: Job) -> tuple[Costs, str]:
     items, config = job.manifest.split("train"), job.config
     openers = [job.images.opener(item) for item in {items[k].name: items[k] for k in (0, len(items) // 2)}.values()]
-    pieces = [job.reader.run(each.name, _reading(each, job)) for each in openers]
-    pixels = np.concatenate([piece.pixels for piece in pieces])[: job.plan.chunk]
+    pieces = [job.engine.reader.run(each.name, _reading(each, job)) for each in openers]
+    pixels = np.concatenate([piece.pixels for piece in pieces])[: job.engine.plan.chunk]
     where = None
     if job.model.position is not None:
-        where = torch.cat([piece.where for piece in pieces if piece.where is not None])[: job.plan.chunk]
-    score, learn = model_seconds(job.model, pixels, where, job.plan.split or job.plan.kept, config.augment.color > 0)
+        where = torch.cat([piece.where for piece in pieces if piece.where is not None])[: job.engine.plan.chunk]
+    score, learn = model_seconds(
+        job.engine, pixels, where, job.engine.plan.split or job.engine.plan.kept, config.augment.color > 0
+    )
     image, patch = (sum(part) / len(pieces) for part in list(zip(*pieces, strict=True))[:2])
-    threads = min(job.reader.threads.count, default_threads())
+    threads = min(job.engine.reader.threads.count, default_threads())
     costs = Costs(image, patch, score, learn, threads, job.device.type != "cpu", _saving(job.run.path))
     images = f"{len(pieces)} image{'s' * (len(pieces) > 1)}"
     return costs, f"reading {images}, scoring {len(pixels)} patches and learning from some of them"
@@ -158,14 +162,16 @@ def _reading(opener: Opener, job: Job) -> Callable[[], Piece]:
         began = time.perf_counter()
         source = opener()
         try:
-            half = max(1, min(job.plan.chunk, len(source)) // 2)
+            half = max(1, min(job.engine.plan.chunk, len(source)) // 2)
             first = source.read(np.arange(half))
             opened = time.perf_counter()
             index = np.arange(len(source) - half, len(source))
             second = source.read(index)
             again = time.perf_counter() - opened
             both = np.concatenate([np.arange(half), index])
-            where = positions(job.model, source, both, job.device)
+            where = None
+            if job.model.position is not None:
+                where = on_device(positions(job.model, source, both), job.device)
             return Piece(max(0.0, opened - began - again), again / half, np.concatenate([first, second]), where)
         finally:
             source.close()
@@ -174,12 +180,12 @@ def _reading(opener: Opener, job: Job) -> Callable[[], Piece]:
 
 
 def model_seconds(
-    model: IPSClassifier, pixels: NDArray[Any], where: Tensor | None, step: int, color: bool
+    engine: Engine, pixels: NDArray[Any], where: Tensor | None, step: int, color: bool
 ) -> tuple[float, float]:
     """Measure scoring and learning.
 
     Args:
-        model: on its device; left as it was.
+        engine: of the model, which is left as it was.
         pixels: (k h w c) uint8, or (k f) features, as read.
         where: positions (k) or (k 2), where the model has a position code.
         step: patches that a run learns from at once.
@@ -188,7 +194,7 @@ def model_seconds(
     Returns:
         Seconds for a patch that is scored, and for one that is learned from.
     """
-    device = next(model.parameters()).device
+    model, encoders, device = engine.model, engine.encoders, engine.device
     colors = None
     if color and pixels.dtype == np.uint8:
         channels = pixels.shape[-1]
@@ -204,16 +210,24 @@ def model_seconds(
             return as_read(torch.from_numpy(some[start:stop]), device, some_colors)
 
         model.train()
-        split_backward(model, part, place, mask, lambda logits: torch.stack([x.sum() for x in logits.values()]).sum())
+        with tf32(encoders.arithmetic.tf32):
+            split_backward(model, part, place, mask, _any_loss, encode=encoders.learn)
+
+    def score() -> None:
+        encoders.logits(encoders.embed(torch.from_numpy(pixels).to(device), colors), where)
 
     few, many = max(2, min(step, LEARNED)), max(2, min(step, AT_MOST))
     with as_it_was(model, device):
-        with model.looking():
-            score = _seconds(lambda: model.score(torch.from_numpy(pixels).to(device), where, colors), device)
+        with encoders.inference():
+            scored = _seconds(score, device)
         learned = _seconds(partial(learn, few), device) / few
         if few < many and learned * many < ENOUGH:
             learned = _seconds(partial(learn, many), device) / many
-        return score / len(pixels), learned
+        return scored / len(pixels), learned
+
+
+def _any_loss(logits: dict[str, Tensor]) -> Tensor:
+    return torch.stack([each.sum() for each in logits.values()]).sum()
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

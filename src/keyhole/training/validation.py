@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from keyhole.data.item import Item
-from keyhole.engine.memory.pace import Pace
-from keyhole.engine.passes import infer
-from keyhole.engine.to_device import Stager
 from keyhole.errors import DataError
 from keyhole.inference.predictor import Predictor
 from keyhole.nn import total_loss
@@ -31,17 +28,13 @@ from keyhole.training.setup import targets
 from keyhole.util.files import write_atomic
 
 
-def validate_epoch(
-    job: Job, pace: Pace, interrupt: Interrupt, weights: Mapping[str, Tensor], stager: Stager
-) -> dict[str, float]:
+def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Loss and metrics on the validation split; nothing is learned, the test split is not touched.
 
     Args:
         job: at the end of an epoch.
-        pace: the memory plan to follow.
         interrupt: asked after each chunk.
         weights: of the classes, by task, where the loss is balanced.
-        stager: the run's.
 
     Raises:
         DataError: no validation image can be read.
@@ -55,16 +48,7 @@ def validate_epoch(
     batches = _batches(job, items)
     todo = [each for each in batches if tuple(item.name for item in each) not in done]
     openers = [[job.images.opener(item) for item in each] for each in todo]
-    stream = infer(
-        job.model,
-        job.reader,
-        openers,
-        job.config.select,
-        "mask",
-        on_chunk=interrupt.check,
-        pace=pace,
-        stager=stager,
-    )
+    stream = job.engine.infer(openers, "mask", on_chunk=interrupt.check)
     for each, found in zip(todo, stream, strict=True):
         job.note_unreadable(each, found.batch)
         result: dict[str, Any] = {
@@ -104,16 +88,15 @@ def _batches(job: Job, items: Sequence[Item]) -> list[list[Item]]:
     return [each for each in found if each]
 
 
-def predict_splits(job: Job, pace: Pace, interrupt: Interrupt, stager: Stager) -> None:
+def predict_splits(job: Job, interrupt: Interrupt) -> None:
     """What the best model says of the training and validation images, one row each, from what can be read.
 
     Args:
         job: that has learned all it will; its model takes the weights of the best.
-        pace: the memory plan to follow.
         interrupt: asked after each chunk.
-        stager: the run's.
     """
-    predictor = Predictor.open(job.run.path, decode=job.config.run.decode, into=job.end_learning())
+    job.end_learning()
+    predictor = Predictor.open(job.run.path, decode=job.config.run.decode, engine=job.engine)
     predictor.config = predictor.config.replace(unreadable="100%")
     predictor.tells_doubts = False  # the log of the run has them
     folder = job.run.path / "predictions"
@@ -126,14 +109,12 @@ def predict_splits(job: Job, pace: Pace, interrupt: Interrupt, stager: Stager) -
         done = {each["row"]["cells"][0]: TableRow(**each["row"]) for each in journal.read()}
         found = predictor.predict_items(
             [item for item in items if item.name not in done],
-            reader=job.reader,
+            engine=job.engine,
             store=job.images.store,
             on_bad_image="skip",
             left_out=lambda item, error: job.leave_out(item.name, str(error)),
             on_chunk=interrupt.check,
             description=f"predicting {split}",
-            pace=pace,
-            stager=stager,
         )
         for item, prediction in found:
             done[item.name] = table_row(prediction)

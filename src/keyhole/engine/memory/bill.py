@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keyhole.engine.memory.probe import PassBytes, Workload
-from keyhole.nn import parts
+from keyhole.engine.split import parts
 
 MAX_HELD_BYTES = 2**28
 """Kept pixels of a batch that stay in host memory; more are read again, a part at a time, when they are needed."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from keyhole.config.settings import Config, SelectConfig
+from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.bill import MAX_HELD_BYTES
 from keyhole.engine.memory.meter import give_back, steady_heap
 from keyhole.engine.memory.plan import (
@@ -25,8 +26,8 @@ from keyhole.engine.memory.plan import (
 from keyhole.engine.memory.probe import Workload
 from keyhole.errors import ConfigError
 from keyhole.images.tile_cache import TILE_CACHE
-from keyhole.nn import IPSClassifier
 from keyhole.nn.build import patch_shape
+from keyhole.nn.selection import RULES
 from keyhole.util.budget import doubt, explained, memory_text, out_of_memory
 from keyhole.util.platform import peak_memory, restart_peak
 
@@ -113,21 +114,21 @@ class Pace:
             torch.cuda.empty_cache()
 
 
-def predicting(model: IPSClassifier, config: Config, device: torch.device, warn: Callable[[str], None]) -> Pace:
-    """Return the pace of a model that predicts; it is measured only where memory is limited."""
-    plan, memory = unlimited(config.select).plan, config.memory
-    if memory is not None or device.type == "cuda":
-        work = Workload(
-            patch_shape=patch_shape(config.model, config.patch.size),
-            m=config.select.m,
-            batch_size=config.train.batch,
-            largest_bag=MAX_PREDICTED_PATCHES,
-            chunk=fixed_chunk(config.select),
-            ahead=config.run.ahead,
-            jpeg=config.run.decode == "auto",
-        )
-        plan = make_plan(model, work, memory, options=PREDICTING_OPTIONS)
-    return Pace(plan, warn, PREDICTING_OPTIONS)
+def prediction_plan(encoders: Encoders, config: Config) -> Plan:
+    """Return the plan of a model that predicts; it is measured only where memory is limited."""
+    memory = config.memory
+    if memory is None and encoders.device.type != "cuda":
+        return unlimited(config.select).plan
+    work = Workload(
+        patch_shape=patch_shape(config.model, config.patch.size),
+        m=config.select.m,
+        batch_size=config.train.batch,
+        largest_bag=MAX_PREDICTED_PATCHES,
+        chunk=fixed_chunk(config.select),
+        ahead=config.run.ahead,
+        jpeg=config.run.decode == "auto",
+    )
+    return make_plan(encoders, work, memory, options=PREDICTING_OPTIONS)
 
 
 def fixed_chunk(select: SelectConfig) -> int | None:
@@ -136,7 +137,7 @@ def fixed_chunk(select: SelectConfig) -> int | None:
     The `chunk` of the rule `streaming` is another: it takes I patches at a time to its memory, however many have been
     encoded together.
     """
-    return None if select.rule == "streaming" else select.chunk
+    return None if RULES[select.rule].own_chunk else select.chunk
 
 
 def unlimited(select: SelectConfig) -> Pace:

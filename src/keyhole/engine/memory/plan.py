@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.bill import MARGIN, MAX_HELD_BYTES, Bill, power_below, powers
 from keyhole.engine.memory.meter import steady_heap, taken
 from keyhole.engine.memory.probe import FIRST_PATCHES, Workload, probe
 from keyhole.errors import ConfigError
-from keyhole.nn import IPSClassifier
 from keyhole.util.budget import explained, memory_text, out_of_memory
 from keyhole.util.platform import available_memory
 
@@ -134,7 +134,7 @@ PREDICTING_OPTIONS = OptionNames(encoder="", patch="", kept="", cache="", chunk=
 
 
 def make_plan(
-    model: IPSClassifier,
+    encoders: Encoders,
     work: Workload,
     memory: int | None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -143,7 +143,7 @@ def make_plan(
     """Probe the model and choose. The model is left as it was.
 
     Args:
-        model: on its device.
+        encoders: of the model.
         work: what is planned for.
         memory: budget in bytes; None takes what is free.
         optimizer: what it holds already, in a resumed run, is not counted twice.
@@ -152,7 +152,7 @@ def make_plan(
     Raises:
         ConfigError: not even the smallest plan fits; the message says what would.
     """
-    device = next(model.parameters()).device
+    model, device = encoders.model, encoders.device
     budget, source = _budget(memory, device)
     cpu, named = device.type == "cpu", memory is not None
     batch = work.batch_size * work.largest_bag  # patches
@@ -160,7 +160,7 @@ def make_plan(
     chunks = [work.chunk] if work.chunk else powers(most)
     try:
         with _measuring(cpu):
-            costs = probe(model, work, most, budget - taken(device))
+            costs = probe(encoders, work, most, budget - taken(device))
             now = taken(device) + (FIRST_STEPS_BYTES if cpu else 0)
     except Exception as error:
         if not out_of_memory(error):

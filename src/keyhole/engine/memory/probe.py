@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.meter import comes_in_steps, growth
+from keyhole.engine.split import kept_buffers
 from keyhole.nn import CenterPosition, IPSClassifier, evaluating
 from keyhole.nn.pixels import AsRead
-from keyhole.nn.split import kept_buffers
 from keyhole.nn.tensors import as_read, values_of
 from keyhole.util.budget import out_of_memory
 
@@ -110,11 +111,11 @@ class PassBytes:
     dim: int
 
 
-def probe(model: IPSClassifier, work: Workload, chunk: int, room: int) -> PassBytes:
+def probe(encoders: Encoders, work: Workload, chunk: int, room: int) -> PassBytes:
     """Measure a model; leave weights, gradients, buffers, modes and random state as they were.
 
     Args:
-        model: on its device.
+        encoders: of the model.
         work: what is planned for.
         chunk: largest number of patches that the pass without gradients may get.
         room: bytes that are available; a probe is not made larger where it would need more.
@@ -122,15 +123,15 @@ def probe(model: IPSClassifier, work: Workload, chunk: int, room: int) -> PassBy
     Raises:
         Exception: one of which `out_of_memory` is true: even the smallest probe does not fit.
     """
-    return _Probe(model, work).measure(chunk, room)
+    return _Probe(encoders, work).measure(chunk, room)
 
 
 class _Probe:
     """Runs the passes of a model over random patches."""
 
-    def __init__(self, model: IPSClassifier, work: Workload) -> None:
-        self.model, self.work = model, work
-        self.device = next(model.parameters()).device
+    def __init__(self, encoders: Encoders, work: Workload) -> None:
+        self.encoders, self.model, self.work = encoders, encoders.model, work
+        self.device = encoders.device
         self.rng = np.random.default_rng(0)
         self.dim = 0
 
@@ -150,16 +151,17 @@ class _Probe:
         colors = self._colors(k)
 
         def score() -> Tensor:
-            return self.model.score(torch.from_numpy(pixels).to(self.device), where, colors)
+            embedding = self.encoders.embed(torch.from_numpy(pixels).to(self.device), colors)
+            return self.encoders.logits(embedding, where)
 
-        with self.model.looking():
+        with self.encoders.inference():
             return growth(self.device, score, REPEATS)
 
     def _encode(self, k: int) -> int:
         pixels = self._patches(k)
 
         def step() -> None:
-            embedding = self.model.encode(self._converted(pixels))
+            embedding = self.encoders.learn(self._converted(pixels))
             torch.autograd.backward(embedding, torch.ones_like(embedding))
 
         return growth(self.device, step, REPEATS)

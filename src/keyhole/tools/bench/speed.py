@@ -20,8 +20,8 @@ from keyhole.config.auto import settle_learning
 from keyhole.config.settings import Config, DataConfig
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
-from keyhole.engine.compiling import Setting, choose_compile
-from keyhole.engine.device import arithmetic_of, choose_device
+from keyhole.engine.device import choose_device
+from keyhole.engine.encoders import Setting
 from keyhole.runs.checkpoint import load_weights, read_info, read_tensors
 from keyhole.runs.run import Run, read_rows
 from keyhole.runs.state import State
@@ -151,12 +151,10 @@ def _plain(config: Config, scratch: Path) -> Config:
 def _compile(job: Job, setting: Setting, share: float) -> str:
     """Compiles the encoder where the run itself would, with `share` times as many images; the reason in words."""
     expected = round(share * job.config.train.epochs * sum(job.images.counts.values()))
-    choice = choose_compile(setting, job.model, job.images.patch_shape, job.plan.chunk, expected)
-    if choice.compile:
-        job.model.accelerate(compile=True)
+    choice = job.engine.choose_compile(setting, job.images.patch_shape, expected)
     if not choice.compile and len(job.images.patch_shape) == 1:
         return "none: the data are stored features, which are projected"
-    return choice.describe(job.model, job.images.patch_shape)
+    return job.engine.encoders.describe(choice, job.images.patch_shape)
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,7 @@ def _load(job: Job, run: Run) -> None:
 
 def _summary(job: Job, told: str, compiled: str, found: Steps, alone: Floor, epochs: Epochs) -> Speed:
     rate, colored, blank = alone
-    config, plan = job.config, job.plan
+    config, plan = job.config, job.engine.plan
     cuda, features = job.device.type == "cuda", len(job.images.patch_shape) == 1
     seconds = dict.fromkeys(PARTS, 0.0) | found.parts
     seconds["other"] = max(0.0, found.seconds - sum(seconds.values()))
@@ -294,7 +292,7 @@ def _summary(job: Job, told: str, compiled: str, found: Steps, alone: Floor, epo
     facts = Facts(
         kind="features" if features else "images",
         cuda=cuda,
-        threads=job.reader.threads.count,
+        threads=job.engine.reader.threads.count,
         cores=cores(),
         resident=job.images.held_bytes > 0,
         split=plan.split is not None,
@@ -324,11 +322,11 @@ def _summary(job: Job, told: str, compiled: str, found: Steps, alone: Floor, epo
 
 
 def _chosen(job: Job, facts: Facts, compiled: str) -> dict[str, str]:
-    plan = job.plan
+    plan = job.engine.plan
     device = torch.cuda.get_device_name(job.device) if facts.cuda else f"CPU, {torch.get_num_threads()} threads"
     learn = "at once" if plan.split is None else f"in chunks of {plan.split:,}"
     return {
-        "computing": f"{device}, in {arithmetic_of(job.model)}",
+        "computing": f"{device}, in {job.engine.encoders.arithmetic}",
         "encoder": compiled,
         "reading": f"{facts.threads} threads on {facts.cores} cores"
         + ("; decoded images stay in memory" if facts.resident else ""),

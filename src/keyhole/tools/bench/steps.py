@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from keyhole.engine.looking import blank_rows
-from keyhole.engine.memory.pace import cap
+from keyhole.engine.scoring import blank_rows
 from keyhole.errors import DataError, Interrupted
 from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job
@@ -55,7 +54,7 @@ def run_steps(job: Job, warm: int, steps: int, limit: float) -> Steps:
     Raises:
         Interrupted: by a signal.
     """
-    with Interrupt() as interrupt, cap(job.plan, job.device):
+    with Interrupt() as interrupt, job.engine.limit():
         loop = _Clocked(job, interrupt, warm, steps, limit)
         try:
             with suppress(_Enough):
@@ -65,7 +64,6 @@ def run_steps(job: Job, warm: int, steps: int, limit: float) -> Steps:
         except StopRequested as stop:
             assert interrupt.signal is not None
             raise Interrupted("stopped; nothing was changed", interrupt.signal) from stop
-    job.plan = loop.pace.plan  # smaller where memory ran out
     return loop.result()
 
 
@@ -91,7 +89,7 @@ class _Clocked(Loop):
 
     def save_now_and_then(self, patches: int) -> None:
         """Called at the end of each step."""
-        parts = self.shares.seconds()  # waits for the device
+        parts = self.engine.timer.seconds()  # waits for the device
         now = time.perf_counter()
         self.done += 1
         if self.done == 1:
@@ -149,14 +147,15 @@ def floor(job: Job) -> Floor:
 def _seconds(job: Job, pixels: Tensor, color: Tensor | None) -> float:
     """Return the median seconds of scoring these patches once."""
     times: list[float] = []
-    with job.model.looking(), torch.no_grad():
+    encoders = job.engine.encoders
+    with encoders.inference():
         for _ in range(2):  # builds, compiles, warms up
-            job.model.look(pixels, color)
+            encoders.embed(pixels, color)
         begun = time.perf_counter()
         while len(times) < FLOOR_RUNS or time.perf_counter() - begun < FLOOR_SECONDS:
             _wait(job.device)
             start = time.perf_counter()
-            job.model.look(pixels, color)
+            encoders.embed(pixels, color)
             _wait(job.device)
             times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
@@ -168,10 +167,10 @@ def _chunk(job: Job) -> Tensor:
     Raises:
         DataError: no training image can be read.
     """
-    size, items, batch = job.plan.chunk, job.manifest.split("train"), job.config.train.batch
+    size, items, batch = job.engine.plan.chunk, job.manifest.split("train"), job.config.train.batch
     openers = [job.images.opener(item) for item in items]
     batches = [openers[start : start + batch] for start in range(0, len(openers), batch)]
-    for read in job.reader.stream(batches, size, "mask"):
+    for read in job.engine.reader.stream(batches, size, "mask"):
         for part in read.chunks():
             found = torch.from_numpy(part.pixels[: part.count].copy())
             return torch.cat([found] * -(-size // len(found)))[:size].to(job.device)

@@ -20,11 +20,10 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from keyhole.engine.folding import copy_all
 from keyhole.nn.classifier import IPSClassifier
-from keyhole.nn.folding import copy_all
 from keyhole.nn.pixels import AsRead
-from keyhole.nn.to_device import to_device
-from keyhole.util.tf32 import tf32
+from keyhole.nn.tensors import to_device
 
 Fetch = Callable[[int, int], Tensor | AsRead]
 """start, stop -> those of the loose patches, (stop - start ...) on the model's device."""
@@ -37,6 +36,7 @@ def split_backward(
     mask: Bool[Tensor, "b m"],
     loss: Callable[[dict[str, Tensor]], Tensor],
     chunk: int | None = None,
+    encode: Callable[[Tensor | AsRead], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
     """Forward and backward over the kept patches of a batch; gradients are added to `.grad` as `backward` does.
 
@@ -50,6 +50,7 @@ def split_backward(
         loss: logits of every task -> a number.
         chunk: patches to encode at once; None encodes all at once and, as any chunk that holds all, is the ordinary
             step with nothing computed twice. See `parts`.
+        encode: encodes loose patches with gradients; default `IPSClassifier.encode`.
 
     Returns:
         The loss, detached. Where it is not finite, neither are the gradients: look at both before the optimizer's step.
@@ -61,41 +62,49 @@ def split_backward(
     mask = mask.cpu()
     spans = parts(int(mask.sum()), chunk)
     learns = any(parameter.requires_grad for parameter in model.encoder.parameters())
-    with tf32(model.tf32), kept_buffers(model, on_error_only=True):
+    encode = encode or model.encode
+
+    def behind(embedding: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
+        """Pool, heads, loss and their backward, down to where `embedding` comes from."""
+        padded, there = bags_of(embedding, mask)
+        value = loss(model.classify(padded, position, there))
+        value.backward()
+        return value.detach()
+
+    with kept_buffers(model, on_error_only=True):
         if len(spans) > 1 and learns:
-            return _twice(model, patches, spans, position, mask, loss)
+            return _twice(model.encoder, encode, patches, spans, behind)
         with torch.set_grad_enabled(learns):
-            embedding = torch.cat([model.encode(patches(*span)) for span in spans])
-        return _behind(model, embedding, position, mask, loss)
+            embedding = torch.cat([encode(patches(*span)) for span in spans])
+        return behind(embedding)
 
 
 def _twice(
-    model: IPSClassifier,
+    encoder: nn.Module,
+    encode: Callable[[Tensor | AsRead], Tensor],
     patches: Fetch,
     spans: list[tuple[int, int]],
-    position: Shaped[Tensor, "b m ..."] | None,
-    mask: Bool[Tensor, "b m"],
-    loss: Callable[[dict[str, Tensor]], Tensor],
+    behind: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, ""]:
-    """The split step: embeddings first, then each chunk again with its part of the gradient."""
+    """Compute the embeddings of all chunks first, then each chunk again with its part of the gradient."""
     draws: list[_Draws] = []
     rows: list[Tensor] = []
-    with torch.no_grad(), kept_buffers(model.encoder):
+    with torch.no_grad(), kept_buffers(encoder):
         for span in spans:
             pixels = patches(*span)
             draws.append(_Draws(pixels.device))
-            rows.append(model.encode(pixels))
+            rows.append(encode(pixels))
             del pixels  # before the next chunk's are there
     embedding = torch.cat(rows).requires_grad_()
     del rows
-    value = _behind(model, embedding, position, mask, loss)
+    value = behind(embedding)
     if embedding.grad is None:
         return value
     after = _Draws(embedding.device)
     for span, drawn in zip(spans, draws, strict=True):
         pixels = patches(*span)
         drawn.restore()
-        model.encode(pixels).backward(embedding.grad[slice(*span)])
+        encode(pixels).backward(embedding.grad[slice(*span)])
         del pixels
     after.restore()
     return value
@@ -113,20 +122,6 @@ def parts(total: int, chunk: int | None) -> list[tuple[int, int]]:
     count = 1 if chunk is None else max(1, min(-(-total // chunk), total // 2))
     bounds = [total * place // count for place in range(count + 1)]
     return list(pairwise(bounds))
-
-
-def _behind(
-    model: IPSClassifier,
-    embedding: Float[Tensor, "k d"],
-    position: Shaped[Tensor, "b m ..."] | None,
-    mask: Bool[Tensor, "b m"],
-    loss: Callable[[dict[str, Tensor]], Tensor],
-) -> Float[Tensor, ""]:
-    """Pool, heads, loss and their backward, down to where `embedding` comes from."""
-    padded, there = bags_of(embedding, mask)
-    value = loss(model.classify(padded, position, there))
-    value.backward()
-    return value.detach()
 
 
 def bags_of(

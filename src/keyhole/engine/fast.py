@@ -18,30 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keyhole.nn.compiled import Compiled
-from keyhole.nn.encoder import PixelEncoder
-from keyhole.nn.folding import Follower, Norm, fold, foldable_pairs
-from keyhole.nn.pixels import prepare
+from keyhole.engine.compiled import Compiled
+from keyhole.engine.folding import Follower, Norm, fold, foldable_pairs
+from keyhole.nn.classifier import encoded
 from keyhole.util.tf32 import tf32
 
 FOLDED_ERROR = 1e-3
 """Largest relative difference that folding may make in float32; beyond it the network is not what its hooks showed."""
-
-
-def encoded(encoder: Callable[..., Tensor], pixels: Tensor, color: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What an encoder makes of patches, normalized in the pass that makes numbers of uint8 pixels where it allows that.
-
-    Args:
-        encoder: of patches (k ...).
-        pixels: (k h w c) uint8 as read from files, (k c h w) floats as the encoder takes them, or (k f) features.
-        color: affine colour change (k c c+1) of each patch; for uint8 only.
-        dtype: of the numbers.
-    """
-    if pixels.dtype != torch.uint8:
-        return encoder(pixels)
-    if isinstance(encoder, PixelEncoder):
-        return encoder.embed(prepare(pixels, color, dtype, encoder.scale, encoder.shift))
-    return encoder(prepare(pixels, color))
 
 
 class FastEncoder:
@@ -75,6 +58,7 @@ class FastEncoder:
         self._follower: Follower | None = None
         self._compiled: dict[int, Compiled] = {}
         self._rows = 0
+        self._stale = False
 
     def __call__(
         self, pixels: Tensor, color: Float[Tensor, "k c c+1"] | None = None, rows: int | None = None
@@ -121,19 +105,23 @@ class FastEncoder:
                 self._build(torch.empty(1, *patch_shape, dtype=dtype, device=next(self.encoder.parameters()).device))
         return f"{self.folded} of {self.norms} batch norms folded" if self.norms else ""
 
-    def refresh(self, changed_only: bool = False) -> None:
-        """Takes over the encoder's weights and running statistics as they are now.
+    def weights_changed(self) -> None:
+        """Let the next `refresh` take over the encoder's weights.
 
-        Args:
-            changed_only: do nothing where torch has counted no change since the last time; see
-                `IPSClassifier.steady` for what it does not count.
+        Torch counts what is loaded, moved or changed in place by most operations, which `refresh` sees by itself. It
+        does not count what fused optimizers, batch norm in training or writes through `.data` change.
         """
+        self._stale = True
+
+    def refresh(self) -> None:
+        """Take over the encoder's weights and running statistics if they have changed, or may have."""
         if self._follower is not None:
             if self._follower.moved():
-                self._copy = self._follower = None  # built again by the next call
+                self._copy = self._follower = None  # the next call builds it again
                 self._compiled.clear()
             else:
-                self._follower.follow(changed_only)
+                self._follower.follow(changed_only=not self._stale)
+        self._stale = False
 
     def _build(self, pixels: Tensor) -> None:
         """The copy, folded where that leaves the result as it is."""
@@ -179,33 +167,3 @@ def _filled(tensor: Tensor, rows: int) -> Tensor:
     if len(tensor) == rows:
         return tensor
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
-
-
-class CompiledEncoder:
-    """The encoder where it learns: compiled for the first sizes it is given, as it is for all others.
-
-    The last batch of an epoch, and images with few patches, give sizes of their own; each would cost a compilation.
-
-    Args:
-        encoder: in the mode it should learn in.
-        most: sizes to compile for.
-    """
-
-    def __init__(self, encoder: nn.Module, most: int = 2) -> None:
-        self.encoder, self.most = encoder, most
-        self._compiled: dict[tuple[int, ...], Compiled] = {}
-
-    def __call__(self, patches: Tensor, color: Float[Tensor, "k c c+1"] | None = None) -> Float[Tensor, "k d"]:
-        """Embeddings of patches, see `encoded`."""
-        size = tuple(patches.shape)
-        if size not in self._compiled and len(self._compiled) < self.most:
-            self._compiled[size] = Compiled(self._encode, ("encode", size, repr(self.encoder)))
-        found: Tensor = self._compiled.get(size, self._encode)(patches, color)
-        return found
-
-    def forget(self) -> None:
-        """Compiles for the sizes that come next: after memory ran out, those before do not come again."""
-        self._compiled.clear()
-
-    def _encode(self, patches: Tensor, color: Tensor | None) -> Tensor:
-        return encoded(self.encoder, patches, color, torch.float32)

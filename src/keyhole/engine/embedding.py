@@ -1,6 +1,6 @@
 """Images -> the embeddings of all their patches, in host memory, one chunk behind the device.
 
-    for told in Encoding(model, reader, stager, pace)(openers):
+    for told in Embedding(engine)(openers):
         ...                     # the Rows of an image in order, then its End; then the next image
 
 Patches go the way that they go in a prediction: read ahead, staged, and encoded by the folded copy of the encoder under
@@ -21,12 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from keyhole.engine.compiling import choose_compile
-from keyhole.engine.looking import Looker, timed
-from keyhole.engine.memory.pace import Pace
-from keyhole.engine.to_device import Stager, prefetched
+from keyhole.engine.engine import Engine
+from keyhole.engine.scoring import ChunkScorer, timed
+from keyhole.engine.to_device import prefetched
 from keyhole.errors import KeyholeError
-from keyhole.loading import Batch, Opener, Reader
+from keyhole.loading import Batch, Opener
 from keyhole.nn import CrossAttentionPool, IPSClassifier
 from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
@@ -74,34 +73,22 @@ class End:
     unreadable: Mapping[int, str]
 
 
-class Encoding:
+class Embedding:
     """Encodes all patches of images.
 
     Args:
-        model: as `encoder_alone` makes it; with `accelerate`, on its device.
-        reader: reads the patches.
-        stager: takes them to the device.
-        pace: how many are encoded at once.
+        engine: of a model as `encoder_alone` makes it.
         together: images that share chunks. Default is `TOGETHER` on a GPU. On a CPU it is 1: there the last bits of an
             embedding depend on how many patches are encoded with it, and should not depend on the other images.
         whole: encode all rows of a chunk, also those not in use, so that there is one shape. Default on a GPU.
     """
 
-    def __init__(
-        self,
-        model: IPSClassifier,
-        reader: Reader,
-        stager: Stager,
-        pace: Pace,
-        together: int | None = None,
-        whole: bool | None = None,
-    ) -> None:
-        self.model, self.reader, self.stager, self.pace = model.eval(), reader, stager, pace
-        self.device = next(model.parameters()).device
-        on_cpu = self.device.type == "cpu"
+    def __init__(self, engine: Engine, together: int | None = None, whole: bool | None = None) -> None:
+        self.engine = engine
+        on_cpu = engine.device.type == "cpu"
         self.together = together or (1 if on_cpu else TOGETHER)
         self.whole = not on_cpu if whole is None else whole
-        self._results = _Results(self.device)
+        self._results = _Results(engine.device)
 
     def __call__(self, openers: Sequence[Opener]) -> Iterator[Rows | End]:
         """What becomes of each image, in order.
@@ -119,17 +106,16 @@ class Encoding:
 
     def _launched(self, openers: Sequence[Opener]) -> Iterator[list[Rows | End]]:
         """What is to be told of each chunk that has been launched, and at the end of each batch."""
-        starts = range(0, len(openers), self.together)
+        engine, starts = self.engine, range(0, len(openers), self.together)
         batches = (openers[start : start + self.together] for start in starts)
-        stream = self.reader.stream(batches, self.pace.plan.chunk, "mask", deliver=self.stager.deliver)
-        looker = Looker(self.model, None, self.pace, self.stager.shares)
-        for start, batch in zip(starts, stream, strict=True):
+        scorer = ChunkScorer(engine.encoders, engine.pace, engine.timer)
+        for start, batch in zip(starts, engine.stream(batches, "mask", hold=0), strict=True):
             if start == 0:
                 self._compile(batch, len(starts))
             current = 0
-            for chunk, pixels in prefetched(timed(batch.chunks(), self.stager.shares), self.stager, self.pace):
+            for chunk, pixels in prefetched(timed(batch.chunks(), engine.timer), engine.stager, engine.pace):
                 used = pixels if self.whole else pixels[: chunk.count]
-                on_host = self._results.take(looker.embeddings(used, chunk.count), len(pixels))
+                on_host = self._results.take(scorer.embeddings(used, chunk.count), len(pixels))
                 told: list[Rows | End] = []
                 for position, place in _runs(chunk.image):
                     told += [_end(batch, start, each) for each in range(current, position)]
@@ -140,14 +126,12 @@ class Encoding:
             yield [_end(batch, start, each) for each in range(current, len(batch.names))]
 
     def _compile(self, batch: Batch, batches: int) -> None:
-        """Compiles the encoder where that pays back over all batches, if they are like the first."""
+        """Compile the encoder where that pays back over all batches, if they are like the first."""
         source = next((source for source in batch.sources if source is not None), None)
-        if source is None or self.model.compiled:
+        if source is None or self.engine.encoders.compiled:
             return
-        expected = batches * sum(batch.lengths())
-        choice = choose_compile("auto", self.model, source.patch_shape, self.pace.plan.chunk, expected)
+        choice = self.engine.choose_compile("auto", source.patch_shape, batches * sum(batch.lengths()))
         if choice.compile:
-            self.model.accelerate(compile=True)
             say(f"encoder compiled: {choice.why}")
 
 

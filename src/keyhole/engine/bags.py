@@ -1,14 +1,17 @@
-"""Pixels of the kept patches of a batch: on the host, and from there to the device, a part at a time.
+"""The kept patches of a batch: their pixels on the host, and from there on the device, a part at a time.
 
-    files or held pixels -> memory of the host -> uint8 on the device -> numbers, where the encoder runs
+    files or held pixels -> memory of the host -> uint8 on the device -> values, where the encoder runs
 
 A GPU copies from pinned memory by itself, so that the host does not wait for it.
+
+Letters: b image, m kept, c channels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +19,97 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keyhole.engine.looking import on_device
 from keyhole.errors import ImageError
 from keyhole.loading import Batch
+from keyhole.nn import CenterPosition, IPSClassifier, Kept
 from keyhole.nn.pixels import AsRead
-from keyhole.nn.tensors import as_read, host_memory
+from keyhole.nn.tensors import as_read, host_memory, on_device, values_of
+from keyhole.patches.sources import PatchSource
 
 Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Kept patches of a batch: their pixels stay on the host and come to the device a part at a time.
+
+    Attributes:
+        position: (b m) or (b m 2), or None where the model has no position code.
+        mask: (b m) True where there is a patch, on the host.
+        rows: which images of the batch these are; the others could not be read.
+        part: start, stop -> loose patches (stop - start) on the device, in the order of `mask`: pixels as they were
+            read, or features (stop - start f). On a GPU the host does not wait for the copy.
+        kept: what each image of the batch really keeps, since a patch may have become unreadable after it was
+            selected; None where the image could not be read.
+        pixels: as read, for each image of the batch; None where it could not be read, or where they are not held.
+    """
+
+    position: Tensor | None
+    mask: Tensor
+    rows: list[int]
+    part: Callable[[int, int], Tensor | AsRead]
+    kept: Sequence[Kept | None] = ()
+    pixels: Sequence[NDArray[Any] | None] = ()
+
+    def __len__(self) -> int:
+        """Return the number of patches."""
+        return int(self.mask.sum())
+
+    def patches(self) -> Tensor:
+        """Return all patches on the device, as `IPSClassifier.forward` takes them: (b m c h w), zeros at padding."""
+        loose = values_of(self.part(0, len(self)))
+        whole = loose.new_zeros(*self.mask.shape, *loose.shape[1:])
+        whole[self.mask] = loose
+        return whole
+
+
+def fetch_bags(
+    model: IPSClassifier, batch: Batch, kept: Sequence[Kept | None], hold: int, together: bool = False
+) -> Bags:
+    """Fetch the kept patches of a batch, padded to one width.
+
+    Args:
+        model: on its device.
+        batch: still open.
+        kept: of each image, on the host; None where it could not be read.
+        hold: most bytes of pixels that stay in host memory; beyond that `Bags.part` reads them each time.
+        together: see `KeptPixels.fetch`.
+    """
+    device = next(model.parameters()).device
+    wanted = [np.empty(0, np.int64) if image is None else image.index.cpu().numpy() for image in kept]
+    held = KeptPixels(batch, wanted, device)
+    if held.nbytes <= hold:
+        held.fetch(together)
+    found = list(kept)
+    for row, image in enumerate(kept):
+        good = held.readable(row)
+        if image is None or row in batch.failed or not good.any():
+            found[row], good[:] = None, False
+        elif not good.all():
+            rows = torch.from_numpy(good).to(image.index.device)
+            found[row] = replace(image, index=image.index[rows], score=image.score[rows])
+        held.keep(row, good)
+    rows_in = [row for row, image in enumerate(found) if image is not None]
+    width = max((len(held.wanted[row]) for row in rows_in), default=0)
+    mask = torch.zeros(len(rows_in), width, dtype=torch.bool)
+    where: NDArray[Any] | None = None
+    for place, row in enumerate(rows_in):
+        mask[place, : len(held.wanted[row])] = True
+        source = batch.sources[row]
+        assert source is not None
+        if model.position is not None:
+            one = positions(model, source, held.wanted[row])
+            where = np.zeros((len(rows_in), width, *one.shape[1:]), one.dtype) if where is None else where
+            where[place, : len(one)] = one
+    position = None if where is None else on_device(where, device)
+    return Bags(position, mask, rows_in, held.part, found, held.pixels)
+
+
+def positions(model: IPSClassifier, source: PatchSource, index: Index) -> NDArray[Any]:
+    """Return positions of patches as the model's code takes them: the index, or centres in pixels of the patches."""
+    if isinstance(model.position, CenterPosition):
+        return (source.positions_2d(index) / source.scale).astype(np.float32)
+    return source.positions_1d(index)
 
 
 class KeptPixels:
@@ -31,7 +118,6 @@ class KeptPixels:
     Args:
         batch: open as long as `part` is called.
         wanted: patches of each image.
-        color: (b c c+1) colour change per image, on the host, or None.
         device: where the model is.
 
     Attributes:
@@ -40,8 +126,8 @@ class KeptPixels:
         nbytes: of all of them.
     """
 
-    def __init__(self, batch: Batch, wanted: Sequence[Index], color: Tensor | None, device: torch.device) -> None:
-        self.batch, self.wanted, self.color, self.device = batch, list(wanted), color, device
+    def __init__(self, batch: Batch, wanted: Sequence[Index], device: torch.device) -> None:
+        self.batch, self.wanted, self.device = batch, list(wanted), device
         self.pixels: list[NDArray[Any] | None] = [None] * len(wanted)
         self.nbytes = sum(
             len(index) * math.prod(source.patch_shape) * source.dtype.itemsize
@@ -116,10 +202,10 @@ class KeptPixels:
         return block
 
     def _colors(self, cuts: dict[int, slice]) -> Tensor | None:
-        if self.color is None:
+        if self.batch.color is None:
             return None
         counts = [cut.stop - cut.start for cut in cuts.values()]
-        return on_device(np.repeat(self.color[list(cuts)].numpy(), counts, axis=0), self.device)
+        return on_device(np.repeat(self.batch.color[list(cuts)], counts, axis=0), self.device)
 
 
 def _readable(index: Index, batch: Batch, row: int) -> NDArray[np.bool_]:

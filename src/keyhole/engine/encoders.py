@@ -1,0 +1,239 @@
+"""The two ways in which a model's encoder runs: without gradients as a fast copy, with gradients as it is.
+
+    encoders = Encoders(model, arithmetic)
+    with encoders.inference():                       # evaluation mode, current weights
+        embedding = encoders.embed(pixels)
+        logits = encoders.logits(embedding, position)
+    embedding = encoders.learn(patches)              # with gradients
+    encoders.weights_changed()
+
+Letters: k loose patches, c channels, h w height and width (after logits: head, query t), d width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from keyhole.engine.compiled import CompiledEncoder
+from keyhole.engine.device import Arithmetic
+from keyhole.engine.fast import FastEncoder
+from keyhole.errors import ConfigError
+from keyhole.nn.classifier import IPSClassifier, encoder_input
+from keyhole.nn.pixels import AsRead
+from keyhole.nn.selection import Rule, Selection, evaluating, select_bags
+from keyhole.util.tf32 import tf32
+
+Setting = Literal["auto", "on", "off"]
+
+COMPILE_SECONDS = 60.0
+"""Estimated cost of compiling an encoder for both passes on a GPU, before the first step."""
+COMPILE_SAVES = 0.35
+"""Estimated share of the encoder's time that compiling saves on a GPU."""
+NOT_ON_A_CPU = "on a CPU it saves an eighth at most, takes a minute, and would make runs differ in their last bits"
+"""Measured on two cores: -4 to 12 % for ResNet-18, EfficientNet-Lite0 and the small encoder; 7 to 44 s for the
+first call without gradients, 137 s with gradients on a busy machine."""
+NO_ENCODER = "the data are stored features, which need no encoder"
+
+
+@dataclass(frozen=True)
+class CompileChoice:
+    """Whether to compile, and the reason as one clause."""
+
+    compile: bool
+    why: str
+
+
+class Encoders:
+    """Runs a model's encoder in both passes.
+
+    Args:
+        model: on its device. Its `precision` becomes `arithmetic.learn`.
+        arithmetic: what the encoder computes in; default is the model's precision in both passes.
+
+    Attributes:
+        fast: the copy that encodes without gradients.
+        compiled: whether both ways go through `torch.compile`; see `compile`.
+    """
+
+    def __init__(self, model: IPSClassifier, arithmetic: Arithmetic | None = None) -> None:
+        self.model = model
+        self.arithmetic = arithmetic or Arithmetic(model.precision, model.precision)
+        model.precision = self.arithmetic.learn
+        self.device = next(model.parameters()).device
+        self.fast = FastEncoder(model.encoder, self.arithmetic.look, tf32=self.arithmetic.tf32)
+        self._learning: CompiledEncoder | None = None
+        self._query: Callable[[], Tensor] = model.pool.folded_query
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluate without gradients, with the current weights; afterwards modes are as they were.
+
+        Weights must not change inside: what follows from them alone is computed once.
+        """
+        outer = self._query
+        with evaluating(self.model), tf32(False):
+            self.fast.refresh()
+            self._query = cache(self.model.pool.folded_query)
+            try:
+                yield
+            finally:
+                self._query = outer
+
+    def embed(
+        self,
+        pixels: Shaped[Tensor, "k ..."] | AsRead,
+        color: Float[Tensor, "k c c+1"] | None = None,
+        rows: int | None = None,
+    ) -> Float[Tensor, "k d"]:
+        """Return the embeddings of loose patches, inside `inference`.
+
+        Args:
+            pixels: uint8 as read from files (k h w c), floats as the encoder takes them (k c h w), or features (k f).
+            color: affine colour change of each patch, for uint8 only; `AsRead` brings its own.
+            rows: patches that are encoded at once, for which a compiled encoder is compiled; 0: too few for that, see
+                `FastEncoder`.
+        """
+        if isinstance(pixels, AsRead):
+            pixels, color = encoder_input(pixels)
+        return self.fast(pixels, color, rows)
+
+    def logits(
+        self, embedding: Float[Tensor, "k d"], position: Shaped[Tensor, "k ..."] | None = None
+    ) -> Float[Tensor, "k h t"]:
+        """Return the attention logits of loose patches from their embeddings, inside `inference`."""
+        return self.model.logits(embedding, position, self._query())
+
+    def learn(self, patches: Shaped[Tensor, "k ..."] | AsRead) -> Float[Tensor, "k d"]:
+        """Return the embeddings of loose patches with gradients, as `IPSClassifier.encode` does."""
+        if self._learning is None or not self.model.training or len(patches) == 1:
+            return self.model.encode(patches)
+        pixels, color = encoder_input(patches)
+        with self.model.autocast(pixels.device):
+            return self._learning(pixels, color).float()
+
+    def weights_changed(self) -> None:
+        """Let the next pass without gradients use the weights that the model then has."""
+        self.fast.weights_changed()
+
+    def out_of_memory(self) -> None:
+        """Compile for other sizes from now on: those before do not come again."""
+        if self._learning is not None:
+            self._learning.forget()
+
+    @property
+    def compiled(self) -> bool:
+        return self.fast.compiled
+
+    def compile(self) -> None:
+        """Run the encoder through `torch.compile` from now on."""
+        self.fast.compiled = True
+        self._learning = CompiledEncoder(self.model.encoder)
+
+    def select(
+        self,
+        patches: Shaped[Tensor, "b n ..."],
+        m: int,
+        chunk: int,
+        rule: Rule = "global",
+        position: Shaped[Tensor, "b n ..."] | None = None,
+        mask: Bool[Tensor, "b n"] | None = None,
+        at_once: int | None = None,
+    ) -> Selection:
+        """Select from bags in memory as `IPSClassifier.select` does, with the fast copy of the encoder."""
+        loose, where = self.model.loose_bags(patches, position, mask)
+
+        def score(rows: slice) -> Tensor:
+            return self.logits(self.embed(loose[rows]), None if where is None else where[rows])
+
+        with self.inference():
+            return select_bags(score, (len(patches), patches.shape[1]), mask, m, chunk, rule, at_once)
+
+    def choose_compile(self, setting: Setting, patch_shape: Sequence[int], chunk: int, expected: int) -> CompileChoice:
+        """Decide whether compiling pays in one run on this machine, and compile if so.
+
+        On a GPU, "auto" measures chunks to estimate how long the run's patches take.
+
+        Args:
+            setting: `--run.compile`.
+            patch_shape: of one patch as it is read: (s, s, c) uint8, or (f,) float32.
+            chunk: patches that are encoded at once.
+            expected: patches that the run will encode.
+
+        Raises:
+            ConfigError: "on", and a compiler is missing.
+        """
+        choice = self._choose_compile(setting, patch_shape, chunk, expected)
+        if choice.compile:
+            self.compile()
+        return choice
+
+    def describe(self, choice: CompileChoice, patch_shape: Sequence[int]) -> str:
+        """Return the choice, its reason and how many batch norms are folded, in words."""
+        folding = self.fast.folding(patch_shape)
+        said = f"{'compiled' if choice.compile else 'not compiled'}: {choice.why}"
+        return f"{said}; {folding}" if folding else said
+
+    def _choose_compile(self, setting: Setting, patch_shape: Sequence[int], chunk: int, expected: int) -> CompileChoice:
+        missing = _missing_compiler(self.device)
+        if setting == "on":
+            if missing:
+                raise ConfigError(f"--run.compile on: {missing}. Install it, or use --run.compile auto.")
+            return CompileChoice(True, "as asked for")
+        if setting == "off":
+            return CompileChoice(False, "as asked for")
+        if len(patch_shape) == 1:
+            return CompileChoice(False, NO_ENCODER)
+        if self.device.type != "cuda":
+            return CompileChoice(False, NOT_ON_A_CPU)
+        if missing:
+            return CompileChoice(False, missing)
+        seconds = expected / chunk * self._chunk_seconds(patch_shape, chunk)
+        saved = COMPILE_SAVES * seconds
+        told = f"encoding takes some {_rounded(seconds)} in this run, compiling would save {_rounded(saved)} of them"
+        return CompileChoice(saved > COMPILE_SECONDS, f"{told} and costs {_rounded(COMPILE_SECONDS)}")
+
+    def _chunk_seconds(self, patch_shape: Sequence[int], chunk: int) -> float:
+        """Return the seconds of the fastest of three runs; the first builds and warms up."""
+        dtype = torch.uint8 if len(patch_shape) > 1 else torch.float32
+        pixels = torch.zeros(chunk, *patch_shape, dtype=dtype, device=self.device)
+        seconds = math.inf
+        with self.inference():
+            for _ in range(3):
+                wait(self.device)
+                began = time.perf_counter()
+                self.embed(pixels)
+                wait(self.device)
+                seconds = min(seconds, time.perf_counter() - began)
+        return seconds
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _missing_compiler(device: torch.device) -> str:
+    """Return what compiling needs and this machine lacks, or ""."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "there is no Triton to compile with"
+    compiler = os.environ.get("CXX") or "g++"
+    found = shutil.which(compiler) or shutil.which("clang++")
+    return "" if found else f"there is no C++ compiler ({compiler}) to compile with"

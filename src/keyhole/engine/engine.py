@@ -1,0 +1,318 @@
+"""One object for both passes of Iterative Patch Selection over images that are streamed from files.
+
+    engine = Engine(model, SelectConfig(m=16), RunConfig())
+    for batch in engine.stream(lists_of_openers):
+        kept = engine.select(batch)                  # pass 1: every patch, without gradients
+        bags = engine.fetch(batch, kept)             # the kept patches again
+        loss = engine.backward(bags, criterion)      # pass 2, as many patches at a time as the plan allows
+
+Both passes turn pixels into tensors with the same function and the same colour change per image, so that the model
+learns from the pixels that were selected. JPEG tiles that a GPU decoded in the first pass are read again by the host
+for the second, whose decoder differs a little; under `run.decode cpu` the host decodes them in both.
+
+Letters: b image, k loose patches, m kept, d width.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from keyhole.config.settings import RunConfig, SelectConfig
+from keyhole.engine.bags import Bags, fetch_bags, positions
+from keyhole.engine.device import Arithmetic
+from keyhole.engine.encoders import CompileChoice, Encoders, Setting
+from keyhole.engine.memory.bill import MAX_HELD_BYTES
+from keyhole.engine.memory.pace import Pace, cap, unlimited
+from keyhole.engine.memory.plan import Plan
+from keyhole.engine.opening import open_reader
+from keyhole.engine.scoring import ChunkScorer, rows_to_encode, timed
+from keyhole.engine.split import bags_of, split_backward
+from keyhole.engine.to_device import Stager, prefetched
+from keyhole.loading import Batch, OnError, Opener, Reader
+from keyhole.nn import IPSClassifier, Kept, Selector
+from keyhole.nn.tensors import on_device
+from keyhole.util.tf32 import tf32
+from keyhole.util.timing import NO_SHARES, Shares
+
+
+class Engine:
+    """A model at work: it owns the memory plan, the reading threads, the copy to the device and the timer.
+
+    Args:
+        model: on its device.
+        select: how many patches are kept, by which rule.
+        run: how files are read and decoded.
+        plan: how memory is used; default are chunks as configured, and no limit.
+        arithmetic: what the encoder computes in; default is the model's precision.
+        timer: measures where the time goes.
+        warn: told in one sentence when the plan had to become smaller.
+
+    Attributes:
+        encoders: run the model's encoder in both passes.
+        pace: the plan at work; it is halved when the device runs out of memory.
+        reader: reading threads, started when they are first used; may be set before that.
+        stager: copies chunks to the device.
+    """
+
+    def __init__(
+        self,
+        model: IPSClassifier,
+        select: SelectConfig | None = None,
+        run: RunConfig | None = None,
+        *,
+        plan: Plan | None = None,
+        arithmetic: Arithmetic | None = None,
+        timer: Shares = NO_SHARES,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self.model, self.settings, self.run = model, select or SelectConfig(), run or RunConfig()
+        self.device = next(model.parameters()).device
+        self.encoders = Encoders(model, arithmetic)
+        self.pace = Pace(plan or unlimited(self.settings).plan, warn or _warn)
+        self.timer = timer
+        self.stager = self._stager()
+
+    @cached_property
+    def reader(self) -> Reader:
+        return open_reader(self.run, self.device)
+
+    @property
+    def plan(self) -> Plan:
+        """The memory plan that is followed now."""
+        return self.pace.plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self.pace = Pace(plan, self.pace.warn, self.pace.options)
+
+    def limit(self) -> AbstractContextManager[None]:
+        """Keep the process within the plan's budget inside."""
+        return cap(self.plan, self.device)
+
+    def close(self) -> None:
+        """End the reading threads; using the engine again starts new ones."""
+        reader = self.__dict__.pop("reader", None)
+        if reader is not None:
+            reader.close()
+
+    def beside(self) -> Engine:
+        """Return an engine for a call that overlaps with this one's: with the same model and plan, and its own threads
+        and buffers."""
+        twin = copy.copy(self)
+        twin.__dict__.pop("reader", None)
+        twin.stager = twin._stager()
+        return twin
+
+    def weights_changed(self) -> None:
+        """Let the next pass without gradients use the weights that the model then has; `backward` does so itself."""
+        self.encoders.weights_changed()
+
+    def choose_compile(self, setting: Setting, patch_shape: Sequence[int], expected: int) -> CompileChoice:
+        """Compile the encoder if that pays over the `expected` patches, see `Encoders.choose_compile`."""
+        return self.encoders.choose_compile(setting, patch_shape, self.plan.chunk, expected)
+
+    def stream(
+        self, batches: Iterable[Sequence[Opener]], on_error: OnError = "raise", hold: int | None = None
+    ) -> Iterator[Batch]:
+        """Open the batches in order and read their patches ahead, see `Reader.stream`.
+
+        Args:
+            batches: openers of each batch.
+            on_error: what becomes of images or patches that cannot be read.
+            hold: bytes of pixels up to which a batch keeps what it streams; default is the plan's.
+        """
+        hold = self.plan.hold if hold is None else hold
+        stream = self.reader.stream(batches, self.plan.chunk, on_error, hold, self.stager.deliver)
+        return timed(stream, self.timer)
+
+    def select(
+        self,
+        batch: Batch,
+        *,
+        keep_logits: bool = False,
+        on_chunk: Callable[[int], None] | None = None,
+        known: Mapping[int, Kept] | None = None,
+        on_image: Callable[[int, Callable[[], Kept]], None] | None = None,
+    ) -> list[Kept | None]:
+        """Encode every patch of a batch without gradients and keep the best m of each image.
+
+        Args:
+            batch: chunks that are packed across the images.
+            keep_logits: keep the logits of all patches.
+            on_chunk: called with the number of patches after each chunk; may raise to stop.
+            known: what images keep for which the pass was made before; their patches are not streamed.
+            on_image: called with an image's number and a function that returns what it keeps, as soon as its last
+                patch has been scored. Under the rule "streaming", calling that function at once costs time: small
+                images take their steps together.
+
+        Returns:
+            What each image keeps, on the host; None where the image could not be read. On a GPU the host waits for
+            that at the end, once for all images.
+        """
+        known = known or {}
+        counts = [0 if source is None else len(source) for source in batch.sources]
+        settings = self.settings
+        selector = Selector(counts, settings.m, settings.chunk or self.plan.chunk, settings.rule, keep_logits)
+        reported, unread = set(known), dict.fromkeys(range(len(batch.names)), 0)
+        scorer = ChunkScorer(self.encoders, self.pace, self.timer, batch.color)
+        with self.encoders.inference():
+            for part, pixels in prefetched(timed(batch.chunks(), self.timer), self.stager, self.pace):
+                image, index, count = part.image[: part.count], part.index[: part.count], part.count
+                logits = scorer.score(part, pixels, self._positions(batch, image, index))
+                with self.timer.part("scoring"):
+                    selector.add(torch.from_numpy(image.copy()), torch.from_numpy(index.copy()), logits)
+                for number, reasons in batch.unreadable.items():
+                    selector.skip(torch.full((len(reasons) - unread[number],), number))
+                    unread[number] = len(reasons)
+                if on_image is not None:
+                    for number in set(image.tolist()) - reported:
+                        if selector.finished(number):
+                            reported.add(number)
+                            on_image(number, partial(selector.finish, number))
+                if on_chunk is not None:
+                    on_chunk(count)
+        numbers = [number for number in range(len(batch.names)) if number not in batch.failed]
+        with self.timer.part("scoring"):
+            found = {number: selector.finish(number) for number in numbers if number not in known}
+        found = {number: known[number] for number in numbers if number in known} | _on_host(found)
+        return [one if (one := found.get(row)) and len(one.index) else None for row in range(len(batch.names))]
+
+    def fetch(
+        self, batch: Batch, kept: Sequence[Kept | None], *, together: bool = False, hold: int = MAX_HELD_BYTES
+    ) -> Bags:
+        """Fetch the kept patches: the input of the second pass.
+
+        Args:
+            batch: still open.
+            kept: of each image, as `select` returns it.
+            together: put the pixels of all images into one block, from which they are copied straight to the device.
+                Not for callers that keep the pixels of some images: these would keep the whole block in memory.
+            hold: most bytes of pixels that stay in host memory; beyond that `Bags.part` reads them each time.
+        """
+        with self.timer.part("reading"):
+            return fetch_bags(self.model, batch, kept, hold, together)
+
+    def backward(self, bags: Bags, criterion: Callable[[dict[str, Tensor]], Tensor], seed: int | None = None) -> Tensor:
+        """Forward and backward over the kept patches, as many at a time as the plan says; gradients are replaced.
+
+        Args:
+            bags: of at least one image.
+            criterion: logits of every task (b o) -> the loss.
+            seed: of what is drawn in the forward pass, such as dropout; the caller's random state stays as it is.
+
+        Returns:
+            The loss, detached, on the device.
+        """
+
+        def step(plan: Plan) -> Tensor:
+            if seed is not None:
+                torch.manual_seed(seed)
+            self.model.zero_grad(set_to_none=True)
+            return split_backward(
+                self.model, bags.part, bags.position, bags.mask, criterion, plan.split, self.encoders.learn
+            )
+
+        self.model.train()
+        self.encoders.weights_changed()  # statistics change now, weights in the step that follows
+        devices = [self.device] if self.device.type == "cuda" else []
+        with tf32(self.encoders.arithmetic.tf32), nullcontext() if seed is None else torch.random.fork_rng(devices):
+            return self.pace.run("learn", step, self.encoders.out_of_memory)
+
+    def infer(
+        self,
+        batches: Sequence[Sequence[Opener]],
+        on_error: OnError = "raise",
+        *,
+        keep_logits: bool = False,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> Iterator[Inference]:
+        """Run both passes without gradients, in evaluation mode, over many batches.
+
+        Args:
+            batches: openers of each batch.
+            on_error, keep_logits, on_chunk: as in `stream` and `select`.
+        """
+        for batch in self.stream(batches, on_error):
+            kept = self.select(batch, keep_logits=keep_logits, on_chunk=on_chunk)
+            bags = self.fetch(batch, kept)
+            logits = {}
+            if bags.rows:
+                with self.encoders.inference():
+                    embedding = torch.cat(list(self._embedded(bags)))
+                    classify = partial(self._classified, bags, embedding)
+                    logits = self.pace.run("select", classify)
+            yield Inference(batch, bags, logits)
+
+    def _embedded(self, bags: Bags) -> Iterator[Tensor]:
+        """Embeddings of the kept patches, as many at a time as the plan says."""
+        start = 0
+        while start < len(bags):
+
+            def encode(plan: Plan, start: int = start) -> Tensor:
+                count = min(plan.chunk, len(bags) - start)
+                pixels = bags.part(start, start + count)
+                whole = rows_to_encode(count, plan.chunk, self.encoders) == plan.chunk
+                with self.timer.part("encoding"):
+                    return self.encoders.embed(pixels, rows=plan.chunk if whole else 0)
+
+            embedding = self.pace.run("select", encode)
+            start += len(embedding)
+            yield embedding
+
+    def _classified(self, bags: Bags, embedding: Tensor, _plan: Plan) -> dict[str, Tensor]:
+        padded, mask = bags_of(embedding, bags.mask)
+        return self.model.classify(padded, bags.position, mask)
+
+    def _positions(self, batch: Batch, image: NDArray[np.int64], index: NDArray[np.int64]) -> Tensor | None:
+        if self.model.position is None:
+            return None
+        found = []
+        for number in dict.fromkeys(image.tolist()):
+            source = batch.sources[number]
+            assert source is not None, "a chunk holds patches of an image that failed"
+            found.append(positions(self.model, source, index[image == number]))
+        return on_device(np.concatenate(found), self.device)
+
+    def _stager(self) -> Stager:
+        return Stager(self.device, self.timer, encoded=False if self.run.decode == "cpu" else None)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One batch after both passes: the kept patches, and the logits of each task (rows o)."""
+
+    batch: Batch
+    bags: Bags
+    logits: dict[str, Tensor]
+
+
+def _on_host(kept: Mapping[int, Kept]) -> dict[int, Kept]:
+    """Return what images keep, index and score on the host, without those that keep nothing.
+
+    One copy for all, which waits for the device.
+    """
+    kept = {number: image for number, image in kept.items() if len(image.index)}
+    if not kept:
+        return {}
+    index, score = (torch.cat([getattr(image, name) for image in kept.values()]) for name in ("index", "score"))
+    both = torch.stack([index.double(), score.double()]).cpu()  # holds either without rounding
+    sizes = [len(image.index) for image in kept.values()]
+    parts = torch.split(both[0].to(index.dtype), sizes), torch.split(both[1].to(score.dtype), sizes)
+    return {
+        number: replace(image, index=index, score=score)
+        for (number, image), index, score in zip(kept.items(), *parts, strict=True)
+    }
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)

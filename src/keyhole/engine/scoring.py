@@ -1,0 +1,181 @@
+"""One chunk of the pass without gradients: pixels on the device -> attention logits.
+
+Letters: b image, k patches of a chunk, c channels, h w height and width (after logits: head, query t), d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from keyhole.engine.encoders import Encoders
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
+from keyhole.loading import Chunk
+from keyhole.nn.tensors import on_device
+from keyhole.util.timing import Shares
+
+T = TypeVar("T")
+
+CHUNK_PARTS = 8
+"""Numbers of rows in which a chunk that is not full is encoded on a GPU."""
+
+
+class ChunkScorer:
+    """Scores the chunks of one batch.
+
+    On a CPU, patches of which all pixels are equal (empty canvas, padding, glass without noise) are encoded once for
+    each colour and image: their embeddings are the same. Not once for a batch, since what an image keeps must not
+    depend, in its last bits, on the images before it. On a GPU, where the host should not look at pixels, all are
+    encoded, and chunks keep one size, but for the last of a batch; see `rows_to_encode`.
+
+    Args:
+        encoders: inside `Encoders.inference`.
+        pace: how many patches are encoded at once.
+        timer: measures encoding and scoring.
+        color: (b c c+1) colour change of each image, as `Batch.color`.
+
+    Attributes:
+        repeated: patches that were not encoded, since an equal one had been.
+    """
+
+    def __init__(self, encoders: Encoders, pace: Pace, timer: Shares, color: NDArray[np.float32] | None = None) -> None:
+        self.encoders, self.pace, self.timer, self.device = encoders, pace, timer, encoders.device
+        self.color = None if color is None else on_device(color, self.device)
+        self.repeated = 0
+        self._known: dict[tuple[int, bytes], Tensor] = {}
+
+    def score(self, chunk: Chunk, pixels: Tensor, position: Tensor | None) -> Tensor:
+        """Return the attention logits (count h t) of a chunk.
+
+        Args:
+            chunk: as it came from the reader.
+            pixels: all rows of its buffer, on the device.
+            position: of its patches (count,) or (count, 2), where the model has a position code.
+        """
+        if self.device.type != "cpu":
+            return self._scored(pixels, self._colors(_padded(chunk.image, len(pixels))), position, chunk.count)
+        pixels = pixels[: chunk.count]
+        blank = blank_rows(chunk.pixels[: chunk.count])
+        if not blank.any():
+            return self._scored(pixels, self._colors(chunk.image), position, chunk.count)
+        embedding = self._distinct(chunk, pixels, blank)
+        with self.timer.part("scoring"):
+            return self.encoders.logits(embedding, position)
+
+    def embeddings(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Return the embeddings of loose patches, `count` in all, in tensors (k d) one after the other.
+
+        Args:
+            pixels: on the device; rows from `count` on are encoded with the others and left out of the result.
+            count: rows in use.
+        """
+
+        def embed(rows: slice, used: int) -> Tensor:
+            with self.timer.part("encoding"):
+                return self._embed(pixels, None, rows)[:used]
+
+        return list(self._parts(pixels, embed, count))
+
+    def _distinct(self, chunk: Chunk, pixels: Tensor, blank: NDArray[np.bool_]) -> Tensor:
+        """Return the embeddings of a chunk some of whose patches are of one colour."""
+        keys = {int(row): (int(chunk.image[row]), chunk.pixels[row, 0, 0].tobytes()) for row in blank.nonzero()[0]}
+        first = {key: row for row, key in reversed(keys.items()) if key not in self._known}
+        rows = np.sort(np.concatenate([(~blank).nonzero()[0], np.fromiter(first.values(), np.int64)]))
+        self.repeated += len(pixels) - len(rows)
+        found = [self._embedded(pixels[torch.from_numpy(rows)], self._colors(chunk.image[rows]))] if len(rows) else []
+        place = {int(row): at for at, row in enumerate(rows)}
+        self._known |= {key: found[0][place[row]].clone() for key, row in first.items()}
+        some = found[0] if found else next(iter(self._known.values()))[None]
+        embedding = some.new_empty(len(pixels), some.shape[1])
+        if found:
+            embedding[torch.from_numpy(rows)] = found[0]
+        for row, key in keys.items():
+            embedding[row] = self._known[key]
+        return embedding
+
+    def _embedded(self, pixels: Tensor, color: Tensor | None) -> Tensor:
+        with self.timer.part("encoding"):
+            return torch.cat(list(self._parts(pixels, lambda rows, _: self._embed(pixels, color, rows), len(pixels))))
+
+    def _scored(self, pixels: Tensor, color: Tensor | None, position: Tensor | None, count: int) -> Tensor:
+        def score(rows: slice, used: int) -> Tensor:
+            with self.timer.part("encoding"):
+                embedding = self._embed(pixels, color, rows)
+            with self.timer.part("scoring"):
+                return self.encoders.logits(embedding[:used], _cut(position, slice(rows.start, rows.start + used)))
+
+        parts = list(self._parts(pixels, score, count))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _embed(self, pixels: Tensor, color: Tensor | None, rows: slice) -> Tensor:
+        chunk = self.pace.plan.chunk
+        whole = rows_to_encode(rows.stop - rows.start, chunk, self.encoders) == chunk
+        return self.encoders.embed(pixels[rows], _cut(color, rows), chunk if whole else 0)
+
+    def _parts(self, pixels: Tensor, work: Callable[[slice, int], Tensor], count: int) -> Iterator[Tensor]:
+        """Run `work` over the first `count` rows, as many at a time as the plan says."""
+        start = 0
+        while start < count:
+
+            def run(plan: Plan, start: int = start) -> Tensor:
+                used = min(plan.chunk, count - start)
+                stop = min(start + rows_to_encode(used, plan.chunk, self.encoders), len(pixels))
+                return work(slice(start, stop), used)
+
+            part = self.pace.run("select", run)
+            yield part
+            start += len(part)
+
+    def _colors(self, image: NDArray[np.int64]) -> Tensor | None:
+        return None if self.color is None else self.color[on_device(image, self.device)]
+
+
+def rows_to_encode(used: int, chunk: int, encoders: Encoders) -> int:
+    """Return how many rows of a chunk are encoded, of which only the first are in use.
+
+    On a CPU always all: the last bits of a patch's result must not depend on how many others there are. On a GPU a
+    compiled encoder takes the whole chunk, for which it was compiled, if more than half is in use. Fewer cost less
+    uncompiled, which takes about half as long again for each; compiling for a second size would take longer than it
+    saves in most runs. There are few numbers of rows, so that memory is used again.
+    """
+    if encoders.device.type == "cpu" or used >= chunk:
+        return chunk
+    step = max(1, chunk // CHUNK_PARTS)
+    rows = min(chunk, -(-used // step) * step)
+    return chunk if encoders.compiled and 2 * rows > chunk else rows
+
+
+def blank_rows(pixels: NDArray[np.generic]) -> NDArray[np.bool_]:
+    """Return which of the patches (k h w c) have one colour everywhere; none of features (k f)."""
+    if pixels.ndim < 4:
+        return np.zeros(len(pixels), np.bool_)
+    first = pixels[:, :1, :1]
+    blank: NDArray[np.bool_] = (pixels[:, :1] == first).all(axis=(1, 2, 3))  # most show it in their first row
+    rows = blank.nonzero()[0]
+    blank[rows] = (pixels[rows] == first[rows]).all(axis=(1, 2, 3))
+    return blank
+
+
+def timed(items: Iterable[T], timer: Shares) -> Iterator[T]:
+    """Count as reading the time that a consumer waits for the next item."""
+    iterator = iter(items)
+    while True:
+        with timer.part("reading"):
+            item = next(iterator, None)
+        if item is None:
+            return
+        yield item
+
+
+def _cut(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _padded(image: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
+    return np.pad(image, (0, rows - len(image)))
