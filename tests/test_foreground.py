@@ -247,7 +247,7 @@ def test_bands_of_cells_do_not_change_the_tissue(monkeypatch: pytest.MonkeyPatch
     image = ArrayImage(draw_slide("ihc", black=0.1, width=800, height=600).pixels)
     whole = foreground(image, "tissue")
     assert whole.any()
-    monkeypatch.setattr(tissue, "_BAND", 250)
+    monkeypatch.setattr(tissue, "_BAND_CELLS", 250)
     np.testing.assert_array_equal(foreground(image, "tissue"), whole)
 
 

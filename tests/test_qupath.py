@@ -20,7 +20,7 @@ from keyhole.errors import ConfigError
 from keyhole.images import open_image
 from keyhole.inference.lesions import LesionShare, judge
 from keyhole.inference.predictor import Predictor
-from keyhole.patches.foreground.regions import read_regions
+from keyhole.patches.foreground.region_files import read_regions
 from keyhole.report.files import write_prediction
 from keyhole.report.prediction import Prediction
 

@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keyhole.errors import DataError
-from keyhole.patches.foreground.regions import Region, covered, rasterize, read_regions, touching
+from keyhole.patches.foreground.region_files import read_regions
+from keyhole.patches.foreground.regions import Region, covered, rasterize, touching
 
 Rectangle = tuple[int, int, int, int]
 SIDE = 40
@@ -189,11 +190,11 @@ def test_a_file_that_says_no_region_has_none(tmp_path: Path) -> None:
         ([feature({"type": "Polygon", "coordinates": []})], "expected a Polygon"),
         ([feature({"type": "Polygon"})], "expected a Polygon"),
         ([feature({"type": "Polygon", "coordinates": [SQUARE]}), feature({"type": "Polygon", "coordinates": [[[1]]]})], "feature 2: a ring"),
-        ([feature({"type": "Polygon", "coordinates": [[["1", "2"], ["3", "4"], ["5", "6"]]]})], "a ring is no list"),
-        ([feature({"type": "Polygon", "coordinates": [[[1, 2], [3, 4, 5], [5, 6]]]})], "a ring is no list"),
+        ([feature({"type": "Polygon", "coordinates": [[["1", "2"], ["3", "4"], ["5", "6"]]]})], "a ring is not a list"),
+        ([feature({"type": "Polygon", "coordinates": [[[1, 2], [3, 4, 5], [5, 6]]]})], "a ring is not a list"),
         ('[{"type": "Polygon", "coordinates": [[[0, 0], [NaN, 1], [1, 1]]]}]', "no pixel of an image"),
         ('[{"type": "Polygon", "coordinates": [[[0, 0], [1e300, 1], [1, 1]]]}]', "no pixel of an image"),
-        ('[{"type": "Polygon", "coordinates": [[[0, 0], [' + "9" * 400 + ", 1], [1, 1]]]}]", "a ring is no list"),
+        ('[{"type": "Polygon", "coordinates": [[[0, 0], [' + "9" * 400 + ", 1], [1, 1]]]}]", "a ring is not a list"),
     ],
 )  # fmt: skip
 def test_geojson_that_cannot_be_meant_is_one_line_with_file_and_feature(

@@ -19,7 +19,7 @@ from keyhole.data.item import Item
 from keyhole.data.splits import Sample, make_splits
 from keyhole.datasets.camelyon16_files import Found, Problem, find_features, find_files, slide_name
 from keyhole.errors import DataError
-from keyhole.patches.foreground.regions import read_regions
+from keyhole.patches.foreground.region_files import read_regions
 from keyhole.util.files import csv_text
 from keyhole.util.wording import listed
 

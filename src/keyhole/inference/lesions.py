@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from keyhole.data.item import Item
 from keyhole.errors import DataError
-from keyhole.patches.foreground.regions import Region, covered, read_regions, touching
+from keyhole.patches.foreground.region_files import read_regions
+from keyhole.patches.foreground.regions import Region, covered, touching
 from keyhole.report.files import csv_line
 from keyhole.report.prediction import Prediction, Scores
 from keyhole.tasks.bootstrap import IntervalEstimate, Weights, bootstrap

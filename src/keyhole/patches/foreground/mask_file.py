@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from keyhole.errors import DataError, ImageError
 from keyhole.images.faults import faults_of
 from keyhole.images.geometry import Size
-from keyhole.patches.foreground.regions import GEOJSON_SUFFIXES, Region, rasterize, read_geojson
+from keyhole.patches.foreground.region_files import GEOJSON_SUFFIXES, read_geojson
+from keyhole.patches.foreground.regions import Region, rasterize
 
 MASK_SUFFIXES = (".png", ".geojson", ".json")
 MAX_MASK_SIDE = 2048

@@ -1,40 +1,28 @@
-"""Polygons drawn on an image, from QuPath or ASAP: as a mask of any resolution, and how much of a box they cover.
+"""Polygons drawn on an image: as a mask of any resolution, and how much of a box they cover.
 
-A point is in a region if it is in its outer ring and in none of its holes; what several regions cover counts once.
+A point is in a region if it is in its outer ring and in none of its holes; an area in several regions counts once.
 A ring that crosses itself is filled by the even-odd rule. A cell of a mask is filled if its centre is inside, so that
-areas are exact where rings run along cells, and regions that share a border share no cell.
+areas are exact where rings run along cells, and regions that share a border share no cell. Drawing libraries also fill
+the outline itself, so that a polygon grows by half a pixel all around.
 """
 
 from __future__ import annotations
 
-import json
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from xml.parsers import expat
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from keyhole.errors import DataError
-from keyhole.patches.foreground.fill import Outline, fill
-
 Ring = NDArray[np.float64]
-
-GEOJSON_SUFFIXES = (".geojson", ".json")
-ASAP_SUFFIX = ".xml"
-EXCLUDED = frozenset({"_2", "normal", "exclusion"})
-"""Groups of ASAP that are cut out of the others: `_2` is CAMELYON16's, `normal` CAMELYON17's. In lower case."""
-WITHOUT_AREA = frozenset({"Point", "MultiPoint", "LineString", "MultiLineString"})
-ASAP_WITHOUT_AREA = frozenset({"Dot", "PointSet", "Measurement"})
-LARGEST_FILE = 128 * 2**20
-"""Bytes; a slide's outlines are a hundredth of this."""
-FARTHEST = 1e8
-"""Level-0 pixels from the origin; no image is as large, and products of coordinates stay exact enough."""
-CELLS = 64
-"""Cells along each side of a box in which its covered share is counted."""
+Edges = NDArray[np.float64]
+"""(k, 4): x and y of where an edge begins, x and y of where it ends."""
+Outline = list[Edges]
+"""The edges of an outer ring, then of each hole in it."""
+MAX_CROSSINGS = 1 << 18
+"""Crossings of edges and rows that are computed at once; bounds the memory."""
+POINTS_ALONG_BOX = 64
+"""Points along each side of a box at which its covered share is counted."""
 
 
 @dataclass(frozen=True)
@@ -42,240 +30,57 @@ class Region:
     """One polygon.
 
     Attributes:
-        rings: (n, 2) each, x and y in level-0 pixels, the outer one first, then its holes; not closed by repetition.
-        name: what it is called or classified as; may be empty.
+        rings: (n, 2) each, x and y in level-0 pixels, the outer one first, then its holes; the first point is not
+            repeated at the end.
+        name: its name or class; may be empty.
     """
 
     rings: tuple[Ring, ...]
     name: str = ""
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_regions(path: str | Path, origin: tuple[int, int] = (0, 0)) -> list[Region]:
-    """The regions of a GeoJSON or ASAP XML file, told apart by its suffix, in level-0 pixels.
-
-    Args:
-        path: the file.
-        origin: `Image.qupath_origin` of the image, which GeoJSON counts from; ASAP counts from the corner of level 0.
-
-    Raises:
-        DataError: another suffix, or as `read_geojson` and `read_asap_xml`.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix in GEOJSON_SUFFIXES:
-        return read_geojson(path, origin)
-    if suffix == ASAP_SUFFIX:
-        return read_asap_xml(path)
-    raise DataError(
-        f"{path}: outlines are read from .geojson (QuPath) and .xml (ASAP) files, not {suffix or 'this'!r}."
-    )
-
-
-def read_geojson(path: str | Path, origin: tuple[int, int] = (0, 0)) -> list[Region]:
-    """Polygons of a GeoJSON file in level-0 pixels, as QuPath exports them: counted from `origin`, and moved by it.
-
-    A FeatureCollection, a list of features, one feature or one geometry. A MultiPolygon becomes a region per polygon.
-    Points, lines and rings of fewer than three points have no area and cover nothing; a file of nothing else is an
-    error. A file without any feature says that there is no region.
-
-    Raises:
-        DataError: file and number of the feature, what was expected and what to do.
-    """
-    path = Path(path)
-    try:
-        content = json.loads(_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}). Expected GeoJSON; in QuPath: File > Export objects.") from error
-    features = content.get("features") if isinstance(content, dict) and "features" in content else content
-    if isinstance(features, dict):
-        features = [features]
-    if not isinstance(features, list):
-        raise DataError(f"{path}: expected GeoJSON with features. In QuPath: File > Export objects as GeoJSON.")
-    regions: list[Region] = []
-    for number, feature in enumerate(features, start=1):
-        where = f"{path}, feature {number}"
-        if not isinstance(feature, dict):
-            raise DataError(f"{where}: expected a feature with a geometry. Export the file again.")
-        geometry = feature.get("geometry") if feature.get("type") == "Feature" else feature
-        name = _name(feature.get("properties"))
-        for rings in _polygons(where, geometry):
-            outer, *holes = (_ring(where, ring) for ring in rings)
-            outer, holes = outer + origin, [hole + origin for hole in holes]
-            if len(outer) >= 3:
-                regions.append(Region((outer, *(hole for hole in holes if len(hole) >= 3)), name))
-    if features and not regions:
-        raise DataError(f"{path}: no feature has an area; points and lines cover nothing. Draw and export areas.")
-    return regions
-
-
-def _polygons(where: str, geometry: Any) -> Iterator[list[Any]]:
-    """The rings of each polygon in a geometry."""
-    kind = geometry.get("type") if isinstance(geometry, dict) else None
-    if kind in WITHOUT_AREA:
-        return
-    parts = geometry.get("geometries" if kind == "GeometryCollection" else "coordinates") if kind else None
-    if kind == "GeometryCollection" and isinstance(parts, list):
-        for part in parts:
-            if isinstance(part, dict) and part.get("type") == "GeometryCollection":
-                raise DataError(f"{where}: a GeometryCollection inside another. Expected Polygon or MultiPolygon.")
-            yield from _polygons(where, part)
-        return
-    polygons = [parts] if kind == "Polygon" else parts if kind == "MultiPolygon" else None
-    if not isinstance(polygons, list) or not all(isinstance(rings, list) and rings for rings in polygons):
-        raise DataError(
-            f"{where}: expected a Polygon or MultiPolygon with its coordinates, got {kind or 'no geometry'}. "
-            "Export the file again, or delete the feature."
-        )
-    yield from polygons
-
-
-def _ring(where: str, points: Any) -> Ring:
-    try:
-        ring = np.asarray(points)
-    except ValueError:  # points of different lengths
-        ring = np.empty(0, object)
-    if ring.dtype.kind not in "iuf" or ring.ndim != 2 or ring.shape[1] < 2:
-        raise DataError(f"{where}: a ring is no list of [x, y] in pixels. Export the file again.")
-    return _checked(where, ring[:, :2].astype(np.float64))
-
-
-def _name(properties: Any) -> str:
-    """QuPath's class of an object, or else the name it was given."""
-    if not isinstance(properties, dict):
-        return ""
-    classification = properties.get("classification")
-    named = classification.get("name") if isinstance(classification, dict) else None
-    return str(named or properties.get("name") or "")
-
-
-def read_asap_xml(path: str | Path) -> list[Region]:
-    """Polygons of an ASAP annotation file, in level-0 pixels; the format of CAMELYON16's lesion annotations.
-
-    Every annotation is a region, but those of the groups `_2` (CAMELYON16), `normal` (CAMELYON17) and `exclusion` are
-    holes in all regions that they meet. The name is the group's, or the annotation's own where it is in none. Splines
-    are taken as polygons through their points. Dots, measurements and annotations of fewer than three points have no
-    area and cover nothing; a file of nothing else is an error.
-
-    Raises:
-        DataError: file and number of the annotation, what was expected and what to do.
-    """
-    path = Path(path)
-    found = _annotations(path)
-    outlines = [
-        (group, _asap_ring(path, number, points))
-        for number, (kind, group, points) in enumerate(found, start=1)
-        if kind not in ASAP_WITHOUT_AREA
-    ]
-    outlines = [(group, ring) for group, ring in outlines if len(ring) >= 3]
-    if found and not outlines:
-        raise DataError(f"{path}: no annotation has an area; dots and lines cover nothing. Draw areas.")
-    holes = [ring for group, ring in outlines if group.lower() in EXCLUDED]
-    return [
-        Region((ring, *(hole for hole in holes if _boxes_meet(ring, hole))), group)
-        for group, ring in outlines
-        if group.lower() not in EXCLUDED
-    ]
-
-
-Annotation = tuple[str, str, list[tuple[str, str, str]]]
-"""Type, group (or name), and order, x and y of each point as written."""
-
-
-def _annotations(path: Path) -> list[Annotation]:
-    """Streamed by expat, so that no tree of a large file is built and a document type is refused where it begins."""
-    found: list[Annotation] = []
-    root: list[str] = []
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        if not root:
-            root.append(tag)
-        if tag == "Annotation":
-            group = attributes.get("PartOfGroup", "")
-            own = group if group not in ("", "None") else attributes.get("Name", "")
-            found.append((attributes.get("Type", "Polygon"), own, []))
-        elif tag == "Coordinate" and found:
-            found[-1][2].append((attributes.get("Order", "0"), attributes.get("X", ""), attributes.get("Y", "")))
-
-    def refuse(*_: object) -> None:
-        raise DataError(f"{path}: has a document type (<!DOCTYPE ...>), which ASAP never writes, so it is not read.")
-
-    parser = expat.ParserCreate()
-    parser.StartElementHandler, parser.StartDoctypeDeclHandler = start, refuse
-    try:
-        parser.Parse(_bytes(path), True)
-    except expat.ExpatError as error:
-        raise DataError(
-            f"{path}: not XML ({error}). Expected ASAP annotations; copy or save the file again."
-        ) from error
-    if root != ["ASAP_Annotations"]:
-        raise DataError(f"{path}: expected XML of ASAP (<ASAP_Annotations>), got <{root[0]}>. Save it with ASAP.")
-    return found
-
-
-def _asap_ring(path: Path, number: int, points: list[tuple[str, str, str]]) -> Ring:
-    where = f"{path}, annotation {number}"
-    try:
-        numbers = np.array([[float(text) for text in point] for point in points], np.float64).reshape(-1, 3)
-    except ValueError as error:
-        raise DataError(f"{where}: Order, X and Y of a Coordinate must be numbers ({error}). Save it again.") from error
-    return _checked(where, numbers[np.argsort(numbers[:, 0], kind="stable"), 1:])
-
-
-def _checked(where: str, ring: Ring) -> Ring:
-    if not (np.abs(ring) < FARTHEST).all():  # also NaN
-        raise DataError(f"{where}: a coordinate is no pixel of an image. Expected level-0 pixels; export it again.")
-    if len(ring) > 1 and (ring[0] == ring[-1]).all():
-        return ring[:-1]
-    return ring
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{path}: not a regular file. Expected GeoJSON of QuPath or XML of ASAP.")
-        if status.st_size > LARGEST_FILE:
-            megabytes = f"{status.st_size / 2**20:.0f} MB"
-            raise DataError(f"{path}: {megabytes} is too much for outlines of areas; export only those.")
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from error
-
-
-# --- filling ---------------------------------------------------------------------------------------------------------
-
-
 def rasterize(
     regions: Sequence[Region], l0_size: tuple[int, int], shape: tuple[int, int], touched: bool = False
 ) -> NDArray[np.bool_]:
-    """Mask (rows, cols) over a whole image.
+    """Fill regions in a mask over a whole image.
 
     Args:
-        regions: what to fill; parts outside the image are cut off.
+        regions: in level-0 pixels; parts outside the image are cut off.
         l0_size: width and height of the image in level-0 pixels.
         shape: rows and columns of the mask.
-        touched: fill every cell that a region shares area with, however small, and not only those whose centre it
-            covers. Where outline and hole cut the same cell, it counts.
+        touched: fill every cell that shares area with a region, and not only cells whose centre a region covers. A
+            cell that is cut by both an outline and a hole is filled.
+
+    Returns:
+        Mask, bool (rows, cols).
     """
     return fill(_outlines(regions), (0, 0, *l0_size), shape, touched)
 
 
 def covered(regions: Sequence[Region], boxes: ArrayLike) -> NDArray[np.float64]:
-    """Share (k,) of each box (k, 4), level-0 x, y, width and height, that lies in the regions.
+    """Compute how much of each box the regions cover.
 
-    Counted on 64 x 64 points of the box: exact to about the length of the outline in it over 64 of its side.
+    Counted at 64 x 64 points of the box: the error is about the length of the outline in it over 64 of its side.
+
+    Args:
+        regions: in level-0 pixels.
+        boxes: (k, 4) x, y, width and height in level-0 pixels.
+
+    Returns:
+        Shares from 0 to 1, float64 (k,).
+
+    >>> square = Region((np.array([[0.0, 0.0], [30.0, 0.0], [30.0, 30.0], [0.0, 30.0]]),))
+    >>> covered([square], [[0, 0, 60, 30], [40, 0, 30, 30]])
+    array([0.5, 0. ])
     """
     shares = np.zeros(len(np.reshape(boxes, (-1, 4))))
     for index, box, near in _near(regions, boxes):
-        shares[index] = fill(near, box, (CELLS, CELLS), False).mean()
+        shares[index] = fill(near, box, (POINTS_ALONG_BOX, POINTS_ALONG_BOX), False).mean()
     return shares
 
 
 def touching(regions: Sequence[Region], boxes: ArrayLike) -> NDArray[np.bool_]:
-    """Which of the boxes (k, 4) share area with a region, however little."""
+    """Return which of the boxes (k, 4) share area with a region, however little: bool (k,)."""
     touched = np.zeros(len(np.reshape(boxes, (-1, 4))), bool)
     for index, box, near in _near(regions, boxes):
         touched[index] = fill(near, box, (1, 1), True)[0, 0]
@@ -287,7 +92,7 @@ def _outlines(regions: Sequence[Region]) -> list[Outline]:
 
 
 def _near(regions: Sequence[Region], boxes: ArrayLike) -> Iterator[tuple[int, tuple[float, ...], list[Outline]]]:
-    """Each box that the bounding box of a region meets, by its index, with the outlines of these regions."""
+    """Yield index and place of each box that meets bounding boxes of regions, and the outlines of these regions."""
     if not regions:
         return
     outlines = _outlines(regions)
@@ -301,5 +106,127 @@ def _near(regions: Sequence[Region], boxes: ArrayLike) -> Iterator[tuple[int, tu
             yield index, tuple(box), [outline for outline, meet in zip(outlines, meets, strict=True) if meet]
 
 
-def _boxes_meet(one: Ring, other: Ring) -> bool:
-    return bool((one.min(axis=0) <= other.max(axis=0)).all() and (other.min(axis=0) <= one.max(axis=0)).all())
+def fill(
+    outlines: Sequence[Outline], box: tuple[float, ...], shape: tuple[int, int], touched: bool
+) -> NDArray[np.bool_]:
+    """Return the cells of a grid that the outlines cover together.
+
+    Args:
+        outlines: in any coordinates.
+        box: x, y, width and height of the grid in the same coordinates; parts outside are cut off.
+        shape: rows and columns of the grid.
+        touched: return every cell that shares area with an outline, and not only cells whose centre is inside.
+
+    Returns:
+        Mask, bool (rows, columns).
+    """
+    mask = np.zeros(shape, bool)
+    for outline in outlines:
+        place = _around(outline[0], box, shape)  # thousands of small outlines must not each cost the whole grid
+        part = mask[place]
+        if part.size == 0:
+            continue
+        corner = np.tile([place[1].start, place[0].start], 2)
+        outer, *holes = (_onto(edges, box, shape, part.shape, corner) for edges in outline)
+        covered = _inside(outer, part.shape)
+        if touched:
+            covered |= _crossed(outer, part.shape)
+        for hole in holes:
+            free = _inside(hole, part.shape)
+            covered &= ~(free & ~_crossed(hole, part.shape)) if touched else ~free
+        part |= covered
+    return mask
+
+
+def _around(edges: Edges, box: tuple[float, ...], shape: tuple[int, int]) -> tuple[slice, slice]:
+    """Return rows and columns of the cells that an outer ring may cover."""
+    spans = []
+    for start, extent, cells, values in (
+        (box[1], box[3], shape[0], edges[:, 1]),
+        (box[0], box[2], shape[1], edges[:, 0]),
+    ):
+        low, high = (np.array([values.min(), values.max()]) - start) * cells / extent
+        first, last = np.clip([np.floor(low) - 1, np.ceil(high) + 1], 0, cells).astype(int).tolist()
+        spans.append(slice(first, max(first, last)))
+    return spans[0], spans[1]
+
+
+def _onto(
+    edges: Edges, box: tuple[float, ...], shape: tuple[int, int], part: tuple[int, ...], corner: NDArray[np.int64]
+) -> Edges:
+    """Return edges in cells from `corner`, without those above, below and right of the part, which do not change it."""
+    x, y, width, height = box
+    onto: Edges = (edges - np.tile([x, y], 2)) * np.tile([shape[1] / width, shape[0] / height], 2) - corner
+    upper, lower = np.minimum(onto[:, 1], onto[:, 3]), np.maximum(onto[:, 1], onto[:, 3])
+    return onto[(upper < part[0]) & (lower > 0) & (np.minimum(onto[:, 0], onto[:, 2]) < part[1])]
+
+
+def _inside(edges: Edges, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return the cells whose centre is inside: right of every crossing of its row, inside and outside change."""
+    rows, columns = shape
+    (x0, y0, x1, y1) = edges.T
+    # rows r with a centre r + 0.5 from the upper end on and above the lower, so that no corner counts twice
+    first = np.clip(np.ceil(np.minimum(y0, y1) - 0.5), 0, rows).astype(np.int64)
+    count = np.maximum(np.clip(np.ceil(np.maximum(y0, y1) - 0.5), 0, rows).astype(np.int64) - first, 0)
+    changes = np.zeros(rows * (columns + 1), bool)
+    for part in _blocks(count):
+        edge, step = _repeated(count, part)
+        row = first[edge] + step
+        x = x0[edge] + (row + 0.5 - y0[edge]) / (y1 - y0)[edge] * (x1 - x0)[edge]
+        column = np.clip(np.ceil(x - 0.5), 0, columns).astype(np.int64)
+        changes ^= np.bincount(row * (columns + 1) + column, minlength=len(changes)) % 2 == 1
+    inside: NDArray[np.bool_] = np.logical_xor.accumulate(changes.reshape(rows, -1), axis=1)[:, :columns]
+    return inside
+
+
+def _crossed(edges: Edges, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return the cells through whose inside an edge runs; an edge exactly between two cells is in neither."""
+    rows, columns = shape
+    crossed = np.zeros(shape, bool)
+    near = (np.maximum(edges[:, 0], edges[:, 2]) > 0) & (np.minimum(edges[:, 0], edges[:, 2]) < columns)
+    near &= (np.maximum(edges[:, 1], edges[:, 3]) > 0) & (np.minimum(edges[:, 1], edges[:, 3]) < rows)
+    for piece in _cut(edges[near], 0, columns):
+        for bit in _cut(piece, 1, rows):
+            middle = (bit[:, :2] + bit[:, 2:]) / 2
+            cell = np.floor(middle).astype(np.int64)
+            here = (middle != cell).all(axis=1) & (cell >= 0).all(axis=1) & (cell < (columns, rows)).all(axis=1)
+            crossed[cell[here, 1], cell[here, 0]] = True
+    return crossed
+
+
+def _cut(edges: Edges, axis: int, most: int) -> Iterator[Edges]:
+    """Cut the edges at the whole numbers 0 ... most of one axis; yield blocks of pieces."""
+    begin, end = edges[:, axis], edges[:, axis + 2]
+    low, high = np.minimum(begin, end), np.maximum(begin, end)
+    first = np.clip(np.floor(low), -1, most).astype(np.int64)
+    count = np.clip(np.ceil(high), 0, most + 1).astype(np.int64) - first
+    count = np.maximum(count, 1)
+    for part in _blocks(count):
+        edge, step = _repeated(count, part)
+        line = first[edge] + step
+        length = (end - begin)[edge]
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            shares = np.stack([(line - begin[edge]) / length, (line + 1 - begin[edge]) / length])
+        flat = length == 0
+        start = np.where(flat, 0.0, np.clip(shares.min(axis=0), 0, 1))[:, None]
+        stop = np.where(flat, 1.0, np.clip(shares.max(axis=0), 0, 1))[:, None]
+        origin, way = edges[edge, :2], edges[edge, 2:] - edges[edge, :2]
+        yield np.concatenate([origin + start * way, origin + stop * way], axis=1)[(stop > start)[:, 0]]
+
+
+def _blocks(count: NDArray[np.int64]) -> Iterator[slice]:
+    """Yield runs of edges whose counts sum to about `MAX_CROSSINGS` at most."""
+    start = 0
+    total = np.concatenate([[0], np.cumsum(count)])
+    while start < len(count):
+        stop = max(start + 1, int(np.searchsorted(total, total[start] + MAX_CROSSINGS, side="right")) - 1)
+        yield slice(start, stop)
+        start = stop
+
+
+def _repeated(count: NDArray[np.int64], part: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Repeat each edge of the run by its count; return the edges, and 0, 1, ... within each."""
+    counts = count[part]
+    edge = np.repeat(np.arange(part.start, part.stop), counts)
+    step = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return edge, step
