@@ -31,7 +31,7 @@ from keyhole.util.files import csv_text, writable_folder, write_atomic
 Pixels = NDArray[np.uint8]
 
 CLASSES = (0, 2, 4, 6, 7)
-"""Digits that are hard to confuse even at 8 x 8; guessing one of five gives 0.20."""
+"""Digits that are hard to confuse even at 8 x 8; guessing gives 0.20."""
 COPIES = (13, 16)
 """Fewest and most copies of its digit in an image."""
 CLUTTER = (8, 14)
@@ -53,7 +53,7 @@ DIGIT_INK = (3.3, 5.3)
 MARGIN = 6
 """Free pixels around each digit and doodle."""
 _DOODLES = {"line": 0.3, "strokes": 0.2, "arcs": 0.3, "dots": 0.1, "blob": 0.1}
-"""Kinds of doodles and their probabilities."""
+"""Shapes of doodles and their probabilities."""
 _PURPOSES = ("image", "labels", "doodles")
 _SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.75), "test": (0.75, 1.0)}
 """Part of the handwriting samples, by their index, that each split draws from."""
@@ -221,8 +221,8 @@ def enlarged(rng: np.random.Generator, source: NDArray[np.float64]) -> Pixels:
 
 
 def _doodle(rng: np.random.Generator) -> NDArray[np.float64]:
-    """Draw one source (8, 8): strokes of one kind, until it has the ink of a digit."""
-    kind = rng.choice(list(_DOODLES), p=list(_DOODLES.values()))
+    """Draw one source (8, 8): strokes of one shape, until it has the ink of a digit."""
+    shape = rng.choice(list(_DOODLES), p=list(_DOODLES.values()))
     bitmap = Image.new("L", (32, 32))
     pen = ImageDraw.Draw(bitmap)
     width = _between(rng, (3, 5))
@@ -231,16 +231,16 @@ def _doodle(rng: np.random.Generator) -> NDArray[np.float64]:
     opening = _between(rng, (0, 359))
     while (ink := np.asarray(bitmap)).sum() < enough:
         to_x, to_y = rng.integers(2, 30, 2).tolist()
-        if kind == "line":
+        if shape == "line":
             pen.line((x, y, to_x, to_y), fill=1, width=width)
             x, y = to_x, to_y
-        elif kind == "strokes":
+        elif shape == "strokes":
             pen.line((to_x, to_y, *rng.integers(2, 30, 2).tolist()), fill=1, width=width)
-        elif kind == "arcs":  # all open to one side: together they must not close to a zero
+        elif shape == "arcs":  # all open to one side: together they must not close to a zero
             left, top, right, bottom = rng.integers((0, 0, 18, 18), (14, 14, 32, 32)).tolist()
             start = opening + _between(rng, (-30, 30))
             pen.arc((left, top, right, bottom), start, start + _between(rng, (90, 200)), fill=1, width=width)
-        elif kind == "dots":
+        elif shape == "dots":
             pen.ellipse((to_x - width, to_y - width, to_x + width, to_y + width), fill=1)
         else:
             pen.polygon([(16, 16), (x, y), (to_x, to_y)], fill=1, outline=1, width=width)

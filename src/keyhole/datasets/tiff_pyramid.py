@@ -254,15 +254,15 @@ def _directory(level: _Level, number: int, mpp: float, start: int, big: bool) ->
     entries = struct.pack("<Q" if big else "<H", len(tags))
     long_values = b""
     long_at = start + len(entries) + (12 + 8 if big else 12) * len(tags) + room
-    for tag, kind, values in tags:
-        packed = np.asarray(values).astype(_DTYPES[kind]).tobytes()
-        count = len(values) // (2 if kind == _RATIONAL else 1)
+    for tag, type_, values in tags:
+        packed = np.asarray(values).astype(_DTYPES[type_]).tobytes()
+        count = len(values) // (2 if type_ == _RATIONAL else 1)
         if len(packed) > room:
             value = struct.pack(f"<{offset_code}", long_at + len(long_values))
             long_values += packed + bytes(-len(packed) % 8)
         else:
             value = packed.ljust(room, b"\0")
-        entries += struct.pack(f"<HH{offset_code}", tag, kind, count) + value
+        entries += struct.pack(f"<HH{offset_code}", tag, type_, count) + value
     length = len(entries) + room + len(long_values)
     padding = -length % 8 if level.above is not None else 0
     following = struct.pack(f"<{offset_code}", start + length + padding if level.above is not None else 0)
