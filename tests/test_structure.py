@@ -36,15 +36,9 @@ KNOWN_CLASSES_OF_ONE_NAME = {
     "Kinds",
 }
 
-<<<<<<< HEAD
-KNOWN_COMPARISONS_OF_KINDS = {}
-=======
 KNOWN_COMPARISONS_OF_KINDS = {
     "keyhole.config.settings",
-    "keyhole.engine.memory.pace",
-    "keyhole.nn.classifier",
 }
->>>>>>> 639390e (The rules of the tree name fewer offenders)
 
 KNOWN_VAGUE_CONSTANTS = {
     "keyhole.engine.jpeg.KNOWN",
