@@ -192,8 +192,8 @@ def test_a_file_that_says_no_region_has_none(tmp_path: Path) -> None:
         ([feature({"type": "Polygon", "coordinates": [SQUARE]}), feature({"type": "Polygon", "coordinates": [[[1]]]})], "feature 2: a ring"),
         ([feature({"type": "Polygon", "coordinates": [[["1", "2"], ["3", "4"], ["5", "6"]]]})], "a ring is not a list"),
         ([feature({"type": "Polygon", "coordinates": [[[1, 2], [3, 4, 5], [5, 6]]]})], "a ring is not a list"),
-        ('[{"type": "Polygon", "coordinates": [[[0, 0], [NaN, 1], [1, 1]]]}]', "no pixel of an image"),
-        ('[{"type": "Polygon", "coordinates": [[[0, 0], [1e300, 1], [1, 1]]]}]', "no pixel of an image"),
+        ('[{"type": "Polygon", "coordinates": [[[0, 0], [NaN, 1], [1, 1]]]}]', "not a pixel of an image"),
+        ('[{"type": "Polygon", "coordinates": [[[0, 0], [1e300, 1], [1, 1]]]}]', "not a pixel of an image"),
         ('[{"type": "Polygon", "coordinates": [[[0, 0], [' + "9" * 400 + ", 1], [1, 1]]]}]", "a ring is not a list"),
     ],
 )  # fmt: skip
@@ -257,7 +257,7 @@ def test_annotations_of_other_groups_and_of_none_are_regions(tmp_path: Path) -> 
         (asap(("Polygon", "_0", [(0, 0), (1, 1)])), "no annotation has an area"),
         (asap(("Polygon", "_0", SQUARE_POINTS)).replace('X="0.5"', 'X="0,5"'), "annotation 1: Order, X and Y"),
         (asap(("Polygon", "_0", SQUARE_POINTS)).replace('X="0.5"', ""), "annotation 1: Order, X and Y"),
-        (asap(("Polygon", "_0", SQUARE_POINTS)).replace('X="0.5"', 'X="inf"'), "no pixel of an image"),
+        (asap(("Polygon", "_0", SQUARE_POINTS)).replace('X="0.5"', 'X="inf"'), "not a pixel of an image"),
         (asap(before='<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "&b;&b;">]>'), "document type"),
     ],
 )
