@@ -487,7 +487,7 @@ def test_the_sheet_shows_the_slide_where_it_is_and_the_scores_where_it_is_not(tm
     item = Item("a", tmp_path / "a.png", {}, features=path)
 
     def shown(of: Item) -> SheetEntry:
-        ((_, prediction),) = predictor().predict_items([of], quiet=True, pictures=lambda _item, _prediction: True)
+        ((_, prediction),) = predictor().predict_items([of], description=None, pictures=lambda _item, _prediction: True)
         return SheetEntry(prediction)
 
     entry = shown(item)

@@ -113,7 +113,7 @@ def test_each_patch_is_encoded_and_read_once_and_each_kept_one_once_more(
     encoded = 0
     reader = predictor.engine.reader
     items = [keyhole.inference.predictor.Item(path.name, path, {}) for path in images]
-    assert len(list(predictor.predict_items(items, engine=predictor.engine, quiet=True))) == 5
+    assert len(list(predictor.predict_items(items, engine=predictor.engine, description=None))) == 5
     predictor.engine.close()
     assert encoded == reader.read_patches == 98 + 6 + 1 + 6 + 6 + 6
 

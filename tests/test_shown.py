@@ -174,7 +174,7 @@ def test_kept_pixels_that_are_not_held_are_read_from_the_same_source(toy: Path, 
     engine.plan = replace(engine.plan, hold=0)
     item = Item("0.png", toy / "red" / "0.png", {})
     with closing(engine):
-        ((_, prediction),) = predictor.predict_items([item], quiet=True, engine=engine, pictures=lambda *_: True)
+        ((_, prediction),) = predictor.predict_items([item], description=None, engine=engine, pictures=lambda *_: True)
     again = prediction.pictures
     assert whole is not None
     assert again is not None

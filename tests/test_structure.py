@@ -26,9 +26,7 @@ KNOWN_CYCLES = {
 }
 
 KNOWN_WITH_MANY_PARAMETERS = {
-    "keyhole.inference.answer.make_prediction",
     "keyhole.inference.embed.embed",
-    "keyhole.inference.predictor.Predictor.predict_items",
     "keyhole.patches.grid.PatchGrid.__init__",
 }
 

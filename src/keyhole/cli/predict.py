@@ -84,13 +84,15 @@ def run(argv: list[str]) -> int:
     if answers.replaced:
         print(f"{options.out}: replaces earlier answers for {answers.replaced} of these images", file=sys.stderr)
 
+    skip = options.on_bad_image == "skip"
+
     def tell(item: Item, error: KeyholeError) -> None:
         skipped[item.name] = str(error)
 
     def rows() -> Iterator[TableRow]:
         """Written and shown as they come; none is held, since each has the score of every patch."""
         done = 0
-        for _, prediction in predictor.predict_items(items, on_bad_image=options.on_bad_image, left_out=tell):
+        for _, prediction in predictor.predict_items(items, left_out=tell if skip else None):
             row = answers.write(prediction)
             with contextlib.suppress(OSError):  # whoever read the lines may have gone; the files are still wanted
                 print(_line(prediction), flush=True)

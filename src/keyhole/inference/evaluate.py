@@ -187,8 +187,7 @@ class _Predictions:
         items = self.manifest.items
         for item, prediction in self.predictor.predict_items(
             items,
-            on_bad_image=self.evaluator.on_bad_image,
-            left_out=self._leave_out,
+            left_out=self._leave_out if skip else None,
             description=f"evaluating {split}",
             pictures=self.examples.wants,
         ):

@@ -1,14 +1,13 @@
-"""A trained model at work: from an image file to a `Prediction`.
+"""A trained model: from an image file to a `Prediction`.
 
     predictor = keyhole.load("runs/one")
     prediction = predictor.predict("slide.svs")
 
-Everything in a prediction comes from its one selection pass: the score map is what the selection computed.
+Everything in a prediction comes from one selection pass: the score map is what the selection computed.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -32,13 +31,11 @@ from keyhole.engine.opening import opener
 from keyhole.errors import ConfigError, ImageLost, KeyholeError, RunError
 from keyhole.images.pillow import image_in_memory
 from keyhole.images.scale import given_scale
-from keyhole.inference.answer import make_prediction, with_pictures
-from keyhole.loading.unreadable import Ledger
+from keyhole.inference.answer import BatchAnswers
+from keyhole.inference.doubts import Doubts, too_damaged
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
-from keyhole.patches.features import FeaturePatches, learned_origin
 from keyhole.patches.image_cache import ImageCache
-from keyhole.patches.sources import PatchSource
 from keyhole.report.prediction import Prediction
 from keyhole.runs.checkpoint import load_weights, model_file, read_tensors
 from keyhole.tasks.kinds import Task
@@ -50,9 +47,9 @@ SECTIONS = ("patch", "model", "select")
 
 
 def describe(config: Config, tasks: Sequence[Task], **about: Any) -> dict[str, Any]:
-    """What has to be known of a model beside its weights; goes into model.json."""
+    """Return what must be known about a model besides its weights; goes into model.json."""
     plain: dict[str, Any] = {name: getattr(config, name).model_dump() for name in SECTIONS}
-    # the weights are in the file, so nothing is to be downloaded or read from elsewhere
+    # The weights are in the file, so nothing is downloaded or read from elsewhere.
     plain["model"] |= {"pretrained": False, "weights": None}
     return {
         "keyhole": VERSION,
@@ -72,18 +69,26 @@ def load(
     unreadable: str | float = "1%",
     decode: Decode = "auto",
 ) -> Predictor:
-    """The best model of a run, or a model copied out of one.
+    """Load the best model of a run, or a model copied out of one.
 
     Args:
-        run: a run folder, or a folder with model.safetensors.
+        run: A run folder, or a folder with model.safetensors.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
-        memory: budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free.
-        unreadable: share of an image's patches that may be unreadable, such as `1%`.
+        memory: Budget such as `5GB`, of the device or, on a CPU, of the process; `auto` is what is free.
+        unreadable: Share of an image's patches that may be unreadable, such as `1%`.
         decode: `auto` lets a GPU decode JPEG tiles of slides too, `cpu` does not; see `RunConfig.decode`.
 
+    Returns:
+        A predictor, in evaluation mode.
+
     Raises:
-        RunError: there is no model, or it is damaged.
-        ConfigError: a device, budget or share that is none.
+        RunError: There is no model, or it is damaged.
+        ConfigError: The device, budget or share is invalid.
+
+    Example:
+        >>> predictor = keyhole.load("runs/one", device="cpu")  # doctest: +SKIP
+        >>> predictor.predict("photos/red/1.png")  # doctest: +SKIP
+        Prediction('photos/red/1.png', label: red 0.90, kept 8 of 64 patches)
     """
     return Predictor.open(run, device, memory, unreadable, decode)
 
@@ -92,12 +97,12 @@ class Predictor:
     """Predicts images with one model.
 
     Args:
-        model: on its device.
-        config: with the model's patch, model and select sections.
-        tasks: what it predicts, in the order of its queries.
-        name: what predictions call it.
-        resolution: at which it learned, where that is known.
-        engine: of the model; default is one that computes in the model's precision.
+        model: On its device.
+        config: With the model's patch, model and select sections.
+        tasks: What it predicts, in the order of its queries.
+        name: What predictions call it.
+        resolution: At which it was trained, where that is known.
+        engine: Of the model; default is one that computes in the model's precision.
     """
 
     def __init__(
@@ -113,7 +118,7 @@ class Predictor:
         self.engine = engine or Engine(model, config.select, config.run, warn=_warn)
         self.device, self.resolution = self.engine.device, resolution
         self._free: list[Engine] | None = None  # engines that no call uses; None before the first call
-        self.tells_doubts = True  # about features and resolution; off where they have been told
+        self.silent = False  # about doubts, where the user has been warned before
         self._told: set[str] = set()
 
     @classmethod
@@ -126,7 +131,7 @@ class Predictor:
         decode: Decode = "auto",
         engine: Engine | None = None,
     ) -> Predictor:
-        """See `load`. The weights may be loaded into the model of an `engine` of the same settings."""
+        """Load a model, see `load`; with an `engine` of the same settings, into its model."""
         path = Path(path)
         asked = Config(memory=memory, unreadable=unreadable)
         if decode not in get_args(Decode):
@@ -163,35 +168,36 @@ class Predictor:
         mask: str | Path | None = None,
         pictures: bool = True,
     ) -> Prediction:
-        """Label, probabilities, kept patches and the score of every patch of one image.
+        """Predict one image.
 
         Args:
-            image: an image or slide file; for a model of stored features a file of these. Or pixels in memory: uint8
+            image: An image or slide file; for a model of stored features a file of these. Or pixels in memory: uint8
                 (h, w, 3), (h, w, 1) or (h, w), or a picture of Pillow.
-            mpp: microns per level-0 pixel, 0.02 ... 100, where the file does not say or is wrong.
+            mpp: Microns per level-0 pixel, 0.02 ... 100, where the file does not state it or is wrong.
             mask: PNG or GeoJSON of the foreground, for a model of `patch.foreground mask`.
-            pictures: whether the prediction carries a small picture of the image and of its kept patches.
+            pictures: Whether the prediction carries a small picture of the image and of its kept patches.
+
+        Returns:
+            Label, probabilities, kept patches and the score of every patch.
 
         Raises:
-            ImageError: the file cannot be read, or the pixels are of another kind.
-            TooMuchUnreadable: more of its patches than `Config.unreadable` allows.
-            ConfigError: it is smaller than a patch or does not have the resolution that the model needs; or `mpp` is
-                not a possible one.
+            ImageError: The file cannot be read, or the pixels are of another kind.
+            TooMuchUnreadable: More of its patches are unreadable than `Config.unreadable` allows.
+            ConfigError: The image is smaller than a patch, does not have the resolution that the model needs, or `mpp`
+                is impossible.
         """
         known = None if mpp is None else given_scale(mpp)
-        store = None
+        images = None
         if isinstance(image, str | Path):
             item = _item(image)
             if not item.source.exists():  # the reader would wait for a share that may come back
                 raise ImageLost(item.source, "no such file. Check the path.")
         else:
             picture = image_in_memory(image)
-            store, item = ImageCache(image=picture), Item(str(picture.path), picture.path, {})
+            images, item = ImageCache(image=picture), Item(str(picture.path), picture.path, {})
         item = replace(item, mpp=known, mask=None if mask is None else Path(mask).absolute())
-        wanted = (lambda _item, _prediction: True) if pictures else None
-        return next(
-            prediction for _, prediction in self.predict_items([item], store=store, quiet=True, pictures=wanted)
-        )
+        found = self.predict_items([item], images=images, description=None, pictures=lambda *_: pictures)
+        return next(prediction for _, prediction in found)
 
     def predict_many(
         self,
@@ -200,17 +206,20 @@ class Predictor:
         left_out: Callable[[str, str], None] | None = None,
         masks: str | Path | None = None,
     ) -> Iterator[Prediction]:
-        """Predictions in the order of the paths.
+        """Predict many images, which share batches and are read ahead.
 
         Args:
-            paths: image files, or files of stored features.
-            on_bad_image: "fail" raises at the first that cannot be read, "skip" goes on without it. An image may have
-                a few unreadable patches (`Config.unreadable`); they are in `Prediction.unreadable`.
-            left_out: told the name and the reason of each image skipped.
-            masks: folder of masks by the images' names, for a model of `patch.foreground mask`.
+            paths: Image files, or files of stored features.
+            on_bad_image: "fail" raises at the first that cannot be read, "skip" leaves it out. An image may have a few
+                unreadable patches (`Config.unreadable`); they are in `Prediction.unreadable`.
+            left_out: Called with the name and the reason of each image skipped.
+            masks: Folder of masks by the images' names, for a model of `patch.foreground mask`.
+
+        Yields:
+            A prediction per image, in the order of the paths, without pictures.
 
         Raises:
-            ImageError, ConfigError, TooMuchUnreadable: as `predict`, where `on_bad_image` is "fail".
+            ImageError, ConfigError, TooMuchUnreadable: As for `predict`, where `on_bad_image` is "fail".
         """
         items = [_item(path) for path in paths]
         if masks is not None:
@@ -220,7 +229,7 @@ class Predictor:
             if left_out is not None:
                 left_out(item.name, str(error))
 
-        for _, prediction in self.predict_items(items, on_bad_image=on_bad_image, left_out=tell):
+        for _, prediction in self.predict_items(items, left_out=tell if on_bad_image == "skip" else None):
             yield prediction
 
     def predict_items(
@@ -228,37 +237,37 @@ class Predictor:
         items: Sequence[Item],
         *,
         engine: Engine | None = None,
-        store: ImageCache | None = None,
-        on_bad_image: Literal["fail", "skip"] = "fail",
+        images: ImageCache | None = None,
         left_out: Callable[[Item, KeyholeError], None] | None = None,
         on_chunk: Callable[[int], None] | None = None,
-        description: str = "predicting",
-        quiet: bool = False,
+        description: str | None = "predicting",
         pictures: Callable[[Item, Prediction], bool] | None = None,
     ) -> Iterator[tuple[Item, Prediction]]:
-        """As `predict_many`, for rows of a manifest.
+        """Predict rows of a manifest, in their order.
 
         Args:
-            items: what to predict.
-            engine: of the model, planned by the caller; default is the predictor's own.
-            store: where images are opened.
-            on_bad_image: as in `predict_many`.
-            left_out: told each image skipped, with the error.
-            on_chunk: called after each chunk; may raise to stop.
-            description: for the progress line.
-            quiet: show no progress.
-            pictures: asked of each prediction whether it is to carry pictures; default none does.
+            items: What to predict.
+            engine: Of the model, planned by the caller; default is the predictor's own.
+            images: Opens the images.
+            left_out: Called with each image that cannot be read and its error; default is to raise the error.
+            on_chunk: Called with the number of patches after each chunk; may raise to stop.
+            description: Of the progress line; None shows no progress.
+            pictures: Returns whether a prediction is to carry pictures; default none does.
+
+        Yields:
+            Each image with its prediction.
         """
         self._check_kind(items)
-        with self._lent() if engine is None else nullcontext(engine) as engine:
-            reader, store = engine.reader, store or ImageCache()
-            size = self.config.train.batch
-            batches = [items[start : start + size] for start in range(0, len(items), size)]
-            openers = [[opener(self.config, store, item) for item in each] for each in batches]
-            doubtful = 0
-            progress, waited = None if quiet else Progress(len(items), description), reader.waited
+        size = self.config.train.batch
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
+        shown = nullcontext() if description is None else Progress(len(items), description)
+        with self._lent() if engine is None else nullcontext(engine) as engine, shown as progress:
+            reader, images = engine.reader, images or ImageCache()
+            openers = [[opener(self.config, images, item) for item in each] for each in batches]
+            doubts = Doubts(self.config, self.resolution, self._told, self.silent)
+            waited = reader.waited
 
-            def chunk(patches: int) -> None:
+            def count(patches: int) -> None:
                 nonlocal waited
                 if on_chunk is not None:
                     on_chunk(patches)
@@ -266,46 +275,31 @@ class Predictor:
                     progress.update(patches=patches, waited=reader.waited - waited)
                 waited = reader.waited
 
-            try:
+            stream = engine.infer(openers, "mask", keep_logits=True, on_chunk=count)
+            for number, (each, done) in enumerate(zip(batches, stream, strict=True), start=1):
+                if number == 1:
+                    self._compile(engine, done, len(batches) - 1)
+                doubts.warn_about_features(done)
+                failed = dict(done.batch.failed) | too_damaged(done, self.config.unreadable)
+                for row, error in sorted(failed.items()):
+                    if left_out is None:
+                        raise error
+                    left_out(each[row], error)
+                answers = BatchAnswers(engine, self.tasks, self.name, done)
+                for row in done.bags.rows:
+                    if row in failed:
+                        continue
+                    prediction = doubts.noted(answers.prediction(each[row], row), done.batch.sources[row])
+                    if pictures is not None and pictures(each[row], prediction):
+                        prediction = answers.with_pictures(prediction, row)
+                    yield each[row], prediction
                 if progress is not None:
-                    progress.__enter__()
-                stream = engine.infer(openers, "mask", keep_logits=True, on_chunk=chunk)
-                for number, (each, done) in enumerate(zip(batches, stream, strict=True), start=1):
-                    if number == 1:
-                        self._compile(engine, done, len(batches) - 1)
-                    self._tell_doubts(done)
-                    failed = dict(done.batch.failed) | self._too_damaged(done)
-                    for row, error in sorted(failed.items()):
-                        if on_bad_image == "fail":
-                            raise error
-                        if left_out is not None:
-                            left_out(each[row], error)
-                    for place, row in enumerate(done.bags.rows):
-                        if row in failed:
-                            continue
-                        said = make_prediction(self.model, self.tasks, self.name, each[row], done, place, row, reader)
-                        doubt = self._resolution_doubt(said)
-                        open_questions = self._feature_doubts(done.batch.sources[row])
-                        said = replace(said, notes=(*open_questions, *filter(None, [doubt])))
-                        if doubt:
-                            doubtful += 1
-                            if self.tells_doubts and doubtful == 1:
-                                say(f"warning: {said.name}: {doubt}")
-                        if pictures is not None and pictures(each[row], said):
-                            said = with_pictures(said, done, row, reader)
-                        yield each[row], said
-                    if progress is not None:
-                        progress.update(images=len(each))
-                if self.tells_doubts and doubtful > 1:
-                    told = f"{doubtful} of {len(items)} images have another resolution than the model learned at"
-                    say(f"warning: {told} ({self.resolution} um per pixel), or none")
-            finally:
-                if progress is not None:
-                    progress.__exit__(*sys.exc_info())  # after an error no line says that all is done
+                    progress.update(images=len(each))
+            doubts.finish(len(items))
 
     @contextmanager
     def _lent(self) -> Iterator[Engine]:
-        """An engine that no other call uses. A model is measured once, and only where that matters."""
+        """Lend an engine that no other call uses. A model is measured once, and only where that matters."""
         if self._free is None:
             self.engine.pace.options = PREDICTING_OPTIONS
             self.engine.plan = prediction_plan(self.engine.encoders, self.config)
@@ -319,7 +313,7 @@ class Predictor:
             self._free.append(engine)
 
     def _compile(self, engine: Engine, done: Inference, batches: int) -> None:
-        """Compiles the encoder after the first batch where that pays back over the others, if they are like it."""
+        """Compile the encoder after the first batch where that saves time over the others, if they are like it."""
         source = next((source for source in done.batch.sources if source is not None), None)
         if not batches or source is None or engine.encoders.compiled:
             return
@@ -328,25 +322,8 @@ class Predictor:
         if choice.compile:
             say(f"encoder {engine.encoders.describe(choice, source.patch_shape)}")
 
-    def _resolution_doubt(self, prediction: Prediction) -> str:
-        """A sentence where an image has another resolution than the model learned at; files of features may not say."""
-        mpp = prediction.patch["mpp"]
-        return "" if mpp is None and "features" in prediction.patch else self.resolution.doubt(mpp)
-
-    def _feature_doubts(self, source: PatchSource | None) -> list[str]:
-        """What stored features leave open; nothing of images."""
-        return source.doubts(learned_origin(self.config.model)) if isinstance(source, FeaturePatches) else []
-
-    def _tell_doubts(self, done: Inference) -> None:
-        """Says once what stored features leave open, such as which encoder made them."""
-        for source in done.batch.sources:
-            for text in self._feature_doubts(source):
-                if source is not None and self.tells_doubts and text not in self._told:
-                    self._told.add(text)
-                    say(f"warning: {source.name}: {text}")
-
     def _check_kind(self, items: Sequence[Item]) -> None:
-        """A model is of images or of stored features, and says nothing of the others."""
+        """Require images for a model of images, and stored features for a model of these."""
         width = self.config.model.feature_width
         for item in items:
             if width is None and item.features is not None:
@@ -358,21 +335,6 @@ class Predictor:
                     f"{item.name}: the model {self.name} is of stored features of {width} numbers, not of images. Give "
                     "their .h5 or .pt file, as `keyhole embed` writes it with the encoder of the training data."
                 )
-
-    def _too_damaged(self, done: Inference) -> dict[int, KeyholeError]:
-        """The images of which more patches are unreadable than one may do without."""
-        found: dict[int, KeyholeError] = {}
-        for row, reasons in done.batch.unreadable.items():
-            source = done.batch.sources[row]
-            assert source is not None
-            ledger = Ledger(len(source), self.config.unreadable)
-            index = list(reasons)
-            ledger.add(done.batch.names[row], source.boxes(index), index, list(reasons.values()))
-            try:
-                ledger.check()
-            except KeyholeError as error:
-                found[row] = error
-        return found
 
 
 def _warn(text: str) -> None:

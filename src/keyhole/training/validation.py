@@ -98,7 +98,7 @@ def predict_splits(job: Job, interrupt: Interrupt) -> None:
     job.end_learning()
     predictor = Predictor.open(job.run.path, decode=job.config.run.decode, engine=job.engine)
     predictor.config = predictor.config.replace(unreadable="100%")
-    predictor.tells_doubts = False  # the log of the run has them
+    predictor.silent = True  # the log of the run has them
     folder = job.run.path / "predictions"
     folder.mkdir(exist_ok=True)
     for split in ("train", "val"):
@@ -110,8 +110,7 @@ def predict_splits(job: Job, interrupt: Interrupt) -> None:
         found = predictor.predict_items(
             [item for item in items if item.name not in done],
             engine=job.engine,
-            store=job.images.store,
-            on_bad_image="skip",
+            images=job.images.store,
             left_out=lambda item, error: job.leave_out(item.name, str(error)),
             on_chunk=interrupt.check,
             description=f"predicting {split}",
