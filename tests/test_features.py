@@ -400,7 +400,7 @@ def test_settings_of_an_encoder_are_refused_for_features() -> None:
     check_features_config(Config(model=ModelConfig(dim=64, heads=4, position="1d")))
     for changed in (
         {"encoder": "resnet18"},
-        {"pretrained": True},
+        {"encoder": "resnet18", "pretrained": True},
         {"weights": Path("w")},
         {"stages": 2},
         {"channels": 1},

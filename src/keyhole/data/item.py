@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from keyhole.patches.features.source import FEATURE_SUFFIXES as FEATURE_SUFFIXES
 from keyhole.util.wording import listed
 
 SPLITS = ("train", "val", "test")
-FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt")
-"""Suffixes of files with stored features, best first: HDF5 holds coordinates."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class FeatureFile(ABC):
     """An open file of features. Safe to read from several threads. A subclass implements `_read` and `close`.
 
     Attributes:
-        suffixes: of the files that it reads.
+        suffixes: of the files that the reader is for, in lower case.
         path: the file.
         n, d: number of features, and of the values of each.
         coords: level-0 x, y (n, 2) of the patches' upper left corners; None where the file has none.
@@ -50,7 +50,7 @@ class FeatureFile(ABC):
         origin: which encoder made them, as far as the file states it.
     """
 
-    suffixes: ClassVar[frozenset[str]]
+    suffixes: ClassVar[tuple[str, ...]]
     path: Path
     n: int
     d: int

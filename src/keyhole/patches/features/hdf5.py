@@ -47,7 +47,7 @@ MAX_PLACES = 2**22
 class Hdf5Features(FeatureFile):
     """Features in HDF5. Rows that a writer has declared but not written are an error, not zeros."""
 
-    suffixes: ClassVar[frozenset[str]] = frozenset({".h5", ".hdf5"})
+    suffixes: ClassVar[tuple[str, ...]] = (".h5", ".hdf5")
 
     def __init__(self, path: Path) -> None:
         import h5py

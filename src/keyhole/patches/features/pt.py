@@ -26,7 +26,7 @@ class TorchFeatures(FeatureFile):
     process where the file is cut short. Files of torch before 1.6 have no such place and are held in memory.
     """
 
-    suffixes: ClassVar[frozenset[str]] = frozenset({".pt"})
+    suffixes: ClassVar[tuple[str, ...]] = (".pt",)
 
     def __init__(self, path: Path) -> None:
         import torch

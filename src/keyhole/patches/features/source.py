@@ -29,7 +29,9 @@ from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
 
 READERS: tuple[type[Hdf5Features | TorchFeatures], ...] = (Hdf5Features, TorchFeatures)
-"""Files of another suffix are read by the first."""
+"""Best first: HDF5 holds coordinates. Files of another suffix are read by the first."""
+FEATURE_SUFFIXES = tuple(suffix for reader in READERS for suffix in reader.suffixes)
+"""Suffixes of files with stored features, best first."""
 
 
 def open_features(path: Path) -> FeatureFile:
