@@ -1,9 +1,10 @@
 # Two commands to start: `make demo` and `make test`. Both need git, make and Python 3.11 or newer.
+# While you work: `make quick`, the checks of the code and the tests that take no more than half a second each.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types laws clean
+.PHONY: demo test quick lint clean
 
 $(BIN)/keyhole: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("keyhole needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -18,11 +19,16 @@ $(VENV)/.dev: $(BIN)/keyhole
 demo: $(BIN)/keyhole
 	$(BIN)/keyhole demo
 
-test: $(VENV)/.dev
+lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+quick: lint
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not cuda and not long'
+
+test: lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/selection.py --quick --no-write  # to look at; no time is a failure
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile  # threads that spin while they wait slow each other on few cores
 

@@ -31,8 +31,20 @@ SMALL: dict[str, dict[str, Any]] = {
 # Tests on a GPU: see on_device.py.
 
 
+LONG_TESTS = Path(__file__).with_name("long_tests.txt")
+"""Tests that take more than half a second of a core each; `make quick` leaves them out."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: is listed in tests/long_tests.txt; `make quick` leaves it out")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a device warnings are shown, not raised: the minutes there are few, and torch warns of much that is harmless."""
+    """Mark what takes long. On a device, show warnings and do not raise them: torch warns of much that is harmless."""
+    long = set(LONG_TESTS.read_text().split())
+    for item in items:
+        if f"{item.path.name}::{item.name.partition('[')[0]}" in long:
+            item.add_marker("long")
     shown = "default", *(f"error::pytest.Pytest{kind}ExceptionWarning" for kind in ("Unraisable", "UnhandledThread"))
     for item in items:
         if item.get_closest_marker("cuda") is not None:

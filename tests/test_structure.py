@@ -10,6 +10,7 @@ import ast
 import tomllib
 from collections import Counter
 
+from conftest import LONG_TESTS
 from source_tree import ROOT, Function, definitions, imports, modules
 
 LAYERS = next(
@@ -129,3 +130,11 @@ def test_no_docstring_starts_in_the_middle_of_a_sentence() -> None:
             if words and words[0] == "Of":
                 found.add(name)
     assert found == set()
+
+
+def test_every_test_that_takes_long_exists() -> None:
+    found = set()
+    for path in LONG_TESTS.parent.glob("test_*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found |= {f"{path.name}::{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert set(LONG_TESTS.read_text().split()) <= found
