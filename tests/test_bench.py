@@ -190,8 +190,8 @@ def test_some_learning_is_no_limit_and_some_waiting_is_hidden() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "no kind of measurement given"),
-        (["sped"], "did you mean `speed`?"),
+        ([], "there is no verb `bench` (did you mean `bench speed`?)"),
+        (["sped"], "did you mean `bench speed`?"),
         (["speed"], "nothing to measure given: keyhole bench speed RUN, or a recipe: "),
         (["speed", "trafic"], "trafic: expected a run folder, a settings file or a recipe, found nothing of that name"),
         (["speed", "traffic", "--recipe", "small"], "two recipes are given"),

@@ -20,7 +20,6 @@ import yaml
 from conftest import write_toy
 from safetensors import safe_open
 
-from keyhole.cli import bench, data
 from keyhole.cli.main import VERBS
 from keyhole.cli.options import Options, flags_of, parse
 from keyhole.config.file import leaves, recipes
@@ -29,11 +28,8 @@ from keyhole.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-GROUPS = {"data": data.KINDS, "bench": bench.KINDS}  # verbs of which each kind has options of its own
-ACTIONS = [
-    *(verb for verb in VERBS if verb not in GROUPS),
-    *(f"{verb}_{kind}" for verb in GROUPS for kind in GROUPS[verb]),
-]
+ACTIONS = [verb.replace(" ", "_") for verb in VERBS]
+GROUPS = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
 PERFORMANCE = ROOT / "docs" / "performance.md"
 LONG = '"epochs": 30'  # what a reader should type, and a test has no time for
 

@@ -450,12 +450,12 @@ def test_options_are_shown_and_printed(say: Any) -> None:
 
 
 MISTAKES = {
-    "data": "no kind of data given",
-    "data slids": "there is no kind of data `slids` (did you mean `slides`?)",
-    "data --hlp": "did you mean `--help`?",
+    "data": "there is no verb `data` (did you mean `data slides`?)",
+    "data slids": "there is no verb `data slids` (did you mean `data slides`?)",
+    "data --hlp": "did you mean `data --help`?",
     "data slides": "OUT is missing",
     "data slides out --sied 4096": "unknown option `--sied` (did you mean `--side`?)",
-    "data slides out --side 10": "--side: expected a whole number of at least 2048",
+    "data slides out --side 10": "--side: expected a number greater than or equal to 2048",
     "data slides out --positive 2": "--positive: expected",
     "data slides out --count 3 --test 3": "val, test",
 }

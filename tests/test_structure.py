@@ -35,14 +35,10 @@ KNOWN_CLASSES_OF_ONE_NAME = {
     "Kinds",
 }
 
-KNOWN_COMPARISONS_OF_KINDS = {
-    "keyhole.config.settings",
-}
+KNOWN_COMPARISONS_OF_KINDS = {}
 
 KNOWN_VAGUE_CONSTANTS = {
     "keyhole.engine.jpeg.KNOWN",
-    "keyhole.runs.journal.MANY",
-    "keyhole.runs.seal.LAST",
 }
 
 

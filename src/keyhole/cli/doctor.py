@@ -21,8 +21,8 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         return print_config(doctor.training_config(Path("temporary")))
     failed = 0
-    for finding in doctor.examine():
-        print(finding, flush=True)
-        failed += finding.state == "FAIL"
+    for check in doctor.examine():
+        print(check, flush=True)
+        failed += check.state == "FAIL"
     print(f"{failed} things do not work" if failed > 1 else "1 thing does not work" if failed else "all is well")
     return 1 if failed else 0

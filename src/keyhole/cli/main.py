@@ -12,7 +12,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -30,8 +30,9 @@ VERBS = {
     "evaluate": "metrics of a run with intervals, on its test split or on other data",
     "embed": "every patch of every image through an encoder once, into files of features to train on",
     "predict": "labels of images, and what they rest on",
-    "data": "write slides of generated tissue to try keyhole on, or read in a published data set",
-    "bench": "speed beside the encoder's own, and where the time goes",
+    "data slides": "write labelled slides of generated tissue, of any size, to try keyhole on",
+    "data camelyon16": "make a manifest of the published CAMELYON16 tree, and say what is missing in it",
+    "bench speed": "measure training steps beside the encoder alone, and where the time goes",
     "doctor": "try every reader and one training step on this machine",
 }
 
@@ -69,34 +70,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    for count in (1, 2):
+        if " ".join(arguments[:count]) in VERBS:
+            code: int = import_module(f"keyhole.cli.{'_'.join(arguments[:count])}").run(arguments[count:])
+            return code
     first = arguments[0] if arguments else ""
-    if first in VERBS:
-        code: int = import_module(f"keyhole.cli.{first}").run(arguments[1:])
-        return code
     if first in ("--version", "-V"):
         print(f"keyhole {VERSION}")
         return 0
-    if first in ("", "-h", "--help"):
-        print(_help())
+    group = {verb: what for verb, what in VERBS.items() if verb.startswith(f"{first} ")}
+    if first in ("", "-h", "--help") or (group and {"-h", "--help"}.intersection(arguments)):
+        print(_help(group or VERBS))
         return 0 if first else USAGE_ERROR
     from keyhole.util.wording import nearest
 
-    known = ["--help", "--version"] if first.startswith("-") else list(VERBS)
-    kind = "option" if first.startswith("-") else "verb"
-    raise ConfigError(
-        f"there is no {kind} `{first}`{nearest(first, known, quote='`')}; `keyhole --help` lists what there is"
-    )
+    named, kind = " ".join(arguments[: 2 if group else 1]), "option" if first.startswith("-") else "verb"
+    known = ["--help", "--version"] if kind == "option" else [*VERBS, *(f"{first} --help" for _ in group)]
+    near = nearest(named, known, quote="`")
+    raise ConfigError(f"there is no {kind} `{named}`{near}; `keyhole --help` lists what there is")
 
 
-def _help() -> str:
-    width = max(map(len, VERBS))
+def _help(verbs: Mapping[str, str]) -> str:
+    width = max(map(len, verbs))
     return "\n".join(
         [
             "usage: keyhole VERB [...]      keyhole VERB --help shows the options of a verb",
             "",
             "Train, evaluate and serve image classifiers on images of any size.",
             "",
-            *(f"  {verb:{width}}  {what}" for verb, what in VERBS.items()),
+            *(f"  {verb:{width}}  {what}" for verb, what in verbs.items()),
             "",
             "  --version  print the version",
             "  --debug    anywhere on the line: show the traceback of an error",

@@ -60,6 +60,8 @@ Auto = Literal["auto"]
 """The setting follows from others; see `keyhole.config.auto`."""
 Bits = Annotated[Literal[8, 9, 10, 11, 12, 13, 14, 15, 16], BeforeValidator(_not_bool)]
 """Bits in use of a value that is stored in 16."""
+FIXED_CHUNK_RULES = ("streaming",)
+"""Selection rules whose result depends on how many patches are looked at at a time."""
 Decode = Literal["auto", "cpu"]
 """Where JPEG tiles are decoded; see `RunConfig.decode`."""
 
@@ -203,9 +205,9 @@ class SelectConfig(Settings):
 
     @model_validator(mode="after")
     def _streaming_has_a_chunk(self) -> Self:
-        if self.rule == "streaming" and self.chunk is None:
+        if self.rule in FIXED_CHUNK_RULES and self.chunk is None:
             raise Contradiction(
-                "select.rule streaming keeps other patches with other chunks: give select.chunk, the I of the "
+                f"select.rule {self.rule} keeps other patches with other chunks: give select.chunk, the I of the "
                 "published method"
             )
         return self

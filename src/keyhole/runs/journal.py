@@ -21,7 +21,7 @@ from keyhole.errors import OutputError, RunError
 from keyhole.nn import Kept
 from keyhole.runs.checkpoint import read_tensors, write_tensors
 
-MANY = 100_000
+MIN_JOURNAL_PATCHES = 100_000
 """Patches from which a piece of work is worth saving by itself."""
 SECONDS = 10.0
 """Between two writes, so that small images cost nothing: what is done again is one image's pass, or so much."""

@@ -26,9 +26,9 @@ from keyhole.util.files import write_atomic
 from keyhole.util.progress import say
 from keyhole.util.wording import listed as listed_names
 
-LAST = "Restore it from a copy, or train again into another folder."
+RESTORE_OR_RETRAIN = "Restore it from a copy, or train again into another folder."
 """What to do about a file that a run cannot write again."""
-LEFT_OUT = "Restore it from a copy, or delete it: it then lists what fails from now on."
+RESTORE_OR_DELETE = "Restore it from a copy, or delete it: it then lists what fails from now on."
 
 
 def file_digest(path: Path) -> str:
@@ -40,13 +40,13 @@ def file_digest(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror or error}). {LAST}") from error
+        raise RunError(f"{path}: cannot be read ({error.strerror or error}). {RESTORE_OR_RETRAIN}") from error
 
 
 def read_state(run: Run) -> State:
     """The state that was saved last, without its tensors."""
     last = run.path / "last.safetensors"
-    return State.from_json(read_info(last, LAST), last)
+    return State.from_json(read_info(last, RESTORE_OR_RETRAIN), last)
 
 
 def check_files(run: Run, state: State) -> list[str]:
@@ -113,7 +113,7 @@ def check_images(
     Raises:
         RunError: files changed; names them.
     """
-    rows = read_rows(manifest, LAST, ("image", "name", "sha256", "bytes", "split"))
+    rows = read_rows(manifest, RESTORE_OR_RETRAIN, ("image", "name", "sha256", "bytes", "split"))
     recorded = stored_hashes(manifest)
     known = [recorded[item.name] for item in items if item.name in recorded]
     said = []
@@ -126,7 +126,7 @@ def check_images(
     sizes = {item.name: FileHash("", recorded[item.name].bytes) for item in unopened if item.name in recorded}
     changed |= changed_files(unopened, sizes)
     unreadable = {row.get("image") for row in read_rows(run / "unreadable.csv", LISTED_AGAIN)}
-    listed = unreadable | {row.get("name") for row in read_rows(run / "left_out.csv", LEFT_OUT)}
+    listed = unreadable | {row.get("name") for row in read_rows(run / "left_out.csv", RESTORE_OR_DELETE)}
     repaired = {name for name, what in changed.items() if name in listed or (unreadable and what == OTHER_CONTENT)}
     wrong = {name: what for name, what in changed.items() if name not in repaired}
     if wrong:
@@ -156,7 +156,7 @@ def check_own_manifest(run: Path) -> None:
 
 
 def _best_info(run: Path) -> dict[str, Any]:
-    return read_info(model_file(run), LAST)
+    return read_info(model_file(run), RESTORE_OR_RETRAIN)
 
 
 def _check_owner(run: Path) -> None:
@@ -164,7 +164,7 @@ def _check_owner(run: Path) -> None:
     if (run / "last.safetensors").is_file():
         state, info = read_state(Run(run)), _best_info(run)
         if info.get("run") != state.run:
-            raise RunError(f"{run / 'best' / 'model.safetensors'}: the best model of another run. {LAST}")
+            raise RunError(f"{run / 'best' / 'model.safetensors'}: the best model of another run. {RESTORE_OR_RETRAIN}")
 
 
 def _item(row: Mapping[str, str]) -> Item:
@@ -175,7 +175,7 @@ def _item(row: Mapping[str, str]) -> Item:
 def check_manifest(path: Path, digest: str) -> None:
     """Raises RunError if manifest.csv is not the one that was written at the start."""
     if file_digest(path) != digest:
-        raise RunError(f"{path}: changed since the run began: it is cut, damaged or edited. {LAST}")
+        raise RunError(f"{path}: changed since the run began: it is cut, damaged or edited. {RESTORE_OR_RETRAIN}")
 
 
 def _check_config(path: Path, state: State) -> str:
@@ -223,12 +223,14 @@ def _check_best(folder: Path, state: State) -> str:
     """A kill may have come between a new best model and the state after it, so that of the next epoch is right."""
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise RunError(f"{path}: missing. {LAST}")
-    _, info = read_tensors(path, LAST)
+        raise RunError(f"{path}: missing. {RESTORE_OR_RETRAIN}")
+    _, info = read_tensors(path, RESTORE_OR_RETRAIN)
     if info.get("run") != state.run:
-        raise RunError(f"{path}: the best model of another run. {LAST}")
+        raise RunError(f"{path}: the best model of another run. {RESTORE_OR_RETRAIN}")
     if info.get("epoch") not in (state.best_epoch, state.epoch + 1):
-        raise RunError(f"{path}: the model of epoch {info.get('epoch')}, expected that of {state.best_epoch}. {LAST}")
+        raise RunError(
+            f"{path}: the model of epoch {info.get('epoch')}, expected that of {state.best_epoch}. {RESTORE_OR_RETRAIN}"
+        )
     about = folder / "model.json"
     text = json.dumps(info, indent=2) + "\n"
     try:

@@ -30,8 +30,8 @@ from keyhole.runs.folder import create_folder, sweep, sweep_beside
 from keyhole.runs.lock import RunLock
 from keyhole.runs.run import Log, Run, check_new, read_rows
 from keyhole.runs.seal import (
-    LAST,
-    LEFT_OUT,
+    RESTORE_OR_DELETE,
+    RESTORE_OR_RETRAIN,
     check_files,
     check_images,
     more_epochs,
@@ -139,7 +139,7 @@ class Job:
 def add_left_out(run: Run, reasons: Mapping[str, str]) -> None:
     """Adds to the run's left_out.csv what is not in it yet."""
     path = run.path / "left_out.csv"
-    known = {row["name"]: row["reason"] for row in read_rows(path, LEFT_OUT, ("name", "reason"))}
+    known = {row["name"]: row["reason"] for row in read_rows(path, RESTORE_OR_DELETE, ("name", "reason"))}
     write_left_out(path, ({**reasons, **known}).items())
 
 
@@ -315,7 +315,7 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
     try:
         engine = new_engine(config, new_model(config, manifest.tasks, device, fresh=False), reader)
         optimizer = new_optimizer(config, engine.model)
-        load_state(run.path / "last.safetensors", engine.model, optimizer, LAST)
+        load_state(run.path / "last.safetensors", engine.model, optimizer, RESTORE_OR_RETRAIN)
         images, manifest, lines = scan(config, manifest, reader, device)
         reasons = {name: reason for name, (_, reason) in state.left_out.items()}
         add_left_out(run, {left.name: left.reason for left in manifest.left_out} | reasons)

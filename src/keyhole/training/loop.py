@@ -29,7 +29,7 @@ from keyhole.loading import Batch, FetchOnly, Opener
 from keyhole.loading.chunks import is_alone
 from keyhole.nn import Kept, total_loss
 from keyhole.runs.checkpoint import save_model
-from keyhole.runs.journal import MANY, SelectionJournal
+from keyhole.runs.journal import MIN_JOURNAL_PATCHES, SelectionJournal
 from keyhole.runs.run import Run, find_run, write_rows
 from keyhole.training.augment import draw, stack_colors
 from keyhole.training.duration import Estimate
@@ -348,7 +348,7 @@ class Loop:
 
     def save_now_and_then(self, patches: int) -> None:
         """After a step that took long in time, or that has looked at many patches."""
-        if patches >= MANY or time.monotonic() - self.saved >= 60 * self.job.config.run.save_minutes:
+        if patches >= MIN_JOURNAL_PATCHES or time.monotonic() - self.saved >= 60 * self.job.config.run.save_minutes:
             self.job.save()
             self.saved = time.monotonic()
 

@@ -19,7 +19,7 @@ from keyhole.errors import DataError
 from keyhole.inference.predictor import Predictor
 from keyhole.nn import total_loss
 from keyhole.report.table import TableRow, table_row, write_table
-from keyhole.runs.journal import MANY, RowJournal
+from keyhole.runs.journal import MIN_JOURNAL_PATCHES, RowJournal
 from keyhole.tasks.evaluation import point_metrics
 from keyhole.tasks.learning import Learning, judge_task
 from keyhole.training.interrupt import Interrupt
@@ -57,7 +57,7 @@ def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]
             "logits": {name: values.tolist() for name, values in found.logits.items()},
         }
         done[tuple(result["names"])] = result
-        if sum(job.images.counts[item.name] for item in each) >= MANY:
+        if sum(job.images.counts[item.name] for item in each) >= MIN_JOURNAL_PATCHES:
             journal.add(result)
     rows = [done[tuple(item.name for item in each)] for each in batches]
     seen = [each[place] for each, row in zip(batches, rows, strict=True) for place in row["seen"]]
@@ -79,7 +79,7 @@ def _batches(job: Job, items: Sequence[Item]) -> list[list[Item]]:
     """Images that are looked at together: a batch of small ones, or one of very many patches alone."""
     found: list[list[Item]] = [[]]
     for item in items:
-        alone = job.images.counts[item.name] >= MANY
+        alone = job.images.counts[item.name] >= MIN_JOURNAL_PATCHES
         if found[-1] and (alone or len(found[-1]) == job.config.train.batch):
             found.append([])
         found[-1].append(item)
@@ -117,7 +117,7 @@ def predict_splits(job: Job, interrupt: Interrupt) -> None:
         )
         for item, prediction in found:
             done[item.name] = table_row(prediction)
-            if job.images.counts[item.name] >= MANY:
+            if job.images.counts[item.name] >= MIN_JOURNAL_PATCHES:
                 journal.add({"row": dataclasses.asdict(done[item.name])})
         rows = [(item, done[item.name]) for item in items if item.name in done]
         write_learning(job, split, rows)
