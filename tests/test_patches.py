@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import PIL.Image
@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keyhole.config.settings import PatchConfig
 from keyhole.errors import ConfigError, ImageError
 from keyhole.images import ArrayImage, Image, open_image
 from keyhole.images.pixels import Pixels
 from keyhole.patches import image_cache as store_module
+from keyhole.patches.edge import EDGE_RULES
 from keyhole.patches.foreground.rules import FOREGROUND_RULES
 from keyhole.patches.grid import NoPatches, PatchGrid
 from keyhole.patches.image_cache import ImageCache, MaskCache, ResidentImage, decoded_bytes, fits
@@ -286,3 +288,11 @@ def test_one_rule_decides_what_stays_in_memory(picture: Path) -> None:
     )
     assert fits(900_000, 0.0005)[1].endswith("900 kB decoded, over the limit of 500 kB (data.cache)")
     assert fits(1, None)[0]
+
+
+def test_the_rules_are_those_that_the_settings_name() -> None:
+    def named(setting: str) -> set[str]:
+        return set(get_args(PatchConfig.model_fields[setting].annotation))
+
+    assert set(FOREGROUND_RULES) == named("foreground")
+    assert {*EDGE_RULES, "auto"} == named("edge")

@@ -223,6 +223,7 @@ def _values(image: Image, grid: PatchGrid) -> tuple[int, int]:
 
 
 def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, request: Request, path: Path) -> None:
+    from keyhole.patches.foreground.rules import FOREGROUND_RULES
     from keyhole.report.mask_preview import mask_preview
 
     full = replace(opener, foreground="all").grid(image)
@@ -234,6 +235,6 @@ def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, request: 
         request.name or request.path,
         f"{image.size.width:,} x {image.size.height:,} pixels, {mpp}",
         f"patches of {full.size} px{step} at {at}; foreground {opener.foreground}"
-        f"{minimum if opener.foreground in ('tissue', 'mask') else ''}",
+        f"{minimum if FOREGROUND_RULES[opener.foreground].uses_share else ''}",
     ]
     mask_preview(image, full, grid, opener.foreground_mask(), caption, path)
