@@ -116,12 +116,7 @@ def check_reachable(path: Path, problem: str) -> None:
 
 
 def not_one_picture(path: Path, lengths: Mapping[str, int]) -> ImageError:
-    """The error for a file of several pictures.
-
-    Args:
-        path: the file.
-        lengths: of each axis with more than one entry: planes in depth (z), points in time (t), channels (c).
-    """
+    """The error for a file of several pictures: `lengths` of the axes z (depth), t (time) and c (channels) above 1."""
     axes = [f"{length} channels" if axis == "c" else f"{length} along {axis}" for axis, length in lengths.items()]
     stated = ", ".join(axes)
     if set(lengths) == {"c"}:

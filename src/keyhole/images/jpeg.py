@@ -119,13 +119,9 @@ class Head(NamedTuple):
 
 
 def merged_head(tables: bytes, tile: bytes, size: Size, samples: int, rgb: bool) -> Head | None:
-    """The header of a tile with its tables and an Adobe marker; None where the tile is not plain and of this size.
+    """The header of a tile with the tables of its page and an Adobe marker; None if it is not plain and of this size.
 
-    Args:
-        tables: of the page; may be empty.
-        tile: as it is stored.
-        size, samples: that the tile must have.
-        rgb: whether the page states that the samples are red, green and blue.
+    `rgb`: whether the page states that the samples are red, green and blue.
     """
     shared, own = segments(tables), segments(tile)
     if own is None or (tables and shared is None):

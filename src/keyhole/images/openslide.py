@@ -156,9 +156,7 @@ def _bounds_corner(properties: Mapping[str, str]) -> tuple[int, int]:
 def planes(properties: Mapping[str, str], depth: int) -> str:
     """A note on a slide with several planes or points in time, of which OpenSlide reads one.
 
-    Args:
-        properties: of the slide; Zeiss's have the numbers.
-        depth: planes that are known from elsewhere.
+    Zeiss's `properties` have the numbers; `depth` is the number of planes that is known from elsewhere.
     """
     counts = {axis: properties.get(f"zeiss.Information.Image.Size{axis.upper()}", "1") for axis in "zt"}
     counts["z"] = str(depth) if depth > 1 else counts["z"]

@@ -160,11 +160,7 @@ def settled_bits(path: Path, given: int | None, parts: Iterable[NDArray[Any]]) -
 def scaled(values: NDArray[Any], bits: int, colors: int, stored: int = DEEP) -> Pixels:
     """(h, w, 1 or 3) from (h, w, samples), composited onto white where there is a sample more than `colors`.
 
-    Args:
-        values: colours, then alpha, which may use all stored bits.
-        bits: in use.
-        colors: 1 or 3.
-        stored: bits of a value.
+    `bits` of the `stored` bits are in use; alpha may use all of them.
     """
     pixels = eight_bit(values[..., :colors], bits)
     if values.shape[-1] == colors:

@@ -39,13 +39,8 @@ def inside(low: Index, high: Index, extent: int) -> tuple[Index, Index]:
 
 
 def surroundings(region: Pixels, corner: tuple[int, int], needed: Box, lv_size: Size) -> Pixels:
-    """The pixels of `needed`; outside the image those of its border are repeated.
-
-    Args:
-        region: pixels of the level, the first of them at `corner`.
-        corner: x and y in level pixels.
-        needed: level pixels; may reach over the border.
-        lv_size: of the level.
+    """The pixels of `needed`, cut from a `region` of the level that begins at `corner`; outside the image its border
+    pixels are repeated.
     """
     columns = np.arange(needed.x, needed.x + needed.width).clip(0, lv_size.width - 1) - corner[0]
     lines = np.arange(needed.y, needed.y + needed.height).clip(0, lv_size.height - 1) - corner[1]

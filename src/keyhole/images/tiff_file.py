@@ -44,13 +44,10 @@ _CHECKED_BLOCK = 65536
 """Entries that are read at a time when a file is opened and all are checked."""
 _MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 _JPEG2000_APERIO = (33003, 33005)
-_FOCAL_PLANE = 65424
-"""Hamamatsu's tag for the place of a page in depth."""
-_OFFSETS, _COUNTS = (324, 273), (325, 279)
-"""Tags of tables: of tiles, else of strips."""
+_FOCAL_PLANE = 65424  # Hamamatsu's tag for the place of a page in depth
+_OFFSETS, _COUNTS = (324, 273), (325, 279)  # tags of tables: of tiles, else of strips
 _TYPES = {3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
-_MAX_TAGS = 512
-"""Tags of a page with shortened tables; no slide has more."""
+_MAX_TAGS = 512  # of a page with shortened tables; no slide has more
 
 Pread = Callable[[int, int], bytes]
 """(count, offset) -> bytes of the file; fewer at its end."""
@@ -184,11 +181,7 @@ class ShortTables:
         return found
 
     def check_end(self, page: Any) -> tuple[TileTable, TileTable]:
-        """The tables of a page, which must lie inside the file with every segment.
-
-        Raises:
-            ImageError: they do not.
-        """
+        """The tables of a page, after a check that they and every segment lie inside the file."""
         offsets, counts = self.tables(page)
         size, needed = self.path.stat().st_size, max(offsets.end, counts.end)
         if needed > size:
@@ -286,15 +279,7 @@ def check_segment(path: Path, segment: Size) -> None:
 def check_tiles(path: Path, most_bits: int = 16) -> int:
     """Refuse a TIFF that would end OpenSlide, and with it the process: tiles of gigabytes, loops, a cut end.
 
-    Args:
-        path: the file.
-        most_bits: of a value in a tiled page.
-
-    Returns:
-        planes in depth (z) of a Hamamatsu slide, of which OpenSlide reads the one at 0; else 1.
-
-    Raises:
-        ImageError: with the reason.
+    Returns the planes in depth (z) of a Hamamatsu slide, of which OpenSlide reads the one at 0; else 1.
     """
     planes = {0}
     with open_pages(path) as (tif, short):

@@ -170,11 +170,7 @@ def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
 
 
 def _level(path: Path, page: Any, short: ShortTables, stated: int | None) -> TiffLevel:
-    """A tifffile page as a `TiffLevel`, which needs neither the page nor its file any longer.
-
-    Args:
-        stated: bits in use, as the file states them.
-    """
+    """A tifffile page as a `TiffLevel`; `stated` are the bits in use, as the file states them."""
     size = page_size(page)
     segment = Size(page.tilewidth, page.tilelength) if page.is_tiled else Size(size.width, page.rowsperstrip)
     if min(size) < 1 or min(segment) < 1:
