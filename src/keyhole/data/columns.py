@@ -183,7 +183,7 @@ def _with_split(path: Path, table: DataTable, texts: Mapping[str, Sequence[str]]
     if any(row.item.split for row in table.rows):
         return table
     for name, cells in texts.items():
-        roles = {split_named(text) for text in cells if text}
+        roles = {split_named(text) for text in set(cells) if text}
         if "train" in roles and len(roles) > 1 and "" not in roles:
             rows = [
                 replace(row, item=replace(row.item, split=split_named(row.item.labels[name]))) for row in table.rows

@@ -43,7 +43,7 @@ class Item:
     features: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.features is None and self.image.suffix.lower() in FEATURE_SUFFIXES:
+        if self.features is None and str(self.image).lower().endswith(FEATURE_SUFFIXES):
             object.__setattr__(self, "features", self.image)
 
     @property

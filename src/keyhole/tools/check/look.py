@@ -33,8 +33,6 @@ class Probed:
 
     Attributes:
         size: width and height at level 0; 0 x 0 for stored features.
-        levels: number of resolutions.
-        mpp: microns per level-0 pixel, or None.
         channels: 1 or 3; the width of stored features.
         patches: number of patches after the foreground mask.
         level_bytes: bytes of the decoded pixels at the level that is read.
