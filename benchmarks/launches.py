@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 import torch
 from machine import write_result
-from operations import Count, CountedShares, Operations
+from operations import Count, CountingTimer, Operations
 from PIL import Image
 from torch import Tensor, nn
 
@@ -98,7 +98,7 @@ def features_files(folder: Path) -> Mapping[str, Count]:
     model = feature_encoders().model
     openers = [FeatureOpener(path, str(number)) for number in range(SLIDES)]
     operations = Operations(tensors_of(model))
-    timer = CountedShares(operations)
+    timer = CountingTimer(operations)
     plan = Plan(largest_chunk(torch.device("cuda"), (2048,)))
     engine = Engine(model, SelectConfig(m=KEPT), RunConfig(threads=1), plan=plan, timer=timer)
     engine.stager = CopyingStager(timer)
@@ -113,7 +113,7 @@ def features_files(folder: Path) -> Mapping[str, Count]:
 class CopyingStager(Stager):
     """Copies chunks as for a GPU: what it copies is on the device."""
 
-    def __init__(self, shares: CountedShares) -> None:
+    def __init__(self, shares: CountingTimer) -> None:
         super().__init__(torch.device("cpu"), shares)
 
     def __call__(self, chunk: Chunk, rows: int | None = None) -> Tensor:
@@ -163,7 +163,7 @@ class Counted(Loop):
     def __init__(self, job: Job, interrupt: Interrupt) -> None:
         super().__init__(job, interrupt)
         self.operations = Operations([*job.model.parameters(), *job.model.buffers()])
-        job.engine.timer = job.engine.stager.timer = CountedShares(self.operations)
+        job.engine.timer = job.engine.stager.timer = CountingTimer(self.operations)
         self.steps = 0
         for group in job.optimizer.param_groups:
             group["fused"] = True  # as on a GPU

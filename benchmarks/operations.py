@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from keyhole.util.timing import Part, Shares
+from keyhole.util.timing import Part, Timer
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
 WAITS |= {"unique_consecutive", "unique_dim_consecutive", "bincount", "masked_scatter_backward"}
@@ -64,7 +64,7 @@ class Operations:
         on_device: tensors that would be on the device at the beginning.
 
     Attributes:
-        part: name under which to count from now on; see `CountedShares`.
+        part: name under which to count from now on; see `CountingTimer`.
         parts: what was counted, by that name.
     """
 
@@ -98,7 +98,7 @@ class Operations:
         return self.parts.setdefault(self.part, Count())
 
 
-class CountedShares(Shares):
+class CountingTimer(Timer):
     """Parts of the time under whose names operations are counted; put it in the place of a loop's own.
 
     Args:

@@ -29,7 +29,7 @@ from keyhole.loading import Chunk
 from keyhole.nn import CrossAttentionPool, IPSClassifier, SmallEncoder
 from keyhole.patches.sources import TensorPatches
 from keyhole.training.augment import color_matrix
-from keyhole.util.timing import NO_SHARES, Shares
+from keyhole.util.timing import NO_TIMER, Timer
 
 Array = NDArray[Any]
 
@@ -74,7 +74,7 @@ def test_patches_of_one_colour_are_encoded_once_and_get_what_they_would_get(
     encoders = Encoders(model_of())
     encoders.fast(torch.from_numpy(chunk.pixels))  # built before counting
     colors = torch.stack([color_matrix(np.full(4, 0.05 * image), 3) for image in range(3)]) if colored else None
-    scorer = ChunkScorer(encoders, unlimited(SelectConfig(m=2)), NO_SHARES, None if colors is None else colors.numpy())
+    scorer = ChunkScorer(encoders, unlimited(SelectConfig(m=2)), NO_TIMER, None if colors is None else colors.numpy())
     with encoders.inference():
         each = None if colors is None else colors[torch.tensor(images)]
         expected = encoders.logits(encoders.embed(torch.from_numpy(chunk.pixels), each))
@@ -144,7 +144,7 @@ def test_a_batch_waits_for_the_device_once_and_not_in_the_chunk_loop(rule: Any, 
         SelectConfig(m=4, chunk=32, rule=rule),
         RunConfig(threads=2),
         arithmetic=Arithmetic(torch.bfloat16, torch.bfloat16),
-        timer=Shares(device),
+        timer=Timer(device),
     )
     if compiled:
         engine.encoders.compile()
@@ -230,7 +230,7 @@ def test_a_gpu_encodes_no_more_of_the_last_chunk_than_it_needs_to(
     model, pace = OnDevice(compiled), Pace(Plan(chunk=64), warn=print)
     pixels = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8)
     chunk = Chunk(pixels.numpy(), used, np.zeros(used, np.int64), np.arange(used))
-    logits = ChunkScorer(model, pace, NO_SHARES).score(chunk, pixels, None)  # type: ignore[arg-type]
+    logits = ChunkScorer(model, pace, NO_TIMER).score(chunk, pixels, None)  # type: ignore[arg-type]
     assert logits[:, 0, 0].tolist() == pixels[:used, 0, 0, 0].tolist()
     assert model.given == [given]
 
@@ -239,7 +239,7 @@ def test_after_a_plan_was_halved_only_the_last_part_of_a_chunk_is_cut_short() ->
     model, pace = OnDevice(compiled=True), Pace(Plan(chunk=16), warn=print)
     pixels = torch.zeros(64, 8, 8, 3, dtype=torch.uint8)
     chunk = Chunk(pixels.numpy(), 37, np.zeros(37, np.int64), np.arange(37))
-    assert len(ChunkScorer(model, pace, NO_SHARES).score(chunk, pixels, None)) == 37  # type: ignore[arg-type]
+    assert len(ChunkScorer(model, pace, NO_TIMER).score(chunk, pixels, None)) == 37  # type: ignore[arg-type]
     assert model.given == [(16, 16), (16, 16), (6, 0)]
 
 

@@ -17,7 +17,7 @@ from processes import command, environment, run_process
 from keyhole.util.budget import memory_text
 from keyhole.util.platform import peak_memory
 from keyhole.util.progress import Progress, shares_text
-from keyhole.util.timing import PARTS, Shares
+from keyhole.util.timing import PARTS, Timer
 
 
 def test_without_a_terminal_it_prints_a_line_per_interval_and_one_at_the_end() -> None:
@@ -57,14 +57,14 @@ def test_a_line_says_where_the_time_goes(monkeypatch: pytest.MonkeyPatch) -> Non
     now = [100.0]
     monkeypatch.setattr("keyhole.util.progress.time.monotonic", lambda: now[0])
     monkeypatch.setattr("keyhole.util.timing.time.perf_counter", lambda: now[0])
-    shares = Shares(torch.device("cpu"))
+    timer = Timer(torch.device("cpu"))
     stream = io.StringIO()
     with Progress(40, "epoch 1/30", stream, interval=0) as progress:
         for name, seconds in (("encoding", 8.0), ("reading", 0.3), ("copying", 0.02), ("learning", 1.5)):
-            with shares.part(name):  # type: ignore[arg-type]
+            with timer.part(name):  # type: ignore[arg-type]
                 now[0] += seconds
         now[0] = 110.0
-        progress.update(images=10, patches=20_000, waited=2.5, text="loss 0.31", shares=shares)
+        progress.update(images=10, patches=20_000, waited=2.5, text="loss 0.31", timer=timer)
     first = stream.getvalue().splitlines()[0]
     assert first == (
         "epoch 1/30: 10/40 images, 2,000 patches/s, reading 3% encoding 80% learning 15%, "

@@ -135,7 +135,7 @@ def counted(operations: Any, counts: Sequence[int], rule: Any, m: int, chunk: in
         SelectConfig(m=m, chunk=chunk, rule=rule),
         RunConfig(threads=1),
         plan=Plan(chunk=4096),
-        timer=operations.CountedShares(counts_of),
+        timer=operations.CountingTimer(counts_of),
     )
     with closing(engine), counts_of:
         (kept,) = (engine.select(batch) for batch in engine.stream([openers]))

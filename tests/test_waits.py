@@ -76,7 +76,7 @@ def test_a_step_waits_once_and_reading_never(bench: Any, four_tasks: Path, tmp_p
                 group["fused"] = fused  # as on a GPU
             on_device = [*self.job.model.parameters(), *self.job.model.buffers(), *self.weights.values()]
             self.whole = bench.operations.Operations(on_device)
-            timer = bench.operations.CountedShares(self.whole)
+            timer = bench.operations.CountingTimer(self.whole)
             self.engine.timer = self.engine.stager.timer = timer
 
         def learn(self) -> dict[str, float]:

@@ -42,7 +42,7 @@ from keyhole.loading import Batch, OnError, Opener, Reader
 from keyhole.nn import IPSClassifier, Kept, Selector
 from keyhole.nn.tensors import on_device
 from keyhole.util.tf32 import tf32
-from keyhole.util.timing import NO_SHARES, Shares
+from keyhole.util.timing import NO_TIMER, Timer
 
 
 class Engine:
@@ -72,7 +72,7 @@ class Engine:
         *,
         plan: Plan | None = None,
         arithmetic: Arithmetic | None = None,
-        timer: Shares = NO_SHARES,
+        timer: Timer = NO_TIMER,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self.model, self.settings, self.run = model, select or SelectConfig(), run or RunConfig()

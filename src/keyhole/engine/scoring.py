@@ -18,7 +18,7 @@ from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan
 from keyhole.loading import Chunk
 from keyhole.nn.tensors import on_device
-from keyhole.util.timing import Shares
+from keyhole.util.timing import Timer
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class ChunkScorer:
         repeated: patches that were not encoded, since an equal one had been.
     """
 
-    def __init__(self, encoders: Encoders, pace: Pace, timer: Shares, color: NDArray[np.float32] | None = None) -> None:
+    def __init__(self, encoders: Encoders, pace: Pace, timer: Timer, color: NDArray[np.float32] | None = None) -> None:
         self.encoders, self.pace, self.timer, self.device = encoders, pace, timer, encoders.device
         self.color = None if color is None else on_device(color, self.device)
         self.repeated = 0
@@ -162,7 +162,7 @@ def blank_rows(pixels: NDArray[np.generic]) -> NDArray[np.bool_]:
     return blank
 
 
-def timed(items: Iterable[T], timer: Shares) -> Iterator[T]:
+def timed(items: Iterable[T], timer: Timer) -> Iterator[T]:
     """Count as reading the time that a consumer waits for the next item."""
     iterator = iter(items)
     while True:

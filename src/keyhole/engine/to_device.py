@@ -35,7 +35,7 @@ from keyhole.engine.memory.plan import Plan
 from keyhole.loading.chunks import Chunk, Coded, Delivery
 from keyhole.patches.sources import View
 from keyhole.util.budget import out_of_memory
-from keyhole.util.timing import NO_SHARES, Shares
+from keyhole.util.timing import NO_TIMER, Timer
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Stager:
     def __init__(
         self,
         device: torch.device,
-        timer: Shares = NO_SHARES,
+        timer: Timer = NO_TIMER,
         encoded: bool | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:

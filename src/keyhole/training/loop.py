@@ -197,7 +197,7 @@ class Loop:
 
             def on_chunk(patches: int) -> None:
                 self.interrupt.check()
-                progress.update(patches=patches, shares=engine.timer)
+                progress.update(patches=patches, timer=engine.timer)
 
             self.chunk = engine.plan.chunk
             for each, changes, batch in zip(batches, draws, engine.stream(openers, "mask"), strict=True):

@@ -33,7 +33,7 @@ from keyhole.patches.image_cache import ImageCache, fits
 from keyhole.patches.sources import View
 from keyhole.runs.checkpoint import load_encoder
 from keyhole.tasks.kinds import Task
-from keyhole.util.timing import Shares
+from keyhole.util.timing import Timer
 from keyhole.util.wording import counted, from_to
 
 DECODING = 7 / 3
@@ -235,7 +235,7 @@ def new_engine(config: Config, model: IPSClassifier, reader: Reader) -> Engine:
     """The engine of a run, which is still to be planned."""
     shape = patch_shape(config.model, config.patch.size)
     arithmetic = choose_precision(config.train.precision, model.encoder, shape)
-    timer = Shares(next(model.parameters()).device)
+    timer = Timer(next(model.parameters()).device)
     engine = Engine(model, config.select, config.run, arithmetic=arithmetic, timer=timer)
     engine.reader = reader
     return engine

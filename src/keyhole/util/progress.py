@@ -1,9 +1,9 @@
-"""How far the work is: a bar on a terminal, one plain line per interval elsewhere.
+"""Shows how far the work is: a bar on a terminal, one plain line per interval elsewhere.
 
     epoch 3/30 ━━━━━━━━━╺━━ 112/160 00:41 1,830 patches/s, reading 1% encoding 84% learning 14%, peak 1.2 GB, loss 0.31
 
-What a line says is asked for when a line is drawn, and not at every update. Torch-free: memory of a device is told by a
-function.
+The figures of a line are computed when it is drawn, not at each update. Does not import torch: a function returns the
+memory of a device.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-    from keyhole.util.timing import Shares
+    from keyhole.util.timing import Timer
 
 
-REDRAWN = 0.25
+REDRAW_SECONDS = 0.25
 """Seconds between two states of the bar, as often as rich draws it."""
 
 
@@ -35,12 +35,13 @@ class Progress:
     """Counts images and patches, and shows them. Use as a context manager; safe to call from several threads.
 
     Args:
-        total_images: images there are to do.
+        total_images: number of images to do.
         description: what is being done, such as `epoch 3/30`.
-        stream: where to show it; a bar if it is a terminal.
-        interval: seconds between plain lines where it is not.
-        after: seconds of the run that follow, from the seconds that all of this takes; None where it is all there is.
-        device_bytes: returns the peak memory of the device so far, None or 0 where there is no device.
+        stream: where to show it; a terminal gets a bar.
+        interval: seconds between plain lines.
+        after: returns the seconds of the run that follow, given the seconds that all of this takes; None if nothing
+            follows.
+        device_bytes: returns the peak memory of the device so far, None or 0 without a device.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Progress:
         self.images = self.patches = 0
         self.waited = 0.0
         self.device_bytes = device_bytes
-        self.shares: Shares | None = None
+        self.timer: Timer | None = None
         self.text = ""
         self._start = self._shown = time.monotonic()
         self._lock = threading.Lock()
@@ -90,17 +91,16 @@ class Progress:
         patches: int = 0,
         waited: float = 0.0,
         text: str | None = None,
-        shares: Shares | None = None,
+        timer: Timer | None = None,
     ) -> None:
-        """Adds to what is done.
+        """Add to what is done.
 
         Args:
             images: images finished since the last call.
             patches: patches read since the last call.
             waited: seconds spent waiting for reading since the last call.
             text: what else to show from now on, such as `loss 0.31`.
-            shares: where the time has gone since this progress began, shown instead of `waited`; looked at without
-                waiting for the device.
+            timer: of the parts since this progress began, shown instead of `waited`.
         """
         with self._lock:
             self.images += images
@@ -108,18 +108,18 @@ class Progress:
             self.waited += waited
             if text is not None:
                 self.text = text
-            if shares is not None:
-                self.shares = shares
+            if timer is not None:
+                self.timer = timer
             since = time.monotonic() - self._shown
             if self._bar is not None:
-                if images or text is not None or since >= REDRAWN:
+                if images or text is not None or since >= REDRAW_SECONDS:
                     self._show_bar()
             elif self.images < self.total_images and since >= self.interval:
                 self._shown = time.monotonic()
                 self._print(self.status())
 
     def line(self, text: str) -> None:
-        """Prints a line that stays, above the bar where there is one."""
+        """Print a line that stays, above the bar if there is one."""
         with self._lock:
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -127,7 +127,7 @@ class Progress:
                 self._print(text)
 
     def status(self, finished: bool = False) -> str:
-        """The plain line: images, patches/s, where the time goes, peak memory, time left or taken."""
+        """Return the plain line: images, patches/s, where the time goes, peak memory, time left or taken."""
         seconds = time.monotonic() - self._start
         parts = [f"{self.description}: {self.images}/{self.total_images} images", *self._figures(seconds)]
         if finished:
@@ -139,7 +139,7 @@ class Progress:
         return ", ".join(parts)
 
     def _run_left(self, seconds: float) -> str:
-        """What is left of the whole run, or nothing where this is all."""
+        """Return the time left of the whole run, or "" if nothing follows."""
         if self.after is None or not self.images:
             return ""
         whole = seconds / self.images * self.total_images
@@ -149,9 +149,9 @@ class Progress:
         parts = []
         if self.patches:
             parts.append(f"{self.patches / max(seconds, 1e-9):,.0f} patches/s")
-            if self.shares is None:
+            if self.timer is None:
                 parts.append(f"{min(self.waited / max(seconds, 1e-9), 1):.0%} waiting for reading")
-            elif told := shares_text(self.shares.so_far(), seconds):
+            elif told := shares_text(self.timer.so_far(), seconds):
                 parts.append(told)
         peaks = [memory_text(peak)] if (peak := peak_memory()) else []
         if self.device_bytes is not None and (device_bytes := self.device_bytes()):
@@ -176,14 +176,14 @@ class Progress:
 
 
 def error_stream() -> TextIO:
-    """Standard error, or a place where nothing arrives if the process was started without it."""
+    """Return standard error, or a stream to nowhere if the process was started without it."""
     return open(os.devnull, "w") if sys.stderr is None else sys.stderr  # noqa: PTH123 - as long as the process
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Prints a line about the work, by default on standard error.
+    """Print a line about the work, by default on standard error.
 
-    Nobody may be reading any more: a terminal was closed, a pipe ended, a disk is full. The work goes on without.
+    If it cannot be written, since a terminal was closed, a pipe ended or a disk is full, the work continues without it.
     """
     stream = sys.stderr if stream is None else stream
     if stream is None:  # `2>&-`
@@ -195,14 +195,14 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def forget(stream: TextIO) -> None:
-    """Sends what is written to a standard stream nowhere; else Python tries it again at exit, and complains."""
+    """Send what is written to a standard stream nowhere; else Python tries it again at exit, and complains."""
     with contextlib.suppress(OSError, ValueError):
         if stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def shares_text(parts: Mapping[str, float], seconds: float) -> str:
-    """Shares of `seconds` that went into each part, in the order of the parts, without those below half a percent.
+    """Return the shares of `seconds` that went into each part, without those below half a percent.
 
     >>> shares_text({"reading": 0.1, "copying": 0.01, "encoding": 8.4, "learning": 1.4}, 10)
     'reading 1% encoding 84% learning 14%'

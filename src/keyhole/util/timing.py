@@ -1,14 +1,14 @@
-"""Where the time of a pass goes: seconds of reading, copying, encoding, scoring and learning.
+"""Times a pass: seconds of reading, copying, encoding, scoring and learning.
 
-    shares = Shares(device)
-    with shares.part("encoding"):
+    timer = Timer(device)
+    with timer.part("encoding"):
         embedding = encoder(pixels)
-    shares.seconds()                      # {"reading": 0.1, "copying": 0.0, "encoding": 3.9, ...}
+    timer.seconds()                      # {"reading": 0.1, "copying": 0.0, "encoding": 3.9, ...}
 
-Reading is what the consumer of the patches waits for them. On a CPU every other part is the time the host spends in it.
-On a GPU the host only gives orders, so the other parts are measured on the device, between two events on the stream
-that is current at the time; nothing but `seconds` waits for the device. Host and device work at the same time there, so
-that the parts may sum to more than the time that passed.
+Reading is the time that the consumer of patches waits for them. On a CPU each other part is the time that the host
+spends in it. On a GPU the host only launches work, so the other parts are measured on the device, between two events on
+the current stream; only `seconds` waits for the device. Host and device work at the same time there, so the parts may
+sum to more than the time that passed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Part = Literal["reading", "copying", "encoding", "scoring", "learning"]
 
 PARTS: tuple[Part, ...] = ("reading", "copying", "encoding", "scoring", "learning")
 
-IN_FLIGHT = 1024
-"""Pairs of events that may wait for the device. Of a host that is further ahead, parts are counted at their mean."""
+MAX_WAITING_EVENTS = 1024
+"""Pairs of events that may wait for the device. If the host is further ahead, parts count with their mean."""
 
 
-class Shares:
-    """Seconds by part, of the one thread that consumes patches.
+class Timer:
+    """Measures seconds by part, on the one thread that consumes patches.
 
     Args:
-        device: where the model is; None measures nothing, at no cost.
+        device: of the model; None measures nothing, at no cost.
     """
 
     def __init__(self, device: torch.device | None) -> None:
@@ -45,7 +45,7 @@ class Shares:
 
     @contextmanager
     def part(self, name: Part) -> Iterator[None]:
-        """Counts the time inside as that of a part. Parts do not nest; enter another stream around it, not inside."""
+        """Count the time inside as that of a part. Parts do not nest; enter another stream around it, not inside."""
         if not self.measures:
             yield
             return
@@ -64,30 +64,30 @@ class Shares:
                 events.end(name, begun)
 
     def so_far(self) -> dict[str, float]:
-        """Seconds by part, on a GPU of what it has finished; never waits."""
+        """Return seconds by part, on a GPU of what it has finished; never waits."""
         device = {} if self._events is None else self._events.finished()
         return {name: self._host[name] + device.get(name, 0.0) for name in PARTS}
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by part since the start or the last `reset`; on a GPU it waits for the device once."""
+        """Return seconds by part since the start or the last `reset`; on a GPU this waits for the device once."""
         if self._events is not None:
             self._events.wait()
         return self.so_far()
 
     def reset(self) -> None:
-        """Forgets what was measured; on a GPU it waits for the device once."""
+        """Start again from zero; on a GPU this waits for the device once."""
         if self._events is not None:
             self._events.wait()
             self._events.forget()
         self._host = dict.fromkeys(PARTS, 0.0)
 
 
-NO_SHARES = Shares(None)
-"""For whoever does not ask where the time goes."""
+NO_TIMER = Timer(None)
+"""For callers who do not need the times."""
 
 
 class _Events:
-    """Pairs of events on a GPU, added up when the device has passed them and used again."""
+    """Pairs of events on a GPU, which are added up when the device has passed them, and used again."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -96,12 +96,12 @@ class _Events:
         self.forget()
 
     def begin(self) -> torch.cuda.Event | None:
-        """The event that a part starts with, or None where too many wait already."""
+        """Return the event that a part starts with, or None if too many wait already."""
         self.collect()
-        return self._record() if len(self.waiting) < IN_FLIGHT else None
+        return self._record() if len(self.waiting) < MAX_WAITING_EVENTS else None
 
     def end(self, name: Part, begun: torch.cuda.Event | None) -> None:
-        """The part that started with `begun` ends here."""
+        """End the part that started with `begun`."""
         self.parts[name] += 1
         if begun is not None:
             self.waiting.append((name, begun, self._record()))
@@ -114,7 +114,7 @@ class _Events:
         return event
 
     def collect(self) -> None:
-        """Adds up the pairs that the device has passed; looks at the oldest only, so it costs one query a call."""
+        """Add up the pairs that the device has passed; only the oldest one is queried."""
         while self.waiting and self.waiting[0][2].query():  # type: ignore[no-untyped-call]
             name, begun, ended = self.waiting.popleft()
             self.measured[name] += 1
@@ -122,7 +122,7 @@ class _Events:
             self.spare += [begun, ended]
 
     def finished(self) -> dict[Part, float]:
-        """Seconds by part; parts without events of their own count as the mean of those with them."""
+        """Return seconds by part; parts without events count as the mean of those with events."""
         self.collect()
         waiting = [name for name, _, _ in self.waiting]
         return {
@@ -137,7 +137,7 @@ class _Events:
         torch.cuda.synchronize(self.device)
 
     def forget(self) -> None:
-        """Starts again from nothing; what still waits belongs to before."""
+        """Start again from zero; what still waits belongs to the time before."""
         self.spare += [event for _, *pair in self.waiting for event in pair]
         self.waiting.clear()
         self.sums = dict.fromkeys(PARTS, 0.0)

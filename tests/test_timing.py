@@ -11,7 +11,7 @@ from on_device import DRY, GPU, no_waiting
 from processes import run_process
 
 import keyhole.util.timing
-from keyhole.util.timing import NO_SHARES, PARTS, Shares
+from keyhole.util.timing import NO_TIMER, PARTS, Timer
 
 CPU = torch.device("cpu")
 
@@ -28,46 +28,46 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_on_the_host_each_part_has_the_time_spent_inside_it(clock: Any) -> None:
-    shares = Shares(CPU)
+    timer = Timer(CPU)
     for name, seconds in (("reading", 1.0), ("encoding", 5.0), ("reading", 0.5)):
         clock.now += 10  # of nobody
-        with shares.part(name):  # type: ignore[arg-type]
+        with timer.part(name):  # type: ignore[arg-type]
             clock.now += seconds
     expected = dict.fromkeys(PARTS, 0.0) | {"reading": 1.5, "encoding": 5.0}
-    assert shares.seconds() == shares.so_far() == expected
-    shares.reset()
-    assert shares.seconds() == dict.fromkeys(PARTS, 0.0)
+    assert timer.seconds() == timer.so_far() == expected
+    timer.reset()
+    assert timer.seconds() == dict.fromkeys(PARTS, 0.0)
 
 
 def test_an_error_inside_a_part_is_counted_and_ends_it(clock: Any) -> None:
-    shares = Shares(CPU)
+    timer = Timer(CPU)
 
     def fail() -> None:
-        with shares.part("learning"):
+        with timer.part("learning"):
             clock.now += 2
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    with shares.part("reading"):
+    with timer.part("reading"):
         clock.now += 1
-    assert (shares.seconds()["learning"], shares.seconds()["reading"]) == (2.0, 1.0)
+    assert (timer.seconds()["learning"], timer.seconds()["reading"]) == (2.0, 1.0)
 
 
 def test_parts_do_not_nest() -> None:
-    shares = Shares(CPU)
+    timer = Timer(CPU)
     with (
         pytest.raises(AssertionError, match="`scoring` inside of `encoding`"),
-        shares.part("encoding"),
-        shares.part("scoring"),
+        timer.part("encoding"),
+        timer.part("scoring"),
     ):
         pass
 
 
 def test_whoever_does_not_ask_pays_nothing_and_may_nest() -> None:
-    with NO_SHARES.part("encoding"), NO_SHARES.part("scoring"):
+    with NO_TIMER.part("encoding"), NO_TIMER.part("scoring"):
         pass
-    assert NO_SHARES.seconds() == dict.fromkeys(PARTS, 0.0)
+    assert NO_TIMER.seconds() == dict.fromkeys(PARTS, 0.0)
 
 
 def test_torch_is_not_loaded_for_it() -> None:
@@ -114,56 +114,56 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return made
 
 
-def work(shares: Shares, device: Device, name: Any, milliseconds: float) -> None:
-    with shares.part(name):
+def work(timer: Timer, device: Device, name: Any, milliseconds: float) -> None:
+    with timer.part(name):
         device.time += milliseconds
 
 
 def test_on_a_device_parts_are_measured_there_and_only_the_end_waits(device: Device) -> None:
-    shares = Shares(torch.device("cuda"))
+    timer = Timer(torch.device("cuda"))
     for _ in range(10):
-        work(shares, device, "encoding", 300)
-        work(shares, device, "scoring", 100)
-    assert sum(shares.so_far().values()) == 0  # nothing is done yet
+        work(timer, device, "encoding", 300)
+        work(timer, device, "scoring", 100)
+    assert sum(timer.so_far().values()) == 0  # nothing is done yet
     device.passed = 4
-    assert (shares.so_far()["encoding"], shares.so_far()["scoring"]) == (0.3, 0.1)
+    assert (timer.so_far()["encoding"], timer.so_far()["scoring"]) == (0.3, 0.1)
     assert device.waits == 0
-    assert shares.seconds()["encoding"] == pytest.approx(3.0)
-    assert shares.seconds()["scoring"] == pytest.approx(1.0)
+    assert timer.seconds()["encoding"] == pytest.approx(3.0)
+    assert timer.seconds()["scoring"] == pytest.approx(1.0)
     assert device.waits == 2
-    shares.reset()
-    assert sum(shares.seconds().values()) == 0
+    timer.reset()
+    assert sum(timer.seconds().values()) == 0
 
 
 def test_reading_is_measured_on_the_host_also_with_a_device(device: Device, clock: Any) -> None:
-    shares = Shares(torch.device("cuda"))
-    with shares.part("reading"):
+    timer = Timer(torch.device("cuda"))
+    with timer.part("reading"):
         clock.now += 1.5
-    assert shares.so_far()["reading"] == 1.5
+    assert timer.so_far()["reading"] == 1.5
     assert device.events == 0
 
 
 def test_a_host_far_ahead_keeps_a_bounded_number_of_events_and_the_sum(device: Device) -> None:
-    shares = Shares(torch.device("cuda"))
-    total = 3 * keyhole.util.timing.IN_FLIGHT
+    timer = Timer(torch.device("cuda"))
+    total = 3 * keyhole.util.timing.MAX_WAITING_EVENTS
     for _ in range(total):
-        work(shares, device, "encoding", 2)
-    assert device.events == 2 * keyhole.util.timing.IN_FLIGHT
-    assert shares.seconds()["encoding"] == pytest.approx(total * 0.002)  # those without events at the mean
+        work(timer, device, "encoding", 2)
+    assert device.events == 2 * keyhole.util.timing.MAX_WAITING_EVENTS
+    assert timer.seconds()["encoding"] == pytest.approx(total * 0.002)  # those without events at the mean
 
 
 @pytest.mark.cuda
 def test_on_a_gpu_a_part_has_the_time_of_its_kernels_though_the_host_is_done_at_once() -> None:
-    shares = Shares(GPU)
+    timer = Timer(GPU)
     matrix = torch.randn(*[64 if DRY else 8192] * 2, device=GPU)
     (matrix @ matrix).sum().item()
     with no_waiting():
         for _ in range(20):
-            with shares.part("encoding"):
+            with timer.part("encoding"):
                 matrix = matrix @ matrix
-            shares.so_far()
+            timer.so_far()
     begun = time.perf_counter()
-    found = shares.seconds()
+    found = timer.seconds()
     waited = time.perf_counter() - begun
     assert found["encoding"] > 0
     assert DRY or found["encoding"] >= 0.5 * waited
