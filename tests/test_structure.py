@@ -31,12 +31,6 @@ KNOWN_WITH_MANY_PARAMETERS = {
     "keyhole.patches.grid.PatchGrid.__init__",
 }
 
-KNOWN_CLASSES_OF_ONE_NAME = {
-    "Kinds",
-}
-
-KNOWN_COMPARISONS_OF_KINDS = {}
-
 KNOWN_VAGUE_CONSTANTS = {
     "keyhole.engine.jpeg.KNOWN",
 }
@@ -82,7 +76,7 @@ def test_no_two_classes_share_a_name() -> None:
     names = Counter(
         node.name for module in modules() for _, node in definitions(module) if isinstance(node, ast.ClassDef)
     )
-    assert {name for name, count in names.items() if count > 1} == KNOWN_CLASSES_OF_ONE_NAME
+    assert {name for name, count in names.items() if count > 1} == set()
 
 
 def test_kinds_of_tasks_and_rules_of_selection_are_told_apart_in_their_own_modules_only() -> None:
@@ -99,7 +93,7 @@ def test_kinds_of_tasks_and_rules_of_selection_are_told_apart_in_their_own_modul
             compared = isinstance(node, ast.Compare | ast.MatchValue)
             if compared and literals(node) & kinds and not module.startswith(own):
                 found.add(module)
-    assert found == KNOWN_COMPARISONS_OF_KINDS
+    assert found == set()
 
 
 def test_a_constant_says_what_it_is_of() -> None:
