@@ -322,15 +322,15 @@ def test_a_model_of_other_tasks_is_not_evaluated(case: str, say: Say, toy: Path,
 # Settings
 
 YAML = {
-    "patch: {size: large}": ("patch.size", "expected a whole number above 0, got 'large'"),
+    "patch: {size: large}": ("patch.size", "expected a whole number, got 'large'"),
     "patch: {size: 16.5}": ("patch.size", "got 16.5"),
     "patch: {size: 0}": ("patch.size", "got 0"),
-    "patch: 16": ("patch", "expected a section of keys, got 16"),
-    "train: {lr: -1.0}": ("train.lr", "expected a number above 0 that is finite, or auto, got -1"),
+    "patch: 16": ("patch", "expected a section of settings, got 16"),
+    "train: {lr: -1.0}": ("train.lr", "expected a number greater than 0, or 'auto', got -1"),
     "train: {lr: [1]}": ("train.lr", "got the list"),
-    "data: {val: 1.5}": ("data.val", "below 1, got 1.5"),
-    "select: {rule: gobal}": ("select.rule", "expected one of global, streaming"),
-    "run: {log: [tensorbord]}": ("run.log", "each one of tensorboard, wandb"),
+    "data: {val: 1.5}": ("data.val", "less than 1, got 1.5"),
+    "select: {rule: gobal}": ("select.rule", "expected 'global' or 'streaming'"),
+    "run: {log: [tensorbord]}": ("run.log", "expected 'tensorboard' or 'wandb'"),
     "patch: {siez: 16}": ("patch.siez", "did you mean `patch.size`?"),
     "pach: {size: 16}": ("pach", "did you mean `patch`?"),
     "- patch": ("settings.yaml", "got the list"),
@@ -369,7 +369,7 @@ SETTINGS_OF_THE_DATA = {
     "--model.encoder=resnet81": "Did you mean 'resnet18'?",
     "--run.device=cuda:99": "--run.device cuda:99: not usable here",
     "--patch.siez=16": "unknown option `--patch.siez` (did you mean `--patch.size`?)",
-    "--select.m=0": "--select.m: expected a whole number above 0, got '0'",
+    "--select.m=0": "--select.m: expected a number greater than 0, got 0",
 }
 
 

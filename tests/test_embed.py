@@ -296,7 +296,10 @@ def test_mistakes_are_one_line(weights: Path, tmp_path: Path, capsys: pytest.Cap
         ([data, "--out", out, "--encoder", "small", "--pretrained"], "--pretrained: the encoder `small` has no"),
         ([data, "--out", out, "--encoder", "resnet5000", "--weights", str(weights)], "no model 'resnet5000'"),
         ([data, "--out", out, "--encoder", "small", "--weights", str(weights)], "do not fit the model"),
-        ([data, "--out", out, "--unreadable", "2", "--weights", str(weights)], "--unreadable (=2) must be a share"),
+        (
+            [data, "--out", out, "--unreadable", "2", "--weights", str(weights)],
+            "--unreadable: expected a share such as 1%",
+        ),
         ([str(tmp_path / "no"), "--out", out, "--encoder", "small", "--weights", str(weights)], "no such file"),
     ]:
         assert main(["embed", *words]) == 2

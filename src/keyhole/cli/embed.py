@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -87,29 +87,12 @@ def run(argv: list[str]) -> int:
 
     from keyhole.inference.embed import embed
 
-    done = embed(
-        options.data.expanduser(),
-        options.out.expanduser(),
-        encoder=options.encoder,
-        pretrained=options.pretrained,
-        weights=None if options.weights is None else options.weights.expanduser(),
-        stages=options.stages,
-        width=options.width,
-        channels=options.channels,
-        patch=options.patch,
-        root=None if options.root is None else options.root.expanduser(),
-        masks=options.masks,
-        dtype=options.dtype,
-        precision=options.precision,
-        chunk=options.chunk,
-        memory=options.memory,
-        device=options.device,
-        decode=options.decode,
-        threads=options.threads,
-        on_bad_image=options.on_bad_image,
-        unreadable=options.unreadable,
-        run=None if options.run is None else options.run.expanduser(),
-    )
+    given: dict[str, Any] = {
+        name: value.expanduser() if isinstance(value, Path) else value
+        for name, value in options
+        if name != "print_config"
+    }
+    done = embed(**given)
     for name, reason in done.left_out.items():
         print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
     for line in done.lines():
@@ -118,11 +101,7 @@ def run(argv: list[str]) -> int:
 
 
 def _over_run(options: EmbedOptions, argv: list[str]) -> EmbedOptions:
-    """The options with the encoder and patches of `--run` where the line gives none.
-
-    Raises:
-        ConfigError: the line names an encoder or weights as well.
-    """
+    """The options with the patches of `--run` where the line gives none. Raises ConfigError if it names an encoder."""
     if options.run is None:
         return options
     from keyhole.inference.embed import encoder_of

@@ -58,20 +58,7 @@ def run(argv: list[str]) -> int:
     from keyhole.inference.evaluate import evaluate
 
     try:
-        evaluation = evaluate(
-            options.run,
-            data=options.data,
-            root=options.root,
-            split=options.split,
-            out=options.out,
-            device=options.device,
-            on_bad_image=options.on_bad_image,
-            memory=options.memory,
-            unreadable=options.unreadable,
-            features=options.features,
-            masks=options.masks,
-            decode=options.decode,
-        )
+        evaluation = evaluate(**{name: value for name, value in options if name != "print_config"})
     except DataError as error:  # which names the options of `keyhole train`
         message = str(error).replace("--data.path PATH", "--data PATH").replace("--data.", "--")
         raise DataError(message) from error

@@ -1,73 +1,43 @@
 """Settings given as `auto` that follow from the encoder: settled once, when a run is created.
 
-The numbers are written into the run's config.yaml, so that a resumed run, or another run with the same file, does not
+The numbers are written into config.yaml of the run, so that a resumed run, or another run with the same file, does not
 depend on these rules.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-from keyhole.config.settings import Auto, Config, ModelConfig
+from keyhole.config.settings import Auto, Config
 from keyhole.errors import ConfigError
 
 SCRATCH_LR, PRETRAINED_LR = 1e-3, 3e-4
-"""Peak rates: of encoders that start from random weights, and of all others."""
+"""Peak rates of encoders that start from random weights, and of all others."""
 
 
-@dataclass(frozen=True)
-class Rates:
-    """How a model learns where the settings say `auto`.
-
-    Attributes:
-        lr: peak rate.
-        explore: epochs of exploring.
-        why: what they follow from, as a clause.
-    """
-
-    lr: float
-    explore: float
-    why: str
-
-
-def rates_of(model: ModelConfig, epochs: int, features: bool) -> Rates:
-    """The rate and the exploring that suit an encoder.
+def _automatic(config: Config, features: bool) -> tuple[dict[str, float], str]:
+    """What `lr` and `explore` become where they are `auto`, and why.
 
     Scores from random weights mean nothing, so half of the epochs explore. Pretrained weights and stored features tell
     patches apart from the first step.
-
-    Args:
-        model: what learns.
-        epochs: of the run.
-        features: the data are stored features.
     """
-    if features:
-        return Rates(PRETRAINED_LR, 0.0, "the data are stored features")
-    if model.pretrained or model.weights is not None:
-        given = "pretrained" if model.pretrained else "given"
-        return Rates(PRETRAINED_LR, 0.0, f"the encoder starts from {given} weights")
-    return Rates(SCRATCH_LR, round(epochs / 2, 1), "the encoder starts from random weights")
+    model, train = config.model, config.train
+    if features or model.pretrained or model.weights is not None:
+        start = f"the encoder starts from {'pretrained' if model.pretrained else 'given'} weights"
+        found, why = {"lr": PRETRAINED_LR, "explore": 0.0}, "the data are stored features" if features else start
+    else:
+        found = {"lr": SCRATCH_LR, "explore": round(train.epochs / 2, 1)}
+        why = "the encoder starts from random weights"
+    return {name: value for name, value in found.items() if getattr(train, name) == "auto"}, why
 
 
 def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
-    """The configuration with numbers for `train.lr` and `train.explore`, and a line for the log that says which.
+    """Return the configuration with numbers for `train.lr` and `train.explore`, and lines for the log.
 
     Args:
-        config: of the run to be.
-        features: the data are stored features.
+        config: The configuration of a new run.
+        features: Whether the data are stored features.
     """
-    train = config.train
-    found = rates_of(config.model, train.epochs, features)
-    changes: dict[str, Any] = {}
-    if train.lr == "auto":
-        changes["lr"] = found.lr
-    if train.explore == "auto":
-        changes["explore"] = found.explore
-    lines = []
-    if changes:
-        said = ", ".join(f"{name} {value:g}" for name, value in changes.items())
-        lines.append(f"{said}: {found.why}")
+    changes, why = _automatic(config, features)
+    lines = [f"{', '.join(f'{name} {value:g}' for name, value in changes.items())}: {why}"] if changes else []
     config = config.replace(train=changes)
     train = config.train
     if number(train.explore, "train.explore") >= train.epochs:
@@ -79,23 +49,14 @@ def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
 
 
 def auto_reasons(config: Config) -> dict[str, str]:
-    """What `auto` comes to in a configuration for images, by the setting's name; for `keyhole init`."""
-    train = config.train
-    found = rates_of(config.model, train.epochs, features=False)
-    reasons = {}
-    if train.lr == "auto":
-        reasons["train.lr"] = f"{found.lr:g}, since {found.why}"
-    if train.explore == "auto":
-        reasons["train.explore"] = f"{found.explore:g} of {train.epochs} epochs, since {found.why}"
-    return reasons
+    """Return what `auto` becomes in a configuration for images, by the setting's name."""
+    changes, why = _automatic(config, features=False)
+    of = {"explore": f" of {config.train.epochs} epochs"}
+    return {f"train.{name}": f"{value:g}{of.get(name, '')}, since {why}" for name, value in changes.items()}
 
 
 def number(value: float | Auto, name: str) -> float:
-    """A setting that is settled.
-
-    Raises:
-        ConfigError: it is still `auto`.
-    """
+    """Return a setting that is settled. Raises ConfigError where it is still `auto`."""
     if isinstance(value, str):
         raise ConfigError(f"{name} is still auto here: give a number, or settle it with keyhole.config.auto")
     return value

@@ -1,4 +1,4 @@
-"""Is this machine fit? Exercises every reader on images it writes itself, and one training run of a few seconds."""
+"""Trials of this machine: every reader on images that are written for it, and a training run of a few seconds."""
 
 from __future__ import annotations
 
@@ -19,15 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from keyhole.config.settings import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    PatchConfig,
-    RunConfig,
-    SelectConfig,
-    TrainConfig,
-)
+from keyhole.config.settings import Config
 from keyhole.errors import Interrupted
 from keyhole.util.budget import memory_text
 from keyhole.util.platform import cores, total_memory
@@ -44,7 +36,7 @@ SIDE = 96
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One thing that was looked at.
+    """The result of one trial.
 
     Attributes:
         name: what.
@@ -61,7 +53,7 @@ class Diagnosis:
 
 
 def examine() -> Iterator[Diagnosis]:
-    """Looks at everything, one finding at a time; nothing is left behind."""
+    """Try everything, one thing at a time, in a temporary folder."""
     yield from machine()
     with tempfile.TemporaryDirectory(prefix="keyhole-doctor-") as folder:
         yield from readers(Path(folder))
@@ -73,7 +65,7 @@ def examine() -> Iterator[Diagnosis]:
 
 
 def machine() -> Iterator[Diagnosis]:
-    """Versions, cores, memory, temporary space and GPU."""
+    """Yield versions, cores, memory, temporary space and GPU."""
     yield Diagnosis("python", "info", f"{platform.python_version()} on {platform.platform()}")
     from keyhole.runs.run import PACKAGES
 
@@ -113,7 +105,7 @@ def _gpu() -> str:
 
 
 def readers(folder: Path) -> Iterator[Diagnosis]:
-    """Writes a picture in every format and reads it back: lossless ones exactly, JPEG and its like nearly."""
+    """Write a picture in every format and read it back: lossless formats exactly, lossy ones closely."""
     for entry in entry_points(group="keyhole.images"):
         yield attempt(f"reader {entry.name}", partial(_load, entry))
     for name, suffix, write, tolerance in _formats():
@@ -130,39 +122,33 @@ Writer = Callable[[Path, Pixels], None]
 
 
 def _formats() -> Iterator[tuple[str, str, Writer, float]]:
-    """(name, suffix, writer, largest mean difference) of every variant."""
-    yield "colour", "png", _with_pillow(), 0.0
-    yield "colour", "bmp", _with_pillow(), 0.0
-    yield "colour", "webp", _with_pillow(lossless=True), 0.0
-    yield "colour", "jpg", _with_pillow(quality=95, subsampling=0), 4.0
-    yield "grey", "png", lambda path, pixels: _with_pillow()(path, pixels[:, :, 0]), 0.0
+    """Yield name, suffix, writer and largest mean difference of every format."""
+    yield "colour", "png", _pillow, 0.0
+    yield "colour", "bmp", _pillow, 0.0
+    yield "colour", "webp", partial(_pillow, lossless=True), 0.0
+    yield "colour", "jpg", partial(_pillow, quality=95, subsampling=0), 4.0
+    yield "grey", "png", lambda path, pixels: _pillow(path, pixels[:, :, 0]), 0.0
     tile: dict[str, Any] = {"tile": (32, 32), "photometric": "rgb"}
-    yield "strips", "tif", _with_tifffile(photometric="rgb", rowsperstrip=16), 0.0
+    yield "strips", "tif", partial(_tiff, photometric="rgb", rowsperstrip=16), 0.0
     for compression in ("lzw", "deflate", "zstd"):
-        yield f"tiles {compression}", "tif", _with_tifffile(**tile, compression=compression), 0.0
-    yield "tiles jpeg", "tif", _with_tifffile(**tile, compression="jpeg", compressionargs={"level": 95}), 6.0
-    yield "tiles jpeg2000", "tif", _with_tifffile(**tile, compression="jpeg2000"), 4.0
-    yield "big", "tif", _with_tifffile(**tile, bigtiff=True), 0.0
-    yield "OME", "ome.tif", _with_tifffile(**tile), 0.0
+        yield f"tiles {compression}", "tif", partial(_tiff, **tile, compression=compression), 0.0
+    yield "tiles jpeg", "tif", partial(_tiff, **tile, compression="jpeg", compressionargs={"level": 95}), 6.0
+    yield "tiles jpeg2000", "tif", partial(_tiff, **tile, compression="jpeg2000"), 4.0
+    yield "big", "tif", partial(_tiff, **tile, bigtiff=True), 0.0
+    yield "OME", "ome.tif", partial(_tiff, **tile), 0.0
     yield "pyramid", "tif", _pyramid, 0.0
 
 
-def _with_pillow(**options: Any) -> Writer:
-    def write(path: Path, pixels: Pixels) -> None:
-        from PIL import Image
+def _pillow(path: Path, pixels: Pixels, **options: Any) -> None:
+    from PIL import Image
 
-        Image.fromarray(pixels).save(path, **options)
-
-    return write
+    Image.fromarray(pixels).save(path, **options)
 
 
-def _with_tifffile(**options: Any) -> Writer:
-    def write(path: Path, pixels: Pixels) -> None:
-        import tifffile
+def _tiff(path: Path, pixels: Pixels, **options: Any) -> None:
+    import tifffile
 
-        tifffile.imwrite(path, pixels, **options)
-
-    return write
+    tifffile.imwrite(path, pixels, **options)
 
 
 def _pyramid(path: Path, pixels: Pixels) -> None:
@@ -175,7 +161,7 @@ def _pyramid(path: Path, pixels: Pixels) -> None:
 
 
 def _picture() -> Pixels:
-    """Smooth, so that lossy formats stay near; different in every channel and corner."""
+    """A smooth picture, so that lossy formats stay close; it differs in every channel and corner."""
     down, right = np.mgrid[0:SIDE, 0:SIDE] * (255 / SIDE)
     return np.stack([down, right, 255 - (down + right) / 2], axis=2).astype(np.uint8)
 
@@ -215,20 +201,20 @@ def _read_by_openslide(path: Path) -> str:
 
 
 def training_config(folder: Path) -> Config:
-    """The small run that `training` does."""
-    return Config(
+    """Return the configuration of the small run that `training` does."""
+    return Config().replace(
         out=folder / "run",
-        data=DataConfig(path=folder / "data", val=0.25, test=0.25),
-        patch=PatchConfig(size=32),
-        model=ModelConfig(width=8),
-        select=SelectConfig(m=2, chunk=8),
-        train=TrainConfig(epochs=1, batch=2),
-        run=RunConfig(stall=60),
+        data={"path": folder / "data", "val": 0.25, "test": 0.25},
+        patch={"size": 32},
+        model={"width": 8},
+        select={"m": 2, "chunk": 8},
+        train={"epochs": 1, "batch": 2},
+        run={"stall": 60},
     )
 
 
 def training(folder: Path) -> Diagnosis:
-    """One epoch on eight images of 64 px, exactly as `keyhole train` does it, on the device it would choose."""
+    """Train one epoch on eight images of 64 px as `keyhole train` does, on the device that it would choose."""
 
     def learn() -> str:
         from keyhole.training.loop import train_config
@@ -239,12 +225,12 @@ def training(folder: Path) -> Diagnosis:
                 path = folder / "data" / label / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 noise = random.integers(-30, 30, (64, 64, 3))
-                _with_pillow()(path, (brightness + noise).astype(np.uint8))
+                _pillow(path, (brightness + noise).astype(np.uint8))
         start = time.monotonic()
         try:
             with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
                 train_config(training_config(folder))
-        except Interrupted as stop:  # its run is in a folder that goes: nothing to resume
+        except Interrupted as stop:  # the folder of its run is removed: there is nothing to resume
             raise Interrupted("interrupted", stop.signal_number) from stop
         return f"{time.monotonic() - start:.1f} s"
 
@@ -252,7 +238,7 @@ def training(folder: Path) -> Diagnosis:
 
 
 def optional_parts() -> Iterator[Diagnosis]:
-    """Packages that are not needed, and what they would give."""
+    """Yield optional packages and what they are for."""
     for package, gives in OPTIONAL.items():
         there = importlib.util.find_spec(package) is not None
         yield Diagnosis(package, "ok" if there else "info", "" if there else f"not installed; would give {gives}")
@@ -271,7 +257,7 @@ def attempt(name: str, work: Callable[[], str]) -> Diagnosis:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: a library that is being imported may turn it into one of its own."""
+    """Whether Ctrl-C caused an error: a library that is being imported may turn it into an error of its own."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
