@@ -9,7 +9,6 @@ from keyhole.data.resolution import Resolution
 from keyhole.engine import Inference
 from keyhole.errors import KeyholeError
 from keyhole.loading.unreadable import Ledger
-from keyhole.patches.features import FeaturePatches, learned_origin
 from keyhole.patches.sources import PatchSource
 from keyhole.report.prediction import Prediction
 from keyhole.util.progress import say
@@ -57,7 +56,7 @@ class Doubts:
             say(f"warning: {told} ({self.resolution} um per pixel), or none")
 
     def _of_features(self, source: PatchSource | None) -> list[str]:
-        return source.doubts(learned_origin(self.config.model)) if isinstance(source, FeaturePatches) else []
+        return [] if source is None else source.doubts()
 
 
 def too_damaged(done: Inference, allowed: float) -> dict[int, KeyholeError]:

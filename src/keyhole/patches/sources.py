@@ -137,6 +137,10 @@ class PatchSource(ABC):
         """Size, step and resolution of the patches, for `Prediction.patch`."""
         return {"mpp": self.mpp, "scale": self.scale}
 
+    def doubts(self) -> list[str]:
+        """Return what a user should know before trusting what the model says of this image."""
+        return []
+
     def gives_jpeg(self) -> bool:
         """Return whether `encoded` finds JPEG streams here."""
         return False

@@ -28,7 +28,6 @@ from keyhole.errors import ConfigError, DataError, ImageError
 from keyhole.loading import Opener, Reader
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
-from keyhole.patches.features import FeaturePatches, learned_origin
 from keyhole.patches.image_cache import ImageCache, fits
 from keyhole.patches.sources import View
 from keyhole.runs.checkpoint import load_encoder
@@ -148,8 +147,7 @@ def scan(
         total += source.decoded_bytes
         pictures.append(source.whole_bytes)
         jpeg = jpeg or (config.run.decode == "auto" and may_decode(device) and source.gives_jpeg())
-        if isinstance(source, FeaturePatches):
-            doubts.update(source.doubts(learned_origin(config.model)))
+        doubts.update(source.doubts())
         source.close()
     manifest = manifest.without(bad)
     if not manifest.split("train"):

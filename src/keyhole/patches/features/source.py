@@ -57,6 +57,7 @@ class FeaturePatches(PatchSource):
         file: open; see `open_features`.
         name: for messages; default is the file's path.
         mpp: microns per level-0 pixel of the slide, by which coordinates in microns become pixels.
+        learned: which encoder the model learned from, as far as it is known.
 
     Attributes:
         patch_shape: (d,).
@@ -65,8 +66,10 @@ class FeaturePatches(PatchSource):
         origin: which encoder made them, as far as the file states it.
     """
 
-    def __init__(self, file: FeatureFile, name: str | None = None, mpp: float | None = None) -> None:
-        self.file = file
+    def __init__(
+        self, file: FeatureFile, name: str | None = None, mpp: float | None = None, learned: Origin = UNKNOWN
+    ) -> None:
+        self.file, self.learned = file, learned
         self.name = str(file.path) if name is None else name
         self.patch_shape = (file.d,)
         self.dtype = np.dtype(np.float32)
@@ -131,9 +134,8 @@ class FeaturePatches(PatchSource):
             )
         return self.grid.centers(index)
 
-    def doubts(self, learned: Origin) -> list[str]:
-        """What a user should know before trusting the answers of a model that learned from `learned`."""
-        found = [doubt] if (doubt := self.origin.doubt(learned)) else []
+    def doubts(self) -> list[str]:
+        found = [doubt] if (doubt := self.origin.doubt(self.learned)) else []
         if self.file.coords_um is not None and self._coords is None:
             found.append(
                 "features have places in microns: without the slide's microns per pixel (column `mpp`) there are "
@@ -184,7 +186,7 @@ class FeatureOpener:
         if problem:
             file.close()
             raise ImageError(self.path, problem)
-        return FeaturePatches(file, self.name, self.mpp)
+        return FeaturePatches(file, self.name, self.mpp, self.learned)
 
 
 def feature_width(path: str | Path) -> int:
