@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from keyhole.config.settings import Config
 from keyhole.data.resolution import Resolution
 from keyhole.engine import Inference
 from keyhole.errors import KeyholeError
@@ -19,13 +18,11 @@ class Doubts:
     """Notes what is doubtful about the predictions of one call, and warns about each doubt once.
 
     Attributes:
-        config: Of the model.
-        resolution: At which it was trained.
+        resolution: At which the model was trained.
         told: Doubts about features that the user has been warned about.
         silent: Warn about nothing.
     """
 
-    config: Config
     resolution: Resolution
     told: set[str]
     silent: bool

@@ -264,7 +264,7 @@ class Predictor:
         with self._lent() if engine is None else nullcontext(engine) as engine, shown as progress:
             reader, images = engine.reader, images or ImageCache()
             openers = [[opener(self.config, images, item) for item in each] for each in batches]
-            doubts = Doubts(self.config, self.resolution, self._told, self.silent)
+            doubts = Doubts(self.resolution, self._told, self.silent)
             waited = reader.waited
 
             def count(patches: int) -> None:
