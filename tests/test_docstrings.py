@@ -1,6 +1,7 @@
 """Examples in docstrings run, and what a user calls says what it returns.
 
-The examples run in an empty folder: they make the files that they need.
+The examples run in a folder with images of two classes in `photos` and a run on them in `runs/one`. They know `keyhole`
+and the names of their module.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ast
 import doctest
 import inspect
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType
@@ -85,8 +87,7 @@ WITHOUT_EXAMPLE: set[str] = {
 
 
 def example(module: str, name: str, text: str) -> doctest.DocTest:
-    """The examples of one docstring; the names of its module are defined in them."""
-    return PARSER.get_doctest(text, vars(import_module(module)).copy(), name, None, None)
+    return PARSER.get_doctest(text, vars(import_module(module)) | {"keyhole": keyhole}, name, None, None)
 
 
 EXAMPLES = {
@@ -101,7 +102,11 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("module", EXAMPLES)
-def test_examples_print_what_they_say(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_print_what_they_say(
+    module: str, toy: Path, toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(toy, tmp_path / "photos")
+    shutil.copytree(toy_run, tmp_path / "runs" / "one")
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
     for name, text in EXAMPLES[module]:

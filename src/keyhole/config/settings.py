@@ -301,7 +301,13 @@ class RunConfig(Settings):
 
 
 class Config(Settings):
-    """A whole run."""
+    """A whole run.
+
+    Example:
+        >>> config = keyhole.Config(patch={"size": 100}, select={"m": 10})
+        >>> config.patch.size, config.select.m, config.train.epochs
+        (100, 10, 30)
+    """
 
     out: Location | None = None
     """Run folder to create; must not exist yet."""

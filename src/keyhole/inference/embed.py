@@ -110,7 +110,7 @@ def embed(
     quiet: bool = False,
     run: str | Path | None = None,
 ) -> Embedded:
-    """Embeds the foreground patches of every image.
+    """Embed the foreground patches of every image.
 
     Args:
         data: CSV with `image` (labels are not needed), a folder of classes, or any folder of images.
@@ -132,12 +132,20 @@ def embed(
         run: a run, or the folder of a model, whose encoder embeds: its settings and weights instead of `encoder`,
             `pretrained`, `weights`, `stages`, `width` and `channels`, and its patches unless `patch` is given.
 
+    Returns:
+        The files, and what is missing.
+
     Raises:
         ConfigError: settings that do not fit, no weights, or files in `out` that were made with others.
         DataError: no images.
         ImageError: an image cannot be read and `on_bad_image` is "fail".
         TooMuchUnreadable: likewise more of its patches than `unreadable`.
         OutputError: `out` cannot be written.
+
+    Example:
+        >>> done = keyhole.embed("photos", "features", run="runs/one", quiet=True)
+        >>> done.made, done.left_out
+        (24, {})
     """
     path = None if weights is None else Path(weights)
     model = ModelConfig(

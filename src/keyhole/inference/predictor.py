@@ -86,9 +86,9 @@ def load(
         ConfigError: The device, budget or share is invalid.
 
     Example:
-        >>> predictor = keyhole.load("runs/one", device="cpu")  # doctest: +SKIP
-        >>> predictor.predict("photos/red/1.png")  # doctest: +SKIP
-        Prediction('photos/red/1.png', label: red 0.90, kept 8 of 64 patches)
+        >>> predictor = keyhole.load("runs/one", device="cpu")
+        >>> predictor.predict("photos/red/1.png")
+        Prediction('photos/red/1.png', label: red ..., kept 4 of 16 patches)
     """
     return Predictor.open(run, device, memory, unreadable, decode)
 
@@ -131,7 +131,11 @@ class Predictor:
         decode: Decode = "auto",
         engine: Engine | None = None,
     ) -> Predictor:
-        """Load a model, see `load`; with an `engine` of the same settings, into its model."""
+        """Load a model, see `load`; with an `engine` of the same settings, into its model.
+
+        Returns:
+            A predictor, in evaluation mode.
+        """
         path = Path(path)
         asked = Config(memory=memory, unreadable=unreadable)
         if decode not in get_args(Decode):
@@ -185,6 +189,13 @@ class Predictor:
             TooMuchUnreadable: More of its patches are unreadable than `Config.unreadable` allows.
             ConfigError: The image is smaller than a patch, does not have the resolution that the model needs, or `mpp`
                 is impossible.
+
+        Example:
+            >>> prediction = keyhole.load("runs/one", device="cpu").predict("photos/red/1.png")
+            >>> prediction.label
+            {'label': 'red'}
+            >>> len(prediction.kept)
+            4
         """
         known = None if mpp is None else given_scale(mpp)
         images = None

@@ -103,7 +103,7 @@ class IPSClassifier(nn.Module):
         position: Shaped[Tensor, "b m ..."] | None = None,
         mask: Bool[Tensor, "b m"] | None = None,
     ) -> dict[str, Float[Tensor, "b o"]]:
-        """Logits of every task from the kept patches.
+        """Compute the logits of every task from the kept patches.
 
         Args:
             patches: (b m c h w) pixels or (b m f) features.
@@ -122,14 +122,18 @@ class IPSClassifier(nn.Module):
         position: Shaped[Tensor, "b m ..."] | None = None,
         mask: Bool[Tensor, "b m"] | None = None,
     ) -> dict[str, Float[Tensor, "b o"]]:
-        """The part of `forward` behind the encoder."""
+        """Compute the part of `forward` after the encoder.
+
+        Returns:
+            Logits (b o) of every task.
+        """
         pooled = self.pool(self.with_position(embedding, position), mask)
         return {task: head(pooled[:, self.queries[task]]) for task, head in self.heads.items()}
 
     def embed(
         self, patches: Shaped[Tensor, "b m ..."], mask: Bool[Tensor, "b m"] | None = None, chunk: int | None = None
     ) -> Float[Tensor, "b m d"]:
-        """Embeddings without position codes; zeros at padding, which the encoder never sees.
+        """Encode bags, without position codes.
 
         Args:
             patches: as in `forward`.
@@ -143,7 +147,7 @@ class IPSClassifier(nn.Module):
         return embedding.new_zeros(*mask.shape, embedding.shape[-1]).masked_scatter(mask[..., None], embedding)
 
     def encode(self, patches: Shaped[Tensor, "k ..."] | AsRead) -> Float[Tensor, "k d"]:
-        """The encoder over loose patches, in the model's precision; the result is float32.
+        """Encode loose patches in the model's precision.
 
         A single patch has no statistics of its own: see `lone_patch`.
 
@@ -158,13 +162,21 @@ class IPSClassifier(nn.Module):
             return encoded(self.encoder, pixels, color, torch.float32).float()
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """Return a context in which the encoder computes in `precision`."""
+        """Make the encoder compute in `precision`.
+
+        Returns:
+            A context.
+        """
         return torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32)
 
     def with_position(
         self, embedding: Float[Tensor, "b n d"], position: Shaped[Tensor, "b n ..."] | None
     ) -> Float[Tensor, "b n d"]:
-        """Embeddings as scoring and pooling see them."""
+        """Add the position codes.
+
+        Returns:
+            Embeddings (b n d) as scoring and pooling see them.
+        """
         if self.position is None:
             return embedding
         if position is None:
@@ -179,7 +191,7 @@ class IPSClassifier(nn.Module):
         position: Shaped[Tensor, "k ..."] | None = None,
         query: Tensor | None = None,
     ) -> Float[Tensor, "k h t"]:
-        """Attention logits of loose patches.
+        """Compute the attention logits of loose patches.
 
         Args:
             embedding: without position codes.
@@ -199,7 +211,7 @@ class IPSClassifier(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         at_once: int | None = None,
     ) -> Selection:
-        """Keeps the m most salient patches of each image, without gradients and in evaluation mode.
+        """Keep the m most salient patches of each image, without gradients and in evaluation mode.
 
         Args:
             patches: (b n ...) in memory; on any device.
@@ -211,11 +223,23 @@ class IPSClassifier(nn.Module):
             at_once: patches to encode at once; default `chunk`. Where the encoder is compiled it should stay the same.
                 For features on a GPU give tens of thousands: the work on each is small, and launching it is not.
 
+        Returns:
+            Selection with `index` (b m) best first and, under "global", `logits` (b n h t).
+
         Raises:
             ValueError: patches, positions or a mask of another shape; `m` or `chunk` below 1.
 
-        Returns:
-            Selection with `index` (b m) best first and, under "global", `logits` (b n h t).
+        Example:
+            >>> from keyhole.nn import CrossAttentionPool, IPSClassifier, SmallEncoder
+            >>> encoder = SmallEncoder(channels=3, width=8)
+            >>> pool = CrossAttentionPool(encoder.dim, heads=2)
+            >>> model = IPSClassifier(encoder, pool, {"tumor": nn.Linear(encoder.dim, 2)})
+            >>> patches = torch.rand(1, 50, 3, 32, 32)  # 50 patches of one image
+            >>> selection = model.select(patches, m=4, chunk=16)
+            >>> selection.index.shape
+            torch.Size([1, 4])
+            >>> model(patches[:, selection.index[0]])["tumor"].shape
+            torch.Size([1, 2])
         """
         loose, where = self.loose_bags(patches, position, mask)
         with evaluating(self), tf32(False):
@@ -231,7 +255,11 @@ class IPSClassifier(nn.Module):
     def loose_bags(
         self, patches: Shaped[Tensor, "b n ..."], position: Tensor | None, mask: Tensor | None
     ) -> tuple[Shaped[Tensor, "k ..."], Tensor | None]:
-        """Return bags as loose patches as read from files, and their positions."""
+        """Flatten bags into loose patches.
+
+        Returns:
+            The patches as read from files, and their positions.
+        """
         _check_bags(patches, position, mask)
         b, n = patches.shape[:2]
         if position is None and self.position is not None and not isinstance(self.position, CenterPosition):

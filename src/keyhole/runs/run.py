@@ -102,7 +102,11 @@ class Run:
             raise RunError(f"{path}: damaged ({error!r}). Delete it; keyhole evaluate says the same.") from error
 
     def summary(self) -> list[str]:
-        """A few lines for people."""
+        """Describe the run for people.
+
+        Returns:
+            A few lines of text.
+        """
         best = self.best
         lines = [f"best model: epoch {best['epoch']} of {self.config.train.epochs}"]
         if best.get("metric") and best.get("value") is not None:

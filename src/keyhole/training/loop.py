@@ -48,7 +48,7 @@ from keyhole.util.wording import counted
 
 
 def train(data: str | Path | Mapping[str, Any] | Config, out: str | Path | None = None, **settings: Any) -> Run:
-    """Trains a classifier and returns its run.
+    """Train a classifier.
 
     Args:
         data: folder of classes, or CSV with `image` and one column per task; or the section `data` of the
@@ -62,6 +62,11 @@ def train(data: str | Path | Mapping[str, Any] | Config, out: str | Path | None 
 
     Raises:
         KeyholeError: a setting, the data or the output is not as it must be; one clear line.
+
+    Example:
+        >>> run = keyhole.train("photos", "runs/new", patch={"size": 16}, model={"width": 8}, train={"epochs": 1})
+        >>> run.path.name, len(run.metrics)
+        ('new', 1)
     """
     config = configuration(data, settings)
     return train_config(config if out is None else config.replace(out=Path(out)))
@@ -77,17 +82,25 @@ def train_config(config: Config) -> Run:
 
 
 def resume(path: str | Path, root: str | Path | None = None, epochs: int | None = None) -> Run:
-    """Goes on with a run that was stopped, killed or interrupted, and ends as it would have.
+    """Continue a run that was stopped, killed or interrupted; it ends as it would have without that.
 
     Args:
         path: the run folder.
         root: folder that the images were moved to; they are found there by relative path, size and SHA-256.
-        epochs: how many epochs the run has in all from now on, so that a finished run learns more; default as before.
-            From there the rate follows the schedule of so many epochs.
+        epochs: number of epochs of the run in all, so that a finished run learns more; default as before. The learning
+            rate follows the schedule of that number from there on.
+
+    Returns:
+        The run, as for `train`.
 
     Raises:
         RunError: not a run folder, in use by another process, or a file of it or an image changed.
         ConfigError: it has done more epochs than `epochs`.
+
+    Example:
+        >>> run = keyhole.resume("runs/one", epochs=3)
+        >>> len(run.metrics)
+        3
     """
     moved = None if root is None else Path(root)
     with Interrupt() as interrupt, closing(open_job(find_run(path), say, moved, epochs)) as job:
