@@ -49,42 +49,6 @@ FIRST = {
 }
 """What a user calls first."""
 
-WITHOUT_RETURNS: set[str] = {
-    "IPSClassifier.accelerate",
-    "IPSClassifier.classify",
-    "IPSClassifier.embed",
-    "IPSClassifier.encode",
-    "IPSClassifier.forward",
-    "IPSClassifier.look",
-    "IPSClassifier.looking",
-    "IPSClassifier.score",
-    "IPSClassifier.score_embedding",
-    "IPSClassifier.steady",
-    "IPSClassifier.train",
-    "IPSClassifier.with_position",
-    "Prediction.to_json",
-    "Predictor.open",
-    "Predictor.predict",
-    "Predictor.predict_items",
-    "Predictor.predict_many",
-    "Run.summary",
-    "keyhole.embed",
-    "keyhole.evaluate",
-    "keyhole.load",
-    "keyhole.resume",
-}
-WITHOUT_EXAMPLE: set[str] = {
-    "IPSClassifier.select",
-    "Predictor.predict",
-    "keyhole.Config",
-    "keyhole.embed",
-    "keyhole.evaluate",
-    "keyhole.load",
-    "keyhole.resume",
-    "keyhole.train",
-}
-"""What is still to be written: delete a line when its docstring has it."""
-
 
 def example(module: str, name: str, text: str) -> doctest.DocTest:
     return PARSER.get_doctest(text, vars(import_module(module)) | {"keyhole": keyhole}, name, None, None)
@@ -132,16 +96,12 @@ def returns_nothing(function: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", sorted(called()))
-def test_what_a_user_calls_says_what_it_returns(name: str, request: pytest.FixtureRequest) -> None:
-    if name in WITHOUT_RETURNS:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="to be written"))
+def test_what_a_user_calls_says_what_it_returns(name: str) -> None:
     function = called()[name]
     assert function.__doc__
     assert returns_nothing(function) or re.search(r"^ *(Returns|Yields):$", function.__doc__, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_what_a_user_calls_first_has_an_example(name: str, request: pytest.FixtureRequest) -> None:
-    if name in WITHOUT_EXAMPLE:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="to be written"))
+def test_what_a_user_calls_first_has_an_example(name: str) -> None:
     assert ">>>" in (FIRST[name].__doc__ or "")

@@ -110,8 +110,11 @@ class IPSClassifier(nn.Module):
             position: patch index (b m) for the 1-D code, centres (b m 2) for the 2-D, nothing without a code.
             mask: True where there is a patch. Padding is neither encoded nor attended to.
 
+        Returns:
+            Logits (b o) of every task.
+
         Raises:
-            ValueError: patches, positions or a mask of another shape.
+            ValueError: the patches, positions or mask have another shape.
         """
         _check_bags(patches, position, mask)
         return self.classify(self.embed(patches, mask), position, mask)
@@ -139,6 +142,9 @@ class IPSClassifier(nn.Module):
             patches: as in `forward`.
             mask: as in `forward`.
             chunk: patches to encode at once; default all. In evaluation mode the result is the same.
+
+        Returns:
+            Embeddings (b m d), zeros at padding, which the encoder never sees.
         """
         loose = _loose(patches, mask)
         embedding = torch.cat([self.encode(part) for part in loose.split(chunk or max(1, len(loose)))])
@@ -153,6 +159,9 @@ class IPSClassifier(nn.Module):
 
         Args:
             patches: floats, or uint8 in the same order (k c h w); or as they were read.
+
+        Returns:
+            Embeddings (k d) in float32.
         """
         if isinstance(patches, Tensor) and patches.dtype == torch.uint8:
             patches = patches.to(torch.float32) / 255
@@ -197,6 +206,9 @@ class IPSClassifier(nn.Module):
             embedding: without position codes.
             position: patch index (k) or centres (k 2), where the model has a position code.
             query: of `CrossAttentionPool.folded_query`, so that many calls compute it once.
+
+        Returns:
+            Logits (k h t).
         """
         placed = self.with_position(embedding[None], None if position is None else position[None])
         return self.pool.logits(placed, query)[0]
@@ -270,9 +282,12 @@ class IPSClassifier(nn.Module):
         return loose, None if position is None else _loose(position, mask)
 
     def train(self, mode: bool = True) -> "IPSClassifier":
-        """Training mode, except for what is frozen: a part whose parameters all stay fixed keeps evaluating.
+        """Set training mode, except for what is frozen: a part whose parameters all stay fixed keeps evaluating.
 
-        Otherwise a frozen encoder's batch norm would go on learning statistics and its dropout go on dropping.
+        Otherwise a frozen encoder's batch norm would continue to learn statistics, and its dropout would drop values.
+
+        Returns:
+            The classifier itself.
         """
         super().train(mode)
         if mode:
