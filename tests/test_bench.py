@@ -16,7 +16,7 @@ from keyhole.config.settings import Config
 from keyhole.data.manifest import read_manifest
 from keyhole.images.geometry import Size
 from keyhole.tools.bench.advice import Facts, advice
-from keyhole.tools.bench.images import DIFFERENT, Kind, kind_of, write_images
+from keyhole.tools.bench.images import DIFFERENT_FILES, Kind, kind_of, write_images
 from keyhole.util.timing import PARTS
 
 Say = Callable[..., tuple[int, str, str]]
@@ -145,7 +145,7 @@ def test_generated_images_are_of_two_classes_and_few_are_written_in_full(tmp_pat
     manifest = read_manifest(config.data)
     assert len(manifest.split("train")) == 10
     assert manifest.tasks[0].kind == "binary"
-    assert len({item.image.stat().st_ino for item in manifest.items}) == DIFFERENT
+    assert len({item.image.stat().st_ino for item in manifest.items}) == DIFFERENT_FILES
 
 
 # Advice

@@ -1,4 +1,4 @@
-"""What an encoder does with a patch: how much it multiplies, and in which kinds of layers."""
+"""Counts the work of an encoder for one patch."""
 
 import math
 from collections.abc import Sequence
@@ -36,6 +36,6 @@ def multiply_adds(encoder: nn.Module, patch_shape: Sequence[int]) -> int:
 
 
 def has_depthwise(encoder: nn.Module) -> bool:
-    """Whether there are convolutions with a filter of its own for each channel, as in EfficientNet and MobileNet."""
+    """Whether there are convolutions with one filter per channel, as in EfficientNet and MobileNet."""
     convolutions = [part for part in encoder.modules() if isinstance(part, nn.Conv2d)]
     return any(layer.groups == layer.in_channels > 1 for layer in convolutions)

@@ -1,4 +1,4 @@
-"""Writing that never leaves half a file: temporary file beside the target, fsync, rename, fsync of the folder."""
+"""Writes files whole or not at all: temporary file beside the target, fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import BinaryIO
 from keyhole.errors import OutputError
 from keyhole.util.platform import lock_file, sync_folder
 
-LONGEST_NAME = 120
+MAX_NAME_LENGTH = 120
 """Characters of a file name made from a user's text; the end of a path says more than its beginning."""
 
 
 def writable_folder(path: str | Path) -> Path:
-    """Creates `path` with its parents and proves that a file can be written in it.
+    """Create `path` with its parents, and check that a file can be written in it.
 
     Raises:
         OutputError: it cannot be created or written, naming the folder and the reason.
@@ -38,7 +38,7 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> Path:
-    """Writes `data` to `path` so that, whatever happens, the old or the new content is there whole.
+    """Write `data` to `path`; whatever happens, the old or the new content is there whole.
 
     Raises:
         OutputError: no permission, no space; the old file is untouched.
@@ -49,12 +49,12 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
 
 
 TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
-"""Names of files and folders that are being written, or were when a process was killed; the group is their own name."""
+"""Names of files and folders that are being written, or were when a process was killed; the group is the final name."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
-    """A binary file that takes the name `path` only once it is complete and on disk.
+    """Open a binary file that gets the name `path` only when it is complete and on disk.
 
     Args:
         path: the final name.
@@ -77,7 +77,7 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
         temporary = None
         sync_folder(path.parent)
     except BrokenPipeError:
-        raise  # whoever reads what the body prints has left; no fault of this file
+        raise  # of a pipe that the body prints to; not a fault of this file
     except OSError as error:
         raise OutputError(
             f"{path}: could not be written ({error.strerror or error}); what was there before is unchanged. "
@@ -89,7 +89,7 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
 
 
 def remove_unfinished(folders: Iterable[Path], names: re.Pattern[str]) -> int:
-    """Removes what killed processes left half written of files with these names; not what a process is writing.
+    """Remove unfinished files with these names that killed processes left; not those that a process is writing.
 
     Returns:
         How many files were removed.
@@ -105,7 +105,7 @@ def remove_unfinished(folders: Iterable[Path], names: re.Pattern[str]) -> int:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether no process is writing a file that `atomic_file` made; False where that cannot be known."""
+    """Whether no process is writing a file that `atomic_file` made; False if that cannot be known."""
     try:
         with path.open("rb") as file:
             return lock_file(file.fileno()) is True
@@ -114,28 +114,28 @@ def is_abandoned(path: Path) -> bool:
 
 
 def umask() -> int:
-    """The process's mask of permissions; there is no way to read it without setting it."""
+    """Return the process's mask of permissions; there is no way to read it without setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; symbolic links are followed."""
+    """Return the bytes of a file, or of all files below a folder; symbolic links are followed."""
     if path.is_dir():
         return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
     return path.stat().st_size
 
 
 def file_names(texts: Sequence[str], fallback: str) -> list[str]:
-    """A file name without suffix for each text of a user, such as the name of a column or the path of an image.
+    """Return a file name without suffix for each text of a user, such as the name of a column or the path of an image.
 
     Letters and digits of ASCII, `-`, `_` and `.` stay, everything else becomes `_`. The names are safe on every file
     system, and no two are alike, also where upper and lower case are one.
 
     Args:
         texts: any text.
-        fallback: what a file is called whose text has no such character.
+        fallback: the name for a text without such characters.
 
     >>> file_names(["grade", "Grade", "ER/PR status", ".."], "task")
     ['grade', 'Grade-2', 'ER_PR_status', 'task']
@@ -144,7 +144,7 @@ def file_names(texts: Sequence[str], fallback: str) -> list[str]:
     taken: set[str] = set()
     for text in texts:
         plain = "".join(char if (char.isalnum() and char.isascii()) or char in "-." else "_" for char in text)
-        plain = plain.strip("._")[-LONGEST_NAME:] or fallback
+        plain = plain.strip("._")[-MAX_NAME_LENGTH:] or fallback
         number, unique = 1, plain
         while unique.lower() in taken:
             number += 1

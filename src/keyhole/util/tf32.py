@@ -1,8 +1,8 @@
-"""What a GPU does with float32: multiply it as it is, or round it to TF32 before.
+"""Sets what a GPU does with float32: multiply it as it is, or round it to TF32 before.
 
-TF32 keeps 10 of the 23 bits of what goes into a convolution or a matrix product, whose results then differ by a
-thousandth, and is many times as fast. By default torch takes it for convolutions and not for matrix products. The
-settings are of the whole process, so keyhole makes them around its own computations only.
+TF32 keeps 10 of the 23 bits of the inputs of a convolution or a matrix product. Results differ by a thousandth, and it
+is many times as fast. By default torch uses it for convolutions but not for matrix products. The settings hold for the
+whole process, so keyhole changes them around its own computations only.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import torch
 
 @contextmanager
 def tf32(use: bool) -> Iterator[None]:
-    """Inside, float32 is rounded to TF32 in convolutions and matrix products, or never; afterwards all is as it was.
+    """Round float32 to TF32 in convolutions and matrix products inside, or never; afterwards the settings are restored.
 
     Torch has two interfaces for this, an older one and that of torch 2.9, and the older one refuses to read what only
     the newer one can say. Here the older one is used, which exists everywhere and which torch's own compiler reads,

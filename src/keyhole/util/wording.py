@@ -1,4 +1,4 @@
-"""Words that error messages share: the name that was probably meant, and lists that do not run on."""
+"""Words for messages: the name that was probably meant, short lists, numbers with their nouns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(wrong: str, known: Iterable[str], prefix: str = "", quote: str = "'") -> str:
-    """` (did you mean 'val'?)`, or nothing where no known name is near; upper case and `-` for `_` do not matter.
+    """Return ` (did you mean 'val'?)`, or "" if no known name is similar; case and `-` for `_` do not matter.
 
     Args:
         wrong: what was written.
@@ -21,14 +21,14 @@ def nearest(wrong: str, known: Iterable[str], prefix: str = "", quote: str = "'"
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first names, and how many there are where some are not shown."""
+    """Return the first names, and how many there are if some are not shown."""
     names = list(names)
     more = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def counted(number: int, one: str = "image", several: str = "") -> str:
-    """A number with its noun.
+    """Return a number with its noun.
 
     >>> counted(1), counted(2), counted(2, "file or row", "files or rows")
     ('1 image', '2 images', '2 files or rows')
@@ -37,7 +37,7 @@ def counted(number: int, one: str = "image", several: str = "") -> str:
 
 
 def from_to(low: str, high: str, joint: str = " to ") -> str:
-    """A range in words: both ends, or one where they read the same.
+    """Return a range in words: both ends, or one if they read the same.
 
     >>> from_to("3", "7"), from_to("7", "7")
     ('3 to 7', '7')
@@ -46,7 +46,7 @@ def from_to(low: str, high: str, joint: str = " to ") -> str:
 
 
 def distinct(names: Iterable[str]) -> list[str]:
-    """The names, with a number after each that was there before: `a`, `b`, `a (2)`."""
+    """Return the names, with a number after repeated ones: `a`, `b`, `a (2)`."""
     found: dict[str, None] = {}
     for name in names:
         number, unique = 1, name
@@ -58,7 +58,7 @@ def distinct(names: Iterable[str]) -> list[str]:
 
 
 def problem_and_fix(message: str) -> tuple[str, str]:
-    """An error message in two: what is wrong, and what to do; the second is empty where the message does not say.
+    """Split an error message into what is wrong and what to do; the second is "" if the message does not say.
 
     The first sentence ends with a dot before a capital, outside of brackets: `0 ... 3` and `(No. 7)` are not ends.
     """

@@ -1,1 +1,1 @@
-"""What a machine makes of a model and its data: the speed beside the encoder's own, the memory over the patches."""
+"""Measures how fast a model learns on this machine, compared with its encoder alone."""

@@ -1,4 +1,4 @@
-"""One sentence on what limits a run: the encoder, as it should be, or what to do about what else does."""
+"""Says in one sentence what limits a run, and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from keyhole.util.threads import reading_cores
 
-HIDDEN, LEARNING = 0.15, 1 / 3
-"""Shares of the time up to which a part other than the encoder is no limit; some learning there has to be."""
-SLOWED = 0.75
-"""Share of its own best rate: below it the encoder is held up while it encodes."""
-BLANK = 0.2
-"""Share of patches of one colour from which leaving them out is worth a sentence."""
+MAX_HIDDEN_SHARE, MAX_LEARNING_SHARE = 0.15, 1 / 3
+"""Shares of the time up to which a part other than the encoder is not the limit; some learning is needed."""
+MIN_OWN_RATE = 0.75
+"""Share of its rate alone: below it the encoder is slowed down by something else."""
+MIN_BLANK_SHARE = 0.2
+"""Share of patches of one color from which leaving them out is worth a sentence."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the advice rests on.
+    """Facts of a run that the advice is based on.
 
     Attributes:
         kind: `images` or `features`.
@@ -25,13 +25,13 @@ class Facts:
         threads: that read.
         cores: of this machine that the process may use.
         resident: decoded images stay in memory.
-        split: the gradient step encodes the kept patches twice, for want of memory.
+        split: the gradient step encodes the kept patches twice, since memory is short.
         kept: kept patches of all patches, a share.
-        kept_cost: learning from a patch, in patches looked at by the encoder alone.
-        blank: share of patches of one colour that are encoded.
+        kept_cost: learning from a patch, in patches that the encoder alone scores in that time.
+        blank: share of patches of one color that are encoded.
         patches: of an image, on average.
-        encoding_rate: patches/s while encoding, beside that of the encoder alone: a ratio.
-        colored_rate: likewise of the encoder alone when colours are changed first.
+        encoding_rate: patches/s while encoding, as a share of the encoder alone.
+        colored_rate: of the encoder alone when colors are changed first, as a share of without.
     """
 
     kind: str = "images"
@@ -49,32 +49,36 @@ class Facts:
 
 
 def advice(shares: Mapping[str, float], facts: Facts) -> str:
-    """The sentence.
+    """Return the sentence.
 
     Args:
-        shares: of the time that passed, by part; `other` is what is in none of them.
+        shares: of the time that passed, by part; `other` is the rest.
         facts: of the run.
     """
-    limits = {name: share for name, share in shares.items() if share > (LEARNING if name == "learning" else HIDDEN)}
+    limits = {
+        name: share
+        for name, share in shares.items()
+        if share > (MAX_LEARNING_SHARE if name == "learning" else MAX_HIDDEN_SHARE)
+    }
     limits.pop("encoding", None)
-    if not limits or (facts.cuda and shares["encoding"] >= 1 - HIDDEN):
+    if not limits or (facts.cuda and shares["encoding"] >= 1 - MAX_HIDDEN_SHARE):
         return _of_encoder(facts)
     worst = max(limits, key=lambda name: limits[name])
     return f"{worst.capitalize()} takes {limits[worst]:.0%} of the time: {_REMEDIES[worst](facts)}."
 
 
 def _of_encoder(facts: Facts) -> str:
-    if facts.blank >= BLANK:
+    if facts.blank >= MIN_BLANK_SHARE:
         return (
             f"The encoder is the limit, and {facts.blank:.0%} of what it looks at is of one colour: "
             "--patch.foreground non-empty (on slides: tissue) leaves such patches out."
         )
-    if facts.colored_rate < SLOWED:
+    if facts.colored_rate < MIN_OWN_RATE:
         return (
             f"The encoder is the limit, at {facts.colored_rate:.0%} of its rate where colours are changed first: "
             "--augment.color 0 does without."
         )
-    if facts.encoding_rate < SLOWED and not facts.cuda:
+    if facts.encoding_rate < MIN_OWN_RATE and not facts.cuda:
         return (
             f"The encoder is the limit, at {facts.encoding_rate:.0%} of the rate it has alone: reading takes cores "
             "from it; images that stay in memory (--data.cache) or that are cheaper to decode leave it more."

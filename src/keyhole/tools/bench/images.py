@@ -1,7 +1,7 @@
-"""Images written for a measurement where the user has given none: real files, as the recipe's own would be.
+"""Writes images for a measurement if the user gives none: files as those that the recipe is for.
 
-A few different ones are written and then linked under as many names as are needed. What they show does not matter, only
-what they cost to read: photographs with grain, generated tissue, or rows of random features.
+A few different ones are written and then linked under as many names as needed. Only what they cost to read matters:
+photographs with grain, generated tissue, or rows of random features.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import numpy as np
 from keyhole.config.settings import Config
 from keyhole.images.geometry import Size
 
-DIFFERENT = 4
+DIFFERENT_FILES = 4
 """Files that are written; more would take longer and cost the same to read."""
-QUALITY = 90
-"""JPEG, as cameras and scanners write."""
+JPEG_QUALITY = 90
+"""As cameras and scanners write."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the images of a recipe are like.
+    """A kind of images that a recipe is for.
 
     Attributes:
         what: photographs, slides, or stored features.
         size: pixels of an image, or rows and numbers of a file of features.
         grey: photographs of one channel.
-        images: to learn from, of the published data; whether compiling pays depends on it.
+        images: number of training images of the published data; whether compiling pays depends on it.
     """
 
     what: Literal["photographs", "slides", "features"]
@@ -60,7 +60,7 @@ PHOTOGRAPHS, SLIDES = Kind("photographs", Size(2048, 1536)), Kind("slides", Size
 
 
 def kind_of(recipe: str | None, config: Config) -> Kind:
-    """What a recipe's images are like; of other settings, slides where they look for tissue or by microns."""
+    """Return the kind of images of a recipe; for other settings, slides if they use tissue or microns."""
     if recipe in KINDS:
         return KINDS[recipe]
     if config.model.feature_width is not None:
@@ -68,17 +68,17 @@ def kind_of(recipe: str | None, config: Config) -> Kind:
     if config.patch.foreground == "tissue" or config.patch.mpp is not None:
         return SLIDES
     size, grey = PHOTOGRAPHS.size, config.model.channels == 1
-    side = 4 * config.patch.size  # a few patches at least
+    side = 4 * config.patch.size  # at least 4 x 4 patches
     return replace(PHOTOGRAPHS, size=Size(max(size.width, side), max(size.height, side)), grey=grey)
 
 
 def write_images(kind: Kind, folder: Path, count: int) -> Path:
-    """Writes files and a CSV of `count` images of two classes, all of the training split.
+    """Write files and a CSV of `count` images of two classes, all in the training split.
 
     Args:
-        kind: what they are like.
-        folder: that is there and empty.
-        count: names in the CSV; two at least, since there are two classes.
+        kind: of the images.
+        folder: an empty folder.
+        count: rows of the CSV, at least two.
 
     Returns:
         The CSV. Features lie in the folder `features` beside it.
@@ -89,10 +89,10 @@ def write_images(kind: Kind, folder: Path, count: int) -> Path:
     place.mkdir()
     names = [f"{number}{suffix}" for number in range(max(2, count))]
     for number, name in enumerate(names):
-        if number < DIFFERENT:
+        if number < DIFFERENT_FILES:
             write(place / name, kind, number)
         else:
-            os.link(place / names[number % DIFFERENT], place / name)
+            os.link(place / names[number % DIFFERENT_FILES], place / name)
     path = folder / "manifest.csv"
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
@@ -102,7 +102,7 @@ def write_images(kind: Kind, folder: Path, count: int) -> Path:
 
 
 def _photograph(path: Path, kind: Kind, seed: int) -> None:
-    """Soft shapes and grain: as many bytes a pixel as a photograph of that quality has (some 0.3)."""
+    """Write soft shapes and grain, with as many bytes per pixel as a photograph of that quality (about 0.3)."""
     from PIL import Image
 
     draw = np.random.default_rng([seed, 1])
@@ -111,7 +111,7 @@ def _photograph(path: Path, kind: Kind, seed: int) -> None:
     soft = Image.fromarray(shapes.squeeze()).resize((size.width, size.height), Image.Resampling.BICUBIC)
     grain = draw.normal(0, 5, (size.height, size.width, 1))
     pixels = np.asarray(soft).reshape(size.height, size.width, channels) + grain
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8).squeeze()).save(path, quality=QUALITY)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8).squeeze()).save(path, quality=JPEG_QUALITY)
 
 
 def _slide(path: Path, kind: Kind, seed: int) -> None:

@@ -1,7 +1,7 @@
-"""How fast a model learns from data on this machine, beside its encoder alone, and where the time goes.
+"""Measures how fast a model learns on this machine, compared with its encoder alone, and where the time goes.
 
-The encoder's rate is the floor: every patch has to go through it. The steps are those of `keyhole train`, on some of
-the training images and in a run folder that is removed again; nothing of the user's is changed.
+The encoder's rate is the limit: each patch has to go through it. The steps are those of `keyhole train`, on some of the
+training images and in a run folder that is removed afterwards; no file of the user changes.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from keyhole.util.timing import PARTS
 
 @dataclass(frozen=True)
 class Speed:
-    """What a measurement found.
+    """The result of a measurement.
 
     Attributes:
-        data: what was learned from, in words.
-        chosen: device, precision, compilation, threads, chunk and so on, in words.
+        data: the images, in words.
+        chosen: device, precision, compilation, threads and chunk, in words.
         floor: patches/s of the encoder alone.
         patches_per_s: of whole steps.
         images_per_s: of whole steps.
-        first_step: seconds, with all that is built in it.
-        step: seconds of the others, on average.
-        steps: how many were measured.
+        first_step: seconds, including what it builds.
+        step: mean seconds of the others.
+        steps: number of steps measured.
         epoch, run: seconds of an epoch over all images and of the whole run, estimated from the steps.
         epochs: the same in words.
-        seconds: by part, `other` included, of the steps measured.
-        shares: of the time that passed; on a GPU parts overlap, and the sum may be more than 1.
+        seconds: by part, including `other`, of the steps measured.
+        shares: of the time that passed; parts overlap on a GPU, so the sum may be more than 1.
         advice: one sentence.
     """
 
@@ -76,7 +76,7 @@ class Speed:
         return dataclasses.asdict(self) | {"of_floor": self.patches_per_s / self.floor}
 
     def lines(self) -> list[str]:
-        """A table for people."""
+        """Return a table to print."""
         rows = [
             ("data", self.data),
             *self.chosen.items(),
@@ -103,15 +103,15 @@ def speed(
     seconds: float = 60.0,
     say: Callable[[str], None] = lambda _: None,
 ) -> Speed:
-    """Measures.
+    """Measure training steps and the encoder alone.
 
     Args:
-        config: what would be trained. Without `data.path` images are written for it, in a folder that is removed.
-        run: whose weights and images are used; its images only where `data.path` is not given.
-        recipe: that the configuration is of, for the kind of images to write.
-        steps: to measure.
-        seconds: no further step is begun after so many.
-        say: told what is being done.
+        config: of the training. Without `data.path`, images are written to a folder that is removed afterwards.
+        run: its weights are used, and its images if `data.path` is not given.
+        recipe: of the configuration; decides which kind of images is written.
+        steps: number of steps to measure.
+        seconds: time after which no further step begins.
+        say: called with what is being done.
 
     Raises:
         KeyholeError: a setting, the data or the run is not as it must be.
@@ -136,20 +136,20 @@ def speed(
 
 
 def _plain(config: Config, scratch: Path) -> Config:
-    """The configuration without what costs time and is not measured: hashes, loggers, saving, blind exploring."""
+    """Return the configuration without what is not measured: hashes, loggers, saving, blind exploring."""
     return config.replace(
         out=scratch / "run",
         data={"hash_gb": 0.0, "val": 0.0, "test": 0.0},
         # weights are random, or those of the run: nothing is downloaded
         model={"pretrained": False, "weights": None},
         train={"explore": 0.0, "metric": "auto"},
-        # what pays in so short a run is another question; see _compile
+        # `_compile` decides for the whole run, not for this short one
         run={"log": (), "save_minutes": 1e6, "compile": "off"},
     )
 
 
 def _compile(job: Job, setting: Setting, share: float) -> str:
-    """Compiles the encoder where the run itself would, with `share` times as many images; the reason in words."""
+    """Compile the encoder if the run itself would, with `share` times as many images; return the reason in words."""
     expected = round(share * job.config.train.epochs * sum(job.images.counts.values()))
     choice = job.engine.choose_compile(setting, job.images.patch_shape, expected)
     if not choice.compile and len(job.images.patch_shape) == 1:
@@ -159,7 +159,7 @@ def _compile(job: Job, setting: Setting, share: float) -> str:
 
 @dataclass(frozen=True)
 class Epochs:
-    """Seconds of an epoch over all images and of a whole run, from those of the steps measured.
+    """Seconds of an epoch over all images and of a whole run, estimated from the steps measured.
 
     Attributes:
         epoch: with validation, all patches scored.
@@ -188,7 +188,7 @@ def _epochs(config: Config, sizes: Sizes, found: Steps, features: bool) -> Epoch
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images of a run: training and validation; and how many times as many `train` are as are measured with."""
+    """Numbers of training and validation images, and the number of training images per image that is measured."""
 
     train: int
     val: int
@@ -198,8 +198,7 @@ class Sizes:
 def _with_data(
     config: Config, run: Run | None, recipe: str | None, scratch: Path, steps: int, say: Callable[[str], None]
 ) -> tuple[Config, str, Sizes]:
-    """The configuration with a CSV of as many training images as are needed, what they are in words, and how many there
-    are."""
+    """Return the configuration with a CSV of as many training images as needed, their description and numbers."""
     wanted = (1 + steps) * config.train.batch
     if run is None and config.data.path is None:
         kind = kind_of(recipe, config)
@@ -214,7 +213,7 @@ def _with_data(
             Sizes(kind.images, 0, kind.images / wanted),
         )
     if run is not None and config.data.path is None:
-        # the manifest's images have their absolute paths, and only those that are learned from need be there
+        # the manifest has absolute paths, and only the training images need to exist
         kept = {name: getattr(config.data, name) for name in ("cache", "on_bad_image")}
         data = run.config.data.replace(path=run.path / "manifest.csv", root=None, **kept)
         last = run.path / "last.safetensors"
@@ -241,7 +240,7 @@ def _with_data(
 
 
 def _some(manifest: Manifest, wanted: int, seed: int) -> tuple[Item, ...]:
-    """So many training images at random, and beyond that one of each class that would be missing."""
+    """Return `wanted` random training images, and one of each class that would be missing."""
     train = manifest.split("train")
     order = [train[place] for place in np.random.default_rng(seed).permutation(len(train))]
     some, rest = order[:wanted], order[wanted:]
@@ -259,13 +258,13 @@ def _some(manifest: Manifest, wanted: int, seed: int) -> tuple[Item, ...]:
 
 
 def _cache(config: Config, share: float) -> float:
-    """GB of decoded images that may stay in memory: as much of some images as would of all."""
+    """Return the GB of decoded images that may stay in memory: the same share of them as of all images."""
     limit = cache_limit(config, choose_device(config.run.device))
     return share * (available_memory() / 4e9 if limit is None else limit)
 
 
 def _load(job: Job, run: Run) -> None:
-    """The run's weights; the heads' only where the classes are the same, since they cost next to nothing."""
+    """Load the run's weights; those of the heads only if the classes are the same."""
     path = run.path / "last.safetensors"
     tensors, _ = read_tensors(path)
     stored = {name.removeprefix("model."): each for name, each in tensors.items() if name.startswith("model.")}

@@ -1,4 +1,4 @@
-"""Training steps by the clock, through the loop of `keyhole train`, in a run folder of their own."""
+"""Times training steps through the loop of `keyhole train`, in a run folder of their own, and the encoder alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from keyhole.training.job import Job
 from keyhole.training.loop import Loop
 from keyhole.util.timing import PARTS
 
-FLOOR_RUNS, FLOOR_SECONDS = 5, 1.0
-"""The encoder's rate is the median of at least so many runs over a chunk, and of as many as fit into the time."""
+MIN_FLOOR_RUNS, FLOOR_SECONDS = 5, 1.0
+"""The encoder's rate is the median of as many runs over a chunk as fit into the time, and of this many at least."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Steps:
     """What was measured.
 
     Attributes:
-        first: seconds of the first step, with what is built, compiled and allocated in it.
-        seconds: of the steps after those of the warm-up.
-        steps: how many these are.
-        images: in them.
-        patches: looked at in them.
+        first: seconds of the first step, including what it builds, compiles and allocates.
+        seconds: of the steps after the warm-up.
+        steps: number of these steps.
+        images: in these steps.
+        patches: scored in these steps.
         parts: seconds by part, of `keyhole.util.timing`.
     """
 
@@ -43,13 +43,13 @@ class Steps:
 
 
 def run_steps(job: Job, warm: int, steps: int, limit: float) -> Steps:
-    """Epoch after epoch over the training images, until there are enough steps.
+    """Train for as many epochs as it takes to make enough steps.
 
     Args:
         job: new; closed by the caller.
         warm: steps before the clock starts, one at least.
         steps: to measure.
-        limit: seconds after which no further step is begun, once one has been measured.
+        limit: seconds after which no further step begins, when one has been measured.
 
     Raises:
         Interrupted: by a signal.
@@ -72,7 +72,7 @@ class _Enough(Exception):  # noqa: N818 - an event, not an error
 
 
 class _Clocked(Loop):
-    """The loop with a clock at the end of each step; it saves nothing on the way."""
+    """The training loop, timed at the end of each step instead of saved."""
 
     def __init__(self, job: Job, interrupt: Interrupt, warm: int, steps: int, limit: float) -> None:
         super().__init__(job, interrupt)
@@ -88,7 +88,7 @@ class _Clocked(Loop):
         return super().learn()
 
     def save_now_and_then(self, patches: int) -> None:
-        """Called at the end of each step."""
+        """Note the time at the end of a step; end the loop after the last one."""
         parts = self.engine.timer.seconds()  # waits for the device
         now = time.perf_counter()
         self.done += 1
@@ -106,7 +106,7 @@ class _Clocked(Loop):
         self.before = parts
 
     def images_of_step(self) -> int:
-        """Images of the step that has just ended: the last one of an epoch may have fewer."""
+        """Return the images of the step that has just ended: the last one of an epoch may have fewer."""
         batch, items = self.job.config.train.batch, len(self.job.manifest.split("train"))
         return min(batch, items - (self.job.state.batch - 1) * batch)
 
@@ -119,8 +119,8 @@ class Floor(NamedTuple):
 
     Attributes:
         rate: patches/s.
-        colored: the rate as a share of that where colours are changed as in training; 1 where they are not.
-        blank: share of the patches tried that are of one colour; 0 for features.
+        colored: the rate with colors changed as in training, as a share of `rate`; 1 if they are not changed.
+        blank: share of these patches that have one color; 0 for features.
     """
 
     rate: float
@@ -152,7 +152,7 @@ def _seconds(job: Job, pixels: Tensor, color: Tensor | None) -> float:
         for _ in range(2):  # builds, compiles, warms up
             encoders.embed(pixels, color)
         begun = time.perf_counter()
-        while len(times) < FLOOR_RUNS or time.perf_counter() - begun < FLOOR_SECONDS:
+        while len(times) < MIN_FLOOR_RUNS or time.perf_counter() - begun < FLOOR_SECONDS:
             _wait(job.device)
             start = time.perf_counter()
             encoders.embed(pixels, color)
@@ -162,7 +162,7 @@ def _seconds(job: Job, pixels: Tensor, color: Tensor | None) -> float:
 
 
 def _chunk(job: Job) -> Tensor:
-    """As many real patches as are looked at together, on the device; repeated where the images have fewer.
+    """Return a chunk of real patches on the device, repeated if the images have fewer.
 
     Raises:
         DataError: no training image can be read.
