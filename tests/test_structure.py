@@ -20,11 +20,7 @@ LAYERS = next(
 )
 MAX_PARAMETERS = 7
 
-KNOWN_CYCLES = {
-    "keyhole",
-    "keyhole.tools.check.run",
-    "keyhole.tools.check.worker",
-}
+KNOWN_CYCLES: set[str] = set()
 
 KNOWN_WITH_MANY_PARAMETERS = {
     "keyhole.inference.embed.embed",

@@ -122,9 +122,7 @@ class ImageProbe:
         self._errors.close()
 
     def _start(self) -> None:
-        import keyhole
-
-        home = str(Path(keyhole.__file__).resolve().parents[1])
+        home = str(Path(__file__).resolve().parents[3])  # the folder that keyhole is in
         path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
         self._errors.seek(0)
         self._errors.truncate()
