@@ -170,3 +170,7 @@ def test_into_a_file_it_leaves_no_control_characters(tmp_path: Path) -> None:
     assert lines[0] == "a line that stays"
     assert lines[1].startswith("epoch 1/2: 4/4 images")
     assert "\x1b" not in file.read_text()
+
+
+def test_the_log_of_a_run_tells_the_measured_peak_beside_the_predicted(toy_run: Path) -> None:
+    assert re.search(r"peak memory \d.* \wB, predicted \d.* \wB$", (toy_run / "log.txt").read_text(), re.MULTILINE)

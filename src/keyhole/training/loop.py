@@ -42,6 +42,7 @@ from keyhole.training.score import is_better, metric_value
 from keyhole.training.setup import learning_rate, targets
 from keyhole.training.trial import estimate
 from keyhole.training.validation import predict_splits, validate_epoch
+from keyhole.util.budget import memory_text
 from keyhole.util.platform import peak_memory
 from keyhole.util.progress import Progress, say
 from keyhole.util.wording import counted
@@ -149,6 +150,8 @@ class Loop:
                     logger.log(row, job.state.epoch)
             self.remove_journals()
             predict_splits(job, self.interrupt)
+            if job.device.type == "cpu" and (peak := peak_memory()):
+                job.log(f"peak memory {memory_text(peak)}, predicted {memory_text(self.engine.plan.peak)}")
             for line in job.run.learning.get("lines", ()):
                 job.log(line)
             if job.state.left_out:
