@@ -166,7 +166,7 @@ IDLE = dict.fromkeys((*PARTS, "other"), 0.0)
         ({"encoding": 0.4, "reading": 0.6}, Facts(threads=7, cores=8), "--run.threads (now 7)"),
         ({"encoding": 0.4, "reading": 0.6}, Facts(threads=7, cores=8, cuda=True), "--data.cache"),
         ({"encoding": 0.4, "reading": 0.6}, Facts(threads=2, cores=2, patches=50_000), "tiled pyramids"),
-        ({"encoding": 0.4, "reading": 0.6}, Facts(kind="features"), "float16"),
+        ({"encoding": 0.4, "reading": 0.6}, Facts(features=True), "float16"),
         ({"encoding": 0.4, "copying": 0.5}, Facts(), "--select.chunk"),
         ({"encoding": 0.4, "scoring": 0.5}, Facts(), "--model.heads"),
         ({"encoding": 0.4, "learning": 0.5}, Facts(split=True), "more --memory"),

@@ -20,7 +20,7 @@ class Facts:
     """Facts of a run that the advice is based on.
 
     Attributes:
-        kind: `images` or `features`.
+        features: learns from stored features, not images.
         cuda: computed on a GPU.
         threads: that read.
         cores: of this machine that the process may use.
@@ -34,7 +34,7 @@ class Facts:
         colored_rate: of the encoder alone when colors are changed first, as a share of without.
     """
 
-    kind: str = "images"
+    features: bool = False
     cuda: bool = False
     threads: int = 1
     cores: int = 1
@@ -92,7 +92,7 @@ def _of_encoder(facts: Facts) -> str:
 def _of_reading(facts: Facts) -> str:
     if facts.threads < reading_cores(facts.cores, facts.cuda):
         return f"give it more of the {facts.cores} cores with --run.threads (now {facts.threads})"
-    if facts.kind == "features":
+    if facts.features:
         return "a local disk, or files of float16 (keyhole embed --dtype float16), would be read faster"
     if not facts.resident and facts.patches < 5000:
         return "let the decoded images stay in memory, with --data.cache in GB, if they fit"

@@ -289,7 +289,7 @@ def _summary(job: Job, told: str, compiled: str, found: Steps, alone: Floor, epo
     all_patches = sum(job.images.counts[item.name] for item in job.manifest.split("train"))
     encoding = found.patches / seconds["encoding"] if seconds["encoding"] else rate
     facts = Facts(
-        kind="features" if features else "images",
+        features=features,
         cuda=cuda,
         threads=job.engine.reader.threads.count,
         cores=cores(),
