@@ -23,7 +23,6 @@ MAX_PARAMETERS = 7
 KNOWN_CYCLES: set[str] = set()
 
 KNOWN_WITH_MANY_PARAMETERS = {
-    "keyhole.inference.embed.embed",
     "keyhole.patches.grid.PatchGrid.__init__",
 }
 

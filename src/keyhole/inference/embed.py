@@ -2,15 +2,14 @@
 
     keyhole.embed("slides.csv", "features", encoder="resnet50", pretrained=True)
 
-What is trained on the files does not read the images again. A run that was stopped goes on where it was: files are
-whole or not there, and those that are there are not made again. `encoding.py` makes the embeddings,
-`embedding_files.py` the files.
+Training on the files does not read the images again. The same call goes on where it was stopped: a file is complete or
+absent, and complete ones are not made again. `engine/embedding.py` encodes, `embedding_files.py` writes the files.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,6 @@ from keyhole.config.settings import (
     SelectConfig,
     TrainConfig,
 )
-from keyhole.data.item import Item
 from keyhole.data.manifest import write_left_out
 from keyhole.engine import Engine
 from keyhole.engine.device import choose_device, choose_precision
@@ -51,15 +49,15 @@ from keyhole.util.wording import counted, listed
 
 @dataclass(frozen=True)
 class Embedded:
-    """What an embedding has done.
+    """What a call of `embed` has done.
 
     Attributes:
-        path: folder with the files and left_out.csv.
-        files: by image name, those that are there now.
-        made: how many of them were made by this call; the others were there.
-        left_out: images without features, and why.
-        unreadable: by image name, patches that could not be read and are not in its file.
-        unfinished: files of runs that were killed.
+        path: Folder with the files and left_out.csv.
+        files: By image name, those that exist now.
+        made: How many of them were made by this call.
+        left_out: Images without features, and why.
+        unreadable: By image name, the number of patches that could not be read and are not in its file.
+        unfinished: Files of runs that were killed.
     """
 
     path: Path
@@ -70,7 +68,7 @@ class Embedded:
     unfinished: tuple[Path, ...]
 
     def lines(self) -> list[str]:
-        """For people: what was done, and what is missing."""
+        """Return what was done, and what is missing."""
         lines = [f"embedded: {self.made}, there already: {len(self.files) - self.made}; in {self.path}"]
         for name, count in self.unreadable.items():
             lines.append(f"{name}: {count} unreadable patches are not in its features")
@@ -85,137 +83,178 @@ class Embedded:
         return lines
 
 
-def embed(
-    data: str | Path,
-    out: str | Path,
-    *,
-    encoder: str = "resnet50",
-    pretrained: bool = False,
-    weights: str | Path | None = None,
-    stages: int | None = None,
-    width: int = 32,
-    channels: Literal[1, 3] = 3,
-    patch: PatchConfig | Mapping[str, Any] | None = None,
-    root: str | Path | None = None,
-    masks: str | Path | None = None,
-    dtype: Literal["float32", "float16"] = "float32",
-    precision: Literal["auto", "float32", "tf32", "bf16"] = "float32",
-    chunk: int | None = None,
-    memory: str | Bytes | None = "auto",
-    device: str = "auto",
-    decode: Decode = "auto",
-    threads: int | None = None,
-    on_bad_image: Literal["fail", "skip"] = "fail",
-    unreadable: str | float = "1%",
-    quiet: bool = False,
-    run: str | Path | None = None,
-) -> Embedded:
-    """Embed the foreground patches of every image.
+@dataclass(frozen=True, kw_only=True)
+class Embedder:
+    """Encodes the foreground patches of every image, and writes one file of features for each.
+
+    Attributes:
+        encoder, pretrained, weights, stages, width, channels: As in `ModelConfig`; weights must come from somewhere.
+        run: A run, or the folder of a model, whose encoder embeds: its settings and weights instead of the fields
+            above, and its patches unless `patch` is given.
+        patch: Which patches, at which resolution; default as in `PatchConfig`; a mapping gives some of it.
+        root: Folder that relative paths of a CSV start from.
+        masks: Folder of masks, for `patch.foreground` mask.
+        dtype: Of the stored features; float16 halves the files.
+        precision: Arithmetic of the encoder.
+        chunk: Patches that are encoded at once; default is what `memory` allows, 64 at most on a CPU.
+        memory: Budget such as `5GB`, of the device or, on a CPU, of the process; `auto` is what is free.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        decode: `auto` lets a GPU decode JPEG tiles of slides too, `cpu` does not; see `RunConfig.decode`.
+        threads: Threads that read and decode.
+        on_bad_image: An image that cannot be read ends the run, or is left out, counted and listed.
+        unreadable: Share of an image's patches that may be unreadable.
+        quiet: Show no progress.
+    """
+
+    encoder: str = "resnet50"
+    pretrained: bool = False
+    weights: str | Path | None = None
+    stages: int | None = None
+    width: int = 32
+    channels: Literal[1, 3] = 3
+    run: str | Path | None = None
+    patch: PatchConfig | Mapping[str, Any] | None = None
+    root: str | Path | None = None
+    masks: str | Path | None = None
+    dtype: Literal["float32", "float16"] = "float32"
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "float32"
+    chunk: int | None = None
+    memory: str | Bytes | None = "auto"
+    device: str = "auto"
+    decode: Decode = "auto"
+    threads: int | None = None
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    unreadable: str | float = "1%"
+    quiet: bool = False
+
+    def __call__(self, data: str | Path, out: str | Path) -> Embedded:
+        """Embed all images; see `embed`."""
+        config = self.config()
+        items, left_out = items_to_embed(Path(data), self.root, self.masks, self.on_bad_image)
+        with open_reader(config.run, torch.device("cpu")) as reader:
+            config, _ = settle_edge(config, items, reader)
+        folder = writable_folder(out)
+        files = feature_names(folder, items)
+        engine = self._engine(config)
+        arithmetic = engine.encoders.arithmetic
+        settings = settings_of(config, engine.model.encoder, self.dtype, arithmetic.name(arithmetic.look))
+        open_items = [
+            item
+            for item in items
+            if not already_there(files[item.name], {**settings, **own_settings(item)}, image_bytes(item))
+        ]
+        unfinished = unfinished_files(list(files.values()))
+        bad: dict[str, int] = {}
+        with nullcontext() if self.quiet else Progress(len(open_items), "embedding") as progress:
+            if open_items:
+                self._plan(config, engine)
+                with engine.limit():
+                    writer = EmbeddingFiles(config, engine, self.dtype, settings, progress)
+                    for item, missing in writer.embed_all(open_items, files):
+                        if isinstance(missing, KeyholeError):
+                            if self.on_bad_image == "fail":
+                                raise missing
+                            left_out[item.name] = str(missing)
+                        elif missing:
+                            bad[item.name] = missing
+        write_left_out(folder / "left_out.csv", left_out.items())
+        there = {item.name: files[item.name] for item in items if item.name not in left_out}
+        if not there:
+            raise DataError(f"{data}: none of the {len(items)} images can be embedded; see {folder / 'left_out.csv'}")
+        made = sum(item.name in there for item in open_items)
+        return Embedded(folder, there, made, left_out, bad, unfinished)
+
+    def config(self) -> Config:
+        """Return the settings of patches, encoder and reading."""
+        patch = self.patch
+        if self.run is not None:
+            if self.pretrained or self.weights is not None:
+                raise ConfigError("run gives the weights: leave out pretrained and weights")
+            model, learned = encoder_of(self.run)
+            patch = patch or learned
+        else:
+            model = ModelConfig(
+                encoder=self.encoder,
+                channels=self.channels,
+                width=self.width,
+                stages=self.stages,
+                pretrained=self.pretrained,
+                weights=None if self.weights is None else Path(self.weights),
+            )
+        return Config(
+            patch=patch or PatchConfig(),
+            model=model,
+            select=SelectConfig(chunk=self.chunk),
+            train=TrainConfig(precision=self.precision),
+            run=RunConfig(device=self.device, threads=self.threads, decode=self.decode),
+            memory=self.memory,
+            unreadable=self.unreadable,
+        )
+
+    def _engine(self, config: Config) -> Engine:
+        device = choose_device(self.device, option="--device")
+        if device.type == "cpu":
+            steady_heap(False)
+        network = _encoder(config, device)
+        shape = patch_shape(config.model, config.patch.size)
+        engine = Engine(
+            network,
+            run=config.run,
+            plan=Plan(chunk=self.chunk or CPU_CHUNK),
+            arithmetic=choose_precision(self.precision, network.encoder, shape),
+            warn=lambda text: say(f"warning: {text}"),
+        )
+        engine.pace.options = _OPTIONS
+        return engine
+
+    def _plan(self, config: Config, engine: Engine) -> None:
+        """Plan how many patches are encoded at once: as many as asked for, or as the budget allows."""
+        if config.memory is None and engine.device.type != "cuda":
+            return
+        work = Workload(
+            patch_shape=patch_shape(config.model, config.patch.size),
+            m=1,
+            batch_size=1,
+            largest_bag=1,
+            chunk=self.chunk,
+            ahead=config.run.ahead,
+            jpeg=config.run.decode == "auto",
+            host_buffers=2 * 4 * engine.model.pool.dim * (self.chunk or CPU_CHUNK),
+        )
+        engine.plan = make_plan(engine.encoders, work, config.memory, options=_OPTIONS)
+
+
+def embed(data: str | Path, out: str | Path, **settings: Any) -> Embedded:
+    """Encode the foreground patches of every image, and write one file of features for each.
 
     Args:
         data: CSV with `image` (labels are not needed), a folder of classes, or any folder of images.
-        out: folder for the files; each is called after its image. Where names are taken twice, after its path.
-        encoder, pretrained, weights, stages, width, channels: as in `ModelConfig`; weights must come from somewhere.
-        patch: which patches, at which resolution; default as in `PatchConfig`; a mapping gives some of it.
-        root: folder that relative paths of a CSV start from.
-        masks: folder of masks, for `patch.foreground` mask.
-        dtype: of the stored features; float16 halves the files.
-        precision: arithmetic of the encoder.
-        chunk: patches that are encoded at once; default is what `memory` allows, 64 at most on a CPU.
-        memory: budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free.
-        device: `auto`, `cpu`, `cuda` or `cuda:1`.
-        decode: `auto` lets a GPU decode JPEG tiles of slides too, `cpu` does not; see `RunConfig.decode`.
-        threads: that read and decode.
-        on_bad_image: an image that cannot be read ends the run, or is left out, counted and listed.
-        unreadable: share of an image's patches that may be unreadable.
-        quiet: show no progress.
-        run: a run, or the folder of a model, whose encoder embeds: its settings and weights instead of `encoder`,
-            `pretrained`, `weights`, `stages`, `width` and `channels`, and its patches unless `patch` is given.
+        out: Folder for the files; each is named after its image, or after its path where names are taken twice.
+        settings: Attributes of `Embedder`, such as `encoder="resnet50", pretrained=True`.
 
     Returns:
         The files, and what is missing.
 
     Raises:
-        ConfigError: settings that do not fit, no weights, or files in `out` that were made with others.
-        DataError: no images.
-        ImageError: an image cannot be read and `on_bad_image` is "fail".
-        TooMuchUnreadable: likewise more of its patches than `unreadable`.
+        ConfigError: Settings do not fit, there are no weights, or files in `out` were made with other settings.
+        DataError: There are no images.
+        ImageError: An image cannot be read and `on_bad_image` is "fail".
+        TooMuchUnreadable: Likewise more of its patches than `unreadable`.
         OutputError: `out` cannot be written.
 
     Example:
-        >>> done = keyhole.embed("photos", "features", run="runs/one", quiet=True)
-        >>> done.made, done.left_out
-        (24, {})
+        >>> done = keyhole.embed("slides.csv", "features", encoder="resnet50", pretrained=True)  # doctest: +SKIP
+        >>> print(done.lines()[0])  # doctest: +SKIP
+        embedded: 12, there already: 0; in features
     """
-    path = None if weights is None else Path(weights)
-    model = ModelConfig(
-        encoder=encoder, channels=channels, width=width, stages=stages, pretrained=pretrained, weights=path
-    )
-    if run is not None:
-        if pretrained or weights is not None:
-            raise ConfigError("run gives the weights: leave out pretrained and weights")
-        model, learned = encoder_of(run)
-        patch = patch or learned
-    config = Config(
-        patch=patch or PatchConfig(),
-        model=model,
-        select=SelectConfig(chunk=chunk),
-        train=TrainConfig(precision=precision),
-        run=RunConfig(device=device, threads=threads, decode=decode),
-        memory=memory,
-        unreadable=unreadable,
-    )
-    items, left_out = items_to_embed(Path(data), root, masks, on_bad_image)
-    with open_reader(config.run, torch.device("cpu")) as reader:
-        config, _ = settle_edge(config, items, reader)
-    folder = writable_folder(out)
-    files = feature_names(folder, items)
-    chosen = choose_device(device, option="--device")
-    if chosen.type == "cpu":
-        steady_heap(False)
-    network = _encoder(config, chosen)
-    arithmetic = choose_precision(precision, network.encoder, patch_shape(model, config.patch.size))
-    engine = Engine(
-        network,
-        run=config.run,
-        plan=Plan(chunk=chunk or CPU_CHUNK),
-        arithmetic=arithmetic,
-        warn=lambda text: say(f"warning: {text}"),
-    )
-    settings = settings_of(config, network.encoder, dtype, arithmetic.name(arithmetic.look))
-    open_items = [
-        item
-        for item in items
-        if not already_there(files[item.name], {**settings, **own_settings(item)}, image_bytes(item))
-    ]
-    unfinished = unfinished_files(list(files.values()))
-    bad: dict[str, int] = {}
-    with contextlib.ExitStack() as stack:
-        progress = None if quiet else stack.enter_context(Progress(len(open_items), "embedding"))
-        found: Iterable[tuple[Item, int | KeyholeError]] = ()
-        if open_items:
-            stack.enter_context(_planned(config, engine))
-            found = EmbeddingFiles(config, engine, dtype, settings, progress).embed_all(open_items, files)
-        for item, missing in found:
-            if isinstance(missing, KeyholeError):
-                if on_bad_image == "fail":
-                    raise missing
-                left_out[item.name] = str(missing)
-            elif missing:
-                bad[item.name] = missing
-    write_left_out(folder / "left_out.csv", left_out.items())
-    there = {item.name: files[item.name] for item in items if item.name not in left_out}
-    if not there:
-        raise DataError(f"{data}: none of the {len(items)} images can be embedded; see {folder / 'left_out.csv'}")
-    made = sum(item.name in there for item in open_items)
-    return Embedded(folder, there, made, left_out, bad, unfinished)
+    return Embedder(**settings)(data, out)
 
 
 def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
-    """The encoder of a run's best model, with its weights, and the patches it has learned from.
+    """Return the encoder of a run's best model, with its weights, and the patches that it was trained on.
 
     Raises:
-        RunError: there is no model, or it is of stored features.
+        RunError: There is no model, or it is of stored features.
     """
     file = weights_file(Path(run))
     info = read_info(file)
@@ -230,10 +269,10 @@ def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
 
 
 def _encoder(config: Config, device: torch.device) -> IPSClassifier:
-    """The encoder, with its weights, on its device.
+    """Return the encoder, with its weights, on its device.
 
     Raises:
-        ConfigError: no such encoder, or no weights: features of random weights would be of no use to anyone.
+        ConfigError: The encoder is unknown, or it has no weights.
     """
     model = config.model
     if not model.pretrained and model.weights is None:
@@ -257,24 +296,3 @@ def _encoder(config: Config, device: torch.device) -> IPSClassifier:
 
 
 _OPTIONS = OptionNames("--encoder", "--patch.size", kept="", cache="", chunk="--chunk", device="--device")
-
-
-@contextlib.contextmanager
-def _planned(config: Config, engine: Engine) -> Iterator[None]:
-    """Plan how many patches are encoded at once: as many as asked for, or as the budget allows. Inside, it is kept."""
-    memory, chunk = config.memory, config.select.chunk
-    engine.pace.options = _OPTIONS
-    if memory is not None or engine.device.type == "cuda":
-        work = Workload(
-            patch_shape=patch_shape(config.model, config.patch.size),
-            m=1,
-            batch_size=1,
-            largest_bag=1,
-            chunk=chunk,
-            ahead=config.run.ahead,
-            jpeg=config.run.decode == "auto",
-            host_buffers=2 * 4 * engine.model.pool.dim * (chunk or CPU_CHUNK),
-        )
-        engine.plan = make_plan(engine.encoders, work, memory, options=_OPTIONS)
-    with engine.limit():
-        yield

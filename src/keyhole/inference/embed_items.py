@@ -1,4 +1,4 @@
-"""What `keyhole embed` embeds: the images of a CSV or a folder, labels or not, and what their files are called."""
+"""What `keyhole embed` embeds: the images of a CSV or a folder, with or without labels, and the names of their files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from keyhole.util.wording import listed
 def items_to_embed(
     data: Path, root: str | Path | None, masks: str | Path | None, on_bad_image: Literal["fail", "skip"]
 ) -> tuple[list[Item], dict[str, str]]:
-    """The images to embed, each once, and what is not one."""
+    """Return the images to embed, each once, and by name why others are left out."""
     data = absolute(data)
     if data.is_dir() and data.suffix.lower() not in folder_suffixes():
         images, others = list_images(data)
@@ -66,7 +66,7 @@ def items_to_embed(
 
 
 def without_labels(data: DataConfig) -> bool:
-    """Whether the data say nothing of labels: a folder with images but no folders of them, or a CSV without columns."""
+    """Return whether data have no labels: a folder of images without subfolders, or a CSV without further columns."""
     if data.path is None or data.features is not None or data.tasks:
         return False
     path = absolute(data.path)
@@ -82,10 +82,9 @@ def without_labels(data: DataConfig) -> bool:
 
 
 def feature_names(folder: Path, items: Sequence[Item]) -> dict[str, Path]:
-    """By image name, its file: `a.h5`, `a.svs.h5` where there are several a, else `normal/a.svs.h5`.
+    """Return the file of each image: `a.h5`, `a.svs.h5` where there are several a, else `normal/a.svs.h5`.
 
-    These are the names under which `--data.features` finds them. Upper and lower case count as one, since to some
-    systems they are.
+    `--data.features` finds them under these names. Upper and lower case count as equal, as on some file systems.
     """
     named: dict[str, str] = {}
     ways: list[Callable[[Item], str]] = [

@@ -1,4 +1,4 @@
-"""Embeddings -> files of features: one for each image, with the settings that it was made with."""
+"""Embeddings -> files of features: one per image, with the settings that it was made with."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class EmbeddingFiles:
     """Embeds images and writes their files.
 
     Attributes:
-        config: patches, encoder and reading.
-        engine: of the encoder, see `engine.embedding.encoder_alone`.
-        dtype: of the stored features.
-        settings: see `settings_of`.
-        progress: told of each patch and image.
+        config: Settings of patches, encoder and reading.
+        engine: Of the encoder, see `engine.embedding.encoder_alone`.
+        dtype: Of the stored features.
+        settings: See `settings_of`.
+        progress: Counts patches and images; None shows nothing.
     """
 
     config: Config
@@ -47,7 +47,7 @@ class EmbeddingFiles:
     progress: Progress | None
 
     def embed_all(self, items: Sequence[Item], files: Mapping[str, Path]) -> Iterator[tuple[Item, int | KeyholeError]]:
-        """Each image with the number of its patches that could not be read, or with why it has no features."""
+        """Yield each image with the number of its unreadable patches, or with the error for which it has no features."""
         with closing(self.engine):
             reader, embed = self.engine.reader, Embedding(self.engine)
             # A store keeps the masks of its images, hence one for each.
@@ -80,7 +80,7 @@ class EmbeddingFiles:
         raise AssertionError("an image has an end")
 
     def _finish(self, writer: FeatureWriter, item: Item, end: End) -> int:
-        """Writes what the file says of itself; the number of patches that are not in it."""
+        """Write the settings into the file; return the number of patches that are not in it."""
         if end.failed is not None:
             raise _Left(end.failed)
         assert isinstance(end.source, FilePatches)
@@ -106,7 +106,7 @@ class EmbeddingFiles:
 
 
 class _Left(Exception):  # noqa: N818 - ends the writing of one file, and goes no further
-    """An image that has no features, and why."""
+    """An image has no features."""
 
     def __init__(self, error: KeyholeError) -> None:
         super().__init__(str(error))
@@ -114,7 +114,7 @@ class _Left(Exception):  # noqa: N818 - ends the writing of one file, and goes n
 
 
 def settings_of(config: Config, encoder: nn.Module, dtype: str, precision: str) -> dict[str, Any]:
-    """All that the features depend on but the image."""
+    """Return everything that features depend on except the image."""
     model, patch = config.model, config.patch
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
@@ -139,14 +139,14 @@ def settings_of(config: Config, encoder: nn.Module, dtype: str, precision: str) 
 
 
 def unfinished_files(files: Sequence[Path]) -> tuple[Path, ...]:
-    """What killed processes have left of these files."""
+    """Return what killed processes have left of these files."""
     known = {f".{file.name}" for file in files}
     folders = sorted({file.parent for file in files if file.parent.is_dir()})
     return tuple(left for folder in folders for left in sorted(folder.glob(".*.h5.????????")) if left.stem in known)
 
 
 def own_settings(item: Item) -> dict[str, Any]:
-    """Settings of one image."""
+    """Return the settings of one image."""
     return {"image mpp": item.mpp, "mask": None if item.mask is None else item.mask.name}
 
 
