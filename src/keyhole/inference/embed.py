@@ -243,9 +243,9 @@ def embed(data: str | Path, out: str | Path, **settings: Any) -> Embedded:
         OutputError: `out` cannot be written.
 
     Example:
-        >>> done = keyhole.embed("slides.csv", "features", encoder="resnet50", pretrained=True)  # doctest: +SKIP
-        >>> print(done.lines()[0])  # doctest: +SKIP
-        embedded: 12, there already: 0; in features
+        >>> done = keyhole.embed("photos", "features", run="runs/one", quiet=True)
+        >>> done.made, done.left_out
+        (24, {})
     """
     return Embedder(**settings)(data, out)
 

@@ -1,4 +1,4 @@
-"""What `keyhole embed` embeds: the images of a CSV or a folder, with or without labels, and the names of their files."""
+"""What `keyhole embed` embeds: the images of a CSV or a folder, labels or not, and the names of their files."""
 
 from __future__ import annotations
 

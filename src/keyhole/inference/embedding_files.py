@@ -47,7 +47,7 @@ class EmbeddingFiles:
     progress: Progress | None
 
     def embed_all(self, items: Sequence[Item], files: Mapping[str, Path]) -> Iterator[tuple[Item, int | KeyholeError]]:
-        """Yield each image with the number of its unreadable patches, or with the error for which it has no features."""
+        """Yield each image with the number of its unreadable patches, or the error for which it has no features."""
         with closing(self.engine):
             reader, embed = self.engine.reader, Embedding(self.engine)
             # A store keeps the masks of its images, hence one for each.
