@@ -27,6 +27,7 @@ from machine import write_result
 from keyhole.config.settings import Config
 from keyhole.datasets.slides import make_slide
 from keyhole.engine.memory.plan import Plan
+from keyhole.training import epoch
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job
 from keyhole.training.loop import Loop
@@ -157,7 +158,7 @@ def take_steps(config: Config, number: int) -> Steps:
     try:
         loop = Loop(job, Interrupt())
         items = list(job.manifest.split("train"))[: batch * number]
-        loop.epoch_items = lambda: items  # type: ignore[method-assign]
+        epoch.epoch_items = lambda _job: items
         with job.engine.limit():
             if cuda:
                 torch.cuda.reset_peak_memory_stats(job.device)

@@ -168,7 +168,7 @@ class Counted(Loop):
         for group in job.optimizer.param_groups:
             group["fused"] = True  # as on a GPU
 
-    def save_now_and_then(self, patches: int) -> None:
+    def after_step(self, patches: int) -> None:
         """Called at the end of each step."""
         self.steps += 1
         if self.steps == 1:

@@ -35,6 +35,7 @@ from keyhole.engine.to_device import prefetched
 from keyhole.nn import TimmEncoder
 from keyhole.nn.pixels import prepare
 from keyhole.training.augment import draw, stack_colors
+from keyhole.training.epoch import epoch_items
 
 SCENES = Path(__file__).resolve().parents[2] / "shared" / "tools" / "make_traffic_scenes.py"
 STORED = (1280, 960)
@@ -189,7 +190,7 @@ class Ours(Epochs):
     def read(self) -> None:
         """Brings every patch of an epoch to where the encoder takes it, in its changed colours."""
         job, config = self.job, self.job.config
-        items, size = self.loop.epoch_items(), config.train.batch
+        items, size = epoch_items(job), config.train.batch
         draws = [draw(config.augment, 0, job.state.epoch, item.name, config.patch.size, 3) for item in items]
         openers = [job.images.opener(item, one.view, one.offset) for item, one in zip(items, draws, strict=True)]
         batches = [openers[first : first + size] for first in range(0, len(items), size)]

@@ -144,10 +144,10 @@ def test_on_a_gpu_a_step_waits_once(four_tasks: Path, tmp_path: Path) -> None:
     waits: list[list[str]] = []
 
     class Counted(Loop):
-        def step(self, items: list[Item], bags: Bags, rate: float) -> float:
-            super().step(items, bags, rate)  # builds what there is to build
+        def step(self, items: list[Item], bags: Bags) -> float:
+            super().step(items, bags)  # builds what there is to build
             with waits_counted() as found:
-                loss = super().step(items, bags, rate)
+                loss = super().step(items, bags)
             waits.append(found)
             return loss
 

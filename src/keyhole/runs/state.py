@@ -61,6 +61,20 @@ class State:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @property
+    def mean_loss(self) -> float | None:
+        """The mean loss of the epoch under way; None before the first step."""
+        return self.loss_sum / self.loss_count if self.loss_count else None
+
+    def add_loss(self, loss: float, images: int) -> None:
+        """Counts the loss of a step on so many images."""
+        self.loss_sum += loss * images
+        self.loss_count += images
+
+    def advance(self, patches: int) -> None:
+        """Counts a step, for which so many patches were read."""
+        self.step, self.batch, self.patches = self.step + 1, self.batch + 1, self.patches + patches
+
     def end_epoch(self, row: Mapping[str, float | None]) -> None:
         """Counts an epoch as finished, with its row of metrics.csv."""
         plain = {name: value if isinstance(value, int | None) else float(value) for name, value in row.items()}

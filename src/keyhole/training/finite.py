@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -36,6 +37,31 @@ def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[fl
     if all(map(math.isfinite, found)):
         optimizer.step()
     return found
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, weights: Iterable[Tensor], loss: Tensor, rate: float, clip: float
+) -> tuple[float, float]:
+    """Clip the gradient and take the optimizer's step where loss and gradient are finite.
+
+    Args:
+        optimizer: each of its groups' `factor` multiplies the rate.
+        weights: of the model, with their gradients.
+        loss: on the device.
+        rate: learning rate of the step.
+        clip: largest norm of the gradient; 0 does not clip.
+
+    Returns:
+        The loss and the norm of the gradient.
+    """
+    learned = [weight for weight in weights if weight.grad is not None]
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in learned if weight.grad is not None])
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(learned, clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    value, length = step_if_finite(optimizer, torch.stack([loss, norm]))
+    return value, length
 
 
 def _lay_out_gradient(weight: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,7 +61,18 @@ def check_loggers(names: Sequence[str]) -> None:
             raise ConfigError(f"--run.log {name}: not installed; pip install {name}")
 
 
-def open_loggers(names: Sequence[str], run: Path) -> list[Logger]:
-    """The loggers asked for."""
+@contextmanager
+def open_loggers(names: Sequence[str], run: Path) -> Iterator[Callable[[Mapping[str, float], int], None]]:
+    """Open the loggers that were asked for; inside, a function sends them the metrics of an epoch."""
     kinds: dict[str, Callable[[Path], Logger]] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
-    return [kinds[name](run) for name in names]
+    loggers = [kinds[name](run) for name in names]
+
+    def log_row(row: Mapping[str, float], epoch: int) -> None:
+        for logger in loggers:
+            logger.log(row, epoch)
+
+    try:
+        yield log_row
+    finally:
+        for logger in loggers:
+            logger.close()

@@ -87,7 +87,7 @@ class _Clocked(Loop):
         self.before = dict.fromkeys(PARTS, 0.0)  # an epoch's shares begin at nothing
         return super().learn()
 
-    def save_now_and_then(self, patches: int) -> None:
+    def after_step(self, patches: int) -> None:
         """Note the time at the end of a step; end the loop after the last one."""
         parts = self.engine.timer.seconds()  # waits for the device
         now = time.perf_counter()
