@@ -184,7 +184,7 @@ MISTAKES = {
     "train x --augment.flip=yes": ["--augment.flip: takes no value, got 'yes'"],
     "train x --patch.level 1 --patch.mpp 1": ["--patch.level (=1) and --patch.mpp (=1.0) exclude each other"],
     "train x --data.val .5 --data.test .5": ["--data.val (=0.5) and --data.test (=0.5)"],
-    "train x --run.device gpu": ["--run.device: expected auto, cpu, cuda or cuda:1"],
+    "train x --run.device gpu": ["--run.device: expected auto, cpu, cuda"],
     "train x --recipe trafic": [
         "no recipe 'trafic' (did you mean `traffic`?)",
         "megapixel-mnist, slides, small, traffic",

@@ -5,5 +5,5 @@ import sys
 from keyhole.cli.main import main
 from keyhole.runs import journal
 
-journal.SECONDS = 0.0
+journal.WRITE_SECONDS = 0.0
 sys.exit(main(sys.argv[1:]))

@@ -33,8 +33,8 @@ def _not_bool(value: object) -> object:
 
 
 def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError("auto, cpu, cuda or cuda:1 (a number)")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError("auto, cpu, cuda, cuda:1 (a number) or mps")
     return name
 
 
@@ -279,7 +279,7 @@ class RunConfig(Settings):
     """Machine, output and progress."""
 
     device: Device = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps`; `auto` is a CUDA GPU, else Apple's GPU, else the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the encoder for this machine; `auto` does on a GPU where that pays back within the run. It says why."""
     threads: Positive | None = None

@@ -15,11 +15,11 @@ LISTED_AGAIN = "Delete it: the next epochs list again what they cannot read."
 
 
 class Damage:
-    """The ledgers of all epochs. The limit holds for each: the next one tries again what failed in this.
+    """The ledgers of all epochs. The limit holds for each epoch, since the next one tries again what failed.
 
     Args:
         path: unreadable.csv of the run.
-        total: patches of an epoch.
+        total: Patches of an epoch.
         share: of them that may be unreadable.
         epoch: under way, counted from 0. A resumed run counts anew: files may have been put right meanwhile.
     """
@@ -31,18 +31,18 @@ class Damage:
         self._told = False
 
     def begin(self, epoch: int) -> None:
-        """Counts from nothing in another epoch."""
+        """Start the count of another epoch."""
         if epoch != self.epoch:
             self._earlier += self._rows()
             self.epoch, self.ledger = epoch, Ledger(self.total, self.share)
 
     def lose(self, name: str, patches: int, reason: str) -> None:
-        """Notes an image of which nothing can be read."""
+        """Add an image of which nothing can be read."""
         self.ledger.lose(name, patches, reason)
         self._write()
 
     def add(self, name: str, source: PatchSource, reasons: Mapping[int, str]) -> None:
-        """Notes patches of an image, with their places."""
+        """Add patches of an image, with their places."""
         index = list(reasons)
         self.ledger.add(name, source.boxes(index), index, list(reasons.values()))
         self._write()
@@ -64,7 +64,7 @@ class Damage:
         return f"patches of {what} could not be read; they are listed in {self.path.name}"
 
     def check(self) -> None:
-        """Raises TooMuchUnreadable where more of this epoch's patches are lost than is allowed."""
+        """Raise TooMuchUnreadable where more of this epoch's patches are lost than is allowed."""
         self.ledger.check(self.path)
 
     def _rows(self) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""How a run folder comes to be, and how what a kill left in it or beside it is removed."""
+"""Create a run folder, and remove what a killed process left in it or beside it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from keyhole.util.budget import memory_text
 from keyhole.util.files import TEMPORARY, is_abandoned, umask, writable_folder, write_atomic
 
 FIRST = {"config.yaml", "manifest.csv", "left_out.csv", "environment.json", "last.safetensors", NAME}
-"""What a run folder holds at its first moment."""
+"""Files of a run folder when it is created."""
 
 
 def create_folder(
@@ -38,10 +38,10 @@ def create_folder(
     state: State,
     device: torch.device,
 ) -> RunLock:
-    """Writes the folder under another name first: a run folder that exists can always be resumed.
+    """Write the folder under another name first, so that a run folder that exists can always be resumed.
 
     Returns:
-        the right to write it, from its first moment on.
+        The lock of the folder.
     """
     assert config.out is not None
     out = config.out
@@ -75,7 +75,7 @@ def create_folder(
 
 
 def sweep(run: Path, say: Callable[[str], None]) -> None:
-    """Removes what killed processes left in a run folder, which this process owns, and says so.
+    """Remove what killed processes left in a run folder that this process owns, and say so.
 
     Other processes may write predictions, so what one of them is writing stays.
     """
@@ -98,7 +98,7 @@ def _temporary(folder: Path) -> list[Path]:
 
 
 def sweep_beside(out: Path, say: Callable[[str], None]) -> None:
-    """Removes the unfinished run folders that killed processes left beside `out`, and says so; no live process's."""
+    """Remove unfinished run folders of killed processes beside `out`, and say so."""
     if not out.parent.is_dir():
         return
     for folder in sorted(out.parent.iterdir()):

@@ -22,16 +22,16 @@ from keyhole.nn import Kept
 from keyhole.runs.checkpoint import read_tensors, write_tensors
 
 MIN_JOURNAL_PATCHES = 100_000
-"""Patches from which a piece of work is worth saving by itself."""
-SECONDS = 10.0
-"""Between two writes, so that small images cost nothing: what is done again is one image's pass, or so much."""
+"""Work on at least so many patches is saved by itself."""
+WRITE_SECONDS = 10.0
+"""Seconds between two writes, so that small images cost nothing. A run that is killed repeats one pass, or so much."""
 
 
 class SelectionJournal:
-    """What the images of the batch under way keep, as far as their passes are finished.
+    """The kept patches of the images of the current batch whose passes are finished.
 
     Args:
-        path: file in the run folder; there only in the middle of a long batch.
+        path: File in the run folder; it exists only in the middle of a long batch.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +40,7 @@ class SelectionJournal:
         self._kept: dict[int, Kept] = {}
 
     def begin(self, step: int, names: Sequence[str]) -> dict[int, Kept]:
-        """Starts with a batch; what its images keep, by place, where a killed run knew it already.
+        """Start with a batch; return what a killed run kept of its images, by their place in the batch.
 
         Raises:
             RunError: the file is damaged.
@@ -54,17 +54,17 @@ class SelectionJournal:
         return dict(self._kept)
 
     def add(self, row: int, kept: Kept) -> None:
-        """Notes what an image keeps, and writes it now and then.
+        """Add what an image keeps; it is written from time to time.
 
         Raises:
             OutputError: no space or permission.
         """
         self._kept[row] = kept
-        if time.monotonic() - self._written >= SECONDS:
+        if time.monotonic() - self._written >= WRITE_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is known, if there is anything."""
+        """Write what is known."""
         if not self._kept:
             return
         tensors: dict[str, torch.Tensor] = {}
@@ -76,7 +76,7 @@ class SelectionJournal:
         self._written = time.monotonic()
 
     def end(self) -> None:
-        """The batch is learned from; its journal is worth nothing any more."""
+        """Delete the journal of a batch that the model has learned from."""
         self._kept = {}
         self.path.unlink(missing_ok=True)
 
@@ -93,18 +93,18 @@ def _digest(text: bytes) -> bytes:
 
 
 class RowJournal:
-    """Rows of JSON, one for each thing done, appended to a file and there as soon as written.
+    """Rows of JSON, one for each result, appended to a file; each is on the disk when `add` returns.
 
     Args:
-        path: file in the run folder.
-        about: what the rows belong to; those of anything else are dropped.
+        path: File in the run folder.
+        about: What the rows belong to; rows of anything else are dropped.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path, self.about = path, dict(about)
 
     def read(self) -> list[dict[str, Any]]:
-        """The rows written before. One that a kill or a full disk cut off is cut away: the next row begins a line.
+        """Return the rows written before. A row that a kill or a full disk cut off is removed.
 
         Raises:
             RunError: a whole row is damaged.
@@ -143,5 +143,5 @@ class RowJournal:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Free space, then resume.") from error
 
     def end(self) -> None:
-        """All is done and kept elsewhere."""
+        """Delete the file: its results are kept elsewhere."""
         self.path.unlink(missing_ok=True)
