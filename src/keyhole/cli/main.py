@@ -40,9 +40,9 @@ USAGE_ERROR, INTERNAL_ERROR = 2, 70
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code; `argv` defaults to the process's own arguments."""
-    # Threads of arithmetic that spin while they wait take the cores from those that read and decode, and from whatever
-    # else runs on the machine; read when torch is loaded.
+    """Run one command line and return its exit code; `argv` defaults to the arguments of the process."""
+    # Arithmetic threads that spin while they wait take cores from the threads that read and decode. torch reads this
+    # when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug, arguments = _without_debug(list(sys.argv[1:] if argv is None else argv))
     _open_streams()
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        _drop_output()  # whoever read it has gone, as in `keyhole check | head`
+        _drop_output()  # nobody reads the output any more, as in `keyhole check | head`
         return BROKEN_PIPE_EXIT
     except KeyboardInterrupt:
         if debug:
@@ -110,9 +110,9 @@ def _help(verbs: Mapping[str, str]) -> str:
 
 
 def _open_streams() -> None:
-    """Opens the standard streams that the process was started without (`>&-`): the work is done all the same.
+    """Open the standard streams that the process was started without (`>&-`), on the null device.
 
-    Their numbers are taken too, or the next file to be opened would get one of them, and what a library prints.
+    Otherwise the next file that is opened would get one of their numbers, and with it what a library prints.
     """
     for number in range(3):
         try:
@@ -125,7 +125,7 @@ def _open_streams() -> None:
 
 
 def _without_debug(arguments: list[str]) -> tuple[bool, list[str]]:
-    """Takes `--debug` from anywhere before a `--`, after which everything is a file name."""
+    """Remove `--debug` from anywhere before a `--`, after which every word is a file name."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = [argument for argument in arguments[:end] if argument != "--debug"]
     return len(options) < end, options + arguments[end:]
@@ -137,7 +137,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, KeyholeError):
         return _say(str(error), USAGE_ERROR)
     if isinstance(error, OSError) and error.errno is not None:
-        # A full disk, a missing permission, a lost network share: the machine's state, not our fault.
+        # a full disk, a missing permission or a lost network share is the state of the machine, not a bug
         try:
             sys.stdout.flush()
         except OSError:
@@ -154,7 +154,7 @@ def _explain(error: Exception) -> int:
 
 
 def _drop_output() -> None:
-    """Lets go of what could not be written to standard output; else Python tries again at exit, and complains."""
+    """Discard what could not be written to standard output; otherwise Python tries again at exit and reports it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -94,7 +94,7 @@ def run(argv: list[str]) -> int:
         done = 0
         for _, prediction in predictor.predict_items(items, left_out=tell if skip else None):
             row = answers.write(prediction)
-            with contextlib.suppress(OSError):  # whoever read the lines may have gone; the files are still wanted
+            with contextlib.suppress(OSError):  # the lines may have no reader any more; the files are still written
                 print(_line(prediction), flush=True)
             done += 1
             yield row

@@ -1,4 +1,4 @@
-"""Weights and training state as safetensors: written whole or not at all, read back before the old file goes.
+"""Weights and training state as safetensors, written atomically and read back before the old file is replaced.
 
 No pickle is ever read. The description of a model travels in the header of its weights, so that one file is the truth;
 `model.json` beside it is the same text for people and other tools.
@@ -31,7 +31,7 @@ DIGEST, INFO_DIGEST = "keyhole.sha256", "keyhole.info_sha256"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Writes tensors with a JSON description to `path`, atomically, and compares what reached the disk.
+    """Write tensors with a JSON description to `path`, atomically, and compare what reached the disk.
 
     Raises:
         OutputError: no space or permission, or the disk gave back other bytes; the old file is untouched.
@@ -52,7 +52,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
 
 
 def read_tensors(path: Path, remedy: str = "Copy it again.") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors on the CPU and their description, both compared with the digest that was written with them.
+    """Return tensors on the CPU and their description, both compared with the digests that were written with them.
 
     Args:
         path: the file.
@@ -71,7 +71,7 @@ def read_tensors(path: Path, remedy: str = "Copy it again.") -> tuple[dict[str, 
 
 
 def read_info(path: Path, remedy: str = "Copy it again.") -> dict[str, Any]:
-    """The description alone, without reading the tensors.
+    """Return the description alone, without reading the tensors.
 
     Raises:
         RunError: as `read_tensors`.
@@ -109,7 +109,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def _opened(path: Path, framework: str = "pt", remedy: str = "Copy it again.") -> Iterator[Any]:
-    """An open safetensors file; whatever is wrong with it is a RunError."""
+    """Open a safetensors file; every fault of it is a RunError."""
     if not path.exists():
         raise RunError(f"{path}: there is no such file. Give a run folder, or the folder of a model.")
     if not path.is_file():
@@ -122,14 +122,14 @@ def _opened(path: Path, framework: str = "pt", remedy: str = "Copy it again.") -
 
 
 def save_model(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
-    """`model.safetensors` and `model.json`, which together are all that prediction needs."""
+    """Write `model.safetensors` and `model.json`, which together are all that prediction needs."""
     folder.mkdir(exist_ok=True)
     write_tensors(folder / "model.safetensors", model.state_dict(), info)
     write_atomic(folder / "model.json", json.dumps(info, indent=2) + "\n")
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> None:
-    """Everything that a run needs to go on as if it had not stopped."""
+    """Write everything that a run needs to go on as if it had not stopped."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for number, entry in optimizer.state_dict()["state"].items():
         for name, tensor in entry.items():
@@ -140,7 +140,7 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, p
 def load_state(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, remedy: str = "Copy it again."
 ) -> dict[str, Any]:
-    """Puts the state back and returns the progress that was stored with it."""
+    """Load a state into model and optimizer; return the progress that was stored with it."""
     tensors, progress = read_tensors(path, remedy)
     prefix = "model."
     load_weights(
@@ -160,7 +160,7 @@ def load_state(
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Strict: every weight of the model, in its shape, and none left over.
+    """Load every weight of the model; none may be missing, left over or of another shape.
 
     Raises:
         RunError: naming the file and what does not fit.
@@ -172,7 +172,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
 
 
 def load_encoder(encoder: nn.Module, path: Path) -> None:
-    """Loads the weights of an encoder alone (`--model.weights`).
+    """Load the weights of an encoder alone (`--model.weights`).
 
     Args:
         encoder: takes them.
@@ -202,12 +202,12 @@ def load_encoder(encoder: nn.Module, path: Path) -> None:
 
 
 def weights_file(path: Path) -> Path:
-    """The file at `path`, or the best model of a run or a folder. Raises RunError as `model_file`."""
+    """Return the file at `path`, or the best model of a run or a folder. Raises RunError as `model_file`."""
     return model_file(path) if path.is_dir() else path
 
 
 def model_file(folder: Path) -> Path:
-    """The best model of a run folder, or the model in a folder of its own.
+    """Return the file of the best model of a run folder, or of the model in a folder of its own.
 
     Raises:
         RunError: there is none.

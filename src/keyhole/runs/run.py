@@ -1,4 +1,4 @@
-"""The run folder: what is in it, how it comes to be, how it is read.
+"""The run folder and its files.
 
 RUN/config.yaml              resolved configuration, itself a valid --config
     manifest.csv             images, splits and labels used, with size and SHA-256 of every file
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """One mapping per finished epoch; a value that is undefined on the data is NaN."""
+        """One mapping per finished epoch; a value that is not defined on the data is NaN."""
         path, remedy = self.path / "metrics.csv", "Delete it and resume the run: it is written again."
         try:
             return [
@@ -119,7 +119,7 @@ class Run:
 
 
 def find_run(path: str | Path) -> Run:
-    """The run folder at `path`.
+    """Return the run folder at `path`.
 
     Raises:
         RunError: it does not exist or is not a run folder.
@@ -134,7 +134,7 @@ def find_run(path: str | Path) -> Run:
 
 
 def check_new(out: Path) -> None:
-    """Raises before any work is done if the run folder cannot be created.
+    """Check, before any work is done, that the run folder can be created.
 
     Raises:
         RunError: it exists.
@@ -153,7 +153,7 @@ def check_new(out: Path) -> None:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions, machine and command, for whoever reads the figures later."""
+    """Return versions, machine and command, for readers of the figures."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -173,12 +173,12 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `rows_text` to a file."""
+    """Write `rows_text` to a file."""
     write_atomic(path, rows_text(rows))
 
 
 def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A CSV whose columns are the keys of all rows, in order of appearance."""
+    """Return a CSV whose columns are the keys of all rows, in order of appearance."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -188,7 +188,7 @@ def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_rows(path: Path, remedy: str = "Restore it from a copy.", columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The rows of a CSV that the run wrote; none where there is no such file.
+    """Return the rows of a CSV that the run wrote; none if there is no such file.
 
     Args:
         path: the file.

@@ -1,6 +1,6 @@
-"""Whether the files of a run are still those that it wrote: compared with its state, before anything is done with them.
+"""Checks that the files of a run are those that it wrote, by comparing them with its state.
 
-A run that goes on with other settings, other images or another best model ends, without an error, somewhere else.
+Without them, a run that goes on with other settings, images or another best model would end elsewhere without an error.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def file_digest(path: Path) -> str:
 
 
 def read_state(run: Run) -> State:
-    """The state that was saved last, without its tensors."""
+    """Return the state that was saved last, without its tensors."""
     last = run.path / "last.safetensors"
     return State.from_json(read_info(last, RESTORE_OR_RETRAIN), last)
 
 
 def check_files(run: Run, state: State) -> list[str]:
-    """Compares the files of a run with its state, and writes again what is missing and known.
+    """Compare the files of a run with its state, and write missing files again where the state has their content.
 
     Returns:
         what was written again, one line each.
@@ -66,7 +66,7 @@ def check_files(run: Run, state: State) -> list[str]:
 
 
 def sealed_config(state: State) -> Config:
-    """The settings of a run, as its state has them."""
+    """Return the settings of a run, as its state has them."""
     return parse_config(state.config, "the run's state")
 
 
@@ -95,7 +95,7 @@ def more_epochs(state: State, epochs: int) -> str:
 def check_images(
     run: Path, manifest: Path, items: Sequence[Item], config: RunConfig, remedy: str, others: Sequence[str] = ()
 ) -> list[str]:
-    """Compares the files of images with what manifest.csv says of them, and reads each to its end for that.
+    """Compare the files of images with manifest.csv; each is read to its end.
 
     Where a run could not read all of its images (unreadable.csv, left_out.csv), they may have been copied again.
 
@@ -142,13 +142,13 @@ def check_images(
 
 
 def check_evaluated(run: Path, manifest: Manifest, config: RunConfig) -> list[str]:
-    """Compares the images that a run is evaluated on with its manifest.csv; returns and raises as `check_images`."""
+    """Compare the images that a run is evaluated on with its manifest.csv; returns and raises as `check_images`."""
     remedy = "Put the old files back, or evaluate the new ones as other data: --data."
     return check_images(run, run / "manifest.csv", manifest.items, config, remedy)
 
 
 def check_own_manifest(run: Path) -> None:
-    """Raises RunError if the best model or the manifest.csv in a run folder is not the run's."""
+    """Raise RunError if the best model or the manifest.csv in a run folder is not the run's."""
     _check_owner(run)
     digest = _best_info(run).get("manifest")
     if digest is not None:
@@ -160,7 +160,7 @@ def _best_info(run: Path) -> dict[str, Any]:
 
 
 def _check_owner(run: Path) -> None:
-    """Raises RunError if the best model is another run's; without a state that cannot be known."""
+    """Raise RunError if the best model is another run's; without a state that cannot be known."""
     if (run / "last.safetensors").is_file():
         state, info = read_state(Run(run)), _best_info(run)
         if info.get("run") != state.run:
@@ -173,7 +173,7 @@ def _item(row: Mapping[str, str]) -> Item:
 
 
 def check_manifest(path: Path, digest: str) -> None:
-    """Raises RunError if manifest.csv is not the one that was written at the start."""
+    """Raise RunError if manifest.csv is not the one that was written at the start."""
     if file_digest(path) != digest:
         raise RunError(f"{path}: changed since the run began: it is cut, damaged or edited. {RESTORE_OR_RETRAIN}")
 
@@ -215,7 +215,7 @@ def _check_metrics(path: Path, state: State) -> str:
 
 
 def _filled(row: Mapping[str, str]) -> dict[str, str]:
-    """The cells that hold something."""
+    """The cells that are not empty."""
     return {name: value for name, value in row.items() if value not in ("", "None")}
 
 
