@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +17,9 @@ from keyhole.data.item import Item
 from keyhole.errors import DataError
 from keyhole.inference.predictor import Predictor
 from keyhole.nn import total_loss
-from keyhole.report.table import TableRow, table_row, write_table
+from keyhole.report.table import TableRow, judge_rows, table_row, write_table
 from keyhole.runs.journal import MIN_JOURNAL_PATCHES, RowJournal
 from keyhole.tasks.evaluation import point_metrics
-from keyhole.tasks.learning import Learning, judge_task
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import Job
 from keyhole.training.setup import targets
@@ -133,21 +131,9 @@ def write_learning(job: Job, split: str, rows: Sequence[tuple[Item, TableRow]]) 
     rows = [(item, row) for item, row in rows if row.probability]
     if not rows:
         return
-    groups = [item.group for item, _ in rows]
     labels = job.manifest.targets([item for item, _ in rows])
-    learning = Learning(
-        f"the {len(rows)} {'validation' if split == 'val' else 'training'} images",
-        tuple(
-            judge_task(
-                task,
-                labels[task.name],
-                np.array([row.probability[task.name] for _, row in rows]),
-                [row.uneven[task.name] for _, row in rows],
-                groups,
-            )
-            for task in job.tasks
-        ),
-    )
+    where = f"the {len(rows)} {'validation' if split == 'val' else 'training'} images"
+    learning = judge_rows(job.tasks, labels, rows, where)
     path = job.run.path / "learning.json"
     if split == "val" and learning.learned is None and path.is_file():
         return
