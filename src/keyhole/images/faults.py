@@ -64,12 +64,10 @@ def faults_of(path: Path, what: str) -> Iterator[None]:
 
 
 def is_lost(path: Path, error: OSError) -> bool:
-    """Whether an error of the system or of a library means that the file cannot be reached."""
     return error.errno in LOST or (isinstance(error, FileNotFoundError) and not os.path.lexists(path))
 
 
 def lost(path: Path, error: OSError) -> ImageLost:
-    """The error for a file that the system cannot reach."""
     if isinstance(error, FileNotFoundError):
         return ImageLost(path, "no such file. Check the path.")
     return ImageLost(path, f"cannot be reached ({error.strerror or one_line(error)}). Is its disk or share there?")
@@ -77,11 +75,7 @@ def lost(path: Path, error: OSError) -> ImageLost:
 
 @contextmanager
 def passed_over(path: Path) -> Iterator[None]:
-    """Pass over a part of a file that cannot be decoded; reading its pixels reports what is wrong with it.
-
-    Raises:
-        ImageLost: the disk or share does not answer.
-    """
+    """Pass over a part of a file that cannot be decoded; reading it reports why. ImageLost is raised."""
     try:
         with faults_of(path, "damaged"):
             yield
@@ -92,15 +86,7 @@ def passed_over(path: Path) -> Iterator[None]:
 
 
 def check_reachable(path: Path, problem: str) -> None:
-    """Tell a lost file from a damaged one where a library gives only text.
-
-    Args:
-        path: the file or folder, which is tried.
-        problem: the library's text, which may have the words of a system error.
-
-    Raises:
-        ImageLost: the file or folder is gone, or does not answer.
-    """
+    """Raise ImageLost if the file or folder is gone, or a library's text has the words of such a system error."""
     try:
         for number in LOST - {errno.ENOENT}:
             if os.strerror(number).lower() in problem.lower():

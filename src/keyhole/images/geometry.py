@@ -1,4 +1,4 @@
-"""Sizes and boxes. Prefixes in names: `l0_` level-0 pixels, `lv_` pixels of a level, `g_` grid cells."""
+"""Sizes and boxes, and which boxes are read together. `l0_` level-0 pixels, `lv_` pixels of a level."""
 
 from __future__ import annotations
 
@@ -29,11 +29,7 @@ class Level(NamedTuple):
 
 
 def downsample_of(l0_size: Size, lv_size: Size) -> float:
-    """Level-0 pixels per pixel of a level, from the two sizes.
-
-    A level of half size has (w + 1) // 2 or w // 2 pixels, so the quotient of the sizes is not exactly 2. The result
-    is the whole number wherever rounding of the sizes explains the difference.
-    """
+    """Level-0 pixels per pixel of a level: the whole number where rounding of the sizes explains the difference."""
     quotient = (l0_size.width / lv_size.width + l0_size.height / lv_size.height) / 2
     whole = round(quotient)
     if whole >= 1 and all(abs(l0 / whole - lv) < 1 for l0, lv in zip(l0_size, lv_size, strict=True)):
@@ -44,8 +40,7 @@ def downsample_of(l0_size: Size, lv_size: Size) -> float:
 def same_shape(l0_size: Size, lv_size: Size) -> bool:
     """Whether the second can be a level of the first: smaller, by one factor in both directions.
 
-    Each side may be off by less than a pixel, however the writer rounded. A picture of other proportions is a label,
-    a macro picture or a level that would put patches in wrong places.
+    Each side may be off by less than a pixel, however the writer rounded.
     """
     if lv_size.width >= l0_size.width or lv_size.height > l0_size.height or min(lv_size) < 1:
         return False

@@ -1,8 +1,6 @@
 """An image of any size as a source of rectangular regions, and `open_image` that finds the reader.
 
-To add a format, subclass `Image`: implement `sniff(path, head)`, `__init__(path)` and `_read(box, level)`; declare
-`suffixes`; set `size`, `levels`, `mpp` and `channels`; override `close()` when a handle is held. Register the class
-under the entry-point group `keyhole.images`. docs/adding-a-reader.md has an example.
+docs/adding-a-reader.md shows how to add a format.
 """
 
 from __future__ import annotations
@@ -79,14 +77,10 @@ class Image(ABC):
     @classmethod
     @abstractmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
-        """Tell whether this reader is for a file. Never raises.
-
-        Args:
-            path: the file or folder.
-            head: its first 64 bytes; none for a folder.
+        """Tell whether this reader is for a file, of which `head` are the first 64 bytes (none for a folder).
 
         Returns:
-            True if `open_image` is to try this reader.
+            True if `open_image` is to try this reader. Never raises.
         """
 
     @abstractmethod
@@ -94,13 +88,9 @@ class Image(ABC):
         """Return pixels (h, w, c) uint8 of a box that lies wholly inside the level."""
 
     def settle_bits(self, given: int | None) -> None:  # noqa: B027 - most formats have 8 bits a value
-        """Decide how many bits of a stored value are in use, once, before anything is read.
+        """Decide how many bits of a stored value are in use (`given` by the user, or None) before anything is read.
 
-        Args:
-            given: what the user states, for a picture of 16 bits that does not state it.
-
-        Raises:
-            BitsUnknown: neither states it, and the values do not show it.
+        Raises BitsUnknown where neither the user nor the file states it, and the values do not show it.
         """
 
     def read(self, box: Box | tuple[int, int, int, int], level: int = 0) -> Pixels:
@@ -138,7 +128,7 @@ class Image(ABC):
         """Tell whether a level is stored in tiles, which `read_boxes` decodes once for all boxes.
 
         Returns:
-            The size of a tile, None where boxes are not cut from tiles as they are stored.
+            The size of a tile, or None.
         """
         return None
 
@@ -150,9 +140,6 @@ class Image(ABC):
             level: index into `levels`.
             out: a target (h, w, c) for each box; views of any strides.
             uses: where this is one of many calls of a pass, returns how many boxes of the pass touch a tile.
-
-        Raises:
-            ImageError, ImageLost: as for `read`.
         """
         for start, stop, around in runs_of(boxes):
             region = self.read(around, level)
@@ -165,7 +152,7 @@ class Image(ABC):
         """Tell whether `jpeg_tiles` gives the tiles of a level, for a decoder on another device.
 
         Returns:
-            The size of a tile, None where it does not.
+            The size of a tile, or None.
         """
         return None
 
@@ -173,15 +160,12 @@ class Image(ABC):
         """Give tiles as JPEG files, from which any decoder makes what `read` gives.
 
         Args:
-            cells: (k, 2) column and row of each tile, in any order. Tiles side by side are read together.
+            cells: (k, 2) column and row of each tile, in any order.
             level: one that has a `jpeg_tiling`.
             colors: what the samples may mean, of "grey", "rgb" and "ycbcr".
 
         Returns:
             (k) one file each, None for a tile that is missing, damaged, of other colours, or reaches over the image.
-
-        Raises:
-            ImageError, ImageLost: they cannot be read.
         """
         raise NotImplementedError
 
@@ -285,11 +269,7 @@ def open_image(path: str | Path, bits: int | None = None) -> Image:
 
 @functools.cache
 def readers() -> tuple[type[Image], ...]:
-    """The registered readers, highest priority first; found once per process.
-
-    Raises:
-        ConfigError: a registered reader cannot be imported.
-    """
+    """The registered readers, highest priority first; ConfigError where one cannot be imported."""
     found: list[type[Image]] = []
     for entry in metadata.entry_points(group=GROUP):
         try:
@@ -308,7 +288,6 @@ def image_suffixes() -> frozenset[str]:
 
 
 def folder_suffixes() -> frozenset[str]:
-    """Suffixes of folders that are one image each."""
     return frozenset(suffix for reader in readers() for suffix in reader.folder_suffixes)
 
 
@@ -347,7 +326,6 @@ _OTHER_KINDS = {
 
 
 def _why_unread(path: Path, head: bytes) -> str:
-    """What a file that no reader claims holds, and what to do."""
     names = ", ".join(sorted({reader.__name__ for reader in readers()})) or "none: install keyhole with pip"
     if not head:
         return f"a folder, neither an image file nor OME-Zarr. Name the file inside (readers: {names})."

@@ -17,13 +17,10 @@ _FRAME_KINDS = {0xC3: "lossless", 0xC7: "lossless", 0xC9: "arithmetic", 0xCA: "a
 
 
 def is_frame(marker: int) -> bool:
-    """Whether a marker begins a frame header (SOF)."""
     return 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES
 
 
 class Frame(NamedTuple):
-    """The frame header of a JPEG."""
-
     bits: int
     height: int
     width: int
@@ -105,13 +102,7 @@ def stored_colors(pieces: list[tuple[int, bytes]]) -> Colors:
 
 
 class Head(NamedTuple):
-    """A JPEG up to its data, put together from the tables of a TIFF page and a tile of it.
-
-    Attributes:
-        stored: how many bytes of the tile it takes the place of.
-        data: the bytes to put there.
-        color: what its samples mean.
-    """
+    """A JPEG up to its data: `data` takes the place of the `stored` bytes of a tile; `color` is what samples mean."""
 
     stored: bytes
     data: bytes
@@ -119,7 +110,7 @@ class Head(NamedTuple):
 
 
 def merged_head(tables: bytes, tile: bytes, size: Size, samples: int, rgb: bool) -> Head | None:
-    """The header of a tile with the tables of its page and an Adobe marker; None if it is not plain and of this size.
+    """The header of a tile with the tables of its page and an Adobe marker; None if not plain and of this size.
 
     `rgb`: whether the page states that the samples are red, green and blue.
     """

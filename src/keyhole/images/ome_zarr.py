@@ -19,13 +19,7 @@ _RGB = ("FF0000", "00FF00", "0000FF")
 
 @dataclass(frozen=True)
 class Picture:
-    """Arrays of one picture, largest first.
-
-    Attributes:
-        axes: one letter for each dimension, "y" and "x" among them.
-        channels: 1 or 3.
-        bits: in use of a value, where the metadata state fewer than are stored.
-    """
+    """Arrays of one picture, largest first; `axes` has a letter for each dimension, `bits` those in use if stated."""
 
     arrays: tuple[ZarrArray, ...]
     axes: str
@@ -38,11 +32,7 @@ class Picture:
 
 
 def picture_of(path: Path) -> Picture:
-    """The picture in a zarr folder.
-
-    Raises:
-        ImageError: plates, label images, stacks, several channels, or metadata that is missing.
-    """
+    """The picture in a zarr folder; ImageError for plates, label images, stacks and missing metadata."""
     root = path.absolute()
     node = open_node(root, root)
     if isinstance(node, ZarrArray):

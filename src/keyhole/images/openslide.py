@@ -23,25 +23,16 @@ if TYPE_CHECKING:
     from openslide import OpenSlide, OpenSlideCache
 
 CACHE_BYTES = 32 * 2**20
-"""Decoded tiles that OpenSlide keeps for the whole process; by default it keeps as many for each handle."""
+"""Decoded tiles that OpenSlide keeps for the whole process."""
 _SUFFIXES = frozenset({".mrxs", ".vms", ".vmu", ".svslide", ".czi", ".dcm"})
 
 
 class OpenSlideImage(Image):
     """Every format of OpenSlide: Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, DICOM, Aperio.
 
-    `TiffImage` reads plain TIFF, OME-TIFF and Aperio SVS (JPEG): it gives the same pixels about three times as fast,
-    and a handle survives its errors. OpenSlide reads TIFFs with layouts, overlaps or colours of their own: Hamamatsu
-    (NDPI), Leica (SCN), Philips, Trestle, Ventana (BIF), and Aperio's JPEG 2000.
-
-    Transparent parts, which were not scanned, become white. Where a level's downsample is not a whole number,
-    OpenSlide places a region to the nearest level-0 pixel and blends: at most half a level-0 pixel off. Levels whose
-    size is not level 0's by one factor are left out. Microns per pixel are the maker's; None, and `mpp_note` says why,
-    where pixels are not square, the value is outside 0.02 ... 100, or Aperio's description contradicts the TIFF's tags.
-
-    Raises:
-        ImageError: not a slide that OpenSlide reads, damaged, or with a tile of more than 64 Mpx.
-        ImageLost: the file is gone, or its disk or share does not answer.
+    `TiffImage` reads plain TIFF, OME-TIFF and Aperio SVS (JPEG) about three times as fast, and its handle survives
+    errors. Parts that were not scanned become white. Where a level's downsample is not a whole number, OpenSlide
+    places a region to the nearest level-0 pixel and blends. `mpp` is the maker's.
     """
 
     priority: ClassVar[int] = 10
@@ -140,7 +131,6 @@ def _cache() -> OpenSlideCache:
 
 
 def _check_declared(path: Path, properties: Mapping[str, str], levels: int) -> None:
-    """Check the size of the tiles that a slide declares, TIFF or not, before one is decoded."""
     for level in range(levels):
         sides = [properties.get(f"openslide.level[{level}].tile-{side}", "") for side in ("width", "height")]
         if all(side.isdigit() for side in sides):
@@ -148,16 +138,13 @@ def _check_declared(path: Path, properties: Mapping[str, str], levels: int) -> N
 
 
 def _bounds_corner(properties: Mapping[str, str]) -> tuple[int, int]:
-    """Where the scanned part begins; QuPath crops a slide to it and counts from there."""
+    """Where the scanned part begins, from which QuPath counts."""
     x, y = (properties.get(f"openslide.bounds-{axis}", "0") for axis in "xy")
     return (int(x), int(y)) if x.isdigit() and y.isdigit() else (0, 0)
 
 
 def planes(properties: Mapping[str, str], depth: int) -> str:
-    """A note on a slide with several planes or points in time, of which OpenSlide reads one.
-
-    Zeiss's `properties` have the numbers; `depth` is the number of planes that is known from elsewhere.
-    """
+    """A note on a slide of several planes (`depth`, or Zeiss's) or points in time, of which OpenSlide reads one."""
     counts = {axis: properties.get(f"zeiss.Information.Image.Size{axis.upper()}", "1") for axis in "zt"}
     counts["z"] = str(depth) if depth > 1 else counts["z"]
     many = [f"{count} along {axis}" for axis, count in counts.items() if count.isdigit() and int(count) > 1]
@@ -173,7 +160,6 @@ def check_bits(path: Path, properties: Mapping[str, str]) -> None:
 
 
 def _scale(properties: Mapping[str, str]) -> Scale:
-    """The scale that the maker's metadata states; Aperio's only if the TIFF's own tags do not contradict it."""
     scale = plausible_scale(properties.get("openslide.mpp-x"), properties.get("openslide.mpp-y"))
     if properties.get("openslide.vendor") != "aperio":
         return scale

@@ -50,17 +50,10 @@ def _plugins(head: bytes) -> tuple[str, ...]:
 
 
 class PillowImage(Image):
-    """A picture that Pillow reads. Opening reads the header; the first read decodes the whole picture.
-
-    It stays in memory until the image is closed: up to 268 MB for each open picture, by the limit below.
+    """A picture that Pillow reads: decoded whole at the first read, held until the image is closed (up to 268 MB).
 
     EXIF orientation is obeyed. Grey stays one channel, all else becomes RGB: palettes are applied, transparency is
-    composited onto white, other bits than 8 are scaled to 8. CRC sums of a PNG are checked. The resolution of such a
-    file is not that of what it shows: `mpp` is None.
-
-    Raises:
-        ImageError: damaged, an animation, or more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
-        ImageLost: the file is gone, or its disk or share does not answer.
+    composited onto white, other bits than 8 are scaled to 8. CRC sums of a PNG are checked. `mpp` is None.
     """
 
     priority: ClassVar[int] = 0
@@ -130,7 +123,6 @@ class PillowImage(Image):
             self.bits = settled_bits(self.path, given, self._values())
 
     def _values(self) -> Iterator[NDArray[Any]]:
-        """The colours as they are stored, to find how many bits they use."""
         assert self._stored is not None
         with faults_of(self.path, "damaged: it cannot be decoded"), self._open() as picture:
             yield values_of(self.path, picture, self._stored)[..., : self._stored.colors]
@@ -194,14 +186,12 @@ def eight_bit_pixels(picture: Picture) -> Pixels:
 
 
 def _orientation(picture: Picture, path: Path) -> int:
-    """The EXIF orientation, without decoding."""
     if picture.format == "PNG" and "exif" not in picture.info and not _png_has(path, b"eXIf"):
         return 1  # Pillow would decode the whole picture to look for it behind the pixels
     return valid_orientation(picture.getexif().get(_ORIENTATION, 1))
 
 
 def _png_has(path: Path, kind: bytes) -> bool:
-    """Whether a PNG has a chunk of this kind anywhere."""
     with path.open("rb") as file:
         file.seek(8)
         while len(header := file.read(8)) == 8 and header[4:] != b"IEND":
@@ -212,14 +202,8 @@ def _png_has(path: Path, kind: bytes) -> bool:
 
 
 def image_in_memory(picture: NDArray[Any] | Picture) -> ArrayImage:
-    """The picture as `open_image` gives one from a file: upright, on white where it is transparent.
-
-    Args:
-        picture: uint8 (h, w, 3), (h, w, 1) or (h, w); or a Pillow picture, of any mode with 8 bits a value.
-
-    Raises:
-        ImageError: anything else; the message says what was expected and what came.
-    """
+    """The picture as `open_image` gives one from a file: upright, on white; ImageError for anything but a Pillow
+    picture of 8 bits a value or a uint8 array (h, w, 3), (h, w, 1) or (h, w)."""
     import PIL.Image
 
     if isinstance(picture, PIL.Image.Image):

@@ -18,19 +18,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 _HEAD_BYTES = {"PNG": 32, "PPM": 2**12, "JPEG2000": 2**20}
-"""Bytes in which the header is searched; that of a codestream may follow a colour profile."""
+"""Bytes in which the header is searched; a colour profile may come before."""
 _SIZ = b"\xff\x4f\xff\x51"
-"""Start of a JPEG 2000 codestream, with the marker of its size."""
 
 
 class Stored(NamedTuple):
-    """How a picture's values are stored.
-
-    Attributes:
-        bits: of a value; of 16, fewer may be in use.
-        colors: 1 or 3; alpha may follow.
-        says_bits: whether the file states how many bits are in use.
-    """
+    """How a picture's values are stored: `bits` of a value, of 1 or 3 `colors` (alpha may follow)."""
 
     bits: int
     colors: int
@@ -38,11 +31,7 @@ class Stored(NamedTuple):
 
 
 def stored_as(path: Path, picture: Picture) -> Stored | None:
-    """How a picture is stored that `values_of` has to decode; None for those that Pillow decodes correctly.
-
-    Raises:
-        ValueError: a kind that is not read, with the reason.
-    """
+    """How a picture is stored that `values_of` has to decode; None where Pillow is right, ValueError if not read."""
     if picture.format not in _HEAD_BYTES:
         return None
     with path.open("rb") as file:

@@ -1,9 +1,7 @@
 """From whatever a file stores to the (h, w, 1 or 3) uint8 of an `Image`: one rule for all readers.
 
-Bits in use: a camera of 12 bits writes files of 16, which would be nearly black. What a file states is taken where it
-is fewer bits than its values are stored in. A file of 16 bits that states nothing is read as such only where a value
-shows that the highest bit is in use; else the user has to state them. So every image of a data set is scaled by what
-holds for all of them, and never by its own range, and a model sees new images as it saw those that it learned from.
+A camera of 12 bits writes files of 16, which would be nearly black. The bits in use are what a file states, else 16
+where a value uses the highest bit, else what the user states: an image is never scaled by its own range.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from keyhole.images.geometry import Box, Size
 Pixels = NDArray[np.uint8]
 
 DEEP = 16
-"""Bits of a stored value of which fewer may be in use. Other numbers, such as 12, are stated by the file."""
+"""Bits of a stored value of which fewer may be in use."""
 MAX_VALUES_SEARCHED = 64 * 2**20
 """Values that are searched for one that shows that all bits are in use."""
 
@@ -45,7 +43,6 @@ def valid_orientation(value: object) -> int:
 
 
 def upright_size(stored: Size, orientation: int) -> Size:
-    """Size of the picture as it is to be seen."""
     return Size(stored.height, stored.width) if _TURNS[orientation][0] else stored
 
 
@@ -74,10 +71,9 @@ class ValueTooLarge(ValueError):  # noqa: N818 - names the problem
 
 
 def eight_bit(values: NDArray[np.unsignedinteger | np.bool_], bits: int) -> Pixels:
-    """Scale grey values of `bits` bits to 8, rounded to nearest: 0 stays 0, and white (2**bits - 1) becomes 255.
+    """Scale grey values of `bits` bits to 8, rounded to nearest: white (2**bits - 1) becomes 255.
 
-    Raises:
-        ValueTooLarge: a value that `bits` bits cannot hold.
+    Raises ValueTooLarge for a value that `bits` bits cannot hold.
     """
     if bits == 8 and values.dtype == np.uint8:
         return values.astype(np.uint8, copy=False)
@@ -91,7 +87,6 @@ def eight_bit(values: NDArray[np.unsignedinteger | np.bool_], bits: int) -> Pixe
 
 @functools.cache
 def _table(bits: int) -> Pixels:
-    """The 8-bit value of each value of `bits` bits."""
     white = 2**bits - 1
     table: Pixels = ((np.arange(white + 1) * 510 + white) // (2 * white)).astype(np.uint8)
     table.flags.writeable = False  # one for all callers
@@ -99,11 +94,7 @@ def _table(bits: int) -> Pixels:
 
 
 def on_white(pixels: Pixels, associated: bool = False) -> Pixels:
-    """(h, w, c + 1) with alpha last -> (h, w, c) composited onto white, rounded to nearest.
-
-    Args:
-        associated: the colours are already multiplied by alpha.
-    """
+    """(h, w, c + 1) with alpha last -> (h, w, c) on white; `associated` colours are already multiplied by alpha."""
     color, alpha = pixels[..., :-1], pixels[..., -1:]
     if alpha.size and alpha.min() == 255:
         return color
@@ -122,10 +113,7 @@ def straight(pixels: Pixels, alpha: Pixels) -> Pixels:
 
 
 def bits_of_largest(largest: float | None) -> int | None:
-    """Bits in use by the largest value that a file states: 12 for 4095; None where it is not a power of two less one.
-
-    Such a value is a property of the camera; any other is the largest of one picture only.
-    """
+    """Bits in use by the largest value that a file states: 12 for 4095; None for one that is no camera's white."""
     if largest is None or largest != int(largest):
         return None
     bits = int(largest).bit_length()
@@ -133,15 +121,9 @@ def bits_of_largest(largest: float | None) -> int | None:
 
 
 def settled_bits(path: Path, given: int | None, parts: Iterable[NDArray[Any]]) -> int:
-    """Bits in use of a picture of 16 bits that states nothing.
+    """Bits in use of a picture of 16 bits that states nothing: those given, else all if a value of `parts` shows it.
 
-    Args:
-        path: the file, for the error.
-        given: what the user states.
-        parts: its values, in parts; read until one shows that the highest bit is in use.
-
-    Raises:
-        BitsUnknown: neither states them, and the values do not show it.
+    Raises BitsUnknown where neither states them, and the values do not show it.
     """
     if given is not None:
         return given
@@ -158,10 +140,7 @@ def settled_bits(path: Path, given: int | None, parts: Iterable[NDArray[Any]]) -
 
 
 def scaled(values: NDArray[Any], bits: int, colors: int, stored: int = DEEP) -> Pixels:
-    """(h, w, 1 or 3) from (h, w, samples), composited onto white where there is a sample more than `colors`.
-
-    `bits` of the `stored` bits are in use; alpha may use all of them.
-    """
+    """(h, w, 1 or 3) from (h, w, samples), `bits` of `stored` in use; a sample beyond `colors` is alpha, on white."""
     pixels = eight_bit(values[..., :colors], bits)
     if values.shape[-1] == colors:
         return pixels

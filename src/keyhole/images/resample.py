@@ -1,4 +1,4 @@
-"""Pixels at another resolution than a level's: patches by Pillow's bicubic filter, and a thumbnail of an image."""
+"""Patches at another resolution than a level's, by Pillow's bicubic filter, and a thumbnail of an image."""
 
 from __future__ import annotations
 
@@ -20,12 +20,9 @@ _BAND_BYTES = 32 * 2**20
 
 
 def spans(start: Index, size: int, ratio: float) -> tuple[Index, Index]:
-    """Along one axis, the first level pixel that patches of `size` need, filter included, and the one behind the last.
+    """The first level pixel that patches of `size` output pixels from `start` need, and the one behind the last.
 
-    Args:
-        start: where the patches begin, in output pixels (k,).
-        size: of a patch, in output pixels.
-        ratio: level pixels per output pixel.
+    `ratio` is level pixels per output pixel; the filter is included.
     """
     reach = SUPPORT * max(ratio, 1.0)
     low, high = np.floor(start * ratio - reach) - 1, np.ceil((start + size) * ratio + reach) + 1
@@ -39,9 +36,7 @@ def inside(low: Index, high: Index, extent: int) -> tuple[Index, Index]:
 
 
 def surroundings(region: Pixels, corner: tuple[int, int], needed: Box, lv_size: Size) -> Pixels:
-    """The pixels of `needed`, cut from a `region` of the level that begins at `corner`; outside the image its border
-    pixels are repeated.
-    """
+    """The pixels of `needed`, from a `region` that begins at `corner`; outside the image its border is repeated."""
     columns = np.arange(needed.x, needed.x + needed.width).clip(0, lv_size.width - 1) - corner[0]
     lines = np.arange(needed.y, needed.y + needed.height).clip(0, lv_size.height - 1) - corner[1]
     crop = region[lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
@@ -49,32 +44,14 @@ def surroundings(region: Pixels, corner: tuple[int, int], needed: Box, lv_size: 
 
 
 def resample(pixels: Pixels, corner: tuple[float, float], side: float, size: int) -> Pixels:
-    """One patch (size, size, c) from a square of `pixels`.
-
-    Args:
-        pixels: the square and as much around it as the filter reaches.
-        corner: x and y of the square in `pixels`.
-        side: of the square.
-        size: of the patch.
-    """
+    """One patch (size, size, c) from the square of `side` at `corner` (x, y) of `pixels`."""
     picture = PIL.Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
     box = (*corner, corner[0] + side, corner[1] + side)
     return np.asarray(picture.resize((size, size), PIL.Image.Resampling.BICUBIC, box=box)).reshape(size, size, -1)
 
 
 def thumbnail(image: Image, side: int = 512) -> tuple[Pixels, float]:
-    """The image with its longest side at most `side` pixels, from the smallest level that is large enough.
-
-    Args:
-        image: read in bands, so that memory stays bounded where only level 0 exists.
-        side: pixels.
-
-    Returns:
-        (h, w, c) uint8, and level-0 pixels per pixel of it.
-
-    Raises:
-        ImageError: the file is damaged.
-    """
+    """The image (h, w, c) with its longest side at most `side` pixels, and level-0 pixels per pixel of it."""
     level = max((i for i, level in enumerate(image.levels) if max(level.size) >= side), default=0)
     lv_width, lv_height = image.levels[level].size
     step = max(1, max(lv_width, lv_height) // (2 * side))  # averaged here, the last factor of two by Pillow

@@ -55,11 +55,7 @@ def plausible_scale(
 
 
 def given_scale(mpp: object) -> float:
-    """Check microns per pixel that a user gives instead of the file's, by the same rule.
-
-    Raises:
-        ConfigError: not a number, or outside what a microscope or slide scanner writes.
-    """
+    """Check microns per pixel that a user gives instead of the file's, by the same rule; else ConfigError."""
     scale = plausible_scale(mpp, mpp)
     if scale.mpp is None:
         raise ConfigError(
@@ -74,7 +70,7 @@ def same_scale(one: float, other: float) -> bool:
 
 
 def agreed(text: Scale, tag: Scale) -> Scale:
-    """Return the first of two statements in one file, unless they contradict each other."""
+    """The first of two statements in one file, unless they contradict each other."""
     if text.mpp is not None and tag.mpp is not None and not same_scale(text.mpp, tag.mpp):
         return Scale(None, f"the file's description says {text.mpp:.4g}, its resolution tag {tag.mpp:.4g} um per pixel")
     return text if text != Scale() else tag

@@ -36,7 +36,7 @@ from keyhole.images.tiles import TiledImage
 from keyhole.util.threads import beat
 
 _MAX_GAP_BYTES = 4096
-"""Bytes between two tiles that are read with them: alignment, or another writer's marks."""
+"""Bytes between two tiles that are read with them."""
 _MAX_READ_BYTES = 2**20
 """Encoded bytes that a thread reads at once."""
 
@@ -45,20 +45,10 @@ class TiffImage(TiledImage):
     """TIFF and BigTIFF: tiled or striped, pyramids (SubIFDs or a chain of pages), OME-TIFF, Aperio SVS.
 
     Compression none, PackBits, LZW, Deflate, LZMA, Zstd, CCITT, JPEG, JPEG 2000 and WebP; grey (also inverted), RGB,
-    CMYK and palette of 1 to 8 bits, grey and RGB of up to 16 bits, scaled to 8.
-    Alpha is composited onto white; other extra samples are left out. The orientation tag is obeyed. A region costs the
-    tiles or strips it touches, decoded in the calling thread; a missing tile is background.
-    Of a file with several pictures the first is read. Levels are the smaller pages whose size is level 0's by one
-    factor.
+    CMYK and palette of 1 to 8 bits, grey and RGB of up to 16 bits, scaled to 8. Alpha is composited onto white, the
+    orientation tag obeyed; a missing tile is background. Of several pictures the first is read.
 
-    Microns per pixel come from OME-XML (in µm where no unit is written, as its schema says), from Aperio's
-    description or from the resolution tags, if those can be a microscope's. They are None, and `mpp_note` says why,
-    where pixels are not square, the unit is not one of length, the value is outside 0.02 ... 100, or two statements
-    differ by more than 1 %.
-
-    Raises:
-        ImageError: damaged, cut off, a tile of more than 64 Mpx, or a kind not listed here.
-        ImageLost: the file is gone, or its disk or share does not answer.
+    `mpp` comes from OME-XML, Aperio's description or the resolution tags, if those can be a microscope's.
     """
 
     priority: ClassVar[int] = 20
@@ -182,7 +172,7 @@ class TiffImage(TiledImage):
         return list(zip(offsets, counts, strict=True))
 
     def _table(self, page: TiffLevel, level: int, block: int, last: int) -> NDArray[np.int64]:
-        """A block of the tables of segments, (2, up to BLOCK): offsets and counts, at least up to entry `last`."""
+        """A block of the tables, (2, up to BLOCK): offsets and counts, at least up to entry `last`."""
         places = TILE_CACHE.get(self._owner, ("places", level, block))
         if places is None:
             start = block * BLOCK
@@ -217,7 +207,6 @@ class TiffImage(TiledImage):
                 yield data if len(data) == count > 0 else self._bytes(offset, count)
 
     def _pread(self, count: int, offset: int) -> bytes:
-        """Bytes of the file, fewer at its end."""
         if hasattr(os, "pread"):
             return os.pread(self._file.fileno(), count, offset)
         with self._file_lock:

@@ -1,11 +1,7 @@
-"""A TIFF's structure, checked before anything is decoded, and the places of its tiles, left in the file.
+"""Check a TIFF's structure before anything is decoded, and leave the places of its tiles in the file.
 
-A hostile or damaged file otherwise costs the process: a chain of pages that loops or leaves the file, a tile that
-declares gigabytes in a few bytes.
-
-A slide lists 250,000 tiles. tifffile reads the tables of every page into tuples of Python integers, some 20 MB while
-such a slide is opened, and arrays of them cost each open handle 4 MB. Here tifffile is shown a file whose long tables
-have one entry, and a `TileTable` reads the entries that are needed, a block at a time.
+A slide lists 250,000 tiles. tifffile reads the tables of every page into tuples, some 20 MB while such a slide is
+opened; it is shown a file whose long tables have one entry, and a `TileTable` reads the entries that are needed.
 """
 
 from __future__ import annotations
@@ -31,11 +27,11 @@ from keyhole.images.geometry import Size
 warnings.filterwarnings("ignore", module=r"tifffile\.")
 
 MAX_PAGES = 4096
-"""More pages than any slide has; a file with more is a film or damaged."""
+"""More pages than any slide has."""
 MAX_SEGMENT_PIXELS = 64 * 2**20
-"""Pixels of one tile or strip, which is decoded whole. 64 Mpx are 200 MB in RGB."""
+"""Pixels of one tile or strip, which is decoded whole: 200 MB in RGB."""
 MAX_LOADED_ENTRIES = 1024
-"""Entries of a table up to which tifffile reads it, and repairs it; longer ones stay in the file."""
+"""Entries of a table up to which tifffile reads it, and repairs it."""
 BLOCK = 1024
 """Entries of a table that are read at a time for a tile."""
 CONVERT = "Convert it to a tiled pyramid: vips tiffsave IN.tif OUT.tif --tile --pyramid --compression jpeg --bigtiff"
@@ -55,14 +51,7 @@ Pread = Callable[[int, int], bytes]
 
 @dataclass(frozen=True)
 class TileTable:
-    """The numbers of one tag, in the file or, if few, in memory.
-
-    Attributes:
-        count: how many numbers there are.
-        at: byte of the file where they begin.
-        dtype: how they are stored.
-        values: int64, instead of those in the file.
-    """
+    """The numbers of one tag: in the file, `count` of `dtype` from the byte `at`, or, if few, in memory (`values`)."""
 
     count: int
     at: int = 0
@@ -84,14 +73,9 @@ class TileTable:
 
 
 class ShortTables:
-    """A TIFF open for reading in which every long table of tiles or strips seems to have one entry.
+    """A TIFF in which every long table of tiles or strips seems to have one entry; the caller closes `file`.
 
-    Args:
-        path: the file, for messages.
-        file: open; whoever opened it closes it.
-
-    Raises:
-        ImageError: the chain of pages does not end, leaves the file, or has no page.
+    Raises ImageError where the chain of pages does not end, leaves the file, or has no page.
     """
 
     def __init__(self, path: Path, file: io.BufferedReader) -> None:
@@ -226,10 +210,7 @@ def is_tiff(head: bytes) -> bool:
 
 @contextmanager
 def open_pages(path: Path) -> Iterator[tuple[Any, ShortTables]]:
-    """A tifffile.TiffFile whose chain of pages is sound, closed at the end, and the file with its tables of tiles.
-
-    All faults inside become ImageError.
-    """
+    """A tifffile.TiffFile whose chain of pages is sound, and the file with its tables; faults become ImageError."""
     import tifffile
 
     # Its remarks on odd tags have no handler and would go to stderr; what matters is checked here.
@@ -241,7 +222,7 @@ def open_pages(path: Path) -> Iterator[tuple[Any, ShortTables]]:
 
 
 def vendor_of(path: Path) -> str | None:
-    """The maker of a slide that is TIFF underneath but not plain TIFF; OpenSlide reads such a file. Never raises."""
+    """The maker of a slide that OpenSlide reads, although it is TIFF underneath. Never raises."""
     if path.suffix.lower() in (".ndpi", ".bif", ".scn"):
         return path.suffix.lower()
     try:
@@ -262,7 +243,6 @@ def vendor_of(path: Path) -> str | None:
 
 
 def page_size(page: Any) -> Size:
-    """(width, height) of a tifffile page."""
     return Size(int(page.imagewidth), int(page.imagelength))
 
 

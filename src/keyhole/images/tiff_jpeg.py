@@ -21,16 +21,7 @@ _PADDING = 16
 
 
 class JpegTiles:
-    """How the JPEG tiles of a page are decoded and streamed.
-
-    Args:
-        page: of tifffile, compressed with JPEG.
-        size: of a tile.
-        samples: of a pixel.
-
-    Attributes:
-        plain: whether these methods can be used for the page; tifffile's decoder takes all others.
-    """
+    """How JPEG tiles of `size` on a tifffile page are decoded and streamed; tifffile decodes where not `plain`."""
 
     def __init__(self, page: Any, size: Size, samples: int) -> None:
         photometric = int(page.photometric)

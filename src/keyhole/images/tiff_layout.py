@@ -113,11 +113,7 @@ class TiffLayout:
 
 
 def read_layout(path: Path) -> TiffLayout:
-    """Levels, scale and orientation of a TIFF.
-
-    Raises:
-        ImageError: damaged, cut off, hostile, or of a kind that is not read, with the way to convert it.
-    """
+    """Levels, scale and orientation of a TIFF; ImageError for a kind that is not read says how to convert it."""
     with open_pages(path) as (tif, short):
         description = tif.pages.first.description
         ome = ome_pixels(description) if tif.pages.first.is_ome else None
@@ -152,7 +148,7 @@ def _unread_note(tif: Any, main: Any, levels: Sequence[Any]) -> str:
 def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
     """The smaller copies of the page `main`, largest first: its SubIFDs, or else the pages behind it.
 
-    Labels, macro pictures and thumbnails are no levels: they have other proportions, or (Aperio) are not tiled.
+    Labels, macro pictures and thumbnails have other proportions, or (Aperio) are not tiled.
     """
     candidates = short.subpages(tif, main)
     if not main.subifds and len(tif.pages) > 1 and main.index == 0:

@@ -14,7 +14,7 @@ from keyhole.images.pixels import DEEP, bits_of_largest
 from keyhole.images.scale import TO_MICRONS, Scale, plausible_scale
 
 _MICROSCOPE_MPP = 0.05, 20.0
-"""Microns per pixel of a resolution tag that can be a microscope's: 72 or 300 dpi are what any program writes."""
+"""Microns per pixel of a resolution tag that can be a microscope's: any program writes 72 or 300 dpi."""
 
 
 _IMAGEJ_AXES = ("channels", "slices", "frames")
@@ -109,7 +109,6 @@ def aperio_scale(description: str) -> Scale:
 
 
 def resolution_scale(page: Any) -> Scale:
-    """From the resolution tags of a tifffile page."""
     x, y = page.tags.valueof(282), page.tags.valueof(283)
     if x is None or y is None or not (x[1] and y[1]):
         return Scale()

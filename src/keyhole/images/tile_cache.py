@@ -14,18 +14,16 @@ from numpy.typing import NDArray
 from keyhole.images.pixels import Pixels
 
 MAX_RECENT_BYTES = 32 * 2**20
-"""Bytes that are kept in the whole process: a row of strips of two wide images. A larger array is kept alone."""
+"""Bytes that are kept in the whole process: a row of strips of two wide images."""
 MAX_SHARED_BYTES = 96 * 2**20
-"""Bytes of tiles that are kept for the next row of patches: a row of 500 tiles of 256 pixels in RGB, so that of a slide
-of 128,000 pixels. Tiles are dropped after their last use, so that an aligned grid keeps none."""
+"""Bytes of tiles that are kept for the next row of patches: a row of 500 tiles of 256 pixels in RGB."""
 MIN_KEPT_BYTES = 2**20
 """Decoded bytes from which every tile or chunk is kept."""
 MIN_ALONE_BYTES = 2**24
-"""Decoded bytes from which tiles are decoded one after the other in the whole process: memory is for one of them."""
+"""Decoded bytes from which tiles are decoded one after the other in the whole process."""
 
 _SPARED = 8
-"""One of this many tiles beyond the limit replaces the oldest; the others are not kept. A row that does not fit would
-otherwise push out every tile just before its use."""
+"""One of this many tiles beyond the limit replaces the oldest: a row that does not fit would push out all others."""
 _MAX_COUNTED_TILES = 4096
 """Tiles that are not kept whose remaining uses are counted."""
 _PATIENCE = 20.0
@@ -40,10 +38,6 @@ class TileCache:
     """Arrays by owner and key. Thread-safe.
 
     Recent arrays are dropped when they have not been used for longest, shared ones after their last use.
-
-    Attributes:
-        bytes: that all arrays take.
-        shared_limit: bytes of shared arrays.
     """
 
     def __init__(self, limit: int = MAX_RECENT_BYTES, shared_limit: int = MAX_SHARED_BYTES) -> None:
@@ -77,12 +71,10 @@ class TileCache:
             self._put((owner, key), array)
 
     def has(self, owner: int, keys: Sequence[Hashable]) -> list[bool]:
-        """Which of the keys are in the cache."""
         with self._lock:
             return [(owner, key) in self._recent or (owner, key) in self._shared for key in keys]
 
     def is_decoding(self, owner: int, key: Hashable) -> bool:
-        """True while a thread decodes this tile; callers that need it wait."""
         with self._lock:
             return (owner, key) in self._decoding
 
@@ -97,12 +89,7 @@ class TileCache:
     ) -> Pixels | None:
         """The array in the cache, else what `decode` returns, which is kept. Threads that need it meanwhile wait.
 
-        Args:
-            owner, key: of the array.
-            decode: returns the array, None for one that is not kept.
-            size: about its bytes when decoded, if it may be large.
-            uses: uses of the array by this call.
-            total: uses after which it is dropped; 0 keeps it as a recent one.
+        `size` is about its bytes. It is dropped after `total` uses, `uses` of them by this call; 0 keeps it as recent.
         """
         place = owner, key
         with self._decoded:
@@ -130,7 +117,6 @@ class TileCache:
         return pixels
 
     def drop(self, owner: int) -> None:
-        """Forget everything of one image."""
         with self._lock:
             self._owners.discard(owner)
             for place in [place for place in self._recent if place[0] == owner]:
@@ -195,4 +181,3 @@ class TileCache:
 
 
 TILE_CACHE = TileCache()
-"""The one of this process."""

@@ -1,7 +1,6 @@
-"""Images that are decoded tile by tile: many boxes at once, each tile decoded once and copied into all that it touches.
+"""Images that are decoded tile by tile: each tile is decoded once and copied into all boxes that it touches.
 
-A tile that other boxes of the same pass need stays in the process-wide `TILE_CACHE` until its last use. Beside the
-memory of the boxes this takes one tile of each thread and some encoded bytes.
+A tile that other boxes of the same pass need stays in the process-wide `TILE_CACHE` until its last use.
 """
 
 from __future__ import annotations
@@ -47,11 +46,7 @@ _here = threading.local()
 
 
 class TiledImage(Image):
-    """An image that is stored in tiles of one size. Strips are tiles as wide as the image.
-
-    A subclass implements `tiling`, `_keeps_all`, `_coded`, `decode_tile` and `_stored_values`, and sets the
-    attributes below.
-    """
+    """An image that is stored in tiles of one size. Strips are tiles as wide as the image."""
 
     _owner: int  # in the tile cache
     _says_bits: bool  # whether the file states the bits in use
@@ -63,13 +58,9 @@ class TiledImage(Image):
 
     @abstractmethod
     def decode_tile(self, level: int, tile: int, coded: Any, out: Pixels | None) -> Pixels | None:
-        """Pixels (h, w, c) of a tile, less at the border; None for background.
+        """Pixels (h, w, c) of a tile, less at the border; None for background. It is read where `coded` is None.
 
-        Args:
-            level: of the tile.
-            tile: its number, row by row.
-            coded: what `_coded` gave; None: read it.
-            out: C-contiguous memory of a whole tile that may be used and returned; None: the caller keeps the array.
+        `out` is C-contiguous memory of a whole tile that may be used and returned; else the caller keeps the array.
         """
 
     @abstractmethod
@@ -78,17 +69,14 @@ class TiledImage(Image):
 
     @abstractmethod
     def _keeps_all(self, level: int) -> bool:
-        """Whether every tile is kept in the cache: strips, and large tiles.
-
-        Where the boxes are part of a pass, the uses of a tile decide instead, unless it is large.
-        """
+        """Whether every tile is kept in the cache: strips, and large tiles. In a pass the uses of a tile decide."""
 
     def settle_bits(self, given: int | None) -> None:
         if not self._says_bits:
             self.bits = settled_bits(self.path, given, self._values())
 
     def _values(self) -> Iterator[NDArray[Any]]:
-        """The stored values of level 0, tile by tile; those in the middle first, without those that are damaged."""
+        """The stored values of level 0, tile by tile, the middle first; damaged ones are left out."""
         number = self._l0_tiles
         for each in (*range(number // 2, number), *range(number // 2)):
             with passed_over(self.path):  # reading the tile reports what is wrong with it
@@ -135,11 +123,7 @@ class TiledImage(Image):
     def _touched(
         self, boxes: Sequence[Box], level: int, lv: Size, tile: Size, uses: Uses | None, keeps_all: bool
     ) -> Iterator[_Tile]:
-        """The tiles that boxes touch, as they lie in the file.
-
-        Those that another thread is decoding come last: waiting for each of them would keep this thread one tile
-        behind the other all along.
-        """
+        """The tiles that boxes touch, as they lie in the file; those that another thread is decoding come last."""
         columns = math.ceil(lv.width / tile.width)
         users: dict[int, list[int]] = {}
         for which, (x, y, width, height) in enumerate(boxes):
@@ -181,7 +165,6 @@ def _around(boxes: Sequence[Box], lv: Size) -> tuple[int, int, int, int]:
 
 
 def _copy(pixels: Pixels | None, tile: Box, box: Box, out: Pixels, background: int) -> None:
-    """What a tile has of a box, or background, into the box's target."""
     left, top = max(box.x, tile.x), max(box.y, tile.y)
     right = min(box.x + box.width, tile.x + tile.width)
     bottom = min(box.y + box.height, tile.y + tile.height)

@@ -26,17 +26,10 @@ from keyhole.images.zarr_array import METADATA, UnsupportedCodec, ZarrArray
 class ZarrImage(TiledImage):
     """OME-Zarr 0.4 (zarr v2) and 0.5 (zarr v3), the first series of a bioformats2raw folder, or one zarr array.
 
-    Axes in any order; one time point and plane; one channel or three (red, green, blue); uint8, or uint16, which
-    is scaled to 8 bits. Chunks compressed with Blosc, Zstd, gzip, zlib, LZ4, bz2 or not at all,
-    in shards or not. Levels are those whose size is level 0's by one factor; microns per pixel come from the scale and
-    the units of the axes, and from nothing else. A region costs the chunks it touches.
+    Axes in any order; one time point and plane; one channel or three (red, green, blue); uint8, or uint16, which is
+    scaled to 8 bits. Chunks compressed with Blosc, Zstd, gzip, zlib, LZ4, bz2 or not at all, in shards or not.
 
-    A missing chunk reads as the array's fill value: zarr leaves empty chunks out, so a lost one cannot be
-    told from an empty one. A damaged chunk is an error, and so is a folder that is gone.
-
-    Raises:
-        ImageError: damaged, a chunk of more than 64 Mpx, plates, label images, and kinds not listed here.
-        ImageLost: the folder is gone, or its disk or share does not answer.
+    A missing chunk reads as the fill value: zarr leaves empty chunks out. A damaged chunk is an error.
     """
 
     priority: ClassVar[int] = 20

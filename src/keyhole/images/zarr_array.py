@@ -1,4 +1,4 @@
-"""Arrays of zarr v2 and v3 in a folder: their metadata, and their chunks, read and decoded on the calling thread.
+"""Arrays of zarr v2 and v3 in a folder: their metadata, and their chunks, decoded on the calling thread.
 
 The package `zarr` reads through an event loop, which costs more than decoding a chunk of 256 pixels does. No chunk is
 decoded to more than the size that the metadata give it: a file of some kilobytes may declare gigabytes.
@@ -30,23 +30,14 @@ _SUM = 4
 
 
 class ZarrGroup(NamedTuple):
-    """A group of arrays and its attributes."""
-
     folder: Path
     attributes: dict[str, Any]
 
 
 class ZarrArray:
-    """An array in a folder.
+    """An array in a folder of the store `root`, from its metadata in the words of v3 or v2.
 
-    Args:
-        folder: of the array.
-        root: folder of the whole store. A missing chunk is the fill value only while the store is there.
-        metadata: of the array, in the words of v3 or v2.
-
-    Raises:
-        LookupError, TypeError, ValueError: the metadata are damaged.
-        UnsupportedCodec: chunks are stored in a way that is not read.
+    Raises LookupError, TypeError or ValueError for damaged metadata, UnsupportedCodec for chunks that are not read.
     """
 
     def __init__(self, folder: Path, root: Path, metadata: dict[str, Any]) -> None:
@@ -84,14 +75,9 @@ class ZarrArray:
         return len(self.shape)
 
     def encoded(self, chunk: Sequence[int]) -> bytes | None:
-        """The bytes of a chunk as they are stored, None where there are none.
+        """The stored bytes of the chunk at this place along each axis; None where there are none.
 
-        Args:
-            chunk: place of the chunk along each axis.
-
-        Raises:
-            FileNotFoundError: the whole store is gone.
-            OSError, ValueError: the chunk cannot be read, or is too large.
+        A missing chunk is the fill value only while the store is there: FileNotFoundError where it is gone.
         """
         shard = self._shard
         place = chunk if shard is None else [at // per for at, per in zip(chunk, shard.counts, strict=True)]
@@ -118,12 +104,7 @@ class UnsupportedCodec(Exception):  # noqa: N818 - the reader makes an ImageErro
 
 
 def open_node(folder: Path, root: Path) -> ZarrArray | ZarrGroup:
-    """The array or group in a folder.
-
-    Raises:
-        LookupError, TypeError, ValueError: there is none, or its metadata are damaged.
-        UnsupportedCodec: an array whose chunks are stored in a way that is not read.
-    """
+    """The array or group in a folder; raises as `ZarrArray`, and LookupError where there is none."""
     for name in METADATA:
         if (folder / name).is_file():
             metadata = json.loads((folder / name).read_bytes())
@@ -140,7 +121,6 @@ def open_node(folder: Path, root: Path) -> ZarrArray | ZarrGroup:
 
 
 def child(group: ZarrGroup, name: str, root: Path) -> ZarrArray | ZarrGroup:
-    """The array or group `name` below a group; see `open_node`."""
     if ".." in name.split("/") or name.startswith("/"):
         raise ValueError(f"a path {name!r} that leaves the folder")
     return open_node(group.folder / name, root)
@@ -214,7 +194,6 @@ class _Shard(NamedTuple):
 
 
 def _v2_codecs(metadata: dict[str, Any], ndim: int, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
-    """The codecs of an array of v2 in the words of v3."""
     if metadata.get("filters"):
         raise UnsupportedCodec(f"chunks with the filter {metadata['filters'][0]['id']}")
     order = [{"name": "transpose", "configuration": {"order": range(ndim)[::-1]}}] if metadata["order"] == "F" else []

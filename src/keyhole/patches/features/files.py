@@ -1,7 +1,4 @@
-"""Files of stored features: rows of numbers, and where on the slide they are from.
-
-HDF5 as CLAM, TRIDENT and `keyhole embed` write it, and tensors in `.pt`. Rows stay on the disk until they are read.
-"""
+"""Files of stored features: rows of numbers, and where on the slide they are from. Rows stay on the disk until read."""
 
 from __future__ import annotations
 
@@ -22,7 +19,6 @@ from keyhole.util.threads import beat
 from keyhole.util.wording import from_to
 
 MAX_READ_BYTES = 2**22
-"""Bytes that are read at once."""
 MAX_CONVERTED = 2**15
 """Numbers that torch converts on the calling thread, without threads of its own."""
 MAX_COORDINATE = 2**31 - 1
@@ -38,16 +34,9 @@ Coordinates = NDArray[np.int32]
 
 
 class FeatureFile(ABC):
-    """An open file of features. Safe to read from several threads. A subclass implements `_read` and `close`.
+    """An open file of `n` features of `d` values. Safe to read from several threads.
 
-    Attributes:
-        suffixes: of the files that the reader is for, in lower case.
-        path: the file.
-        n, d: number of features, and of the values of each.
-        coords: level-0 x, y (n, 2) of the patches' upper left corners; None where the file has none.
-        coords_um: the same in microns, where the file has them in microns.
-        attributes: those of ATTRIBUTES and STAMP that the file has.
-        origin: which encoder made them, as far as the file states it.
+    `coords` are level-0 x, y (n, 2) of the patches' upper left corners, `coords_um` the same in microns.
     """
 
     suffixes: ClassVar[tuple[str, ...]]
@@ -60,11 +49,7 @@ class FeatureFile(ABC):
     origin: Origin = UNKNOWN
 
     def read(self, start: int, stop: int, out: Floats) -> None:
-        """Write the rows `start` to `stop` into `out` (stop - start, d).
-
-        Raises:
-            ImageError: the file is damaged there, or holds NaN or infinity.
-        """
+        """Write the rows `start` to `stop` into `out` (stop - start, d); ImageError if damaged, NaN or infinite."""
         step = max(1, MAX_READ_BYTES // (4 * self.d))
         for first in range(start, stop, step):
             last = min(first + step, stop)
@@ -91,8 +76,7 @@ class FeatureFile(ABC):
 def widen(rows: NDArray[Any], out: Floats) -> None:
     """Write numbers (k, d) of any kind into `out` as float32.
 
-    numpy converts float16 three times as slowly as the disk reads them; torch, where it is loaded, does not. It gets
-    few numbers at a time, since for many it would start threads of its own in each reading thread.
+    numpy converts float16 three times as slowly as the disk reads them; torch, where it is loaded, does not.
     """
     torch, step = sys.modules.get("torch"), MAX_CONVERTED // max(1, out.shape[1])
     loaded = hasattr(torch, "vmap")  # its last name; without it another thread is still importing torch

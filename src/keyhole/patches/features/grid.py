@@ -1,7 +1,4 @@
-"""Where on the slide stored features are from, by their coordinates: the counterpart of `PatchGrid`.
-
-Coordinates: `l0_` level-0 pixels, `g_` row and column.
-"""
+"""Where on the slide stored features are from, by their coordinates: the counterpart of `PatchGrid`."""
 
 from __future__ import annotations
 
@@ -23,29 +20,15 @@ MAX_MAP_CELLS = 2**24
 
 
 class FeatureGrid:
-    """Places of the features of one file.
+    """Places of the features of one file; `attributes` as CLAM, TRIDENT and keyhole write them.
 
     The side of a patch at level 0 is, in this order: `patch_size_level0`; `patch_size` times `downsample` (and
     `custom_downsample`), or at `patch_level` 0 alone, or times `level0_magnification` / `target_magnification`; else
     the step between neighbours, with `known` False. Patches of several contours need not lie on one grid: each is in
-    the cell of its corner, and a map shows the highest score of a cell. Files of keyhole state their exact step as
-    `stride` times `downsample`: cells are those of the grid, also for patches that the edge rule `shift` moved
-    inwards at the border. Without coordinates all are in one row in the order of the file, with empty boxes at 0, 0.
+    the cell of its corner. Files of keyhole state their exact step as `stride` times `downsample`: cells are those of
+    the grid, also for patches that the edge rule `shift` moved inwards. Without coordinates all are in one row.
 
-    Args:
-        n: features of the file.
-        coords: level-0 x, y (n, 2) of the upper left corners, or None.
-        attributes: as CLAM, TRIDENT and keyhole write them.
-
-    Attributes:
-        rows, columns: of the map, from the slide's origin.
-        size, stride: of a patch, in pixels of the resolution it was read at.
-        level: pyramid level it was read from; None where the file does not state it.
-        scale: level-0 pixels per pixel read.
-        mpp: microns per pixel read, if the file states them.
-        known: whether the file states the size; else it is estimated from the coordinates.
-        l0_size: width and height of level 0, if the file states them.
-        qupath_origin: level-0 x, y from which QuPath counts on the slide, if the file states it, as ours do.
+    `size` and `stride` are in pixels of the resolution read, `scale` is level-0 pixels per such pixel.
     """
 
     def __init__(self, n: int, coords: NDArray[np.int32] | None, attributes: Mapping[str, Any]) -> None:
@@ -85,12 +68,10 @@ class FeatureGrid:
         return Size(width, height)
 
     def corners(self, index: ArrayLike | slice) -> Index:
-        """x, y in level-0 pixels, int64 (k, 2)."""
         chosen = self.checked(index)
         return np.zeros((len(chosen), 2), np.int64) if self._coords is None else self._coords[chosen].astype(np.int64)
 
     def cells(self, index: ArrayLike | slice) -> Index:
-        """Row and column in the map, int64 (k, 2)."""
         if self._g_origin is None:
             chosen = self.checked(index)
             return np.stack([np.zeros_like(chosen), chosen], axis=1)
@@ -105,20 +86,13 @@ class FeatureGrid:
         return steps
 
     def boxes(self, index: ArrayLike | slice) -> Index:
-        """x, y, width, height in level-0 pixels, int64 (k, 4)."""
         corners = self.corners(index)
         return np.concatenate([corners, np.full_like(corners, self._l0_side)], axis=1)
 
     def centers(self, index: ArrayLike | slice) -> NDArray[np.float64]:
-        """x, y of the middle in level-0 pixels, float64 (k, 2)."""
         return self.corners(index).astype(np.float64) + self._l0_side / 2
 
     def checked(self, index: ArrayLike | slice) -> Index:
-        """`index` as int64 (k,), each 0 ... n - 1.
-
-        Raises:
-            IndexError: no such feature.
-        """
         return checked_index(index, self.n, "feature")
 
 
@@ -180,7 +154,6 @@ def _spacing(coords: NDArray[np.int32]) -> float | None:
 
 
 def _extent(attributes: Mapping[str, Any]) -> Size | None:
-    """Size of level 0, under TRIDENT's names or CLAM's."""
     sides = [number(attributes, f"level0_{side}") for side in ("width", "height")]
     if None in sides and number(attributes, "patch_level", zero=True) == 0:
         sides = [number(attributes, "level_dim", place=place) for place in (0, 1)]

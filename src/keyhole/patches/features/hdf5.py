@@ -1,10 +1,8 @@
 """Stored features in HDF5: datasets `features` (n, d) or (1, n, d) and `coords` (n, 2), as CLAM and TRIDENT write them.
 
-STAMP calls the first `feats`, and writes `coords` in microns.
-
-HDF5 reads what was never written as zeros, which is an error here, and keeps up to 33 MB for each open file, which is
-less here. It lets one thread of a process in at a time: two threads that stream rows get 1.5 to 3 times as many where
-they read rows that are stored without a filter from their places in the file.
+STAMP calls the first `feats`, and writes `coords` in microns. HDF5 reads what was never written as zeros, which is an
+error here. It lets one thread of a process in at a time: threads that stream rows stored without a filter read them
+from their places in the file, 1.5 to 3 times as fast.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ from keyhole.util.wording import listed
 MAX_ROW_BYTES = 2**26
 """Bytes of the compressed chunks that one row lies in, decoded, since a read takes and keeps them."""
 MIN_STREAMED_ROWS = 16
-"""Consecutive rows in one read from which finding the places of all rows pays: streaming a file reads such runs."""
+"""Consecutive rows in one read from which finding the places of all rows pays."""
 INDEX_CACHE_BYTES = 2**20
 """Bytes per open file for HDF5's index, which is long where every row is a chunk of its own."""
 MAX_PLACES = 2**22
@@ -45,8 +43,6 @@ MAX_PLACES = 2**22
 
 
 class Hdf5Features(FeatureFile):
-    """Features in HDF5. Rows that a writer has declared but not written are an error, not zeros."""
-
     suffixes: ClassVar[tuple[str, ...]] = (".h5", ".hdf5")
 
     def __init__(self, path: Path) -> None:
@@ -135,7 +131,7 @@ class Hdf5Features(FeatureFile):
         return rows
 
     def _attributes(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return these attributes of `coords`, else of `features`, else of the file. Others may be unreadable."""
+        """These attributes of `coords`, else of `features`, else of the file. Others may be unreadable."""
         read = self.coords is not None or self.coords_um is not None
         places = [self._file, self._features, *([self._file["coords"]] if read else [])]
         return {name: place.attrs[name] for place in places for name in names if name in place.attrs}
@@ -183,15 +179,7 @@ def _check_stored(path: Path, name: str, dataset: Any) -> None:
 
 
 class StoredRows:
-    """The rows of one dataset (n, d) or (1, n, d), each of which lies in the file without a gap. Thread-safe.
-
-    Args:
-        handle: a descriptor of the file; a duplicate is closed with this object.
-        dataset: open.
-
-    Raises:
-        ValueError: some of them are not in the file.
-    """
+    """The rows of one open dataset, each of which lies in the file without a gap. Thread-safe."""
 
     def __init__(self, handle: int, dataset: Any) -> None:
         self._handle, self._dtype = os.dup(handle), dataset.dtype
@@ -226,7 +214,6 @@ class StoredRows:
         return cls(file.id.get_vfd_handle(), dataset) if plain else None
 
     def read(self, start: int, stop: int, out: Floats) -> None:
-        """Write the rows `start` to `stop` into `out`."""
         plain = self._dtype == np.float32 and out.flags.c_contiguous
         rows = out if plain else np.empty((stop - start, self._d), self._dtype)
         for place, first, last in self._runs(start, stop):

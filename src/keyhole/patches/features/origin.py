@@ -1,8 +1,4 @@
-"""Where stored features come from: the encoder, its weights, and the patches that it saw, as far as a file states them.
-
-Features of two encoders can have the same width and still not be comparable: a model that learned from one gives
-meaningless answers on the other.
-"""
+"""The encoder, its weights and the patches that stored features come from, as far as a file states them."""
 
 from __future__ import annotations
 
@@ -23,13 +19,7 @@ STAMP = ("stamp_version", "tile_size_um", "tile_size_px", "tile_size", "unit")
 
 @dataclass(frozen=True)
 class Origin:
-    """What a file states, or what a model learned from.
-
-    Attributes:
-        encoder: its name.
-        weights: SHA-256 of its weights.
-        patches: size, resolution and foreground in words, for comparison and for messages.
-    """
+    """What a file states, or what a model learned from: the encoder, SHA-256 of its weights, the patches in words."""
 
     encoder: str | None = None
     weights: str | None = None
@@ -37,11 +27,9 @@ class Origin:
 
     @property
     def known(self) -> bool:
-        """Whether the encoder is known."""
         return self.encoder is not None or self.weights is not None
 
     def describe(self) -> str:
-        """Name and weights, such as `resnet50 with weights 3f2a91c0`."""
         name = self.encoder or "an encoder"
         return name if self.weights is None else f"{name} with weights {self.weights[:8]}"
 

@@ -20,10 +20,10 @@ MAX_PICKLE_BYTES = 2**26
 
 
 class TorchFeatures(FeatureFile):
-    """Features in a `.pt` file. Only tensors are unpickled.
+    """Features in a `.pt` file, of which only tensors are unpickled.
 
-    Rows are read from their place in the file, since a memory map would count as this process's memory and end the
-    process where the file is cut short. Files of torch before 1.6 have no such place and are held in memory.
+    Rows are read from their place in the file: a memory map would end the process where the file is cut short. Files of
+    torch before 1.6 have no such place and are held in memory.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = (".pt",)
@@ -78,11 +78,7 @@ class TorchFeatures(FeatureFile):
 
 
 def _records(path: Path, size: int) -> list[zipfile.ZipInfo] | None:
-    """Where the storages of a `.pt` file are; None for the form that torch wrote before 1.6, which is not an archive.
-
-    Raises:
-        ImageError: sizes that the file cannot have, or compressed parts, which could take any amount of memory.
-    """
+    """Where the storages of a `.pt` file are; None for the form of torch before 1.6, which is not an archive."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return None

@@ -1,9 +1,4 @@
-"""Stored features as a source of patches: behind the same contract as pixels, so that everything after is written once.
-
-source = FeatureOpener(Path("features/a.h5"), "a.svs")()
-source.read([5, 2])                 # (2, d) float32, from the disk
-source.boxes([5, 2])                # where on the slide
-"""
+"""Stored features as a source of patches, behind the same contract as pixels."""
 
 from __future__ import annotations
 
@@ -31,16 +26,10 @@ from keyhole.patches.sources import PatchSource
 READERS: tuple[type[Hdf5Features | TorchFeatures], ...] = (Hdf5Features, TorchFeatures)
 """Best first: HDF5 holds coordinates. Files of another suffix are read by the first."""
 FEATURE_SUFFIXES = tuple(suffix for reader in READERS for suffix in reader.suffixes)
-"""Suffixes of files with stored features, best first."""
 
 
 def open_features(path: Path) -> FeatureFile:
-    """Open a file of features with the reader of its suffix.
-
-    Raises:
-        ImageLost: no such file, or its disk or share does not answer.
-        ImageError: not a regular file, empty, damaged, or not of the layout expected.
-    """
+    """Open a file of features with the reader of its suffix; ImageLost if it cannot be reached, else ImageError."""
     with feature_faults(path, "cannot be read"):
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -51,19 +40,13 @@ def open_features(path: Path) -> FeatureFile:
 
 
 class FeaturePatches(PatchSource):
-    """The features of one file; closes it. Rows are read from the disk in the order of the file.
+    """The features of one file, which it closes. Rows are read from the disk in the order of the file.
 
     Args:
         file: open; see `open_features`.
         name: for messages; default is the file's path.
         mpp: microns per level-0 pixel of the slide, by which coordinates in microns become pixels.
         learned: which encoder the model learned from, as far as it is known.
-
-    Attributes:
-        patch_shape: (d,).
-        dtype: float32, whatever the file stores.
-        grid: where the features are from.
-        origin: which encoder made them, as far as the file states it.
     """
 
     def __init__(
@@ -117,11 +100,7 @@ class FeaturePatches(PatchSource):
         return {**sizes, **super().describe(), "features": str(self.file.path), "size_known": grid.known}
 
     def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
-        """x, y of the centres in level-0 pixels.
-
-        Raises:
-            ConfigError: the file has no coordinates.
-        """
+        """x, y of the centres in level-0 pixels; ConfigError where the file has none."""
         if self._coords is None and self.file.coords_um is not None:
             raise ConfigError(
                 f"{self.file.path}: model.position 2d needs pixels, and `coords` are in microns; give the slide's "
@@ -166,11 +145,7 @@ class FeatureOpener:
     mpp: float | None = None
 
     def __call__(self) -> FeaturePatches:
-        """Open the file.
-
-        Raises:
-            ImageError: the file is broken, or not of the layout or width expected.
-        """
+        """Open the file; ImageError where it is broken, or not of the layout or width expected."""
         file, problem = open_features(self.path), ""
         if self.width is not None and file.d != self.width:
             problem = (
@@ -190,11 +165,7 @@ class FeatureOpener:
 
 
 def feature_width(path: str | Path) -> int:
-    """The number of values of each feature of a file; no feature is read.
-
-    Raises:
-        ImageError: the file is broken, or not of the layout expected.
-    """
+    """The number of values of each feature of a file; no feature is read."""
     with closing(open_features(Path(path))) as file:
         return file.d
 
@@ -218,11 +189,7 @@ def common_origin(paths: Iterable[str | Path]) -> Origin:
 
 
 def check_features_config(config: Config) -> None:
-    """Refuse settings of an encoder, which would do nothing for stored features.
-
-    Raises:
-        ConfigError: such a setting is not at its default, naming it.
-    """
+    """Refuse settings of an encoder, which would do nothing for stored features."""
     default = ModelConfig()
     for name in ("encoder", "channels", "width", "stages", "pretrained", "weights"):
         value = getattr(config.model, name)

@@ -27,24 +27,14 @@ BYTES = "image_bytes"
 
 
 class FeatureWriter:
-    """Append rows of features and their places to a file; memory does not grow with them.
-
-    Args:
-        file: an open `h5py.File`.
-        dtype: of the stored features, float32 or float16.
-        check: raises if the disk is full.
-    """
+    """Append rows of features and their places to an open `h5py.File`; `check` raises if the disk is full."""
 
     def __init__(self, file: Any, dtype: str, check: Callable[[], None]) -> None:
         self.file, self.dtype, self.check = file, dtype, check
         self.n = 0
 
     def add(self, features: NDArray[np.float32], corners: NDArray[np.int64], name: str) -> None:
-        """Append features (k, d) of patches with level-0 x, y (k, 2).
-
-        Raises:
-            KeyholeError: a number is not finite, or not in the range of `dtype`.
-        """
+        """Append features (k, d) of patches with level-0 x, y (k, 2), all finite in `dtype`."""
         with np.errstate(over="ignore"):
             rows = features.astype(self.dtype)
         good = np.isfinite(rows).all(axis=1)
@@ -72,8 +62,6 @@ class FeatureWriter:
         """Write what readers need: about the patches under the names of CLAM and TRIDENT, about the origin ours.
 
         Ours are also `stride`, which CLAM and TRIDENT do not state where it exceeds the size, and `edge`.
-        `patch_size` is in pixels as the encoder saw them, and `patch_size_level0` is that times `downsample`, whether
-        or not patches were resampled from `patch_level`.
         """
         grid, image = source.grid, source.image
         coords: dict[str, Any] = {
@@ -97,11 +85,7 @@ class FeatureWriter:
 
 @contextmanager
 def feature_writer(path: Path, dtype: str) -> Iterator[FeatureWriter]:
-    """A writer whose file gets the name `path` when the block ends without an error, after it was read back.
-
-    Raises:
-        OutputError: no permission or space; then nothing is left.
-    """
+    """A writer whose file gets the name `path` when the block ends without an error, after it was read back."""
     import h5py
 
     def check(temporary: Path) -> None:
@@ -124,9 +108,6 @@ class _Disk(io.RawIOBase):
     """The file as HDF5 sees it: writing never fails, since HDF5 does not survive that (2.0 ends the process later).
 
     What could not be written, as on a full disk or at Ctrl-C, is read back from memory; `check` raises the error.
-
-    Args:
-        file: open for writing and reading; its buffer is not used.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -137,7 +118,6 @@ class _Disk(io.RawIOBase):
         self._error: BaseException | None = None
 
     def check(self) -> None:
-        """Raise the error of the first write that failed."""
         if self._error is not None:
             raise self._error
 
@@ -194,11 +174,7 @@ class _Disk(io.RawIOBase):
 
 
 def already_there(path: Path, settings: Mapping[str, Any], image_bytes: int) -> bool:
-    """Whether the file exists, made with the same settings from the same image.
-
-    Raises:
-        ConfigError: it was made with others, or not by `keyhole embed`; the message names what differs.
-    """
+    """Whether the file exists, made with the same settings from the same image; ConfigError names what differs."""
     import h5py
 
     if not path.exists():
