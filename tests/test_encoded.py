@@ -25,7 +25,7 @@ from test_reading import PATIENCE, Opener, eventually, no_thread_is_left
 
 from keyhole.config.settings import ModelConfig, SelectConfig
 from keyhole.engine import Engine
-from keyhole.engine.jpeg import KNOWN, Decoder, decodes
+from keyhole.engine.jpeg import TRIED_DECODERS, Decoder, decodes
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.errors import ImageError
 from keyhole.images.jpeg import COLORS, segments, stored_colors
@@ -492,7 +492,7 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decode], None]:
 
     def install(decode: Decode) -> None:
         monkeypatch.setattr(Decoder, "__call__", decode)
-        monkeypatch.setattr("keyhole.engine.jpeg.KNOWN", {})
+        monkeypatch.setattr("keyhole.engine.jpeg.TRIED_DECODERS", {})
 
     return install
 
@@ -553,7 +553,7 @@ def test_a_decoder_that_fails_is_tried_again_later(decoder: Callable[[Decode], N
 
 def test_a_gpu_is_tried_once_whether_it_is_named_with_its_index_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setitem(KNOWN, torch.device("cuda", 0), (COLORS, "tried"))
+    monkeypatch.setitem(TRIED_DECODERS, torch.device("cuda", 0), (COLORS, "tried"))
     for device in (torch.device("cuda", 0), torch.device("cuda")):
         assert decodes(device) == (COLORS, "tried")
 

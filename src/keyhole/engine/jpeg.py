@@ -24,7 +24,7 @@ SIDE, SMOOTH = 256, 8
 """Side of a trial picture, that of most tiles, since nvJPEG may decode small ones in another way; and the most levels
 that a device may differ from the host, since each upsamples colours in its own way."""
 
-KNOWN: dict[torch.device, tuple[frozenset[str], str]] = {}
+TRIED_DECODERS: dict[torch.device, tuple[frozenset[str], str]] = {}
 """What `decodes` has found, by device."""
 
 _GREY, _RGB = 1, 3  # torchvision's ImageReadMode
@@ -110,8 +110,8 @@ def decodes(device: torch.device) -> tuple[frozenset[str], str]:
         RuntimeError: the device has no memory left for the trial, which says nothing about its decoder.
     """
     device = with_index(device)
-    if device in KNOWN:
-        return KNOWN[device]
+    if device in TRIED_DECODERS:
+        return TRIED_DECODERS[device]
     colors: dict[Colors, bool] = {}
     wrong: dict[str, list[str]] = {}  # names of the trials by what is wrong with them
     decoder, failed = None, False
@@ -137,7 +137,7 @@ def decodes(device: torch.device) -> tuple[frozenset[str], str]:
         told = [f"{problem} for {', '.join(names)}" if right else problem for problem, names in wrong.items()]
         note = f"the CPU decodes JPEG tiles in {', '.join(sorted(colors.keys() - right))}: {'; '.join(told)}"
     if not failed:
-        KNOWN[device] = right, note
+        TRIED_DECODERS[device] = right, note
     return right, note
 
 
