@@ -5,6 +5,7 @@
 The checkouts take turns, each time in a new process: `keyhole --help`, a training run on generated pictures (seconds
 between optimizer steps, and the peak of the process), prediction of a large picture, embedding of a generated slide
 with a narrow encoder, where reading dominates. A figure is the median over the rounds, with the lowest and highest.
+The files and functions that each runs through follow, see `hops.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from hops import counted
 from machine import write_result
 
 CONFIG = """
@@ -141,6 +143,8 @@ def main() -> None:
         for one in checkouts
     ]
     told = f"Before is commit {commits[0]}, after is {commits[1]}; median, lowest and highest of {given.rounds} turns."
+    for commit, checkout in zip(commits, checkouts, strict=True):
+        lines += ["", f"Files and functions that {commit} runs through:", "", *counted(checkout)]
     print("\n".join([told, "", *lines]))
     if not given.no_write:
         write_result("against", "Two checkouts side by side", [told, "", *lines])

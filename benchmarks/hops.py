@@ -31,9 +31,7 @@ class Hops:
 
     def begin(self) -> None:
         self.seen.clear()
-        threading.setprofile_all_threads(self.called) if sys.version_info >= (3, 12) else threading.setprofile(
-            self.called
-        )
+        threading.setprofile(self.called)
         sys.setprofile(self.called)
 
     def end(self) -> tuple[int, int]:
@@ -108,16 +106,19 @@ def images(folder: Path) -> None:
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{place}.png")
 
 
-def run(checkouts: list[Path]) -> None:
-    for checkout in checkouts:
-        print(f"{checkout.name}:\n\n| | files | functions |\n| --- | ---: | ---: |", flush=True)
-        environment = os.environ | {"PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, __file__, "--here"], env=environment, check=True, stderr=subprocess.DEVNULL)
-        print()
+def counted(checkout: Path) -> list[str]:
+    """A table of files and functions, as lines of Markdown."""
+    environment = os.environ | {"PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__, "--here"], env=environment, check=True, capture_output=True, text=True
+    )
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    return ["| | files | functions |", "| --- | ---: | ---: |", *rows]
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--here"]:
         measure()
     else:
-        run([Path(given).resolve() for given in sys.argv[1:]] or [HERE])
+        for given in [Path(given).resolve() for given in sys.argv[1:]] or [HERE]:
+            print("\n".join([f"{given.name}:", "", *counted(given), ""]), flush=True)
