@@ -50,9 +50,6 @@ def with_columns_read(path: Path, table: DataTable, group: str, asked: Collectio
     """Add the groups and splits that the columns give, and find the columns that only identify.
 
     `asked` are the columns that the user named as tasks or that a model predicts; they have no other meaning.
-
-    Raises:
-        DataError: there is no column `group`.
     """
     columns = [name for name in table.columns if name not in asked]
     texts = {name: [row.item.labels[name] for row in table.rows] for name in columns}
@@ -111,11 +108,7 @@ def without_missing_words(table: DataTable, words: Collection[str], classes: Col
 
 
 def tasks_among(path: Path, table: DataTable) -> list[str]:
-    """Return the columns to learn if the user named none.
-
-    Raises:
-        DataError: all columns identify.
-    """
+    """Return the columns to learn if the user named none."""
     tasks = [name for name in table.columns if name not in table.identifying]
     if table.columns and not tasks:
         found = "; ".join(f"{name} {why}" for name, why in table.identifying.items())

@@ -23,10 +23,6 @@ def with_companions(path: Path, table: DataTable, data: DataConfig) -> DataTable
     """Add features and masks to every row: its own, else those found by name in the folders of `data`.
 
     A file of features that does not exist is still added, so that it is reported as missing.
-
-    Raises:
-        DataError: a folder does not exist, the table mixes images and features, or two images share one file of
-            features.
     """
     features = Companions(data.features, "features", FEATURE_SUFFIXES, FEATURE_FOLDERS) if data.features else None
     masks = Companions(data.masks, "masks", MASK_ORDER) if data.masks else None
@@ -59,11 +55,7 @@ def _masks_in(folder: Path) -> Companions:
 
 
 def mask_of(folder: Path, item: Item) -> Path | None:
-    """Return the mask of an image in a folder of masks, or None.
-
-    Raises:
-        DataError: the folder does not exist.
-    """
+    """Return the mask of an image in a folder of masks, or None."""
     return _masks_in(folder).find(item)
 
 
@@ -88,14 +80,7 @@ def _check_alike(path: Path, rows: Iterable[Row]) -> None:
 
 
 class Companions:
-    """A folder with files that are named after images.
-
-    Args:
-        folder: the folder.
-        option: its name in `DataConfig`, for messages.
-        order: suffixes, best first.
-        subfolders: where in the folder the files may be.
-    """
+    """A folder with files that are named after images."""
 
     def __init__(self, folder: Path, option: str, order: tuple[str, ...], subfolders: tuple[str, ...] = ("",)) -> None:
         self.folder, self.order = absolute(folder.expanduser()), order

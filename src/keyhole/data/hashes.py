@@ -32,21 +32,7 @@ class FileHash:
 def hash_files(
     items: Sequence[Item], threads: int | None = None, stall: float = 120.0, skip_unreadable: bool = False
 ) -> dict[str, FileHash]:
-    """Read the files of `items` once, several at a time, and hash them.
-
-    Args:
-        items: the images.
-        threads: files at a time; by default one per core, at most 16.
-        stall: seconds without a byte from a file after which its read counts as stalled.
-        skip_unreadable: leave out files that are gone or cannot be read.
-
-    Returns:
-        The hash of each file by the item's name.
-
-    Raises:
-        ImageError: a file is gone or cannot be read, unless `skip_unreadable`.
-        StalledRead: a file gave nothing within `stall` seconds.
-    """
+    """Read the files of `items` once, several at a time, and hash them."""
     reading = ReadingThreads(threads, stall)
     try:
         tasks = {item.name: reading.submit(str(item.source), partial(_hash, item.source)) for item in items}
@@ -72,9 +58,6 @@ def changed_files(
 
     Items without a record are not compared, nor are files that are gone or cannot be read: the code that opens them
     reports them. Other arguments are those of `hash_files`.
-
-    Returns:
-        The difference in words by the item's name, of files that differ.
     """
     changed: dict[str, str] = {}
     same_size = []
@@ -93,11 +76,7 @@ def changed_files(
 
 
 def stored_hashes(manifest: Path) -> dict[str, FileHash]:
-    """Return size and hash of each file as a run's manifest has them; SHA-256 is empty where only the size is known.
-
-    Raises:
-        DataError: the manifest is damaged.
-    """
+    """Return size and hash of each file as a run's manifest has them; SHA-256 is empty where only the size is known."""
     try:
         with manifest.open(newline="", encoding="utf-8", errors="backslashreplace") as file:
             return {

@@ -62,14 +62,6 @@ def list_images(
     If there are no images, files of stored features are taken instead, one per slide. Links are followed, each folder
     once. The folder beside a MIRAX slide of the same name holds the slide's own data, and a folder `x.zarr` is itself
     an image. Output of keyhole and system folders are left out; `path` itself is always read.
-
-    Args:
-        path: the folder.
-        ignore: absolute paths of folders below that are left out, each with the reason.
-        generated: also leave out images that keyhole generated.
-
-    Raises:
-        DataError: a folder cannot be listed.
     """
     path = absolute(path)
     images: list[Path] = []
@@ -95,18 +87,7 @@ def list_images(
 def expand_images(
     paths: Sequence[str | Path], missing: Literal["fail", "skip"] = "fail"
 ) -> tuple[list[Path], list[LeftOut]]:
-    """Replace folders by the images below them in order of name; each file is returned once.
-
-    Args:
-        paths: files and folders; a folder `x.zarr` is an image.
-        missing: whether a path that does not exist is an error or is left out.
-
-    Returns:
-        Absolute paths, and what is not used: files of the folders that are not images, folders without images.
-
-    Raises:
-        DataError: a path does not exist, a folder cannot be listed, or there is no image.
-    """
+    """Replace folders by the images below them in order of name; each file is returned once."""
     found: dict[Path, None] = {}
     left_out: list[LeftOut] = []
     for path in map(absolute, paths):

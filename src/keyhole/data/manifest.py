@@ -86,11 +86,7 @@ class Manifest:
         return {task.name: _encode(task, self.items) for task in self.tasks}
 
     def without(self, reasons: Mapping[str, str]) -> Manifest:
-        """Return the manifest without the items named in `reasons`, which move to `left_out` with the reason.
-
-        Raises:
-            DataError: the training split would lose all its images, or a class.
-        """
+        """Return the manifest without the items named in `reasons`, which move to `left_out` with the reason."""
         left_out = tuple(LeftOut(item.name, reasons[item.name]) for item in self.items if item.name in reasons)
         items = tuple(item for item in self.items if item.name not in reasons)
         train = self.split("train")
@@ -102,15 +98,7 @@ class Manifest:
         return replace(self, items=items, left_out=self.left_out + left_out)
 
     def write(self, path: str | Path, hashes: Mapping[str, FileHash] | None = None) -> Path:
-        """Write a CSV that `read_manifest` reads as the same items.
-
-        Args:
-            path: the file.
-            hashes: size and hash by item name; without one the cells are empty.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Write a CSV that `read_manifest` reads as the same items."""
         files = [name for name in FILES if any(getattr(item, name) is not None for item in self.items)]
         facts = ["image", "name", "sha256", "bytes", "split", "group", "mpp", *files]
         rows = [[*facts, *(task.name for task in self.tasks)]]
@@ -133,20 +121,12 @@ class Manifest:
 
 
 def write_left_out(path: str | Path, left_out: Iterable[tuple[str, str]]) -> Path:
-    """Write a CSV of what is not used, from (name, reason).
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
+    """Write a CSV of what is not used, from (name, reason)."""
     return write_csv(path, [["name", "reason"], *left_out])
 
 
 def write_csv(path: str | Path, rows: Iterable[Sequence[str]]) -> Path:
-    """Write a CSV of names, which need not be valid text: bytes that are not UTF-8 are written as escapes.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
+    """Write a CSV of names, which need not be valid text: bytes that are not UTF-8 are written as escapes."""
     return write_atomic(path, csv_text(rows).encode("utf-8", "backslashreplace"))
 
 
@@ -204,18 +184,6 @@ def read_for_tasks(
     """Read labelled images for the tasks of a trained model, to evaluate it on them.
 
     Every image without a split is in `test`; a task without a column has no labels.
-
-    Args:
-        data: settings; `data.path` is the CSV or folder.
-        tasks: tasks of the model.
-        splits: read only these splits, so that the files of the others are not needed.
-        run: True if `data.path` is the manifest of a run; `data.root` is then the folder that its files were moved to.
-
-    Returns:
-        The items, with the tasks of the model.
-
-    Raises:
-        DataError: there is no column for any task, a label that the model does not know, or no image in the splits.
     """
     names = [task.name for task in tasks]
     table, path = read_rows(data, names, [label for task in tasks for label in task.classes])

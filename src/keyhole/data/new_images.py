@@ -24,18 +24,7 @@ def new_images(
     mpp: float | None = None,
     masks: Path | None = None,
 ) -> tuple[list[Item], list[LeftOut]]:
-    """Return the images to predict, each once, under the names that the user gave them; and what is not used.
-
-    Args:
-        paths: image files, folders of them, and CSVs with a column `image`. Of a CSV, `mpp`, `mask`, `features` and
-            `name` are read too; they also apply to a file of the CSV that is named by itself.
-        missing: whether a file that does not exist is an error or is left out.
-        mpp: microns per level-0 pixel of all images for which no CSV states it.
-        masks: folder of masks, found by the names of the images.
-
-    Raises:
-        DataError: a path does not exist, a CSV cannot be read, or there is no image.
-    """
+    """Return the images to predict, each once, under the names that the user gave them; and what is not used."""
     tables = [path for path in paths if path.suffix.lower() in LIST_SUFFIXES and path.is_file()]
     others = [path for path in paths if path not in tables]
     items: dict[Path, Item] = {}

@@ -25,16 +25,7 @@ MAX_CSV_BYTES = 1 << 30
 
 
 def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> DataTable:
-    """Read a CSV in UTF-8 with a header line; comma, semicolon or tab between the fields.
-
-    Args:
-        path: the file.
-        root: folder that relative paths start from; by default the CSV's folder.
-        slides: without a column `image`, read CLAM's `slide_id` as `image` and `case_id` as `group`.
-
-    Raises:
-        DataError: the CSV cannot be read; the message names the file and the line.
-    """
+    """Read a CSV in UTF-8 with a header line; comma, semicolon or tab between the fields."""
     header, records = _parse(path, _text(path))
     header, notes = _of_slides(path, header) if slides else (header, [])
     place = _columns(path, header)

@@ -43,10 +43,6 @@ def read_folder(path: Path, ignore: Mapping[Path, str] | None = None) -> DataTab
     """Read `path/CLASS/**/image`, `path/SPLIT/CLASS/**/image` or `path/CLASS/SPLIT/**/image`.
 
     `ignore` are folders in it that hold something else, such as masks, each with what it holds.
-
-    Raises:
-        DataError: there are no class folders, they hold no images, or folders are named like splits but not laid out
-            as such.
     """
     path = absolute(path)
     files, left_out = list_images(path, ignore, generated=True)
@@ -79,11 +75,7 @@ def read_folder(path: Path, ignore: Mapping[Path, str] | None = None) -> DataTab
 
 
 def check_classes(path: Path, table: DataTable) -> None:
-    """Refuse a folder that has one class only, or classes of one image each.
-
-    Raises:
-        DataError: with the folder that was probably meant, where there is one.
-    """
+    """Refuse a folder that has one class only, or classes of one image each."""
     counts = Counter(row.item.labels[FOLDER_TASK] for row in table.rows)
     if len(counts) > 2 and all(count == 1 for count in counts.values()):
         raise DataError(
@@ -134,11 +126,7 @@ class Layout:
 
 
 def find_layout(path: Path, places: Sequence[Sequence[str]]) -> Layout:
-    """Return the layout of a folder from the names of the folders that each image is in, outermost first.
-
-    Raises:
-        DataError: folders are named like splits or folds but are not laid out as such.
-    """
+    """Return the layout of a folder from the names of the folders that each image is in, outermost first."""
     tree: dict[str, Counter[str]] = defaultdict(Counter)
     for folders in places:
         if folders:

@@ -148,9 +148,6 @@ def moved_to(manifest: Path, table: DataTable, root: Path) -> DataTable:
     """Replace the paths of a run's manifest by those below `root`, where the files exist there.
 
     `root` may stand for any folder above the images. It is the one below which most files are found.
-
-    Raises:
-        DataError: there is no such folder, or it holds none of the images.
     """
     root = absolute(root.expanduser())
     if not root.is_dir():

@@ -97,11 +97,7 @@ def give_splits(path: Path | None) -> str:
 
 
 def check_training(where: str, items: Sequence[Item], tasks: Sequence[Task]) -> None:
-    """Require a training image of every class.
-
-    Raises:
-        DataError: a class has none; `where` names the data.
-    """
+    """Require a training image of every class."""
     for task in tasks:
         seen: dict[bool, set[str]] = {True: set(), False: set()}  # by whether the image is for training
         for item in items:
@@ -172,18 +168,6 @@ def make_splits(
     3. Groups move until training has every class and no split is empty.
 
     Without groups the quotas are met exactly: each class is within one image of its share in each split.
-
-    Args:
-        samples: the images.
-        shares: share of the images per split, `train` among them; splits with share 0 stay empty.
-        seed: seed of the draw.
-        remedy: how a user states splits, for messages.
-
-    Returns:
-        The split of each sample.
-
-    Raises:
-        DataError: there are too few images or groups for the splits.
     """
     splits = ["train", *(split for split in sorted(shares, reverse=True) if split != "train" and shares[split] > 0)]
     shares = {split: shares[split] / sum(shares.values()) for split in splits}

@@ -92,21 +92,7 @@ def read_camelyon16(
     features: Path | None = None,
     reference: Path | None = None,
 ) -> Camelyon16:
-    """Read a copy of the data set, without its pixels.
-
-    Args:
-        root: its folder.
-        val: share of the training slides that choose the best model, stratified by label.
-        seed: seed of that draw.
-        features: folder of feature files; only slides that have one are used, even without the slide itself.
-        reference: CSV with the labels of the test slides; by default every `reference.csv` below `root`.
-
-    Returns:
-        The slides that can be used, and all problems.
-
-    Raises:
-        DataError: the folder does not exist or holds nothing usable, or a test slide has two labels.
-    """
+    """Read a copy of the data set, without its pixels."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder. Give the one that holds training and testing, or images.")
     found = find_files(root)

@@ -132,11 +132,7 @@ def _note_zipped(found: Found, path: Path) -> None:
 
 
 def find_features(folder: Path, found: Found) -> None:
-    """Find the feature files of the slides in a folder or in CLAM's subfolders.
-
-    Raises:
-        DataError: the folder does not exist or holds none.
-    """
+    """Find the feature files of the slides in a folder or in CLAM's subfolders."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder. Give the one with the feature files (.h5, .pt) of the slides.")
     for place in (folder / name for name in FEATURE_FOLDERS):

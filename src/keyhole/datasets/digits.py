@@ -164,16 +164,7 @@ def render(
     clutter: tuple[int, int] = CLUTTER,
     strokes: tuple[int, int] = STROKES,
 ) -> Rendered:
-    """Draw one image: long strokes, then digits and doodles that do not touch each other, then paper and grain.
-
-    Args:
-        rng: source of everything random.
-        samples: handwriting (n, 8, 8), 0 ... 16, of the digit to hide.
-        doodles: sources (n, 8, 8), 0 ... 16, of the clutter.
-        side: width and height in pixels.
-        clutter: fewest and most doodles on 1536 x 1536 pixels.
-        strokes: fewest and most long strokes.
-    """
+    """Draw one image: long strokes, then digits and doodles that do not touch each other, then paper and grain."""
     digits = _hidden(rng, samples, limit=MAX_DIGIT_SHARE * side * side)
     count = round(_between(rng, clutter) * (side / 1536) ** 2)
     others = [enlarged(rng, doodles[index]) for index in rng.integers(len(doodles), size=count)]

@@ -144,9 +144,6 @@ def place_nests(rng: np.random.Generator, tissue: Tissue, texture: Texture, shif
     """Place nests at random sites of `texture`, deep in tissue, away from fat and each other, up to their share.
 
     `shift` is x and y of the slide's corner in the picture of the nuclei.
-
-    Raises:
-        ConfigError: there is no place for them, as on a small slide with little tissue.
     """
     budget = NEST_SHARE * tissue.share * tissue.side**2
     boxes: list[Box] = []

@@ -57,24 +57,7 @@ def write_pyramid(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Size]:
-    """Write `path`, which appears only when it is complete.
-
-    Args:
-        path: the file; its folder must exist and also takes the temporary files.
-        size: width and height of level 0 in pixels.
-        render: (column, row) of a level-0 tile -> its pixels (256, 256, 3) uint8, also at the right and lower border,
-            or None for background. Called from several threads.
-        mpp: microns per pixel of level 0.
-        background: (256, 256, 3), stored once per level and used wherever `render` returns None.
-        threads: threads that render and encode; by default one per core, at most 16. The bytes do not depend on it.
-        progress: called with the number of pixels done after every row of tiles.
-
-    Returns:
-        The size of each level.
-
-    Raises:
-        OutputError: no permission or no space; an earlier file at `path` is unchanged.
-    """
+    """Write `path`, which appears only when it is complete."""
     sizes = level_sizes(size)
     blank = _Blank(background, _encode(background), smaller(background))
     with ExitStack() as stack:

@@ -65,12 +65,7 @@ def about_labels(manifest: Manifest, config: Config) -> Iterator[Finding]:
 
 
 def about_bits(largest: Mapping[str, int], config: Config) -> Iterator[Finding]:
-    """Yield a finding about 16-bit images for which the number of bits in use is unknown.
-
-    Args:
-        largest: the largest value of each image.
-        config: settings.
-    """
+    """Yield a finding about 16-bit images for which the number of bits in use is unknown."""
     if not largest:
         return
     most = max(largest.values())

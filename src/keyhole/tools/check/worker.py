@@ -37,13 +37,7 @@ BEAT_SECONDS = 1.0
 
 
 def probe_all(requests: Sequence[Request], stall: float, threads: int | None) -> Generator[Probed | Failed]:
-    """Yield the result of every image in order, from a few processes at a time.
-
-    Args:
-        requests: the images.
-        stall: seconds that may pass without data from an image.
-        threads: number of processes, at most `MAX_PROCESSES`; by default one per core.
-    """
+    """Yield the result of every image in order, from a few processes at a time."""
     probes = [ImageProbe(stall) for _ in range(min(len(requests), MAX_PROCESSES, threads or os.cpu_count() or 1))]
     free: queue.SimpleQueue[ImageProbe] = queue.SimpleQueue()
     for probe in probes:
@@ -70,11 +64,7 @@ def probe_all(requests: Sequence[Request], stall: float, threads: int | None) ->
 
 
 class ImageProbe:
-    """A process that opens images one after the other, and is started again after it died.
-
-    Args:
-        stall: seconds that may pass without data from an image.
-    """
+    """A process that opens images one after the other, and is started again after it died."""
 
     def __init__(self, stall: float) -> None:
         self.stall = stall
@@ -88,11 +78,7 @@ class ImageProbe:
         return None if self._process is None else self._process.pid
 
     def probe(self, request: Request) -> Probed | Failed:
-        """Open an image, read its first and last patch, and draw a preview if the request names one.
-
-        Raises:
-            KeyholeError: the process cannot be started at all.
-        """
+        """Open an image, read its first and last patch, and draw a preview if the request names one."""
         if self._killed:
             return Failed("not looked at any more", "stalled")
         if self._process is None:
