@@ -1,13 +1,7 @@
 """Generated images of handwritten digits hidden among strokes and clutter, to try training on.
 
-Every image holds some copies of one digit, each from another handwriting sample, and the digit is the class. The digits
-cover under 1 % of the image. Everything else looks alike: doodles (lines, arcs, dots, blobs) that are made like the
-digits, as 32 x 32 bitmaps counted down to 8 x 8, and enlarged by the same code; long strokes of the same darkness;
-paper with uneven light and grain. So neither a thumbnail nor an amount of ink shows the class, and a model has to find
-the digits and read them closely.
-
-The digits are scikit-learn's bundled 8 x 8 ones (Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits",
-UCI): nothing is downloaded.
+Every image holds copies of one digit, the class, on under 1 % of its area. Doodles are drawn and enlarged like the
+digits, which are scikit-learn's: neither a thumbnail nor an amount of ink shows the class.
 """
 
 from __future__ import annotations
@@ -37,23 +31,17 @@ COPIES = (13, 16)
 CLUTTER = (8, 14)
 """Fewest and most doodles on 1536 x 1536 pixels; other sizes in proportion to the area."""
 STROKES = (2, 4)
-"""Fewest and most long strokes across an image."""
 MAX_DIGIT_SHARE = 0.01
-"""The boxes of the digits of an image cover less than this share of it."""
 MIN_SIDE = 1500
 """In a smaller image the digits could exceed their share."""
 QUALITY = 90
-"""JPEG: a 1536 px page is 0.13 MB and decodes in some 5 ms; as PNG it is 0.66 MB and takes 18 ms."""
 SCALE = (3.6, 4.2)
-"""Pixels of the image per pixel of an 8 x 8 source: digits are 29 to 34 px high, and strokes 4 to 6 px wide."""
-MAX_TURN = 12.0
-"""Largest rotation in degrees, either way: a digit keeps its meaning."""
+"""Pixels of the image per pixel of an 8 x 8 source."""
+MAX_TURN = 12.0  # degrees: a digit keeps its meaning
 DIGIT_INK = (3.3, 5.3)
 """A doodle gets strokes until the mean of its 8 x 8 source exceeds a value in here; handwriting has 4.9 +- 0.5."""
 MARGIN = 6
-"""Free pixels around each digit and doodle."""
-_DOODLES = {"line": 0.3, "strokes": 0.2, "arcs": 0.3, "dots": 0.1, "blob": 0.1}
-"""Shapes of doodles and their probabilities."""
+_DOODLES = {"line": 0.3, "strokes": 0.2, "arcs": 0.3, "dots": 0.1, "blob": 0.1}  # probabilities
 _PURPOSES = ("image", "labels", "doodles")
 _SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.75), "test": (0.75, 1.0)}
 """Part of the handwriting samples, by their index, that each split draws from."""
@@ -124,7 +112,6 @@ def make_digits(
         for split, count in {"train": train, "val": val, "test": test}.items()
         for number, label in enumerate(_random(seed, split, "labels").permutation(np.resize(np.array(CLASSES), count)))
     ]
-    # Drawing, scaling, compressing and syncing to disk release Python's lock, so threads are enough.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         written = list(pool.map(write, jobs))
     boxes: list[tuple[object, ...]] = [("image", "x", "y", "width", "height", "label")]
@@ -142,12 +129,11 @@ def handwriting(classes: Sequence[int] = CLASSES) -> dict[str, dict[int, NDArray
 
     bunch = load_digits()
     n = len(bunch.target)
-    samples: dict[str, dict[int, NDArray[np.float64]]] = {}
-    for split, (start, stop) in _SHARES.items():
-        part = slice(round(start * n), round(stop * n))
-        images, target = bunch.images[part], bunch.target[part]
-        samples[split] = {digit: images[target == digit] for digit in classes}
-    return samples
+    parts = {split: slice(round(start * n), round(stop * n)) for split, (start, stop) in _SHARES.items()}
+    return {
+        split: {digit: bunch.images[part][bunch.target[part] == digit] for digit in classes}
+        for split, part in parts.items()
+    }
 
 
 def scribbles(rng: np.random.Generator, count: int = 1000) -> NDArray[np.float64]:
@@ -164,16 +150,18 @@ def render(
     clutter: tuple[int, int] = CLUTTER,
     strokes: tuple[int, int] = STROKES,
 ) -> Rendered:
-    """Draw one image: long strokes, then digits and doodles that do not touch each other, then paper and grain."""
-    digits = _hidden(rng, samples, limit=MAX_DIGIT_SHARE * side * side)
+    """Hide a digit, of `samples` (n, 8, 8), 0 ... 16, among `doodles` (n, 8, 8) and strokes that do not touch it."""
+    copies = min(_between(rng, COPIES), len(samples))
+    digits: list[Pixels] = []
+    while not digits or sum(stamp.size for stamp in digits) >= MAX_DIGIT_SHARE * side * side:
+        digits = [enlarged(rng, samples[index]) for index in rng.choice(len(samples), copies, replace=False)]
     count = round(_between(rng, clutter) * (side / 1536) ** 2)
     others = [enlarged(rng, doodles[index]) for index in rng.integers(len(doodles), size=count)]
     ink = _long_strokes(rng, side, _between(rng, strokes))
     taken: list[Box] = []
     for number, stamp in enumerate(digits + others):
         box = _free_place(rng, stamp.shape, side, taken)
-        if box is None:
-            # The page is full: it gets fewer doodles.
+        if box is None:  # the page is full: it gets fewer doodles
             assert number >= len(digits), "an empty page has no place for the digits"
             continue
         taken.append(box)
@@ -184,25 +172,13 @@ def render(
     return Rendered(_on_paper(rng, ink), boxes)
 
 
-def _hidden(rng: np.random.Generator, samples: NDArray[np.float64], limit: float) -> list[Pixels]:
-    """Return the copies of a digit as ink, each of another sample; drawn again if they cover `limit` pixels or more."""
-    count = min(_between(rng, COPIES), len(samples))
-    while True:
-        chosen = rng.choice(len(samples), count, replace=False)
-        stamps = [enlarged(rng, samples[index]) for index in chosen]
-        if sum(stamp.size for stamp in stamps) < limit:
-            return stamps
-
-
 def enlarged(rng: np.random.Generator, source: NDArray[np.float64]) -> Pixels:
     """Turn an 8 x 8 source, 0 ... 16, into ink 0 ... 255: enlarged smoothly, rotated a little, cut to its box."""
     scale = rng.uniform(*SCALE)
     turn = math.radians(rng.uniform(-MAX_TURN, MAX_TURN))
     padded = Image.fromarray(np.pad(source * (255 / 16), 1).astype(np.uint8))
     size = math.ceil(10 * scale)
-    cos, sin = math.cos(turn) / scale, math.sin(turn) / scale
-    middle = size / 2
-    # Output pixel -> source pixel, both measured from the middle.
+    cos, sin, middle = math.cos(turn) / scale, math.sin(turn) / scale, size / 2
     matrix = (cos, sin, 5 - (cos + sin) * middle, -sin, cos, 5 - (cos - sin) * middle)
     smooth = padded.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
     ink = _EDGE[np.asarray(smooth)]
@@ -212,7 +188,6 @@ def enlarged(rng: np.random.Generator, source: NDArray[np.float64]) -> Pixels:
 
 
 def _doodle(rng: np.random.Generator) -> NDArray[np.float64]:
-    """Draw one source (8, 8): strokes of one shape, until it has the ink of a digit."""
     shape = rng.choice(list(_DOODLES), p=list(_DOODLES.values()))
     bitmap = Image.new("L", (32, 32))
     pen = ImageDraw.Draw(bitmap)
@@ -240,7 +215,6 @@ def _doodle(rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def _long_strokes(rng: np.random.Generator, side: int, count: int) -> Pixels:
-    """Draw `count` smooth strokes as ink (side, side), as dark as the digits and some hundred pixels long."""
     bitmap = Image.new("L", (side, side))
     pen = ImageDraw.Draw(bitmap)
     t = np.linspace(0, 1, 24)[:, None]
@@ -248,14 +222,12 @@ def _long_strokes(rng: np.random.Generator, side: int, count: int) -> Pixels:
         start = rng.uniform(0, side, 2)
         bend, end = start + rng.uniform(-side / 3, side / 3, (2, 2))
         curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
-        points = [(x, y) for x, y in curve.tolist()]
-        pen.line(points, fill=_between(rng, (204, 255)), width=_between(rng, (7, 10)), joint="curve")
+        pen.line(curve.ravel().tolist(), fill=_between(rng, (204, 255)), width=_between(rng, (7, 10)), joint="curve")
     # Shrinking and enlarging makes the jagged edges of the pen as soft as those of the digits.
     return np.array(bitmap.reduce(2).resize((side, side), Image.Resampling.BILINEAR))
 
 
 def _free_place(rng: np.random.Generator, shape: tuple[int, ...], side: int, taken: Sequence[Box]) -> Box | None:
-    """Find a random place for ink of `shape` with a margin to everything placed before, or None after 100 tries."""
     height, width = shape
     others = np.array(taken, dtype=np.int64).reshape(-1, 4)
     for x, y in rng.integers(MARGIN, (side - width - MARGIN, side - height - MARGIN), (100, 2)):
@@ -267,7 +239,6 @@ def _free_place(rng: np.random.Generator, shape: tuple[int, ...], side: int, tak
 
 
 def _on_paper(rng: np.random.Generator, ink: Pixels) -> Pixels:
-    """Put dark ink (side, side) on light paper with uneven light and grain."""
     side = ink.shape[0]
     across, down = (np.interp(np.linspace(0, 5, side), range(6), rng.uniform(104, 116, 6)) for _ in range(2))
     page = Image.fromarray(np.add.outer(down.astype(np.uint8), across.astype(np.uint8)))
@@ -277,7 +248,6 @@ def _on_paper(rng: np.random.Generator, ink: Pixels) -> Pixels:
 
 
 def _random(seed: int, split: str, purpose: str, number: int = 0) -> np.random.Generator:
-    """Return a random stream of its own for every image and purpose, whatever the threads and the number of images."""
     return np.random.default_rng([number, list(_SHARES).index(split), _PURPOSES.index(purpose), seed])
 
 
@@ -288,6 +258,5 @@ def _between(rng: np.random.Generator, ends: tuple[int, int]) -> int:
 _STEP = np.clip((np.arange(256) / 255 - 0.25) / 0.4, 0, 1)
 _EDGE = np.round(255 * _STEP**2 * (3 - 2 * _STEP)).astype(np.uint8)
 """Ink by smoothed coverage: a soft step, so that an enlarged digit has sharp edges like a pen's."""
-
 _GRAIN = np.clip(np.round(np.random.default_rng(0).normal(0, 1, 256)), -3, 3).astype(np.int8).view(np.uint8)
-"""Grain of the paper by a random byte: normal, standard deviation 1, modulo 256."""
+"""Grain of the paper by a random byte."""

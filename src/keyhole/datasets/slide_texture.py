@@ -1,12 +1,8 @@
 """The texture of generated tissue: periodic pictures of light that passes a section stained with two dyes.
 
-A section absorbs light by the law of Beer and Lambert: exp(-(E e + H h)) of it passes, where E and H are the amounts of
-eosin and hematoxylin at a pixel, and e and h what each absorbs of red, green and blue (the directions of Ruifrok and
-Johnston, 2001, varied a little from slide to slide). Amounts add and light multiplies, so a picture of the stroma times
-a picture of the nuclei is a picture of both. Their periods differ, so the product does not repeat within 5,120 px.
-
-Nuclei come in two patterns at the same places: filled, as everywhere, and hollow for nests, a dark rim around a pale
-centre. Both absorb the same light on average, so a nest cannot be seen at low resolution.
+By the law of Beer and Lambert, exp(-(E e + H h)) of the light passes, where E and H are the amounts of eosin and
+hematoxylin, and e and h what each absorbs of red, green and blue (Ruifrok and Johnston, 2001). Amounts add and light
+multiplies: a picture of the stroma times one of the nuclei, with another period, is a picture of both.
 """
 
 from __future__ import annotations
@@ -28,14 +24,11 @@ STROMA, NUCLEI = 1024, 1280
 COLUMNS, ROWS = 100, 116
 """Places for nuclei in a period: a triangular lattice of 12.8 by 11 px with jitter."""
 JITTER = 1.4
-RADIUS = (3.6, 4.9)
-"""Range of the half axes of nuclei in pixels."""
+RADIUS = (3.6, 4.9)  # half axes of nuclei in pixels
 REACH = 6
 """Pixels around its centre that hold nearly all of a nucleus."""
-
 _EOSIN = (0.07, 0.99, 0.11)
 _HEMATOXYLIN = (0.65, 0.70, 0.29)
-_GREEN = 1
 _CYTOPLASM = 0.05
 """Amount of hematoxylin outside of nuclei."""
 _FULL = 2.5
@@ -44,33 +37,25 @@ _FULL = 2.5
 
 @dataclass(frozen=True, eq=False)
 class Texture:
-    """The pictures of one slide; each repeats its first 256 rows and columns at the end, so that tiles do not wrap.
+    """The pictures of one slide; each repeats its first 256 rows and columns at the end, so that tiles do not wrap."""
 
-    Attributes:
-        stroma: light that passes connective tissue and cytoplasm (1280, 1280, 3).
-        nuclei: share of the light that passes the nuclei (1536, 1536, 3); 255 is all.
-        hollow: like `nuclei`, with every nucleus hollow.
-        fat: like `stroma`: empty round cells with thin walls.
-        glass: a tile without tissue (256, 256, 3).
-        rough: offset of the edge of tissue (1280, 1280), standard deviation 1.
-        sites: x and y of three neighbouring nuclei (k, 3, 2), in `nuclei` without its margin; may exceed its end.
-    """
-
-    stroma: Pixels
-    nuclei: Pixels
-    hollow: Pixels
-    fat: Pixels
-    glass: Pixels
-    rough: Values
-    sites: NDArray[np.float64]
+    stroma: Pixels  # light that passes connective tissue (1280, 1280, 3)
+    nuclei: Pixels  # share of the light that passes the nuclei (1536, 1536, 3); 255 is all
+    hollow: Pixels  # like `nuclei`, with every nucleus hollow
+    fat: Pixels  # like `stroma`: empty round cells with thin walls
+    glass: Pixels  # a tile without tissue (256, 256, 3)
+    rough: Values  # offset of the edge of tissue (1280, 1280), standard deviation 1
+    sites: NDArray[np.float64]  # three neighbouring nuclei (k, 3, 2); may exceed the period
 
 
 def make_texture(rng: np.random.Generator) -> Texture:
     """Draw the stains and nuclei of one slide; all slides share the patterns of stroma and fat."""
     light = rng.uniform(0.955, 0.96) * 255
-    eosin = _stain(rng, _EOSIN)
-    hematoxylin = _stain(rng, _HEMATOXYLIN)
-    filled, hollow, sites = _nuclei(rng, hematoxylin[_GREEN])
+    # What an amount of 1 of a dye absorbs of red, green and blue on this slide
+    eosin, hematoxylin = (
+        np.array(dye) * rng.uniform(0.99, 1.01, 3) * rng.uniform(0.985, 1.015) for dye in (_EOSIN, _HEMATOXYLIN)
+    )
+    filled, hollow, sites = _nuclei(rng, hematoxylin[1])
     through_eosin, through_hematoxylin = _table(eosin, light), _table(hematoxylin, 255)
     noise = np.random.default_rng(0).normal(0, 1.0, (TILE, TILE, 1))
     return Texture(
@@ -84,11 +69,6 @@ def make_texture(rng: np.random.Generator) -> Texture:
     )
 
 
-def _stain(rng: np.random.Generator, direction: tuple[float, float, float]) -> NDArray[np.float64]:
-    """Draw what an amount of 1 of a dye absorbs of red, green and blue on this slide."""
-    return np.array(direction) * rng.uniform(0.99, 1.01, 3) * rng.uniform(0.985, 1.015)
-
-
 def _table(stain: NDArray[np.float64], light: float) -> Pixels:
     """Return the light (256, 3) that is left after each amount of a dye."""
     amount = np.arange(256)[:, None] * (_FULL / 255)
@@ -96,7 +76,6 @@ def _table(stain: NDArray[np.float64], light: float) -> Pixels:
 
 
 def _amounts(values: Values | float) -> Pixels:
-    """Encode amounts of a dye as bytes."""
     return np.asarray(np.minimum(np.asarray(values, np.float32) * (255 / _FULL) + 0.5, 255), np.uint8)
 
 
@@ -104,9 +83,7 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 def _wrapped(picture: NDArray[Number]) -> NDArray[Number]:
-    """Repeat the first rows and columns at the end."""
-    margin = [(0, TILE), (0, TILE)] + [(0, 0)] * (picture.ndim - 2)
-    return np.pad(picture, margin, mode="wrap")
+    return np.pad(picture, [(0, TILE)] * 2 + [(0, 0)] * (picture.ndim - 2), mode="wrap")
 
 
 # --- stroma and fat: the same pattern for all slides -----------------------------------------------------------------
@@ -118,8 +95,7 @@ def smooth_noise(rng: np.random.Generator, side: int, scale: float) -> Values:
     spectrum = np.fft.rfft2(rng.standard_normal((side, side))) * np.exp(-0.5 * (2 * frequency * scale) ** 2)
     spectrum[0, 0] = 0
     noise = np.fft.irfft2(spectrum, s=(side, side))
-    result: Values = (noise / noise.std()).astype(np.float32)
-    return result
+    return np.asarray(noise / noise.std(), np.float32)
 
 
 @cache
@@ -149,16 +125,14 @@ def _fat() -> Pixels:
         first, second = nearest[0][window], nearest[1][window]
         nearest[1][window] = np.minimum(second, np.maximum(first, distance))
         nearest[0][window] = np.minimum(first, distance)
-    wall = np.clip(1.5 - (nearest[1] - nearest[0]) / 4, 0, 1)
-    return _amounts(0.32 * wall)
+    return _amounts(0.32 * np.clip(1.5 - (nearest[1] - nearest[0]) / 4, 0, 1))
 
 
 @cache
 def _rough() -> Values:
     rng = np.random.default_rng(3)
     noise = smooth_noise(rng, STROMA, 12) + 2 * smooth_noise(rng, STROMA, 60)
-    rough: Values = np.clip(noise / noise.std(), -3.5, 3.5).astype(np.float32)
-    return rough
+    return np.asarray(np.clip(noise / noise.std(), -3.5, 3.5), np.float32)
 
 
 # --- nuclei: each slide has its own ----------------------------------------------------------------------------------
@@ -167,7 +141,7 @@ def _rough() -> Values:
 def _nuclei(rng: np.random.Generator, absorbed: float) -> tuple[Pixels, Pixels, NDArray[np.float64]]:
     """Return amounts of hematoxylin (1280, 1280) with filled and with hollow nuclei, and the sites of nests.
 
-    `absorbed` is what an amount of 1 absorbs of green light.
+    Filled and hollow nuclei absorb as much green light (`absorbed` at an amount of 1): small levels do not show nests.
     """
     row, column = np.mgrid[:ROWS, :COLUMNS]
     x = (column + 0.5 * (row % 2)) * (NUCLEI / COLUMNS) + rng.uniform(-JITTER, JITTER, row.shape)
@@ -197,17 +171,22 @@ def _nuclei(rng: np.random.Generator, absorbed: float) -> tuple[Pixels, Pixels, 
         amount = np.full((NUCLEI, NUCLEI), _amounts(_CYTOPLASM))
         np.maximum.at(amount, (rows, columns), _amounts(stamps + _CYTOPLASM))
         pictures.append(amount)
-    return pictures[0], pictures[1], _sites(x, y, there)
+
+    # Two neighbours in a row and the nucleus between them below, without the last row and column, which would wrap
+    row, column = row[:-1, :-1], column[:-1, :-1]
+    corners = [(row, column), (row, column + 1), (row + 1, column + row % 2)]
+    whole = np.logical_and.reduce([there[corner] for corner in corners])
+    sites = np.stack([np.stack([x[corner], y[corner]], axis=-1) for corner in corners], axis=-2)
+    return pictures[0], pictures[1], sites[whole]
 
 
 def _step(t: Values) -> Values:
-    """Smooth step from 0 to 1."""
     t = np.clip(t, 0, 1)
     return t * t * (3 - 2 * t)
 
 
 def _as_much_light(rim: Values, filled: Values, absorbed: float) -> float:
-    """Find, by bisection, the factor of `rim` at which hollow nuclei absorb as much green light as filled ones."""
+    """Find the factor of `rim` at which hollow nuclei absorb as much green light as filled ones."""
     some = slice(0, 400)
     wanted = np.exp(-absorbed * filled[some]).mean()
     low, high = 0.0, 4.0
@@ -215,16 +194,3 @@ def _as_much_light(rim: Values, filled: Values, absorbed: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if np.exp(-absorbed * middle * rim[some]).mean() > wanted else (low, middle)
     return high
-
-
-def _sites(x: NDArray[np.float64], y: NDArray[np.float64], there: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return all triples (k, 3, 2) of two neighbours in a row and the nucleus between them in the row below.
-
-    The last row and column are left out, so that a site exceeds the end only by the size of its nuclei.
-    """
-    row, column = np.mgrid[: ROWS - 1, : COLUMNS - 1]
-    corners = [(row, column), (row, column + 1), (row + 1, column + row % 2)]
-    whole = np.logical_and.reduce([there[corner] for corner in corners])
-    sites = np.stack([np.stack([x[corner], y[corner]], axis=-1) for corner in corners], axis=-2)
-    found: NDArray[np.float64] = sites[whole]
-    return found

@@ -23,10 +23,8 @@ CELLS = 192
 EDGE = 64
 """Pixels around an edge of tissue within which it is rough; further inside, everything is tissue."""
 TISSUE = (0.3, 0.6)
-"""Range of the share of tissue."""
-NEST_SHARE = 0.0009
-"""Share of the tissue's pixels that nests take up, safely below `MAX_NEST_SHARE`."""
-MAX_NEST_SHARE = 0.001
+NEST_SHARE, MAX_NEST_SHARE = 0.0009, 0.001
+"""Shares of the tissue's pixels that nests take up."""
 MAX_TRIES = 2000
 """Batches of 256 places that are tried; the largest slide needs about 500."""
 GAP = 8
@@ -35,30 +33,21 @@ GAP = 8
 
 @dataclass(frozen=True, eq=False)
 class Tissue:
-    """The maps of one slide, each (193, 193) from its upper left to its lower right corner.
-
-    Attributes:
-        side: width and height of the slide in pixels.
-        inside: pixels inside the edge of the tissue.
-        fat: pixels inside fat.
-        stain: strength of the stain, 0 ... 1.
-        share: share of the slide that is tissue.
-    """
+    """The maps of one slide, each (193, 193) from its upper left to its lower right corner."""
 
     side: int
     inside: Values
     fat: Values
-    stain: Values
-    share: float
+    stain: Values  # strength, 0 ... 1
+    share: float  # of the slide, that is tissue
 
     def nodes(self, map_: Values, column: int, row: int) -> Values:
         """Return the values of a map around a tile."""
-        ends = [
-            (int(start * TILE * CELLS / self.side), min(CELLS, int((start + 1) * TILE * CELLS / self.side) + 1))
+        rows, columns = (
+            slice(int(start * TILE * CELLS / self.side), int((start + 1) * TILE * CELLS / self.side) + 2)
             for start in (row, column)
-        ]
-        (top, below), (left, beside) = ends
-        return map_[top : below + 1, left : beside + 1]
+        )
+        return map_[rows, columns]
 
     def at(self, map_: Values, x: NDArray[np.float64], y: NDArray[np.float64]) -> Values:
         """Return the values of a map (k,) at level-0 pixels x and y (k,)."""
@@ -77,7 +66,6 @@ class Tissue:
         return np.asarray(rows[:, j] * (1 - v) + rows[:, j + 1] * v, np.float32)
 
     def _places(self, pixel: NDArray[np.float64] | NDArray[np.int64]) -> tuple[NDArray[np.intp], Values]:
-        """Return the node before, and the fraction of the way to the next."""
         place = np.minimum(pixel * (CELLS / self.side), CELLS - 1e-3)
         node = place.astype(np.intp)
         return node, (place - node).astype(np.float32)
@@ -86,7 +74,7 @@ class Tissue:
 def make_tissue(rng: np.random.Generator, side: int, tissue: float | None = None) -> Tissue:
     """Draw blobs of tissue on glass, with tears and fat; a share `tissue` of 1 is a slide without glass and fat."""
     share = rng.uniform(*TISSUE) if tissue is None else tissue
-    stain: Values = np.clip(0.94 + 0.04 * _noise(rng, 14), 0.8, 1.0)
+    stain = np.clip(0.94 + 0.04 * _noise(rng, 14), 0.8, 1.0)
     if share >= 1:
         far = np.full((CELLS + 1, CELLS + 1), 4.0 * EDGE, np.float32)
         return Tissue(side, far, -far, stain, 1.0)
@@ -108,23 +96,16 @@ def make_tissue(rng: np.random.Generator, side: int, tissue: float | None = None
 
 
 def _noise(rng: np.random.Generator, scale: float) -> Values:
-    """Draw noise (193, 193) with features of `scale` nodes; not periodic over the slide."""
     return smooth_noise(rng, 2 * CELLS, scale)[: CELLS + 1, : CELLS + 1]
 
 
 @dataclass(frozen=True, eq=False)
 class Nests:
-    """The nests of a slide.
+    """The nests of a slide, in level-0 pixels."""
 
-    Attributes:
-        boxes: x, y, width, height in level-0 pixels (k, 4).
-        nuclei: centres of the nuclei in level-0 pixels (k, 3, 2).
-        pixels: pixels of each that differ from a slide without it (k,).
-    """
-
-    boxes: NDArray[np.int64]
-    nuclei: NDArray[np.float64]
-    pixels: NDArray[np.int64]
+    boxes: NDArray[np.int64]  # x, y, width, height (k, 4)
+    nuclei: NDArray[np.float64]  # centres (k, 3, 2)
+    pixels: NDArray[np.int64]  # number of pixels (k,) that differ from a slide without the nest
 
     def by_tile(self) -> dict[tuple[int, int], list[int]]:
         """Return the indices of the nests by (column, row) of the tiles that they touch."""
@@ -146,27 +127,24 @@ def place_nests(rng: np.random.Generator, tissue: Tissue, texture: Texture, shif
     `shift` is x and y of the slide's corner in the picture of the nuclei.
     """
     budget = NEST_SHARE * tissue.share * tissue.side**2
-    boxes: list[Box] = []
-    nuclei: list[NDArray[np.float64]] = []
-    pixels: list[int] = []
+    found: list[tuple[Box, NDArray[np.float64], int]] = []
     used = 0
     taken: dict[tuple[int, int], list[Box]] = {}
     for _ in range(MAX_TRIES):
-        for site in _candidates(rng, tissue, texture, shift, 256):
-            x, y = (int(value) for value in np.floor(site.min(axis=0)) - REACH)
-            right, below = (int(value) for value in np.floor(site.max(axis=0)) + REACH + 1)
+        for site in _candidates(rng, tissue, texture, shift):
+            x, y = map(int, np.floor(site.min(axis=0)) - REACH)
+            right, below = map(int, np.floor(site.max(axis=0)) + REACH + 1)
             box = Box(x, y, right - x, below - y)
             covered = int(nest_mask(site, box).sum())
-            if used + covered > budget and boxes:
+            if used + covered > budget and found:
+                boxes, nuclei, pixels = zip(*found, strict=True)
                 return Nests(np.array(boxes, np.int64), np.stack(nuclei), np.array(pixels, np.int64))
             cells = {(cx // TILE, cy // TILE) for cx in (x - GAP, right + GAP) for cy in (y - GAP, below + GAP)}
             if any(_near(box, other) for cell in cells for other in taken.get(cell, ())):
                 continue
             for cell in cells:
                 taken.setdefault(cell, []).append(box)
-            boxes.append(box)
-            nuclei.append(site)
-            pixels.append(covered)
+            found.append((box, site, covered))
             used += covered
     raise ConfigError(f"side, tissue: {tissue.side} px and {tissue.share:.0%} have no place for nests; ask for more.")
 
@@ -181,17 +159,16 @@ def nest_mask(nuclei: NDArray[np.float64], box: Box) -> NDArray[np.bool_]:
 
 
 def _candidates(
-    rng: np.random.Generator, tissue: Tissue, texture: Texture, shift: tuple[int, int], count: int
+    rng: np.random.Generator, tissue: Tissue, texture: Texture, shift: tuple[int, int]
 ) -> NDArray[np.float64]:
-    """Draw up to `count` sites (k, 3, 2) in level-0 pixels, deep in tissue."""
-    periods = rng.integers(0, -(-tissue.side // NUCLEI) + 1, (count, 1, 2))
-    sites = texture.sites[rng.integers(len(texture.sites), size=count)] + periods * NUCLEI - np.array(shift)
+    """Draw up to 256 sites (k, 3, 2) in level-0 pixels, deep in tissue."""
+    periods = rng.integers(0, -(-tissue.side // NUCLEI) + 1, (256, 1, 2))
+    sites = texture.sites[rng.integers(len(texture.sites), size=256)] + periods * NUCLEI - np.array(shift)
     x, y = sites.mean(axis=1).T
     within = (sites > 2 * REACH).all(axis=(1, 2)) & (sites < tissue.side - 2 * REACH).all(axis=(1, 2))
     sites, x, y = sites[within], x[within], y[within]
     deep = (tissue.at(tissue.inside, x, y) > 1.5 * EDGE) & (tissue.at(tissue.fat, x, y) < -1.5 * EDGE)
-    found: NDArray[np.float64] = sites[deep]
-    return found
+    return np.asarray(sites[deep])
 
 
 def _near(one: Box, other: Box) -> bool:

@@ -2,11 +2,10 @@
 
 A positive slide holds small nests of three nuclei that are hollow instead of filled, together under 0.1 % of its
 tissue. Nothing else depends on the label: the same seed gives the same slide with and without nests, and hollow nuclei
-absorb as much light as filled ones, so that neither a thumbnail nor an amount of tissue or colour shows the class. A
-model has to find a nest and to read it at level 0.
+absorb as much light as filled ones, so that neither a thumbnail nor an amount of tissue or colour shows the class.
 
-Every tile is computed by itself, from coarse maps of the slide (`slide_tissue`) and periodic pictures of its texture
-(`slide_texture`), and streams into the file (`tiff_pyramid`): memory does not grow with the slide.
+Every tile is computed by itself from coarse maps (`slide_tissue`) and periodic pictures (`slide_texture`), and streams
+into the file (`tiff_pyramid`): memory does not grow with the slide.
 """
 
 from __future__ import annotations
@@ -21,17 +20,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from keyhole.datasets import slide_tissue
 from keyhole.datasets.slide_texture import NUCLEI, STROMA, Texture, make_texture
-from keyhole.datasets.slide_tissue import (
-    EDGE,
-    MAX_NEST_SHARE,
-    Nests,
-    Tissue,
-    make_tissue,
-    nest_mask,
-    no_nests,
-    place_nests,
-)
+from keyhole.datasets.slide_tissue import EDGE, MAX_NEST_SHARE, Nests, Tissue, nest_mask, no_nests
 from keyhole.datasets.tiff_pyramid import TILE, Pixels, write_pyramid
 from keyhole.errors import ConfigError, OutputError
 from keyhole.images.geometry import Box, Size
@@ -40,12 +31,9 @@ from keyhole.util.files import csv_text, writable_folder, write_atomic
 MIN_SIDE, MAX_SIDE = 2048, 200_000
 """On a smaller slide a single nest could exceed its share of the tissue."""
 MPP = 0.5
-"""Microns per pixel: 20x."""
 CLASSES = ("negative", "positive")
+_ROUGH = 12  # standard deviation of the edge of tissue in pixels
 Number = TypeVar("Number", bound=np.generic)
-
-_ROUGH = 12
-"""Standard deviation of the edge of tissue in pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +133,7 @@ class SlideSet:
             )
 
     def has_nests(self, number: int) -> bool:
-        """Return whether slide `number` is positive: of the first n slides n * positive, rounded, are."""
+        """Return True if slide `number` is positive: of the first n slides n * positive, rounded, are."""
         return math.floor((number + 1) * self.positive + 0.5) > math.floor(number * self.positive + 0.5)
 
     def split(self, number: int) -> tuple[str, ...]:
@@ -183,10 +171,10 @@ def make_slides(out: Path, slides: SlideSet | None = None, progress: Callable[[i
         slides/slide-0001.tif,negative
     """
     slides, out = slides or SlideSet(), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    created = not out.exists()
+    if not created and (not out.is_dir() or any(out.iterdir())):
         what = "is there already and not empty" if out.is_dir() else "is a file, expected a folder"
         raise OutputError(f"{out}: {what}. Choose another folder or remove what is there.")
-    created = not out.exists()
     writable_folder(out / "slides")
     rows: list[Sequence[object]] = []
     nests: list[Sequence[object]] = [("slide", "x", "y", "width", "height", "pixels")]
@@ -202,8 +190,7 @@ def make_slides(out: Path, slides: SlideSet | None = None, progress: Callable[[i
                 now, coming = coming, pool.submit(scene, min(number + 1, slides.count - 1))
                 slide = now.result().write(out / name, slides.mpp, progress=progress)
                 rows.append((name, CLASSES[slide.positive], *slides.split(number)))
-                found = zip(slide.nests.tolist(), slide.nest_pixels.tolist(), strict=True)
-                nests += [(name, *box, pixels) for box, pixels in found]
+                nests += [(name, *nest) for nest in np.column_stack((slide.nests, slide.nest_pixels)).tolist()]
         write_atomic(out / "nests.csv", csv_text(nests))
         header = ("image", "label", "split")[: len(rows[0])]
         return write_atomic(out / "manifest.csv", csv_text([header, *rows]))
@@ -218,35 +205,29 @@ def make_slides(out: Path, slides: SlideSet | None = None, progress: Callable[[i
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A slide before it is drawn; `tile` draws a part of it.
-
-    Attributes:
-        tissue: maps of its tissue.
-        texture: periodic pictures of its texture.
-        stroma_at, nuclei_at, fat_at: x and y of the slide's corner in each periodic picture.
-        nests: nests of hollow nuclei.
-        nests_of: indices of the nests by tile.
-    """
+    """A slide before it is drawn; `tile` draws a part of it."""
 
     tissue: Tissue
     texture: Texture
-    stroma_at: tuple[int, int]
+    stroma_at: tuple[int, int]  # x and y of the slide's corner in the periodic picture
     nuclei_at: tuple[int, int]
     fat_at: tuple[int, int]
     nests: Nests
-    nests_of: dict[tuple[int, int], list[int]]
+    nests_of: dict[tuple[int, int], list[int]]  # indices by tile
 
     def tile(self, column: int, row: int) -> Pixels | None:
         """Return the pixels (256, 256, 3) of a level-0 tile, or None if it is only glass."""
         inside = self.tissue.nodes(self.tissue.inside, column, row)
         if inside.max() < -EDGE:
             return None
-        light = self._piece(self.texture.stroma, STROMA, self.stroma_at, column, row).astype(np.uint16)
+        light = _piece(self.texture.stroma, self.stroma_at, column, row).astype(np.uint16)
         light *= self._nuclei(column, row)
         light >>= 8
-        light = self._stained(light, column, row)
+        # Absorb less light where the section is stained less; never more, so that no value wraps around.
+        strength = self.tissue.over_tile(self.tissue.stain, column, row) * 256
+        light = np.asarray(255 - ((255 - light) * strength.astype(np.uint16)[:, :, None] >> 8), np.uint16)
         if self.tissue.nodes(self.tissue.fat, column, row).max() > -EDGE:
-            fat = self._piece(self.texture.fat, STROMA, self.fat_at, column, row)
+            fat = _piece(self.texture.fat, self.fat_at, column, row)
             light = _blend(light, fat, self._cover(self.tissue.fat, column, row))
         if inside.min() < EDGE:
             light = _blend(self.texture.glass, light, self._cover(self.tissue.inside, column, row))
@@ -266,31 +247,25 @@ class Scene:
 
     def _nuclei(self, column: int, row: int) -> Pixels:
         """Return the light that passes the nuclei; those of nests are hollow."""
-        filled = self._piece(self.texture.nuclei, NUCLEI, self.nuclei_at, column, row)
+        filled = _piece(self.texture.nuclei, self.nuclei_at, column, row)
         nests = self.nests_of.get((column, row))
         if nests is None:
             return filled
-        hollow = self._piece(self.texture.hollow, NUCLEI, self.nuclei_at, column, row)
+        hollow = _piece(self.texture.hollow, self.nuclei_at, column, row)
         nest = nest_mask(self.nests.nuclei[nests], Box(column * TILE, row * TILE, TILE, TILE))
         return np.where(nest[:, :, None], hollow, filled)
 
-    def _stained(self, light: NDArray[np.uint16], column: int, row: int) -> NDArray[np.uint16]:
-        """Absorb less light where the section is stained less; never more, so that no value wraps around."""
-        strength = self.tissue.over_tile(self.tissue.stain, column, row) * 256
-        taken = (255 - light) * strength.astype(np.uint16)[:, :, None] >> 8
-        return np.asarray(255 - taken, np.uint16)
-
     def _cover(self, map_: NDArray[np.float32], column: int, row: int) -> NDArray[np.uint16]:
         """Return the share 0 ... 256 (256, 256, 1) of each pixel that lies inside an edge, which is rough."""
-        rough = self._piece(self.texture.rough, STROMA, self.fat_at, column, row)
+        rough = _piece(self.texture.rough, self.fat_at, column, row)
         inside = self.tissue.over_tile(map_, column, row) + _ROUGH * rough
         return (np.clip(inside / 3 + 0.5, 0, 1) * 256).astype(np.uint16)[:, :, None]
 
-    def _piece(
-        self, picture: NDArray[Number], period: int, at: tuple[int, int], column: int, row: int
-    ) -> NDArray[Number]:
-        x, y = (at[0] + column * TILE) % period, (at[1] + row * TILE) % period
-        return picture[y : y + TILE, x : x + TILE]
+
+def _piece(picture: NDArray[Number], at: tuple[int, int], column: int, row: int) -> NDArray[Number]:
+    period = len(picture) - TILE
+    x, y = (at[0] + column * TILE) % period, (at[1] + row * TILE) % period
+    return picture[y : y + TILE, x : x + TILE]
 
 
 def draw_scene(side: int, seed: int | Sequence[int], *, tissue: float | None = None, positive: bool = False) -> Scene:
@@ -299,11 +274,11 @@ def draw_scene(side: int, seed: int | Sequence[int], *, tissue: float | None = N
     entropy = [seed] if isinstance(seed, int) else list(seed)
     rng, nest_rng = (np.random.default_rng([*entropy, purpose]) for purpose in (0, 1))
     texture = make_texture(rng)
-    where = make_tissue(rng, side, tissue)
+    where = slide_tissue.make_tissue(rng, side, tissue)
     stroma_at, nuclei_at, fat_at = (
         (int(x), int(y)) for x, y in (rng.integers(0, period, 2) for period in (STROMA, NUCLEI, STROMA))
     )
-    nests = place_nests(nest_rng, where, texture, nuclei_at) if positive else no_nests()
+    nests = slide_tissue.place_nests(nest_rng, where, texture, nuclei_at) if positive else no_nests()
     assert nests.pixels.sum() < MAX_NEST_SHARE * where.share * side * side, "nests cover more than 0.1 % of the tissue"
     return Scene(where, texture, stroma_at, nuclei_at, fat_at, nests, nests.by_tile())
 

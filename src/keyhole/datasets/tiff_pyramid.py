@@ -1,16 +1,13 @@
 """Write a pyramidal JPEG TIFF of any size in constant memory, from a function that renders its tiles.
 
-Level 0 goes straight into the file, one row of tiles after the other. Each smaller level is computed from the one
-before at the same time; its encoded tiles wait in a temporary file until level 0 is complete. Memory holds one row of
-tiles of each smaller level and the tables of tile positions.
-
-The file is a classic TIFF, or a BigTIFF above 4 GiB. tifffile is not used: it would store the background again in every
-tile, and needs each level complete before the next one.
+Level 0 goes straight into the file; each smaller level waits in a temporary file. Memory holds one row of tiles of
+each. tifffile would store the background again in every tile, and needs each level complete before the next one.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import tempfile
 from array import array
@@ -31,18 +28,15 @@ from keyhole.util.files import atomic_file
 Pixels = NDArray[np.uint8]
 
 TILE = 256
-"""Side of a tile in pixels."""
 FACTOR = 4
 """Each level has a quarter of the side of the one before, as most scanners write them."""
 MAX_LAST_SIDE = 512
 """The pyramid ends with the first level whose longer side is at most this."""
 QUALITY = 80
-"""JPEG quality, with colour at half the resolution, as slide scanners write it."""
-_TILES_PER_JOB = 8
-"""A blank tile takes less time than handing a job to a thread."""
+_TILES_PER_JOB = 8  # a blank tile takes less time than handing a job to a thread
 _CLASSIC_END = 2**32 - 1
 _HEADER = 16
-"""Bytes reserved at the start: a BigTIFF's header; a classic one takes half of them."""
+"""Bytes of a BigTIFF's header; a classic one takes half of them."""
 _SHORT, _LONG, _RATIONAL, _LONG8 = 3, 4, 5, 16
 _DTYPES = {_SHORT: "<u2", _LONG: "<u4", _RATIONAL: "<u4", _LONG8: "<u8"}
 
@@ -57,27 +51,26 @@ def write_pyramid(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Size]:
-    """Write `path`, which appears only when it is complete."""
+    """Write `path`, which appears only when it is complete, and return the size of each level.
+
+    Several threads call `render(column, row)` for the pixels (256, 256, 3) of each level-0 tile, or None for
+    `background`, which is stored once per level. `progress` gets the number of pixels of each row of tiles.
+    """
     sizes = level_sizes(size)
     blank = _Blank(background, _encode(background), smaller(background))
     with ExitStack() as stack:
         out = stack.enter_context(atomic_file(path))
         files = [out, *(stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for _ in sizes[1:])]
-        above = None
         levels: list[_Level] = []
-        for lv_size, file in zip(reversed(sizes), reversed(files), strict=True):
-            above = _Level(lv_size, file, blank, above)
-            levels.insert(0, above)
+        for level_size, file in zip(reversed(sizes), reversed(files), strict=True):
+            levels.insert(0, _Level(level_size, file, blank, levels[0] if levels else None))
         out.seek(_HEADER)
         columns, rows = levels[0].grid
 
         def run(job: tuple[int, int]) -> list[Encoded]:
             start, row = job
-            done: list[Encoded] = []
-            for column in range(start, min(start + _TILES_PER_JOB, columns)):
-                tile = render(column, row)
-                done.append((None, blank.small) if tile is None else (_encode(tile), smaller(tile)))
-            return done
+            tiles = (render(column, row) for column in range(start, min(start + _TILES_PER_JOB, columns)))
+            return [(None, blank.small) if tile is None else (_encode(tile), smaller(tile)) for tile in tiles]
 
         with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:
             for row in range(rows):
@@ -114,41 +107,28 @@ Encoded = tuple[bytes | None, Pixels]
 
 @dataclass(frozen=True)
 class _Blank:
-    """The background tile, encoded, and at a quarter of its side."""
-
     tile: Pixels
     data: bytes
-    small: Pixels
+    small: Pixels  # at a quarter of its side
 
 
 @dataclass
 class _Level:
-    """One level while it is written.
-
-    Attributes:
-        size: width and height in pixels.
-        file: the target for level 0, else a temporary file.
-        blank: the background tile.
-        above: the next smaller level.
-        offsets: position of each tile in `file`, in row-major order.
-        counts: bytes of each tile.
-        blank_at: position of the background tile once it is written.
-        strips: rows of tiles of the level below that the next row consists of: pixels (64, width, 3), and which of the
-            tiles are background.
-    """
+    """One level while it is written."""
 
     size: Size
     file: BinaryIO
     blank: _Blank
-    above: _Level | None
-    offsets: array[int] = field(default_factory=lambda: array("Q"))
-    counts: array[int] = field(default_factory=lambda: array("L"))
-    blank_at: int | None = None
+    above: _Level | None  # the next smaller level
+    offsets: array[int] = field(default_factory=lambda: array("Q"))  # of each tile in `file`
+    counts: array[int] = field(default_factory=lambda: array("L"))  # bytes of each tile
+    blank_at: int | None = None  # position of the background tile once it is written
     strips: list[tuple[Pixels, list[bool]]] = field(default_factory=list)
+    """What the next row consists of: pixels (64, width, 3) from the level below, and which tiles are background."""
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Columns and rows of tiles."""
+        """Return the columns and rows of tiles."""
         return -(-self.size.width // TILE), -(-self.size.height // TILE)
 
     def put_row(self, tiles: Iterable[Encoded]) -> None:
@@ -178,7 +158,6 @@ class _Level:
             yield _encode(tile), smaller(tile)
 
     def _put(self, data: bytes | None) -> None:
-        """Append a tile; background is stored only once."""
         at = self.blank_at if data is None else None
         if at is None:
             at = self.file.tell()
@@ -200,8 +179,7 @@ def _finish(out: BinaryIO, levels: Sequence[_Level], mpp: float) -> None:
     for level in levels[1:]:
         base = _align(out)
         level.file.seek(0)
-        while block := level.file.read(2**20):
-            out.write(block)
+        shutil.copyfileobj(level.file, out)
         level.offsets = array("Q", (offset + base for offset in level.offsets))
     big = out.tell() + sum(16 * len(level.offsets) + 1024 for level in levels) > _CLASSIC_END
     first = _align(out)
