@@ -1,8 +1,6 @@
 """CAMELYON16: the published tree on disk -> a manifest, and what is missing, duplicate or contradictory in it.
 
-Facts from the data set's pages and papers (Litjens et al., GigaScience 2018; camelyon17.grand-challenge.org):
-159 normal, 111 tumor and 129 test slides (80 normal, 49 tumor), 160 files of lesion outlines. It began as 160, 110 and
-130: normal_086 holds a tumor and became tumor_111, and test_049, a duplicate, was withdrawn.
+159 normal, 111 tumor and 129 test slides, 160 files of lesion outlines (Litjens et al., GigaScience 2018).
 """
 
 from __future__ import annotations
@@ -28,12 +26,9 @@ WITHDRAWN = {
     "normal_086": "it holds a tumor and was replaced by tumor_111",
     "test_049": "a duplicate, taken out by the organisers",
 }
-OFFICIAL = tuple(
-    name
-    for prefix, numbers in NUMBERS.items()
-    for number in numbers
-    if (name := f"{prefix}_{number:03d}") not in WITHDRAWN
-)
+OFFICIAL = [
+    name for prefix, numbers in NUMBERS.items() for k in numbers if (name := f"{prefix}_{k:03d}") not in WITHDRAWN
+]
 """The names of the 399 slides."""
 NORMAL_WORDS = frozenset({"normal", "negative"})
 TUMOR_WORDS = frozenset({"tumor", "tumour", "positive", "macro", "micro", "itc"})
@@ -41,13 +36,9 @@ TUMOR_WORDS = frozenset({"tumor", "tumour", "positive", "macro", "micro", "itc"}
 
 @dataclass(frozen=True)
 class Camelyon16:
-    """What a copy of the data set holds.
+    """What a copy of the data set holds: the slides that can be used, in order of their names, and all problems.
 
-    Attributes:
-        slides: slides that can be used, in order of their names; the label is `normal` or `tumor`. Of a slide with
-            features only, `image` is the path that it would have.
-        problems: everything missing, duplicate, broken or contradictory.
-        notes: what else a user should know.
+    The label is `normal` or `tumor`. Of a slide with features only, `image` is the path that it would have.
     """
 
     slides: tuple[Item, ...]
@@ -66,7 +57,7 @@ class Camelyon16:
 
     def problem_table(self) -> str:
         """Return a CSV of all problems: name, problem."""
-        return csv_text([("name", "problem"), *((problem.name, problem.what) for problem in self.problems)])
+        return csv_text([("name", "problem"), *self.problems])
 
     def lines(self) -> list[str]:
         """Return the counts against the official ones, then each kind of problem with the first names."""
@@ -80,19 +71,29 @@ class Camelyon16:
         lines.append(f"lesion outlines: {sum(slide.annotation is not None for slide in self.slides)} of 160")
         lines += self.notes
         by_problem: dict[str, list[str]] = {}
-        for problem in self.problems:
-            by_problem.setdefault(problem.what, []).append(problem.name)
+        for name, what in self.problems:
+            by_problem.setdefault(what, []).append(name)
         return [*lines, *(f"problem: {listed(names, 5)}: {what}" for what, names in by_problem.items())]
 
 
 def read_camelyon16(
-    root: Path,
-    val: float = 0.15,
-    seed: int = 0,
-    features: Path | None = None,
-    reference: Path | None = None,
+    root: Path, val: float = 0.15, seed: int = 0, features: Path | None = None, reference: Path | None = None
 ) -> Camelyon16:
-    """Read a copy of the data set, without its pixels."""
+    """Read a copy of the data set, without its pixels.
+
+    Args:
+        root: its folder.
+        val: share of the training slides that choose the best model, stratified by label.
+        seed: seed of that draw.
+        features: folder of feature files; only slides that have one are used, even without the slide itself.
+        reference: CSV with the labels of the test slides; by default every `reference.csv` below `root`.
+
+    Returns:
+        The slides that can be used, and all problems.
+
+    Raises:
+        DataError: the folder does not exist or holds nothing usable, or a test slide has two labels.
+    """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder. Give the one that holds training and testing, or images.")
     found = find_files(root)
@@ -113,19 +114,18 @@ def read_camelyon16(
 
 def _labels(found: Found, reference: Path | None) -> dict[str, str]:
     """Return the label of every slide that a reference names; that of the AWS copy names the training slides too."""
-    labels: dict[str, str] = {}
-    where: dict[str, Path] = {}
+    labels: dict[str, tuple[str, Path]] = {}
     for path in found.references if reference is None else [reference]:
         for name, label in _read_reference(path, found):
-            if labels.setdefault(name, label) != label:
+            before, where = labels.setdefault(name, (label, path))
+            if before != label:
                 raise DataError(
-                    f"{path}: {name} is {label}, but {labels[name]} in {where[name]}. "
+                    f"{path}: {name} is {label}, but {before} in {where}. "
                     "Keep the right file, or name it with --reference."
                 )
-            where.setdefault(name, path)
-    if not where:
+    if not labels:
         found.notes.append("no reference.csv with labels, so no test slide can be used; give it with --reference")
-    return labels
+    return {name: label for name, (label, _) in labels.items()}
 
 
 def _read_reference(path: Path, found: Found) -> Iterator[tuple[str, str]]:
@@ -151,7 +151,6 @@ def _read_reference(path: Path, found: Found) -> Iterator[tuple[str, str]]:
 
 
 def _usable(found: Found, labels: Mapping[str, str]) -> list[Item]:
-    """Return the slides that have one label and a file, or features if these are asked for."""
     files = dict(found.slides)
     if found.features:
         for name in sorted(set(files) - set(found.features)):
@@ -190,7 +189,6 @@ def _with_splits(found: Found, slides: list[Item], val: float, seed: int) -> lis
 
 
 def _annotation(found: Found, slide: Item) -> Path | None:
-    """Return the outlines of a slide, if they can be read and it may have lesions."""
     path = found.annotations.get(slide.name)
     if path is None:
         return None
@@ -208,7 +206,6 @@ def _annotation(found: Found, slide: Item) -> Path | None:
 
 
 def _compare(found: Found, slides: list[Item], labels: Mapping[str, str]) -> None:
-    """Compare the slides with the official list, and with outlines and reference."""
     names = {slide.name for slide in slides}
     known = names | {name for problem in found.problems if (name := slide_name(Path(problem.name).stem))}
     for name in OFFICIAL:

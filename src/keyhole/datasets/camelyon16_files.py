@@ -1,8 +1,4 @@
-"""Find the files of CAMELYON16 by their names, in any folder.
-
-This reads the tree of the challenge (training/normal, training/tumor, testing/images, lesion_annotations) and that of
-the AWS copy (images, annotations, evaluation), in upper or lower case.
-"""
+"""Find the files of CAMELYON16 by their names in any folder: those of the challenge or of the AWS copy."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from keyhole.data.companions import FEATURE_FOLDERS
 from keyhole.data.item import FEATURE_SUFFIXES
@@ -24,12 +21,10 @@ MASK_FOLDERS = frozenset({"foreground", "tissue", "tissue_masks"})
 MASK_SUFFIXES = frozenset({".png", ".geojson"})
 SLIDE_SUFFIXES = frozenset({".tif", ".tiff"})
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
 _NAME = re.compile(r"(normal|tumor|test)_?(\d{1,3})", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A file or slide, and what is wrong with it."""
 
     name: str
@@ -67,7 +62,13 @@ def find_files(root: Path) -> Found:
         if path.name.lower() == "reference.csv":
             found.references.append(path)
         elif suffix == ".zip" and "annotation" in path.stem.lower():
-            _note_zipped(found, path)
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    outlines = sum(file.lower().endswith(".xml") for file in archive.namelist())
+            except (OSError, zipfile.BadZipFile) as error:
+                found.problem(path, f"cannot be read as a ZIP archive ({error}). Download it again")
+                continue
+            found.notes.append(f"{path}: {outlines} lesion outlines are still zipped; unzip it, and they are found")
         elif name is None:
             continue
         elif suffix in MASK_SUFFIXES and folder in MASK_FOLDERS:
@@ -82,7 +83,6 @@ def find_files(root: Path) -> Found:
 
 
 def _files(root: Path, found: Found) -> Iterator[Path]:
-    """Yield the files in order of their paths; links to folders are followed, each folder once."""
     seen: set[str] = set()
 
     def cannot(error: OSError) -> None:
@@ -105,7 +105,6 @@ def slide_name(text: str) -> str | None:
 
 
 def _fault(path: Path, name: str) -> str | None:
-    """Say what is wrong with the file of a slide, from its first bytes and its folder; None if nothing is."""
     folder = path.parent.name.lower()
     if folder in ("normal", "tumor") and not name.startswith(folder):
         return f"its name says {name.partition('_')[0]}, its folder {folder}; not used"
@@ -119,16 +118,6 @@ def _fault(path: Path, name: str) -> str | None:
     if not start:
         return "an empty file; not used. Download it again"
     return None if start in TIFF_STARTS else "not a TIFF; not used. Download it again"
-
-
-def _note_zipped(found: Found, path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            outlines = sum(name.lower().endswith(".xml") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile) as error:
-        found.problem(path, f"cannot be read as a ZIP archive ({error}). Download it again")
-        return
-    found.notes.append(f"{path}: {outlines} lesion outlines are still zipped; unzip it, and they are found")
 
 
 def find_features(folder: Path, found: Found) -> None:
