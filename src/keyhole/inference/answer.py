@@ -1,4 +1,4 @@
-"""Both passes over a batch of images -> a `Prediction` of each: nothing is computed a second time.
+"""Both passes over a batch of images -> a `Prediction` of each.
 
 Letters: n patches, m kept, h heads, t queries.
 """
@@ -29,14 +29,7 @@ from keyhole.tasks.kinds import Task
 
 @dataclass(frozen=True)
 class BatchAnswers:
-    """Turns a batch after both passes into predictions.
-
-    Attributes:
-        engine: Of the model.
-        tasks: What it predicts.
-        name: What predictions call the model.
-        done: The batch, still open, with the logits of all patches.
-    """
+    """Turns a batch after both passes, still open and with the logits of all patches, into predictions."""
 
     engine: Engine
     tasks: tuple[Task, ...]
@@ -44,7 +37,6 @@ class BatchAnswers:
     done: Inference
 
     def prediction(self, item: Item, row: int) -> Prediction:
-        """Return the prediction of the image in a row of the batch."""
         kept, source = self.done.bags.kept[row], self.done.batch.sources[row]
         assert kept is not None
         assert source is not None

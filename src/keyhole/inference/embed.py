@@ -1,9 +1,6 @@
 """Images -> stored features: every patch through an encoder once, one HDF5 file for each image.
 
-    keyhole.embed("slides.csv", "features", encoder="resnet50", pretrained=True)
-
-Training on the files does not read the images again. The same call goes on where it was stopped: a file is complete or
-absent, and complete ones are not made again. `engine/embedding.py` encodes, `embedding_files.py` writes the files.
+The same call goes on where it was stopped: a file is complete or absent, and complete ones are not made again.
 """
 
 from __future__ import annotations
@@ -68,7 +65,6 @@ class Embedded:
     unfinished: tuple[Path, ...]
 
     def lines(self) -> list[str]:
-        """Return what was done, and what is missing."""
         lines = [f"embedded: {self.made}, there already: {len(self.files) - self.made}; in {self.path}"]
         for name, count in self.unreadable.items():
             lines.append(f"{name}: {count} unreadable patches are not in its features")
@@ -128,7 +124,6 @@ class Embedder:
     quiet: bool = False
 
     def __call__(self, data: str | Path, out: str | Path) -> Embedded:
-        """Embed all images; see `embed`."""
         config = self.config()
         items, left_out = items_to_embed(Path(data), self.root, self.masks, self.on_bad_image)
         with open_reader(config.run, torch.device("cpu")) as reader:
@@ -165,7 +160,6 @@ class Embedder:
         return Embedded(folder, there, made, left_out, bad, unfinished)
 
     def config(self) -> Config:
-        """Return the settings of patches, encoder and reading."""
         patch = self.patch
         if self.run is not None:
             if self.pretrained or self.weights is not None:
@@ -208,7 +202,6 @@ class Embedder:
         return engine
 
     def _plan(self, config: Config, engine: Engine) -> None:
-        """Plan how many patches are encoded at once: as many as asked for, or as the budget allows."""
         if config.memory is None and engine.device.type != "cuda":
             return
         work = Workload(
@@ -251,11 +244,7 @@ def embed(data: str | Path, out: str | Path, **settings: Any) -> Embedded:
 
 
 def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
-    """Return the encoder of a run's best model, with its weights, and the patches that it was trained on.
-
-    Raises:
-        RunError: There is no model, or it is of stored features.
-    """
+    """Return the encoder of a run's best model, with its weights, and the patches that it was trained on."""
     file = weights_file(Path(run))
     info = read_info(file)
     try:
@@ -269,11 +258,6 @@ def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
 
 
 def _encoder(config: Config, device: torch.device) -> IPSClassifier:
-    """Return the encoder, with its weights, on its device.
-
-    Raises:
-        ConfigError: The encoder is unknown, or it has no weights.
-    """
     model = config.model
     if not model.pretrained and model.weights is None:
         raise ConfigError(

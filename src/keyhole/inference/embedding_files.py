@@ -30,15 +30,7 @@ from keyhole.util.progress import Progress
 
 @dataclass(frozen=True)
 class EmbeddingFiles:
-    """Embeds images and writes their files.
-
-    Attributes:
-        config: Settings of patches, encoder and reading.
-        engine: Of the encoder, see `engine.embedding.encoder_alone`.
-        dtype: Of the stored features.
-        settings: See `settings_of`.
-        progress: Counts patches and images; None shows nothing.
-    """
+    """Embeds images and writes their files, whose settings are those of `settings_of`."""
 
     config: Config
     engine: Engine
@@ -146,7 +138,6 @@ def unfinished_files(files: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def own_settings(item: Item) -> dict[str, Any]:
-    """Return the settings of one image."""
     return {"image mpp": item.mpp, "mask": None if item.mask is None else item.mask.name}
 
 

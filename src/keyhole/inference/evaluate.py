@@ -105,7 +105,6 @@ class Evaluator:
     decode: Decode = "auto"
 
     def __call__(self) -> Evaluation:
-        """Predict all images, write the results and return them; see `evaluate`."""
         subject = Subject(self.run, self.data, self.split)
         predictor = Predictor.open(self.run, self.device, self.memory, self.unreadable, self.decode)
         manifest = self._manifest(predictor)
@@ -162,7 +161,6 @@ class Evaluator:
         return manifest
 
     def _notes(self, manifest: Manifest, begun: str) -> list[str]:
-        """What is to be said before the figures; `begun` is what `unfinished` returns."""
         notes = [f"{self.run}: {begun}"] if begun else []
         if self.data is not None:
             notes += [note] if (note := seen_in_training(self.run, manifest.items)) else []
@@ -218,7 +216,6 @@ class _Predictions:
         return judge_rows(self.predictor.tasks, self._targets, self._rows, where)
 
     def lesions(self) -> Lesions | None:
-        """How much of the attention lies in annotated lesions; None where no image has an annotation."""
         groups = {item.name: item.group for item, _ in self._rows}
         names = [task.name for task in self.predictor.tasks]
         return lesion_means(self.judged, groups, names) if self.judged else None

@@ -31,20 +31,13 @@ NAMES = re.compile(
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated.
-
-    Attributes:
-        run: Folder of the run or model.
-        data: Other data than the run's own; None for the run's own.
-        split: Of the data.
-    """
+    """What is evaluated: a run, other data than the run's own (or None), and a split."""
 
     run: Path
     data: Path | None
     split: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return what metrics.json says."""
         data = self.run if self.data is None else self.data
         return {"run": str(absolute(self.run)), "data": str(absolute(data)), "split": self.split}
 
@@ -78,11 +71,7 @@ class Subject:
 
 
 def open_folder(subject: Subject, out: str | Path | None) -> tuple[Path, list[str]]:
-    """Return the folder for the results, after checking that it is writable, and a note where it replaces earlier ones.
-
-    Raises:
-        OutputError: It holds results of something else, or cannot be written.
-    """
+    """Return the writable folder for the results, and a note where it replaces earlier ones."""
     folder = subject.folder if out is None else Path(out)
     notes: list[str] = []
     earlier = [path for name in ("metrics.json", "predictions.csv") if (path := folder / name).exists()]

@@ -75,7 +75,6 @@ class Lesions:
     most_kept: IntervalEstimate
 
     def to_json(self) -> dict[str, Any]:
-        """Return a plain dict without NaN."""
         return {
             "images": self.images,
             "without_region": list(self.empty),
@@ -90,7 +89,6 @@ class Lesions:
         }
 
     def lines(self) -> list[str]:
-        """Return the means with their intervals, those by chance, the largest possible ones, and what is left out."""
         several = len(self.attention) > 1
         images = f"{self.images} annotated image{'' if self.images == 1 else 's'}"
         lines = [
@@ -107,7 +105,6 @@ class Lesions:
 
 
 def _bounds(chance: IntervalEstimate, most: IntervalEstimate) -> str:
-    """`by chance 0.020, at most 1.000`."""
     if chance.value is None or most.value is None:
         return f"by chance {chance}"
     return f"by chance {chance.value:.3f}, at most {most.value:.3f}"
@@ -131,11 +128,7 @@ def check_annotations(items: Iterable[Item]) -> None:
 
 
 def judge(prediction: Prediction, annotation: Path, on_bad: Literal["fail", "skip"] = "fail") -> Judged:
-    """Return the share of a prediction in the regions of an annotation file, or why it is unknown.
-
-    Raises:
-        DataError: The file cannot be read and `on_bad` is "fail".
-    """
+    """Return the share of a prediction in the regions of an annotation file, or with "skip" why it is unknown."""
     if not prediction.kept.boxes[:, 2:].all():
         return "stored features without coordinates, so it is not known where on the slide they are from"
     try:
@@ -183,14 +176,7 @@ def _of_all(scores: Scores, regions: Sequence[Region]) -> tuple[int, float, floa
 def lesion_means(
     judged: Mapping[str, Judged], groups: Mapping[str, str | None], tasks: Sequence[str], seed: int = 0
 ) -> Lesions:
-    """Return means with 95 % bootstrap intervals over images, or over groups where there are any.
-
-    Args:
-        judged: By image name.
-        groups: Group of each image; drawn whole.
-        tasks: Names of the model's tasks.
-        seed: Of the bootstrap.
-    """
+    """Return means with 95 % bootstrap intervals over images, or over groups where there are any."""
     used = {name: share for name, share in judged.items() if isinstance(share, LesionShare) and share.regions}
     columns: dict[tuple[str, str], NDArray[np.float64]] = {
         ("attention", task): np.array([share.attention[task] for share in used.values()]) for task in tasks

@@ -1,10 +1,4 @@
-"""A trained model: from an image file to a `Prediction`.
-
-    predictor = keyhole.load("runs/one")
-    prediction = predictor.predict("slide.svs")
-
-Everything in a prediction comes from one selection pass: the score map is what the selection computed.
-"""
+"""A trained model: from an image file to a `Prediction`, all of it from one selection pass."""
 
 from __future__ import annotations
 
@@ -131,11 +125,7 @@ class Predictor:
         decode: Decode = "auto",
         engine: Engine | None = None,
     ) -> Predictor:
-        """Load a model, see `load`; with an `engine` of the same settings, into its model.
-
-        Returns:
-            A predictor, in evaluation mode.
-        """
+        """Load a model, see `load`; with an `engine` of the same settings, into its model."""
         path = Path(path)
         asked = Config(memory=memory, unreadable=unreadable)
         if decode not in get_args(Decode):

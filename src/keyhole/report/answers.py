@@ -1,8 +1,4 @@
-"""A folder of predictions: `predictions.csv`, and a folder for each image.
-
-Results of earlier calls are never mixed with new ones: predictions of the same images are replaced, and a folder with
-predictions of others is refused.
-"""
+"""A folder of predictions: `predictions.csv`, and a folder for each image."""
 
 from __future__ import annotations
 
@@ -23,14 +19,7 @@ from keyhole.util.files import remove_unfinished, writable_folder
 
 
 class AnswerFolder:
-    """Where the predictions of some images are written.
-
-    Args:
-        out: The folder; created where it does not exist.
-        images: All that will be predicted.
-
-    Attributes:
-        replaced: Number of images that it holds predictions of already.
+    """Where the predictions of some images are written: an existing folder may hold those of the same images.
 
     Raises:
         OutputError: It cannot be written, or holds predictions of other images, or an evaluation.

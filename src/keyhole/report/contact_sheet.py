@@ -50,13 +50,7 @@ WIDTH = PATCHES_LEFT + PER_LINE * PATCH_SIDE + (PER_LINE - 1) * PATCH_GAP + MARG
 
 @dataclass(frozen=True, eq=False)
 class SheetEntry:
-    """One row of the sheet.
-
-    Attributes:
-        prediction: With its pictures.
-        truth: The known label of the task shown, as written in the CSV; None or empty where unknown.
-        patch_count: Patches of the image; None where unknown.
-    """
+    """One row: a prediction with pictures, the label as in the CSV, and the number of patches, if known."""
 
     prediction: Prediction
     truth: str | None = None
@@ -72,9 +66,7 @@ class SheetEntry:
 class Examples:
     """The first few predictions of an evaluation, wrong ones first: at most half are wrong, and no others are held.
 
-    Args:
-        task: Decides which predictions are wrong; a number or several labels never are.
-        most: How many are wanted.
+    The task decides which predictions are wrong; a number or several labels never are.
     """
 
     def __init__(self, task: Task, most: int = MAX_ROWS) -> None:
@@ -114,19 +106,13 @@ def contact_sheet(
     title: str = "Predictions and what they rest on",
     task: str | None = None,
 ) -> Path:
-    """Write the sheet.
+    """Write the sheet of at least one entry, all of a model with the same tasks.
 
     Args:
-        entries: At least one, all of a model with the same tasks.
+        entries: See `Examples`.
         path: The PNG.
         title: A line at the top; cut where it is too long.
         task: Whose label, truth and attention are shown; default is the first.
-
-    Returns:
-        The path of the PNG.
-
-    Raises:
-        OutputError: It cannot be written.
     """
     if not entries:
         raise ValueError("a contact sheet needs at least one entry")
@@ -243,7 +229,6 @@ def _draw_words(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
 
 
 def _verdict(task: Task, truth: str | None, label: str) -> Color:
-    """Green or red where the truth says so; a number is neither."""
     right = task.is_right(truth, label)
     return NEUTRAL if right is None else RIGHT if right else WRONG
 

@@ -18,12 +18,7 @@ HOTTEST = 16
 
 
 class Page:
-    """A white page to draw on.
-
-    Attributes:
-        picture: What was drawn.
-        draw: Draws lines and rectangles on it.
-    """
+    """A white page to draw on."""
 
     def __init__(self, width: int, height: int) -> None:
         self.picture = Picture.new("RGB", (width, height), WHITE)
@@ -47,7 +42,6 @@ class Page:
 
 
 def text_width(text: str, size: int) -> int:
-    """Return how many pixels a line takes."""
     return round(ImageFont.load_default(size).getlength(text))
 
 
@@ -77,11 +71,7 @@ def _cut(text: str, characters: int, keep_end: bool) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share in percent; "100 %" and "0 %" only where it is exactly that.
-
-    >>> percent(0.5), percent(0.9999), percent(1.0)
-    ('50.0 %', '> 99.9 %', '100 %')
-    """
+    """Return a share in percent; "100 %" and "0 %" only where it is exactly that."""
     if 0 < share < 0.001:
         return "< 0.1 %"
     if 0.999 < share < 1:
@@ -98,7 +88,7 @@ def heat(weights: NDArray[np.float32], equal: float) -> NDArray[np.float32]:
     """Return how hot weights are, 0 to 1, relative to the weight of each if all were equal.
 
     A weight of at most `equal` is cold. Each doubling is one step, up to `HOTTEST` times, or to all of the weight where
-    that is less. Weights that are all equal are all cold: a model that attends to nothing does not look certain.
+    that is less.
     """
     most = min(float(HOTTEST), 1 / equal)
     if most <= 1:

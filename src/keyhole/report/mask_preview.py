@@ -48,13 +48,6 @@ def mask_preview(
         mask: (rows, cols) over the whole image; None where there is none.
         caption: Lines under the picture; one more is added with the number of patches.
         path: The PNG; overwritten.
-
-    Returns:
-        The path.
-
-    Raises:
-        ImageError: The image is damaged.
-        OutputError: The PNG cannot be written.
     """
     pixels, downsample = thumbnail(image, SIDE)
     colors = np.array(as_picture(pixels))
@@ -147,6 +140,6 @@ def _with_caption(picture: Picture.Image, lines: Sequence[str], masked: bool, an
 
 
 def preview_names(names: Sequence[str]) -> list[str]:
-    """Return a file name for the preview of each image: its name without suffix, safe on every file system, unique."""
+    """Return a file name for the preview of each image: its name without suffix, safe and unique."""
     stems = [name.removesuffix(PurePath(name).suffix) for name in names]
     return [f"{name}.png" for name in file_names(stems, "image")]

@@ -1,7 +1,4 @@
-"""The pixels that show a prediction, taken from the source that it was made from, while that is open.
-
-Boxes are those of the prediction: nothing here computes a grid again.
-"""
+"""The pixels that show a prediction, taken from the source that it was made from, while that is open."""
 
 from __future__ import annotations
 
@@ -45,14 +42,7 @@ def small_patches(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def pictures_of_file(
     source: FilePatches, prediction: Prediction, place: NDArray[np.int64], patches: Pixels
 ) -> Pictures:
-    """Return what shows a prediction made from the pixels of a file.
-
-    Args:
-        source: Still open.
-        prediction: Made from it.
-        place: Which of the kept patches are shown.
-        patches: (k, s, s, c) pixels of these, as the model saw them.
-    """
+    """Return what shows a prediction made from a file, still open; patches (k, s, s, c) as the model saw them."""
     small = small_patches(patches)
     try:
         picture, downsample = thumbnail(source.image, THUMBNAIL)

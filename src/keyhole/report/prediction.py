@@ -1,7 +1,5 @@
 """What a model predicts for one image and what that rests on: the kept patches, and the score of every patch.
 
-A prediction also carries the pixels that show it (`Pictures`), so that showing it never opens the image again.
-
 Torch-free. All boxes are (x, y, width, height) in level-0 pixels and may reach over the border of the image.
 
 Letters: n patches, m kept, k patches shown.
@@ -81,8 +79,7 @@ class Scores:
     """The score of every patch of an image, a by-product of the selection.
 
     Attributes:
-        rows: Rows of the full grid, patches left out by a mask included.
-        columns: Columns of the same.
+        rows, columns: Of the full grid, patches left out by a mask included.
         index: (n,) patch index in the grid.
         cells: (n, 2) row and column in the full grid.
         score: (n,) mean over the tasks.
@@ -209,11 +206,7 @@ class Prediction:
         return f"Prediction({self.name!r}, {', '.join(said)}, kept {len(self.kept)}{of} patches)"
 
     def to_json(self) -> dict[str, Any]:
-        """Convert the prediction to what JSON can hold.
-
-        Returns:
-            Everything but the score of every patch and the pictures.
-        """
+        """Return everything but the score of every patch and the pictures as what JSON can hold."""
         return {
             "keyhole": VERSION,
             "model": self.model,

@@ -23,8 +23,7 @@ class TableRow:
     """One image's row of predictions.csv.
 
     Attributes:
-        header: Names of the columns.
-        cells: What stands in them.
+        header, cells: Names of the columns, and what stands in them.
         unreadable: How many patches could not be read.
         probability: By task, the numbers that `Task.probability` returns; not written as such.
         uneven: By task, how far the attention is from equal (`learning.unevenness`); not written.
@@ -40,12 +39,8 @@ class TableRow:
 def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, folder: str | None = None) -> TableRow:
     """Return the row of a prediction: image, path, width, height, then TASK.predicted and TASK.probability.CLASS.
 
-    Numbers are written so that reading them gives the same float64 again.
-
-    Args:
-        prediction: Of one image.
-        known: Its labels by task; adds TASK.true, empty where unknown.
-        folder: Its own folder; adds the column `folder`.
+    The `known` labels add TASK.true, the prediction's own `folder` a column. Numbers are written so that reading them
+    gives the same float64 again.
     """
     header = ["image", "path", *([] if folder is None else ["folder"]), "width", "height"]
     cells = [prediction.name, str(prediction.image), *([] if folder is None else [folder])]
@@ -67,19 +62,9 @@ def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, fo
 
 
 def write_table(rows: Iterable[TableRow], path: str | Path) -> Path:
-    """Write predictions.csv.
+    """Write predictions.csv from rows of the same tasks, taken one at a time.
 
     Where patches of any image could not be read, the last column `unreadable` counts them.
-
-    Args:
-        rows: Of the same tasks; taken one at a time.
-        path: The CSV.
-
-    Returns:
-        The path.
-
-    Raises:
-        OutputError: It cannot be written; an earlier file is then left as it was.
     """
     done: list[TableRow] = []
     with atomic_file(path) as file:  # open from the start, so that a place that cannot be written shows at once
@@ -95,14 +80,7 @@ def write_table(rows: Iterable[TableRow], path: str | Path) -> Path:
 def judge_rows(
     tasks: Sequence[Task], targets: Mapping[str, NDArray[np.float64]], rows: Sequence[tuple[Item, TableRow]], where: str
 ) -> Learning:
-    """Return whether the predictions of a table are better than guessing.
-
-    Args:
-        tasks: What was predicted.
-        targets: By task, the encoded labels (n, w) of the images.
-        rows: Each image with its row.
-        where: Which images these are, such as `the 18 validation images`.
-    """
+    """Return whether the predictions of a table are better than guessing, from labels (n, w) by task."""
     groups = [item.group for item, _ in rows]
     return Learning(
         where,

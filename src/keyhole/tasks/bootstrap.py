@@ -18,15 +18,7 @@ _BLOCK = 2_000_000
 
 @dataclass(frozen=True)
 class IntervalEstimate:
-    """A value with its 95 % interval.
-
-    Attributes:
-        value: On the data as they are; None where undefined.
-        low: Lower limit; None where there is no interval.
-        high: Upper limit.
-        note: Why the value or the interval is missing, or what the value leaves out.
-        method: Where the interval comes from, such as `bootstrap` or `Wilson`.
-    """
+    """A value with its 95 % interval; None where undefined. The note says why, or what the value leaves out."""
 
     value: float | None
     low: float | None = None
@@ -52,9 +44,8 @@ def bootstrap(
 ) -> dict[K, IntervalEstimate]:
     """Percentile bootstrap (Efron 1979) of all metrics of `measure` on the same resamples.
 
-    The limits are the 2.5th and the 97.5th percentile. A round in which a metric is undefined (a class was not drawn)
-    does not count for it. There is no interval where more than half of the rounds are undefined, or where all rounds
-    give the same value, as for a model without an error: that says nothing about how far the value may be off.
+    A round in which a metric is undefined (a class was not drawn) does not count for it. There is no interval where
+    more than half of the rounds are undefined, or where all rounds give the same value.
 
     Args:
         measure: Weights (r, n), how often each image counts, to metrics (r,), NaN where undefined.
@@ -64,14 +55,9 @@ def bootstrap(
         rounds: Number of resamples.
         notes: By metric, a note for its estimate.
 
-    Returns:
-        The estimates by metric.
-
-    Example:
-        >>> values = np.arange(20.0)
-        >>> found = bootstrap(lambda w: {"mean": w @ values / w.sum(axis=1)}, n=20)
-        >>> print(found["mean"])
-        9.500 [6.950 11.9]
+    >>> values = np.arange(20.0)
+    >>> print(bootstrap(lambda w: {"mean": w @ values / w.sum(axis=1)}, n=20)["mean"])
+    9.500 [6.950 11.9]
     """
     notes = notes or {}
     points = {key: float(values[0]) for key, values in measure(np.ones((1, n))).items()}
@@ -130,5 +116,4 @@ def _joined(*notes: str | None) -> str | None:
 
 
 def _short(value: float) -> str:
-    """Three decimals for shares; four digits for larger values."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"

@@ -1,7 +1,4 @@
-"""How good the predictions of a task are, with intervals: arrays -> `TaskMetrics` -> JSON or lines to print.
-
-The metrics are in `metrics.py`, the intervals in `intervals.py` and `bootstrap.py`.
-"""
+"""How good the predictions of a task are, with intervals: arrays -> `TaskMetrics` -> JSON or lines to print."""
 
 from __future__ import annotations
 
@@ -32,8 +29,7 @@ class TaskMetrics:
         n: Images whose label is known; the others do not count.
         missing: Images whose label is unknown.
         groups: Number of groups, resampled whole; None where the images stand alone.
-        rounds: Resamples of the bootstrap.
-        seed: Of the resamples.
+        rounds, seed: Of the bootstrap.
         overall: By metric, for the task as a whole.
         per_class: By class and metric; empty for regression.
         support: Images of each class.
@@ -53,7 +49,7 @@ class TaskMetrics:
     confusion: NDArray[np.int64] | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return a plain dict without NaN: an undefined value is None, with a note that says why."""
+        """Return a plain dict without NaN."""
         return {
             "task": self.task.name,
             "kind": self.task.kind,
@@ -94,15 +90,12 @@ def evaluate_task(
 ) -> TaskMetrics:
     """Compute all metrics of one task with 95 % intervals.
 
-    Shares and AUROC have an interval in closed form (`intervals.py`), the other metrics the bootstrap's.
-
     Args:
         task: What was predicted.
         targets: (n, w) as `Task.encode` returns them; images whose row holds NaN are left out and counted.
         probabilities: (n, k) as `Task.probability` returns them.
         groups: Group of each image. Where at least one is given, groups and not images are independent.
-        seed: Of the bootstrap.
-        rounds: Resamples of the bootstrap.
+        seed, rounds: Of the bootstrap.
 
     Raises:
         RunError: The model's output is NaN or infinite.
@@ -145,11 +138,7 @@ def evaluate_task(
 
 
 def point_metrics(task: Task, targets: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
-    """Compute the metrics of the task as a whole without intervals; NaN where undefined.
-
-    Args:
-        task, targets, probabilities: As for `evaluate_task`.
-    """
+    """Compute the metrics of the task as a whole without intervals; NaN where undefined."""
     targets, probabilities, _ = _known(task, targets, probabilities)
     if not len(targets):
         return {metric.name: float("nan") for metric in task_metrics(task)}
@@ -158,27 +147,17 @@ def point_metrics(task: Task, targets: ArrayLike, probabilities: ArrayLike) -> d
 
 
 def defined_metrics(task: Task, targets: ArrayLike) -> set[str]:
-    """Return the metrics of the task as a whole that these labels define, whatever is predicted.
-
-    AUROC, for example, needs images of at least two classes.
-
-    Args:
-        task, targets: As for `evaluate_task`.
-    """
+    """Return the metrics that these labels define, whatever is predicted: AUROC needs two classes."""
     targets = np.asarray(targets, np.float64)
     return {name for name, value in point_metrics(task, targets, task.ideal(targets)).items() if not np.isnan(value)}
 
 
 def evaluation_json(results: Sequence[TaskMetrics], **about: Any) -> dict[str, Any]:
-    """Return all tasks of an evaluation, and what else belongs to it (model, split), ready for `json.dumps`."""
     return {**about, "ece_bins": ECE_BINS, "tasks": {result.task.name: result.to_json() for result in results}}
 
 
 def format_lines(results: Sequence[TaskMetrics]) -> list[str]:
-    """Return how many images each task's figures are from, then lines such as `accuracy 0.935 [0.900 0.965]`.
-
-    The lines begin with the task's name where there are several tasks.
-    """
+    """Return how many images each task's figures are from, then lines such as `accuracy 0.935 [0.900 0.965]`."""
     lines = []
     for result in results:
         start = f"{result.task.name} " if len(results) > 1 else ""
@@ -202,7 +181,6 @@ def _counts(result: TaskMetrics) -> str:
 
 
 def _recalls(result: TaskMetrics) -> str:
-    """`cat 0.900 of 10, dog 0.000 of 3`."""
     found = {name: result.per_class[name]["recall"].value for name in result.task.classes if result.support[name]}
     shown = [f"{name} {value:.3f} of {result.support[name]}" for name, value in found.items() if value is not None]
     more = f" and {len(shown) - MAX_RECALLS} more classes in metrics.json" if len(shown) > MAX_RECALLS else ""

@@ -19,17 +19,11 @@ def infer_task(name: str, texts: Iterable[str], kind: str | None = None) -> Task
     """Return the task that a column of labels poses; empty texts are unknown labels.
 
     Without a `kind`, any `|` makes it multilabel, numbers with a fraction or with more than `MAX_NUMBERED_CLASSES`
-    distinct values make it regression, two distinct values binary, and everything else multiclass. Classes are sorted,
-    as numbers where all are. The positive class of a binary task is the one that `binary:CLASS` names, else the one
-    that is positive by its name (`positive_by_name`), else the second. It becomes the second of `Task.classes`.
+    distinct values regression, two distinct values binary, and everything else multiclass. The positive class of a
+    binary task is the one that `binary:CLASS` names, else the one that is positive by its name, else the second.
 
-    Raises:
-        ConfigError: The kind is unknown, or a positive class is given for a kind that has none.
-        DataError: There is no label or only one class, or the labels do not fit the kind.
-
-    Example:
-        >>> infer_task("state", ["defect", "ok", ""]).describe()
-        'state (binary, positive: defect)'
+    >>> infer_task("state", ["defect", "ok", ""]).describe()
+    'state (binary, positive: defect)'
     """
     chosen, positive = _kind_and_positive(name, kind)
     distinct = sorted({text.strip() for text in texts} - {""})
@@ -58,7 +52,6 @@ def positive_note(task: Task, kind: str | None = None) -> str | None:
 
 
 def _kind_and_positive(name: str, text: str | None) -> tuple[str | None, str | None]:
-    """`binary:defect` -> binary and defect."""
     if text is None:
         return None, None
     kind, colon, positive = (part.strip() for part in text.partition(":"))

@@ -86,7 +86,6 @@ class ClassIntervals:
         return mean_interval([(_share(called, true), self.recall(c)), (_share(~called, ~true), self.specificity(c))])
 
     def mean_recall(self) -> Interval | None:
-        """Interval of the mean recall over the classes that the images have."""
         truth, called = self.of.truth, self.of.decided
         present = np.flatnonzero(self.of.present).tolist()
         return mean_interval([(_share(called[:, c], truth[:, c]), self.recall(c)) for c in present])
@@ -168,13 +167,7 @@ class Ranking(NamedTuple):
 
 
 def auroc_interval(truth: Bool[Array, " n"], score: Float[Array, " n"], unit: Int[Array, " n"]) -> Ranking:
-    """Return Newcombe's interval of the probability that an image of the class scores above another.
-
-    Args:
-        truth: Whether each image is of the class; there must be both kinds.
-        score: Of each image.
-        unit: Group of each image.
-    """
+    """Return Newcombe's interval of the probability that an image of the class scores above another."""
     positive, negative = score[truth], score[~truth]
     m, n = len(positive), len(negative)
     above = _wins(positive, negative)

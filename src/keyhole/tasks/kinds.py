@@ -1,9 +1,4 @@
-"""One class per kind of task.
-
-A kind encodes labels, gives the width of the head, the loss, the probabilities, the label to show and what its
-metrics are computed from. To add a kind, add a subclass of `Task` here and list the metrics that suit it in
-`metrics.py`.
-"""
+"""One class per kind of task. To add a kind, add a subclass of `Task` here and list its metrics in `metrics.py`."""
 
 from __future__ import annotations
 

@@ -54,7 +54,6 @@ class TaskLearning:
     even: bool | None = None
 
     def facts(self) -> list[str]:
-        """Return what is suspicious, one phrase each."""
         found = []
         if self.learned is False and self.loss is not None and self.guessing is not None:
             found.append(f"its loss is {self.loss:.3f}, and guessing gives {self.guessing:.3f}")
@@ -67,12 +66,7 @@ class TaskLearning:
 
 @dataclass(frozen=True)
 class Learning:
-    """What the predictions of all tasks say about a model.
-
-    Attributes:
-        where: Which images were predicted, such as `the 18 validation images`.
-        tasks: One per task.
-    """
+    """What the predictions of all tasks say about a model on images such as `the 18 validation images`."""
 
     where: str
     tasks: tuple[TaskLearning, ...]
@@ -84,11 +78,7 @@ class Learning:
         return any(told) if told else None
 
     def lines(self, config: Config | None = None) -> list[str]:
-        """Return warnings and what to try next; empty where all is well.
-
-        Args:
-            config: Settings of the run, on which the advice depends.
-        """
+        """Return warnings and what to try next, which depends on the run's settings; empty where all is well."""
         odd = [task for task in self.tasks if task.facts()]
         if not odd:
             return []
@@ -101,7 +91,6 @@ class Learning:
         return [*lines, f"try next: {'; '.join(what_to_try(self, config))}"]
 
     def to_json(self, config: Config | None = None) -> dict[str, Any]:
-        """Return a plain dict."""
         tasks = [asdict(task) for task in self.tasks]
         return {"learned": self.learned, "images": self.where, "tasks": tasks, "lines": self.lines(config)}
 
@@ -110,9 +99,6 @@ def unevenness(attention: Mapping[str, NDArray[np.float32]]) -> dict[str, float]
     """Return by task how far the largest attention of the m kept patches lies above 1 / m, as a share of 1 / m.
 
     0 is equal attention for all, m - 1 all attention on one patch; -1 stands for a single kept patch.
-
-    >>> unevenness({"label": np.array([0.5, 0.25, 0.25], np.float32)})
-    {'label': 0.5}
     """
     return {
         task: float(len(weights) * weights.astype(np.float64).max() - 1) if len(weights) > 1 else -1.0
@@ -127,15 +113,7 @@ def judge_task(
     uneven: Sequence[float],
     groups: Sequence[str | None] | None = None,
 ) -> TaskLearning:
-    """Compare the predictions of one task with guessing.
-
-    Args:
-        task: What was predicted.
-        targets: (n, w) as `Task.encode` returns them; images whose row holds NaN do not count.
-        probabilities: (n, k) as `Task.probability` returns them.
-        uneven: (n,) as `unevenness` returns them.
-        groups: Group of each image.
-    """
+    """Compare the predictions of one task with guessing; arguments as for `evaluate_task` and `unevenness`."""
     targets, probabilities = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
     known = ~np.isnan(targets).any(axis=1)
     spread = np.asarray(uneven, np.float64)

@@ -108,7 +108,6 @@ class WeightedClasses:
 
     @cached_property
     def ece(self) -> Float[Array, "r k"]:
-        """Calibration error of deciding whether an image is of each class."""
         certainty = np.where(self.of.decided, self.of.probability, 1 - self.of.probability)
         right = self.of.truth == self.of.decided
         errors = [_calibration_error(self.weights, certainty[:, c], right[:, c]) for c in range(right.shape[1])]
@@ -129,12 +128,7 @@ class WeightedClasses:
 
 @dataclass(eq=False)
 class RegressionMeasures:
-    """Targets and predictions of a regression. Call it with weights (r, n) to get `WeightedErrors`.
-
-    Attributes:
-        targets: (n, 1) values, none missing.
-        values: (n, 1) predicted, in the same unit.
-    """
+    """Targets and predicted values (n, 1) of a regression. Call it with weights (r, n) to get `WeightedErrors`."""
 
     targets: Float[Array, "n 1"]
     values: Float[Array, "n 1"]
@@ -158,8 +152,6 @@ class RegressionMeasures:
 
 @dataclass(frozen=True, eq=False)
 class WeightedErrors:
-    """Errors of a regression under each weighting."""
-
     of: RegressionMeasures
     weights: Float[Array, "r n"]
 

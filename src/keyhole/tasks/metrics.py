@@ -53,7 +53,6 @@ class Metric:
 
 
 def _needs_both(of: ClassMeasures, c: int) -> str | None:
-    """Images of the class and others."""
     return _needs_images(of, c) or _needs_others(of, c)
 
 
@@ -195,12 +194,7 @@ def class_metrics(task: Task) -> tuple[Metric, ...]:
 
 
 def higher_is_better(name: str) -> bool:
-    """Return whether a higher value of the metric, or of `loss`, is better.
-
-    Example:
-        >>> higher_is_better("auroc"), higher_is_better("mae"), higher_is_better("loss")
-        (True, False, False)
-    """
+    """Return whether a higher value of the metric, or of `loss`, is better."""
     return any(metric.name == name and metric.higher_is_better for metric in METRICS)
 
 
@@ -222,13 +216,7 @@ def metric_notes(task: Task, measures: Measures) -> dict[Key, str]:
 
 
 def closed_intervals(task: Task, measures: Measures, unit: Array) -> Mapping[Key, Interval]:
-    """Return the intervals that need no resampling.
-
-    Args:
-        task: What was predicted.
-        measures: Of its images.
-        unit: (n,) see `ClassIntervals`; of a single unit there are no intervals.
-    """
+    """Return the intervals that need no resampling; of a single unit (see `ClassIntervals`) there are none."""
     if not isinstance(measures, ClassMeasures) or unit.max() == 0:
         return {}
     of = ClassIntervals(measures, unit)

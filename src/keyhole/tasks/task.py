@@ -1,6 +1,6 @@
 """What a label column means: the base class of the kinds in `kinds.py`.
 
-Torch is imported inside the methods that need it, so that reading a manifest does not load it.
+Torch is imported where it is needed, so that reading a manifest does not load it.
 
 Letters: b image, n images, k classes, w width of an encoded label, o outputs of the head.
 """
@@ -89,16 +89,11 @@ class Task:
             raise ValueError(f"mean (={self.mean}) and std (={self.std}) must be finite, and std above 0")
 
     def to_json(self) -> dict[str, Any]:
-        """Return a plain dict that `from_json` reads."""
         return {"name": self.name, "kind": self.kind, "classes": list(self.classes), "mean": self.mean, "std": self.std}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Task:
-        """Return the task that `to_json` wrote.
-
-        Raises:
-            RunError: A key is missing or has a value that no task has.
-        """
+        """Return the task that `to_json` wrote, or raise RunError."""
         try:
             return Task(
                 name=str(data["name"]),
@@ -115,11 +110,7 @@ class Task:
 
     @classmethod
     def from_labels(cls, name: str, labels: Sequence[str], positive: str | None = None) -> Task:
-        """Return the task of a column from its distinct labels, sorted, and the positive class that the user named.
-
-        Raises:
-            DataError: The labels do not fit the kind.
-        """
+        """Return the task of a column from its distinct labels, sorted, or raise DataError where they do not fit."""
         raise NotImplementedError
 
     @classmethod
@@ -127,14 +118,11 @@ class Task:
         """Raise DataError where a label cannot be of this kind, whatever the classes are."""
 
     def encode(self, text: str) -> NDArray[np.float32] | Floats:
-        """Encode a label as written in the CSV.
-
-        Args:
-            text: The label; empty where it is unknown.
+        """Encode a label as written in the CSV, empty where it is unknown.
 
         Returns:
-            The target (w,): the class index, a vector of 0 and 1 for multilabel, the number itself for regression; all
-            NaN where the label is unknown. Numbers are float64, since float32 keeps only the hundreds of 1.7e9.
+            The target (w,): the class index, a vector of 0 and 1 for multilabel, the number in float64 for regression;
+            all NaN where the label is unknown.
 
         Raises:
             DataError: The task does not have the class, or the text is not a number.
@@ -150,11 +138,7 @@ class Task:
         return [self._class_index(text)]
 
     def fit(self, targets: ArrayLike) -> Task:
-        """Return the task scaled to its training targets (n, w); only regression has a scale.
-
-        Raises:
-            DataError: No target is known.
-        """
+        """Return the task scaled to its training targets (n, w); only regression has a scale."""
         return self
 
     def classes_of(self, text: str) -> tuple[str, ...]:
@@ -183,7 +167,6 @@ class Task:
 
     @property
     def target_width(self) -> int:
-        """Width of an encoded label."""
         return 1
 
     def loss_target(self, target: Tensor) -> Tensor:
@@ -191,15 +174,7 @@ class Task:
         return target
 
     def loss(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the mean loss, computed from logits so that a confident error keeps its gradient.
-
-        All arguments are on one device.
-
-        Args:
-            logits: (b, o) float32.
-            target: (b, w) without NaN, as `loss_target` returns it.
-            weight: What `class_weights` returns.
-        """
+        """Return the mean loss of logits (b, o) float32 and prepared labels (b, w) without NaN, on one device."""
         raise NotImplementedError
 
     def class_weights(self, targets: Tensor) -> Tensor | None:
@@ -213,10 +188,7 @@ class Task:
         return len(known) / (len(self.classes) * counts.float())
 
     def probability(self, logits: ArrayLike) -> Floats:
-        """Turn logits into probabilities, or into the value in the unit of the target.
-
-        Args:
-            logits: (o,) or (b, o).
+        """Turn logits (o,) or (b, o) into probabilities, or into the value in the unit of the target.
 
         Returns:
             Multiclass: softmax (k). Binary: 1 - p and p (2). Multilabel: sigmoids (k). Regression: the value (1). With
@@ -251,14 +223,10 @@ class Task:
         return f"{self.name} ({self.kind}{'' if self.positive is None else f', positive: {self.positive}'})"
 
     def label(self, probability: ArrayLike) -> str:
-        """Return the label of one image.
+        """Return the label of one image from its probabilities (k,).
 
-        Args:
-            probability: (k,) as `probability` returns it.
-
-        Returns:
-            The class of the largest probability; for multilabel all above one half joined by `|`, perhaps none; for
-            regression the value to six digits, or more where the targets differ only in later ones.
+        The class of the largest; for multilabel all above one half joined by `|`, perhaps none; for regression
+        the value to six digits, or more where the targets differ only in later ones.
         """
         return self.classes[int(np.argmax(np.asarray(probability, np.float64)))]
 
@@ -288,12 +256,7 @@ class Task:
     # Metrics
 
     def measure(self, targets: Floats, probabilities: Floats) -> ClassMeasures | RegressionMeasures:
-        """Return what the metrics are computed from.
-
-        Args:
-            targets: (n, w), none missing.
-            probabilities: (n, k) as `probability` returns them.
-        """
+        """Return what the metrics are computed from: targets (n, w) without NaN, and probabilities (n, k)."""
         names = np.arange(len(self.classes))
         truth = np.asarray(targets.astype(np.int64) == names)
         decided = np.asarray(probabilities.argmax(axis=1)[:, None] == names)
