@@ -6,39 +6,63 @@ Letters: n patches, m kept, h heads, t queries.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from keyhole.data.item import Item
+from keyhole.data.resolution import Resolution
 from keyhole.engine import Engine, Inference
-from keyhole.errors import ImageError
+from keyhole.errors import ImageError, KeyholeError
 from keyhole.images import open_image
 from keyhole.images.geometry import Size
+from keyhole.loading.unreadable import Ledger
 from keyhole.nn import Kept
 from keyhole.patches.features import FeaturePatches
 from keyhole.patches.sources import FilePatches, PatchSource
 from keyhole.report.pictures import most_attended, pictures_of_features, pictures_of_file
 from keyhole.report.prediction import KeptPatches, Prediction, Scores
 from keyhole.tasks.kinds import Task
+from keyhole.util.progress import say
 
 
-@dataclass(frozen=True)
-class BatchAnswers:
-    """Turns a batch after both passes, still open and with the logits of all patches, into predictions."""
+@dataclass
+class Answers:
+    """Turns batches after both passes, still open and with the logits of all patches, into predictions.
+
+    Attributes:
+        engine: Of the model.
+        tasks, name: What it predicts, and what predictions call it.
+        resolution: At which it was trained.
+        told: Doubts about features that the user has been warned about.
+        silent: Warn about no doubt.
+    """
 
     engine: Engine
     tasks: tuple[Task, ...]
     name: str
-    done: Inference
+    resolution: Resolution
+    told: set[str]
+    silent: bool
+    unlike: int = 0
 
-    def prediction(self, item: Item, row: int) -> Prediction:
-        kept, source = self.done.bags.kept[row], self.done.batch.sources[row]
+    def warn_about_features(self, done: Inference) -> None:
+        for source in done.batch.sources:
+            for text in () if source is None or self.silent else source.doubts():
+                if source is not None and text not in self.told:
+                    self.told.add(text)
+                    say(f"warning: {source.name}: {text}")
+
+    def prediction(self, done: Inference, item: Item, row: int) -> Prediction:
+        kept, source, queries = done.bags.kept[row], done.batch.sources[row], self.engine.model.queries
         assert kept is not None
+        assert kept.logits is not None
         assert source is not None
         scores = self._scores(kept, source)
         # A score is a share of all patches under every rule, also under "streaming", which ranks by shares of the
@@ -46,12 +70,14 @@ class BatchAnswers:
         found = kept.index.cpu().numpy()
         best = np.argsort(-scores.score[found], kind="stable")
         index = found[best]
-        bag = self.done.bags.rows.index(row)
-        logits = {task: self.done.logits[task.name][bag].float().cpu().numpy() for task in self.tasks}
+        # Weight of each kept patch in the pooled embedding: softmax over the m kept, mean over heads.
+        weights = kept.logits[kept.index].softmax(dim=0).mean(dim=1).cpu().numpy()[best]
+        bag = done.bags.rows.index(row)
+        logits = {task: done.logits[task.name][bag].float().cpu().numpy() for task in self.tasks}
         probability = {task: task.probability(logits[task]) for task in self.tasks}
-        unreadable = np.array(sorted(self.done.batch.unreadable.get(row, ())), np.int64)
+        unreadable = np.array(sorted(done.batch.unreadable.get(row, ())), np.int64)
         size, origin = self._slide(item, source)
-        attention = {task: weights[best] for task, weights in self._attention(kept).items()}
+        patch = source.describe()
         return Prediction(
             name=item.name,
             image=item.image,
@@ -60,43 +86,18 @@ class BatchAnswers:
             tasks=self.tasks,
             probability={task.name: task.by_column(p) for task, p in probability.items()},
             label={task.name: task.label(p) for task, p in probability.items()},
-            kept=KeptPatches(index, source.boxes(index), scores.score[index], attention),
+            kept=KeptPatches(
+                index,
+                source.boxes(index),
+                scores.score[index],
+                {task.name: weights[:, queries[task.name]] for task in self.tasks},
+            ),
             scores=scores,
-            patch=source.describe(),
+            patch=patch,
             model=self.name,
             unreadable=source.boxes(unreadable) if len(unreadable) else None,
+            notes=(*source.doubts(), *self._doubt(item.name, patch)),
         )
-
-    def with_pictures(self, prediction: Prediction, row: int) -> Prediction:
-        """Return the prediction with the pixels that show it; unchanged where its source cannot be read any more."""
-        source, place = self.done.batch.sources[row], most_attended(prediction.kept)
-        with suppress(ImageError):  # a share that hangs now; the prediction itself is complete
-            if isinstance(source, FeaturePatches):
-                draw = partial(pictures_of_features, source, prediction, place)
-                return replace(prediction, pictures=self.engine.reader.run(prediction.name, draw))
-            assert isinstance(source, FilePatches)
-            pixels = self._pixels(prediction.kept.index[place], row)
-            if pixels is not None:
-                look = partial(pictures_of_file, source, prediction, place, pixels)
-                return replace(prediction, pictures=self.engine.reader.run(prediction.name, look))
-        return prediction
-
-    def _pixels(self, index: NDArray[np.int64], row: int) -> NDArray[np.uint8] | None:
-        """Pixels of kept patches: those that the model saw, or read from the same source where they are not held."""
-        held, kept = self.done.bags.pixels[row], self.done.bags.kept[row]
-        if held is not None and kept is not None:
-            found = kept.index.cpu().numpy()
-            order = np.argsort(found)
-            return held[order[np.searchsorted(found, index, sorter=order)]]
-        wanted = [np.empty(0, np.int64)] * len(self.done.batch.names)
-        wanted[row] = index
-        return self.done.batch.fetch(wanted)[row]
-
-    def _attention(self, kept: Kept) -> dict[str, NDArray[np.float32]]:
-        """Weight of each kept patch in the pooled embedding, per task: softmax over the m kept, mean over heads."""
-        assert kept.logits is not None
-        weights = kept.logits[kept.index].softmax(dim=0).mean(dim=1).cpu().numpy()
-        return {task.name: weights[:, self.engine.model.queries[task.name]] for task in self.tasks}
 
     def _scores(self, kept: Kept, source: PatchSource) -> Scores:
         """Share of each patch in the attention over all n patches, per task: softmax over n, mean over heads."""
@@ -117,10 +118,7 @@ class BatchAnswers:
         )
 
     def _slide(self, item: Item, source: PatchSource) -> tuple[Size, tuple[int, int]]:
-        """Size of the image and QuPath's origin on it.
-
-        Where stored features do not state them, they are those of the slide, else those of what holds all features.
-        """
+        """Size of the image and QuPath's origin on it, of stored features that do not state them those of the slide."""
         stated, origin = source.l0_size, source.qupath_origin
         if stated is not None and origin is not None:
             return stated, origin
@@ -133,3 +131,56 @@ class BatchAnswers:
             with suppress(ImageError):
                 return self.engine.reader.run(item.name, look)
         return source.extent, origin or (0, 0)
+
+    def _doubt(self, name: str, patch: Mapping[str, Any]) -> list[str]:
+        """What is doubtful about the resolution; files of features need not state it."""
+        mpp = patch["mpp"]
+        doubt = self.resolution.doubt(mpp) if mpp is not None or "features" not in patch else ""
+        self.unlike += bool(doubt)
+        if doubt and self.unlike == 1 and not self.silent:
+            say(f"warning: {name}: {doubt}")
+        return [doubt] if doubt else []
+
+    def with_pictures(self, done: Inference, prediction: Prediction, row: int) -> Prediction:
+        """Return the prediction with the pixels that show it; unchanged where its source cannot be read any more."""
+        source, place = done.batch.sources[row], most_attended(prediction.kept)
+        with suppress(ImageError):  # a share that hangs now; the prediction itself is complete
+            if isinstance(source, FeaturePatches):
+                draw = partial(pictures_of_features, source, prediction, place)
+            else:
+                assert isinstance(source, FilePatches)
+                pixels = _kept_pixels(done, prediction.kept.index[place], row)
+                if pixels is None:
+                    return prediction
+                draw = partial(pictures_of_file, source, prediction, place, pixels)
+            return replace(prediction, pictures=self.engine.reader.run(prediction.name, draw))
+        return prediction
+
+    def finish(self, images: int) -> None:
+        """Warn how many of the images have another resolution."""
+        if self.unlike > 1 and not self.silent:
+            told = f"{self.unlike} of {images} images have another resolution than the model learned at"
+            say(f"warning: {told} ({self.resolution} um per pixel), or none")
+
+
+def _kept_pixels(done: Inference, index: NDArray[np.int64], row: int) -> NDArray[np.uint8] | None:
+    """Pixels of kept patches: those that the model saw, or read from the same source where they are not held."""
+    held, kept = done.bags.pixels[row], done.bags.kept[row]
+    if held is not None and kept is not None:
+        found = kept.index.cpu().numpy()
+        order = np.argsort(found)
+        return held[order[np.searchsorted(found, index, sorter=order)]]
+    wanted = [np.empty(0, np.int64)] * len(done.batch.names)
+    wanted[row] = index
+    return done.batch.fetch(wanted)[row]
+
+
+def damage(name: str, source: PatchSource, unreadable: Mapping[int, str], allowed: float) -> KeyholeError | None:
+    """Return an error where more patches of an image are unreadable (reasons by index) than the share `allowed`."""
+    ledger, index = Ledger(len(source), allowed), list(unreadable)
+    ledger.add(name, source.boxes(index), index, list(unreadable.values()))
+    try:
+        ledger.check()
+    except KeyholeError as error:
+        return error
+    return None

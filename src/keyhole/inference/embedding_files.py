@@ -20,8 +20,8 @@ from keyhole.engine import Engine
 from keyhole.engine.embedding import Embedding, End, Rows
 from keyhole.engine.opening import opener
 from keyhole.errors import KeyholeError
-from keyhole.loading.unreadable import Ledger
-from keyhole.patches.features.writer import BYTES, SETTINGS, FeatureWriter, feature_writer
+from keyhole.inference.answer import damage
+from keyhole.patches.features.writer import BYTES, SETTINGS, feature_writer
 from keyhole.patches.image_cache import ImageCache
 from keyhole.patches.sources import FilePatches
 from keyhole.util.files import file_size, writable_folder
@@ -57,6 +57,7 @@ class EmbeddingFiles:
                 yield item, found
 
     def _embed(self, item: Item, told: Iterator[Rows | End], path: Path) -> int:
+        """Write the file; return the number of patches that are not in it."""
         first = next(told)
         if isinstance(first, End):
             assert first.failed is not None, "an image without patches is not opened"
@@ -64,42 +65,29 @@ class EmbeddingFiles:
         writable_folder(path.parent)
         with feature_writer(path, self.dtype) as writer:
             for each in chain([first], told):
-                if isinstance(each, End):
-                    return self._finish(writer, item, each)
-                writer.add(each.embedding(), each.source.boxes(each.index)[:, :2], item.name)
-                if self.progress is not None:
-                    self.progress.update(patches=len(each.index))
+                if isinstance(each, Rows):
+                    writer.add(each.embedding(), each.source.boxes(each.index)[:, :2], item.name)
+                    if self.progress is not None:
+                        self.progress.update(patches=len(each.index))
+                    continue
+                if each.failed is not None:
+                    raise _Left(each.failed)
+                assert isinstance(each.source, FilePatches)
+                if error := damage(item.name, each.source, each.unreadable, self.config.unreadable):
+                    raise _Left(error)
+                about = {
+                    "encoder": self.config.model.encoder,
+                    "weights_sha256": self.settings["weights"],
+                    BYTES: image_bytes(item),
+                    SETTINGS: json.dumps({**self.settings, **own_settings(item)}),
+                    "unreadable": len(each.unreadable),
+                }
+                writer.describe(each.source, about)
+                return len(each.unreadable)
         raise AssertionError("an image has an end")
-
-    def _finish(self, writer: FeatureWriter, item: Item, end: End) -> int:
-        """Write the settings into the file; return the number of patches that are not in it."""
-        if end.failed is not None:
-            raise _Left(end.failed)
-        assert isinstance(end.source, FilePatches)
-        self._check(item, end.source, end.unreadable)
-        about = {
-            "encoder": self.config.model.encoder,
-            "weights_sha256": self.settings["weights"],
-            BYTES: image_bytes(item),
-            SETTINGS: json.dumps({**self.settings, **own_settings(item)}),
-            "unreadable": len(end.unreadable),
-        }
-        writer.describe(end.source, about)
-        return len(end.unreadable)
-
-    def _check(self, item: Item, source: FilePatches, missing: Mapping[int, str]) -> None:
-        ledger = Ledger(len(source), self.config.unreadable)
-        index = list(missing)
-        ledger.add(item.name, source.boxes(index), index, list(missing.values()))
-        try:
-            ledger.check()
-        except KeyholeError as error:
-            raise _Left(error) from error
 
 
 class _Left(Exception):  # noqa: N818 - ends the writing of one file, and goes no further
-    """An image has no features."""
-
     def __init__(self, error: KeyholeError) -> None:
         super().__init__(str(error))
         self.error = error

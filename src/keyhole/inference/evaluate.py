@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from keyhole.config.amounts import Bytes
 from keyhole.config.file import load_config
-from keyhole.config.settings import Config, DataConfig, Decode
+from keyhole.config.settings import DataConfig, Decode
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
 from keyhole.errors import DataError, KeyholeError, RunError
-from keyhole.inference.evaluation_folder import Subject, finish, open_folder
-from keyhole.inference.evaluation_notes import seen_in_training, unfinished
+from keyhole.inference.evaluation_folder import Subject, finish, open_folder, seen_in_training, unfinished
 from keyhole.inference.lesions import (
     Judged,
     Lesions,
@@ -27,13 +25,13 @@ from keyhole.inference.lesions import (
     lesion_means,
     lesion_table,
 )
-from keyhole.inference.predictor import Predictor
+from keyhole.inference.predictor import Predictor, load
 from keyhole.report.contact_sheet import Examples, contact_sheet
 from keyhole.report.files import csv_line
 from keyhole.report.table import TableRow, judge_rows, table_row, write_table
 from keyhole.runs.seal import check_evaluated, check_own_manifest
 from keyhole.tasks.evaluation import TaskMetrics, evaluate_task, evaluation_json, format_lines
-from keyhole.tasks.learning import Learning
+from keyhole.tasks.kinds import Task
 from keyhole.util.files import file_names, writable_folder, write_atomic
 from keyhole.util.progress import say
 from keyhole.util.version import VERSION
@@ -106,42 +104,54 @@ class Evaluator:
 
     def __call__(self) -> Evaluation:
         subject = Subject(self.run, self.data, self.split)
-        predictor = Predictor.open(self.run, self.device, self.memory, self.unreadable, self.decode)
+        predictor = load(self.run, self.device, self.memory, self.unreadable, self.decode)
+        tasks, names = predictor.tasks, [task.name for task in predictor.tasks]
         manifest = self._manifest(predictor)
         folder, replaced = open_folder(subject, self.out)
         begun = unfinished(self.run)
-        notes = self._notes(manifest, begun)
+        notes = [f"{self.run}: {begun}"] if begun else []
+        if self.data is not None:
+            notes += [note] if (note := seen_in_training(self.run, manifest.items)) else []
+            notes += manifest.notes
         keeps_test = self.data is None and self.out is None and self.split == "test" and not begun
         if keeps_test:
             writable_folder(self.run / "predictions")
         if self.on_bad_image == "fail":
             check_annotations(manifest.items)
-        found = _Predictions(self, predictor, manifest)
-        write_table(found.rows(), folder / "predictions.csv")
+        found = _Predictions(tasks[0], manifest)
+        write_table(self._rows(predictor, found), folder / "predictions.csv")
         if (
             keeps_test
         ):  # those of train and val are written at the end of training, by the model that the run ended with
             write_atomic(self.run / "predictions" / "test.csv", (folder / "predictions.csv").read_bytes())
-        notes += found.doubts()
-        metrics, learning, lesions = found.metrics(), found.learning(), found.lesions()
-        config = _config_of(self.run)
-        written = _write_confusions(folder, metrics)
+        notes += [f"{count} of {len(found.rows)} images: {text}" for text, count in found.doubts.items()]
+        items = [item for item, _ in found.rows]
+        targets, groups = manifest.targets(items), [item.group for item in items]
+        said = {task: [row.probability[task.name] for _, row in found.rows] for task in tasks}
+        metrics = tuple(evaluate_task(task, targets[task.name], said[task], groups) for task in tasks)
+        learning = judge_rows(tasks, targets, found.rows, f"the {len(items)} {self.split} images")
+        of = {item.name: item.group for item in items}
+        lesions = lesion_means(found.judged, of, names) if found.judged else None
+        config = None  # the settings of a run, used for advice alone; the folder of a model does not have them
+        with suppress(KeyholeError):
+            config = load_config(path) if (path := self.run / "config.yaml").is_file() else None
+        confusions = _write_confusions(folder, metrics)
         about: dict[str, Any] = {"keyhole": VERSION, "model": predictor.name, **subject.to_json()}
         about |= {"notes": notes, "left_out": found.left_out}
         about |= {} if lesions is None else {"lesions": lesions.to_json()}
-        about |= {"confusion_files": dict(written), "learning": learning.to_json(config)}
+        about |= {"confusion_files": confusions, "learning": learning.to_json(config)}
         text = json.dumps(evaluation_json(metrics, **about), indent=2, allow_nan=False)
         write_atomic(folder / "metrics.json", text + "\n")
         write_left_out(folder / "left_out.csv", found.left_out.items())
-        names = [*written.values()]
+        written = [*confusions.values()]
         if lesions is not None:
-            write_atomic(folder / "lesions.csv", lesion_table(found.judged, [task.name for task in predictor.tasks]))
-            names.append("lesions.csv")
+            write_atomic(folder / "lesions.csv", lesion_table(found.judged, names))
+            written.append("lesions.csv")
         if shown := found.examples.entries():
             title = f"{predictor.name}: {self.split} images, wrong ones first, and the patches that were kept"
             contact_sheet(shown, folder / "contact_sheet.png", title)
-            names.append("contact_sheet.png")
-        finish(folder, names)
+            written.append("contact_sheet.png")
+        finish(folder, written)
         return Evaluation(folder, metrics, found.left_out, (*replaced, *notes), lesions, tuple(learning.lines(config)))
 
     def _manifest(self, predictor: Predictor) -> Manifest:
@@ -160,69 +170,39 @@ class Evaluator:
                 say(line)
         return manifest
 
-    def _notes(self, manifest: Manifest, begun: str) -> list[str]:
-        notes = [f"{self.run}: {begun}"] if begun else []
-        if self.data is not None:
-            notes += [note] if (note := seen_in_training(self.run, manifest.items)) else []
-            notes += manifest.notes
-        return notes
+    def _rows(self, predictor: Predictor, found: _Predictions) -> Iterator[TableRow]:
+        """Predict, and yield one row per image."""
+        skip, items = self.on_bad_image == "skip", found.manifest.items
+        for item, prediction in predictor.predict_items(
+            items,
+            left_out=found.leave_out if skip else None,
+            description=f"evaluating {self.split}",
+            pictures=found.examples.wants,
+        ):
+            found.examples.add(item, prediction)
+            found.doubts.update(prediction.notes)
+            if item.annotation is not None:
+                found.judged[item.name] = judge(prediction, item.annotation, self.on_bad_image)
+            row = table_row(prediction, item.labels)
+            found.rows.append((item, row))
+            yield row
+        if not found.rows:
+            where, first = self.data or self.run, next(iter(found.left_out.values()))
+            raise DataError(f"{where}: none of the {len(items)} {self.split} images can be used; the first: {first}")
 
 
 class _Predictions:
     """What an evaluation keeps of its predictions, each image being predicted once."""
 
-    def __init__(self, evaluator: Evaluator, predictor: Predictor, manifest: Manifest) -> None:
-        self.evaluator, self.predictor, self.manifest = evaluator, predictor, manifest
+    def __init__(self, task: Task, manifest: Manifest) -> None:
+        self.manifest, self.examples = manifest, Examples(task)
         self.left_out = {left.name: left.reason for left in manifest.left_out}
-        self.examples = Examples(predictor.tasks[0])
         self.judged: dict[str, Judged] = {}
-        self._rows: list[tuple[Item, TableRow]] = []
-        self._doubts: Counter[str] = Counter()
+        self.rows: list[tuple[Item, TableRow]] = []
+        self.doubts: Counter[str] = Counter()
 
-    def rows(self) -> Iterator[TableRow]:
-        """Predict, and yield one row per image."""
-        split, skip = self.evaluator.split, self.evaluator.on_bad_image == "skip"
-        items = self.manifest.items
-        for item, prediction in self.predictor.predict_items(
-            items,
-            left_out=self._leave_out if skip else None,
-            description=f"evaluating {split}",
-            pictures=self.examples.wants,
-        ):
-            self.examples.add(item, prediction)
-            self._doubts.update(prediction.notes)
-            if item.annotation is not None:
-                self.judged[item.name] = judge(prediction, item.annotation, "skip" if skip else "fail")
-            row = table_row(prediction, item.labels)
-            self._rows.append((item, row))
-            yield row
-        if not self._rows:
-            where, first = self.evaluator.data or self.evaluator.run, next(iter(self.left_out.values()))
-            raise DataError(f"{where}: none of the {len(items)} {split} images can be used; the first: {first}")
-
-    def _leave_out(self, item: Item, error: KeyholeError) -> None:
+    def leave_out(self, item: Item, error: KeyholeError) -> None:
         self.left_out[item.name] = str(error)
-
-    def doubts(self) -> list[str]:
-        return [f"{count} of {len(self._rows)} images: {text}" for text, count in self._doubts.items()]
-
-    def metrics(self) -> tuple[TaskMetrics, ...]:
-        groups = [item.group for item, _ in self._rows]
-        said = {task: [row.probability[task.name] for _, row in self._rows] for task in self.predictor.tasks}
-        return tuple(evaluate_task(task, self._targets[task.name], said[task], groups) for task in said)
-
-    def learning(self) -> Learning:
-        where = f"the {len(self._rows)} {self.evaluator.split} images"
-        return judge_rows(self.predictor.tasks, self._targets, self._rows, where)
-
-    def lesions(self) -> Lesions | None:
-        groups = {item.name: item.group for item, _ in self._rows}
-        names = [task.name for task in self.predictor.tasks]
-        return lesion_means(self.judged, groups, names) if self.judged else None
-
-    @cached_property
-    def _targets(self) -> Mapping[str, Any]:
-        return self.manifest.targets([item for item, _ in self._rows])
 
 
 def evaluate(
@@ -257,14 +237,6 @@ def evaluate(
     return Evaluator(
         Path(run), None if data is None else Path(data), split, None if out is None else Path(out), **settings
     )()
-
-
-def _config_of(run: Path) -> Config | None:
-    """The settings of a run, used for advice alone; None where the folder of a model does not have them."""
-    path = run / "config.yaml"
-    with suppress(KeyholeError):
-        return load_config(path) if path.is_file() else None
-    return None
 
 
 def _write_confusions(folder: Path, metrics: Sequence[TaskMetrics]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Where an evaluation is written: results of other data have their own folder, and what is replaced is reported.
+"""Where an evaluation is written, and notes on the data and the run behind it.
 
 `metrics.json` states the run, the data and the split of the results in a folder. Until it is written, `unfinished.json`
 does, so that the same command finds its folder again after the process was killed.
@@ -10,15 +10,19 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keyhole.data.item import SPLITS, absolute
-from keyhole.errors import OutputError
-from keyhole.util.files import file_names, remove_unfinished, writable_folder, write_atomic
+from keyhole.data.hashes import hash_files, stored_hashes
+from keyhole.data.item import SPLITS, Item, absolute
+from keyhole.data.read_csv import read_csv
+from keyhole.errors import KeyholeError, OutputError
+from keyhole.runs.run import Run
+from keyhole.runs.seal import read_state, sealed_config
+from keyhole.util.files import file_names, file_size, remove_unfinished, writable_folder, write_atomic
 
 OPTIONAL_FILES = ("confusion_*.csv", "lesions.csv", "contact_sheet.png")
 """Files that not every evaluation writes; those of an earlier call are removed."""
@@ -108,3 +112,51 @@ def _subject_in(folder: Path) -> dict[str, Any] | None:
             held = json.loads((folder / file).read_text())
             return {name: held[name] for name in ("run", "data", "split")}
     return None
+
+
+def unfinished(run: Path) -> str:
+    """Return a sentence where a run is not finished; "" where it is, or where the folder is a model without its run."""
+    if not (run / "last.safetensors").is_file():
+        return ""
+    try:
+        state = read_state(Run(run))
+        epochs = sealed_config(state).train.epochs
+    except KeyholeError as error:
+        return f"whether the run is finished is not known ({error})"
+    if state.epoch >= epochs or state.stopped:
+        return ""
+    return (
+        f"the run is not finished ({state.epoch} of {epochs} epochs): these are figures of its best model so far, "
+        f"epoch {state.best_epoch or state.epoch}"
+    )
+
+
+def seen_in_training(run: Path, items: Sequence[Item]) -> str:
+    """Return a sentence where evaluated images were used to train or to choose the model; else "".
+
+    Images are compared by SHA-256, whatever their path and name; where the manifest has only sizes (`data.hash_gb`), by
+    path.
+    """
+    manifest = run / "manifest.csv"
+    if not manifest.is_file():
+        return ""
+    stored = stored_hashes(manifest)
+    used = [row.item for row in read_csv(manifest).rows if row.item.split in ("train", "val")]
+    splits = {stored[item.name].sha256: item.split for item in used if item.name in stored and stored[item.name].sha256}
+    places = {item.source: item.split for item in used}
+    sizes = {stored[item.name].bytes for item in used if item.name in stored}
+    alike = [item for item in items if item.source not in places and file_size(item.source) in sizes]
+    # A file that cannot be read is reported when its image is opened.
+    hashes = hash_files(alike, skip_unreadable=True) if splits else {}
+    found = [
+        places.get(item.source) or splits.get(hashes[item.name].sha256 if item.name in hashes else "", "")
+        for item in items
+    ]
+    train, val = found.count("train"), found.count("val")
+    if not train + val:
+        return ""
+    parts = [f"{train} to train the model"] * bool(train) + [f"{val} to choose its best epoch"] * bool(val)
+    return (
+        f"{train + val} of the {len(items)} images were used before, {' and '.join(parts)}: the figures are too good. "
+        "Evaluate images that the run has not seen."
+    )

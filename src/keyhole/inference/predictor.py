@@ -25,8 +25,7 @@ from keyhole.engine.opening import opener
 from keyhole.errors import ConfigError, ImageLost, KeyholeError, RunError
 from keyhole.images.pillow import image_in_memory
 from keyhole.images.scale import given_scale
-from keyhole.inference.answer import BatchAnswers
-from keyhole.inference.doubts import Doubts, too_damaged
+from keyhole.inference.answer import Answers, damage
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
 from keyhole.patches.image_cache import ImageCache
@@ -62,6 +61,7 @@ def load(
     memory: str | Bytes | None = "auto",
     unreadable: str | float = "1%",
     decode: Decode = "auto",
+    engine: Engine | None = None,
 ) -> Predictor:
     """Load the best model of a run, or a model copied out of one.
 
@@ -71,6 +71,7 @@ def load(
         memory: Budget such as `5GB`, of the device or, on a CPU, of the process; `auto` is what is free.
         unreadable: Share of an image's patches that may be unreadable, such as `1%`.
         decode: `auto` lets a GPU decode JPEG tiles of slides too, `cpu` does not; see `RunConfig.decode`.
+        engine: Of the same settings, into whose model the weights are loaded; default is a new one.
 
     Returns:
         A predictor, in evaluation mode.
@@ -84,7 +85,33 @@ def load(
         >>> predictor.predict("photos/red/1.png")
         Prediction('photos/red/1.png', label: red ..., kept 4 of 16 patches)
     """
-    return Predictor.open(run, device, memory, unreadable, decode)
+    asked = Config(memory=memory, unreadable=unreadable)
+    if decode not in get_args(Decode):
+        raise ConfigError(f"decode {decode}: expected {' or '.join(get_args(Decode))}")
+    file = model_file(Path(run))
+    weights, info = read_tensors(file)
+    chosen = choose_device(device, option="--device")
+    try:
+        tasks = [Task.from_json(task) for task in info["tasks"]]
+        given = {name: info[name] for name in SECTIONS} | {"train": {"batch": info["batch"]}}
+        config = asked.replace(run={"decode": decode}, **given)
+        name, precision = str(info["name"]), str(info["precision"])
+        resolution = Resolution.from_json(info.get("resolution"))
+    except (KeyError, TypeError, ConfigError, RunError) as error:
+        raise RunError(
+            f"{file}: its description does not fit keyhole {VERSION} ({error}). Was it made by another version?"
+        ) from error
+    if engine is not None:
+        load_weights(engine.model, weights, file)
+        engine.weights_changed()
+    else:
+        with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; a caller's random state stays
+            model = build_classifier(config.model, tasks, config.patch.size, pretrained=False)
+        load_weights(model, weights, file)
+        shape = patch_shape(config.model, config.patch.size)
+        arithmetic = choose_precision(precision, model.to(chosen).encoder, shape)
+        engine = Engine(model, config.select, config.run, arithmetic=arithmetic, warn=_warn)
+    return Predictor(engine.model, config, tasks, name, resolution, engine)
 
 
 class Predictor:
@@ -114,46 +141,6 @@ class Predictor:
         self._free: list[Engine] | None = None  # engines that no call uses; None before the first call
         self.silent = False  # about doubts, where the user has been warned before
         self._told: set[str] = set()
-
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        device: str = "auto",
-        memory: str | Bytes | None = "auto",
-        unreadable: str | float = "1%",
-        decode: Decode = "auto",
-        engine: Engine | None = None,
-    ) -> Predictor:
-        """Load a model, see `load`; with an `engine` of the same settings, into its model."""
-        path = Path(path)
-        asked = Config(memory=memory, unreadable=unreadable)
-        if decode not in get_args(Decode):
-            raise ConfigError(f"decode {decode}: expected {' or '.join(get_args(Decode))}")
-        file = model_file(path)
-        weights, info = read_tensors(file)
-        chosen = choose_device(device, option="--device")
-        try:
-            tasks = [Task.from_json(task) for task in info["tasks"]]
-            given = {name: info[name] for name in SECTIONS} | {"train": {"batch": info["batch"]}}
-            config = asked.replace(run={"decode": decode}, **given)
-            name, precision = str(info["name"]), str(info["precision"])
-            resolution = Resolution.from_json(info.get("resolution"))
-        except (KeyError, TypeError, ConfigError, RunError) as error:
-            raise RunError(
-                f"{file}: its description does not fit keyhole {VERSION} ({error}). Was it made by another version?"
-            ) from error
-        if engine is not None:
-            load_weights(engine.model, weights, file)
-            engine.weights_changed()
-        else:
-            with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; a caller's random state stays
-                model = build_classifier(config.model, tasks, config.patch.size, pretrained=False)
-            load_weights(model, weights, file)
-            shape = patch_shape(config.model, config.patch.size)
-            arithmetic = choose_precision(precision, model.to(chosen).encoder, shape)
-            engine = Engine(model, config.select, config.run, arithmetic=arithmetic, warn=_warn)
-        return cls(engine.model, config, tasks, name, resolution, engine)
 
     def predict(
         self,
@@ -265,7 +252,7 @@ class Predictor:
         with self._lent() if engine is None else nullcontext(engine) as engine, shown as progress:
             reader, images = engine.reader, images or ImageCache()
             openers = [[opener(self.config, images, item) for item in each] for each in batches]
-            doubts = Doubts(self.resolution, self._told, self.silent)
+            answers = Answers(engine, self.tasks, self.name, self.resolution, self._told, self.silent)
             waited = reader.waited
 
             def count(patches: int) -> None:
@@ -280,23 +267,27 @@ class Predictor:
             for number, (each, done) in enumerate(zip(batches, stream, strict=True), start=1):
                 if number == 1:
                     self._compile(engine, done, len(batches) - 1)
-                doubts.warn_about_features(done)
-                failed = dict(done.batch.failed) | too_damaged(done, self.config.unreadable)
+                answers.warn_about_features(done)
+                failed = dict(done.batch.failed)
+                for row, reasons in done.batch.unreadable.items():
+                    source = done.batch.sources[row]
+                    assert source is not None
+                    if error := damage(done.batch.names[row], source, reasons, self.config.unreadable):
+                        failed[row] = error
                 for row, error in sorted(failed.items()):
                     if left_out is None:
                         raise error
                     left_out(each[row], error)
-                answers = BatchAnswers(engine, self.tasks, self.name, done)
                 for row in done.bags.rows:
                     if row in failed:
                         continue
-                    prediction = doubts.noted(answers.prediction(each[row], row), done.batch.sources[row])
+                    prediction = answers.prediction(done, each[row], row)
                     if pictures is not None and pictures(each[row], prediction):
-                        prediction = answers.with_pictures(prediction, row)
+                        prediction = answers.with_pictures(done, prediction, row)
                     yield each[row], prediction
                 if progress is not None:
                     progress.update(images=len(each))
-            doubts.finish(len(items))
+            answers.finish(len(items))
 
     @contextmanager
     def _lent(self) -> Iterator[Engine]:

@@ -206,7 +206,11 @@ class Prediction:
         return f"Prediction({self.name!r}, {', '.join(said)}, kept {len(self.kept)}{of} patches)"
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the score of every patch and the pictures as what JSON can hold."""
+        """Convert the prediction to what JSON can hold.
+
+        Returns:
+            Everything but the score of every patch and the pictures.
+        """
         return {
             "keyhole": VERSION,
             "model": self.model,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from keyhole.data.item import Item
 from keyhole.errors import DataError
-from keyhole.inference.predictor import Predictor
+from keyhole.inference.predictor import load
 from keyhole.nn import total_loss
 from keyhole.report.table import TableRow, judge_rows, table_row, write_table
 from keyhole.runs.journal import MIN_JOURNAL_PATCHES, RowJournal
@@ -94,7 +94,7 @@ def predict_splits(job: Job, interrupt: Interrupt) -> None:
         interrupt: asked after each chunk.
     """
     job.end_learning()
-    predictor = Predictor.open(job.run.path, decode=job.config.run.decode, engine=job.engine)
+    predictor = load(job.run.path, decode=job.config.run.decode, engine=job.engine)
     predictor.config = predictor.config.replace(unreadable="100%")
     predictor.silent = True  # the log of the run has them
     folder = job.run.path / "predictions"
