@@ -14,7 +14,7 @@ from keyhole.tasks.bootstrap import IntervalEstimate, bootstrap, units_of
 from keyhole.tasks.intervals import LEVEL
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.measures import ECE_BINS, THRESHOLD
-from keyhole.tasks.metrics import Key, class_metrics, closed_intervals, metric_notes, metric_values, task_metrics
+from keyhole.tasks.metrics import closed_intervals, each_metric, metric_notes, metric_values, task_metrics
 
 MAX_RECALLS = 10
 """Classes of a multiclass task whose recall is printed; metrics.json has all."""
@@ -112,8 +112,7 @@ def evaluate_task(
     )
     n = len(targets)
     measures = task.measure(targets, probabilities)
-    keys: list[Key] = [(None, metric.name) for metric in task_metrics(task)]
-    keys += [(name, metric.name) for name in task.classes for metric in class_metrics(task)]
+    keys = [key for key, _, _ in each_metric(task)]
     estimates = dict.fromkeys(keys, IntervalEstimate(None, note="no image has a label"))
     if n:
         notes = metric_notes(task, measures)

@@ -59,7 +59,7 @@ class ClassIntervals:
         self.of, self.unit = of, unit
 
     def all_right(self) -> Interval | None:
-        return self._share((self.of.truth == self.of.decided).all(axis=1))
+        return self._share(self.of.all_right)
 
     def accuracy(self, c: int) -> Interval | None:
         return self._share(self.of.truth[:, c] == self.of.decided[:, c])

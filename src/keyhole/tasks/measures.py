@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -42,6 +43,7 @@ class ClassMeasures:
     def __post_init__(self) -> None:
         self.present: Bool[Array, " k"] = np.asarray(self.truth.any(axis=0))
         self.mixed: Bool[Array, " k"] = self.present & ~self.truth.all(axis=0)
+        self.all_right: Bool[Array, " n"] = np.asarray((self.truth == self.decided).all(axis=1))
         self.rankings = [_Ranking(self.truth[:, c], self.probability[:, c]) for c in range(len(self.classes))]
 
     def __call__(self, weights: Float[Array, "r n"]) -> WeightedClasses:
@@ -64,7 +66,7 @@ class ClassMeasures:
 
 
 class WeightedClasses:
-    """Rates (r, k) of each class under each weighting, computed when asked for."""
+    """Rates (r, k) of each class under each weighting; costly ones are computed when asked for."""
 
     def __init__(self, of: ClassMeasures, weights: Float[Array, "r n"]) -> None:
         self.of, self.weights = of, weights
@@ -73,30 +75,12 @@ class WeightedClasses:
         self.decided = weights @ of.decided
         self.both = weights @ (of.truth & of.decided)
         self.neither = self.total - self.positive - self.decided + self.both
-
-    @cached_property
-    def accuracy(self) -> Float[Array, "r k"]:
-        return np.asarray((self.both + self.neither) / self.total)
-
-    @cached_property
-    def recall(self) -> Float[Array, "r k"]:
-        return _ratio(self.both, self.positive)
-
-    @cached_property
-    def specificity(self) -> Float[Array, "r k"]:
-        return _ratio(self.neither, self.total - self.positive)
-
-    @cached_property
-    def balanced_accuracy(self) -> Float[Array, "r k"]:
-        return np.asarray((self.recall + self.specificity) / 2)
-
-    @cached_property
-    def precision(self) -> Float[Array, "r k"]:
-        return _ratio(self.both, self.decided)
-
-    @cached_property
-    def f1(self) -> Float[Array, "r k"]:
-        return np.where(self.positive > 0, _ratio(2 * self.both, self.positive + self.decided), np.nan)
+        self.accuracy = np.asarray((self.both + self.neither) / self.total)
+        self.recall = _ratio(self.both, self.positive)
+        self.specificity = _ratio(self.neither, self.total - self.positive)
+        self.balanced_accuracy = np.asarray((self.recall + self.specificity) / 2)
+        self.precision = _ratio(self.both, self.decided)
+        self.f1 = np.where(self.positive > 0, _ratio(2 * self.both, self.positive + self.decided), np.nan)
 
     @cached_property
     def auroc(self) -> Float[Array, "r k"]:
@@ -113,17 +97,12 @@ class WeightedClasses:
         errors = [_calibration_error(self.weights, certainty[:, c], right[:, c]) for c in range(right.shape[1])]
         return np.stack(errors, axis=1)
 
-    @cached_property
-    def all_right(self) -> Bool[Array, " n"]:
-        """Whether an image is decided right in all its classes."""
-        return np.asarray((self.of.truth == self.of.decided).all(axis=1))
-
     def share_right(self) -> Float[Array, " r"]:
-        return np.asarray(self.weights @ self.all_right / self.total[:, 0])
+        return np.asarray(self.weights @ self.of.all_right / self.total[:, 0])
 
     def decision_ece(self) -> Float[Array, " r"]:
         """Calibration error of the one class decided."""
-        return _calibration_error(self.weights, self.of.probability.max(axis=1), self.all_right)
+        return _calibration_error(self.weights, self.of.probability.max(axis=1), self.of.all_right)
 
 
 @dataclass(eq=False)
@@ -139,31 +118,23 @@ class RegressionMeasures:
         self.centred = self.truth - self.truth.mean() if len(self.truth) else self.truth
 
     def __call__(self, weights: Float[Array, "r n"]) -> WeightedErrors:
-        return WeightedErrors(self, weights)
-
-    @property
-    def support(self) -> dict[str, int]:
-        return {}
-
-    @property
-    def confusion(self) -> None:
-        return None
-
-
-@dataclass(frozen=True, eq=False)
-class WeightedErrors:
-    of: RegressionMeasures
-    weights: Float[Array, "r n"]
-
-    def mae(self) -> Float[Array, " r"]:
-        return np.asarray(self.weights @ np.abs(self.of.error) / self.weights.sum(axis=1))
-
-    def r2(self) -> Float[Array, " r"]:
-        square = self.weights @ self.of.centred**2
-        spread = square - (self.weights @ self.of.centred) ** 2 / self.weights.sum(axis=1)
+        total, square = weights.sum(axis=1), weights @ self.centred**2
+        spread = square - (weights @ self.centred) ** 2 / total
         # Equal targets leave a spread of the order of rounding, by which nothing may be divided.
         spread = np.where(spread > 1e-12 * square, spread, 0.0)
-        return 1 - _ratio(self.weights @ self.of.error**2, spread)
+        return WeightedErrors(
+            mae=np.asarray(weights @ np.abs(self.error) / total), r2=1 - _ratio(weights @ self.error**2, spread)
+        )
+
+    support: ClassVar[dict[str, int]] = {}
+    confusion: ClassVar[None] = None
+
+
+class WeightedErrors(NamedTuple):
+    """Errors (r,) of a regression under each weighting."""
+
+    mae: Float[Array, " r"]
+    r2: Float[Array, " r"]
 
 
 class _Ranking:

@@ -5,7 +5,7 @@ To add a metric, write its formula in `measures.py` and an entry here. Entries s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -124,14 +124,6 @@ def _mean(
 NO_MIXED_CLASS = "no class that only some of the images have"
 
 
-def _mixed(of: ClassMeasures) -> Bool[Array, " k"]:
-    return of.mixed
-
-
-def _present(of: ClassMeasures) -> Bool[Array, " k"]:
-    return of.present
-
-
 def _several_present(of: ClassMeasures) -> Bool[Array, " k"]:
     """Leave out a single class, of which mean recall is the accuracy."""
     return np.asarray(of.present & (of.present.sum() > 1))
@@ -147,27 +139,34 @@ METRICS = (
         interval=ClassIntervals.mean_recall,
         chance=lambda of: 1 / int(of.present.sum()),
     ),
-    _mean("balanced_accuracy", (Multilabel,), lambda w: w.balanced_accuracy, _mixed),
-    _mean("auroc", CLASSED, lambda w: w.auroc, _mixed, interval=ClassIntervals.mean_auroc, chance=lambda _: 0.5),
+    _mean("balanced_accuracy", (Multilabel,), lambda w: w.balanced_accuracy, lambda of: of.mixed),
+    _mean(
+        "auroc",
+        CLASSED,
+        lambda w: w.auroc,
+        lambda of: of.mixed,
+        interval=ClassIntervals.mean_auroc,
+        chance=lambda _: 0.5,
+    ),
     Metric(
         "average_precision",
         (Binary,),
         lambda w: w.average_precision[:, 1],
         note=lambda of: None if of.mixed.any() else NO_MIXED_CLASS,
     ),
-    _mean("average_precision", (Multiclass, Multilabel), lambda w: w.average_precision, _mixed),
+    _mean("average_precision", (Multiclass, Multilabel), lambda w: w.average_precision, lambda of: of.mixed),
     _positive("f1", lambda w: w.f1, _needs_images, ClassIntervals.f1),
-    _mean("f1", (Multiclass, Multilabel), lambda w: w.f1, _present),
+    _mean("f1", (Multiclass, Multilabel), lambda w: w.f1, lambda of: of.present),
     _positive("precision", lambda w: w.precision, _needs_decisions, ClassIntervals.precision),
     _positive("recall", lambda w: w.recall, _needs_images, ClassIntervals.recall),
     _positive("specificity", lambda w: w.specificity, _needs_others, ClassIntervals.specificity),
     Metric("ece", EXCLUSIVE, WeightedClasses.decision_ece, higher_is_better=False),
     Metric("ece", (Multilabel,), lambda w: w.ece.mean(axis=1), higher_is_better=False),
-    Metric("mae", (Regression,), lambda w: w.mae(), higher_is_better=False),
+    Metric("mae", (Regression,), lambda w: w.mae, higher_is_better=False),
     Metric(
         "r2",
         (Regression,),
-        lambda w: w.r2(),
+        lambda w: w.r2,
         note=lambda of: "all values are equal" if len(np.unique(of.truth)) < 2 else None,
     ),
 )
@@ -198,29 +197,31 @@ def higher_is_better(name: str) -> bool:
     return any(metric.name == name and metric.higher_is_better for metric in METRICS)
 
 
+def each_metric(task: Task) -> Iterator[tuple[Key, Metric, tuple[int, ...]]]:
+    """Yield each metric of a task, then each of its classes with the index of the class."""
+    for metric in task_metrics(task):
+        yield (None, metric.name), metric, ()
+    for c, name in enumerate(task.classes):
+        for metric in class_metrics(task):
+            yield (name, metric.name), metric, (c,)
+
+
 def metric_values(task: Task, measures: Measures, weights: Float[Array, "r n"]) -> dict[Key, Float[Array, " r"]]:
     """Return every metric of a task and of its classes under each weighting of the images."""
     weighted = measures(weights)
-    values: dict[Key, Any] = {(None, metric.name): metric.value(weighted) for metric in task_metrics(task)}
-    for metric in class_metrics(task):
-        values |= {(name, metric.name): each for name, each in zip(task.classes, metric.value(weighted).T, strict=True)}
-    return values
+    return {key: metric.value(weighted).T[at] for key, metric, at in each_metric(task)}
 
 
 def metric_notes(task: Task, measures: Measures) -> dict[Key, str]:
     """Return why metrics are undefined, or which classes a mean leaves out."""
-    notes: dict[Key, str | None] = {(None, metric.name): metric.note(measures) for metric in task_metrics(task)}
-    for metric in class_metrics(task):
-        notes |= {(name, metric.name): metric.note(measures, c) for c, name in enumerate(task.classes)}
+    notes = {key: metric.note(measures, *at) for key, metric, at in each_metric(task)}
     return {key: note for key, note in notes.items() if note is not None}
 
 
-def closed_intervals(task: Task, measures: Measures, unit: Array) -> Mapping[Key, Interval]:
+def closed_intervals(task: Task, measures: Measures, unit: Array) -> dict[Key, Interval]:
     """Return the intervals that need no resampling; of a single unit (see `ClassIntervals`) there are none."""
     if not isinstance(measures, ClassMeasures) or unit.max() == 0:
         return {}
     of = ClassIntervals(measures, unit)
-    found: dict[Key, Interval | None] = {(None, metric.name): metric.interval(of) for metric in task_metrics(task)}
-    for metric in class_metrics(task):
-        found |= {(name, metric.name): metric.interval(of, c) for c, name in enumerate(task.classes)}
+    found = {key: metric.interval(of, *at) for key, metric, at in each_metric(task)}
     return {key: interval for key, interval in found.items() if interval is not None}
