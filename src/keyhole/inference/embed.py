@@ -167,14 +167,8 @@ class Embedder:
             model, learned = encoder_of(self.run)
             patch = patch or learned
         else:
-            model = ModelConfig(
-                encoder=self.encoder,
-                channels=self.channels,
-                width=self.width,
-                stages=self.stages,
-                pretrained=self.pretrained,
-                weights=None if self.weights is None else Path(self.weights),
-            )
+            names = ("encoder", "channels", "width", "stages", "pretrained", "weights")
+            model = ModelConfig(**{name: getattr(self, name) for name in names})
         return Config(
             patch=patch or PatchConfig(),
             model=model,
@@ -266,15 +260,13 @@ def _encoder(config: Config, device: torch.device) -> IPSClassifier:
         )
     try:
         encoder = build_encoder(model, model.pretrained)
+        if model.weights is not None:
+            load_encoder(encoder, model.weights)
     except ValueError as error:
         raise ConfigError(f"--encoder: {error}") from error
-    except ConfigError as error:  # options have other names here
-        raise ConfigError(str(error).replace("--model.", "--")) from error
-    if model.weights is not None:
-        try:
-            load_encoder(encoder, model.weights)
-        except RunError as error:
-            raise RunError(str(error).replace("--model.", "--")) from error
+    except (ConfigError, RunError) as error:  # options have other names here
+        kind = ConfigError if isinstance(error, ConfigError) else RunError
+        raise kind(str(error).replace("--model.", "--")) from error
     width = embedding_width(encoder, model, config.patch.size)
     return encoder_alone(encoder.to(device), width)
 

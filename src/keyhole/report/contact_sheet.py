@@ -106,14 +106,7 @@ def contact_sheet(
     title: str = "Predictions and what they rest on",
     task: str | None = None,
 ) -> Path:
-    """Write the sheet of at least one entry, all of a model with the same tasks.
-
-    Args:
-        entries: See `Examples`.
-        path: The PNG.
-        title: A line at the top; cut where it is too long.
-        task: Whose label, truth and attention are shown; default is the first.
-    """
+    """Write the sheet of at least one entry; label, truth and attention are those of `task`, by default the first."""
     if not entries:
         raise ValueError("a contact sheet needs at least one entry")
     page = Page(WIDTH, HEAD + len(entries) * (ROW + 2 * GAP) + MARGIN // 2)

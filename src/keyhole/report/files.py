@@ -23,17 +23,9 @@ from keyhole.util.files import atomic_file, writable_folder, write_atomic
 
 FILES = ("prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz")
 """What `write_prediction` writes."""
-PALETTE = (
-    (31, 119, 180),
-    (214, 39, 40),
-    (44, 160, 44),
-    (255, 127, 14),
-    (148, 103, 189),
-    (23, 190, 207),
-    (227, 119, 194),
-    (140, 86, 75),
-    (188, 189, 34),
-    (127, 127, 127),
+PALETTE = tuple(
+    tuple(bytes.fromhex(color))
+    for color in ["1f77b4", "d62728", "2ca02c", "ff7f0e", "9467bd", "17becf", "e377c2", "8c564b", "bcbd22", "7f7f7f"]
 )
 """Colours of classes in index order, repeated where there are more classes."""
 _ROWS = 10_000
@@ -71,7 +63,16 @@ def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Pa
             for line in _score_lines(scores):
                 file.write(encoded(line))
         with atomic_file(paths["scores.npz"]) as file:
-            np.savez_compressed(file, **_score_arrays(scores))
+            arrays: dict[str, Any] = {
+                "index": scores.index,
+                "cells": scores.cells,
+                "score": scores.score,
+                "map": scores.map(),
+            }
+            arrays |= {} if scores.arrived is None else {"arrived": scores.arrived}
+            for task, score in scores.per_task.items():
+                arrays |= {f"score.{task}": score, f"map.{task}": scores.map(task)}
+            np.savez_compressed(file, **arrays)
     return paths
 
 
@@ -134,21 +135,8 @@ def _score_lines(scores: Scores) -> Iterator[str]:
         yield "".join(",".join([*map(str, row), *numbers]) + "\n" for row, *numbers in zip(whole, *values, strict=True))
 
 
-def _score_arrays(scores: Scores) -> dict[str, Any]:
-    arrays = {"index": scores.index, "cells": scores.cells, "score": scores.score, "map": scores.map()}
-    if scores.arrived is not None:
-        arrays["arrived"] = scores.arrived
-    for task, score in scores.per_task.items():
-        arrays |= {f"score.{task}": score, f"map.{task}": scores.map(task)}
-    return arrays
-
-
 def csv_line(values: Iterable[object]) -> str:
-    """Return a row of a CSV, with its end of line.
-
-    >>> csv_line(["a,b", 1.5]).rstrip()
-    '"a,b",1.5'
-    """
+    """Return a row of a CSV, with its end of line."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(values)
     return text.getvalue()

@@ -39,15 +39,9 @@ Steps = NDArray[np.int64]
 def mask_preview(
     image: Image, full: PatchGrid, kept: PatchGrid | None, mask: Mask | None, caption: Sequence[str], path: Path
 ) -> Path:
-    """Write the picture.
+    """Write the picture of an open image and the number of patches.
 
-    Args:
-        image: Open.
-        full: The grid without the mask.
-        kept: The grid with it, of the same size, stride and offset; None where no patch is left.
-        mask: (rows, cols) over the whole image; None where there is none.
-        caption: Lines under the picture; one more is added with the number of patches.
-        path: The PNG; overwritten.
+    `full` is the grid without the mask (rows, cols), `kept` the grid with it, None where no patch is left.
     """
     pixels, downsample = thumbnail(image, SIDE)
     colors = np.array(as_picture(pixels))

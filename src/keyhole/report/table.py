@@ -20,13 +20,9 @@ from keyhole.util.wording import distinct
 
 @dataclass(frozen=True)
 class TableRow:
-    """One image's row of predictions.csv.
+    """One image's row of predictions.csv, and the number of its unreadable patches.
 
-    Attributes:
-        header, cells: Names of the columns, and what stands in them.
-        unreadable: How many patches could not be read.
-        probability: By task, the numbers that `Task.probability` returns; not written as such.
-        uneven: By task, how far the attention is from equal (`learning.unevenness`); not written.
+    By task, not written as such: the numbers of `Task.probability`, and how far the attention is from equal.
     """
 
     header: list[str]

@@ -44,16 +44,9 @@ def bootstrap(
 ) -> dict[K, IntervalEstimate]:
     """Percentile bootstrap (Efron 1979) of all metrics of `measure` on the same resamples.
 
-    A round in which a metric is undefined (a class was not drawn) does not count for it. There is no interval where
-    more than half of the rounds are undefined, or where all rounds give the same value.
-
-    Args:
-        measure: Weights (r, n), how often each image counts, to metrics (r,), NaN where undefined.
-        n: Number of images, at least one.
-        groups: Group of each image, drawn whole; an image without a group (None or empty) is one by itself.
-        seed: Of the resamples.
-        rounds: Number of resamples.
-        notes: By metric, a note for its estimate.
+    `measure` turns weights (r, n), how often each image counts, into metrics (r,), NaN where undefined. Groups
+    are drawn whole; an image without one (None or empty) is one by itself. A round in which a metric is undefined
+    does not count for it. There is no interval where that is more than half of the rounds, or where all agree.
 
     >>> values = np.arange(20.0)
     >>> print(bootstrap(lambda w: {"mean": w @ values / w.sum(axis=1)}, n=20)["mean"])

@@ -91,20 +91,14 @@ def evaluate_task(
     """Compute all metrics of one task with 95 % intervals.
 
     Args:
-        task: What was predicted.
-        targets: (n, w) as `Task.encode` returns them; images whose row holds NaN are left out and counted.
-        probabilities: (n, k) as `Task.probability` returns them.
+        task, targets, probabilities: What was predicted, (n, w) as `Task.encode` and (n, k) as `Task.probability`
+            return them; images whose target holds NaN are left out and counted.
         groups: Group of each image. Where at least one is given, groups and not images are independent.
         seed, rounds: Of the bootstrap.
 
-    Raises:
-        RunError: The model's output is NaN or infinite.
-
-    Example:
-        >>> task = Task("tumor", "binary", ("no", "yes"))
-        >>> found = evaluate_task(task, [[0], [1], [1]], [[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
-        >>> print(found.overall["accuracy"])
-        0.667 [0.208 0.939]
+    >>> task = Task("tumor", "binary", ("no", "yes"))
+    >>> print(evaluate_task(task, [[0], [1], [1]], [[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]]).overall["accuracy"])
+    0.667 [0.208 0.939]
     """
     targets, probabilities, known = _known(task, targets, probabilities)
     groups = (
@@ -168,7 +162,6 @@ def format_lines(results: Sequence[TaskMetrics]) -> list[str]:
 
 
 def _counts(result: TaskMetrics) -> str:
-    """`20 images, 7 of them yes (the positive class, above probability 0.5); 95 % intervals over 9 groups`."""
     task, parts = result.task, [f"{result.n} image{'s' * (result.n != 1)}"]
     if task.positive is not None:
         count = result.support[task.positive]

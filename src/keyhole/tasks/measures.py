@@ -24,14 +24,9 @@ THRESHOLD = 0.5
 
 @dataclass(eq=False)
 class ClassMeasures:
-    """Labels and decisions of a task with classes. Call it with weights (r, n) to get `WeightedClasses`.
+    """Truth, decision and probability (n, k) of each class. Call it with weights (r, n) to get `WeightedClasses`.
 
-    Attributes:
-        classes: Their names.
-        truth: (n, k) whether each image is of each class.
-        decided: (n, k) whether the model says so.
-        probability: (n, k).
-        exclusive: True where an image is of exactly one class.
+    `exclusive` is True where an image is of exactly one class.
     """
 
     classes: tuple[str, ...]

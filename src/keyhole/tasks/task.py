@@ -118,18 +118,12 @@ class Task:
         """Raise DataError where a label cannot be of this kind, whatever the classes are."""
 
     def encode(self, text: str) -> NDArray[np.float32] | Floats:
-        """Encode a label as written in the CSV, empty where it is unknown.
+        """Return the target (w,) of a label as written in the CSV; all NaN where it is empty, which means unknown.
 
-        Returns:
-            The target (w,): the class index, a vector of 0 and 1 for multilabel, the number in float64 for regression;
-            all NaN where the label is unknown.
+        The class index, a vector of 0 and 1 for multilabel, or the number in float64 for regression.
 
-        Raises:
-            DataError: The task does not have the class, or the text is not a number.
-
-        Example:
-            >>> Task("tags", "multilabel", ("bird", "fish", "horse")).encode("horse|bird")
-            array([1., 0., 1.], dtype=float32)
+        >>> Task("tags", "multilabel", ("bird", "fish", "horse")).encode("horse|bird")
+        array([1., 0., 1.], dtype=float32)
         """
         text = text.strip()
         return np.asarray(self._encode(text) if text else np.full(self.target_width, np.nan), np.float32)
@@ -190,13 +184,10 @@ class Task:
     def probability(self, logits: ArrayLike) -> Floats:
         """Turn logits (o,) or (b, o) into probabilities, or into the value in the unit of the target.
 
-        Returns:
-            Multiclass: softmax (k). Binary: 1 - p and p (2). Multilabel: sigmoids (k). Regression: the value (1). With
-            a leading b where the logits have one.
+        Multiclass: softmax (k). Binary: 1 - p and p (2). Multilabel: sigmoids (k). Regression: the value (1).
 
-        Example:
-            >>> Task("age", "regression", mean=50.0, std=10.0).probability([1.5])
-            array([65.])
+        >>> Task("age", "regression", mean=50.0, std=10.0).probability([1.5])
+        array([65.])
         """
         logits = np.asarray(logits, np.float64)
         if logits.ndim not in (1, 2) or logits.shape[-1] != self.outputs:
@@ -219,7 +210,6 @@ class Task:
         return self.classes
 
     def describe(self) -> str:
-        """Return for example `grade (multiclass)`, or `tumor (binary, positive: yes)`."""
         return f"{self.name} ({self.kind}{'' if self.positive is None else f', positive: {self.positive}'})"
 
     def label(self, probability: ArrayLike) -> str:
@@ -231,7 +221,6 @@ class Task:
         return self.classes[int(np.argmax(np.asarray(probability, np.float64)))]
 
     def by_column(self, probability: ArrayLike) -> dict[str, float]:
-        """Return one image's probabilities (k,) by class name; by "value" for regression."""
         return {name: float(p) for name, p in zip(self.columns, np.asarray(probability), strict=True)}
 
     def table_cell(self, label: str, _probability: Mapping[str, float]) -> str:
