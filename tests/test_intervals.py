@@ -49,7 +49,7 @@ def test_the_interval_of_auroc_covers_it_also_from_ten_images(m: int, n: int, au
     apart = NormalDist().inv_cdf(auroc) * 2**0.5
     covered = 0
     for _ in range(trials):
-        low, high, _ = auroc_interval(truth, rng.normal(size=m + n) + apart * truth, unit).interval
+        low, high, *_ = auroc_interval(truth, rng.normal(size=m + n) + apart * truth, unit).interval
         covered += low <= auroc <= high
         assert high - low > 0.01
     assert covered / trials >= 0.92

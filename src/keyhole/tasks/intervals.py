@@ -33,18 +33,12 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """Limits of a value, and the name of their method."""
+    """Limits of a value, the name of their method, and the value."""
 
     low: float
     high: float
     method: str
-
-
-class _Effective(NamedTuple):
-    """The equivalent number of independent images, and the quantile to use with it."""
-
-    n: float
-    quantile: float
+    value: float
 
 
 class ClassIntervals:
@@ -78,17 +72,14 @@ class ClassIntervals:
         jaccard = self._share(true & called, true | called) if true.any() else None
         if jaccard is None:
             return None
-        low, high = (2 * limit / (1 + limit) for limit in jaccard[:2])
-        return Interval(low, high, "Wilson")
+        low, high, value = (2 * limit / (1 + limit) for limit in (jaccard.low, jaccard.high, jaccard.value))
+        return Interval(low, high, "Wilson", value)
 
     def balanced_accuracy(self, c: int) -> Interval | None:
-        true, called = self.of.truth[:, c], self.of.decided[:, c]
-        return mean_interval([(_share(called, true), self.recall(c)), (_share(~called, ~true), self.specificity(c))])
+        return _mean_interval([self.recall(c), self.specificity(c)])
 
     def mean_recall(self) -> Interval | None:
-        truth, called = self.of.truth, self.of.decided
-        present = np.flatnonzero(self.of.present).tolist()
-        return mean_interval([(_share(called[:, c], truth[:, c]), self.recall(c)) for c in present])
+        return _mean_interval([self.recall(c) for c in np.flatnonzero(self.of.present).tolist()])
 
     def auroc(self, c: int) -> Interval | None:
         return self._rankings[c].interval if c in self._rankings else None
@@ -119,8 +110,8 @@ def share_interval(success: Bool[Array, " n"], counted: Bool[Array, " n"], unit:
     n = int(counted.sum())
     if not n:
         return None
-    share = _share(success, counted)
-    return Interval(*wilson(share, *_effective(success[counted], share, unit[counted])), "Wilson")
+    share = float(success[counted].mean())
+    return Interval(*wilson(share, *_effective(success[counted], share, unit[counted])), "Wilson", share)
 
 
 def wilson(share: float, n: float, quantile: float) -> tuple[float, float]:
@@ -137,31 +128,26 @@ def wilson(share: float, n: float, quantile: float) -> tuple[float, float]:
     return low, high
 
 
-def _share(success: Bool[Array, " n"], counted: Bool[Array, " n"]) -> float:
-    return float(success[counted].mean()) if counted.any() else float("nan")
-
-
-def _effective(success: Bool[Array, " n"], share: float, unit: Int[Array, " n"]) -> _Effective:
-    """How many independent images say as much about a share as these, which may belong to the same groups."""
+def _effective(success: Bool[Array, " n"], share: float, unit: Int[Array, " n"]) -> tuple[float, float]:
+    """How many independent images say as much about a share as these, of the same groups, and the quantile to use."""
     number, place = np.unique(unit, return_inverse=True)
     groups, n = len(number), len(unit)
     if groups == n or share in (0, 1):
-        return _Effective(groups, _normal())
+        return groups, _normal()
     if groups == 1:
-        return _Effective(1.0, _normal())
+        return 1.0, _normal()
     apart = np.bincount(place, success - share, groups)
     variance = groups / (groups - 1) * float(apart @ apart) / n**2
     independent = share * (1 - share)
-    return _Effective(min(n, max(1.0, independent / variance)) if variance > 0 else n, _student(groups - 1))
+    return min(n, max(1.0, independent / variance)) if variance > 0 else n, _student(groups - 1)
 
 
 # AUROC
 
 
 class Ranking(NamedTuple):
-    """An AUROC with its interval, and by how much each image moves it."""
+    """The interval of an AUROC, and by how much each image moves it."""
 
-    value: float
     interval: Interval
     influence: Float[Array, " n"]
 
@@ -186,7 +172,7 @@ def auroc_interval(truth: Bool[Array, " n"], score: Float[Array, " n"], unit: In
         else:
             effective_m, effective_n = float(len(np.unique(unit[truth]))), float(len(np.unique(unit[~truth])))
     low, high = newcombe(value, max(1.0, effective_m), max(1.0, effective_n), quantile)
-    return Ranking(value, Interval(low, high, "Newcombe"), influence)
+    return Ranking(Interval(low, high, "Newcombe", value), influence)
 
 
 def newcombe(value: float, m: float, n: float, quantile: float) -> tuple[float, float]:
@@ -230,28 +216,25 @@ def _mean_auroc(rankings: Sequence[Ranking], unit: Int[Array, " n"]) -> Interval
     spread = np.sqrt(np.diag(covariance))
     scale = np.outer(spread, spread)
     correlation = np.divide(covariance, scale, out=np.ones_like(scale), where=scale > 0)
-    return _joined([(each.value, each.interval) for each in rankings], correlation)
+    return _joined([each.interval for each in rankings], correlation)
 
 
 # Means over classes
 
 
-def mean_interval(parts: Sequence[tuple[float, Interval | None]]) -> Interval | None:
-    """Return the interval of the mean of independent values; None where one of them has no interval."""
-    known = [(value, interval) for value, interval in parts if interval is not None]
+def _mean_interval(parts: Sequence[Interval | None]) -> Interval | None:
+    """Interval of the mean of independent values; None where one of them has no interval."""
+    known = [interval for interval in parts if interval is not None]
     return _joined(known, np.eye(len(known))) if known and len(known) == len(parts) else None
 
 
-def _joined(parts: Sequence[tuple[float, Interval]], correlation: Float[Array, "k k"]) -> Interval:
-    value = np.array([value for value, _ in parts])
-    below = value - [interval.low for _, interval in parts]
-    above = np.array([interval.high for _, interval in parts]) - value
+def _joined(parts: Sequence[Interval], correlation: Float[Array, "k k"]) -> Interval:
+    value = np.array([part.value for part in parts])
+    below = value - [part.low for part in parts]
+    above = np.array([part.high for part in parts]) - value
     low, high = (float(np.sqrt(max(0.0, float(gap @ correlation @ gap)))) / len(parts) for gap in (below, above))
     mean = float(value.mean())
-    return Interval(max(0.0, mean - low), min(1.0, mean + high), "MOVER")
-
-
-# Quantiles
+    return Interval(max(0.0, mean - low), min(1.0, mean + high), "MOVER", mean)
 
 
 def _normal() -> float:
