@@ -190,7 +190,7 @@ def test_words_for_unknown_are_unknown_in_every_kind_of_task(word: str, cells: t
 
 
 def infer(cells: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    from keyhole.tasks.infer import infer_task
+    from keyhole.tasks.kinds import infer_task
 
     task = infer_task("label", cells)
     return task.kind, task.classes

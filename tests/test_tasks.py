@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from keyhole.errors import ConfigError, DataError, RunError
-from keyhole.tasks.infer import infer_task, positive_note
-from keyhole.tasks.kinds import Task
+from keyhole.tasks.kinds import Task, infer_task, positive_note
 from keyhole.tasks.label_text import SEPARATOR
 
 FRUIT = Task("fruit", "multiclass", ("apple", "pear", "plum"))

@@ -17,8 +17,7 @@ from pathlib import Path
 from keyhole.data.item import DataTable, Finding, Row, warning
 from keyhole.data.read_folder import split_named
 from keyhole.errors import DataError
-from keyhole.tasks.infer import MAX_NUMBERED_CLASSES
-from keyhole.tasks.kinds import Task
+from keyhole.tasks.kinds import MAX_NUMBERED_CLASSES, Task
 from keyhole.tasks.label_text import SEPARATOR, looks_like_number
 from keyhole.util.wording import listed, nearest
 

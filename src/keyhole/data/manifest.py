@@ -26,8 +26,7 @@ from keyhole.data.read_folder import check_classes
 from keyhole.data.rows import in_splits, moved_to, name_and_kind, read_rows, usable_rows
 from keyhole.data.splits import check_training, settle_splits
 from keyhole.errors import ConfigError, DataError
-from keyhole.tasks.infer import check_label, infer_task, positive_note
-from keyhole.tasks.kinds import Task
+from keyhole.tasks.kinds import Task, check_label, infer_task, positive_note
 from keyhole.util.files import csv_text, write_atomic
 from keyhole.util.wording import listed, nearest
 

@@ -27,12 +27,11 @@ from keyhole.inference.lesions import (
 )
 from keyhole.inference.predictor import Predictor, load
 from keyhole.report.contact_sheet import Examples, contact_sheet
-from keyhole.report.files import csv_line
 from keyhole.report.table import TableRow, judge_rows, table_row, write_table
 from keyhole.runs.seal import check_evaluated, check_own_manifest
 from keyhole.tasks.evaluation import TaskMetrics, evaluate_task, evaluation_json, format_lines
 from keyhole.tasks.kinds import Task
-from keyhole.util.files import file_names, writable_folder, write_atomic
+from keyhole.util.files import csv_text, file_names, writable_folder, write_atomic
 from keyhole.util.progress import say
 from keyhole.util.version import VERSION
 from keyhole.util.wording import counted
@@ -249,5 +248,5 @@ def _write_confusions(folder: Path, metrics: Sequence[TaskMetrics]) -> dict[str,
             rows = [["true \\ predicted", *classes]]
             rows += [[name, *counts] for name, counts in zip(classes, result.confusion.tolist(), strict=True)]
             written[result.task.name] = f"confusion_{name}.csv"
-            write_atomic(folder / written[result.task.name], "".join(map(csv_line, rows)))
+            write_atomic(folder / written[result.task.name], csv_text(rows))
     return written

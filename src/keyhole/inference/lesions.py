@@ -17,9 +17,9 @@ from keyhole.data.item import Item
 from keyhole.errors import DataError
 from keyhole.patches.foreground.region_files import read_regions
 from keyhole.patches.foreground.regions import Region, covered, touching
-from keyhole.report.files import csv_line
 from keyhole.report.prediction import Prediction, Scores
 from keyhole.tasks.bootstrap import IntervalEstimate, Weights, bootstrap
+from keyhole.util.files import csv_text
 
 _BLOCK = 50_000
 """Patches whose boxes are held at once."""
@@ -223,4 +223,4 @@ def lesion_table(judged: Mapping[str, Judged], tasks: Sequence[str]) -> str:
         values = [*(share.attention[task] for task in tasks), share.kept, *(getattr(share, name) for name in _BOUNDS)]
         problem = "" if share.regions else "the annotation outlines nothing"
         rows.append([name, share.regions, *("" if v is None else f"{v:.6f}" for v in values), problem])
-    return "".join(map(csv_line, rows))
+    return csv_text(rows)

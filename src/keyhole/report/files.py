@@ -7,11 +7,9 @@ Properties are those that QuPath (0.4 and later) writes itself.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy as np
 
 from keyhole.errors import OutputError
 from keyhole.report.prediction import BOX, Prediction, Scores
-from keyhole.util.files import atomic_file, writable_folder, write_atomic
+from keyhole.util.files import atomic_file, csv_text, writable_folder, write_atomic
 
 FILES = ("prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz")
 """What `write_prediction` writes."""
@@ -48,13 +46,16 @@ def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Pa
     Raises:
         OutputError: The folder cannot be written. Each file is complete or absent.
     """
-    folder = writable_folder(folder)
+    folder, kept = writable_folder(folder), prediction.kept
+    table: list[list[object]] = [["rank", "index", *BOX, "score", *(f"attention.{task}" for task in kept.attention)]]
+    for rank, row in enumerate(kept.rows(), start=1):
+        table.append([rank, row["index"], *row["box"], row["score"], *row["attention"].values()])
     paths = {
         name: write_atomic(folder / name, encoded(text))
         for name, text in {
             "prediction.json": _json(prediction.to_json(), indent=2),
             "kept.geojson": _json(kept_geojson(prediction)),
-            "kept.csv": "".join(_kept_lines(prediction)),
+            "kept.csv": csv_text(table),
         }.items()
     }
     if (scores := prediction.scores) is not None:
@@ -117,15 +118,8 @@ def kept_geojson(prediction: Prediction) -> dict[str, Any]:
     return {"type": "FeatureCollection", "features": features}
 
 
-def _kept_lines(prediction: Prediction) -> Iterator[str]:
-    kept = prediction.kept
-    yield csv_line(["rank", "index", *BOX, "score", *(f"attention.{task}" for task in kept.attention)])
-    for rank, row in enumerate(kept.rows(), start=1):
-        yield csv_line([rank, row["index"], *row["box"], row["score"], *row["attention"].values()])
-
-
 def _score_lines(scores: Scores) -> Iterator[str]:
-    yield csv_line(["index", "row", "column", *BOX, "score", *(f"score.{task}" for task in scores.per_task)])
+    yield csv_text([["index", "row", "column", *BOX, "score", *(f"score.{task}" for task in scores.per_task)]])
     columns = [scores.score, *scores.per_task.values()]
     for start in range(0, len(scores), _ROWS):
         some = slice(start, start + _ROWS)
@@ -133,13 +127,6 @@ def _score_lines(scores: Scores) -> Iterator[str]:
         whole = np.column_stack([index, scores.cells[some], scores.boxes(index)]).tolist()
         values = [[f"{value:.9g}" for value in column[some].tolist()] for column in columns]
         yield "".join(",".join([*map(str, row), *numbers]) + "\n" for row, *numbers in zip(whole, *values, strict=True))
-
-
-def csv_line(values: Iterable[object]) -> str:
-    """Return a row of a CSV, with its end of line."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue()
 
 
 def encoded(text: str) -> bytes:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.data.item import Item
-from keyhole.report.files import csv_line, encoded
+from keyhole.report.files import encoded
 from keyhole.report.prediction import Prediction
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.learning import Learning, judge_task, unevenness
-from keyhole.util.files import atomic_file
+from keyhole.util.files import atomic_file, csv_text
 from keyhole.util.wording import distinct
 
 
@@ -67,9 +67,8 @@ def write_table(rows: Iterable[TableRow], path: str | Path) -> Path:
         done += rows
         counted = any(row.unreadable for row in done)
         header = done[0].header if done else ["image", "path", "width", "height"]
-        file.write(encoded(csv_line([*header, *(["unreadable"] if counted else [])])))
-        for row in done:
-            file.write(encoded(csv_line([*row.cells, *([row.unreadable] if counted else [])])))
+        lines = [(header, "unreadable"), *((row.cells, row.unreadable) for row in done)]
+        file.write(encoded(csv_text([*cells, *([last] if counted else [])] for cells, last in lines)))
     return Path(path)
 
 
