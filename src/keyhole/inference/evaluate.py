@@ -20,12 +20,12 @@ from keyhole.inference.evaluation_folder import Subject, finish, open_folder, se
 from keyhole.inference.lesions import (
     Judged,
     Lesions,
-    check_annotations,
     judge,
     lesion_means,
     lesion_table,
 )
 from keyhole.inference.predictor import Predictor, load
+from keyhole.patches.foreground.region_files import read_regions
 from keyhole.report.contact_sheet import Examples, contact_sheet
 from keyhole.report.table import TableRow, judge_rows, table_row, write_table
 from keyhole.runs.seal import check_evaluated, check_own_manifest
@@ -115,8 +115,9 @@ class Evaluator:
         keeps_test = self.data is None and self.out is None and self.split == "test" and not begun
         if keeps_test:
             writable_folder(self.run / "predictions")
-        if self.on_bad_image == "fail":
-            check_annotations(manifest.items)
+        for item in manifest.items:  # before hours are spent on predicting
+            if self.on_bad_image == "fail" and item.annotation is not None:
+                read_regions(item.annotation)
         found = _Predictions(tasks[0], manifest)
         write_table(self._rows(predictor, found), folder / "predictions.csv")
         if (

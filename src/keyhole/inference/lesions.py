@@ -5,7 +5,7 @@ A lesion is whatever the annotation outlines. Annotations are never used in trai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from keyhole.data.item import Item
 from keyhole.errors import DataError
 from keyhole.patches.foreground.region_files import read_regions
 from keyhole.patches.foreground.regions import Region, covered, touching
@@ -118,13 +117,6 @@ def _counted(names: Sized, one: str, several: str) -> str:
 
 Judged = LesionShare | str
 """A share, or why there is none."""
-
-
-def check_annotations(items: Iterable[Item]) -> None:
-    """Raise DataError for the first annotation that cannot be read, before hours are spent on predicting."""
-    for item in items:
-        if item.annotation is not None:
-            read_regions(item.annotation)
 
 
 def judge(prediction: Prediction, annotation: Path, on_bad: Literal["fail", "skip"] = "fail") -> Judged:

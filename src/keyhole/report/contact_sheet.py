@@ -23,7 +23,6 @@ from keyhole.report.drawing import (
     INK,
     LINE,
     WHITE,
-    Color,
     Page,
     as_picture,
     heat,
@@ -162,8 +161,8 @@ def _draw_entry(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
         page.draw.rectangle([x, y, x + PATCH_SIDE - 1, y + PATCH_SIDE - 1], fill=heat_color(float(hot[i])))
         page.draw.rectangle([x + 3, y + 3, x + PATCH_SIDE - 4, y + PATCH_SIDE - 4], fill=WHITE)
         page.picture.paste(patch, (x + 4, y + 4))
-        weight = float(attention[i])
-        share = f"{percent(weight)}  ({_times(weight * len(attention))})"
+        times = float(attention[i]) * len(attention)
+        share = f"{percent(float(attention[i]))}  ({f'{times:.2g}' if times < 10 else f'{times:,.0f}'} x)"
         page.text((x + 1, y + PATCH_SIDE + 3), share, 14, GREY, PATCH_SIDE)
 
 
@@ -197,7 +196,8 @@ def _draw_words(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
         page.text((left, y), "true", 14, GREY, 78)
         page.text((left + 80, y - 3), entry.truth, 18, INK, TEXT_WIDTH - 80)
         y += 30
-    color = _verdict(task, entry.truth, label)
+    right = task.is_right(entry.truth, label)
+    color = NEUTRAL if right is None else RIGHT if right else WRONG
     page.text((left, y), "predicted", 14, GREY, 78)
     page.text((left + 80, y - 3), label or "none", 18, color, TEXT_WIDTH - 80)
     y += 42
@@ -219,12 +219,3 @@ def _draw_words(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
     ]
     for line, text in enumerate(lines):
         page.text((left, top + ROW - 22 * (len(lines) - line)), text, 14, GREY, TEXT_WIDTH)
-
-
-def _verdict(task: Task, truth: str | None, label: str) -> Color:
-    right = task.is_right(truth, label)
-    return NEUTRAL if right is None else RIGHT if right else WRONG
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2g} x" if ratio < 10 else f"{ratio:,.0f} x"

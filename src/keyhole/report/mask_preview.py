@@ -54,7 +54,9 @@ def mask_preview(
         colors[_outline(covered)] = PATCH
     picture = Picture.fromarray(colors)
     if kept is not None and apart:
-        _outline_patches(picture, kept, downsample)
+        draw = ImageDraw.Draw(picture)
+        for x, y, width, height in (kept.boxes(slice(None)) / downsample).tolist():
+            draw.rectangle([round(x), round(y), round(x + width) - 1, round(y + height) - 1], outline=PATCH)
     count = 0 if kept is None else len(kept)
     said = f"{count:,} of {len(full):,} patches" if count else f"no patches: none of {len(full):,} is left"
     data = io.BytesIO()
@@ -103,12 +105,6 @@ def _outline(mask: Mask) -> Mask:
     padded = np.pad(mask, 1)
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inner
-
-
-def _outline_patches(picture: Picture.Image, grid: PatchGrid, downsample: float) -> None:
-    draw = ImageDraw.Draw(picture)
-    for x, y, width, height in (grid.boxes(slice(None)) / downsample).tolist():
-        draw.rectangle([round(x), round(y), round(x + width) - 1, round(y + height) - 1], outline=PATCH)
 
 
 def _with_caption(picture: Picture.Image, lines: Sequence[str], masked: bool, any_left: bool) -> Picture.Image:
