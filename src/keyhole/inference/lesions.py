@@ -5,7 +5,7 @@ A lesion is whatever the annotation outlines. Annotations are never used in trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from keyhole.patches.foreground.regions import Region, covered, touching
 from keyhole.report.prediction import Prediction, Scores
 from keyhole.tasks.bootstrap import IntervalEstimate, Weights, bootstrap
 from keyhole.util.files import csv_text
+from keyhole.util.wording import counted
 
 _BLOCK = 50_000
 """Patches whose boxes are held at once."""
@@ -89,17 +90,18 @@ class Lesions:
 
     def lines(self) -> list[str]:
         several = len(self.attention) > 1
-        images = f"{self.images} annotated image{'' if self.images == 1 else 's'}"
         lines = [
             f"{f'{task} ' if several else ''}attention in lesions {estimate}; "
-            f"{_bounds(self.area, self.most_attention)}; mean of {images}"
+            f"{_bounds(self.area, self.most_attention)}; mean of {counted(self.images, 'annotated image')}"
             for task, estimate in self.attention.items()
         ]
         lines.append(f"kept patches that touch a lesion {self.kept}; {_bounds(self.looked_at, self.most_kept)}")
         if self.empty:
-            lines.append(f"{_counted(self.empty, 'outlines nothing', 'outline nothing')} count; see lesions.csv")
+            said = "annotation outlines nothing and does not", "annotations outline nothing and do not"
+            lines.append(f"{counted(len(self.empty), *said)} count; see lesions.csv")
         if self.left_out:
-            lines.append(f"{_counted(self.left_out, 'cannot be used', 'cannot be used')} count; see lesions.csv")
+            said = "annotation cannot be used and does not", "annotations cannot be used and do not"
+            lines.append(f"{counted(len(self.left_out), *said)} count; see lesions.csv")
         return lines
 
 
@@ -107,12 +109,6 @@ def _bounds(chance: IntervalEstimate, most: IntervalEstimate) -> str:
     if chance.value is None or most.value is None:
         return f"by chance {chance}"
     return f"by chance {chance.value:.3f}, at most {most.value:.3f}"
-
-
-def _counted(names: Sized, one: str, several: str) -> str:
-    if len(names) == 1:
-        return f"1 annotation {one} and does not"
-    return f"{len(names)} annotations {several} and do not"
 
 
 Judged = LesionShare | str

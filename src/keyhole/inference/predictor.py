@@ -242,8 +242,17 @@ class Predictor:
             description: Of the progress line; None shows no progress.
             pictures: Returns whether a prediction is to carry pictures; default none does.
         """
-        self._check_kind(items)
-        size = self.config.train.batch
+        size, width = self.config.train.batch, self.config.model.feature_width
+        for item in items:
+            if width is None and item.features is not None:
+                raise ConfigError(
+                    f"{item.name}: the model {self.name} is of images, not of stored features. Give the image itself."
+                )
+            if width is not None and item.features is None:
+                raise ConfigError(
+                    f"{item.name}: the model {self.name} is of stored features of {width} numbers, not of images. Give "
+                    "their .h5 or .pt file, as `keyhole embed` writes it with the encoder of the training data."
+                )
         batches = [items[start : start + size] for start in range(0, len(items), size)]
         shown = nullcontext() if description is None else Progress(len(items), description)
         with self._lent() if engine is None else nullcontext(engine) as engine, shown as progress:
@@ -262,7 +271,7 @@ class Predictor:
 
             stream = engine.infer(openers, "mask", keep_logits=True, on_chunk=count)
             for number, (each, done) in enumerate(zip(batches, stream, strict=True), start=1):
-                if number == 1:
+                if number == 1 < len(batches) and not engine.encoders.compiled:
                     self._compile(engine, done, len(batches) - 1)
                 answers.warn_about_features(done)
                 failed = dict(done.batch.failed)
@@ -304,26 +313,9 @@ class Predictor:
     def _compile(self, engine: Engine, done: Inference, batches: int) -> None:
         """Compile the encoder after the first batch where that saves time over the others, if they are like it."""
         source = next((source for source in done.batch.sources if source is not None), None)
-        if not batches or source is None or engine.encoders.compiled:
-            return
         expected = batches * sum(len(each) for each in done.batch.sources if each is not None)
-        choice = engine.choose_compile("auto", source.patch_shape, expected)
-        if choice.compile:
+        if source is not None and (choice := engine.choose_compile("auto", source.patch_shape, expected)).compile:
             say(f"encoder {engine.encoders.describe(choice, source.patch_shape)}")
-
-    def _check_kind(self, items: Sequence[Item]) -> None:
-        """Require images for a model of images, and stored features for a model of these."""
-        width = self.config.model.feature_width
-        for item in items:
-            if width is None and item.features is not None:
-                raise ConfigError(
-                    f"{item.name}: the model {self.name} is of images, not of stored features. Give the image itself."
-                )
-            if width is not None and item.features is None:
-                raise ConfigError(
-                    f"{item.name}: the model {self.name} is of stored features of {width} numbers, not of images. Give "
-                    "their .h5 or .pt file, as `keyhole embed` writes it with the encoder of the training data."
-                )
 
 
 def _warn(text: str) -> None:
