@@ -167,7 +167,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         targets = rng.integers(0, 2, (150, 1)).astype(float)
         p = np.eye(2)[np.where(right, targets[:, 0], 1 - targets[:, 0]).astype(int)]
         measure = TUMOUR.measure(targets, p)
-        estimate = bootstrap(lambda w, m=measure: {"accuracy": m(w).share_right()}, 150, seed=trial, rounds=200)
+        estimate = bootstrap(lambda w, m=measure: {"accuracy": m(w).share_right}, 150, seed=trial, rounds=200)
         low, high = estimate["accuracy"].low, estimate["accuracy"].high
         assert low is not None
         assert high is not None

@@ -139,7 +139,7 @@ def _effective(success: Bool[Array, " n"], share: float, unit: Int[Array, " n"])
     apart = np.bincount(place, success - share, groups)
     variance = groups / (groups - 1) * float(apart @ apart) / n**2
     independent = share * (1 - share)
-    return min(n, max(1.0, independent / variance)) if variance > 0 else n, _student(groups - 1)
+    return min(n, max(1.0, independent / variance)) if variance > 0 else n, student(groups - 1)
 
 
 # AUROC
@@ -168,7 +168,7 @@ def auroc_interval(truth: Bool[Array, " n"], score: Float[Array, " n"], unit: In
         if independent > 0 and groups > 1:
             between = np.bincount(unit, influence)
             effect = max(1.0, groups / (groups - 1) * float(between @ between) / independent)
-            effective_m, effective_n, quantile = m / effect, n / effect, _student(groups - 1)
+            effective_m, effective_n, quantile = m / effect, n / effect, student(groups - 1)
         else:
             effective_m, effective_n = float(len(np.unique(unit[truth]))), float(len(np.unique(unit[~truth])))
     low, high = newcombe(value, max(1.0, effective_m), max(1.0, effective_n), quantile)
@@ -241,7 +241,8 @@ def _normal() -> float:
     return NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
-def _student(degrees: int) -> float:
+def student(degrees: int) -> float:
+    """Quantile of Student's t."""
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, (1 + LEVEL) / 2))

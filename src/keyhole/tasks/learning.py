@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from keyhole.config.auto import SCRATCH_LR, number, settle_learning
 from keyhole.config.settings import Config
 from keyhole.tasks.bootstrap import units_of
-from keyhole.tasks.intervals import ClassIntervals
+from keyhole.tasks.intervals import ClassIntervals, student
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
 from keyhole.tasks.metrics import task_metrics
@@ -162,7 +162,10 @@ def _judge_numbers(nothing: TaskLearning, measures: RegressionMeasures) -> TaskL
         return nothing
     loss = float(((said - truth) ** 2).mean()) / variance
     flat = bool(said.std() < 1e-3 * truth.std())
-    learned = loss < LEARNED_LOSS or (not flat and _correlates(truth, said))
+    learned = loss < LEARNED_LOSS
+    if not learned and not flat:  # is the correlation above 0 by more than chance? Fisher's z, 97.5 %
+        r = float(np.clip(np.corrcoef(truth, said)[0, 1], -0.999999, 0.999999))
+        learned = bool(np.arctanh(r) > 1.96 / np.sqrt(len(truth) - 3))
     only = f"nearly the same number ({said.mean():.6g})" if flat else None
     return replace(nothing, loss=loss, guessing=1.0, learned=learned, only=only)
 
@@ -174,18 +177,10 @@ def _binary_loss(truth: NDArray[np.bool_], probability: NDArray[np.float64]) -> 
 
 def _is_below(difference: NDArray[np.float64], unit: NDArray[np.int64]) -> bool:
     """Whether the mean over images is below 0 by more than chance, between units (one-sided t, 97.5 %)."""
-    from scipy.special import stdtrit
-
     mean, units = float(difference.mean()), int(unit.max()) + 1
     apart = np.bincount(unit, difference - mean)
     error = np.sqrt(units / (units - 1) * float(apart @ apart)) / len(difference)
-    return bool(mean + float(stdtrit(units - 1, 0.975)) * error < 0)
-
-
-def _correlates(truth: NDArray[np.float64], said: NDArray[np.float64]) -> bool:
-    """Whether the correlation is above 0 by more than chance: Fisher's z, 97.5 %."""
-    r = float(np.clip(np.corrcoef(truth, said)[0, 1], -0.999999, 0.999999))
-    return bool(np.arctanh(r) > 1.96 / np.sqrt(len(truth) - 3))
+    return bool(mean + student(units - 1) * error < 0)
 
 
 def what_to_try(learning: Learning, config: Config | None) -> list[str]:

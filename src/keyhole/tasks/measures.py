@@ -71,6 +71,7 @@ class WeightedClasses:
         self.both = weights @ (of.truth & of.decided)
         self.neither = self.total - self.positive - self.decided + self.both
         self.accuracy = np.asarray((self.both + self.neither) / self.total)
+        self.share_right = np.asarray(weights @ of.all_right / self.total[:, 0])
         self.recall = _ratio(self.both, self.positive)
         self.specificity = _ratio(self.neither, self.total - self.positive)
         self.balanced_accuracy = np.asarray((self.recall + self.specificity) / 2)
@@ -91,9 +92,6 @@ class WeightedClasses:
         right = self.of.truth == self.of.decided
         errors = [_calibration_error(self.weights, certainty[:, c], right[:, c]) for c in range(right.shape[1])]
         return np.stack(errors, axis=1)
-
-    def share_right(self) -> Float[Array, " r"]:
-        return np.asarray(self.weights @ self.of.all_right / self.total[:, 0])
 
     def decision_ece(self) -> Float[Array, " r"]:
         """Calibration error of the one class decided."""

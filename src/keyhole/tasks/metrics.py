@@ -124,18 +124,13 @@ def _mean(
 NO_MIXED_CLASS = "no class that only some of the images have"
 
 
-def _several_present(of: ClassMeasures) -> Bool[Array, " k"]:
-    """Leave out a single class, of which mean recall is the accuracy."""
-    return np.asarray(of.present & (of.present.sum() > 1))
-
-
 METRICS = (
-    Metric("accuracy", CLASSED, WeightedClasses.share_right, ClassIntervals.all_right),
+    Metric("accuracy", CLASSED, lambda w: w.share_right, ClassIntervals.all_right),
     _mean(
         "balanced_accuracy",
         EXCLUSIVE,
         lambda w: w.recall,
-        _several_present,
+        lambda of: of.present & (of.present.sum() > 1),  # the mean recall of a single class is the accuracy
         interval=ClassIntervals.mean_recall,
         chance=lambda of: 1 / int(of.present.sum()),
     ),
@@ -187,11 +182,6 @@ def task_metrics(task: Task) -> tuple[Metric, ...]:
     return tuple(metric for metric in METRICS if isinstance(task, metric.kinds))
 
 
-def class_metrics(task: Task) -> tuple[Metric, ...]:
-    """Return the metrics of each class of a task."""
-    return tuple(metric for metric in CLASS_METRICS if isinstance(task, metric.kinds))
-
-
 def higher_is_better(name: str) -> bool:
     """Return whether a higher value of the metric, or of `loss`, is better."""
     return any(metric.name == name and metric.higher_is_better for metric in METRICS)
@@ -201,8 +191,9 @@ def each_metric(task: Task) -> Iterator[tuple[Key, Metric, tuple[int, ...]]]:
     """Yield each metric of a task, then each of its classes with the index of the class."""
     for metric in task_metrics(task):
         yield (None, metric.name), metric, ()
+    of_classes = [metric for metric in CLASS_METRICS if isinstance(task, metric.kinds)]
     for c, name in enumerate(task.classes):
-        for metric in class_metrics(task):
+        for metric in of_classes:
             yield (name, metric.name), metric, (c,)
 
 
