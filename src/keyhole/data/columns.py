@@ -1,7 +1,6 @@
 """The columns of a CSV: which describe an image, which only identify it, and which cells mean an unknown label.
 
-A column that identifies (`patient`, `slide_id`, `Unnamed: 0`, one value per row) is learned only if the user names it.
-A column that names patients, or anything else that several images show, keeps their images in one split.
+A column that identifies (`patient`, `slide_id`, one value per row) is learned only if the user names it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ _YES_OR_NO = {"0", "1", "yes", "no", "true", "false", "y", "n", "case", "control
 MIN_COUNTING_ROWS = 5
 """Rows from which on numbers that rise by one count as row numbers."""
 SPREADSHEET_ERRORS = frozenset({"#ref!", "#value!", "#div/0!", "#name?", "#num!", "#null!", "#na"})
-"""Cells that a spreadsheet writes where a formula failed."""
 UNKNOWN_AMONG_NUMBERS = frozenset({"none", "?", "-", ".", "missing", "unknown"})
 """Words, in lower case, that mean an unknown label if every other cell of the column is a number."""
 
@@ -50,13 +48,12 @@ def with_columns_read(path: Path, table: DataTable, group: str, asked: Collectio
 
     `asked` are the columns that the user named as tasks or that a model predicts; they have no other meaning.
     """
-    columns = [name for name in table.columns if name not in asked]
-    texts = {name: [row.item.labels[name] for row in table.rows] for name in columns}
+    texts = {name: [row.item.labels[name] for row in table.rows] for name in table.columns if name not in asked}
     table = _with_split(path, table, texts)
-    columns = [name for name in columns if name not in table.identifying]
+    identifying = dict(table.identifying)
+    columns = [name for name in texts if name not in identifying]
     named = [name for name in columns if _names_group(name, texts[name])]
     named.sort(key=lambda name: next(rank for rank, stem in enumerate(GROUPS) if stem in name.lower()))
-    identifying = dict(table.identifying)
     for name in columns:
         if reason := GROUP_REASON if name in named else _identifies(name, texts[name]):
             identifying[name] = reason
@@ -82,20 +79,13 @@ def without_missing_words(table: DataTable, words: Collection[str], classes: Col
         return table
     exact = frozenset(word for word in words if word not in (word.lower(), word.upper()))
     any_case = frozenset(word.lower() for word in words if word not in exact) | SPREADSHEET_ERRORS
-    known = frozenset(classes)
-
-    def means_unknown(text: str) -> bool:
-        return text not in known and (text in exact or text.lower() in any_case)
-
     unknown: dict[str, Counter[str]] = {}
     for name in table.columns:
         counts = Counter(row.item.labels[name] for row in table.rows)
-        rest = [text for text in counts if text and not means_unknown(text)]
-        others = [text for text in rest if not looks_like_number(text)]
-        if len(others) < len(rest) and all(
-            text.lower() in UNKNOWN_AMONG_NUMBERS and text not in known for text in others
-        ):
-            rest = [text for text in rest if text not in others]
+        rest = {text for text in counts if text in classes or not (text in exact or text.lower() in any_case)} - {""}
+        others = {text for text in rest if not looks_like_number(text)}
+        if others < rest and all(text.lower() in UNKNOWN_AMONG_NUMBERS and text not in classes for text in others):
+            rest -= others
         unknown[name] = Counter({text: counts[text] for text in counts if text and text not in rest})
     if not any(unknown.values()):
         return table
@@ -142,20 +132,20 @@ def column_notes(table: DataTable, tasks: Iterable[str], named: Collection[str])
 
 def alike_classes(tasks: Sequence[Task]) -> list[Finding]:
     """Return a doubt for classes of a task that differ only in case or in the kind of blank."""
-    doubts = []
+    same: dict[tuple[str, str], list[str]] = defaultdict(list)
     for task in tasks:
-        same = defaultdict(list)
         for name in task.classes:
-            same[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(repr(name))
-        for names in same.values():
-            if len(names) > 1:
-                problem = f"{' and '.join(names)} differ in upper and lower case alone, and are learned as classes"
-                doubts.append(warning(task.name, problem, "Write them alike if they are one class."))
-    return doubts
+            plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+            same[task.name, plain].append(repr(name))
+    problem = "differ in upper and lower case alone, and are learned as classes"
+    return [
+        warning(task, f"{' and '.join(names)} {problem}", "Write them alike if they are one class.")
+        for (task, _), names in same.items()
+        if len(names) > 1
+    ]
 
 
 def _group_column(path: Path, table: DataTable, group: str, named: Sequence[str]) -> str:
-    """Return the column to take groups from; empty if there is none or if it is `group` itself."""
     if group == "none":
         return ""
     if group == "auto" or (table.written and group not in table.columns):  # a run's manifest has it under `group`
@@ -171,7 +161,6 @@ def _group_column(path: Path, table: DataTable, group: str, named: Sequence[str]
 
 
 def _with_split(path: Path, table: DataTable, texts: Mapping[str, Sequence[str]]) -> DataTable:
-    """Take the splits from a column of another name, if there is no `split` but a column with only names of splits."""
     if any(row.item.split for row in table.rows):
         return table
     for name, cells in texts.items():
@@ -191,8 +180,7 @@ def _plain(name: str) -> str:
 
 
 def _names_group(name: str, texts: Sequence[str]) -> bool:
-    plain = _plain(name)
-    values = {text.lower() for text in texts if text}
+    plain, values = _plain(name), {text.lower() for text in texts if text}
     # `case` and `patient` may also be labels that say who is ill.
     return _GROUP.fullmatch(plain) is not None and not (values <= _YES_OR_NO and plain in GROUPS)
 
@@ -201,7 +189,10 @@ def _identifies(name: str, texts: Sequence[str]) -> str:
     """Say why a column identifies the image instead of describing it; empty if it may be learned."""
     known = [text for text in texts if text]
     values, plain = set(known), _plain(name)
-    quantity = _is_quantity(known)
+    # Numbers to predict or sets of labels; `0012` is a name.
+    quantity = any(SEPARATOR in text for text in known) or all(
+        looks_like_number(text) and not re.match(r"0\d", text) for text in known
+    )
     if len(known) > 2 and len(values) == len(known) and not quantity:
         return "differs in every row"
     if len(known) >= MIN_COUNTING_ROWS and _counts_rows(known):
@@ -214,22 +205,14 @@ def _identifies(name: str, texts: Sequence[str]) -> str:
     return ""
 
 
-def _is_quantity(texts: Sequence[str]) -> bool:
-    """Return True if the texts may be numbers to predict or sets of labels; `0012` is a name."""
-    if any(SEPARATOR in text for text in texts):
-        return True
-    return all(looks_like_number(text) and not re.match(r"0\d", text) for text in texts)
-
-
 def _counts_rows(texts: Sequence[str]) -> bool:
     if not all(looks_like_number(text) and "," not in text for text in texts):
         return False
-    numbers = [float(text) for text in texts]
-    return all(after - before == 1 for before, after in pairwise(numbers))
+    return all(after - before == 1 for before, after in pairwise(map(float, texts)))
 
 
 def _divided_patients(name: str, texts: Sequence[str], rows: Sequence[Row]) -> list[Finding]:
-    """Return a doubt if images of one patient are in several groups of the CSV's own column `group`."""
+    """Doubt the CSV's own column `group` if it divides the images of one patient."""
     groups = defaultdict(set)
     for text, row in zip(texts, rows, strict=True):
         if text:

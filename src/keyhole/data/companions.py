@@ -30,7 +30,8 @@ def with_companions(path: Path, table: DataTable, data: DataConfig) -> DataTable
     for row in table.rows:
         item = row.item
         if item.features is None and features is not None:
-            item = replace(item, features=features.find(item) or features.expected(item))
+            expected = features.folder / f"{_stems(item.image.name)[-1]}{features.order[0]}"
+            item = replace(item, features=features.find(item) or expected)
         if item.mask is None and masks is not None:
             item = replace(item, mask=masks.find(item))
             unmasked += item.mask is None
@@ -50,37 +51,38 @@ def unused_masks(items: Iterable[Item], foreground: str) -> list[str]:
 
 
 @cache
-def _masks_in(folder: Path) -> Companions:
+def masks_in(folder: Path) -> Companions:
+    """Return the masks in a folder."""
     return Companions(folder, "masks", MASK_ORDER)
-
-
-def mask_of(folder: Path, item: Item) -> Path | None:
-    """Return the mask of an image in a folder of masks, or None."""
-    return _masks_in(folder).find(item)
 
 
 def _check_alike(path: Path, rows: Iterable[Row]) -> None:
     stored: dict[Path, Row] = {}
-    first: dict[bool, Row] = {}
+    image, bag = None, None
     for row in rows:
         item = row.item
-        first.setdefault(item.features is None, row)
-        if item.features is not None:
-            before = stored.setdefault(item.features, row)
-            if before.item.image != item.image:
-                raise DataError(
-                    f"{path}: {before.item.name} ({before.where}) and {item.name} ({row.where}) would both read "
-                    f"{item.features}. Give each image its own in a column `features`."
-                )
-    if len(first) == 2:
+        if item.features is None:
+            image = image or item
+            continue
+        bag = bag or item
+        before = stored.setdefault(item.features, row)
+        if before.item.image != item.image:
+            raise DataError(
+                f"{path}: {before.item.name} ({before.where}) and {item.name} ({row.where}) would both read "
+                f"{item.features}. Give each image its own in a column `features`."
+            )
+    if image and bag:
         raise DataError(
-            f"{path}: {first[True].item.name} is an image, but {first[False].item.name} has stored features "
-            f"({first[False].item.features}); one data set is of one kind. Give all of them features, or none."
+            f"{path}: {image.name} is an image, but {bag.name} has stored features ({bag.features}); one data set is "
+            "of one kind. Give all of them features, or none."
         )
 
 
 class Companions:
-    """A folder with files that are named after images."""
+    """A folder with files that are named after images, with one of the suffixes in `order`, best first.
+
+    `option` is its name in `DataConfig`, for messages.
+    """
 
     def __init__(self, folder: Path, option: str, order: tuple[str, ...], subfolders: tuple[str, ...] = ("",)) -> None:
         self.folder, self.order = absolute(folder.expanduser()), order
@@ -100,10 +102,6 @@ class Companions:
                     if last in self._names(place := folder.joinpath(*parents)):
                         return place / last
         return None
-
-    def expected(self, item: Item) -> Path:
-        """Return the path at which the file of an image was looked for."""
-        return self.folder / f"{_stems(item.image.name)[-1]}{self.order[0]}"
 
 
 def _stems(name: str) -> list[str]:

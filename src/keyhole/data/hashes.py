@@ -41,10 +41,8 @@ def hash_files(
             reading.wait(task)
             try:
                 hashes[name] = task.value()
-            except StalledRead:
-                raise
-            except ImageError:
-                if not skip_unreadable:
+            except ImageError as error:
+                if isinstance(error, StalledRead) or not skip_unreadable:
                     raise
         return hashes
     finally:
@@ -56,8 +54,7 @@ def changed_files(
 ) -> dict[str, str]:
     """Compare files with their recorded size and, where one was recorded, with their SHA-256.
 
-    Items without a record are not compared, nor are files that are gone or cannot be read: the code that opens them
-    reports them. Other arguments are those of `hash_files`.
+    Files without a record are not compared, nor those that are gone or cannot be read: opening them reports them.
     """
     changed: dict[str, str] = {}
     same_size = []
@@ -90,24 +87,18 @@ def stored_hashes(manifest: Path) -> dict[str, FileHash]:
 
 def _hash(path: Path) -> FileHash:
     try:
+        digest, size = hashlib.sha256(), 0
         if path.is_dir() and path.suffix.lower() in folder_suffixes():
-            return _hash_folder(path)
-        if not path.is_file():
+            for inside in sorted(Path(place) / name for place, _, names in os.walk(path) for name in names):
+                inner = hashlib.sha256()
+                size += _feed(inner, inside)
+                digest.update(os.fsencode(inside.relative_to(path).as_posix()) + b"\0" + inner.digest())
+        elif path.is_file():
+            size = _feed(digest, path)
+        else:
             raise ImageError(path, "not a regular file, so it has no hash.")
-        digest = hashlib.sha256()
-        size = _feed(digest, path)
     except OSError as error:
         raise ImageError(path, f"cannot be read ({error.strerror or error}).") from error
-    return FileHash(digest.hexdigest(), size)
-
-
-def _hash_folder(folder: Path) -> FileHash:
-    """Hash the sorted names in the folder, each with the hash of its file, and add up the bytes of all files."""
-    digest, size = hashlib.sha256(), 0
-    for path in sorted(Path(place) / name for place, _, names in os.walk(folder) for name in names):
-        inner = hashlib.sha256()
-        size += _feed(inner, path)
-        digest.update(os.fsencode(path.relative_to(folder).as_posix()) + b"\0" + inner.digest())
     return FileHash(digest.hexdigest(), size)
 
 

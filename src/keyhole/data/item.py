@@ -17,30 +17,17 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Item:
-    """One image and what is known about it.
+    """One image and what is known about it; paths are absolute."""
 
-    Attributes:
-        name: name in all results: the path as written, or the CSV's `name` column.
-        image: absolute path of the file.
-        labels: text per task as written; empty where unknown.
-        split: `train`, `val` or `test`; empty until the splits are made.
-        group: images of one group (a patient, a place) stay in one split; None if the image is its own group.
-        mpp: microns per level-0 pixel from the CSV, which overrides the file.
-        mask: PNG or GeoJSON of the foreground, absolute.
-        annotation: GeoJSON or ASAP XML with outlines of what is looked for, such as lesions; never read in training.
-        features: file of stored features, which is read instead of `image`; `image` need not exist then. Where `image`
-            has the suffix of features, it is this file.
-    """
-
-    name: str
+    name: str  # in all results: the path as written, or the CSV's `name` column
     image: Path
-    labels: dict[str, str]
-    split: str = ""
-    group: str | None = None
-    mpp: float | None = None
-    mask: Path | None = None
-    annotation: Path | None = None
-    features: Path | None = None
+    labels: dict[str, str]  # text per task as written; empty where unknown
+    split: str = ""  # empty until the splits are made
+    group: str | None = None  # its images (of a patient, a place) stay in one split; None: the image is its own group
+    mpp: float | None = None  # microns per level-0 pixel from the CSV, which overrides the file
+    mask: Path | None = None  # PNG or GeoJSON of the foreground
+    annotation: Path | None = None  # outlines of what is looked for, such as lesions; never read in training
+    features: Path | None = None  # stored features, which are read instead of `image`, which need not exist then
 
     def __post_init__(self) -> None:
         if self.features is None and str(self.image).lower().endswith(FEATURE_SUFFIXES):
@@ -70,16 +57,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that would stop a run (error) or is often a mistake (warning), and what to do about it.
+    """Something that would stop a run (error) or is often a mistake (warning), and what to do about it."""
 
-    Attributes:
-        name: the image, task or setting that it is about.
-        problem: what is wrong.
-        fix: what to do.
-        severity: `error` or `warning`.
-    """
-
-    name: str
+    name: str  # the image, task or setting that it is about
     problem: str
     fix: str
     severity: Literal["error", "warning"] = "error"
@@ -99,31 +79,18 @@ def warning(name: str | Sequence[str], problem: str, fix: str) -> Finding:
 
 @dataclass(frozen=True)
 class DataTable:
-    """The rows of a CSV or a folder, before tasks and splits are known.
+    """The rows of a CSV or a folder, before tasks and splits are known."""
 
-    Attributes:
-        columns: columns without a reserved meaning, which may be learned.
-        rows: one per image, with the labels of every column.
-        left_out: files and rows that are not used.
-        notes: decisions that a user should know.
-        doubts: what is often a mistake.
-        written: True for a CSV that keyhole wrote, in which every cell means what it says.
-        has_group: True if there is a column `group`.
-        grouped_by: the column that the groups were taken from, if it is not `group`.
-        identifying: columns that say which image it is and not what it shows, each with the reason.
-        missing: per column, the words that were read as an unknown label.
-    """
-
-    columns: tuple[str, ...]
+    columns: tuple[str, ...]  # those without a reserved meaning, which may be learned
     rows: list[Row]
     left_out: list[LeftOut] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    doubts: list[Finding] = field(default_factory=list)
-    written: bool = False
-    has_group: bool = False
-    grouped_by: str = ""
-    identifying: dict[str, str] = field(default_factory=dict)
-    missing: dict[str, Counter[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # decisions that a user should know
+    doubts: list[Finding] = field(default_factory=list)  # what is often a mistake
+    written: bool = False  # by keyhole, so every cell means what it says
+    has_group: bool = False  # there is a column `group`
+    grouped_by: str = ""  # the column that the groups were taken from, if it is not `group`
+    identifying: dict[str, str] = field(default_factory=dict)  # columns that say which image it is, and the reason
+    missing: dict[str, Counter[str]] = field(default_factory=dict)  # per column, the words read as an unknown label
 
 
 def absolute(path: str | Path) -> Path:

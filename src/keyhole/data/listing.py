@@ -1,7 +1,7 @@
 """The images below a folder, and why each other file is not one: output of keyhole, system folders, other suffixes.
 
-keyhole writes its results where a user asks, often beside or among the images. Its folders are recognised by the files
-in them and not by name. A folder that also holds images of the user is read, without the files of keyhole in it.
+Folders that keyhole wrote are recognised by the files in them. One that also holds images of the user is read, without
+the files of keyhole in it.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ PREVIEW_LIST = "previews.csv"
 SYSTEM_FOLDERS: Mapping[str, str] = {
     "@eadir": "thumbnails of a Synology NAS",
     "@tmp": "system folder of a NAS",
-    "@recycle": "recycle bin of a NAS",
-    "@recently-snapshot": "snapshots of a NAS",
-    "#recycle": "recycle bin of a NAS",
-    "#snapshot": "snapshots of a NAS",
-    "$recycle.bin": "recycle bin of Windows",
-    "recycler": "recycle bin of Windows",
+    **dict.fromkeys(("@recycle", "#recycle"), "recycle bin of a NAS"),
+    **dict.fromkeys(("@recently-snapshot", "#snapshot"), "snapshots of a NAS"),
+    **dict.fromkeys(("$recycle.bin", "recycler"), "recycle bin of Windows"),
     "system volume information": "system folder of Windows",
     "lost+found": "system folder of Linux",
-    "__macosx": "system folder of macOS",
+    **dict.fromkeys(("__macosx", "temporary items"), "system folder of macOS"),
     "network trash folder": "recycle bin of macOS",
-    "temporary items": "system folder of macOS",
     "__pycache__": "system folder of Python",
 }
 """Folders that operating systems create, in lower case, with what they are. Hidden folders are left out too."""
 SYSTEM_FILES = frozenset({".ds_store", "thumbs.db", "desktop.ini"})
 _RUN = {"config.yaml", "manifest.csv", "environment.json"}
 _PREDICTION = {"prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz"}
+_OUTPUT = {
+    PREVIEW_LIST: "previews of keyhole check",
+    "metrics.json": "an evaluation of keyhole",
+    "prediction.json": "a prediction of keyhole",
+}
 _GENERATED = ("boxes.csv", "nests.csv")
-_FIRST_BYTES = {
+_FIRST_BYTES = {  # of single files of keyhole
     "left_out.csv": b"name,reason",
     "predictions.csv": b"image,",
     "unreadable.csv": b"image,",
     PREVIEW_LIST: b"image,preview",
     "keyhole.yaml": b"# Written by keyhole",
 }
-"""Single files of keyhole, with the bytes that they begin with."""
 _NOT_A_PICTURE = "written by keyhole"
 """Reason for a file of `_FIRST_BYTES`, which nobody expects among the images: it is not listed as left out."""
 
@@ -60,8 +60,8 @@ def list_images(
     """Return the images below a folder in order of name, and every other file with the reason why it is not one.
 
     If there are no images, files of stored features are taken instead, one per slide. Links are followed, each folder
-    once. The folder beside a MIRAX slide of the same name holds the slide's own data, and a folder `x.zarr` is itself
-    an image. Output of keyhole and system folders are left out; `path` itself is always read.
+    once. The folders in `ignore` (absolute) are left out with their reasons, as are output of keyhole and, with
+    `generated`, images that it generated; `path` itself is always read.
     """
     path = absolute(path)
     images: list[Path] = []
@@ -87,7 +87,7 @@ def list_images(
 def expand_images(
     paths: Sequence[str | Path], missing: Literal["fail", "skip"] = "fail"
 ) -> tuple[list[Path], list[LeftOut]]:
-    """Replace folders by the images below them in order of name; each file is returned once."""
+    """Replace folders by the images below them in order of name; return absolute paths, and what is not used."""
     found: dict[Path, None] = {}
     left_out: list[LeftOut] = []
     for path in map(absolute, paths):
@@ -104,9 +104,8 @@ def expand_images(
         else:
             raise DataError(f"{path}: no such file or folder. Give image files or folders of them.")
     if not found:
-        raise DataError(
-            f"{', '.join(map(str, paths)) or 'nothing given'}: no images there. Give image files or folders."
-        )
+        given = ", ".join(map(str, paths)) or "nothing given"
+        raise DataError(f"{given}: no images there. Give image files or folders.")
     return list(found), left_out
 
 
@@ -118,7 +117,7 @@ def system_folder(name: str) -> str:
 def listed_previews(folder: Path) -> set[str]:
     """Return the names of the previews that `keyhole check` has listed in a folder."""
     file = folder / PREVIEW_LIST
-    if not _starts(file, _FIRST_BYTES[PREVIEW_LIST]):
+    if not _is_ours(file):
         return set()
     with file.open(newline="", encoding="utf-8", errors="replace") as opened:
         return {row["preview"] for row in csv.DictReader(opened) if row.get("preview")}
@@ -133,7 +132,11 @@ def _walk(path: Path, ignore: Mapping[Path, str], generated: bool) -> Iterator[t
     def shown(file: Path) -> str:
         return file.relative_to(path).as_posix()
 
-    seen = {_identity(path)}
+    def identity(folder: Path) -> tuple[int, int]:
+        status = folder.stat()
+        return status.st_dev, status.st_ino
+
+    seen = {identity(path)}
     for folder_name, folders, names in os.walk(path, onerror=unlistable, followlinks=True):
         folder, skipped = Path(folder_name), []
         whole = [
@@ -145,15 +148,15 @@ def _walk(path: Path, ignore: Mapping[Path, str], generated: bool) -> Iterator[t
             yield folder, [], [LeftOut(f"{shown(folder)}/", what)]
             continue
         for name in sorted(folders):
-            identity = _identity(folder / name)
+            this = identity(folder / name)
             if reason := system_folder(name) or ignore.get(folder / name, ""):
                 pass
             elif f"{name}.mrxs" in names:
                 reason = f"part of {name}.mrxs"
-            elif identity in seen:
+            elif this in seen:
                 reason = "link to a folder that is already read"
             else:
-                seen.add(identity)
+                seen.add(this)
                 continue
             folders.remove(name)
             skipped.append(LeftOut(f"{shown(folder / name)}/", reason))
@@ -161,11 +164,6 @@ def _walk(path: Path, ignore: Mapping[Path, str], generated: bool) -> Iterator[t
         own = _own_files(folder, names)
         skipped += [LeftOut(shown(folder / name), what) for name, what in sorted(own.items()) if what != _NOT_A_PICTURE]
         yield folder, sorted(name for name in [*names, *whole] if name not in own), skipped
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
 
 
 def _why_not(file: Path) -> str:
@@ -198,11 +196,7 @@ def _one_per_slide(path: Path, stored: list[Path]) -> tuple[list[Path], list[Lef
 def _own_files(folder: Path, names: Collection[str]) -> dict[str, str]:
     """Return the files of a folder that keyhole wrote, each with what it is."""
     present = set(names)
-    own = {
-        name: _NOT_A_PICTURE
-        for name, start in _FIRST_BYTES.items()
-        if name in present and _starts(folder / name, start)
-    }
+    own = {name: _NOT_A_PICTURE for name in _FIRST_BYTES if name in present and _is_ours(folder / name)}
     if "metrics.json" in present and "predictions.csv" in own:
         sheets = {name for name in present if name.startswith("contact_sheet")}
         own |= dict.fromkeys(sheets | {"metrics.json"}, "written by keyhole evaluate")
@@ -214,10 +208,7 @@ def _own_files(folder: Path, names: Collection[str]) -> dict[str, str]:
 
 
 def _output_folder(folder: Path, folders: Sequence[str], names: Collection[str], generated: bool) -> str:
-    """Say what a folder is if keyhole wrote all of it; empty if it is the user's.
-
-    `folders` and `names` are the folders and files in it; with `generated`, generated data sets count as output.
-    """
+    """Say what a folder with these `folders` and files is if keyhole wrote all of it; empty if it is the user's."""
     present = set(names)
     if present >= _RUN:
         return "a run of keyhole"
@@ -230,11 +221,7 @@ def _output_folder(folder: Path, folders: Sequence[str], names: Collection[str],
     if images:  # previews of versions that did not list them
         unlisted = folder.name.startswith(PREVIEW_FOLDER) and all(name.endswith(".png") for name in images)
         return "previews of keyhole check" if unlisted else ""
-    for name, what in (
-        (PREVIEW_LIST, "previews of keyhole check"),
-        ("metrics.json", "an evaluation of keyhole"),
-        ("prediction.json", "a prediction of keyhole"),
-    ):
+    for name, what in _OUTPUT.items():
         if name in own:
             return what
     if folders and all(_is_output(folder / name, generated) for name in folders):
@@ -244,18 +231,17 @@ def _output_folder(folder: Path, folders: Sequence[str], names: Collection[str],
 
 def _is_output(folder: Path, generated: bool) -> bool:
     """Look into a folder that is not listed yet, without following links."""
-    folders: list[str] = []
-    names: list[str] = []
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                (folders if entry.is_dir(follow_symlinks=False) else names).append(entry.name)
+        with os.scandir(folder) as found:
+            entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in found}
     except OSError:
         return False  # reported where the folder is entered
-    return bool(_output_folder(folder, folders, names, generated))
+    folders = [name for name, is_folder in entries.items() if is_folder]
+    return bool(_output_folder(folder, folders, entries.keys() - set(folders), generated))
 
 
-def _starts(file: Path, start: bytes) -> bool:
+def _is_ours(file: Path) -> bool:
+    start = _FIRST_BYTES[file.name]
     try:
         with file.open("rb") as opened:
             return opened.read(len(start)) == start

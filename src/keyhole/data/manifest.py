@@ -1,9 +1,7 @@
 """The images of a run with their labels and splits, read from a CSV or a folder of classes.
 
-`read_manifest` reads them for training. `rows` reads a CSV (`read_csv`, `columns`) or a folder (`read_folder`,
-`listing`), adds features and masks found by name (`companions`) and drops rows without a label or file; the labels
-give the tasks, and `splits` the splits. Nothing is skipped silently: `Manifest.left_out` holds every file and row that
-is not used, with the reason.
+`rows` reads a CSV (`read_csv`, `columns`) or a folder (`read_folder`, `listing`), adds features and masks found by name
+(`companions`) and drops rows without a label or file; the labels give the tasks, and `splits` the splits.
 """
 
 from __future__ import annotations
@@ -35,29 +33,19 @@ RELATIVE_PATHS = (
     "--data.on-bad-image skip leaves them out."
 )
 MOVED_FILES = "If they were moved, name the folder that holds them now: --root DIR"
-"""What to do about missing files of a user's CSV, and of a run's manifest."""
-
 Targets = NDArray[Any]
 """Encoded labels (n, w): float64 for regression, else float32."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The images of a run and the tasks that they pose.
-
-    Attributes:
-        items: in the order of the CSV, or of the paths in a folder.
-        tasks: in the order of the columns; regression with mean and standard deviation of the training split.
-        left_out: files and rows that are not used.
-        notes: decisions that a user should know, one sentence each; they include the doubts.
-        doubts: what is often a mistake in the data.
-    """
+    """The images of a run and the tasks that they pose; regression has mean and deviation of the training split."""
 
     items: tuple[Item, ...]
     tasks: tuple[Task, ...]
-    left_out: tuple[LeftOut, ...] = ()
-    notes: tuple[str, ...] = ()
-    doubts: tuple[Finding, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()  # every file and row that is not used
+    notes: tuple[str, ...] = ()  # decisions that a user should know, one sentence each; they include the doubts
+    doubts: tuple[Finding, ...] = ()  # what is often a mistake in the data
 
     def split(self, name: str) -> tuple[Item, ...]:
         """Return the items of `train`, `val` or `test`."""
@@ -81,7 +69,6 @@ class Manifest:
 
     @cached_property
     def _encoded(self) -> dict[str, Targets]:
-        """The targets (n, w) of all items: each label is encoded once."""
         return {task.name: _encode(task, self.items) for task in self.tasks}
 
     def without(self, reasons: Mapping[str, str]) -> Manifest:
@@ -100,16 +87,15 @@ class Manifest:
         """Write a CSV that `read_manifest` reads as the same items."""
         files = [name for name in FILES if any(getattr(item, name) is not None for item in self.items)]
         facts = ["image", "name", "sha256", "bytes", "split", "group", "mpp", *files]
-        rows = [[*facts, *(task.name for task in self.tasks)]]
-        unknown = FileHash("", 0)
+        rows: list[list[object]] = [[*facts, *(task.name for task in self.tasks)]]
         for item in self.items:
-            known = (hashes or {}).get(item.name, unknown)
+            known = (hashes or {}).get(item.name)
             rows.append(
                 [
-                    *(str(item.image), item.name, known.sha256, "" if known is unknown else str(known.bytes)),
-                    *(item.split, item.group or "", "" if item.mpp is None else repr(item.mpp)),
-                    *(str(getattr(item, name) or "") for name in files),
-                    *(item.labels.get(task.name, "") for task in self.tasks),
+                    *(item.image, item.name, *(("", "") if known is None else (known.sha256, known.bytes))),
+                    *(item.split, item.group, item.mpp),
+                    *(getattr(item, name) for name in files),
+                    *(item.labels.get(task.name) for task in self.tasks),
                 ]
             )
         return write_atomic(path, csv_text(rows))
@@ -169,7 +155,11 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
     tasks = [_task(path, rows, name, kind) for name, kind in wanted.items()]
     items, notes = settle_splits(path, rows, tasks, data, seed, table.grouped_by)
     check_training(str(path), items, tasks)
-    tasks = [_fitted(path, items, task) for task in tasks]
+    train = [item for item in items if item.split == "train"]
+    try:
+        tasks = [task.fit(_encode(task, train)) for task in tasks]
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     doubts = [*table.doubts, *alike_classes(tasks)]
     about = [f"{path}: {note}" for note in column_notes(table, wanted, table.columns if data.tasks else ())]
     positive = [note for task in tasks if (note := positive_note(task, wanted[task.name])) is not None]
@@ -180,9 +170,10 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
 def read_for_tasks(
     data: DataConfig, tasks: Sequence[Task], splits: Sequence[str] | None = None, run: bool = False
 ) -> Manifest:
-    """Read labelled images for the tasks of a trained model, to evaluate it on them.
+    """Read labelled images for the tasks of a trained model, to evaluate it on them, of some `splits` alone.
 
-    Every image without a split is in `test`; a task without a column has no labels.
+    Every image without a split is in `test`; a task without a column has no labels. For the manifest of a `run`,
+    `data.root` is the folder that its files were moved to.
     """
     names = [task.name for task in tasks]
     table, path = read_rows(data, names, [label for task in tasks for label in task.classes])
@@ -210,7 +201,6 @@ def read_for_tasks(
 
 
 def _wanted_tasks(path: Path, columns: Sequence[str], asked: Sequence[str]) -> dict[str, str | None]:
-    """Return the kind of each column to learn, or None where it is to be inferred."""
     if not columns:
         raise DataError(f"{path}: no task column, only `image` and what describes it. Add a column with labels.")
     wanted: dict[str, str | None] = {}
@@ -225,16 +215,16 @@ def _wanted_tasks(path: Path, columns: Sequence[str], asked: Sequence[str]) -> d
 
 
 def _task(path: Path, rows: Sequence[Row], name: str, kind: str | None) -> Task:
-    for row in rows:
-        try:
-            check_label(name, row.item.labels[name], kind)
-        except DataError as error:
-            raise DataError(f"{path}, {row.where}: {error}") from error
     texts = [row.item.labels[name] for row in rows]
+    where = str(path)
     try:
+        for row, text in zip(rows, texts, strict=True):
+            where = f"{path}, {row.where}"
+            check_label(name, text, kind)
+        where = str(path)
         task = infer_task(name, texts, kind)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{where}: {error}") from error
     known = sum(1 for text in texts if text)
     if kind is None and task.exclusive and len(task.classes) == known > 2:
         raise DataError(
@@ -242,13 +232,6 @@ def _task(path: Path, rows: Sequence[Row], name: str, kind: str | None) -> Task:
             f"Name other columns with --data.tasks, or say {name}=multiclass if every image is a class of its own."
         )
     return task
-
-
-def _fitted(path: Path, items: Sequence[Item], task: Task) -> Task:
-    try:
-        return task.fit(_encode(task, [item for item in items if item.split == "train"]))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def _encode(task: Task, items: Sequence[Item]) -> Targets:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from keyhole.data.companions import mask_of
+from keyhole.data.companions import masks_in
 from keyhole.data.item import Item, LeftOut, absolute
 from keyhole.data.listing import expand_images
 from keyhole.data.read_csv import read_csv
@@ -24,7 +24,11 @@ def new_images(
     mpp: float | None = None,
     masks: Path | None = None,
 ) -> tuple[list[Item], list[LeftOut]]:
-    """Return the images to predict, each once, under the names that the user gave them; and what is not used."""
+    """Return the images to predict, each once, under the names that the user gave them; and what is not used.
+
+    Of a CSV, `mpp`, `mask`, `features` and `name` are read too; they also apply to a file that is named by itself.
+    `mpp` and the folder `masks` are for images for which no CSV states them.
+    """
     tables = [path for path in paths if path.suffix.lower() in LIST_SUFFIXES and path.is_file()]
     others = [path for path in paths if path not in tables]
     items: dict[Path, Item] = {}
@@ -39,12 +43,16 @@ def new_images(
     if others or not tables:
         files, unused = expand_images(others, missing)
         left_out += unused
-        names = _names(files, others)
+        given = {absolute(path): path for path in reversed(others)}
         for file in files:
-            items.setdefault(file, Item(names[file], file, {}))
+            folder = next(path for path in (file, *file.parents) if path in given)
+            items.setdefault(file, Item(str(given[folder] / file.relative_to(folder)), file, {}))
     if not items:
         raise DataError(f"{listed(map(str, tables))}: none of the images is there. Give image files or folders.")
-    return [_completed(item, mpp, masks) for item in items.values()], left_out
+    completed = [replace(item, mpp=mpp) if item.mpp is None else item for item in items.values()]
+    if masks is not None:
+        completed = [replace(item, mask=item.mask or masks_in(masks).find(item)) for item in completed]
+    return completed, left_out
 
 
 def _from_csv(table: Path, missing: Literal["fail", "skip"]) -> tuple[list[Item], list[LeftOut]]:
@@ -58,20 +66,3 @@ def _from_csv(table: Path, missing: Literal["fail", "skip"]) -> tuple[list[Item]
         )
     unused = [*read.left_out, *(LeftOut(item.name, f"no such file: {item.source}") for item in gone)]
     return [item for item in items if item not in gone], unused
-
-
-def _names(files: Sequence[Path], given: Sequence[Path]) -> Mapping[Path, str]:
-    """Return each file as the user wrote it: its path as given, or its place in a folder as given."""
-    wrote = {absolute(path): path for path in reversed(given)}
-    names = {}
-    for file in files:
-        folder = next(path for path in (file, *file.parents) if path in wrote)
-        names[file] = str(wrote[folder] / file.relative_to(folder))
-    return names
-
-
-def _completed(item: Item, mpp: float | None, masks: Path | None) -> Item:
-    """Fill in from the command line what the CSV does not state."""
-    if item.mpp is None:
-        item = replace(item, mpp=mpp)
-    return item if masks is None or item.mask is not None else replace(item, mask=mask_of(masks, item))

@@ -21,20 +21,22 @@ CLAM_COLUMNS = {"slide_id": "image", "case_id": "group"}
 """Columns of CLAM's lists of labels and the columns that they stand for: they name a slide's features, not its file."""
 DELIMITERS = ",;\t"
 MAX_CSV_BYTES = 1 << 30
-"""A million rows take a tenth of this; a larger file is not a list of images."""
+"""A million rows take a tenth of this."""
 
 
 def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> DataTable:
-    """Read a CSV in UTF-8 with a header line; comma, semicolon or tab between the fields."""
+    """Read a CSV in UTF-8 with a header line; comma, semicolon or tab between the fields.
+
+    Relative paths start from `root`, by default the CSV's folder. With `slides`, CLAM's columns are read.
+    """
     header, records = _parse(path, _text(path))
     header, notes = _of_slides(path, header) if slides else (header, [])
     place = _columns(path, header)
     tasks = {index: name for index, name in enumerate(header) if name and name.lower() not in RESERVED}
-    unnamed = [str(index + 1) for index, name in enumerate(header) if not name]
     base = absolute(path.parent if root is None else root)
     written = {"image", "sha256", "bytes", "split"} <= place.keys()
     table = DataTable(tuple(tasks.values()), [], notes=notes, written=written, has_group="group" in place)
-    if unnamed:
+    if unnamed := [str(index + 1) for index, name in enumerate(header) if not name]:
         table.notes.append(f"{path}: column {', '.join(unnamed)} has no name and was not read")
 
     other_splits: dict[str, str] = {}
@@ -51,13 +53,23 @@ def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> Data
         cell = {name: fields[index] for name, index in place.items()}
         if not cell["image"]:
             raise DataError(f"{path}, {where}: the image column is empty. Name a file or delete the row.")
+        text = cell.get("split", "")
+        split = split_named(text)
+        if text and not split:
+            raise DataError(f"{path}, {where}: unknown split {text!r}{nearest(text, SPLITS)}. Use train, val or test.")
+        if text.lower() != split:
+            other_splits[text] = split
+        try:
+            mpp = given_scale(cell["mpp"]) if cell.get("mpp") else None
+        except ConfigError as error:
+            raise DataError(f"{path}, {where}: {error}") from error
         item = Item(
             name=cell.get("name") or cell["image"],
             image=absolute(base / cell["image"]),
             labels={name: fields[index] for index, name in tasks.items()},
-            split=_split(path, where, cell.get("split", ""), other_splits),
+            split=split,
             group=cell.get("group") or None,
-            mpp=_mpp(path, where, cell.get("mpp", "")),
+            mpp=mpp,
             **{name: absolute(base / cell[name]) for name in FILES if cell.get(name)},
         )
         table.rows.append(Row(item, where))
@@ -103,16 +115,14 @@ def _parse(path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, list[s
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
 
     def records() -> Iterator[tuple[int, list[str]]]:
-        while True:
-            line = reader.line_num + 1
-            try:
-                fields = next(reader, None)
-            except csv.Error as error:
-                raise DataError(f"{path}, line {line}: not valid CSV ({error}). Mind the quotes.") from error
-            if fields is None:
-                return
-            if fields:
-                yield line, [field.strip() for field in fields]
+        line = 1
+        try:
+            for fields in reader:
+                if fields:
+                    yield line, [field.strip() for field in fields]
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}, line {line}: not valid CSV ({error}). Mind the quotes.") from error
 
     rows = records()
     _, header = next(rows)
@@ -120,7 +130,6 @@ def _parse(path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, list[s
 
 
 def _of_slides(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
-    """Rename CLAM's columns to ours; also return a note about it."""
     lower = [name.lower() for name in header]
     if "image" in lower or "slide_id" not in lower:
         return header, []
@@ -130,7 +139,6 @@ def _of_slides(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _columns(path: Path, header: list[str]) -> dict[str, int]:
-    """Return the index of each reserved column."""
     lower = [name.lower() for name in header]
     keys = [low if low in RESERVED else name for name, low in zip(header, lower, strict=True) if name]
     twice = [name for name in dict.fromkeys(keys) if keys.count(name) > 1]
@@ -147,20 +155,3 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
             "Name the column with the image paths `image`."
         )
     return {name: lower.index(name) for name in RESERVED if name in lower}
-
-
-def _split(path: Path, where: str, text: str, others: dict[str, str]) -> str:
-    """Return the split that a cell names; other names for it are collected in `others`."""
-    split = split_named(text)
-    if text and not split:
-        raise DataError(f"{path}, {where}: unknown split {text!r}{nearest(text, SPLITS)}. Use train, val or test.")
-    if text.lower() != split:
-        others[text] = split
-    return split
-
-
-def _mpp(path: Path, where: str, text: str) -> float | None:
-    try:
-        return given_scale(text) if text else None
-    except ConfigError as error:
-        raise DataError(f"{path}, {where}: {error}") from error

@@ -1,7 +1,6 @@
 """A folder of classes -> rows: which of its folders are classes, and which are splits.
 
-Folders that nearly follow one of the layouts are refused with a message that says what to change; otherwise the model
-would learn the names of splits or folds as classes.
+Folders that nearly follow a layout are refused: a model would learn the names of splits or folds as classes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from keyhole.images.image import folder_suffixes
 from keyhole.util.wording import listed
 
 FOLDER_TASK = "label"
-"""Name of the one task of a folder of classes."""
 SPLIT_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "devel", "development"), "val"),
@@ -28,9 +26,6 @@ SPLIT_WORDS: Mapping[str, str] = {
 }
 _AFTER_SPLIT = re.compile(r"(set|data|images?|imgs?|split)$")
 _FOLD = re.compile(r"(fold|split|cv|part)[\s_.-]*\d+", re.IGNORECASE)
-
-FolderTree = Mapping[str, Mapping[str, int]]
-"""Number of images by the names of the first and the second folder; the second is empty for images in the first."""
 
 
 def split_named(name: str) -> str:
@@ -102,10 +97,8 @@ def check_classes(path: Path, table: DataTable) -> None:
 class Layout:
     """The meaning of the folders below a path.
 
-    Attributes:
-        split_at: depth of the split folders: None if there are none, 0 for `SPLIT/CLASS/image`, 1 for
-            `CLASS/SPLIT/image`. Images may lie deeper.
-        notes: what a user should know about the decision.
+    `split_at` is the depth of the split folders: None if there are none, 0 for `SPLIT/CLASS/image`, 1 for
+    `CLASS/SPLIT/image`. Images may lie deeper.
     """
 
     split_at: Literal[0, 1] | None = None
@@ -127,6 +120,7 @@ class Layout:
 
 def find_layout(path: Path, places: Sequence[Sequence[str]]) -> Layout:
     """Return the layout of a folder from the names of the folders that each image is in, outermost first."""
+    # Number of images by the names of the first and the second folder; the second is empty for images in the first
     tree: dict[str, Counter[str]] = defaultdict(Counter)
     for folders in places:
         if folders:
@@ -149,35 +143,28 @@ def find_layout(path: Path, places: Sequence[Sequence[str]]) -> Layout:
             f"Expected {splits[0]}/CLASS/image, or a CSV with the columns image, label and split. If these "
             "are the classes, rename the folders."
         )
-    if _classes_hold_splits(path, tree):
+    roles = {name: {split_named(sub) for sub in subs} for name, subs in tree.items()}
+    split = [name for name, found in roles.items() if "train" in found and len(found) > 1 and "" not in found]
+    rest = [name for name, found in roles.items() if name not in split and "" in found]
+    if split and rest:
+        raise DataError(
+            f"{path}: {split[0]} holds the splits {listed(tree[split[0]])}, but {rest[0]} does not. Lay out all "
+            "classes alike, or give a CSV with the columns image, label and split."
+        )
+    if split:
         return Layout(1, ("the folders in each class are read as its splits",))
     if len(tree) > 1 and all(_FOLD.fullmatch(name) and "" not in subs for name, subs in tree.items()):
         raise DataError(
             f"{path}: {listed(tree)} are named like folds, not like classes. Give a CSV with the columns image, "
             f"label and split, or one fold alone: {path / next(iter(tree))}"
         )
-    return Layout(None, _folders_in_every_class(tree))
-
-
-def _classes_hold_splits(path: Path, tree: FolderTree) -> bool:
-    roles = {name: {split_named(sub) for sub in subs} for name, subs in tree.items()}
-    split = [name for name, found in roles.items() if "train" in found and len(found) > 1 and "" not in found]
-    rest = [name for name, found in roles.items() if name not in split and (not found or "" in found)]
-    if split and rest:
-        raise DataError(
-            f"{path}: {split[0]} holds the splits {listed(tree[split[0]])}, but {rest[0]} does not. Lay out all "
-            "classes alike, or give a CSV with the columns image, label and split."
-        )
-    return bool(split)
-
-
-def _folders_in_every_class(tree: FolderTree) -> tuple[str, ...]:
-    """Return a note if all classes hold folders of the same names: these may be the classes that were meant."""
+    # Folders of the same names in all classes may be the classes that were meant.
     common = set.intersection(*(set(subs) - {""} for subs in tree.values())) if len(tree) > 1 else set()
-    if len(common) < 2:
-        return ()
-    note = f"the classes are {listed(tree)}; the folders {listed(sorted(common))} in each of them are not classes"
-    return (f"{note} (if they should be, give a CSV)",)
+    note = (
+        f"the classes are {listed(tree)}; the folders {listed(sorted(common))} in each of them are not classes "
+        "(if they should be, give a CSV)"
+    )
+    return Layout(None, (note,) if len(common) > 1 else ())
 
 
 def _folders(path: Path) -> list[Path]:

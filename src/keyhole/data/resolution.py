@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 TOLERANCE = 1.2
 """Largest ratio of two resolutions that count as alike: scanners of one nominal magnification differ by less."""
 MAX_MICROSCOPE_MPP = 20.0
 """Coarser values are the print resolution of a photograph and do not describe what it shows."""
-
 HOW_TO_GIVE = "a column `mpp` in a CSV, or --mpp of predict"
-"""The ways to state the resolution of an image."""
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """Microns per pixel of the patches that a model learned from.
-
-    Attributes:
-        low: smallest value; None if no image states it.
-        high: largest value; None if no image states it.
-        unknown: number of images that do not state it.
-    """
+    """Microns per pixel of the patches that a model learned from: the smallest and largest value that images state."""
 
     low: float | None = None
     high: float | None = None
-    unknown: int = 0
+    unknown: int = 0  # number of images that do not state it
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Resolution:
@@ -38,12 +30,8 @@ class Resolution:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> Resolution:
-        """Return what `to_json` gave; unknown for a model that does not state it."""
+        """Read the dict in model.json; unknown for a model that does not state it."""
         return cls(**data) if data else cls()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a plain dict for model.json."""
-        return asdict(self)
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:

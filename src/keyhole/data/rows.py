@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from keyhole.config.settings import DataConfig
 from keyhole.data.columns import with_columns_read, without_missing_words
@@ -86,15 +87,15 @@ def usable_rows(
     for row in table.rows:
         item = replace(row.item, labels={name: row.item.labels[name] for name in names})
         row = replace(row, item=item)
-        if item.image in first:
-            _check_same(path, first[item.image], row)
-            left_out.append(LeftOut(item.name, f"{row.where}: same image as {first[item.image].where}"))
+        before = first.setdefault(item.image, row)
+        if before is not row:
+            _check_same(path, before, row)
+            left_out.append(LeftOut(item.name, f"{row.where}: same image as {before.where}"))
             continue
-        first[item.image] = row
-        if item.name in by_name:
-            before = by_name[item.name].where
-            raise DataError(f"{path}, {row.where}: name {item.name!r} is taken by {before}. Give each image its own.")
-        by_name[item.name] = row
+        before = by_name.setdefault(item.name, row)
+        if before is not row:
+            taken = f"name {item.name!r} is taken by {before.where}"
+            raise DataError(f"{path}, {row.where}: {taken}. Give each image its own.")
         if not any(item.labels.values()):
             left_out.append(LeftOut(item.name, f"no label for {' or '.join(names)}"))
         elif (lacking := _unusable_file(item)) is not None:
@@ -129,25 +130,23 @@ def _unusable_file(item: Item) -> tuple[Path, str] | None:
 
 def _check_same(path: Path, first: Row, again: Row) -> None:
     """Refuse two rows of one image that contradict each other."""
-    facts = [(name, first.item.labels[name], again.item.labels[name]) for name in first.item.labels]
-    others = ("split", "group", "mpp", *FILES)
-    facts += [(name, getattr(first.item, name), getattr(again.item, name)) for name in others]
-
-    def shown(value: object) -> str:
-        return repr(str(value) if isinstance(value, Path) else value or "")
-
-    for name, before, now in facts:
-        if before != now:
+    before, now = (
+        {**row.item.labels, **{name: getattr(row.item, name) for name in ("split", "group", "mpp", *FILES)}}
+        for row in (first, again)
+    )
+    for name in before:
+        if before[name] != now[name]:
+            one, other = (repr(str(x) if isinstance(x, Path) else x or "") for x in (before[name], now[name]))
             raise DataError(
-                f"{path}, {again.where}: {again.item.name} has {name} {shown(now)}, "
-                f"but {shown(before)} in {first.where}. Keep one row per image."
+                f"{path}, {again.where}: {again.item.name} has {name} {other}, but {one} in {first.where}. Keep one "
+                "row per image."
             )
 
 
 def moved_to(manifest: Path, table: DataTable, root: Path) -> DataTable:
-    """Replace the paths of a run's manifest by those below `root`, where the files exist there.
+    """Replace the paths of a run's manifest by those below `root`, which stands for the folder with most of the files.
 
-    `root` may stand for any folder above the images. It is the one below which most files are found.
+    Paths that do not exist there stay.
     """
     root = absolute(root.expanduser())
     if not root.is_dir():
@@ -160,7 +159,16 @@ def moved_to(manifest: Path, table: DataTable, root: Path) -> DataTable:
             f"{root}: none of the {len(files)} images of {manifest} is there, such as {files[0].name}. "
             f"Name the folder that now holds what was in {common}, or one above it: --root DIR"
         )
-    return replace(table, rows=[replace(row, item=_moved(row.item, old, root)) for row in table.rows])
+
+    def now(file: Path) -> Path:
+        new = root / file.relative_to(old) if file.is_relative_to(old) else file
+        return new if _exists(new) else file
+
+    rows = []
+    for row in table.rows:
+        moved: dict[str, Any] = {name: now(file) for name in FILES if (file := getattr(row.item, name)) is not None}
+        rows.append(replace(row, item=replace(row.item, image=now(row.item.image), **moved)))
+    return replace(table, rows=rows)
 
 
 def _old_root(files: Sequence[Path], common: Path, root: Path) -> Path | None:
@@ -168,30 +176,13 @@ def _old_root(files: Sequence[Path], common: Path, root: Path) -> Path | None:
     best, most = None, 0
     sample = files[:: max(1, len(files) // SAMPLE_FILES)]
     for old in (common, *common.parents):
-        if not any(_exists(root / file.relative_to(old)) for file in sample):
-            continue
-        count = sum(_exists(root / file.relative_to(old)) for file in files)
-        if count > most:
-            best, most = old, count
-        if most == len(files):
-            break
+        if any(_exists(root / file.relative_to(old)) for file in sample):
+            count = sum(_exists(root / file.relative_to(old)) for file in files)
+            if count > most:
+                best, most = old, count
+            if most == len(files):
+                break
     return best
-
-
-def _moved(item: Item, old: Path, root: Path) -> Item:
-    def now(file: Path | None) -> Path | None:
-        if file is None or not file.is_relative_to(old):
-            return file
-        new = root / file.relative_to(old)
-        return new if _exists(new) else file
-
-    return replace(
-        item,
-        image=now(item.image) or item.image,
-        mask=now(item.mask),
-        annotation=now(item.annotation),
-        features=now(item.features),
-    )
 
 
 def _exists(path: Path) -> bool:

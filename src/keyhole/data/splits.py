@@ -1,10 +1,7 @@
 """The split of each image: train is learned from, val chooses the best model, test is not read in training.
 
-Groups stay whole, classes keep their proportions, and the result depends only on the seed and the names: not on the
-order of the rows or on where the images lie.
-
-scikit-learn's StratifiedGroupKFold is not used: it makes equal folds by fold number, so that a share of 15 % needs many
-folds, and its result depends on the order of the rows.
+Groups stay whole, classes keep their proportions, and the result depends only on the seed and the names. (That of
+scikit-learn's StratifiedGroupKFold depends on the order of the rows, and a share of 15 % would need many folds.)
 """
 
 from __future__ import annotations
@@ -23,17 +20,11 @@ from keyhole.errors import ConfigError, DataError
 from keyhole.tasks.kinds import Task
 from keyhole.util.wording import listed
 
-Quotas = dict[str, dict[str, int]]
-"""Number of images wanted per stratum and split."""
-
 
 def settle_splits(
     path: Path, rows: Sequence[Row], tasks: Sequence[Task], data: DataConfig, seed: int, grouped_by: str = ""
 ) -> tuple[list[Item], list[str]]:
-    """Return the items with the given splits, or with drawn ones; if only val is missing, it is drawn from training.
-
-    The strings are notes for the log.
-    """
+    """Return the items with the given splits or with drawn ones, val alone if only that is missing; and notes."""
     items = [row.item for row in rows]
     given = [row for row in rows if row.item.split]
     notes = []
@@ -99,18 +90,17 @@ def give_splits(path: Path | None) -> str:
 def check_training(where: str, items: Sequence[Item], tasks: Sequence[Task]) -> None:
     """Require a training image of every class."""
     for task in tasks:
-        seen: dict[bool, set[str]] = {True: set(), False: set()}  # by whether the image is for training
+        trained: set[str] = set()
+        others: set[str] = set()
         for item in items:
-            seen[item.split == "train"].update(task.classes_of(item.labels[task.name]))
-        lacking = [name for name in task.classes if name not in seen[True]]
+            (trained if item.split == "train" else others).update(task.classes_of(item.labels[task.name]))
+        lacking = [repr(name) for name in task.classes if name not in trained]
         if lacking:
-            has = (
-                f"only {listed(map(repr, seen[True]))}" if len(seen[True]) == 1 else f"no {listed(map(repr, lacking))}"
-            )
-            elsewhere = [repr(name) for name in lacking if name in seen[False]]
+            has = f"only {next(iter(trained))!r}" if len(trained) == 1 else f"no {listed(lacking)}"
+            if elsewhere := [repr(name) for name in task.classes if name in others - trained]:
+                has += f", other splits have {listed(elsewhere)}"
             raise DataError(
-                f"{where}: {task.name}: the training split has {has}"
-                f"{f', other splits have {listed(elsewhere)}' if elsewhere else ''}. "
+                f"{where}: {task.name}: the training split has {has}. "
                 "Give training an image of each class, or leave those images out."
             )
 
@@ -124,24 +114,14 @@ def leaking_groups(groups: Sequence[str | None], splits: Sequence[str]) -> list[
     return sorted(group for group, where in found.items() if len(where) > 1)
 
 
-# --- drawing splits ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Sample:
-    """What splitting needs to know about an image.
-
-    Attributes:
-        name: identifies the image, whatever the order of the rows.
-        group: images of one group stay together; None if the image is its own group.
-        stratum: images of one stratum are distributed in proportion.
-        classes: pairs of task and class; the training split needs at least one image of each.
-    """
+    """What splitting needs to know about an image."""
 
     name: str
-    group: str | None
-    stratum: str
-    classes: Collection[tuple[str, str]] = ()
+    group: str | None  # images of one group stay together; None if the image is its own group
+    stratum: str  # images of one stratum are distributed in proportion
+    classes: Collection[tuple[str, str]] = ()  # (task, class); the training split needs an image of each
 
 
 @dataclass(frozen=True)
@@ -167,7 +147,8 @@ def make_splits(
        A group larger than a whole held-out split goes to training.
     3. Groups move until training has every class and no split is empty.
 
-    Without groups the quotas are met exactly: each class is within one image of its share in each split.
+    Without groups the quotas are met exactly: each class is within one image of its share in each split. `remedy` says
+    how a user states splits, for messages.
     """
     splits = ["train", *(split for split in sorted(shares, reverse=True) if split != "train" and shares[split] > 0)]
     shares = {split: shares[split] / sum(shares.values()) for split in splits}
@@ -178,8 +159,7 @@ def make_splits(
             f"{len(groups)} {what}{'s' * (len(groups) != 1)} cannot be shared out to {' and '.join(splits)}. "
             f"Add more, {remedy}, or set data.val or data.test to 0."
         )
-    quotas = _quotas(Counter(sample.stratum for sample in samples), shares)
-    placed = _place(groups, quotas, shares, len(samples))
+    placed = _place(groups, _quotas(Counter(sample.stratum for sample in samples), shares), shares)
     _cover_classes(placed)
     _fill_empty(placed, remedy)
     split_of = {index: split for split, groups in placed.items() for group in groups for index in group.members}
@@ -187,7 +167,6 @@ def make_splits(
 
 
 def _groups(samples: Sequence[Sample], seed: int) -> list[_Group]:
-    """Return the groups in drawn order."""
     members = defaultdict(list)
     for index, sample in enumerate(samples):
         own = sample.group is None
@@ -204,7 +183,7 @@ def _groups(samples: Sequence[Sample], seed: int) -> list[_Group]:
     return sorted(groups, key=lambda group: group.order)
 
 
-def _quotas(counts: Mapping[str, int], shares: Mapping[str, float]) -> Quotas:
+def _quotas(counts: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, dict[str, int]]:
     """Round every share down, then give the rest, at most one per split, to the splits furthest below their total."""
     # Products such as 100 * 0.29 fall just short of the integer that is meant.
     ideal = {k: {split: count * share for split, share in shares.items()} for k, count in counts.items()}
@@ -223,8 +202,9 @@ def _quotas(counts: Mapping[str, int], shares: Mapping[str, float]) -> Quotas:
 
 
 def _place(
-    groups: Sequence[_Group], quotas: Quotas, shares: Mapping[str, float], images: int
+    groups: Sequence[_Group], quotas: Mapping[str, Mapping[str, int]], shares: Mapping[str, float]
 ) -> dict[str, list[_Group]]:
+    images = sum(group.size for group in groups)
     placed: dict[str, list[_Group]] = {split: [] for split in shares}
     lack = {split: {k: quota[split] for k, quota in quotas.items()} for split in shares}
     total = {split: sum(wants.values()) for split, wants in lack.items()}

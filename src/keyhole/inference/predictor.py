@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from keyhole.config.amounts import Bytes
 from keyhole.config.settings import Config, Decode
-from keyhole.data.companions import mask_of
+from keyhole.data.companions import masks_in
 from keyhole.data.item import Item
 from keyhole.data.resolution import NOT_KNOWN, Resolution
 from keyhole.engine import Engine, Inference
@@ -211,7 +211,7 @@ class Predictor:
         """
         items = [_item(path) for path in paths]
         if masks is not None:
-            items = [replace(item, mask=mask_of(Path(masks), item)) for item in items]
+            items = [replace(item, mask=masks_in(Path(masks)).find(item)) for item in items]
 
         def tell(item: Item, error: KeyholeError) -> None:
             if left_out is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from keyhole.errors import Interrupted
 from keyhole.inference.predictor import describe
@@ -30,7 +31,7 @@ def keep_epoch(job: Job, row: dict[str, float]) -> None:
         state.best, state.best_epoch, state.waiting = (value, loss), state.epoch + 1, 0
         metric, figure = (state.metric, value) if math.isfinite(value) or not state.metric else ("loss", loss)
         chosen = {"epoch": state.epoch + 1, "metric": metric, "value": figure if math.isfinite(figure) else None}
-        about = describe(config, job.tasks, **chosen, resolution=job.images.resolution.to_json())
+        about = describe(config, job.tasks, **chosen, resolution=asdict(job.images.resolution))
         about |= {"run": state.run, "manifest": state.manifest}
         save_model(job.run.path / "best", job.model, about)
     else:
