@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 
 from keyhole.config.settings import Config
@@ -22,10 +23,9 @@ MAX_IMBALANCE = 10
 MIN_STEP_PATCHES = 16
 """Patches of a step below which the statistics of batch norm are mostly noise (Wu and He 2018, Group Normalization)."""
 WITHOUT_BATCH_NORM = ("vit", "deit", "swin", "convnext", "beit", "eva", "mixer", "dino")
-"""Beginnings of the names of timm's encoders with layer norm instead of batch norm."""
+"""Beginnings of the names of timm's encoders with layer norm."""
 MAX_MPP_DIFFERENCE = 0.05
 """Share by which the resolutions in the CSV and in the file may differ through rounding and calibration."""
-
 ALL_IMAGES = "all images"
 
 
@@ -33,13 +33,12 @@ def count_classes(manifest: Manifest) -> dict[str, dict[str, dict[str, int]]]:
     """Count the labels per task, class and split; a regression has the one class `value`."""
     classes: dict[str, dict[str, dict[str, int]]] = {}
     for task in manifest.tasks:
-        names = task.classes or ("value",)
-        counts: Counter[tuple[str, str]] = Counter()
+        counts = {name: dict.fromkeys(SPLITS, 0) for name in task.classes or ("value",)}
         for item in manifest.items:
             label = item.labels[task.name]
-            named = task.classes_of(label) if task.classes else names if label else ()
-            counts.update((name, item.split) for name in named)
-        classes[task.name] = {name: {split: counts[name, split] for split in SPLITS} for name in names}
+            for name in task.classes_of(label) if task.classes else ("value",) if label else ():
+                counts[name][item.split] += 1
+        classes[task.name] = counts
     return classes
 
 
@@ -65,7 +64,7 @@ def about_labels(manifest: Manifest, config: Config) -> Iterator[Finding]:
 
 
 def about_bits(largest: Mapping[str, int], config: Config) -> Iterator[Finding]:
-    """Yield a finding about 16-bit images for which the number of bits in use is unknown."""
+    """Yield a finding about 16-bit images (name -> largest value) for which the number of bits in use is unknown."""
     if not largest:
         return
     most = max(largest.values())
@@ -77,8 +76,7 @@ def about_bits(largest: Mapping[str, int], config: Config) -> Iterator[Finding]:
     if config.data.on_bad_image == "skip":
         yield warning(list(largest), problem, f"{fix} Until then they are left out.")
     else:
-        found = warning(list(largest), problem, fix)
-        yield Finding(found.name, found.problem, found.fix)
+        yield replace(warning(list(largest), problem, fix), severity="error")
 
 
 def about_images(items: Sequence[Item], probed: Mapping[str, Probed], config: Config) -> Iterator[Finding]:
@@ -123,21 +121,17 @@ def _about_resolution(items: Sequence[Item], probed: Mapping[str, Probed], confi
     spread = Resolution.of(image.mpp for image in probed.values()).spread()
     if spread is not None and config.patch.mpp is None:
         yield warning(ALL_IMAGES, *spread)
-    noted = defaultdict(list)
     for item in items:
-        image = probed[item.name]
-        if item.mpp is None and image.mpp_note:
-            noted[image.mpp_note].append(item.name)
-        elif item.mpp and image.file_mpp and abs(item.mpp / image.file_mpp - 1) > MAX_MPP_DIFFERENCE:
-            problem = f"{item.mpp:g} microns per pixel in the CSV, {image.file_mpp:.4g} in the file; the CSV's is used"
+        stated = probed[item.name].file_mpp
+        if item.mpp and stated and abs(item.mpp / stated - 1) > MAX_MPP_DIFFERENCE:
+            problem = f"{item.mpp:g} microns per pixel in the CSV, {stated:.4g} in the file; the CSV's is used"
             yield warning(item.name, problem, "Correct the column `mpp`, or leave it empty there.")
-    for note, names in noted.items():
+    for note, names in _grouped({x.name: probed[x.name].mpp_note for x in items if x.mpp is None}).items():
         fix = "Give the right value in a column `mpp`; it matters where --patch.mpp is set."
         yield warning(names, f"microns per pixel are not known ({note})", fix)
 
 
 def _about_values(probed: Mapping[str, Probed]) -> Iterator[Finding]:
-    """Yield findings about images of one value, nearly black ones, and files with parts that are not read."""
     flat = [name for name, image in probed.items() if image.darkest >= image.brightest]
     dark = [name for name, image in probed.items() if image.darkest < image.brightest < MAX_DARK_VALUE]
     if flat:
@@ -145,16 +139,19 @@ def _about_values(probed: Mapping[str, Probed]) -> Iterator[Finding]:
         yield warning(flat, "every pixel looked at has one value", fix)
     if dark:
         brightest = max(probed[name].brightest for name in dark)
-        fix = (
-            "Where its values use fewer bits than the file holds, say how many: --patch.bits; else export it brighter."
-        )
+        fix = "If its values use fewer bits than the file holds, say how many: --patch.bits; else export it brighter."
         yield warning(dark, f"nearly black: no pixel looked at is above {brightest} of 255", fix)
-    noted = defaultdict(list)
-    for name, image in probed.items():
-        noted[image.note].append(name)
-    for note, names in noted.items():
+    for note, names in _grouped({name: image.note for name, image in probed.items()}).items():
+        yield warning(names, note, "Save what else you want as files of their own.")
+
+
+def _grouped(notes: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names of each note that is not empty."""
+    names = defaultdict(list)
+    for name, note in notes.items():
         if note:
-            yield warning(names, note, "Save what else you want as files of their own.")
+            names[note].append(name)
+    return names
 
 
 def _about_features(probed: Mapping[str, Probed]) -> Iterator[Finding]:
@@ -173,12 +170,8 @@ def _about_features(probed: Mapping[str, Probed]) -> Iterator[Finding]:
         problem = f"stored features of {first.describe()}, but of {origins[others[0]].describe()} in {listed(others)}"
         yield Finding(ALL_IMAGES, problem, fix)
         return
-    doubts = defaultdict(list)
-    for name, origin in origins.items():
-        doubts[origin.doubt(first)].append(name)
-    for doubt, names in doubts.items():
-        if doubt:
-            yield warning(names, doubt, "This may be intended: training says the same and goes on.")
+    for doubt, names in _grouped({name: origin.doubt(first) for name, origin in origins.items()}).items():
+        yield warning(names, doubt, "This may be intended: training says the same and goes on.")
 
 
 def about_content(items: Sequence[Item], manifest: Manifest, config: Config) -> Iterator[Finding]:
@@ -195,9 +188,7 @@ def about_content(items: Sequence[Item], manifest: Manifest, config: Config) -> 
     same = defaultdict(list)
     for item in same_size:
         same[hashes[item.name].sha256].append(item)
-    for copies in same.values():
-        if len(copies) < 2:
-            continue
+    for copies in (items for items in same.values() if len(items) > 1):
         problem = f"same content as {listed(copy.name for copy in copies[1:])}"
         differ = [task.name for task in manifest.tasks if len({copy.labels[task.name] for copy in copies}) > 1]
         splits = sorted({copy.split for copy in copies}, key=SPLITS.index)

@@ -1,7 +1,6 @@
-"""What `keyhole check` finds in one image: its size, patches, resolution and values, or why it cannot be used.
+"""What `keyhole check` finds in one image, or why it cannot be used; a process of its own runs this (`worker`).
 
-A decoder may abort the whole process on a broken file, so a process of its own runs this (`worker`). torch is not
-imported here.
+torch is not imported here.
 """
 
 from __future__ import annotations
@@ -29,81 +28,47 @@ Trouble = Literal["image", "settings", "died", "stalled", "unexpected", "output"
 
 @dataclass(frozen=True)
 class Probed:
-    """What was found in an image.
+    """What was found in an image."""
 
-    Attributes:
-        size: width and height at level 0; 0 x 0 for stored features.
-        channels: 1 or 3; the width of stored features.
-        patches: number of patches after the foreground mask.
-        level_bytes: bytes of the decoded pixels at the level that is read.
-        file_mpp: `mpp` as the file states it, whatever the CSV states.
-        mpp_note: an implausible resolution that the file states.
-        preview_problem: why there is no preview although one was asked for.
-        note: what of the file is not read.
-        darkest: smallest value of the patches that were read.
-        brightest: largest value of the patches that were read.
-        image_seconds: time to open the image and decode what all patches share.
-        patch_seconds: time to read a patch.
-        origin: of stored features, the fields of `Origin`; empty for images.
-    """
-
-    size: Size
+    size: Size  # at level 0; 0 x 0 for stored features
     levels: int
     mpp: float | None
-    channels: int
-    patches: int
-    level_bytes: int
-    file_mpp: float | None = None
-    mpp_note: str = ""
-    preview_problem: str = ""
-    note: str = ""
-    darkest: int = field(default=0, compare=False)
+    channels: int  # 1 or 3; the width of stored features
+    patches: int  # after the foreground mask
+    level_bytes: int  # of the decoded pixels at the level that is read
+    file_mpp: float | None = None  # as the file states it, whatever the CSV states
+    mpp_note: str = ""  # an implausible resolution that the file states
+    preview_problem: str = ""  # why there is no preview although one was asked for
+    note: str = ""  # what of the file is not read
+    darkest: int = field(default=0, compare=False)  # values of the patches that were read
     brightest: int = field(default=255, compare=False)
-    image_seconds: float = field(default=0.0, compare=False)
+    image_seconds: float = field(default=0.0, compare=False)  # to open and decode what all patches share
     patch_seconds: float = field(default=0.0, compare=False)
-    origin: dict[str, str | None] = field(default_factory=dict)
+    origin: dict[str, str | None] = field(default_factory=dict)  # of stored features, the fields of `Origin`
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Why an image cannot be used.
+    """Why an image cannot be used."""
 
-    Attributes:
-        problem: one line without the name of the image.
-        trouble: the kind of problem.
-        previewed: True if the preview was still made.
-        fix: what to do, if the error said it.
-        largest: largest value of an image for which only the bits in use are unknown.
-    """
-
-    problem: str
+    problem: str  # one line without the name of the image
     trouble: Trouble
-    previewed: bool = False
-    fix: str = ""
-    largest: int | None = None
+    previewed: bool = False  # the preview was still made
+    fix: str = ""  # if the error said it
+    largest: int | None = None  # largest value of an image for which only the bits in use are unknown
 
 
 @dataclass(frozen=True)
 class Request:
-    """An image to open, in types that JSON holds.
-
-    Attributes:
-        path: the image, or the file of features.
-        patch: the patch settings of `FileOpener`.
-        image_mpp: microns per pixel that override the file's own.
-        mask: PNG or GeoJSON of the foreground.
-        features: True if `path` holds stored features.
-        name: name of the image, for the preview.
-        preview: PNG to write of the foreground and the grid.
-    """
+    """An image or file of features to open, in types that JSON holds."""
 
     path: str
-    patch: dict[str, Any]
-    image_mpp: float | None = None
+    patch: dict[str, Any]  # the patch settings of `FileOpener`
+    image_mpp: float | None = None  # overrides the file's own
     mask: str | None = None
-    features: bool = False
-    name: str = ""
-    preview: str | None = None
+    features: bool = False  # `path` holds stored features
+    name: str = ""  # for the preview
+    preview: str | None = None  # PNG to write of the foreground and the grid
 
 
 def probe_here(request: Request) -> Probed | Failed:
@@ -175,17 +140,8 @@ def _probe_features(path: Path, name: str) -> Probed:
     source = FeatureOpener(path, name)()
     try:
         image, patch = _seconds(time.perf_counter() - began, source.read, len(source))
-        return Probed(
-            size=Size(0, 0),
-            levels=1,
-            mpp=None,
-            channels=source.patch_shape[0],
-            patches=len(source),
-            level_bytes=0,
-            image_seconds=image,
-            patch_seconds=patch,
-            origin=asdict(source.origin),
-        )
+        probed = Probed(Size(0, 0), 1, None, source.patch_shape[0], len(source), level_bytes=0)
+        return replace(probed, image_seconds=image, patch_seconds=patch, origin=asdict(source.origin))
     finally:
         source.close()
 
@@ -228,11 +184,8 @@ def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, request: 
     mpp = "unknown microns per pixel" if image.mpp is None else f"{image.mpp:.4g} microns per pixel"
     at = f"level {full.level}" if opener.mpp is None else f"{opener.mpp:g} microns per pixel"
     step = f", stride {full.stride}" if full.stride != full.size else ""
-    minimum = f", at least {100 * opener.min_foreground:.3g} % of a patch"
-    caption = [
-        request.name or request.path,
-        f"{image.size.width:,} x {image.size.height:,} pixels, {mpp}",
-        f"patches of {full.size} px{step} at {at}; foreground {opener.foreground}"
-        f"{minimum if FOREGROUND_RULES[opener.foreground].uses_share else ''}",
-    ]
+    patches = f"patches of {full.size} px{step} at {at}; foreground {opener.foreground}"
+    if FOREGROUND_RULES[opener.foreground].uses_share:
+        patches += f", at least {100 * opener.min_foreground:.3g} % of a patch"
+    caption = [request.name or request.path, f"{image.size.width:,} x {image.size.height:,} pixels, {mpp}", patches]
     mask_preview(image, full, grid, opener.foreground_mask(), caption, path)

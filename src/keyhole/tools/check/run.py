@@ -26,6 +26,7 @@ from keyhole.tools.check.look import Failed, Probed, Request, Trouble
 from keyhole.tools.check.worker import probe_all
 from keyhole.training.duration import Work
 from keyhole.util.files import writable_folder
+from keyhole.util.wording import counted
 
 LABELS = "one folder per class with its images in it, or a CSV with the columns image and label."
 SKIP = "Or leave it out: --data.on-bad-image skip."
@@ -41,7 +42,7 @@ FIXES: Mapping[Trouble, str] = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Smallest value, median, largest value and sum of a quantity over the images."""
+    """A quantity over the images."""
 
     min: float
     median: float
@@ -51,33 +52,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found.
+    """What `check` found."""
 
-    Attributes:
-        images: number of images that can be used.
-        classes: per task and class, the labels per split; a regression has the one class `value`.
-        spreads: of width, height, levels, channels, mpp where known, and patches; of features their width.
-        findings: errors first.
-        left_out: files and rows that are not used.
-        notes: decisions, such as drawn splits.
-        memory: whether decoded images would stay in memory, and why; empty for stored features.
-        work: what a run has to do with these images.
-        time: how long a run will take, if it is worth a line.
-        reading: mean seconds of an image and of a patch on one thread; None if nothing was read.
-        previews: folder with a picture per image of the foreground mask and the patches, or None.
-    """
-
-    images: int
-    classes: dict[str, dict[str, dict[str, int]]]
-    spreads: dict[str, Spread]
-    findings: tuple[Finding, ...]
-    left_out: tuple[LeftOut, ...]
-    notes: tuple[str, ...]
-    memory: str
-    previews: str | None = None
-    work: Work | None = None
-    reading: tuple[float, float] | None = None
-    time: str = ""
+    images: int  # that can be used
+    classes: dict[str, dict[str, dict[str, int]]]  # labels per task, class and split; a regression has `value`
+    spreads: dict[str, Spread]  # of width, height, levels, channels, mpp where known, patches, width of features
+    findings: tuple[Finding, ...]  # errors first
+    left_out: tuple[LeftOut, ...]  # files and rows that are not used
+    notes: tuple[str, ...]  # decisions, such as drawn splits
+    memory: str  # whether decoded images would stay in memory, and why; empty for stored features
+    previews: str | None = None  # folder with a picture per image of the foreground mask and the patches
+    work: Work | None = None  # what a run has to do with these images
+    reading: tuple[float, float] | None = None  # mean seconds of an image and of a patch on one thread
+    time: str = ""  # how long a run will take, if it is worth a line
 
     @property
     def ok(self) -> bool:
@@ -182,7 +169,8 @@ def check(
     decoded = sum(image.level_bytes for image in probed.values())
     resident, memory = fits(decoded, config.data.cache) if decoded else (False, "")
     train, val = ([probed[item.name].patches for item in good if item.split == name] for name in ("train", "val"))
-    seconds = [(image.image_seconds, image.patch_seconds) for image in probed.values()]
+    opening = [image.image_seconds for image in probed.values()]
+    reading = [image.patch_seconds for image in probed.values()]
     return CheckReport(
         images=len(good),
         classes=count_classes(usable),
@@ -193,7 +181,7 @@ def check(
         memory=memory,
         previews=None if folder is None else str(folder),
         work=Work(len(train), sum(train), len(val), sum(val), config.select.m, config.train.epochs, 0.0, resident),
-        reading=(statistics.mean(x for x, _ in seconds), statistics.mean(x for _, x in seconds)) if seconds else None,
+        reading=(statistics.mean(opening), statistics.mean(reading)) if probed else None,
     )
 
 
@@ -224,43 +212,34 @@ def _missing(manifest: Manifest, config: Config) -> tuple[list[Finding], list[Le
 
 
 def _requests(items: Sequence[Item], config: Config, previews: Path | None) -> list[Request]:
-    pictures = preview_names([item.name for item in items])
-    return [
-        Request(
-            path=str(item.source),
-            patch=config.patch.model_dump(),
-            image_mpp=item.mpp,
-            mask=None if item.mask is None else str(item.mask),
-            features=item.features is not None,
-            name=item.name,
-            preview=None if previews is None else str(previews / picture),
-        )
-        for item, picture in zip(items, pictures, strict=True)
-    ]
+    requests = []
+    for item, picture in zip(items, preview_names([item.name for item in items]), strict=True):
+        mask = None if item.mask is None else str(item.mask)
+        preview = None if previews is None else str(previews / picture)
+        features = item.features is not None
+        patch = config.patch.model_dump()
+        requests.append(Request(str(item.source), patch, item.mpp, mask, features, item.name, preview))
+    return requests
 
 
 def _list_previews(folder: Path, requests: Sequence[Request]) -> list[str]:
-    """Remove the previews of an earlier check and list those of this one; return a note about the removed ones.
-
-    keyhole and people then do not take them for images, or for previews of this check.
-    """
+    """Remove the previews of an earlier check and list those of this one; return a note about the removed ones."""
     rows = [(request.name, Path(str(request.preview)).name) for request in requests if not request.features]
     pictures = {picture for _, picture in rows}
-    listed = listed_previews(folder)
-    earlier = {name for name in listed if Path(name).name == name and name.endswith(".png")}
+    earlier = {name for name in listed_previews(folder) if Path(name).name == name and name.endswith(".png")}
     for name in sorted(pictures - earlier):
         if os.path.lexists(folder / name):
             raise OutputError(f"{folder / name}: not a preview of keyhole check. Choose another folder: --previews DIR")
     present = {name for name in earlier if (folder / name).is_file()}
     for name in present:
         (folder / name).unlink()
-    if listed:
-        (folder / PREVIEW_LIST).unlink(missing_ok=True)
+    if listed_previews(folder):
+        (folder / PREVIEW_LIST).unlink()
     if rows:
         write_csv(folder / PREVIEW_LIST, [("image", "preview"), *rows])
     removed = len(present - pictures)
-    plural = "preview" if removed == 1 else "previews"
-    return [f"{folder}: removed {removed} earlier {plural} of images that are not checked now"] if removed else []
+    said = f"{folder}: removed {counted(removed, 'earlier preview')} of images that are not checked now"
+    return [said] if removed else []
 
 
 def _finding(item: Item, request: Request, failed: Failed, config: Config) -> Finding:

@@ -1,8 +1,7 @@
 """Open images in another process, which a broken file may crash or block.
 
-`ImageProbe` is the parent's end. `main` is the other end: it answers each JSON line on its standard input with one JSON
-line, and sends empty lines while data arrive, since a gigapixel image without smaller levels takes minutes to read.
-torch is not imported here.
+`ImageProbe` is the parent's end. `main` is the other end: it answers each JSON line with one JSON line, and sends empty
+lines while data arrive, since a gigapixel image may take minutes to read. torch is not imported here.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ BEAT_SECONDS = 1.0
 
 
 def probe_all(requests: Sequence[Request], stall: float, threads: int | None) -> Generator[Probed | Failed]:
-    """Yield the result of every image in order, from a few processes at a time."""
+    """Yield the result of every image in order; `stall` seconds may pass without data from an image."""
     probes = [ImageProbe(stall) for _ in range(min(len(requests), MAX_PROCESSES, threads or os.cpu_count() or 1))]
     free: queue.SimpleQueue[ImageProbe] = queue.SimpleQueue()
     for probe in probes:
