@@ -25,8 +25,7 @@ from keyhole.cli.main import main
 from keyhole.config.settings import DataConfig
 from keyhole.data.manifest import read_manifest
 from keyhole.datasets import tiff_pyramid
-from keyhole.datasets.slide_texture import REACH
-from keyhole.datasets.slide_tissue import no_nests
+from keyhole.datasets.slide_tissue import REACH, no_nests
 from keyhole.datasets.slides import (
     MAX_NEST_SHARE,
     MAX_SIDE,

@@ -8,9 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from keyhole.data.item import DataTable, Item, LeftOut, Row, absolute
 from keyhole.data.listing import list_images, system_folder
@@ -43,12 +41,12 @@ def read_folder(path: Path, ignore: Mapping[Path, str] | None = None) -> DataTab
     files, left_out = list_images(path, ignore, generated=True)
     skipped = {left.name for left in left_out}
     places = [file.relative_to(path).parts[:-1] for file in files]
-    layout = find_layout(path, places)
-    table = DataTable((FOLDER_TASK,), [], left_out, [f"{path}: {note}" for note in layout.notes])
+    split_at, notes = _find_layout(path, places)
+    table = DataTable((FOLDER_TASK,), [], left_out, [f"{path}: {note}" for note in notes])
     filled = set()
     for file, folders in zip(files, places, strict=True):
         name = file.relative_to(path).as_posix()
-        place = layout.place(folders)
+        place = _place(folders, split_at)
         if isinstance(place, str):
             left_out.append(LeftOut(name, place))
             continue
@@ -61,7 +59,7 @@ def read_folder(path: Path, ignore: Mapping[Path, str] | None = None) -> DataTab
         )
     first_folders = {folders[0] for folders in places if folders}
     for outer in _folders(path):
-        holds_classes = layout.split_at == 0 and bool(split_named(outer.name))
+        holds_classes = split_at == 0 and bool(split_named(outer.name))
         for folder in _folders(outer) if holds_classes else [outer] if outer.name not in first_folders else []:
             name = folder.relative_to(path).as_posix()
             if name not in filled and skipped.isdisjoint({f"{name}/", f"{outer.name}/"}):
@@ -93,33 +91,25 @@ def check_classes(path: Path, table: DataTable) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The meaning of the folders below a path.
+def _place(folders: Sequence[str], split_at: int | None) -> tuple[str, str] | str:
+    """Return (split, class) of an image from the names of its folders, outermost first; or why it has no class."""
+    if not folders:
+        return "not in a class folder"
+    if split_at is None:
+        return "", folders[0]
+    if split_at == 0 and not split_named(folders[0]):
+        return "not under train, val or test"
+    if len(folders) == 1:
+        unlabelled = f"in the split {folders[0]}, but not in a class folder: it has no label"
+        return unlabelled if split_at == 0 else "not in a split folder"
+    return split_named(folders[split_at]), folders[1 - split_at]
 
-    `split_at` is the depth of the split folders: None if there are none, 0 for `SPLIT/CLASS/image`, 1 for
-    `CLASS/SPLIT/image`. Images may lie deeper.
+
+def _find_layout(path: Path, places: Sequence[Sequence[str]]) -> tuple[int | None, list[str]]:
+    """Return the depth of the split folders, and notes: 0 for `SPLIT/CLASS/image`, 1 for `CLASS/SPLIT/image`, or None.
+
+    Images may lie deeper. `places` are the names of the folders that each image is in, outermost first.
     """
-
-    split_at: Literal[0, 1] | None = None
-    notes: tuple[str, ...] = ()
-
-    def place(self, folders: Sequence[str]) -> tuple[str, str] | str:
-        """Return (split, class) of an image from the names of its folders, outermost first; or why it has no class."""
-        if not folders:
-            return "not in a class folder"
-        if self.split_at is None:
-            return "", folders[0]
-        if self.split_at == 0 and not split_named(folders[0]):
-            return "not under train, val or test"
-        if len(folders) == 1:
-            unlabelled = f"in the split {folders[0]}, but not in a class folder: it has no label"
-            return unlabelled if self.split_at == 0 else "not in a split folder"
-        return split_named(folders[self.split_at]), folders[1 - self.split_at]
-
-
-def find_layout(path: Path, places: Sequence[Sequence[str]]) -> Layout:
-    """Return the layout of a folder from the names of the folders that each image is in, outermost first."""
     # Number of images by the names of the first and the second folder; the second is empty for images in the first
     tree: dict[str, Counter[str]] = defaultdict(Counter)
     for folders in places:
@@ -135,7 +125,7 @@ def find_layout(path: Path, places: Sequence[Sequence[str]]) -> Layout:
             )
         bare = [f"{tree[name]['']} in {name}" for name in splits if tree[name][""]]
         note = f"images without a class folder have no label and are left out: {', '.join(bare)}"
-        return Layout(0, (note,) if bare else ())
+        return 0, [note] if bare else []
     if splits and (not others or len({split_named(name) for name in splits}) > 1):
         are, hold = ("is named like a split", "holds") if len(splits) == 1 else ("are named like splits", "hold")
         raise DataError(
@@ -152,7 +142,7 @@ def find_layout(path: Path, places: Sequence[Sequence[str]]) -> Layout:
             "classes alike, or give a CSV with the columns image, label and split."
         )
     if split:
-        return Layout(1, ("the folders in each class are read as its splits",))
+        return 1, ["the folders in each class are read as its splits"]
     if len(tree) > 1 and all(_FOLD.fullmatch(name) and "" not in subs for name, subs in tree.items()):
         raise DataError(
             f"{path}: {listed(tree)} are named like folds, not like classes. Give a CSV with the columns image, "
@@ -164,7 +154,7 @@ def find_layout(path: Path, places: Sequence[Sequence[str]]) -> Layout:
         f"the classes are {listed(tree)}; the folders {listed(sorted(common))} in each of them are not classes "
         "(if they should be, give a CSV)"
     )
-    return Layout(None, (note,) if len(common) > 1 else ())
+    return None, [note] if len(common) > 1 else []
 
 
 def _folders(path: Path) -> list[Path]:

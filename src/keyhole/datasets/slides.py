@@ -4,8 +4,8 @@ A positive slide holds small nests of three nuclei that are hollow instead of fi
 tissue. Nothing else depends on the label: the same seed gives the same slide with and without nests, and hollow nuclei
 absorb as much light as filled ones, so that neither a thumbnail nor an amount of tissue or colour shows the class.
 
-Every tile is computed by itself from coarse maps (`slide_tissue`) and periodic pictures (`slide_texture`), and streams
-into the file (`tiff_pyramid`): memory does not grow with the slide.
+Every tile is computed by itself from coarse maps and periodic pictures (`slide_tissue`), and streams into the file
+ (`tiff_pyramid`): memory does not grow with the slide.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.datasets import slide_tissue
-from keyhole.datasets.slide_texture import NUCLEI, STROMA, Texture, make_texture
-from keyhole.datasets.slide_tissue import EDGE, MAX_NEST_SHARE, Nests, Tissue, nest_mask, no_nests
+from keyhole.datasets.slide_tissue import EDGE, MAX_NEST_SHARE, NUCLEI, STROMA, Nests, Number, Texture, Tissue, no_nests
 from keyhole.datasets.tiff_pyramid import TILE, Pixels, write_pyramid
 from keyhole.errors import ConfigError, OutputError
 from keyhole.images.geometry import Box, Size
@@ -33,26 +31,17 @@ MIN_SIDE, MAX_SIDE = 2048, 200_000
 MPP = 0.5
 CLASSES = ("negative", "positive")
 _ROUGH = 12  # standard deviation of the edge of tissue in pixels
-Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
 class Slide:
-    """A slide that was written.
-
-    Attributes:
-        path: the file.
-        positive: True if it has nests.
-        nests: boxes of the nests (k, 4): x, y, width, height in level-0 pixels.
-        nest_pixels: pixels of each nest (k,) that differ from the same slide without it.
-        tissue: number of level-0 pixels that are tissue, fat included.
-    """
+    """A slide that was written."""
 
     path: Path
-    positive: bool
-    nests: NDArray[np.int64]
-    nest_pixels: NDArray[np.int64]
-    tissue: int
+    positive: bool  # it has nests
+    nests: NDArray[np.int64]  # their boxes (k, 4): x, y, width, height in level-0 pixels
+    nest_pixels: NDArray[np.int64]  # pixels of each (k,) that differ from the same slide without it
+    tissue: int  # number of level-0 pixels that are tissue, fat included
 
 
 def make_slide(
@@ -140,8 +129,8 @@ class SlideSet:
         """Return the cell `split` of slide `number`; empty without splits."""
         if not self.val and not self.test:
             return ()
-        train = self.count - self.val - self.test
-        return ("train" if number < train else "val" if number < train + self.val else "test",)
+        left = self.count - number
+        return ("test" if left <= self.test else "val" if left <= self.test + self.val else "train",)
 
 
 def make_slides(out: Path, slides: SlideSet | None = None, progress: Callable[[int], None] | None = None) -> Path:
@@ -234,11 +223,7 @@ class Scene:
         return light.astype(np.uint8)
 
     def write(
-        self,
-        path: Path,
-        mpp: float = MPP,
-        threads: int | None = None,
-        progress: Callable[[int], None] | None = None,
+        self, path: Path, mpp: float = MPP, threads: int | None = None, progress: Callable[[int], None] | None = None
     ) -> Slide:
         """Write the slide; see `make_slide`. The bytes do not depend on the number of threads."""
         side, glass, nests = self.tissue.side, self.texture.glass, self.nests
@@ -252,7 +237,7 @@ class Scene:
         if nests is None:
             return filled
         hollow = _piece(self.texture.hollow, self.nuclei_at, column, row)
-        nest = nest_mask(self.nests.nuclei[nests], Box(column * TILE, row * TILE, TILE, TILE))
+        nest = slide_tissue.nest_mask(self.nests.nuclei[nests], Box(column * TILE, row * TILE, TILE, TILE))
         return np.where(nest[:, :, None], hollow, filled)
 
     def _cover(self, map_: NDArray[np.float32], column: int, row: int) -> NDArray[np.uint16]:
@@ -273,7 +258,7 @@ def draw_scene(side: int, seed: int | Sequence[int], *, tissue: float | None = N
     _check_slide(side, seed, tissue)
     entropy = [seed] if isinstance(seed, int) else list(seed)
     rng, nest_rng = (np.random.default_rng([*entropy, purpose]) for purpose in (0, 1))
-    texture = make_texture(rng)
+    texture = slide_tissue.make_texture(rng)
     where = slide_tissue.make_tissue(rng, side, tissue)
     stroma_at, nuclei_at, fat_at = (
         (int(x), int(y)) for x, y in (rng.integers(0, period, 2) for period in (STROMA, NUCLEI, STROMA))
