@@ -60,10 +60,10 @@ def with_columns_read(path: Path, table: DataTable, group: str, asked: Collectio
     chosen = _group_column(path, table, group, named)
     rows, doubts = table.rows, list(table.doubts)
     if group == "none":
-        rows = [replace(row, item=replace(row.item, group=None)) for row in rows]
+        rows = [row.but(group=None) for row in rows]
     elif chosen:
         identifying[chosen] = GROUP_REASON
-        rows = [replace(row, item=replace(row.item, group=row.item.labels[chosen] or None)) for row in rows]
+        rows = [row.but(group=row.item.labels[chosen] or None) for row in rows]
     elif named:
         doubts += _divided_patients(named[0], texts[named[0]], rows)
     return replace(table, rows=rows, identifying=identifying, grouped_by=chosen, doubts=doubts)
@@ -92,7 +92,7 @@ def without_missing_words(table: DataTable, words: Collection[str], classes: Col
     rows = []
     for row in table.rows:
         labels = {name: "" if text in unknown[name] else text for name, text in row.item.labels.items()}
-        rows.append(replace(row, item=replace(row.item, labels=labels)))
+        rows.append(row.but(labels=labels))
     return replace(table, rows=rows, missing=unknown)
 
 
@@ -166,9 +166,7 @@ def _with_split(path: Path, table: DataTable, texts: Mapping[str, Sequence[str]]
     for name, cells in texts.items():
         roles = {split_named(text) for text in set(cells) if text}
         if "train" in roles and len(roles) > 1 and "" not in roles:
-            rows = [
-                replace(row, item=replace(row.item, split=split_named(row.item.labels[name]))) for row in table.rows
-            ]
+            rows = [row.but(split=split_named(row.item.labels[name])) for row in table.rows]
             note = f"{path}: `{name}` is read as the split ({listed(sorted({text for text in cells if text}), 8)})"
             return replace(table, rows=rows, notes=[*table.notes, note], identifying={name: "names the split"})
     return table

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from keyhole.patches.features.source import FEATURE_SUFFIXES as FEATURE_SUFFIXES
 from keyhole.util.wording import listed
@@ -53,6 +53,10 @@ class Row:
 
     item: Item
     where: str
+
+    def but(self, **facts: Any) -> Row:
+        """Return the row with other facts of its item."""
+        return Row(replace(self.item, **facts), self.where)
 
 
 @dataclass(frozen=True)

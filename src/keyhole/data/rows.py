@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from keyhole.config.settings import DataConfig
 from keyhole.data.columns import with_columns_read, without_missing_words
@@ -87,8 +87,8 @@ def usable_rows(
     by_name: dict[str, Row] = {}
     missing: list[str] = []
     for row in table.rows:
-        item = replace(row.item, labels={name: row.item.labels[name] for name in names})
-        row = replace(row, item=item)
+        row = row.but(labels={name: row.item.labels[name] for name in names})
+        item = row.item
         before = first.setdefault(item.image, row)
         if before is not row:
             _check_same(path, before, row)
@@ -153,12 +153,12 @@ def moved_to(manifest: Path, table: DataTable, root: Path) -> DataTable:
     root = absolute(root.expanduser())
     if not root.is_dir():
         raise DataError(f"{root}: no such folder. --root names the folder that the images of {manifest} were moved to.")
-    files = [row.item.source for row in table.rows]
-    common = Path(os.path.commonpath([file.parent for file in files]))
-    old = _old_root(files, common, root)
+    sources = [row.item.source for row in table.rows]
+    common = Path(os.path.commonpath([file.parent for file in sources]))
+    old = _old_root(sources, common, root)
     if old is None:
         raise DataError(
-            f"{root}: none of the {len(files)} images of {manifest} is there, such as {files[0].name}. "
+            f"{root}: none of the {len(sources)} images of {manifest} is there, such as {sources[0].name}. "
             f"Name the folder that now holds what was in {common}, or one above it: --root DIR"
         )
 
@@ -168,8 +168,8 @@ def moved_to(manifest: Path, table: DataTable, root: Path) -> DataTable:
 
     rows = []
     for row in table.rows:
-        moved: dict[str, Any] = {name: now(file) for name in FILES if (file := getattr(row.item, name)) is not None}
-        rows.append(replace(row, item=replace(row.item, image=now(row.item.image), **moved)))
+        files = {name: now(file) for name in ("image", *FILES) if (file := getattr(row.item, name)) is not None}
+        rows.append(row.but(**files))
     return replace(table, rows=rows)
 
 

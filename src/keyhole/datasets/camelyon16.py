@@ -90,9 +90,8 @@ class Camelyon16:
         optional = [name for name in ("mask", "features") if any(getattr(slide, name) for slide in self.slides)]
         rows = [["image", "label", "split", "annotation", *optional]]
         for slide in self.slides:
-            paths = [getattr(slide, name) for name in ("annotation", *optional)]
-            files = ["" if path is None else _relative(path, folder) for path in paths]
-            rows.append([_relative(slide.image, folder), slide.labels["label"], slide.split, *files])
+            image, *files = (_relative(getattr(slide, name), folder) for name in ("image", "annotation", *optional))
+            rows.append([image, slide.labels["label"], slide.split, *files])
         return csv_text(rows)
 
     def problem_table(self) -> str:
@@ -214,15 +213,12 @@ def _usable(found: Found, labels: Mapping[str, str]) -> list[Item]:
 
 def _with_splits(found: Found, slides: list[Item], val: float, seed: int) -> list[Item]:
     """Take test as published and draw validation from training; with too few slides, all are for training."""
-    training = [slide for slide in slides if not slide.name.startswith("test")]
-    splits = {slide.name: "test" for slide in slides} | {slide.name: "train" for slide in training}
+    training = {slide.name: slide.labels["label"] for slide in slides if not slide.name.startswith("test")}
+    splits = {slide.name: "train" if slide.name in training else "test" for slide in slides}
     if training and val > 0:
-        samples = [
-            Sample(slide.name, None, label, [("label", label)]) for slide in training for label in slide.labels.values()
-        ]
+        samples = [Sample(name, None, label, [("label", label)]) for name, label in training.items()]
         try:
-            drawn = make_splits(samples, {"train": 1 - val, "val": val}, seed)
-            splits |= {slide.name: split for slide, split in zip(training, drawn, strict=True)}
+            splits |= zip(training, make_splits(samples, {"train": 1 - val, "val": val}, seed), strict=True)
         except DataError:
             found.problem("validation", f"{len(training)} training slides are too few to hold some out; none is")
     return [replace(slide, split=splits[slide.name]) for slide in slides]
@@ -266,7 +262,9 @@ def _compare(found: Found, slides: list[Item], labels: Mapping[str, str]) -> Non
         found.problem("training", f"slides of {' and '.join(trained) or 'neither class'} only: nothing to tell apart")
 
 
-def _relative(path: Path, folder: Path) -> str:
+def _relative(path: Path | None, folder: Path) -> str:
+    if path is None:
+        return ""
     try:
         return os.path.relpath(path, folder)
     except ValueError:  # on another drive
@@ -310,11 +308,11 @@ def _files(root: Path, found: Found) -> Iterator[Path]:
 
     for folder, folders, names in os.walk(root, onerror=cannot, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = sorted(name for name in folders if name.lower() not in IGNORED_FOLDERS and name[0] != ".")
         if real in seen:
-            folders[:] = []
+            folders.clear()
             continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if name.lower() not in IGNORED_FOLDERS and name[0] != ".")
         yield from (Path(folder, name) for name in sorted(names) if name[0] != ".")
 
 
