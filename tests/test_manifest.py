@@ -445,7 +445,7 @@ def test_data_that_are_not_there_or_no_data_are_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(DataError, match=message):
             read_manifest(DataConfig(path=path))
-    with pytest.raises(KeyholeError, match=re.escape("data.val (=0.5) and data.test (=0.5) leave nothing")):
+    with pytest.raises(KeyholeError, match=re.escape("data.val (=0.5) and data.test (=0.5) must leave images")):
         read_manifest(DataConfig(path=write(tmp_path / "l.csv", TWELVE), val=0.5, test=0.5))
 
 

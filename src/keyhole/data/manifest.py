@@ -130,7 +130,7 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
 
     Raises:
         DataError: the data cannot be learned from; the message names the file and, in a CSV, the line.
-        ConfigError: the shares leave nothing to train on, or a kind of task is unknown.
+        ConfigError: a kind of task is unknown.
 
     Example:
         >>> from pathlib import Path

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from keyhole.config.settings import DataConfig
 from keyhole.data.item import SPLITS, Item, Row
-from keyhole.errors import ConfigError, DataError
+from keyhole.errors import DataError
 from keyhole.tasks.kinds import Task
 from keyhole.util.wording import listed
 
@@ -29,8 +29,6 @@ def settle_splits(
     given = [row for row in rows if row.item.split]
     notes = []
     if not given:
-        if data.val + data.test >= 1:
-            raise ConfigError(f"data.val (={data.val}) and data.test (={data.test}) leave nothing to train on.")
         shares = {"train": 1 - data.val - data.test, "val": data.val, "test": data.test}
         items = _drawn(path, items, tasks, shares, seed, grouped_by)
         counts = Counter(item.split for item in items)
