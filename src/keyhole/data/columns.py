@@ -36,8 +36,7 @@ _IDENTIFIER = re.compile(
 )
 _ENDS_IN_ID = re.compile(r"\w+_id")
 _YES_OR_NO = {"0", "1", "yes", "no", "true", "false", "y", "n", "case", "control", "healthy", "patient"}
-MIN_COUNTING_ROWS = 5
-"""Rows from which on numbers that rise by one count as row numbers."""
+MIN_COUNTING_ROWS = 5  # rows from which on numbers that rise by one count as row numbers
 SPREADSHEET_ERRORS = frozenset({"#ref!", "#value!", "#div/0!", "#name?", "#num!", "#null!", "#na"})
 UNKNOWN_AMONG_NUMBERS = frozenset({"none", "?", "-", ".", "missing", "unknown"})
 """Words, in lower case, that mean an unknown label if every other cell of the column is a number."""

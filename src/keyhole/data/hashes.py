@@ -16,8 +16,7 @@ from keyhole.images.image import folder_suffixes
 from keyhole.util.files import file_size
 from keyhole.util.threads import ReadingThreads, beat
 
-READ_BYTES = 8 << 20
-"""Bytes that are read at a time; each read restarts the stall limit."""
+READ_BYTES = 8 << 20  # bytes that are read at a time; each read restarts the stall limit
 OTHER_CONTENT = "other content of the same size"
 
 

@@ -17,10 +17,8 @@ from keyhole.data.item import FEATURE_SUFFIXES, LeftOut, absolute
 from keyhole.errors import DataError
 from keyhole.images.image import folder_suffixes, image_suffixes
 
-PREVIEW_FOLDER = "keyhole-check"
-"""Default folder for the previews of `keyhole check`."""
-PREVIEW_LIST = "previews.csv"
-"""File in a folder of previews that lists them."""
+PREVIEW_FOLDER = "keyhole-check"  # default folder for the previews of `keyhole check`
+PREVIEW_LIST = "previews.csv"  # file in a folder of previews that lists them
 SYSTEM_FOLDERS: Mapping[str, str] = {
     "@eadir": "thumbnails of a Synology NAS",
     "@tmp": "system folder of a NAS",

@@ -33,8 +33,7 @@ RELATIVE_PATHS = (
     "--data.on-bad-image skip leaves them out."
 )
 MOVED_FILES = "If they were moved, name the folder that holds them now: --root DIR"
-Targets = NDArray[Any]
-"""Encoded labels (n, w): float64 for regression, else float32."""
+Targets = NDArray[Any]  # encoded labels (n, w): float64 for regression, else float32
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ RESERVED = ("image", "name", "split", "group", "mpp", *FILES, "sha256", "bytes")
 CLAM_COLUMNS = {"slide_id": "image", "case_id": "group"}
 """Columns of CLAM's lists of labels and the columns that they stand for: they name a slide's features, not its file."""
 DELIMITERS = ",;\t"
-MAX_CSV_BYTES = 1 << 30
-"""A million rows take a tenth of this."""
+MAX_CSV_BYTES = 1 << 30  # a million rows take a tenth of this
 
 
 def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> DataTable:

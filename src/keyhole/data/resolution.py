@@ -8,8 +8,7 @@ from typing import Any
 
 TOLERANCE = 1.2
 """Largest ratio of two resolutions that count as alike: scanners of one nominal magnification differ by less."""
-MAX_MICROSCOPE_MPP = 20.0
-"""Coarser values are the print resolution of a photograph and do not describe what it shows."""
+MAX_MICROSCOPE_MPP = 20.0  # coarser values are the print resolution of a photograph and do not describe what it shows
 HOW_TO_GIVE = "a column `mpp` in a CSV, or --mpp of predict"
 
 
@@ -67,5 +66,4 @@ class Resolution:
         )
 
 
-NOT_KNOWN = Resolution()
-"""The resolution of a model that does not state it."""
+NOT_KNOWN = Resolution()  # the resolution of a model that does not state it

@@ -22,8 +22,7 @@ from keyhole.util.wording import listed
 
 MISSING_FILE = "no such file"
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")
-SAMPLE_FILES = 16
-"""Number of files that are looked up first, to rule out a folder quickly."""
+SAMPLE_FILES = 16  # number of files that are looked up first, to rule out a folder quickly
 
 
 def read_rows(data: DataConfig, asked: Sequence[str], classes: Sequence[str] = ()) -> tuple[DataTable, Path]:

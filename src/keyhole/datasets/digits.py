@@ -24,19 +24,14 @@ from keyhole.util.files import csv_text, writable_folder, write_atomic
 
 Pixels = NDArray[np.uint8]
 
-CLASSES = (0, 2, 4, 6, 7)
-"""Digits that are hard to confuse even at 8 x 8; guessing gives 0.20."""
-COPIES = (13, 16)
-"""Fewest and most copies of its digit in an image."""
-CLUTTER = (8, 14)
-"""Fewest and most doodles on 1536 x 1536 pixels; other sizes in proportion to the area."""
+CLASSES = (0, 2, 4, 6, 7)  # digits that are hard to confuse even at 8 x 8; guessing gives 0.20
+COPIES = (13, 16)  # fewest and most copies of its digit in an image
+CLUTTER = (8, 14)  # fewest and most doodles on 1536 x 1536 pixels; other sizes in proportion to the area
 STROKES = (2, 4)
 MAX_DIGIT_SHARE = 0.01
-MIN_SIDE = 1500
-"""In a smaller image the digits could exceed their share."""
+MIN_SIDE = 1500  # in a smaller image the digits could exceed their share
 QUALITY = 90
-SCALE = (3.6, 4.2)
-"""Pixels of the image per pixel of an 8 x 8 source."""
+SCALE = (3.6, 4.2)  # pixels of the image per pixel of an 8 x 8 source
 MAX_TURN = 12.0  # degrees: a digit keeps its meaning
 DIGIT_INK = (3.3, 5.3)
 """A doodle gets strokes until the mean of its 8 x 8 source exceeds a value in here; handwriting has 4.9 +- 0.5."""

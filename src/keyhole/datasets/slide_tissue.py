@@ -21,31 +21,21 @@ from keyhole.images.geometry import Box
 Values = NDArray[np.float32]
 Number = TypeVar("Number", bound=np.generic)
 
-STROMA, NUCLEI = 1024, 1280
-"""Periods in pixels."""
-COLUMNS, ROWS = 100, 116
-"""Places for nuclei in a period: a triangular lattice of 12.8 by 11 px with jitter."""
+STROMA, NUCLEI = 1024, 1280  # periods in pixels
+COLUMNS, ROWS = 100, 116  # places for nuclei in a period: a triangular lattice of 12.8 by 11 px with jitter
 JITTER = 1.4
 RADIUS = (3.6, 4.9)  # half axes of nuclei in pixels
-REACH = 6
-"""Pixels around its centre that hold nearly all of a nucleus."""
+REACH = 6  # pixels around its centre that hold nearly all of a nucleus
 _EOSIN = (0.07, 0.99, 0.11)
 _HEMATOXYLIN = (0.65, 0.70, 0.29)
-_CYTOPLASM = 0.05
-"""Amount of hematoxylin outside of nuclei."""
-_FULL = 2.5
-"""Amount of a dye at the value 255."""
-CELLS = 192
-"""Cells along each side of a map."""
-EDGE = 64
-"""Pixels around an edge of tissue within which it is rough; further inside, everything is tissue."""
+_CYTOPLASM = 0.05  # amount of hematoxylin outside of nuclei
+_FULL = 2.5  # amount of a dye at the value 255
+CELLS = 192  # cells along each side of a map
+EDGE = 64  # pixels around an edge of tissue within which it is rough; further inside, everything is tissue
 TISSUE = (0.3, 0.6)
-NEST_SHARE, MAX_NEST_SHARE = 0.0009, 0.001
-"""Shares of the tissue's pixels that nests take up."""
-MAX_TRIES = 2000
-"""Batches of 256 places that are tried; the largest slide needs about 500."""
-GAP = 8
-"""Free pixels between two nests."""
+NEST_SHARE, MAX_NEST_SHARE = 0.0009, 0.001  # shares of the tissue's pixels that nests take up
+MAX_TRIES = 2000  # batches of 256 places that are tried; the largest slide needs about 500
+GAP = 8  # free pixels between two nests
 
 
 @dataclass(frozen=True, eq=False)

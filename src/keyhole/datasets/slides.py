@@ -26,8 +26,7 @@ from keyhole.errors import ConfigError, OutputError
 from keyhole.images.geometry import Box, Size
 from keyhole.util.files import csv_text, writable_folder, write_atomic
 
-MIN_SIDE, MAX_SIDE = 2048, 200_000
-"""On a smaller slide a single nest could exceed its share of the tissue."""
+MIN_SIDE, MAX_SIDE = 2048, 200_000  # on a smaller slide a single nest could exceed its share of the tissue
 MPP = 0.5
 CLASSES = ("negative", "positive")
 _ROUGH = 12  # standard deviation of the edge of tissue in pixels

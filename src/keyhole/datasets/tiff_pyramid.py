@@ -28,15 +28,12 @@ from keyhole.util.files import atomic_file
 Pixels = NDArray[np.uint8]
 
 TILE = 256
-FACTOR = 4
-"""Each level has a quarter of the side of the one before, as most scanners write them."""
-MAX_LAST_SIDE = 512
-"""The pyramid ends with the first level whose longer side is at most this."""
+FACTOR = 4  # each level has a quarter of the side of the one before, as most scanners write them
+MAX_LAST_SIDE = 512  # the pyramid ends with the first level whose longer side is at most this
 QUALITY = 80
 _TILES_PER_JOB = 8  # a blank tile takes less time than handing a job to a thread
 _CLASSIC_END = 2**32 - 1
-_HEADER = 16
-"""Bytes of a BigTIFF's header; a classic one takes half of them."""
+_HEADER = 16  # bytes of a BigTIFF's header; a classic one takes half of them
 _SHORT, _LONG, _RATIONAL, _LONG8 = 3, 4, 5, 16
 _DTYPES = {_SHORT: "<u2", _LONG: "<u4", _RATIONAL: "<u4", _LONG8: "<u8"}
 
@@ -101,8 +98,7 @@ def smaller(tile: Pixels) -> Pixels:
     return ((total + FACTOR * FACTOR // 2) // (FACTOR * FACTOR)).astype(np.uint8)
 
 
-Encoded = tuple[bytes | None, Pixels]
-"""An encoded tile, None for background, and the tile at a quarter of its side."""
+Encoded = tuple[bytes | None, Pixels]  # an encoded tile, None for background, and the tile at a quarter of its side
 
 
 @dataclass(frozen=True)

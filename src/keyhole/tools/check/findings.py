@@ -18,8 +18,7 @@ from keyhole.patches.features.origin import Origin
 from keyhole.tools.check.look import MAX_DARK_VALUE, Probed
 from keyhole.util.wording import listed
 
-MAX_IMBALANCE = 10
-"""Ratio of the largest to the smallest class from which on a warning is given."""
+MAX_IMBALANCE = 10  # ratio of the largest to the smallest class from which on a warning is given
 MIN_STEP_PATCHES = 16
 """Patches of a step below which the statistics of batch norm are mostly noise (Wu and He 2018, Group Normalization)."""
 WITHOUT_BATCH_NORM = ("vit", "deit", "swin", "convnext", "beit", "eva", "mixer", "dino")

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from keyhole.patches.grid import PatchGrid
     from keyhole.patches.opener import FileOpener
 
-MAX_DARK_VALUE = 16
-"""A picture whose brightest value, of 255, is below is nearly black."""
+MAX_DARK_VALUE = 16  # a picture whose brightest value, of 255, is below is nearly black
 TIMED_PATCHES = 4
 Trouble = Literal["image", "settings", "died", "stalled", "unexpected", "output"]
 

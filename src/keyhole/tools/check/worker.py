@@ -27,12 +27,9 @@ from keyhole.errors import KeyholeError
 from keyhole.images.geometry import Size
 from keyhole.tools.check.look import Failed, Probed, Request, probe_here
 
-MAX_PROCESSES = 4
-"""Each may hold a tile or a thumbnail of gigapixels in memory."""
-START_SECONDS = 120.0
-"""Limit for the process to start: importing from a cold network disk is slow."""
-BEAT_SECONDS = 1.0
-"""Longest time between two empty lines."""
+MAX_PROCESSES = 4  # each may hold a tile or a thumbnail of gigapixels in memory
+START_SECONDS = 120.0  # limit for the process to start: importing from a cold network disk is slow
+BEAT_SECONDS = 1.0  # longest time between two empty lines
 
 
 def probe_all(requests: Sequence[Request], stall: float, threads: int | None) -> Generator[Probed | Failed]:
