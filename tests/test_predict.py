@@ -275,7 +275,7 @@ def test_predict_holds_a_few_predictions_at_a_time(
         alive.add(prediction)
         most = max(most, len(alive))
 
-    monkeypatch.setattr("keyhole.report.answers.write_prediction", counted)
+    monkeypatch.setattr("keyhole.report.table.write_prediction", counted)
     assert main(["predict", str(toy_run), str(toy), "--out", str(tmp_path / "out")]) == 0
     assert len(rows(tmp_path / "out" / "predictions.csv")) == 24
     assert 1 <= most <= 3

@@ -74,8 +74,7 @@ def run(argv: list[str]) -> int:
 
     from keyhole.data.manifest import write_left_out
     from keyhole.inference.predictor import load
-    from keyhole.report.answers import AnswerFolder
-    from keyhole.report.table import write_table
+    from keyhole.report.table import AnswerFolder, write_table
 
     predictor = load(options.run, options.device, options.memory, options.unreadable, options.decode)
     if options.bits is not None:
