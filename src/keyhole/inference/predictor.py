@@ -241,6 +241,9 @@ class Predictor:
             on_chunk: Called with the number of patches after each chunk; may raise to stop.
             description: Of the progress line; None shows no progress.
             pictures: Returns whether a prediction is to carry pictures; default none does.
+
+        Yields:
+            Each image with its prediction.
         """
         size, width = self.config.train.batch, self.config.model.feature_width
         for item in items:
