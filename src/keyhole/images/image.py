@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 
 from keyhole.errors import ConfigError, ImageError, ImageLost
 from keyhole.images.faults import is_lost, lost, one_line
-from keyhole.images.geometry import Box, Level, Size
+from keyhole.images.geometry import Box, Level, Size, runs_of
 from keyhole.images.pixels import Pixels as Pixels
 from keyhole.images.pixels import place
-from keyhole.images.together import runs_of
 from keyhole.util.threads import beat
 from keyhole.util.wording import from_to
 

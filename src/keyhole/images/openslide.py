@@ -17,7 +17,7 @@ from keyhole.images.image import Image, Pixels
 from keyhole.images.pixels import on_white
 from keyhole.images.scale import Scale, agreed, plausible_scale
 from keyhole.images.tiff_file import check_segment, check_tiles, is_tiff, vendor_of
-from keyhole.images.tiff_metadata import per_length
+from keyhole.images.tiff_layout import per_length
 
 if TYPE_CHECKING:
     from openslide import OpenSlide, OpenSlideCache

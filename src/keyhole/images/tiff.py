@@ -55,16 +55,13 @@ class TiffImage(TiledImage):
     suffixes: ClassVar[frozenset[str]] = frozenset({".tif", ".tiff", ".svs"})
 
     def __init__(self, path: Path) -> None:
-        layout = read_layout(path)
         self.path = path
-        self.mpp, self.mpp_note = layout.scale
-        self.note = layout.note
-        first = layout.levels[0]
+        self._stored, (self.mpp, self.mpp_note), self._orientation, self.note = read_layout(path)
+        first = self._stored[0]
         self.channels, self.bits, self._says_bits = first.channels, first.bits, first.says_bits
-        self._stored, self._orientation = layout.levels, layout.orientation
         self._l0_tiles = first.grid[0] * first.grid[1]
-        self.size = upright_size(first.size, layout.orientation)
-        sizes = [upright_size(level.size, layout.orientation) for level in layout.levels]
+        sizes = [upright_size(level.size, self._orientation) for level in self._stored]
+        self.size = sizes[0]
         self.levels = tuple(Level(size, downsample_of(self.size, size)) for size in sizes)
         self._file = path.open("rb", buffering=0)
         self._file_lock = threading.Lock()
@@ -121,21 +118,16 @@ class TiffImage(TiledImage):
             room = np.empty((page.segment.height, page.segment.width, self.channels), np.uint8) if out is None else out
             if page.jpeg.decode_into(coded, room):
                 return room
-        return self._decode(page, level, tile, coded)
-
-    def _decode(self, page: TiffLevel, level: int, index: int, coded: Coded | None = None) -> Pixels | None:
-        """One tile or strip as (h, w, channels) uint8; None where the file has none. It is read if `coded` is empty."""
         columns, rows = page.grid
         parts = []
         for plane in range(page.planes):
-            number = plane * columns * rows + index
+            number = plane * columns * rows + tile
             data = bytes(coded) if coded else self._bytes(*self._places(page, level, [number])[0])
             if not data:
                 return None
             self._check_coded(page, data)
             parts.append(page.decode(data, number))
-        values = parts[0] if page.planes == 1 else np.concatenate(parts, axis=-1)
-        return to_pixels(values, page)
+        return _to_pixels(np.concatenate(parts, axis=-1) if page.planes > 1 else parts[0], page)
 
     def jpeg_tiling(self, level: int) -> Size | None:
         page = self._stored[level]
@@ -163,13 +155,13 @@ class TiffImage(TiledImage):
     def _places(self, page: TiffLevel, level: int, numbers: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
         """Where the bytes of segments lie, (offset, count) each; their numbers rise."""
         wanted = np.asarray(numbers, np.int64)
-        blocks, found = wanted // BLOCK, []
-        cuts = np.flatnonzero(np.diff(blocks)) + 1
+        found: list[tuple[int, int]] = []
+        cuts = np.flatnonzero(np.diff(wanted // BLOCK)) + 1
         for first, end in itertools.pairwise([0, *cuts.tolist(), len(wanted)]):
             entries = wanted[first:end] % BLOCK
-            found.append(self._table(page, level, int(blocks[first]), int(entries[-1]))[:, entries])
-        offsets, counts = found[0].tolist() if len(found) == 1 else np.concatenate(found, axis=1).tolist()
-        return list(zip(offsets, counts, strict=True))
+            places = self._table(page, level, int(wanted[first]) // BLOCK, int(entries[-1]))[:, entries]
+            found += zip(*places.tolist(), strict=True)
+        return found
 
     def _table(self, page: TiffLevel, level: int, block: int, last: int) -> NDArray[np.int64]:
         """A block of the tables, (2, up to BLOCK): offsets and counts, at least up to entry `last`."""
@@ -197,8 +189,7 @@ class TiffImage(TiledImage):
     def _many_bytes(self, places: Sequence[tuple[int, int]]) -> Iterator[Coded]:
         """Bytes of segments (offset, count), those that lie side by side with one read."""
         for group in _side_by_side(places):
-            start, end = group[0][0], sum(group[-1])
-            together = memoryview(b"")
+            start, end, together = group[0][0], sum(group[-1]), memoryview(b"")
             if len(group) > 1:
                 with suppress(OSError):  # each is then read by itself, since others may be readable
                     together = memoryview(self._pread(end - start, start))
@@ -224,37 +215,31 @@ class TiffImage(TiledImage):
             )
 
 
-def to_pixels(values: NDArray[np.unsignedinteger | np.bool_], page: TiffLevel) -> Pixels:
+def _to_pixels(values: NDArray[np.unsignedinteger | np.bool_], page: TiffLevel) -> Pixels:
     """Decoded samples (h, w, samples) to (h, w, 1 or 3) uint8, by the page's kind of colour."""
-    color = values[..., : page.colors]
+    color, associated = values[..., : page.colors], page.alpha == "associated"
     pixels = page.palette[color[..., 0].astype(np.intp)] if page.palette is not None else eight_bit(color, page.bits)
     alpha = alpha_of(values[..., page.samples - 1 : page.samples], page.bits, page.stored) if page.alpha else None
-    associated = page.alpha == "associated"
-    if page.color in ("inverted", "cmyk"):
-        if associated and alpha is not None:  # ink was multiplied by alpha, not the colour that it gives
-            pixels, associated = straight(pixels, alpha), False
-        if page.color == "inverted":
-            pixels = 255 - pixels
-        else:
-            ink, black = 255 - pixels[..., :3].astype(np.uint16), 255 - pixels[..., 3:].astype(np.uint16)
-            pixels = ((ink * black + 127) // 255).astype(np.uint8)
+    if associated and alpha is not None and page.color in ("inverted", "cmyk"):
+        pixels, associated = straight(pixels, alpha), False  # ink was multiplied by alpha, not the colour it gives
+    if page.color == "inverted":
+        pixels = 255 - pixels
+    elif page.color == "cmyk":
+        ink, black = 255 - pixels[..., :3].astype(np.uint16), 255 - pixels[..., 3:].astype(np.uint16)
+        pixels = ((ink * black + 127) // 255).astype(np.uint8)
     return pixels if alpha is None else on_white(np.concatenate([pixels, alpha], axis=-1), associated)
 
 
 def _side_by_side(places: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
     """Cut segments (offset, count) into groups that lie one behind the other in the file."""
-    group: list[tuple[int, int]] = []
-    for offset, count in places:
-        if group:
-            end = sum(group[-1])
-            if not (
-                0 <= offset - end <= _MAX_GAP_BYTES and group[-1][1] and offset + count - group[0][0] <= _MAX_READ_BYTES
-            ):
-                yield group
-                group = []
+    group = [places[0]]
+    for offset, count in places[1:]:
+        near = group[-1][1] and 0 <= offset - sum(group[-1]) <= _MAX_GAP_BYTES
+        if not near or offset + count - group[0][0] > _MAX_READ_BYTES:
+            yield group
+            group = []
         group.append((offset, count))
-    if group:
-        yield group
+    yield group
 
 
 def _picture_size(data: bytes) -> Size:

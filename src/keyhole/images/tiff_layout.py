@@ -3,89 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
+from keyhole.images.faults import not_one_picture
 from keyhole.images.geometry import Size, same_shape
-from keyhole.images.pixels import DEEP, valid_orientation
-from keyhole.images.scale import Scale, agreed
+from keyhole.images.jpeg import JpegTiles
+from keyhole.images.pixels import DEEP, bits_of_largest, valid_orientation
+from keyhole.images.scale import TO_MICRONS, Scale, agreed, plausible_scale
 from keyhole.images.tiff_file import ShortTables, TileTable, check_segment, open_pages, page_size
-from keyhole.images.tiff_jpeg import JpegTiles
-from keyhole.images.tiff_metadata import (
-    aperio_scale,
-    bits_of_tags,
-    check_imagej,
-    check_ome,
-    first_plane,
-    imagej_scale,
-    ome_pixels,
-    ome_scale,
-    resolution_scale,
-    significant_bits,
-)
 
-_COMPRESSIONS = {
-    # TIFF tag 259 -> whether a segment is a picture of its own, with a size of its own that must be checked.
-    1: False,  # none
-    2: False,  # CCITT, bilevel
-    3: False,
-    4: False,
-    5: False,  # LZW
-    7: True,  # JPEG
-    8: False,  # Deflate
-    32946: False,  # Deflate, older number
-    32773: False,  # PackBits
-    34712: True,  # JPEG 2000
-    34925: False,  # LZMA
-    50000: False,  # Zstd
-    50001: True,  # WebP
-}
+_JPEG = 7
+_PICTURES = {_JPEG: "JPEG", 34712: "picture", 50001: "picture"}  # segments with a size of their own: JPEG 2000, WebP
+_PLAIN = {1, 2, 3, 4, 5, 8, 32946, 32773, 34925, 50000}  # none, CCITT, LZW, Deflate, PackBits, LZMA, Zstd
+_MICROSCOPE_MPP = 0.05, 20.0
+"""Microns per pixel of a resolution tag that can be a microscope's: any program writes 72 or 300 dpi."""
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 
 
 @dataclass(frozen=True)
 class TiffLevel:
-    """One page: a table of segments (tiles, or strips as wide as the image) and how to decode one.
+    """One page: a table of segments (tiles, or strips as wide as the image) and how to decode one."""
 
-    Attributes:
-        size: (width, height) as stored.
-        segment: (width, height) of a tile or strip.
-        offsets, counts: where the encoded segments lie; planes one after the other. A count of 0 is missing.
-        planes: 1, or the number of samples where each colour is stored by itself.
-        samples: samples that are read: those of the colour, and those up to alpha.
-        stored: bits of a value.
-        bits: how many of them are in use.
-        says_bits: whether the file states how many are in use. Else `TiffImage.settle_bits` finds out.
-        color: "grey", "inverted", "rgb", "palette" or "cmyk".
-        alpha: kind of the last of `samples`: None, "straight" or "associated".
-        palette: (2**bits, 3) uint8, for "palette".
-        coded: "", or how the segment's own header states its size: "JPEG", "picture".
-        decode: (bytes, index) -> (h, w, samples of a plane) of `stored` bits.
-        jpeg: a quicker decoder for JPEG tiles of the usual kinds; None for all others.
-    """
-
-    size: Size
-    segment: Size
+    size: Size  # as stored
+    segment: Size  # a tile or strip
     tiled: bool
-    offsets: TileTable
-    counts: TileTable
-    planes: int
-    samples: int
-    stored: int
-    bits: int
-    says_bits: bool
-    color: str
-    alpha: str | None
-    palette: NDArray[np.uint8] | None
-    coded: str
-    decode: Callable[[bytes, int], NDArray[Any]]
-    jpeg: JpegTiles | None = None
+    offsets: TileTable  # planes one after the other
+    counts: TileTable  # 0 is missing
+    planes: int  # 1, or the number of samples where each colour is stored by itself
+    samples: int  # those of the colour, and those up to alpha
+    stored: int  # bits of a value
+    bits: int  # how many of them are in use
+    says_bits: bool  # whether the file states how many are in use; else `TiffImage.settle_bits` finds out
+    color: str  # "grey", "inverted", "rgb", "palette" or "cmyk"
+    alpha: str | None  # of the last of `samples`: "straight" or "associated"
+    palette: NDArray[np.uint8] | None  # (2**bits, 3)
+    coded: str  # "", or how the segment's own header states its size: "JPEG", "picture"
+    decode: Callable[[bytes, int], NDArray[Any]]  # (bytes, index) -> (h, w, samples of a plane) of `stored` bits
+    jpeg: JpegTiles | None = None  # a quicker decoder for JPEG tiles of the usual kinds
 
     @property
     def channels(self) -> int:
@@ -102,8 +65,7 @@ class TiffLevel:
         return math.ceil(self.size.width / self.segment.width), math.ceil(self.size.height / self.segment.height)
 
 
-@dataclass(frozen=True)
-class TiffLayout:
+class TiffLayout(NamedTuple):
     """What an opened TIFF is: levels largest first, microns per pixel, orientation, and what is not read of it."""
 
     levels: tuple[TiffLevel, ...]
@@ -115,34 +77,33 @@ class TiffLayout:
 def read_layout(path: Path) -> TiffLayout:
     """Levels, scale and orientation of a TIFF; ImageError for a kind that is not read says how to convert it."""
     with open_pages(path) as (tif, short):
-        description = tif.pages.first.description
-        ome = ome_pixels(description) if tif.pages.first.is_ome else None
+        first = main = tif.pages[0]
+        stated: int | None = None
+        ome = ome_pixels(first.description) if first.is_ome else None
         if ome is not None:
-            check_ome(path, ome, tif.pages.first)
-        elif tif.pages.first.is_imagej:
-            check_imagej(path, description)
-        main = tif.pages[first_plane(ome) if ome is not None else 0]
+            _check_ome(path, ome, first)
+            data = ome.find("{*}TiffData")
+            main, stated = tif.pages[int(data.get("IFD", "0")) if data is not None else 0], _significant_bits(ome)
+            scale = agreed(_ome_scale(ome), _resolution_scale(main))
+        elif main.is_imagej:
+            _check_imagej(path, main.description)
+            scale = _imagej_scale(main.description, main)
+        else:
+            scale = agreed(_aperio_scale(main.description), _resolution_scale(main))
+        if stated is None and main.bitspersample == DEEP and (largest := main.tags.valueof(281)) is not None:
+            stated = bits_of_largest(float(np.max(largest)))
         pages = [main, *_reduced(tif, short, main)]
-        stated = (significant_bits(ome) if ome is not None else None) or bits_of_tags(main)
         levels = tuple(_level(path, page, short, stated) for page in pages)
         for level, page in zip(levels, pages, strict=True):
             if level.channels != levels[0].channels:
                 raise ImageError(path, f"page {page.index} has {level.channels} channels, level 0 has another number")
-        if ome is None and tif.pages.first.is_imagej:
-            scale = imagej_scale(description, main)
-        else:
-            scale = agreed(ome_scale(ome) if ome is not None else aperio_scale(description), resolution_scale(main))
-        note = "" if main.subifds else _unread_note(tif, main, pages)
+        read = {page.index for page in pages}
+        others = any(page.index not in read and not (page.subfiletype or 0) & 1 for page in tif.pages)
+        note = ""  # a slide's label, macro picture and thumbnail do not count
+        if others and not (main.subifds or main.is_svs):
+            place = "first" if main.index == 0 else f"{main.index + 1}th"
+            note = f"of {len(tif.pages)} pages the {place} is read"
         return TiffLayout(levels, scale, valid_orientation(main.tags.valueof(274, 1)), note)
-
-
-def _unread_note(tif: Any, main: Any, levels: Sequence[Any]) -> str:
-    """What is not read of a file with further pictures; a slide's label, macro picture and thumbnail do not count."""
-    read = {page.index for page in levels}
-    others = [page for page in tif.pages if page.index not in read and not (page.subfiletype or 0) & 1]
-    if not others or main.is_svs:
-        return ""
-    return f"of {len(tif.pages)} pages the {'first' if main.index == 0 else f'{main.index + 1}th'} is read"
 
 
 def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
@@ -173,15 +134,15 @@ def _level(path: Path, page: Any, short: ShortTables, stated: int | None) -> Tif
         raise ImageError(path, f"page {page.index} has a size of {tuple(size)}. Copy or export it again.")
     check_segment(path, segment)
     color, alpha, used = _color(path, page)
-    planes = page.samplesperpixel if page.planarconfig == 2 and page.samplesperpixel > 1 else 1
-    coded = _COMPRESSIONS[int(page.compression)]
+    planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    coded = _PICTURES.get(int(page.compression), "")
     offsets, counts = short.tables(page)
     expected = math.ceil(size.width / segment.width) * math.ceil(size.height / segment.height) * planes
     listed = min(offsets.count, counts.count)
     if listed < expected:
         raise ImageError(path, f"page {page.index} lists {listed} of {expected} tiles or strips. Copy it again.")
     short.check_end(page)
-    options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression == 7 else {}
+    options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression == _JPEG else {}
     decode_page, stored = page.decode, page.bitspersample
     in_use = None if coded and stored <= 8 else stated  # a JPEG of 8 bits is what its decoder makes of it
     bits = stored if in_use is None else min(in_use, stored)
@@ -192,7 +153,7 @@ def _level(path: Path, page: Any, short: ShortTables, stated: int | None) -> Tif
             raise ValueError(f"a segment of {values.dtype} where {stored} bits are declared")
         return values
 
-    jpeg = JpegTiles(page, segment, used) if page.compression == 7 and alpha is None else None
+    jpeg = JpegTiles(page, segment, used) if page.compression == _JPEG and alpha is None else None
     return TiffLevel(
         size=size,
         segment=segment,
@@ -207,7 +168,7 @@ def _level(path: Path, page: Any, short: ShortTables, stated: int | None) -> Tif
         color=color,
         alpha=alpha,
         palette=_palette(path, page) if color == "palette" else None,
-        coded="" if not coded else "JPEG" if page.compression == 7 else "picture",
+        coded=coded,
         decode=decode,
         jpeg=jpeg if jpeg is not None and jpeg.plain else None,
     )
@@ -219,13 +180,9 @@ def _color(path: Path, page: Any) -> tuple[str, str | None, int]:
     def refuse(what: str) -> ImageError:
         return ImageError(path, f"{what} is not read. Export it as 8-bit RGB or grey TIFF.")
 
-    compression, photometric, samples, bits = (
-        int(page.compression),
-        int(page.photometric),
-        int(page.samplesperpixel),
-        page.bitspersample,
-    )
-    if compression not in _COMPRESSIONS:
+    compression, photometric, samples = int(page.compression), int(page.photometric), int(page.samplesperpixel)
+    bits = page.bitspersample
+    if compression not in _PLAIN and compression not in _PICTURES:
         raise refuse(f"TIFF compression {getattr(page.compression, 'name', compression)} ({compression})")
     if not isinstance(bits, int) or not 1 <= bits <= 16 or int(page.sampleformat) not in (1, 4):
         kind = {2: "signed integers", 3: "floating point"}.get(page.sampleformat, "samples")
@@ -233,7 +190,7 @@ def _color(path: Path, page: Any) -> tuple[str, str | None, int]:
     if page.imagedepth != 1:
         raise refuse(f"a volume of {page.imagedepth} slices")
     colors = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}.get(photometric, 0)
-    if colors == 0 or (photometric == _YCBCR and compression != 7):
+    if colors == 0 or (photometric == _YCBCR and compression != _JPEG):
         raise refuse(f"colour kind {getattr(page.photometric, 'name', photometric)} in this compression")
     if samples < colors or samples > colors + 2 or (colors == 1 and samples > 2):
         raise refuse(f"a page of {samples} channels (photometric {photometric})")
@@ -258,5 +215,90 @@ def _palette(path: Path, page: Any) -> NDArray[np.uint8]:
     if table.shape != (3, 2**page.bitspersample):
         raise ImageError(path, f"a palette of {table.shape} for {page.bitspersample} bits. Export it again.")
     # An 8-bit value v is written as 257 v, or as 256 v by Pillow and others: the highest eight bits are v in both.
-    palette: NDArray[np.uint8] = (table >> 8 if table.max() > 255 else table).T.astype(np.uint8)
-    return palette
+    return np.asarray((table >> 8 if table.max() > 255 else table).T, np.uint8)
+
+
+def ome_pixels(description: str) -> ElementTree.Element | None:
+    """The <Pixels> of the first image of OME-XML; None where the XML is not usable."""
+    if "<!DOCTYPE" in description or "<!ENTITY" in description:
+        return None
+    try:
+        return ElementTree.fromstring(description).find("{*}Image/{*}Pixels")
+    except (ElementTree.ParseError, ValueError):
+        return None
+
+
+def _check_ome(path: Path, pixels: ElementTree.Element, page: Any) -> None:
+    """Refuse an OME-TIFF whose first image is a stack of channels, planes or time points."""
+    lengths = {axis: int(pixels.get(f"Size{axis.upper()}", "1")) for axis in "czt"}
+    if lengths["c"] <= page.samplesperpixel:
+        del lengths["c"]
+    if many := {axis: length for axis, length in lengths.items() if length > 1}:
+        raise not_one_picture(path, many)
+
+
+def _significant_bits(pixels: ElementTree.Element) -> int | None:
+    """SignificantBits; None where they are not fewer than are stored: writers put the bits of the type there."""
+    stated = pixels.get("SignificantBits", "")
+    in_file = {"bit": 1, "uint8": 8, "uint16": 16}.get(pixels.get("Type", ""), 0)
+    return int(stated) if stated.isdigit() and 0 < int(stated) < in_file else None
+
+
+def _ome_scale(pixels: ElementTree.Element) -> Scale:
+    """PhysicalSizeX and Y. Their unit is µm where none is written, by the schema."""
+    sizes: list[float | None] = []
+    for axis in ("X", "Y"):
+        size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
+        if size is not None and unit not in TO_MICRONS:
+            return Scale(None, f"its OME-XML gives the size of a pixel in {unit!r}, which is not a unit of length")
+        try:
+            sizes.append(None if size is None else float(size) * TO_MICRONS[unit])
+        except ValueError:
+            return Scale(None, f"its OME-XML gives {size!r:.20} as the size of a pixel")
+    return plausible_scale(sizes[0], sizes[1], "its OME-XML")
+
+
+def _check_imagej(path: Path, description: str) -> None:
+    """Refuse a stack of ImageJ, whose description counts channels, slices (z) and frames (t), or images alone."""
+    counts = {key: int(number) for key, number in re.findall(r"^(\w+)=(\d+)\s*$", description, re.MULTILINE)}
+    axes = {"c": "channels", "z": "slices", "t": "frames"}
+    many = {axis: counts[key] for axis, key in axes.items() if counts.get(key, 1) > 1}
+    if not many and counts.get("images", 1) > 1:
+        many = {"z": counts["images"]}
+    if many:
+        raise not_one_picture(path, many)
+
+
+def _imagej_scale(description: str, page: Any) -> Scale:
+    """Microns per pixel of a picture that ImageJ calibrated: pixels per `unit` of its description."""
+    x, y = page.tags.valueof(282), page.tags.valueof(283)
+    if x is None or y is None or not (x[0] and x[1] and y[0] and y[1]):
+        return Scale()
+    stated = reversed(re.findall(r"^(y?unit)=(.*)$", description, re.MULTILINE))
+    units = {name: unit.strip().replace("\\u00B5", "µ") for name, unit in stated}
+    unit = units.get("unit", "")
+    micron_x, micron_y = TO_MICRONS.get(unit), TO_MICRONS.get(units.get("yunit", unit))
+    if micron_x is None or micron_y is None:
+        return _resolution_scale(page)  # inches and cm are in the resolution tags too; pixels are no length
+    return plausible_scale(micron_x * x[1] / x[0], micron_y * y[1] / y[0], "its ImageJ description")
+
+
+def _aperio_scale(description: str) -> Scale:
+    found = re.search(r"\|\s*MPP\s*=\s*([^|]*)", description) if description.startswith("Aperio") else None
+    um = found[1].strip().replace(",", ".") if found is not None else None  # as OpenSlide reads it
+    return plausible_scale(um, um, "its description")
+
+
+def _resolution_scale(page: Any) -> Scale:
+    x, y = page.tags.valueof(282), page.tags.valueof(283)
+    if x is None or y is None or not (x[1] and y[1]):
+        return Scale()
+    return per_length(page.tags.valueof(296, 2), x[0] / x[1], y[0] / y[1])
+
+
+def per_length(unit: object, x: float, y: float) -> Scale:
+    """From pixels per inch (2) or cm (3), but only where that can be a microscope's."""
+    micron = {2: 25400.0, 3: 10000.0}.get(unit) if isinstance(unit, int) else None
+    if micron is None or not (x > 0 and y > 0):
+        return Scale()
+    return plausible_scale(micron / x, micron / y, "its resolution tag", _MICROSCOPE_MPP)

@@ -1,4 +1,4 @@
-"""OME-Zarr: a folder of chunks."""
+"""OME-Zarr: a folder of chunks, and metadata that tell which arrays are the levels of one picture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,14 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
-from keyhole.images.faults import faults_of
+from keyhole.images.faults import faults_of, not_one_picture
 from keyhole.images.geometry import Level, Size, downsample_of, same_shape
-from keyhole.images.ome_zarr import Picture, picture_of
-from keyhole.images.pixels import Pixels, eight_bit
+from keyhole.images.pixels import Pixels, bits_of_largest, eight_bit
+from keyhole.images.scale import TO_MICRONS, Scale, plausible_scale
 from keyhole.images.tiff_file import MAX_SEGMENT_PIXELS
 from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
 from keyhole.images.tiles import TiledImage
-from keyhole.images.zarr_array import METADATA, UnsupportedCodec, ZarrArray
+from keyhole.images.zarr_array import METADATA, UnsupportedCodec, ZarrArray, ZarrGroup, child, open_node
+
+_OLD_AXES = "tczyx"
+_RGB = ("FF0000", "00FF00", "0000FF")
 
 
 class ZarrImage(TiledImage):
@@ -138,3 +142,145 @@ class ZarrImage(TiledImage):
         self._closed.set()
         TILE_CACHE.drop(self._owner)
         self._arrays = []
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Arrays of one picture, largest first; `axes` has a letter for each dimension, `bits` those in use if stated."""
+
+    arrays: tuple[ZarrArray, ...]
+    axes: str
+    channels: int
+    scale: Scale
+    bits: int | None = None
+
+    def size(self, array: ZarrArray) -> Size:
+        return Size(array.shape[self.axes.index("x")], array.shape[self.axes.index("y")])
+
+
+def picture_of(path: Path) -> Picture:
+    """The picture in a zarr folder; ImageError for plates, label images, stacks and missing metadata."""
+    root = path.absolute()
+    node = open_node(root, root)
+    if isinstance(node, ZarrArray):
+        axes = _array_axes(path, node)
+        return Picture((node,), axes, _channels(path, node, axes), Scale())
+    ome = _ome(node)
+    if "multiscales" not in ome and "bioformats2raw.layout" in ome:
+        node = child(node, _first_series(node, root), root)
+        ome = _ome(node)
+    if "plate" in ome or "well" in ome:
+        raise ImageError(path, "a plate of wells, not one picture. Name one field of it, as in plate.zarr/A/1/0.")
+    if "image-label" in ome:
+        raise ImageError(path, "a label image: numbers of objects, not a picture. Name the image it belongs to.")
+    if not ome.get("multiscales") or isinstance(node, ZarrArray):
+        raise ImageError(
+            path, "a zarr group without `multiscales` of OME-Zarr. Name the image or array in it, or export it again."
+        )
+    nodes = [child(node, str(dataset["path"]), root) for dataset in ome["multiscales"][0]["datasets"]]
+    arrays = tuple(array for array in nodes if isinstance(array, ZarrArray))
+    if not arrays or len(arrays) < len(nodes):
+        raise ImageError(path, "its `multiscales` names no arrays. Export it again.")
+    return _multiscale(path, arrays, ome)
+
+
+def _ome(node: ZarrArray | ZarrGroup) -> dict[str, Any]:
+    """OME's part of the attributes: under `ome` since 0.5."""
+    ome = node.attributes.get("ome", node.attributes)
+    return ome if isinstance(ome, dict) else {}
+
+
+def _first_series(group: ZarrGroup, root: Path) -> str:
+    """Name of the first picture in a bioformats2raw folder."""
+    series = _ome(child(group, "OME", root)).get("series") if (group.folder / "OME").is_dir() else None
+    return str(series[0]) if series else "0"
+
+
+def _multiscale(path: Path, arrays: tuple[ZarrArray, ...], ome: dict[str, Any]) -> Picture:
+    first = ome["multiscales"][0]
+    named = first.get("axes", list(_OLD_AXES) if first.get("version") in ("0.1", "0.2") else None)
+    if not isinstance(named, list):
+        raise ImageError(path, "its `multiscales` has no axes. Export it as OME-Zarr 0.4 or 0.5.")
+    axes = "".join(str(axis["name"] if isinstance(axis, dict) else axis).lower() for axis in named)
+    if len(axes) != len(named):
+        raise ImageError(path, f"axes {named} are not read. Export it with axes among t, c, z, y and x.")
+    scale = _scale(axes, named, first, first["datasets"][0])
+    channels = [_channels(path, array, axes) for array in arrays]
+    if len(set(channels)) > 1:
+        raise ImageError(path, f"its levels have {channels} channels. Export it again.")
+    if channels[0] == 3:
+        _check_rgb(path, ome)
+    picture = Picture(arrays, axes, channels[0], scale, _bits(ome))
+    if picture.size(arrays[0]) != max(map(picture.size, arrays)):
+        raise ImageError(path, "its first level is not its largest. Export it again.")
+    return picture
+
+
+def _channels(path: Path, array: ZarrArray, axes: str) -> int:
+    """1 or 3; refuses stacks and everything that has no width and height."""
+    if len(axes) != array.ndim or sorted(axes) != sorted(set(axes)) or not {"x", "y"} <= set(axes):
+        raise ImageError(path, f"axes {axes!r} for an array of {array.shape}; expected y and x, and each once.")
+    lengths = dict(zip(axes, array.shape, strict=True))
+    if min(array.shape) < 1:
+        raise ImageError(path, f"an array of {array.shape} has no pixels. Export it again.")
+    many = {axis: length for axis, length in lengths.items() if axis not in "cyx" and length != 1}
+    channels = int(lengths.get("c", 1))
+    if channels not in (1, 3):
+        many["c"] = channels
+    if many:
+        raise not_one_picture(path, many)
+    return channels
+
+
+def _bits(ome: dict[str, Any]) -> int | None:
+    """Bits in use by the largest value that a channel's slider is for: 12 for 4095."""
+    channels = (ome.get("omero") or {}).get("channels", [])
+    largest = [(channel.get("window") or {}).get("max") for channel in channels]
+    known = [value for value in largest if isinstance(value, int | float)]
+    return bits_of_largest(max(known)) if known and len(known) == len(channels) else None
+
+
+def _check_rgb(path: Path, ome: dict[str, Any]) -> None:
+    """Three channels that are displayed in other colours than red, green and blue are stains, not a picture."""
+    channels = (ome.get("omero") or {}).get("channels", [])
+    colors = [str(channel.get("color", "")).upper().lstrip("#") for channel in channels]
+    if len(colors) == 3 and all(colors) and tuple(colors) != _RGB:
+        raise ImageError(
+            path,
+            f"3 channels of the colours {', '.join(colors)}, not red, green and blue. Save the channel that you want, "
+            "or merge the channels to RGB.",
+        )
+
+
+def _scale(axes: str, named: list[Any], first: dict[str, Any], dataset: dict[str, Any]) -> Scale:
+    """Microns per pixel of the largest level: its scale times that of all levels, in the units of the axes."""
+    sizes: list[float | None] = []
+    for axis in "xy":
+        at = axes.index(axis) if axis in axes else -1
+        factors = [
+            float(step["scale"][at])
+            for holder in (dataset, first)
+            for step in holder.get("coordinateTransformations") or []
+            if step.get("type") == "scale" and "scale" in step
+        ]
+        if not factors:
+            return Scale()
+        unit = named[at].get("unit") if isinstance(named[at], dict) else None
+        product = factors[0] * (factors[1] if len(factors) > 1 else 1.0)
+        if unit not in TO_MICRONS:
+            what = "without a unit" if unit is None else f"in {unit!r}, which is not a unit of length"
+            return Scale(None, f"its OME-Zarr gives {product:g} as the size of a pixel, {what}")
+        sizes.append(product * TO_MICRONS[unit])
+    return plausible_scale(sizes[0], sizes[1], "its OME-Zarr")
+
+
+def _array_axes(path: Path, array: ZarrArray) -> str:
+    """Axes of an array by itself: as it names them, else by its shape where that leaves no doubt."""
+    names = array.dimension_names
+    if names and all(isinstance(name, str) and len(name) == 1 for name in names):
+        return "".join(names).lower()
+    if array.ndim == 2:
+        return "yx"
+    if array.ndim == 3 and (array.shape[2] in (1, 3)) != (array.shape[0] in (1, 3)):
+        return "yxc" if array.shape[2] in (1, 3) else "cyx"
+    raise ImageError(path, f"an array of {array.shape} that does not name its axes. Export it as OME-Zarr.")

@@ -20,15 +20,17 @@ import numpy as np
 from keyhole.errors import ImageError
 from keyhole.patches.features.files import (
     ATTRIBUTES,
+    NAMES,
+    STAMP,
     Coordinates,
     FeatureFile,
     Floats,
     check_coords_shape,
     checked_coords,
     feature_faults,
+    origin_of,
     widen,
 )
-from keyhole.patches.features.origin import NAMES, STAMP, origin_of
 from keyhole.util.threads import end_reading_first
 from keyhole.util.wording import listed
 

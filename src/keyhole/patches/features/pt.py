@@ -11,8 +11,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from keyhole.errors import ImageError
-from keyhole.patches.features.files import ATTRIBUTES, FeatureFile, Floats, checked_coords, feature_faults, widen
-from keyhole.patches.features.origin import Origin, origin_of
+from keyhole.patches.features.files import (
+    ATTRIBUTES,
+    FeatureFile,
+    Floats,
+    Origin,
+    checked_coords,
+    feature_faults,
+    origin_of,
+    widen,
+)
 from keyhole.util.wording import listed
 
 MAX_PICKLE_BYTES = 2**26

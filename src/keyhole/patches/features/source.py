@@ -15,10 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from keyhole.config.settings import Config, ModelConfig
 from keyhole.errors import ConfigError, ImageError
 from keyhole.images.geometry import Size
-from keyhole.patches.features.files import FeatureFile, checked_coords, feature_faults
+from keyhole.patches.features.files import UNKNOWN, FeatureFile, Origin, checked_coords, feature_faults
 from keyhole.patches.features.grid import FeatureGrid, in_pixels
 from keyhole.patches.features.hdf5 import Hdf5Features
-from keyhole.patches.features.origin import UNKNOWN, Origin
 from keyhole.patches.features.pt import TorchFeatures
 from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource

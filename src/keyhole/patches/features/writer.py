@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ConfigError, ImageError, KeyholeError, OutputError
-from keyhole.patches.features.origin import SETTINGS as SETTINGS
+from keyhole.patches.features.files import SETTINGS as SETTINGS
 from keyhole.patches.features.source import open_features
 from keyhole.patches.sources import FilePatches
 from keyhole.util.files import atomic_file

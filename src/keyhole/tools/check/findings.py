@@ -14,7 +14,7 @@ from keyhole.data.manifest import Manifest
 from keyhole.data.resolution import Resolution
 from keyhole.data.splits import give_splits, leaking_groups
 from keyhole.errors import ImageError
-from keyhole.patches.features.origin import Origin
+from keyhole.patches.features import Origin
 from keyhole.tools.check.look import MAX_DARK_VALUE, Probed
 from keyhole.util.wording import listed
 
