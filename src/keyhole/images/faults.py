@@ -14,22 +14,10 @@ from keyhole.errors import ImageError, ImageLost
 from keyhole.images.pixels import ValueTooLarge
 
 FAULTS: tuple[type[Exception], ...] = (
-    # What tifffile and Pillow were seen to raise on damaged files.
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    Warning,
-    struct.error,
-    zlib.error,
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError, Warning, struct.error, zlib.error),
 )
+"""What tifffile and Pillow raise on damaged files."""
 
 _LOST_NAMES = (
     # The file is gone, or the disk or share does not answer; or for a moment: too many open files, an interrupted call.
@@ -79,10 +67,9 @@ def passed_over(path: Path) -> Iterator[None]:
     try:
         with faults_of(path, "damaged"):
             yield
-    except ImageLost:
-        raise
-    except ImageError:
-        pass
+    except ImageError as error:
+        if isinstance(error, ImageLost):
+            raise
 
 
 def check_reachable(path: Path, problem: str) -> None:
@@ -103,27 +90,16 @@ def check_reachable(path: Path, problem: str) -> None:
 
 def not_one_picture(path: Path, lengths: Mapping[str, int]) -> ImageError:
     """The error for a file of several pictures: `lengths` of the axes z (depth), t (time) and c (channels) above 1."""
-    axes = [f"{length} channels" if axis == "c" else f"{length} along {axis}" for axis, length in lengths.items()]
-    stated = ", ".join(axes)
+    stated = ", ".join(f"{n} channels" if axis == "c" else f"{n} along {axis}" for axis, n in lengths.items())
+    problem, other = f"a stack of pictures ({stated}); one", "Duplicate), or a projection of them"
     if set(lengths) == {"c"}:
-        return ImageError(
-            path,
-            f"{stated}; one or RGB is read. Save the channel that you want as a file of its own, or merge the channels "
-            "to RGB (in ImageJ: Image > Type > RGB Color).",
-        )
-    return ImageError(
-        path,
-        f"a stack of pictures ({stated}); one is read. Save the one that you want as a file of its own (in ImageJ: "
-        "Image > Duplicate), or a projection of them.",
-    )
+        problem, other = f"{stated}; one or RGB", "Type > RGB Color merges the channels)"
+    return ImageError(path, f"{problem} is read. Save the one that you want as a file (in ImageJ: Image > {other}.")
 
 
 def ends_early(path: Path, there: int, needed: int) -> ImageError:
     """The error for a file of `there` bytes whose structure needs at least `needed`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if needed >= scale:
-            sizes = f"{there / scale:.1f} of {needed / scale:.1f} {unit}"
-            break
-    else:
-        sizes = f"{there} of {needed} bytes"
-    return ImageError(path, f"the file ends early ({sizes}). Copy it again.")
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    sizes = [f"{there / scale:.1f} of {needed / scale:.1f} {unit}" for unit, scale in units if needed >= scale]
+    sizes.append(f"{there} of {needed} bytes")
+    return ImageError(path, f"the file ends early ({sizes[0]}). Copy it again.")

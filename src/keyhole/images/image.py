@@ -9,9 +9,9 @@ import functools
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Sequence
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar, Self
 
 import numpy as np
@@ -115,7 +115,7 @@ class Image(ABC):
         lv_width, lv_height = self.levels[level].size
         left, top = max(box.x, 0), max(box.y, 0)
         right, bottom = min(box.x + box.width, lv_width), min(box.y + box.height, lv_height)
-        if (left, top, right, bottom) == (box.x, box.y, box.x + box.width, box.y + box.height):
+        if (left, top, right - left, bottom - top) == box:
             return self._read(box, level)
         out = np.full((box.height, box.width, self.channels), self.background, np.uint8)
         if left < right and top < bottom:
@@ -179,9 +179,7 @@ class Image(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -201,12 +199,9 @@ class ArrayImage(Image):
             pixels = pixels[:, :, None]
         if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
             raise ValueError(f"pixels must be (h, w), (h, w, 1) or (h, w, 3), not {pixels.shape}")
-        self.pixels = pixels
-        self.path = Path(name)
-        self.size = Size(pixels.shape[1], pixels.shape[0])
+        self.pixels, self.path, self.mpp = pixels, Path(name), mpp
+        self.size, self.channels = Size(pixels.shape[1], pixels.shape[0]), pixels.shape[2]
         self.levels = (Level(self.size, 1.0),)
-        self.mpp = mpp
-        self.channels = pixels.shape[2]
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
@@ -248,12 +243,10 @@ def open_image(path: str | Path, bits: int | None = None) -> Image:
     for reader in readers():
         if reader.sniff(path, head):
             try:
-                image = reader(path)  # type: ignore[call-arg]
-                try:
+                with ExitStack() as stack:
+                    image = stack.enter_context(reader(path))  # type: ignore[call-arg]
                     image.settle_bits(bits)
-                except BaseException:
-                    image.close()
-                    raise
+                    stack.pop_all()
                 return image
             except ImageLost:
                 raise
@@ -274,10 +267,8 @@ def readers() -> tuple[type[Image], ...]:
         try:
             found.append(entry.load())
         except (ImportError, AttributeError) as error:
-            raise ConfigError(
-                f"the image reader {entry.name} ({entry.value}) cannot be imported: {one_line(error)}. "
-                "Reinstall the package that provides it, or uninstall it."
-            ) from error
+            problem = f"the image reader {entry.name} ({entry.value}) cannot be imported: {one_line(error)}."
+            raise ConfigError(f"{problem} Reinstall the package that provides it, or uninstall it.") from error
     return tuple(sorted(found, key=lambda reader: -reader.priority))
 
 

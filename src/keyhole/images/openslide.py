@@ -43,7 +43,7 @@ class OpenSlideImage(Image):
         with faults_of(path, "damaged slide"), path.open("rb") as file:
             head = file.read(64)
         # libopenslide ends the process where an allocation fails, and keeps the highest eight bits of 16
-        depth = check_tiles(path, most_bits=8) if is_tiff(head) else 1
+        depth = check_tiles(path) if is_tiff(head) else 1
         self._lock = threading.Lock()
         slide = self._open()
         with faults_of(path, "damaged slide"):
@@ -75,13 +75,13 @@ class OpenSlideImage(Image):
         try:
             slide = openslide.OpenSlide(self.path)
             slide.set_cache(_cache())
-        except openslide.OpenSlideUnsupportedFormatError as error:
-            check_reachable(self.path, str(error))
-            raise ImageError(self.path, "not a slide that OpenSlide reads. Export it as a pyramidal TIFF.") from error
+            return slide
         except openslide.OpenSlideError as error:
             check_reachable(self.path, str(error))
-            raise ImageError(self.path, f"damaged slide ({one_line(error)}). Copy it again.") from error
-        return slide
+            problem = f"damaged slide ({one_line(error)}). Copy it again."
+            if isinstance(error, openslide.OpenSlideUnsupportedFormatError):
+                problem = "not a slide that OpenSlide reads. Export it as a pyramidal TIFF."
+            raise ImageError(self.path, problem) from error
 
     def _read(self, box: Box, level: int) -> Pixels:
         import openslide

@@ -63,13 +63,21 @@ class PillowImage(Image):
     suffixes: ClassVar[frozenset[str]] = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
     def __init__(self, path: Path) -> None:
+        import PIL.Image
+
         self.path = path
         with faults_of(path, "damaged, or not the picture that its first bytes promise"):
             with path.open("rb") as file:
                 self._formats = _plugins(file.read(64))
             with self._open() as picture:
-                size = Size(*picture.size)
-                self._refuse(picture)
+                size, limit = Size(*picture.size), PIL.Image.MAX_IMAGE_PIXELS
+                if limit is not None and size.width * size.height > limit:
+                    raise self._too_large(f"{size.width * size.height:,}")
+                if getattr(picture, "is_animated", False) and picture.format != "MPO":
+                    frames = getattr(picture, "n_frames", 2)
+                    raise ImageError(
+                        path, f"an animation of {frames} frames, not one picture. Save the frame you want."
+                    )
                 self._orientation = _orientation(picture, path)
                 self._stored = _stored_as(path, picture)
         self.size = upright_size(size, self._orientation)
@@ -94,22 +102,11 @@ class PillowImage(Image):
             pixels = "".join(str(error).split("(")[-1:]).split()[0]
             raise self._too_large(f"{int(pixels):,}" if pixels.isdigit() else "too many") from error
         except PIL.UnidentifiedImageError as error:
-            kind = self._formats[0] if self._formats else "picture"
-            why = "its header is damaged. Copy it again."
+            kind, why = self._formats[0] if self._formats else "picture", "its header is damaged. Copy it again."
             if kind == "JPEG":
                 with self.path.open("rb") as file:
                     why = why_no_jpeg(file.read(_JPEG_HEAD_BYTES))
             raise ImageError(self.path, f"starts like {kind} data but {why}") from error
-
-    def _refuse(self, picture: Picture) -> None:
-        import PIL.Image
-
-        limit = PIL.Image.MAX_IMAGE_PIXELS
-        if limit is not None and picture.width * picture.height > limit:
-            raise self._too_large(f"{picture.width * picture.height:,}")
-        if getattr(picture, "is_animated", False) and picture.format != "MPO":
-            frames = getattr(picture, "n_frames", 2)
-            raise ImageError(self.path, f"an animation of {frames} frames, not one picture. Save the frame you want.")
 
     def _too_large(self, pixels: str) -> ImageError:
         import PIL.Image
@@ -139,14 +136,11 @@ class PillowImage(Image):
             if self._pixels is None:
                 try:
                     self._pixels = self._decode()
-                except ImageLost:
-                    raise
                 except ImageError as error:
-                    if not isinstance(error.__cause__, MemoryError):
+                    if not isinstance(error, ImageLost) and not isinstance(error.__cause__, MemoryError):
                         self._damage = error.problem
                     raise
-            pixels = self._pixels
-        return pixels[box.y : box.y + box.height, box.x : box.x + box.width]
+            return self._pixels[box.y : box.y + box.height, box.x : box.x + box.width]
 
     def _decode(self) -> Pixels:
         with faults_of(self.path, "damaged: it cannot be decoded"):
@@ -183,25 +177,20 @@ def eight_bit_pixels(picture: Picture) -> Pixels:
     if picture.has_transparency_data:
         return on_white(np.asarray(picture.convert("LA" if grey else "RGBA")))
     mode = "L" if grey else "RGB"
-    # Pillow would copy a picture that has the mode already
-    plain = picture if picture.mode == mode else picture.convert(mode)
+    plain = picture if picture.mode == mode else picture.convert(mode)  # `convert` would copy it
     return np.asarray(plain).reshape(picture.height, picture.width, -1)
 
 
 def _orientation(picture: Picture, path: Path) -> int:
-    if picture.format == "PNG" and "exif" not in picture.info and not _png_has(path, b"eXIf"):
-        return 1  # Pillow would decode the whole picture to look for it behind the pixels
+    if picture.format == "PNG" and "exif" not in picture.info:
+        # Pillow would decode the whole picture to look for it behind the pixels
+        with path.open("rb") as file:
+            file.seek(8)
+            while len(header := file.read(8)) == 8 and header[4:] not in (b"IEND", b"eXIf"):
+                file.seek(int.from_bytes(header[:4], "big") + 4, 1)
+        if header[4:] != b"eXIf":
+            return 1
     return valid_orientation(picture.getexif().get(_ORIENTATION, 1))
-
-
-def _png_has(path: Path, kind: bytes) -> bool:
-    with path.open("rb") as file:
-        file.seek(8)
-        while len(header := file.read(8)) == 8 and header[4:] != b"IEND":
-            if header[4:] == kind:
-                return True
-            file.seek(int.from_bytes(header[:4], "big") + 4, 1)
-    return False
 
 
 def image_in_memory(picture: NDArray[Any] | Picture) -> ArrayImage:
@@ -220,25 +209,21 @@ def image_in_memory(picture: NDArray[Any] | Picture) -> ArrayImage:
     if not isinstance(picture, np.ndarray):
         raise ImageError("image", f"expected a path, a numpy array or a Pillow picture, not {type(picture)}.")
     if problem := _array_problem(picture):
-        came = f"{picture.dtype} {picture.shape}"
-        raise ImageError("array", f"pixels must be uint8 of shape (h, w, 3) or (h, w), not {came}. {problem}")
+        came = f"not {picture.dtype} {picture.shape}"
+        raise ImageError("array", f"pixels must be uint8 of shape (h, w, 3) or (h, w), {came}. {problem}")
     return ArrayImage(picture)
 
 
 def _array_problem(pixels: NDArray[Any]) -> str:
     """What to do about an array that is not an image; "" where it is one."""
     if pixels.dtype != np.uint8:
-        float_ = pixels.dtype.kind == "f"
-        return (
-            "Values of 0 ... 1: (255 * array).round().astype('uint8')." if float_ else "Scale the values to 0 ... 255."
-        )
+        one = pixels.dtype.kind == "f"
+        return "Values of 0 ... 1: (255 * array).round().astype('uint8')." if one else "Scale the values to 0 ... 255."
     if pixels.ndim not in (2, 3) or min(pixels.shape, default=0) < 1:
         return "Give one image, with pixels."
     if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
         first = pixels.shape[0] in (1, 3)
-        return (
-            "Put channels last: array.transpose(1, 2, 0)." if first else "Leave out all channels but red, green, blue."
-        )
+        return "Put channels last: array.transpose(1, 2, 0)." if first else "Keep only the channels red, green, blue."
     return ""
 
 

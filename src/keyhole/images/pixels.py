@@ -24,46 +24,33 @@ DEEP = 16
 MAX_VALUES_SEARCHED = 64 * 2**20
 """Values that are searched for one that shows that all bits are in use."""
 
-_TURNS = {
-    # EXIF and TIFF orientation -> what makes the stored picture upright: transpose, then mirror in x, in y.
-    1: (False, False, False),
-    2: (False, True, False),
-    3: (False, True, True),
-    4: (False, False, True),
-    5: (True, False, False),
-    6: (True, True, False),
-    7: (True, True, True),
-    8: (True, False, True),
-}
+# EXIF and TIFF orientations 1 ... 8 whose stored pictures are made upright by transposing, then mirroring in x, in y.
+_TRANSPOSED, _MIRRORED_X, _MIRRORED_Y = {5, 6, 7, 8}, {2, 3, 6, 7}, {3, 4, 7, 8}
 
 
 def valid_orientation(value: object) -> int:
     """`value` if it is one of the eight orientations, else 1: writers put 0 and worse there."""
-    return value if isinstance(value, int) and value in _TURNS else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def upright_size(stored: Size, orientation: int) -> Size:
-    return Size(stored.height, stored.width) if _TURNS[orientation][0] else stored
+    return Size(stored.height, stored.width) if orientation in _TRANSPOSED else stored
 
 
 def stored_box(box: Box, upright: Size, orientation: int) -> Box:
     """Where `box` of the upright picture lies in the stored one."""
-    transpose, mirror_x, mirror_y = _TURNS[orientation]
-    x = upright.width - box.x - box.width if mirror_x else box.x
-    y = upright.height - box.y - box.height if mirror_y else box.y
-    return Box(y, x, box.height, box.width) if transpose else Box(x, y, box.width, box.height)
+    x = upright.width - box.x - box.width if orientation in _MIRRORED_X else box.x
+    y = upright.height - box.y - box.height if orientation in _MIRRORED_Y else box.y
+    if orientation in _TRANSPOSED:
+        return Box(y, x, box.height, box.width)
+    return Box(x, y, box.width, box.height)
 
 
 def make_upright(pixels: Pixels, orientation: int) -> Pixels:
     """(h, w, c) as stored -> as it is to be seen."""
-    transpose, mirror_x, mirror_y = _TURNS[orientation]
-    if transpose:
+    if orientation in _TRANSPOSED:
         pixels = pixels.swapaxes(0, 1)
-    if mirror_y:
-        pixels = pixels[::-1]
-    if mirror_x:
-        pixels = pixels[:, ::-1]
-    return pixels
+    return pixels[:: -1 if orientation in _MIRRORED_Y else 1, :: -1 if orientation in _MIRRORED_X else 1]
 
 
 class ValueTooLarge(ValueError):  # noqa: N818 - names the problem
@@ -81,14 +68,13 @@ def eight_bit(values: NDArray[np.unsignedinteger | np.bool_], bits: int) -> Pixe
     largest = int(values.max(initial=0))
     if largest >= len(table):
         raise ValueTooLarge(f"holds a value of {largest:,}, but {bits} bits in use end at {len(table) - 1:,}")
-    pixels: Pixels = table[values.astype(np.uint8) if values.dtype == np.bool_ else values]
-    return pixels
+    return np.asarray(table[values.astype(np.uint8) if values.dtype == np.bool_ else values])
 
 
 @functools.cache
 def _table(bits: int) -> Pixels:
     white = 2**bits - 1
-    table: Pixels = ((np.arange(white + 1) * 510 + white) // (2 * white)).astype(np.uint8)
+    table = np.asarray((np.arange(white + 1) * 510 + white) // (2 * white), np.uint8)
     table.flags.writeable = False  # one for all callers
     return table
 
@@ -101,15 +87,13 @@ def on_white(pixels: Pixels, associated: bool = False) -> Pixels:
     share = color.astype(np.uint16) * 255 if associated else color.astype(np.uint16) * alpha
     # The sum stays below 2**16 for colours <= alpha; damaged associated colours are clipped.
     mixed = (share.astype(np.uint32) + np.uint32(255) * (255 - alpha) + 127) // 255
-    composited: Pixels = np.minimum(mixed, 255).astype(np.uint8)
-    return composited
+    return np.asarray(np.minimum(mixed, 255), np.uint8)
 
 
 def straight(pixels: Pixels, alpha: Pixels) -> Pixels:
     """Colours (h, w, c) that were multiplied by alpha (h, w, 1), as they were before; 0 where alpha is 0."""
     share = np.maximum(alpha.astype(np.uint32), 1)
-    divided: Pixels = np.minimum((pixels.astype(np.uint32) * 255 + share // 2) // share, 255).astype(np.uint8)
-    return divided
+    return np.asarray(np.minimum((pixels.astype(np.uint32) * 255 + share // 2) // share, 255), np.uint8)
 
 
 def bits_of_largest(largest: float | None) -> int | None:
@@ -153,9 +137,6 @@ def alpha_of(alpha: NDArray[Any], bits: int, stored: int) -> Pixels:
     return eight_bit(alpha, bits if int(alpha.max(initial=0)) < 2**bits else stored)
 
 
-_RGB: np.dtype[Any] = np.dtype("V3")
-
-
 def place(out: Pixels, pixels: Pixels) -> None:
     """`out[...] = pixels`, quickly where `out` is a mirrored or turned view (numpy walks those 3 bytes at a time)."""
     if out.shape[2] != 3 or out.strides[1] == 3 or not out.strides[2] == pixels.strides[2] == 1:
@@ -164,4 +145,4 @@ def place(out: Pixels, pixels: Pixels) -> None:
         for channel in range(3):
             out[:, :, channel] = pixels[:, :, channel]
     else:  # turned: twice as fast in whole pixels
-        out.view(_RGB)[...] = pixels.view(_RGB)
+        out.view("V3")[...] = pixels.view("V3")

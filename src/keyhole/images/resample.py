@@ -58,8 +58,7 @@ def thumbnail(image: Image, side: int = 512) -> tuple[Pixels, float]:
     band = max(1, _BAND_BYTES // (lv_width * image.channels * step)) * step
     bands = []
     for y in range(0, lv_height, band):
-        pixels = image.read(Box(0, y, lv_width, min(band, lv_height - y)), level)
-        bands.append(_averaged(pixels, step))
+        bands.append(_averaged(image.read(Box(0, y, lv_width, min(band, lv_height - y)), level), step))
         beat()
     small = np.concatenate(bands)
     factor = min(1.0, side / max(small.shape[:2]))
@@ -77,5 +76,4 @@ def _averaged(pixels: Pixels, step: int) -> Pixels:
     rows, columns = np.arange(0, height, step), np.arange(0, width, step)
     sums = np.add.reduceat(np.add.reduceat(pixels.astype(np.float32), rows, axis=0), columns, axis=1)
     counts = np.diff(np.append(rows, height))[:, None] * np.diff(np.append(columns, width))[None, :]
-    means: Pixels = (sums / counts[:, :, None]).round().astype(np.uint8)
-    return means
+    return np.asarray((sums / counts[:, :, None]).round(), np.uint8)

@@ -36,8 +36,7 @@ BLOCK = 1024
 """Entries of a table that are read at a time for a tile."""
 CONVERT = "Convert it to a tiled pyramid: vips tiffsave IN.tif OUT.tif --tile --pyramid --compression jpeg --bigtiff"
 
-_CHECKED_BLOCK = 65536
-"""Entries that are read at a time when a file is opened and all are checked."""
+_CHECKED_BLOCK = 65536  # entries that are read at a time when a file is opened and all are checked
 _MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 _JPEG2000_APERIO = (33003, 33005)
 _FOCAL_PLANE = 65424  # Hamamatsu's tag for the place of a page in depth
@@ -45,8 +44,7 @@ _OFFSETS, _COUNTS = (324, 273), (325, 279)  # tags of tables: of tiles, else of 
 _TYPES = {3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
 _MAX_TAGS = 512  # of a page with shortened tables; no slide has more
 
-Pread = Callable[[int, int], bytes]
-"""(count, offset) -> bytes of the file; fewer at its end."""
+Pread = Callable[[int, int], bytes]  # (count, offset) -> bytes of the file; fewer at its end
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,7 @@ class ShortTables:
         size, seen = self.path.stat().st_size, dict[int, None]()
         while offset:
             if offset in seen:
-                problem = f"its pages form a loop (page {len(seen)} leads back). Copy or export it again."
-                raise ImageError(self.path, problem)
+                raise ImageError(self.path, f"its pages form a loop (page {len(seen)} leads back). Export it again.")
             if len(seen) == MAX_PAGES:
                 raise ImageError(self.path, f"more than {MAX_PAGES:,} pages; keyhole reads one picture per file")
             seen[offset] = None
@@ -242,21 +239,14 @@ def vendor_of(path: Path) -> str | None:
         return None  # damaged, which opening it reports
 
 
-def page_size(page: Any) -> Size:
-    return Size(int(page.imagewidth), int(page.imagelength))
-
-
 def check_segment(path: Path, segment: Size) -> None:
     """Refuse a tile or strip that is too large to be decoded whole."""
     if segment.width * segment.height > MAX_SEGMENT_PIXELS:
-        raise ImageError(
-            path,
-            f"one tile or strip has {segment.width:,} x {segment.height:,} pixels, more than the "
-            f"{MAX_SEGMENT_PIXELS:,} that are decoded at once. {CONVERT}",
-        )
+        problem = f"one tile or strip has {segment.width:,} x {segment.height:,} pixels"
+        raise ImageError(path, f"{problem}, more than the {MAX_SEGMENT_PIXELS:,} that are decoded at once. {CONVERT}")
 
 
-def check_tiles(path: Path, most_bits: int = 16) -> int:
+def check_tiles(path: Path) -> int:
     """Refuse a TIFF that would end OpenSlide, and with it the process: tiles of gigabytes, loops, a cut end.
 
     Returns the planes in depth (z) of a Hamamatsu slide, of which OpenSlide reads the one at 0; else 1.
@@ -265,10 +255,9 @@ def check_tiles(path: Path, most_bits: int = 16) -> int:
     with open_pages(path) as (tif, short):
         for page in tif.pages:
             planes |= {page.tags.valueof(_FOCAL_PLANE, 0)} if page.is_ndpi else set()
-            if page.is_tiled and isinstance(page.bitspersample, int) and page.bitspersample > most_bits:
-                raise ImageError(
-                    path, f"a slide of {page.bitspersample} bits a value is not read. Export it with 8 bits."
-                )
+            bits = page.bitspersample
+            if page.is_tiled and isinstance(bits, int) and bits > 8:
+                raise ImageError(path, f"a slide of {bits} bits a value is not read. Export it with 8 bits.")
             if page.is_tiled:
                 check_segment(path, Size(page.tilewidth, page.tilelength))
             elif not page.is_ndpi:  # a Hamamatsu page is one strip with restart marks inside

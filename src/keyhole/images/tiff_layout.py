@@ -19,7 +19,7 @@ from keyhole.images.geometry import Size, same_shape
 from keyhole.images.jpeg import JpegTiles
 from keyhole.images.pixels import DEEP, bits_of_largest, valid_orientation
 from keyhole.images.scale import TO_MICRONS, Scale, agreed, plausible_scale
-from keyhole.images.tiff_file import ShortTables, TileTable, check_segment, open_pages, page_size
+from keyhole.images.tiff_file import ShortTables, TileTable, check_segment, open_pages
 
 _JPEG = 7
 _PICTURES = {_JPEG: "JPEG", 34712: "picture", 50001: "picture"}  # segments with a size of their own: JPEG 2000, WebP
@@ -106,6 +106,10 @@ def read_layout(path: Path) -> TiffLayout:
         return TiffLayout(levels, scale, valid_orientation(main.tags.valueof(274, 1)), note)
 
 
+def _size_of(page: Any) -> Size:
+    return Size(int(page.imagewidth), int(page.imagelength))
+
+
 def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
     """The smaller copies of the page `main`, largest first: its SubIFDs, or else the pages behind it.
 
@@ -116,11 +120,11 @@ def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
         candidates = [page for page in tif.pages if page.index != 0 and (page.is_tiled or (page.subfiletype & 1))]
         if main.is_tiled:
             candidates = [page for page in candidates if page.is_tiled]
-    found, last = [], page_size(main)
+    found, last = [], _size_of(main)
     for page in sorted(candidates, key=lambda page: -page.imagewidth):
-        size = page_size(page)
+        size = _size_of(page)
         alike = (page.samplesperpixel, page.bitspersample) == (main.samplesperpixel, main.bitspersample)
-        if alike and min(size) > 0 and size.width < last.width and same_shape(page_size(main), size):
+        if alike and min(size) > 0 and size.width < last.width and same_shape(_size_of(main), size):
             found.append(page)
             last = size
     return found
@@ -128,7 +132,7 @@ def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
 
 def _level(path: Path, page: Any, short: ShortTables, stated: int | None) -> TiffLevel:
     """A tifffile page as a `TiffLevel`; `stated` are the bits in use, as the file states them."""
-    size = page_size(page)
+    size = _size_of(page)
     segment = Size(page.tilewidth, page.tilelength) if page.is_tiled else Size(size.width, page.rowsperstrip)
     if min(size) < 1 or min(segment) < 1:
         raise ImageError(path, f"page {page.index} has a size of {tuple(size)}. Copy or export it again.")

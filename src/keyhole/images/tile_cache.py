@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ _SPARED = 8
 _MAX_COUNTED_TILES = 4096
 """Tiles that are not kept whose remaining uses are counted."""
 _PATIENCE = 20.0
-"""Seconds that a thread waits for another's decoding before it decodes by itself."""
+"""Seconds that a thread waits for another's decoding before it decodes by itself: the share of one may stall."""
 _ENTRY_BYTES = 1000
 """Bytes that an entry costs beside its array."""
 
@@ -95,17 +94,19 @@ class TileCache:
         with self._decoded:
             while (found := self._find(place)) is None and place in self._decoding:
                 if not self._decoded.wait(_PATIENCE):
-                    break  # the other thread's share may stall
+                    break
             if found is not None:
                 if place in self._shared:
                     self._use(place, uses)
                 return found
             self._decoding.add(place)
-        pixels = None
+        pixels, alone = None, False
         try:
-            with self._one_at_a_time() if size >= MIN_ALONE_BYTES else nullcontext():
-                pixels = decode()
+            alone = size >= MIN_ALONE_BYTES and self._alone.acquire(timeout=_PATIENCE)
+            pixels = decode()
         finally:
+            if alone:
+                self._alone.release()
             with self._decoded:
                 self._decoding.discard(place)
                 if pixels is not None and owner in self._owners:
@@ -124,16 +125,6 @@ class TileCache:
             for place in [place for place in self._shared if place[0] == owner]:
                 self._forget(place)
             self._uses_left = {place: left for place, left in self._uses_left.items() if place[0] != owner}
-
-    @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        """Wait for other threads that decode large tiles, but not for ever: the share of one may stall."""
-        mine = self._alone.acquire(timeout=_PATIENCE)
-        try:
-            yield
-        finally:
-            if mine:
-                self._alone.release()
 
     def _find(self, place: _Place) -> NDArray[Any] | None:
         found = self._recent.get(place)

@@ -23,23 +23,14 @@ from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
 
 
 class _Tile(NamedTuple):
-    """A tile that some boxes touch.
+    """A tile that some boxes touch."""
 
-    Attributes:
-        number: of the tile, row by row.
-        box: in level pixels, what lies inside the level.
-        uses: boxes of the whole pass that touch it, as far as known.
-        users: which boxes of this call touch it.
-        cached: whether it was in the cache.
-        coded: what `_coded` gave; None where it was in the cache.
-    """
-
-    number: int
-    box: Box
-    uses: int
-    users: list[int]
+    number: int  # row by row
+    box: Box  # in level pixels, what lies inside the level
+    uses: int  # boxes of the whole pass that touch it, as far as known
+    users: list[int]  # which boxes of this call touch it
     cached: bool
-    coded: Any
+    coded: Any  # what `_coded` gave; None where it was in the cache
 
 
 _here = threading.local()
@@ -104,19 +95,14 @@ class TiledImage(Image):
                 decode = partial(self.decode_tile, level, number, coded, None)
                 shared = {} if keeps_all else {"uses": len(users), "total": count}
                 pixels = TILE_CACHE.fetch(self._owner, (level, number), decode, size, **shared)
-            else:
-                pixels = TILE_CACHE.get(self._owner, (level, number)) if cached else None
-                if pixels is None:
-                    # As on an aligned grid: the tile is the box of one patch, and is decoded into it.
-                    alone = count == len(users) == 1 and boxes[users[0]] == inside and inside[2:] == tile
-                    room = (
-                        first
-                        if alone and first.flags.c_contiguous
-                        else scratch((tile.height, tile.width, self.channels))
-                    )
-                    pixels = self.decode_tile(level, number, coded, room)
-                    if pixels is first:
-                        continue
+            elif not cached or (pixels := TILE_CACHE.get(self._owner, (level, number))) is None:
+                # As on an aligned grid: the tile is the box of one patch, and is decoded into it.
+                alone = count == len(users) == 1 and boxes[users[0]] == inside and inside[2:] == tile
+                direct = alone and first.flags.c_contiguous
+                room = first if direct else scratch((tile.height, tile.width, self.channels))
+                pixels = self.decode_tile(level, number, coded, room)
+                if pixels is first:
+                    continue
             for user in users:
                 _copy(pixels, inside, boxes[user], out[user], self.background)
 

@@ -6,9 +6,8 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,11 +48,9 @@ class ZarrImage(TiledImage):
                 raise ImageError(path, what) from error
         for array in picture.arrays:
             self._check(picture, array)
-        self._axes = picture.axes
-        self.channels = picture.channels
-        self.mpp, self.mpp_note = picture.scale
-        self._says_bits = picture.bits is not None or picture.arrays[0].dtype.itemsize == 1
-        self.bits = picture.bits or 8 * picture.arrays[0].dtype.itemsize
+        self._axes, self.channels, (self.mpp, self.mpp_note) = picture.axes, picture.channels, picture.scale
+        stored = 8 * picture.arrays[0].dtype.itemsize
+        self._says_bits, self.bits = picture.bits is not None or stored == 8, picture.bits or stored
         sizes = [picture.size(array) for array in picture.arrays]
         kept = [k for k, size in enumerate(sizes) if k == 0 or same_shape(sizes[0], size)]
         kept = [k for n, k in enumerate(kept) if n == 0 or sizes[k].width < sizes[kept[n - 1]].width]
@@ -75,11 +72,8 @@ class ZarrImage(TiledImage):
             raise ImageError(self.path, f"pixels of {array.dtype} are not read. Save them as uint8 or uint16.")
         if math.prod(array.chunks) > MAX_SEGMENT_PIXELS * picture.channels:
             chunk = " x ".join(f"{side:,}" for side in array.chunks)
-            raise ImageError(
-                self.path,
-                f"one chunk has {chunk} pixels, more than the {MAX_SEGMENT_PIXELS:,} that are decoded at once. "
-                "Save it again in chunks of 256 to 1024 pixels a side.",
-            )
+            problem = f"one chunk has {chunk} pixels, more than the {MAX_SEGMENT_PIXELS:,} that are decoded at once."
+            raise ImageError(self.path, f"{problem} Save it again in chunks of 256 to 1024 pixels a side.")
 
     def _stored_values(self, tile: int) -> list[NDArray[Any]]:
         return [self._tile_values(0, tile, None)]
@@ -116,12 +110,8 @@ class ZarrImage(TiledImage):
         parts = [array.decoded(data) for data in (coded or next(self._coded(level, [tile])))]
         values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self._axes.index("c"))
         row, column = divmod(tile, math.ceil(size.width / wide))
-        spans = {
-            "y": slice(size.height - row * high),
-            "x": slice(size.width - column * wide),
-            "c": slice(self.channels),
-        }
-        return values[tuple(spans.get(axis, 0) for axis in self._axes)]
+        ends = {"y": size.height - row * high, "x": size.width - column * wide, "c": self.channels}
+        return values[tuple(slice(ends[axis]) if axis in ends else 0 for axis in self._axes)]
 
     def _as_pixels(self, values: NDArray[Any], out: Pixels | None) -> Pixels:
         """Stored values as (h, w, c) uint8; in `out` where that helps and fits."""
@@ -144,8 +134,7 @@ class ZarrImage(TiledImage):
         self._arrays = []
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """Arrays of one picture, largest first; `axes` has a letter for each dimension, `bits` those in use if stated."""
 
     arrays: tuple[ZarrArray, ...]
@@ -167,36 +156,19 @@ def picture_of(path: Path) -> Picture:
         return Picture((node,), axes, _channels(path, node, axes), Scale())
     ome = _ome(node)
     if "multiscales" not in ome and "bioformats2raw.layout" in ome:
-        node = child(node, _first_series(node, root), root)
+        series = _ome(child(node, "OME", root)).get("series") if (node.folder / "OME").is_dir() else None
+        node = child(node, str(series[0]) if series else "0", root)
         ome = _ome(node)
     if "plate" in ome or "well" in ome:
         raise ImageError(path, "a plate of wells, not one picture. Name one field of it, as in plate.zarr/A/1/0.")
     if "image-label" in ome:
         raise ImageError(path, "a label image: numbers of objects, not a picture. Name the image it belongs to.")
     if not ome.get("multiscales") or isinstance(node, ZarrArray):
-        raise ImageError(
-            path, "a zarr group without `multiscales` of OME-Zarr. Name the image or array in it, or export it again."
-        )
+        raise ImageError(path, "a zarr group without `multiscales`. Name the image or array in it, or export it again.")
     nodes = [child(node, str(dataset["path"]), root) for dataset in ome["multiscales"][0]["datasets"]]
     arrays = tuple(array for array in nodes if isinstance(array, ZarrArray))
     if not arrays or len(arrays) < len(nodes):
         raise ImageError(path, "its `multiscales` names no arrays. Export it again.")
-    return _multiscale(path, arrays, ome)
-
-
-def _ome(node: ZarrArray | ZarrGroup) -> dict[str, Any]:
-    """OME's part of the attributes: under `ome` since 0.5."""
-    ome = node.attributes.get("ome", node.attributes)
-    return ome if isinstance(ome, dict) else {}
-
-
-def _first_series(group: ZarrGroup, root: Path) -> str:
-    """Name of the first picture in a bioformats2raw folder."""
-    series = _ome(child(group, "OME", root)).get("series") if (group.folder / "OME").is_dir() else None
-    return str(series[0]) if series else "0"
-
-
-def _multiscale(path: Path, arrays: tuple[ZarrArray, ...], ome: dict[str, Any]) -> Picture:
     first = ome["multiscales"][0]
     named = first.get("axes", list(_OLD_AXES) if first.get("version") in ("0.1", "0.2") else None)
     if not isinstance(named, list):
@@ -208,23 +180,27 @@ def _multiscale(path: Path, arrays: tuple[ZarrArray, ...], ome: dict[str, Any]) 
     channels = [_channels(path, array, axes) for array in arrays]
     if len(set(channels)) > 1:
         raise ImageError(path, f"its levels have {channels} channels. Export it again.")
-    if channels[0] == 3:
-        _check_rgb(path, ome)
-    picture = Picture(arrays, axes, channels[0], scale, _bits(ome))
+    picture = Picture(arrays, axes, channels[0], scale, _bits(path, channels[0], ome))
     if picture.size(arrays[0]) != max(map(picture.size, arrays)):
         raise ImageError(path, "its first level is not its largest. Export it again.")
     return picture
 
 
+def _ome(node: ZarrArray | ZarrGroup) -> dict[str, Any]:
+    """OME's part of the attributes: under `ome` since 0.5."""
+    ome = node.attributes.get("ome", node.attributes)
+    return ome if isinstance(ome, dict) else {}
+
+
 def _channels(path: Path, array: ZarrArray, axes: str) -> int:
     """1 or 3; refuses stacks and everything that has no width and height."""
-    if len(axes) != array.ndim or sorted(axes) != sorted(set(axes)) or not {"x", "y"} <= set(axes):
+    if len(axes) != len(array.shape) or sorted(axes) != sorted(set(axes)) or not {"x", "y"} <= set(axes):
         raise ImageError(path, f"axes {axes!r} for an array of {array.shape}; expected y and x, and each once.")
-    lengths = dict(zip(axes, array.shape, strict=True))
     if min(array.shape) < 1:
         raise ImageError(path, f"an array of {array.shape} has no pixels. Export it again.")
+    lengths = dict(zip(axes, array.shape, strict=True))
     many = {axis: length for axis, length in lengths.items() if axis not in "cyx" and length != 1}
-    channels = int(lengths.get("c", 1))
+    channels = lengths.get("c", 1)
     if channels not in (1, 3):
         many["c"] = channels
     if many:
@@ -232,24 +208,16 @@ def _channels(path: Path, array: ZarrArray, axes: str) -> int:
     return channels
 
 
-def _bits(ome: dict[str, Any]) -> int | None:
-    """Bits in use by the largest value that a channel's slider is for: 12 for 4095."""
+def _bits(path: Path, count: int, ome: dict[str, Any]) -> int | None:
+    """Bits in use by the largest value that a channel's slider is for: 12 for 4095. Refuses three stains."""
     channels = (ome.get("omero") or {}).get("channels", [])
+    colors = [str(channel.get("color", "")).upper().lstrip("#") for channel in channels]
+    if count == len(colors) == 3 and all(colors) and tuple(colors) != _RGB:
+        problem = f"3 channels of the colours {', '.join(colors)}, not red, green and blue."
+        raise ImageError(path, f"{problem} Save the channel that you want, or merge the channels to RGB.")
     largest = [(channel.get("window") or {}).get("max") for channel in channels]
     known = [value for value in largest if isinstance(value, int | float)]
     return bits_of_largest(max(known)) if known and len(known) == len(channels) else None
-
-
-def _check_rgb(path: Path, ome: dict[str, Any]) -> None:
-    """Three channels that are displayed in other colours than red, green and blue are stains, not a picture."""
-    channels = (ome.get("omero") or {}).get("channels", [])
-    colors = [str(channel.get("color", "")).upper().lstrip("#") for channel in channels]
-    if len(colors) == 3 and all(colors) and tuple(colors) != _RGB:
-        raise ImageError(
-            path,
-            f"3 channels of the colours {', '.join(colors)}, not red, green and blue. Save the channel that you want, "
-            "or merge the channels to RGB.",
-        )
 
 
 def _scale(axes: str, named: list[Any], first: dict[str, Any], dataset: dict[str, Any]) -> Scale:
@@ -279,8 +247,8 @@ def _array_axes(path: Path, array: ZarrArray) -> str:
     names = array.dimension_names
     if names and all(isinstance(name, str) and len(name) == 1 for name in names):
         return "".join(names).lower()
-    if array.ndim == 2:
+    if len(array.shape) == 2:
         return "yx"
-    if array.ndim == 3 and (array.shape[2] in (1, 3)) != (array.shape[0] in (1, 3)):
+    if len(array.shape) == 3 and (array.shape[2] in (1, 3)) != (array.shape[0] in (1, 3)):
         return "yxc" if array.shape[2] in (1, 3) else "cyx"
     raise ImageError(path, f"an array of {array.shape} that does not name its axes. Export it as OME-Zarr.")

@@ -70,10 +70,6 @@ class ZarrArray:
             raise ValueError(f"chunks of {self.chunks} for an array of {self.shape}")
         self._codecs = _Codecs.of(codecs, len(self.shape), self.dtype)
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
     def encoded(self, chunk: Sequence[int]) -> bytes | None:
         """The stored bytes of the chunk at this place along each axis; None where there are none.
 
@@ -81,7 +77,7 @@ class ZarrArray:
         """
         shard = self._shard
         place = chunk if shard is None else [at // per for at, per in zip(chunk, shard.counts, strict=True)]
-        key = self._separator.join([*([self._prefix] if self._prefix else []), *map(str, place)])
+        key = self._separator.join([*self._prefix, *map(str, place)])
         try:
             with open(f"{self._folder}/{key}", "rb", buffering=0) as file:  # noqa: PTH123 - Path costs more than reading
                 if shard is None:
@@ -100,7 +96,7 @@ class ZarrArray:
 
 
 class UnsupportedCodec(Exception):  # noqa: N818 - the reader makes an ImageError of it
-    """Chunks are stored in a way that is not read."""
+    """Raised for chunks that are stored in a way that is not read."""
 
 
 def open_node(folder: Path, root: Path) -> ZarrArray | ZarrGroup:
@@ -197,13 +193,9 @@ def _v2_codecs(metadata: dict[str, Any], ndim: int, dtype: np.dtype[Any]) -> lis
     if metadata.get("filters"):
         raise UnsupportedCodec(f"chunks with the filter {metadata['filters'][0]['id']}")
     order = [{"name": "transpose", "configuration": {"order": range(ndim)[::-1]}}] if metadata["order"] == "F" else []
-    endian = "big" if dtype.str.startswith(">") else "little"
+    as_bytes = {"name": "bytes", "configuration": {"endian": "big" if dtype.str.startswith(">") else "little"}}
     compressor = metadata["compressor"]
-    return [
-        *order,
-        {"name": "bytes", "configuration": {"endian": endian}},
-        *([] if compressor is None else [{"name": compressor["id"]}]),
-    ]
+    return [*order, as_bytes, *([] if compressor is None else [{"name": compressor["id"]}])]
 
 
 def _named(codec: Any) -> tuple[str, dict[str, Any]]:
@@ -235,11 +227,8 @@ def _blosc(data: bytes, most: int) -> bytes:
     """Decode Blosc, after a look at its header: the decoder reads on in whatever lies behind bytes that were cut."""
     import imagecodecs
 
-    if (
-        len(data) < 16
-        or int.from_bytes(data[4:8], "little") > most
-        or int.from_bytes(data[12:16], "little") > len(data)
-    ):
+    decoded, encoded = int.from_bytes(data[4:8], "little"), int.from_bytes(data[12:16], "little")
+    if len(data) < 16 or decoded > most or encoded > len(data):
         raise ValueError("its header is damaged, or it was cut")
     return bytes(imagecodecs.blosc_decode(data, numthreads=1, out=most))
 
@@ -256,10 +245,8 @@ def _imagecodec(name: str, more: int = 0, **options: Any) -> Callable[[bytes, in
 
 
 _DECODERS: dict[str, Callable[[bytes, int], Any]] = {
+    **{name: _imagecodec(name) for name in ("zstd", "gzip", "zlib")},
     "blosc": _blosc,
-    "zstd": _imagecodec("zstd"),
-    "gzip": _imagecodec("gzip"),
-    "zlib": _imagecodec("zlib"),
     "lz4": _imagecodec("lz4", header=True),
     "bz2": _imagecodec("bz2", more=1),
 }
