@@ -110,18 +110,15 @@ def _of_keyhole(settings: Mapping[str, Any]) -> str | None:
     size, stride = settings.get("patch.size"), settings.get("patch.stride")
     if size is None:
         return None
-    words = [f"{size} px"]
-    if stride is not None and stride != size:
-        words.append(f"stride {stride}")
-    if settings.get("patch.mpp") is not None:
-        words.append(f"{settings['patch.mpp']:g} microns per pixel")
-    else:
-        words.append(f"level {settings.get('patch.level') or 0}")
-    if settings.get("patch.foreground") not in (None, "all"):
-        words.append(f"foreground {settings['patch.foreground']}")
-    if settings.get("patch.edge") not in (None, "background"):  # before it could be chosen, it was the background
-        words.append(f"edge {settings['patch.edge']}")
-    return ", ".join(words)
+    mpp, foreground, edge = (settings.get(f"patch.{name}") for name in ("mpp", "foreground", "edge"))
+    words = [
+        f"{size} px",
+        f"stride {stride}" if stride not in (None, size) else "",
+        f"level {settings.get('patch.level') or 0}" if mpp is None else f"{mpp:g} microns per pixel",
+        f"foreground {foreground}" if foreground not in (None, "all") else "",
+        f"edge {edge}" if edge not in (None, "background") else "",  # before it could be chosen, it was the background
+    ]
+    return ", ".join(filter(None, words))
 
 
 class FeatureFile(ABC):
@@ -150,11 +147,8 @@ class FeatureFile(ABC):
             beat()
             good = np.isfinite(rows).all(axis=1)
             if not good.all():
-                raise ImageError(
-                    self.path,
-                    f"feature {first + int(np.argmin(good))} holds NaN or infinity. Extract the features of this "
-                    "slide again, in float32.",
-                )
+                problem = f"feature {first + int(np.argmin(good))} holds NaN or infinity."
+                raise ImageError(self.path, f"{problem} Extract the features of this slide again, in float32.")
 
     @abstractmethod
     def _read(self, start: int, stop: int, out: Floats) -> None:

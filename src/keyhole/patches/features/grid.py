@@ -35,17 +35,26 @@ class FeatureGrid:
         self.n, self._coords = n, coords
         l0_side, self.scale = _side(attributes)
         self.known = l0_side is not None and coords is not None
-        exact = _exact_step(attributes)
-        if exact is not None:
-            self.scale = number(attributes, "downsample") or self.scale
-        step = None if coords is None else exact or _step(attributes, l0_side, self.scale) or _spacing(coords)
+        stride, downsample = number(attributes, "stride"), number(attributes, "downsample")
+        exact = None  # the step of one regular grid, as keyhole writes it; it need not be a whole number
+        if stride is not None and downsample is not None and "edge" in attributes:
+            exact, self.scale = stride * downsample, downsample
+        overlap = number(attributes, "overlap", zero=True)
+        step = exact
+        if step is None and l0_side is not None and overlap is not None and overlap * self.scale < l0_side:
+            step = l0_side - overlap * self.scale
+        step = None if coords is None else step or _spacing(coords)
         self._l0_side = 0 if coords is None else round(l0_side or step or 0)
         self._l0_step = max(1, round(step or l0_side or 1))
         self.size, self.stride = (max(1, round(side / self.scale)) for side in (self._l0_side, self._l0_step))
         level, self.mpp = number(attributes, "patch_level", zero=True), number(attributes, "mpp")
         self.level = None if level is None else int(level)
-        self.l0_size = _extent(attributes)
-        self.qupath_origin = _origin(attributes)
+        sides = [number(attributes, f"level0_{side}") for side in ("width", "height")]
+        if None in sides and level == 0:
+            sides = [number(attributes, "level_dim", place=place) for place in (0, 1)]
+        self.l0_size = None if None in sides else Size(*(round(side or 0) for side in sides))
+        x, y = (number(attributes, "qupath_origin", zero=True, place=place) for place in (0, 1))
+        self.qupath_origin = None if x is None or y is None else (round(x), round(y))
         self.rows, self.columns = 1, n
         self._g_origin: NDArray[np.int64] | None = None
         self._exact_step = exact
@@ -82,8 +91,7 @@ class FeatureGrid:
         if self._exact_step is None:
             return l0_distance // self._l0_step
         # 0.5, since corners are rounded; up, since a patch may have been moved inwards by less than a step
-        steps: Index = np.ceil((l0_distance - 0.5) / self._exact_step).astype(np.int64)
-        return steps
+        return np.asarray(np.ceil((l0_distance - 0.5) / self._exact_step), np.int64)
 
     def boxes(self, index: ArrayLike | slice) -> Index:
         corners = self.corners(index)
@@ -100,12 +108,10 @@ def in_pixels(attributes: Mapping[str, Any], mpp: float) -> dict[str, Any]:
     """STAMP's tile size as the attributes of `FeatureGrid`, for a slide of `mpp` microns per level-0 pixel."""
     microns = number(attributes, "tile_size_um") or number(attributes, "tile_size")
     pixels = number(attributes, "tile_size_px")
-    found: dict[str, Any] = {}
-    if microns is not None:
-        found["patch_size_level0"] = microns / mpp
-    if microns is not None and pixels is not None:
-        found |= {"patch_size": pixels, "mpp": microns / pixels}
-    return found
+    if microns is None:
+        return {}
+    found = {"patch_size_level0": microns / mpp}
+    return found if pixels is None else found | {"patch_size": pixels, "mpp": microns / pixels}
 
 
 def _side(attributes: Mapping[str, Any]) -> tuple[float | None, float]:
@@ -126,20 +132,6 @@ def _side(attributes: Mapping[str, Any]) -> tuple[float | None, float]:
     return (None, 1.0) if downsample is None else (size * downsample, downsample)
 
 
-def _step(attributes: Mapping[str, Any], l0_side: float | None, scale: float) -> float | None:
-    """Step between patches at level 0, where the file states their overlap."""
-    overlap = number(attributes, "overlap", zero=True)
-    if l0_side is None or overlap is None or overlap * scale >= l0_side:
-        return None
-    return l0_side - overlap * scale
-
-
-def _exact_step(attributes: Mapping[str, Any]) -> float | None:
-    """Step between the patches of one regular grid at level 0, as keyhole writes it; it need not be a whole number."""
-    stride, downsample = number(attributes, "stride"), number(attributes, "downsample")
-    return None if stride is None or downsample is None or "edge" not in attributes else stride * downsample
-
-
 def _spacing(coords: NDArray[np.int32]) -> float | None:
     """The most common step between neighbours of one row or column, else the smallest between any two."""
     some = coords[:MAX_SPACING_ROWS].astype(np.int64)
@@ -151,18 +143,6 @@ def _spacing(coords: NDArray[np.int32]) -> float | None:
         return float(values[np.argmax(counts)])
     gaps = np.concatenate([np.diff(np.unique(axis)) for axis in some.T])
     return float(gaps.min()) if len(gaps) else None
-
-
-def _extent(attributes: Mapping[str, Any]) -> Size | None:
-    sides = [number(attributes, f"level0_{side}") for side in ("width", "height")]
-    if None in sides and number(attributes, "patch_level", zero=True) == 0:
-        sides = [number(attributes, "level_dim", place=place) for place in (0, 1)]
-    return None if None in sides else Size(*(round(side or 0) for side in sides))
-
-
-def _origin(attributes: Mapping[str, Any]) -> tuple[int, int] | None:
-    x, y = (number(attributes, "qupath_origin", zero=True, place=place) for place in (0, 1))
-    return None if x is None or y is None else (round(x), round(y))
 
 
 def number(attributes: Mapping[str, Any], name: str, *, zero: bool = False, place: int = 0) -> float | None:

@@ -22,7 +22,6 @@ from keyhole.patches.features.files import (
     ATTRIBUTES,
     NAMES,
     STAMP,
-    Coordinates,
     FeatureFile,
     Floats,
     check_coords_shape,
@@ -69,8 +68,13 @@ class Hdf5Features(FeatureFile):
                 self._lead = tuple(slice(0, 1) for _ in lead)
                 self._features = features
                 self._places: StoredRows | Literal[False] | None = None  # not needed yet
-                self.coords = self._coords() if "coords" in self._file and name == "features" else None
-                self.coords_um = self._coords_um() if "coords" in self._file and name == "feats" else None
+                self.coords = self.coords_um = None
+                if "coords" in self._file and name == "features":
+                    self.coords = checked_coords(path, self._stored_coords(), self.n)
+                elif "coords" in self._file and self._in_microns():
+                    self.coords_um = np.asarray(self._stored_coords(), np.float32)
+                    if not np.isfinite(self.coords_um).all():
+                        raise ImageError(path, "coords hold NaN or infinity, expected microns. Extract them again.")
                 self.attributes = self._attributes((*ATTRIBUTES, *STAMP))
                 self.origin = origin_of(self._attributes((*NAMES, *STAMP)))
         except BaseException:
@@ -86,14 +90,14 @@ class Hdf5Features(FeatureFile):
         found = self._file.get(name)
         if not isinstance(found, h5py.Dataset):
             there = listed((repr(key)[:40] for key in self._file), 8) or "nothing"
-            raise ImageError(
-                self.path, f"no dataset `{name}`, expected features (n, d) and coords (n, 2); there is {there}."
-            )
+            what = "expected features (n, d) and coords (n, 2)"
+            raise ImageError(self.path, f"no dataset `{name}`, {what}; there is {there}.")
         shape, dtype = found.shape, found.dtype
         if shape is None or not (len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)) or not shape[-1]:
             raise ImageError(self.path, f"`{name}` is of shape {shape}, expected (n, width) or (1, n, width).")
         if dtype.kind not in kind:
-            raise ImageError(self.path, f"`{name}` is of type {dtype}, expected {_KINDS[kind]}.")
+            numbers = "floating-point numbers" if kind == "f" else "numbers"
+            raise ImageError(self.path, f"`{name}` is of type {dtype}, expected {numbers}.")
         if shape[-2] == 0:
             raise ImageError(self.path, f"`{name}` has no rows: no patch of this slide has a feature.")
         _check_stored(self.path, name, found)
@@ -103,34 +107,24 @@ class Hdf5Features(FeatureFile):
         chunk, row = rows * width * dtype.itemsize, rows * -(-shape[-1] // width) * width * dtype.itemsize
         filtered = found.id.get_create_plist().get_nfilters() > 0
         if filtered and row > MAX_ROW_BYTES:
-            raise ImageError(
-                self.path,
-                f"`{name}` is compressed in chunks of which {row / 1e6:.0f} MB have to be decoded for one row, at most "
-                f"{MAX_ROW_BYTES / 1e6:.0f} MB are. Store it again in chunks of fewer rows, for example by h5repack.",
-            )
+            most = f"{row / 1e6:.0f} MB have to be decoded for one row, at most {MAX_ROW_BYTES / 1e6:.0f} MB are"
+            advice = "Store it again in chunks of fewer rows, for example by h5repack."
+            raise ImageError(self.path, f"`{name}` is compressed in chunks of which {most}. {advice}")
         del found  # while it is open, HDF5 would go on with its cache
         access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
         # By the third number the least used goes first; at 1.0 (HDF5 2.0) the limit is not kept.
         access.set_chunk_cache(521, row + chunk if filtered else 0, 0.0)
         return h5py.Dataset(h5py.h5d.open(self._file.id, name.encode(), access))
 
-    def _coords(self) -> Coordinates:
+    def _stored_coords(self) -> Any:
         dataset = self._dataset("coords", "iuf")
         check_coords_shape(self.path, dataset.shape[-2:], self.n)
-        rows = dataset[0] if dataset.ndim == 3 else dataset[()]
-        return checked_coords(self.path, rows, self.n)
+        return dataset[0] if dataset.ndim == 3 else dataset[()]
 
-    def _coords_um(self) -> Floats | None:
-        """STAMP's coordinates in microns; None where the file does not state the unit."""
+    def _in_microns(self) -> bool:
+        """Whether STAMP's coordinates are: before version 2 they were in pixels of a resolution that is not stated."""
         stated = self._file.attrs
-        if "tile_size_um" not in stated and ("unit" not in stated or stated["unit"] not in ("um", b"um")):
-            return None  # before version 2 they were in pixels of a resolution that the file does not state
-        dataset = self._dataset("coords", "iuf")
-        check_coords_shape(self.path, dataset.shape[-2:], self.n)
-        rows = np.asarray(dataset[0] if dataset.ndim == 3 else dataset[()], np.float32)
-        if not np.isfinite(rows).all():
-            raise ImageError(self.path, "coords hold NaN or infinity, expected microns. Extract them again.")
-        return rows
+        return "tile_size_um" in stated or ("unit" in stated and stated["unit"] in ("um", b"um"))
 
     def _attributes(self, names: Sequence[str]) -> dict[str, Any]:
         """These attributes of `coords`, else of `features`, else of the file. Others may be unreadable."""
@@ -158,9 +152,6 @@ class Hdf5Features(FeatureFile):
             self._file.close()
 
 
-_KINDS = {"f": "floating-point numbers", "iuf": "numbers"}
-
-
 def _check_stored(path: Path, name: str, dataset: Any) -> None:
     """HDF5 reads what was never written as zeros; a writer that was stopped leaves such files."""
     if dataset.is_virtual or dataset.external:
@@ -173,11 +164,8 @@ def _check_stored(path: Path, name: str, dataset: Any) -> None:
     else:
         there, wanted, unit = dataset.id.get_storage_size(), dataset.size * dataset.dtype.itemsize, "bytes"
     if there < wanted:
-        raise ImageError(
-            path,
-            f"`{name}` of shape {dataset.shape} is not all there: {there} of {wanted} {unit}. Its writer was stopped, "
-            "or the file is not whole; extract the features of this slide again.",
-        )
+        problem = f"`{name}` of shape {dataset.shape} is not all there: {there} of {wanted} {unit}."
+        raise ImageError(path, f"{problem} The file was not completed; extract the features of this slide again.")
 
 
 class StoredRows:
@@ -194,11 +182,7 @@ class StoredRows:
             return
         places = self._places = np.full(-(-n // self._rows), -1, np.int64)
         axis, rows = len(lead), self._rows
-
-        def note(chunk: Any) -> None:
-            places[chunk.chunk_offset[axis] // rows] = chunk.byte_offset
-
-        dataset.id.chunk_iter(note)
+        dataset.id.chunk_iter(lambda chunk: places.__setitem__(chunk.chunk_offset[axis] // rows, chunk.byte_offset))
         if places.min() < 0:
             raise ValueError("some of its rows are not in the file")
 

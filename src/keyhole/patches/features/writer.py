@@ -104,16 +104,15 @@ def feature_writer(path: Path, dtype: str) -> Iterator[FeatureWriter]:
         disk.check()
 
 
-class _Disk(io.RawIOBase):
+class _Disk(io.FileIO):
     """The file as HDF5 sees it: writing never fails, since HDF5 does not survive that (2.0 ends the process later).
 
     What could not be written, as on a full disk or at Ctrl-C, is read back from memory; `check` raises the error.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
-        self._raw = io.FileIO(file.fileno(), "r+", closefd=False)
-        self._place = self._size = 0
+        super().__init__(file.fileno(), "r+", closefd=False)
+        self._size = 0
         self._held: list[tuple[int, bytes]] = []
         self._error: BaseException | None = None
 
@@ -122,55 +121,39 @@ class _Disk(io.RawIOBase):
             raise self._error
 
     def write(self, data: Any) -> int:
-        start, block = self._place, bytes(data)
+        start, block = self.tell(), bytes(data)
         try:
             self.check()
-            self._raw.seek(start)
             left = memoryview(block)
             while left:
-                left = left[self._raw.write(left) :]
+                left = left[super().write(left) :]
         except BaseException as error:  # noqa: BLE001 - raised by `check`, when HDF5 has returned
             self._error = self._error or error
             self._held.append((start, block))
-        self._place = start + len(block)
-        self._size = max(self._size, self._place)
+            self.seek(start + len(block))
+        self._size = max(self._size, start + len(block))
         return len(block)
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        self._raw.seek(self._place)
-        there = self._raw.read(len(view)) or b""
-        view[: len(there)] = there
+        view, place = memoryview(buffer).cast("B"), self.tell()
+        super().readinto(view)
         for start, data in self._held:
-            low, high = max(start, self._place), min(start + len(data), self._place + len(view))
+            low, high = max(start, place), min(start + len(data), place + len(view))
             if low < high:
-                view[low - self._place : high - self._place] = data[low - start : high - start]
-        self._place += len(view)
+                view[low - place : high - place] = data[low - start : high - start]
+        self.seek(place + len(view))
         return len(view)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._place = offset + (0, self._place, self._size)[whence]
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
+        return super().seek(offset + self._size) if whence == os.SEEK_END else super().seek(offset, whence)
 
     def truncate(self, size: int | None = None) -> int:
-        self._size = self._place if size is None else size
+        self._size = self.tell() if size is None else size
         try:
-            self._raw.truncate(self._size)
+            super().truncate(self._size)
         except OSError as error:
             self._error = self._error or error
         return self._size
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
 
 def already_there(path: Path, settings: Mapping[str, Any], image_bytes: int) -> bool:
