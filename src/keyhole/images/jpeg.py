@@ -71,9 +71,7 @@ def why_no_jpeg(head: bytes) -> str:
         return "its header is cut or damaged. Copy it again."
     kind = _FRAME_KINDS.get(head[end - 9], "")
     if frame.bits != 8 or kind == "lossless":
-        return (
-            f"it is {f'a {kind} JPEG' if kind else 'a JPEG'} of {frame.bits} bits, which is not read. Save it as PNG."
-        )
+        return f"it is a {f'{kind} ' if kind else ''}JPEG of {frame.bits} bits, which is not read. Save it as PNG."
     if frame.samples not in (1, 3, 4):
         return f"it has {frame.samples} channels; one, RGB or CMYK is read. Save it as RGB."
     return f"its header, of {frame.width} x {frame.height} pixels, is damaged. Copy it again, or save it as PNG."
@@ -131,12 +129,12 @@ def merged_head(tables: bytes, tile: bytes, size: Size, samples: int, rgb: bool)
     frames = [body for marker, body in pieces if is_frame(marker)]
     if len(frames) != 1 or frames[0][1] != SOF0:
         return None
-    frame = frames[0][4:]  # behind the marker and its length: bits, height, width, samples, three bytes for each
-    stated = Size(int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big"))
-    if frame[0] != 8 or stated != size or frame[5] != samples or len(frame) < 6 + 3 * samples:
+    body = frames[0]  # marker, length, bits, height, width, samples (10 bytes), and three bytes for each
+    plain = Frame(8, size.height, size.width, samples)
+    if frame_of(b"\xff\xd8" + body)[1] != plain or len(body) < 10 + 3 * samples:
         return None
     color: Colors = "grey" if samples == 1 else "rgb" if rgb else stored_colors(pieces)
-    if color == "rgb" and len({frame[7 + 3 * sample] for sample in range(3)}) > 1:
+    if color == "rgb" and len({body[11 + 3 * sample] for sample in range(3)}) > 1:
         return None  # red, green and blue of different resolution: not every decoder has that
     kept = b"".join(body for marker, body in pieces if marker not in (APP0, APP14))
     stored = tile[: 2 + sum(len(body) for _, body in own)]

@@ -110,8 +110,7 @@ class ShortTables:
                 raise ends_early(self.path, size, link)
             found = self._number(link_format, link)
             if found is None:
-                self._file.seek(link)
-                if any(self._file.read()):
+                if any(self.pread(8, link)):
                     raise ends_early(self.path, size, link + struct.calcsize(link_format))
                 break  # only the zeros of "no next page" are missing: libtiff, Pillow and OpenCV read such a file
             offset = found
@@ -142,28 +141,13 @@ class ShortTables:
             self._shown[first] = bytes(entries)
 
     def tables(self, page: Any) -> tuple[TileTable, TileTable]:
-        """Where the encoded segments of a tifffile page lie: (offsets, counts)."""
+        """Offsets and counts of a page's encoded segments, after a check that they and all segments are in the file."""
         found = []
         for codes, read in ((_OFFSETS, page.dataoffsets), (_COUNTS, page.databytecounts)):
             code = next((code for code in codes if code in page.tags), 0)
             values = np.asarray(read, np.int64)
             found.append(self._tables.get((page.offset, code)) or TileTable(len(values), values=values))
-        return found[0], found[1]
-
-    def subpages(self, tif: Any, page: Any) -> list[Any]:
-        """The pages below a tifffile page: its SubIFDs."""
-        import tifffile
-
-        found = []
-        for number, offset in enumerate((page.subifds or ())[:64]):
-            self.shorten(offset)
-            tif.filehandle.seek(offset)
-            found.append(tifffile.TiffPage(tif, (page.index, number)))
-        return found
-
-    def check_end(self, page: Any) -> tuple[TileTable, TileTable]:
-        """The tables of a page, after a check that they and every segment lie inside the file."""
-        offsets, counts = self.tables(page)
+        offsets, counts = found
         size, needed = self.path.stat().st_size, max(offsets.end, counts.end)
         if needed > size:
             raise ends_early(self.path, size, needed)
@@ -262,5 +246,5 @@ def check_tiles(path: Path) -> int:
                 check_segment(path, Size(page.tilewidth, page.tilelength))
             elif not page.is_ndpi:  # a Hamamatsu page is one strip with restart marks inside
                 check_segment(path, Size(page.imagewidth, min(page.rowsperstrip or page.imagelength, page.imagelength)))
-            short.check_end(page)
+            short.tables(page)
     return len(planes)

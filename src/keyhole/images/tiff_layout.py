@@ -115,7 +115,13 @@ def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
 
     Labels, macro pictures and thumbnails have other proportions, or (Aperio) are not tiled.
     """
-    candidates = short.subpages(tif, main)
+    import tifffile
+
+    candidates = []
+    for number, offset in enumerate((main.subifds or ())[:64]):
+        short.shorten(offset)
+        tif.filehandle.seek(offset)
+        candidates.append(tifffile.TiffPage(tif, (main.index, number)))
     if not main.subifds and len(tif.pages) > 1 and main.index == 0:
         candidates = [page for page in tif.pages if page.index != 0 and (page.is_tiled or (page.subfiletype & 1))]
         if main.is_tiled:
@@ -145,7 +151,6 @@ def _level(path: Path, page: Any, short: ShortTables, stated: int | None) -> Tif
     listed = min(offsets.count, counts.count)
     if listed < expected:
         raise ImageError(path, f"page {page.index} lists {listed} of {expected} tiles or strips. Copy it again.")
-    short.check_end(page)
     options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression == _JPEG else {}
     decode_page, stored = page.decode, page.bitspersample
     in_use = None if coded and stored <= 8 else stated  # a JPEG of 8 bits is what its decoder makes of it

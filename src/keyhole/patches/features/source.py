@@ -51,11 +51,9 @@ class FeaturePatches(PatchSource):
     def __init__(
         self, file: FeatureFile, name: str | None = None, mpp: float | None = None, learned: Origin = UNKNOWN
     ) -> None:
-        self.file, self.learned = file, learned
+        self.file, self.origin, self.learned = file, file.origin, learned
         self.name = str(file.path) if name is None else name
-        self.patch_shape = (file.d,)
-        self.dtype = np.dtype(np.float32)
-        self.origin = file.origin
+        self.patch_shape, self.dtype = (file.d,), np.dtype(np.float32)
         self._coords, attributes = file.coords, file.attributes
         if file.coords_um is not None and mpp is not None:
             self._coords = checked_coords(file.path, file.coords_um / mpp, file.n)
@@ -100,26 +98,17 @@ class FeaturePatches(PatchSource):
 
     def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
         """x, y of the centres in level-0 pixels; ConfigError where the file has none."""
-        if self._coords is None and self.file.coords_um is not None:
-            raise ConfigError(
-                f"{self.file.path}: model.position 2d needs pixels, and `coords` are in microns; give the slide's "
-                "microns per pixel in the column `mpp`, or use 1d or none"
-            )
         if self._coords is None:
-            raise ConfigError(
-                f"{self.file.path}: model.position 2d needs the dataset `coords`, which is missing; "
-                "use 1d or none, or the .h5 files of the archive"
-            )
+            needs = "the dataset `coords`, which is missing; use 1d or none, or the .h5 files of the archive"
+            if self.file.coords_um is not None:
+                needs = "pixels, and `coords` are in microns; give the slide's in the column `mpp`, or use 1d or none"
+            raise ConfigError(f"{self.file.path}: model.position 2d needs {needs}")
         return self.grid.centers(index)
 
     def doubts(self) -> list[str]:
-        found = [doubt] if (doubt := self.origin.doubt(self.learned)) else []
-        if self.file.coords_um is not None and self._coords is None:
-            found.append(
-                "features have places in microns: without the slide's microns per pixel (column `mpp`) there are "
-                "scores and no boxes"
-            )
-        return found
+        no_boxes = self.file.coords_um is not None and self._coords is None
+        need = "features have places in microns: without the slide's microns per pixel (column `mpp`) there are"
+        return list(filter(None, [self.origin.doubt(self.learned), f"{need} scores and no boxes" if no_boxes else ""]))
 
     def close(self) -> None:
         self.file.close()
@@ -147,19 +136,13 @@ class FeatureOpener:
         """Open the file; ImageError where it is broken, or not of the layout or width expected."""
         file, problem = open_features(self.path), ""
         if self.width is not None and file.d != self.width:
-            problem = (
-                f"features of {file.d} numbers, but the model takes {self.width}. They are of another encoder; extract "
-                "them by the one that the others are from."
-            )
+            problem = f"features of {file.d} numbers, but the model takes {self.width}."
         elif self.learned.excludes(file.origin):
-            problem = (
-                f"features of {file.origin.describe()}, but the others, or the model, are of "
-                f"{self.learned.describe()}. Numbers of two encoders mean nothing to each other: embed this "
-                "slide by the encoder of the others."
-            )
+            problem = f"features of {file.origin.describe()}, but the others, or the model, are of "
+            problem += f"{self.learned.describe()}. Numbers of two encoders mean nothing to each other."
         if problem:
             file.close()
-            raise ImageError(self.path, problem)
+            raise ImageError(self.path, f"{problem} Extract the features of this slide by the encoder of the others.")
         return FeaturePatches(file, self.name, self.mpp, self.learned)
 
 
@@ -189,11 +172,9 @@ def common_origin(paths: Iterable[str | Path]) -> Origin:
 
 def check_features_config(config: Config) -> None:
     """Refuse settings of an encoder, which would do nothing for stored features."""
-    default = ModelConfig()
     for name in ("encoder", "channels", "width", "stages", "pretrained", "weights"):
         value = getattr(config.model, name)
-        if value != getattr(default, name):
-            raise ConfigError(
-                f"model.{name} (={value}) is for images, but the data are stored features, which are projected to "
-                f"model.dim (={config.model.dim}): drop it, or leave data.features out"
-            )
+        if value != getattr(ModelConfig(), name):
+            problem = f"model.{name} (={value}) is for images, but the data are stored features"
+            remedy = f"model.dim (={config.model.dim}): drop it, or leave data.features out"
+            raise ConfigError(f"{problem}, which are projected to {remedy}")
