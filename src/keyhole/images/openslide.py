@@ -50,17 +50,19 @@ class OpenSlideImage(Image):
             properties = dict(slide.properties)
             sizes = [Size(*size) for size in slide.level_dimensions]
             downsamples = slide.level_downsamples
-            _check_declared(path, properties, len(sizes))
+            for level in range(len(sizes)):  # a tile is decoded whole, TIFF or not
+                sides = [properties.get(f"openslide.level[{level}].tile-{side}", "") for side in ("width", "height")]
+                if all(side.isdigit() for side in sides):
+                    check_segment(path, Size(int(sides[0]), int(sides[1])))
             self.mpp, self.mpp_note = _scale(properties)
-            self.qupath_origin = _bounds_corner(properties)
+            x, y = (properties.get(f"openslide.bounds-{axis}", "0") for axis in "xy")
+            self.qupath_origin = (int(x), int(y)) if x.isdigit() and y.isdigit() else (0, 0)
             self.note = planes(properties, depth)
             check_bits(path, properties)
-        kept = [k for k, size in enumerate(sizes) if k == 0 or same_shape(sizes[0], size)]
-        self._numbers = tuple(kept)  # OpenSlide's numbers of the levels
-        self._downsamples = tuple(downsamples[k] for k in kept)
-        self.size = sizes[0]
-        self.levels = tuple(Level(sizes[k], downsample_of(sizes[0], sizes[k])) for k in kept)
-        self.channels = 3
+        self._numbers = [k for k, size in enumerate(sizes) if k == 0 or same_shape(sizes[0], size)]  # OpenSlide's
+        self._downsamples = [downsamples[k] for k in self._numbers]
+        self.size, self.channels = sizes[0], 3
+        self.levels = tuple(Level(sizes[k], downsample_of(sizes[0], sizes[k])) for k in self._numbers)
         self._slide: OpenSlide | None = slide
 
     @classmethod
@@ -86,8 +88,7 @@ class OpenSlideImage(Image):
     def _read(self, box: Box, level: int) -> Pixels:
         import openslide
 
-        shared = self._slide
-        if shared is None:
+        if (shared := self._slide) is None:
             raise ImageError(self.path, "read after it was closed")
         try:
             return self._region(shared, box, level)
@@ -128,19 +129,6 @@ def _cache() -> OpenSlideCache:
     import openslide
 
     return openslide.OpenSlideCache(CACHE_BYTES)
-
-
-def _check_declared(path: Path, properties: Mapping[str, str], levels: int) -> None:
-    for level in range(levels):
-        sides = [properties.get(f"openslide.level[{level}].tile-{side}", "") for side in ("width", "height")]
-        if all(side.isdigit() for side in sides):
-            check_segment(path, Size(int(sides[0]), int(sides[1])))
-
-
-def _bounds_corner(properties: Mapping[str, str]) -> tuple[int, int]:
-    """Where the scanned part begins, from which QuPath counts."""
-    x, y = (properties.get(f"openslide.bounds-{axis}", "0") for axis in "xy")
-    return (int(x), int(y)) if x.isdigit() and y.isdigit() else (0, 0)
 
 
 def planes(properties: Mapping[str, str], depth: int) -> str:

@@ -45,13 +45,12 @@ class ZarrArray:
         self.attributes: dict[str, Any] = metadata["attributes"]
         self.shape = tuple(int(side) for side in metadata["shape"])
         self._fill = metadata.get("fill_value") or 0
-        codecs: list[Any]
+        self._prefix = ""
         if metadata["zarr_format"] == 2:
             self.dtype = np.dtype(metadata["dtype"])
             self.dimension_names = self.attributes.get("_ARRAY_DIMENSIONS")
-            stored = metadata["chunks"]
-            codecs = _v2_codecs(metadata, len(self.shape), self.dtype)
-            self._prefix, self._separator = "", str(metadata.get("dimension_separator") or ".")
+            stored, codecs = metadata["chunks"], _v2_codecs(metadata, len(self.shape), self.dtype)
+            self._separator = str(metadata.get("dimension_separator") or ".")
         else:
             self.dtype = np.dtype(metadata["data_type"])
             self.dimension_names = metadata.get("dimension_names")
@@ -60,29 +59,41 @@ class ZarrArray:
             self._prefix = "c" if name == "default" else ""
             self._separator = str(options.get("separator", "/" if name == "default" else "."))
         self.chunks = tuple(int(side) for side in stored)
-        self._shard: _Shard | None = None
+        self._in_shard: tuple[int, ...] | None = None  # chunks of a shard along each axis
         name, options = _named(codecs[0])
         if name == "sharding_indexed":
-            stored, self.chunks = self.chunks, tuple(int(side) for side in options["chunk_shape"])
-            self._shard = _Shard.of(stored, self.chunks, options, len(codecs) == 1)
+            shard, self.chunks = self.chunks, tuple(int(side) for side in options["chunk_shape"])
+            self._in_shard = tuple(-(-whole // part) for whole, part in zip(shard, self.chunks, strict=True))
+            names = [_named(codec)[0] for codec in options["index_codecs"]]
+            plain = len(codecs) == 1 and names in (["bytes"], ["bytes", "crc32c"])
+            if not plain or math.prod(self._in_shard) > MAX_SHARD_CHUNKS:
+                raise UnsupportedCodec("shards in another codec, or of more than a million chunks")
+            self._index_has_sum, self._index_first = len(names) == 2, options.get("index_location", "end") == "start"
             codecs = options["codecs"]
         if len(self.chunks) != len(self.shape) or min(self.chunks, default=0) < 1:
             raise ValueError(f"chunks of {self.chunks} for an array of {self.shape}")
-        self._codecs = _Codecs.of(codecs, len(self.shape), self.dtype)
+        self._order, self._read_as, self._codecs = _checked_codecs(codecs, len(self.shape), self.dtype)
 
     def encoded(self, chunk: Sequence[int]) -> bytes | None:
         """The stored bytes of the chunk at this place along each axis; None where there are none.
 
         A missing chunk is the fill value only while the store is there: FileNotFoundError where it is gone.
         """
-        shard = self._shard
-        place = chunk if shard is None else [at // per for at, per in zip(chunk, shard.counts, strict=True)]
-        key = self._separator.join([*self._prefix, *map(str, place)])
+        counts = self._in_shard or (1,) * len(chunk)
+        place = [str(at // per) for at, per in zip(chunk, counts, strict=True)]
+        name = f"{self._folder}/{self._separator.join([*self._prefix, *place])}"
         try:
-            with open(f"{self._folder}/{key}", "rb", buffering=0) as file:  # noqa: PTH123 - Path costs more than reading
-                if shard is None:
-                    return _read(file, 0, os.fstat(file.fileno()).st_size)
-                return shard.read(file, [at % per for at, per in zip(chunk, shard.counts, strict=True)])
+            with open(name, "rb", buffering=0) as file:  # noqa: PTH123 - Path costs more than reading
+                size = os.fstat(file.fileno()).st_size
+                if self._in_shard is None:
+                    return _read(file, 0, size)
+                # A shard has an index, offset and bytes of each chunk, at its end or beginning.
+                length = 16 * math.prod(counts) + _SUM * self._index_has_sum
+                index = _read(file, 0 if self._index_first else size - length, length)
+                places = np.frombuffer(_without_sum(index) if self._index_has_sum else index, "<u8").reshape(-1, 2)
+                within = tuple(at % per for at, per in zip(chunk, counts, strict=True))
+                offset, count = places[np.ravel_multi_index(within, counts)].tolist()
+                return None if offset == count == _MISSING else _read(file, offset, count)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             if not any(os.path.lexists(self._root / name) for name in METADATA):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root)) from error
@@ -92,7 +103,21 @@ class ZarrArray:
         """The values of a chunk, in the shape of `chunks`; the fill value where there are no bytes."""
         if data is None:
             return np.full(self.chunks, self._fill, self.dtype)
-        return self._codecs.decode(data, self.chunks)
+        size = math.prod(self.chunks) * self._read_as.itemsize
+        for place, codec in reversed([*enumerate(self._codecs)]):
+            if codec == "crc32c":
+                data = _without_sum(data)
+                continue
+            most = size + _SUM * self._codecs[:place].count("crc32c")
+            try:
+                data = _DECODERS[codec](data, most)
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"a chunk that does not decode to its {most:,} bytes: {reason}") from error
+        if len(data) != size:
+            raise ValueError(f"a chunk of {len(data):,} bytes, expected {size:,}")
+        values = np.frombuffer(data, self._read_as).reshape([self.chunks[axis] for axis in self._order])
+        return values.transpose(np.argsort(self._order))
 
 
 class UnsupportedCodec(Exception):  # noqa: N818 - the reader makes an ImageError of it
@@ -122,71 +147,25 @@ def child(group: ZarrGroup, name: str, root: Path) -> ZarrArray | ZarrGroup:
     return open_node(group.folder / name, root)
 
 
-class _Codecs(NamedTuple):
-    """How one chunk is encoded: values in an order of axes, as bytes, through `names` one after the other."""
-
-    order: tuple[int, ...]
-    dtype: np.dtype[Any]
-    names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, codecs: Sequence[Any], ndim: int, dtype: np.dtype[Any]) -> _Codecs:
-        order, names, read_as = tuple(range(ndim)), [], None
-        for name, options in map(_named, codecs):
-            if name == "transpose" and read_as is None:
-                order = tuple(order[axis] for axis in options["order"])
-            elif name == "bytes" and read_as is None:
-                read_as = dtype.newbyteorder(">" if options.get("endian", "little") == "big" else "<")
-            elif name in (*_DECODERS, "crc32c") and read_as is not None:
-                names.append(name)
-            else:
-                raise UnsupportedCodec(f"chunks in the codec {name}")
-        if read_as is None or sorted(order) != list(range(ndim)):
-            raise ValueError("codecs without bytes, or a transpose of other axes")
-        if sum(name in _DECODERS for name in names) > 1:
-            raise UnsupportedCodec(f"chunks in the codec {' + '.join(name for name in names if name in _DECODERS)}")
-        return cls(order, read_as, tuple(names))
-
-    def decode(self, data: bytes, shape: Sequence[int]) -> NDArray[Any]:
-        size = math.prod(shape) * self.dtype.itemsize
-        for place in reversed(range(len(self.names))):
-            if self.names[place] == "crc32c":
-                data = _without_sum(data)
-                continue
-            most = size + _SUM * self.names[:place].count("crc32c")
-            try:
-                data = _DECODERS[self.names[place]](data, most)
-            except Exception as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(f"a chunk that does not decode to its {most:,} bytes: {reason}") from error
-        if len(data) != size:
-            raise ValueError(f"a chunk of {len(data):,} bytes, expected {size:,}")
-        values = np.frombuffer(data, self.dtype).reshape([shape[axis] for axis in self.order])
-        return values.transpose(np.argsort(self.order))
-
-
-class _Shard(NamedTuple):
-    """How the chunks of one file are found: by an index (offset and bytes of each) at its end or beginning."""
-
-    counts: tuple[int, ...]
-    has_sum: bool
-    at_start: bool
-
-    @classmethod
-    def of(cls, shard: Sequence[int], chunk: Sequence[int], options: dict[str, Any], alone: bool) -> _Shard:
-        counts = tuple(-(-whole // part) for whole, part in zip(shard, chunk, strict=True))
-        names = [_named(codec)[0] for codec in options["index_codecs"]]
-        if not alone or names not in (["bytes"], ["bytes", "crc32c"]) or math.prod(counts) > MAX_SHARD_CHUNKS:
-            raise UnsupportedCodec("shards in another codec, or of more than a million chunks")
-        return cls(counts, len(names) == 2, options.get("index_location", "end") == "start")
-
-    def read(self, file: BinaryIO, chunk: Sequence[int]) -> bytes | None:
-        number, size = math.prod(self.counts), os.fstat(file.fileno()).st_size
-        length = 16 * number + _SUM * self.has_sum
-        index = _read(file, 0 if self.at_start else size - length, length)
-        places = np.frombuffer(_without_sum(index) if self.has_sum else index, "<u8").reshape(number, 2)
-        offset, count = places[np.ravel_multi_index(tuple(chunk), self.counts)].tolist()
-        return None if offset == count == _MISSING else _read(file, offset, count)
+def _checked_codecs(
+    codecs: Sequence[Any], ndim: int, dtype: np.dtype[Any]
+) -> tuple[tuple[int, ...], np.dtype[Any], list[str]]:
+    """How a chunk is encoded: values in an order of axes, of a type, through codecs one after the other."""
+    order, names, read_as = tuple(range(ndim)), list[str](), None
+    for name, options in map(_named, codecs):
+        if name == "transpose" and read_as is None:
+            order = tuple(order[axis] for axis in options["order"])
+        elif name == "bytes" and read_as is None:
+            read_as = dtype.newbyteorder(">" if options.get("endian", "little") == "big" else "<")
+        elif name in (*_DECODERS, "crc32c") and read_as is not None:
+            names.append(name)
+        else:
+            raise UnsupportedCodec(f"chunks in the codec {name}")
+    if read_as is None or sorted(order) != list(range(ndim)):
+        raise ValueError("codecs without bytes, or a transpose of other axes")
+    if len(packed := [name for name in names if name in _DECODERS]) > 1:
+        raise UnsupportedCodec(f"chunks in the codec {' + '.join(packed)}")
+    return order, read_as, names
 
 
 def _v2_codecs(metadata: dict[str, Any], ndim: int, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
