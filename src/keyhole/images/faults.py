@@ -46,19 +46,17 @@ def faults_of(path: Path, what: str) -> Iterator[None]:
     except ValueTooLarge as error:
         raise ImageError(path, f"{error}. Correct --patch.bits, or save it with 8 bits.") from error
     except FAULTS as error:
-        if isinstance(error, OSError) and is_lost(path, error):
-            raise lost(path, error) from error
+        raise_if_lost(path, error)
         raise ImageError(path, f"{what} ({one_line(error)}). Copy the file again, or export it again.") from error
 
 
-def is_lost(path: Path, error: OSError) -> bool:
-    return error.errno in LOST or (isinstance(error, FileNotFoundError) and not os.path.lexists(path))
-
-
-def lost(path: Path, error: OSError) -> ImageLost:
-    if isinstance(error, FileNotFoundError):
-        return ImageLost(path, "no such file. Check the path.")
-    return ImageLost(path, f"cannot be reached ({error.strerror or one_line(error)}). Is its disk or share there?")
+def raise_if_lost(path: Path, error: Exception) -> None:
+    """Raise ImageLost if an error of the system or of a library means that the file cannot be reached."""
+    if isinstance(error, FileNotFoundError) and (error.errno in LOST or not os.path.lexists(path)):
+        raise ImageLost(path, "no such file. Check the path.") from error
+    if isinstance(error, OSError) and error.errno in LOST:
+        why = error.strerror or one_line(error)
+        raise ImageLost(path, f"cannot be reached ({why}). Is its disk or share there?") from error
 
 
 @contextmanager
@@ -84,8 +82,7 @@ def check_reachable(path: Path, problem: str) -> None:
         else:
             os.scandir(path).close()
     except OSError as error:
-        if is_lost(path, error):
-            raise lost(path, error) from error
+        raise_if_lost(path, error)
 
 
 def not_one_picture(path: Path, lengths: Mapping[str, int]) -> ImageError:
@@ -94,7 +91,7 @@ def not_one_picture(path: Path, lengths: Mapping[str, int]) -> ImageError:
     problem, other = f"a stack of pictures ({stated}); one", "Duplicate), or a projection of them"
     if set(lengths) == {"c"}:
         problem, other = f"{stated}; one or RGB", "Type > RGB Color merges the channels)"
-    return ImageError(path, f"{problem} is read. Save the one that you want as a file (in ImageJ: Image > {other}.")
+    return ImageError(path, f"{problem} is read. Save it as a file of its own (in ImageJ: Image > {other}.")
 
 
 def ends_early(path: Path, there: int, needed: int) -> ImageError:

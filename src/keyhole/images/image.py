@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ConfigError, ImageError, ImageLost
-from keyhole.images.faults import is_lost, lost, one_line
+from keyhole.images.faults import one_line, raise_if_lost
 from keyhole.images.geometry import Box, Level, Size, runs_of
 from keyhole.images.pixels import Pixels as Pixels
 from keyhole.images.pixels import place
@@ -253,8 +253,7 @@ def open_image(path: str | Path, bits: int | None = None) -> Image:
             except ImageError as error:
                 first = first or error
             except OSError as error:
-                if is_lost(path, error):
-                    raise lost(path, error) from error
+                raise_if_lost(path, error)
                 first = first or ImageError(path, f"cannot be read ({one_line(error)})")
     raise first or ImageError(path, _why_unread(path, head))
 
@@ -296,8 +295,7 @@ def _head(path: Path) -> bytes:
     except PermissionError as error:
         raise ImageError(path, "no permission to read it. Change its permissions or owner.") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and is_lost(path, error):
-            raise lost(path, error) from error
+        raise_if_lost(path, error)
         raise ImageError(path, f"cannot be read ({one_line(error)})") from error
 
 

@@ -223,7 +223,7 @@ def _array_problem(pixels: NDArray[Any]) -> str:
         return "Give one image, with pixels."
     if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
         first = pixels.shape[0] in (1, 3)
-        return "Put channels last: array.transpose(1, 2, 0)." if first else "Keep only the channels red, green, blue."
+        return "Put channels last: array.transpose(1, 2, 0)." if first else "Leave out channels other than RGB."
     return ""
 
 

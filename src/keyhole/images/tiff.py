@@ -77,13 +77,8 @@ class TiffImage(TiledImage):
             self._stored = tuple(replace(level, bits=self.bits) for level in self._stored)
 
     def _stored_values(self, tile: int) -> Iterator[NDArray[Any]]:
-        page = self._stored[0]
-        for plane in range(min(page.planes, page.colors)):
-            index = plane * self._l0_tiles + tile
-            data = self._bytes(*self._places(page, 0, [index])[0])
-            if data:
-                self._check_coded(page, data)
-                yield page.decode(data, index)[..., : page.colors]
+        colors = self._stored[0].colors
+        return (values[..., :colors] for values in itertools.islice(self._planes(0, tile), colors))
 
     def close(self) -> None:
         self._file.close()
@@ -118,16 +113,21 @@ class TiffImage(TiledImage):
             room = np.empty((page.segment.height, page.segment.width, self.channels), np.uint8) if out is None else out
             if page.jpeg.decode_into(coded, room):
                 return room
+        parts = [*self._planes(level, tile, coded)]
+        if len(parts) < page.planes:
+            return None
+        return _to_pixels(np.concatenate(parts, axis=-1) if page.planes > 1 else parts[0], page)
+
+    def _planes(self, level: int, tile: int, coded: Coded | None = None) -> Iterator[NDArray[Any]]:
+        """The stored values of a tile, plane by plane; ends where the file has none. They are read if not `coded`."""
+        page = self._stored[level]
         columns, rows = page.grid
-        parts = []
-        for plane in range(page.planes):
-            number = plane * columns * rows + tile
+        for number in range(tile, page.planes * columns * rows, columns * rows):
             data = bytes(coded) if coded else self._bytes(*self._places(page, level, [number])[0])
             if not data:
-                return None
+                return
             self._check_coded(page, data)
-            parts.append(page.decode(data, number))
-        return _to_pixels(np.concatenate(parts, axis=-1) if page.planes > 1 else parts[0], page)
+            yield page.decode(data, number)
 
     def jpeg_tiling(self, level: int) -> Size | None:
         page = self._stored[level]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
-from keyhole.images.faults import LOST, check_reachable, lost, one_line
+from keyhole.images.faults import check_reachable, one_line, raise_if_lost
 from keyhole.patches.features.grid import number
 from keyhole.util.threads import beat
 from keyhole.util.wording import from_to
@@ -197,7 +197,6 @@ def feature_faults(path: Path, what: str) -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in LOST:
-            raise lost(path, error) from error
+        raise_if_lost(path, error)
         check_reachable(path, str(error))
         raise ImageError(path, f"{what} ({one_line(error)}). Copy the file again, or extract it again.") from error

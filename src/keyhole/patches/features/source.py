@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,14 +160,10 @@ def learned_origin(model: ModelConfig) -> Origin:
 def common_origin(paths: Iterable[str | Path]) -> Origin:
     """The origin that the first file states; no feature is read. Broken files are reported when they are read."""
     for path in paths:
-        try:
-            file = open_features(Path(path))
-        except ImageError:
-            continue
-        file.close()
-        if file.origin.known:
-            return file.origin
-    return Origin()
+        with suppress(ImageError), closing(open_features(Path(path))) as file:
+            if file.origin.known:
+                return file.origin
+    return UNKNOWN
 
 
 def check_features_config(config: Config) -> None:
