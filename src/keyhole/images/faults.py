@@ -91,7 +91,7 @@ def not_one_picture(path: Path, lengths: Mapping[str, int]) -> ImageError:
     problem, other = f"a stack of pictures ({stated}); one", "Duplicate), or a projection of them"
     if set(lengths) == {"c"}:
         problem, other = f"{stated}; one or RGB", "Type > RGB Color merges the channels)"
-    return ImageError(path, f"{problem} is read. Save it as a file of its own (in ImageJ: Image > {other}.")
+    return ImageError(path, f"{problem} is read. Save one as a file of its own (in ImageJ: Image > {other}.")
 
 
 def ends_early(path: Path, there: int, needed: int) -> ImageError:
