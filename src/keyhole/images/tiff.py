@@ -105,7 +105,7 @@ class TiffImage(TiledImage):
         page = self._stored[level]
         if page.planes > 1 or not tiles:
             return iter([b""] * len(tiles))
-        return self._many_bytes(self._places(page, level, tiles))
+        return self._many_bytes(self._places(level, tiles))
 
     def decode_tile(self, level: int, tile: int, coded: Coded | None, out: Pixels | None) -> Pixels | None:
         page = self._stored[level]
@@ -123,7 +123,7 @@ class TiffImage(TiledImage):
         page = self._stored[level]
         columns, rows = page.grid
         for number in range(tile, page.planes * columns * rows, columns * rows):
-            data = bytes(coded) if coded else self._bytes(*self._places(page, level, [number])[0])
+            data = bytes(coded) if coded else self._bytes(*self._places(level, [number])[0])
             if not data:
                 return
             self._check_coded(page, data)
@@ -146,28 +146,28 @@ class TiffImage(TiledImage):
         order = numbers.argsort(kind="stable")
         first, last = (tuple(cells[inside[end]].tolist()) for end in order[[0, -1]])
         with faults_of(self.path, f"damaged at tiles {first} to {last} of level {level}"):
-            places = self._places(page, level, numbers[order])
-            for place, data in zip(inside[order].tolist(), self._many_bytes(places), strict=True):
+            coded = self._many_bytes(self._places(level, numbers[order]))
+            for place, data in zip(inside[order].tolist(), coded, strict=True):
                 found[place] = page.jpeg.stream(data, colors)
                 beat()
         return found
 
-    def _places(self, page: TiffLevel, level: int, numbers: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
+    def _places(self, level: int, numbers: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
         """Where the bytes of segments lie, (offset, count) each; their numbers rise."""
         wanted = np.asarray(numbers, np.int64)
         found: list[tuple[int, int]] = []
         cuts = np.flatnonzero(np.diff(wanted // BLOCK)) + 1
         for first, end in itertools.pairwise([0, *cuts.tolist(), len(wanted)]):
             entries = wanted[first:end] % BLOCK
-            places = self._table(page, level, int(wanted[first]) // BLOCK, int(entries[-1]))[:, entries]
+            places = self._table(level, int(wanted[first]) // BLOCK, int(entries[-1]))[:, entries]
             found += zip(*places.tolist(), strict=True)
         return found
 
-    def _table(self, page: TiffLevel, level: int, block: int, last: int) -> NDArray[np.int64]:
+    def _table(self, level: int, block: int, last: int) -> NDArray[np.int64]:
         """A block of the tables, (2, up to BLOCK): offsets and counts, at least up to entry `last`."""
         places = TILE_CACHE.get(self._owner, ("places", level, block))
         if places is None:
-            start = block * BLOCK
+            page, start = self._stored[level], block * BLOCK
             tables = [table.read(self._pread, start, start + BLOCK) for table in (page.offsets, page.counts)]
             length = min(map(len, tables))
             if last >= length:
@@ -210,9 +210,8 @@ class TiffImage(TiledImage):
             return
         size = jpeg_size(data) if page.coded == "JPEG" else _picture_size(data)
         if size is not None and size.width * size.height > max(4 * page.segment.width * page.segment.height, 2**16):
-            raise ImageError(
-                self.path, f"a tile of {tuple(page.segment)} pixels holds a picture of {tuple(size)}. Export it again."
-            )
+            problem = f"a tile of {tuple(page.segment)} pixels holds a picture of {tuple(size)}."
+            raise ImageError(self.path, f"{problem} Export it again.")
 
 
 def _to_pixels(values: NDArray[np.unsignedinteger | np.bool_], page: TiffLevel) -> Pixels:

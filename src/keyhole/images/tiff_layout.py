@@ -26,7 +26,8 @@ _PICTURES = {_JPEG: "JPEG", 34712: "picture", 50001: "picture"}  # segments with
 _PLAIN = {1, 2, 3, 4, 5, 8, 32946, 32773, 34925, 50000}  # none, CCITT, LZW, Deflate, PackBits, LZMA, Zstd
 _MICROSCOPE_MPP = 0.05, 20.0
 """Microns per pixel of a resolution tag that can be a microscope's: any program writes 72 or 300 dpi."""
-_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
+_YCBCR = 6
+_COLORS = {0: ("inverted", 1), 1: ("grey", 1), 2: ("rgb", 3), 3: ("palette", 1), 5: ("cmyk", 4), _YCBCR: ("rgb", 3)}
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def read_layout(path: Path) -> TiffLayout:
             scale = agreed(_aperio_scale(main.description), _resolution_scale(main))
         if stated is None and main.bitspersample == DEEP and (largest := main.tags.valueof(281)) is not None:
             stated = bits_of_largest(float(np.max(largest)))
-        pages = [main, *_reduced(tif, short, main)]
+        pages = _pyramid(tif, short, main)
         levels = tuple(_level(path, page, short, stated) for page in pages)
         for level, page in zip(levels, pages, strict=True):
             if level.channels != levels[0].channels:
@@ -110,8 +111,8 @@ def _size_of(page: Any) -> Size:
     return Size(int(page.imagewidth), int(page.imagelength))
 
 
-def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
-    """The smaller copies of the page `main`, largest first: its SubIFDs, or else the pages behind it.
+def _pyramid(tif: Any, short: ShortTables, main: Any) -> list[Any]:
+    """The page `main` and its smaller copies, largest first: its SubIFDs, or else the pages behind it.
 
     Labels, macro pictures and thumbnails have other proportions, or (Aperio) are not tiled.
     """
@@ -122,17 +123,14 @@ def _reduced(tif: Any, short: ShortTables, main: Any) -> list[Any]:
         short.shorten(offset)
         tif.filehandle.seek(offset)
         candidates.append(tifffile.TiffPage(tif, (main.index, number)))
-    if not main.subifds and len(tif.pages) > 1 and main.index == 0:
-        candidates = [page for page in tif.pages if page.index != 0 and (page.is_tiled or (page.subfiletype & 1))]
-        if main.is_tiled:
-            candidates = [page for page in candidates if page.is_tiled]
-    found, last = [], _size_of(main)
+    if not main.subifds and main.index == 0:
+        candidates = [page for page in tif.pages if page.is_tiled or (not main.is_tiled and page.subfiletype & 1)]
+    found = [main]
     for page in sorted(candidates, key=lambda page: -page.imagewidth):
-        size = _size_of(page)
         alike = (page.samplesperpixel, page.bitspersample) == (main.samplesperpixel, main.bitspersample)
-        if alike and min(size) > 0 and size.width < last.width and same_shape(_size_of(main), size):
+        narrower = 0 < page.imagewidth < found[-1].imagewidth
+        if alike and narrower and same_shape(_size_of(main), _size_of(page)):
             found.append(page)
-            last = size
     return found
 
 
@@ -198,7 +196,7 @@ def _color(path: Path, page: Any) -> tuple[str, str | None, int]:
         raise refuse(f"{kind} of {bits} bits")
     if page.imagedepth != 1:
         raise refuse(f"a volume of {page.imagedepth} slices")
-    colors = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}.get(photometric, 0)
+    color, colors = _COLORS.get(photometric, ("", 0))
     if colors == 0 or (photometric == _YCBCR and compression != _JPEG):
         raise refuse(f"colour kind {getattr(page.photometric, 'name', photometric)} in this compression")
     if samples < colors or samples > colors + 2 or (colors == 1 and samples > 2):
@@ -207,15 +205,14 @@ def _color(path: Path, page: Any) -> tuple[str, str | None, int]:
     if not extra and samples == colors + 1:
         extra = [2]  # as Pillow takes a fourth sample beside red, green and blue that nobody describes
     at = next((number for number, kind in enumerate(extra) if kind in (1, 2)), None)
-    alpha = None if at is None else "associated" if extra[at] == 1 and photometric != _PALETTE else "straight"
+    alpha = None if at is None else "associated" if extra[at] == 1 and color != "palette" else "straight"
     if colors == 1 and samples == 2 and alpha is None:
         raise refuse("a page of 2 channels")
-    if photometric == _PALETTE and page.colormap is None:
+    if color == "palette" and page.colormap is None:
         raise ImageError(path, "a palette TIFF without its palette. Export it again.")
-    if photometric in (_CMYK, _PALETTE) and bits > 8:
+    if color in ("cmyk", "palette") and bits > 8:
         raise refuse(f"palette or CMYK of {bits} bits")
-    kinds = {_WHITE_IS_ZERO: "inverted", _BLACK_IS_ZERO: "grey", _PALETTE: "palette", _CMYK: "cmyk"}
-    return kinds.get(photometric, "rgb"), alpha, colors if at is None else colors + at + 1
+    return color, alpha, colors if at is None else colors + at + 1
 
 
 def _palette(path: Path, page: Any) -> NDArray[np.uint8]:

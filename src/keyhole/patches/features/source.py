@@ -101,7 +101,8 @@ class FeaturePatches(PatchSource):
         if self._coords is None:
             needs = "the dataset `coords`, which is missing; use 1d or none, or the .h5 files of the archive"
             if self.file.coords_um is not None:
-                needs = "pixels, and `coords` are in microns; give the slide's in the column `mpp`, or use 1d or none"
+                stated = "in microns; give the slide's microns per pixel in the column `mpp`"
+                needs = f"pixels, and `coords` are {stated}, or use 1d or none"
             raise ConfigError(f"{self.file.path}: model.position 2d needs {needs}")
         return self.grid.centers(index)
 
