@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
 from keyhole.cli.options import ConfigOptions, parse, print_config, read
 from keyhole.config.file import given_values, recipes
-from keyhole.config.settings import Config, Positive, PositiveFloat
+from keyhole.config.settings import Positive, PositiveFloat
 from keyhole.errors import ConfigError
+from keyhole.util.progress import say
 from keyhole.util.wording import nearest
 
 if TYPE_CHECKING:
@@ -53,14 +53,13 @@ class SpeedOptions(ConfigOptions):
 
 
 def run(argv: list[str]) -> int:
-    argv = list(_short_data(argv))
-    options, config, run, recipe = _settings(argv)
+    options, run, recipe = _settings(list(_short_data(argv)))
     if options.print_config:
-        return print_config(config)
+        return print_config(options.settings)
 
     from keyhole.tools.bench.speed import speed
 
-    found = speed(config, run=run, recipe=recipe, steps=options.steps, seconds=options.seconds, say=_say)
+    found = speed(options.settings, run, recipe, options.steps, options.seconds, say)
     print(json.dumps(found.to_json(), indent=2) if options.json_ else "\n".join(found.lines()))
     return 0
 
@@ -75,58 +74,38 @@ def _short_data(argv: Sequence[str]) -> Iterator[str]:
         yield word.replace("--data", "--data.path", 1) if word == "--data" or word.startswith("--data=") else word
 
 
-def _recipe_or_file(given: Mapping[str, Any]) -> tuple[str | None, Path | None]:
-    """Return the recipe and the settings file, given by a bare name or as `--recipe` and `--config`.
-
-    Raises:
-        ConfigError: there is nothing of that name, or one is given twice.
-    """
-    named, recipe, file = given.get("source"), given.get("recipe"), given.get("config")
-    if named is None:
-        return recipe, file
-    known = recipes()
-    if str(named) in known:
-        if recipe is not None:
-            raise ConfigError(f"two recipes are given, {named} and --recipe {recipe}: leave one out")
-        return str(named), file
-    if not named.is_file():
-        near = nearest(str(named), known)
-        raise ConfigError(
-            f"{named}: expected a run folder, a settings file or a recipe, found nothing of that name{near}; recipes: "
-            f"{', '.join(known)}"
-        )
-    if file is not None:
-        raise ConfigError(f"two settings files are given, {named} and --config {file}: leave one out")
-    return recipe, named
-
-
-def _settings(argv: Sequence[str]) -> tuple[SpeedOptions, Config, Run | None, str | None]:
-    """The options, the configuration, the run where one is named, and the recipe where one is."""
+def _settings(argv: Sequence[str]) -> tuple[SpeedOptions, Run | None, str | None]:
+    """Return the options, the run where one is named, and the recipe where one is."""
     given, run = parse(SpeedOptions, argv, PROG), None
     named, recipe, file = given.get("source"), given.get("recipe"), given.get("config")
+    known = recipes()
     if named is not None and (named / "config.yaml").is_file():
         if recipe is not None or file is not None:
             raise ConfigError(f"{named} is a run, whose settings are used: leave out --recipe and --config")
-        run, base = _of_run(named)
+        from keyhole.runs.run import find_run
+
+        run = find_run(named)
+        # its manifest says where its data are
+        nowhere = {"path": None, "root": None, "features": None, "masks": None}
+        base = run.config.replace(out=None, data=nowhere).model_dump()
     else:
-        recipe, file = _recipe_or_file(given)
+        if named is not None and str(named) in known:
+            if recipe is not None:
+                raise ConfigError(f"two recipes are given, {named} and --recipe {recipe}: leave one out")
+            recipe = str(named)
+        elif named is not None and not named.is_file():
+            raise ConfigError(
+                f"{named}: expected a run folder, a settings file or a recipe, found nothing of that name"
+                f"{nearest(str(named), known)}; recipes: {', '.join(known)}"
+            )
+        elif named is not None:
+            if file is not None:
+                raise ConfigError(f"two settings files are given, {named} and --config {file}: leave one out")
+            file = named
         if recipe is None and file is None:
-            raise ConfigError(f"nothing to measure given: {PROG} RUN, or a recipe: {', '.join(recipes())}")
+            raise ConfigError(f"nothing to measure given: {PROG} RUN, or a recipe: {', '.join(known)}")
         base = given_values(recipe, file)
     options = read(SpeedOptions, argv, PROG, base)
     if options.settings.out is not None:
         raise ConfigError("--out: a measurement leaves no run folder; leave it out")
-    return options, options.settings, run, recipe
-
-
-def _of_run(folder: Path) -> tuple[Run, dict[str, Any]]:
-    """A run and its settings, without what says where its data are: its manifest does."""
-    from keyhole.runs.run import find_run
-
-    run = find_run(folder)
-    nowhere = {"path": None, "root": None, "features": None, "masks": None}
-    return run, run.config.replace(out=None, data=nowhere).model_dump()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    return options, run, recipe

@@ -1,43 +1,42 @@
-"""Writes images for a measurement if the user gives none: files as those that the recipe is for.
-
-A few different ones are written and then linked under as many names as needed. Only what they cost to read matters:
-photographs with grain, generated tissue, or rows of random features.
-"""
+"""The images of a measurement: some of the user's, or generated ones, as costly to read as those of the recipe."""
 
 from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from keyhole.config.settings import Config
+from keyhole.config.settings import Config, DataConfig
+from keyhole.data.item import Item
+from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
+from keyhole.engine.device import choose_device
 from keyhole.images.geometry import Size
+from keyhole.runs.checkpoint import read_info
+from keyhole.runs.run import Run, read_rows
+from keyhole.runs.state import State
+from keyhole.tasks.kinds import Task
+from keyhole.training.setup import cache_limit
+from keyhole.util.platform import available_memory
 
 DIFFERENT_FILES = 4
-"""Files that are written; more would take longer and cost the same to read."""
+"""Files that are written, and then linked under as many names as needed: more would cost the same to read."""
 JPEG_QUALITY = 90
 """As cameras and scanners write."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of images that a recipe is for.
-
-    Attributes:
-        what: photographs, slides, or stored features.
-        size: pixels of an image, or rows and numbers of a file of features.
-        grey: photographs of one channel.
-        images: number of training images of the published data; whether compiling pays depends on it.
-    """
+    """A kind of images that a recipe is for."""
 
     what: Literal["photographs", "slides", "features"]
-    size: Size
+    size: Size  # pixels of an image, or numbers and rows of a file of features
     grey: bool = False
-    images: int = 1000
+    images: int = 1000  # to train on in the published data; whether compiling pays depends on it
 
     def describe(self) -> str:
         if self.what == "features":
@@ -59,6 +58,71 @@ KINDS = {
 PHOTOGRAPHS, SLIDES = Kind("photographs", Size(2048, 1536)), Kind("slides", Size(6144, 6144))
 
 
+class Data(NamedTuple):
+    """The images that are measured, in words, and the numbers of all training and validation images."""
+
+    told: str
+    train: int
+    val: int
+    share: float  # training images for each one that is measured
+
+
+def measured_data(
+    config: Config, run: Run | None, recipe: str | None, scratch: Path, steps: int, say: Callable[[str], None]
+) -> tuple[Config, Data]:
+    """Return the configuration with a CSV of as many training images as needed."""
+    wanted = (1 + steps) * config.train.batch
+    if run is None and config.data.path is None:
+        kind = kind_of(recipe, config)
+        say(f"writing {kind.describe()}")
+        path = write_images(kind, scratch, wanted)
+        features = scratch / "features" if kind.what == "features" else None
+        config = config.replace(data=DataConfig(path=path, features=features, cache=0.0))
+        told = f"generated {kind.describe()}, read from disk each time"
+        return config, Data(told, kind.images, 0, kind.images / wanted)
+    if run is not None and config.data.path is None:
+        # the manifest has absolute paths, and only the training images need to exist
+        kept = {name: getattr(config.data, name) for name in ("cache", "on_bad_image")}
+        source, data = str(run.path), run.config.data.replace(path=run.path / "manifest.csv", root=None, **kept)
+        last = run.path / "last.safetensors"
+        tasks = [Task.from_json(task) for task in State.from_json(read_info(last), last).tasks]
+        manifest = read_for_tasks(data, tasks, ("train",))
+        val = sum(row["split"] == "val" for row in read_rows(run.path / "manifest.csv"))
+    else:
+        source, data = str(config.data.path), config.data
+        manifest = read_manifest(data, config.train.seed)
+        val = len(manifest.split("val"))
+    train, some = len(manifest.split("train")), _some(manifest, wanted, config.train.seed)
+    # as large a share of them stays decoded in memory as of all images
+    limit = cache_limit(config, choose_device(config.run.device))
+    data = data.replace(
+        path=replace(manifest, items=some).write(scratch / "some.csv"),
+        root=None,
+        tasks=tuple(f"{task.name}={task.kind}" for task in manifest.tasks),
+        cache=len(some) / train * (available_memory() / 4e9 if limit is None else limit),
+    )
+    told = f"{len(some)} of {train} training images of {source}"
+    return config.replace(data=data), Data(told, train, val, train / len(some))
+
+
+def _some(manifest: Manifest, wanted: int, seed: int) -> tuple[Item, ...]:
+    """Return `wanted` random training images, and one of each class that would be missing."""
+    train = manifest.split("train")
+    order = [train[place] for place in np.random.default_rng(seed).permutation(len(train))]
+    some, rest = order[:wanted], order[wanted:]
+    classed = [task for task in manifest.tasks if task.classes]
+
+    def classes(item: Item) -> set[tuple[str, str]]:
+        return {(task.name, label) for task in classed for label in task.classes_of(item.labels[task.name])}
+
+    known = {label for item in some for label in classes(item)}
+    for item in rest:
+        if not classes(item) <= known:
+            some.append(item)
+            known |= classes(item)
+    return tuple(some)
+
+
 def kind_of(recipe: str | None, config: Config) -> Kind:
     """Return the kind of images of a recipe; for other settings, slides if they use tissue or microns."""
     if recipe in KINDS:
@@ -73,19 +137,13 @@ def kind_of(recipe: str | None, config: Config) -> Kind:
 
 
 def write_images(kind: Kind, folder: Path, count: int) -> Path:
-    """Write files and a CSV of `count` images of two classes, all in the training split.
-
-    Args:
-        kind: of the images.
-        folder: an empty folder.
-        count: rows of the CSV, at least two.
-
-    Returns:
-        The CSV. Features lie in the folder `features` beside it.
-    """
-    write = {"photographs": _photograph, "slides": _slide, "features": _features}[kind.what]
-    suffix = {"photographs": ".jpg", "slides": ".tif", "features": ".h5"}[kind.what]
-    place = folder / ("features" if kind.what == "features" else "images")
+    """Write files in a new folder named `kind.what`, and return a CSV of training images of two classes."""
+    write, suffix = {
+        "photographs": (_photograph, ".jpg"),
+        "slides": (_slide, ".tif"),
+        "features": (_features, ".h5"),
+    }[kind.what]
+    place = folder / kind.what
     place.mkdir()
     names = [f"{number}{suffix}" for number in range(max(2, count))]
     for number, name in enumerate(names):

@@ -1,75 +1,60 @@
 """Measures how fast a model learns on this machine, compared with its encoder alone, and where the time goes.
 
-The encoder's rate is the limit: each patch has to go through it. The steps are those of `keyhole train`, on some of the
-training images and in a run folder that is removed afterwards; no file of the user changes.
+The steps are those of `keyhole train`, on some of the training images and in a run folder that is removed afterwards.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from keyhole.config.auto import settle_learning
-from keyhole.config.settings import Config, DataConfig
-from keyhole.data.item import Item
-from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
-from keyhole.engine.device import choose_device
-from keyhole.engine.encoders import Setting
-from keyhole.runs.checkpoint import load_weights, read_info, read_tensors
-from keyhole.runs.run import Run, read_rows
-from keyhole.runs.state import State
-from keyhole.tasks.kinds import Task
+from keyhole.config.settings import Config
+from keyhole.engine.scoring import blank_rows
+from keyhole.errors import DataError, Interrupted
+from keyhole.runs.checkpoint import load_weights, read_tensors
+from keyhole.runs.run import Run
 from keyhole.tools.bench.advice import Facts, advice
-from keyhole.tools.bench.images import kind_of, write_images
-from keyhole.tools.bench.steps import Floor, Steps, floor, run_steps
+from keyhole.tools.bench.images import Data, measured_data
 from keyhole.training.duration import about, spoken
+from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job, start_job
-from keyhole.training.setup import cache_limit
+from keyhole.training.loop import Loop
 from keyhole.training.trial import blind_epochs
-from keyhole.util.platform import available_memory, cores
+from keyhole.util.platform import cores
 from keyhole.util.timing import PARTS
+from keyhole.util.wording import counted
+
+MIN_FLOOR_RUNS, FLOOR_SECONDS = 5, 1.0
+"""The encoder's rate is the median of as many runs over a chunk as fit into the time, and of this many at least."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The result of a measurement.
-
-    Attributes:
-        data: the images, in words.
-        chosen: device, precision, compilation, threads and chunk, in words.
-        floor: patches/s of the encoder alone.
-        patches_per_s: of whole steps.
-        images_per_s: of whole steps.
-        first_step: seconds, including what it builds.
-        step: mean seconds of the others.
-        steps: number of steps measured.
-        epoch, run: seconds of an epoch over all images and of the whole run, estimated from the steps.
-        epochs: the same in words.
-        seconds: by part, including `other`, of the steps measured.
-        shares: of the time that passed; parts overlap on a GPU, so the sum may be more than 1.
-        advice: one sentence.
-    """
+    """The result of a measurement; `first_step` includes what it builds, `epoch` and `run` are estimates in seconds."""
 
     data: str
     chosen: dict[str, str]
-    floor: float
+    floor: float  # patches/s of the encoder alone
     patches_per_s: float
     images_per_s: float
     first_step: float
-    step: float
+    step: float  # mean seconds of the others
     steps: int
     epoch: float
     run: float
     epochs: str
-    seconds: dict[str, float]
-    shares: dict[str, float]
+    seconds: dict[str, float]  # by part, including `other`
+    shares: dict[str, float]  # parts overlap on a GPU, so the sum may be more than 1
     advice: str
 
     def to_json(self) -> dict[str, Any]:
@@ -77,15 +62,12 @@ class Speed:
 
     def lines(self) -> list[str]:
         """Return a table to print."""
+        reached = f"{self.patches_per_s:,.0f} patches/s, {self.patches_per_s / self.floor:.0%} of the encoder's"
         rows = [
             ("data", self.data),
             *self.chosen.items(),
             ("encoder alone", f"{self.floor:,.0f} patches/s"),
-            (
-                "reached",
-                f"{self.patches_per_s:,.0f} patches/s, {self.patches_per_s / self.floor:.0%} of the encoder's; "
-                f"{self.images_per_s:,.3g} images/s",
-            ),
+            ("reached", f"{reached}; {self.images_per_s:,.3g} images/s"),
             ("first step", f"{self.first_step:.2f} s; {self.steps} after the warm-up took {self.step:.2f} s each"),
             ("an epoch", self.epochs),
             *((name, f"{self.seconds[name]:8.2f} s  {self.shares[name]:4.0%}") for name in self.seconds),
@@ -95,13 +77,7 @@ class Speed:
 
 
 def speed(
-    config: Config,
-    *,
-    run: Run | None = None,
-    recipe: str | None = None,
-    steps: int = 10,
-    seconds: float = 60.0,
-    say: Callable[[str], None] = lambda _: None,
+    config: Config, run: Run | None, recipe: str | None, steps: int, seconds: float, say: Callable[[str], None]
 ) -> Speed:
     """Measure training steps and the encoder alone.
 
@@ -110,29 +86,30 @@ def speed(
         run: its weights are used, and its images if `data.path` is not given.
         recipe: of the configuration; decides which kind of images is written.
         steps: number of steps to measure.
-        seconds: time after which no further step begins.
+        seconds: time after which no further step begins, when one has been measured.
         say: called with what is being done.
-
-    Raises:
-        KeyholeError: a setting, the data or the run is not as it must be.
     """
     with tempfile.TemporaryDirectory(prefix="keyhole-bench-") as scratch:
-        config, told, sizes = _with_data(config, run, recipe, Path(scratch), steps, say)
+        config, data = measured_data(config, run, recipe, Path(scratch), steps, say)
         job = start_job(_plain(config, Path(scratch)), lambda _: None)
         try:
             if run is not None:
                 _load(job, run)
-            compiled = _compile(job, config.run.compile, sizes.share)
+            compiled = _compile(job, config, data)
             # where images stay in memory, all are there after the first epoch
             warm = job.state.steps_per_epoch if job.images.held_bytes else 1
-            say(f"{warm} training step{'s' * (warm > 1)} to warm up, then up to {steps}")
-            found = run_steps(job, warm, steps, seconds)
+            say(f"{counted(warm, 'training step')} to warm up, then up to {steps}")
+            with Interrupt() as interrupt, job.engine.limit():
+                found = _Clocked(job, interrupt, warm, steps, seconds)
+                found.measure()
             say("the encoder alone")
-            alone = floor(job)
+            alone = _floor(job)
         finally:
             job.close()
-    epochs = _epochs(config, sizes, found, job.config.model.feature_width is not None)
-    return _summary(job, told, compiled, found, alone, epochs)
+    return _summary(config, data, compiled, found, alone)
+
+
+# The job
 
 
 def _plain(config: Config, scratch: Path) -> Config:
@@ -148,146 +125,149 @@ def _plain(config: Config, scratch: Path) -> Config:
     )
 
 
-def _compile(job: Job, setting: Setting, share: float) -> str:
-    """Compile the encoder if the run itself would, with `share` times as many images; return the reason in words."""
-    expected = round(share * job.config.train.epochs * sum(job.images.counts.values()))
-    choice = job.engine.choose_compile(setting, job.images.patch_shape, expected)
-    if not choice.compile and len(job.images.patch_shape) == 1:
-        return "none: the data are stored features, which are projected"
-    return job.engine.encoders.describe(choice, job.images.patch_shape)
-
-
-@dataclass(frozen=True)
-class Epochs:
-    """Seconds of an epoch over all images and of a whole run, estimated from the steps measured.
-
-    Attributes:
-        epoch: with validation, all patches scored.
-        run: of all epochs, those of blind exploring without scoring.
-    """
-
-    epoch: float
-    run: float
-    text: str
-
-
-def _epochs(config: Config, sizes: Sizes, found: Steps, features: bool) -> Epochs:
-    learning = found.parts["learning"] / found.images
-    scoring = found.seconds / found.images - learning
-    config, _ = settle_learning(config, features)
-    epochs, blind = config.train.epochs, min(config.train.epochs, blind_epochs(config))
-    epoch = sizes.train * (scoring + learning) + sizes.val * scoring
-    run = epochs * epoch - blind * sizes.train * scoring + (sizes.train + sizes.val) * scoring
-    images = f"{sizes.train:,} training images" + (f" and {sizes.val:,} to validate on" if sizes.val else "")
-    text = f"{about(epoch)} with {images}, {spoken(run)} for {epochs:,} epochs: an estimate from the steps measured"
-    return Epochs(epoch, run, text)
-
-
-# Data
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers of training and validation images, and the number of training images per image that is measured."""
-
-    train: int
-    val: int
-    share: float
-
-
-def _with_data(
-    config: Config, run: Run | None, recipe: str | None, scratch: Path, steps: int, say: Callable[[str], None]
-) -> tuple[Config, str, Sizes]:
-    """Return the configuration with a CSV of as many training images as needed, their description and numbers."""
-    wanted = (1 + steps) * config.train.batch
-    if run is None and config.data.path is None:
-        kind = kind_of(recipe, config)
-        say(f"writing {kind.describe()}")
-        path = write_images(kind, scratch, wanted)
-        features = scratch / "features" if kind.what == "features" else None
-        own = DataConfig(path=path, features=features, cache=0.0)
-        config = config.replace(data=own)
-        return (
-            config,
-            f"generated {kind.describe()}, read from disk each time",
-            Sizes(kind.images, 0, kind.images / wanted),
-        )
-    if run is not None and config.data.path is None:
-        # the manifest has absolute paths, and only the training images need to exist
-        kept = {name: getattr(config.data, name) for name in ("cache", "on_bad_image")}
-        data = run.config.data.replace(path=run.path / "manifest.csv", root=None, **kept)
-        last = run.path / "last.safetensors"
-        tasks = [Task.from_json(task) for task in State.from_json(read_info(last), last).tasks]
-        manifest = read_for_tasks(data, tasks, ("train",))
-        val = sum(row["split"] == "val" for row in read_rows(run.path / "manifest.csv"))
-    else:
-        data = config.data
-        manifest = read_manifest(data, config.train.seed)
-        val = len(manifest.split("val"))
-    train = manifest.split("train")
-    some = _some(manifest, wanted, config.train.seed)
-    path = dataclasses.replace(manifest, items=some).write(scratch / "some.csv")
-    cache = _cache(config, len(some) / len(train))
-    names = tuple(f"{task.name}={task.kind}" for task in manifest.tasks)
-    data = data.replace(path=path, root=None, tasks=names, cache=cache)
-    source = run.path if run is not None and config.data.path is None else config.data.path
-    config = config.replace(data=data)
-    return (
-        config,
-        f"{len(some)} of {len(train)} training images of {source}",
-        Sizes(len(train), val, len(train) / len(some)),
-    )
-
-
-def _some(manifest: Manifest, wanted: int, seed: int) -> tuple[Item, ...]:
-    """Return `wanted` random training images, and one of each class that would be missing."""
-    train = manifest.split("train")
-    order = [train[place] for place in np.random.default_rng(seed).permutation(len(train))]
-    some, rest = order[:wanted], order[wanted:]
-    classed = [task for task in manifest.tasks if task.classes]
-
-    def classes(item: Item) -> set[tuple[str, str]]:
-        return {(task.name, label) for task in classed for label in task.classes_of(item.labels[task.name])}
-
-    known = {label for item in some for label in classes(item)}
-    for item in rest:
-        if not classes(item) <= known:
-            some.append(item)
-            known |= classes(item)
-    return tuple(some)
-
-
-def _cache(config: Config, share: float) -> float:
-    """Return the GB of decoded images that may stay in memory: the same share of them as of all images."""
-    limit = cache_limit(config, choose_device(config.run.device))
-    return share * (available_memory() / 4e9 if limit is None else limit)
-
-
 def _load(job: Job, run: Run) -> None:
     """Load the run's weights; those of the heads only if the classes are the same."""
     path = run.path / "last.safetensors"
     tensors, _ = read_tensors(path)
     stored = {name.removeprefix("model."): each for name, each in tensors.items() if name.startswith("model.")}
-    own = job.model.state_dict()
-    heads = {name: weight for name, weight in own.items() if name.startswith("heads.")}
-    same = all(name in stored and stored[name].shape == weight.shape for name, weight in heads.items())
-    body = {name: weight for name, weight in stored.items() if not name.startswith("heads.")}
-    load_weights(job.model, stored if same else body | heads, path)
+    heads = {name: weight for name, weight in job.model.state_dict().items() if name.startswith("heads.")}
+    if not all(name in stored and stored[name].shape == weight.shape for name, weight in heads.items()):
+        stored = {name: weight for name, weight in stored.items() if not name.startswith("heads.")} | heads
+    load_weights(job.model, stored, path)
+
+
+def _compile(job: Job, config: Config, data: Data) -> str:
+    """Compile the encoder if the run over all images would; return the reason in words."""
+    expected = round(data.share * config.train.epochs * sum(job.images.counts.values()))
+    choice = job.engine.choose_compile(config.run.compile, job.images.patch_shape, expected)
+    if not choice.compile and len(job.images.patch_shape) == 1:
+        return "none: the data are stored features, which are projected"
+    return job.engine.encoders.describe(choice, job.images.patch_shape)
+
+
+# Measuring
+
+
+class _Enough(Exception):  # noqa: N818 - an event, not an error
+    """There are enough steps."""
+
+
+class _Clocked(Loop):
+    """The training loop, timed at the end of each step instead of saved.
+
+    Attributes:
+        first: seconds of the first step, with what it builds, compiles and allocates.
+        seconds, images, patches, parts: of the `done` - `warm` steps after the warm-up.
+    """
+
+    def __init__(self, job: Job, interrupt: Interrupt, warm: int, steps: int, limit: float) -> None:
+        super().__init__(job, interrupt)
+        self.warm, self.steps, self.limit = warm, steps, limit
+        self.done = self.patches = self.images = 0
+        self.began = self.start = time.perf_counter()
+        self.first = self.seconds = 0.0
+        self.parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.before = dict(self.parts)
+
+    def measure(self) -> None:
+        """Train for as many epochs as it takes to make enough steps."""
+        try:
+            with suppress(_Enough):
+                while True:
+                    self.learn()
+                    self.job.state.epoch, self.job.state.batch = self.job.state.epoch + 1, 0
+        except StopRequested as stop:
+            assert self.interrupt.signal is not None
+            raise Interrupted("stopped; nothing was changed", self.interrupt.signal) from stop
+
+    def learn(self) -> dict[str, float]:
+        self.before = dict.fromkeys(PARTS, 0.0)  # an epoch's shares begin at nothing
+        return super().learn()
+
+    def after_step(self, patches: int) -> None:
+        """Note the time at the end of a step; end the loop after the last one."""
+        parts = self.engine.timer.seconds()  # waits for the device
+        now = time.perf_counter()
+        self.done += 1
+        if self.done == 1:
+            self.first = now - self.began
+        if self.done == self.warm:
+            self.start = now
+        elif self.done > self.warm:
+            batch, images = self.job.config.train.batch, len(self.job.manifest.split("train"))
+            self.patches += patches
+            self.images += min(batch, images - (self.job.state.batch - 1) * batch)  # the last batch may have fewer
+            self.parts = {name: self.parts[name] + parts[name] - self.before[name] for name in PARTS}
+            self.seconds = now - self.start
+            if self.done == self.warm + self.steps or self.seconds > self.limit:
+                raise _Enough
+        self.before = parts
+
+
+class _Floor(NamedTuple):
+    """The encoder alone: patches/s, that with colors changed as a share of it, and the share of one-colored patches."""
+
+    rate: float
+    colored: float
+    blank: float
+
+
+def _floor(job: Job) -> _Floor:
+    """Measure the encoder over one full chunk of real patches that is on the device already."""
+    pixels = _chunk(job)
+    blank = float(blank_rows(pixels.cpu().numpy()).mean())
+    plain = _seconds(job, pixels, None)
+    if pixels.dtype != torch.uint8 or not job.config.augment.color:
+        return _Floor(len(pixels) / plain, 1.0, blank)
+    channels = pixels.shape[-1]
+    color = torch.eye(channels, channels + 1, device=job.device).expand(len(pixels), -1, -1)
+    return _Floor(len(pixels) / plain, plain / _seconds(job, pixels, color), blank)
+
+
+def _seconds(job: Job, pixels: Tensor, color: Tensor | None) -> float:
+    """Return the median seconds of encoding these patches once."""
+    times: list[float] = []
+    encoders = job.engine.encoders
+    cuda = job.device.type == "cuda"
+    with encoders.inference():
+        for _ in range(2):  # builds, compiles, warms up
+            encoders.embed(pixels, color)
+        begun = time.perf_counter()
+        while len(times) < MIN_FLOOR_RUNS or time.perf_counter() - begun < FLOOR_SECONDS:
+            if cuda:
+                torch.cuda.synchronize(job.device)
+            start = time.perf_counter()
+            encoders.embed(pixels, color)
+            if cuda:
+                torch.cuda.synchronize(job.device)
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _chunk(job: Job) -> Tensor:
+    """Return a chunk of real patches on the device, repeated if the images have fewer."""
+    size, items, batch = job.engine.plan.chunk, job.manifest.split("train"), job.config.train.batch
+    openers = [job.images.opener(item) for item in items]
+    batches = [openers[start : start + batch] for start in range(0, len(openers), batch)]
+    for read in job.engine.reader.stream(batches, size, "mask"):
+        for part in read.chunks():
+            found = torch.from_numpy(part.pixels[: part.count].copy())
+            return torch.cat([found] * -(-size // len(found)))[:size].to(job.device)
+    raise DataError(f"{job.config.data.path}: no training image can be read; see keyhole check")
 
 
 # What was found
 
 
-def _summary(job: Job, told: str, compiled: str, found: Steps, alone: Floor, epochs: Epochs) -> Speed:
-    rate, colored, blank = alone
-    config, plan = job.config, job.engine.plan
+def _summary(full: Config, data: Data, compiled: str, found: _Clocked, alone: _Floor) -> Speed:
+    job, steps = found.job, found.done - found.warm
+    config, plan, counts = job.config, job.engine.plan, job.images.counts
     cuda, features = job.device.type == "cuda", len(job.images.patch_shape) == 1
-    seconds = dict.fromkeys(PARTS, 0.0) | found.parts
-    seconds["other"] = max(0.0, found.seconds - sum(seconds.values()))
+    seconds = found.parts | {"other": max(0.0, found.seconds - sum(found.parts.values()))}
     shares = {name: part / found.seconds for name, part in seconds.items()}
-    kept = sum(min(config.select.m, job.images.counts[item.name]) for item in job.manifest.split("train"))
-    all_patches = sum(job.images.counts[item.name] for item in job.manifest.split("train"))
-    encoding = found.patches / seconds["encoding"] if seconds["encoding"] else rate
+    kept = sum(min(config.select.m, counts[item.name]) for item in job.manifest.split("train"))
+    all_patches = sum(counts[item.name] for item in job.manifest.split("train"))
+    encoding = found.patches / seconds["encoding"] if seconds["encoding"] else alone.rate
     facts = Facts(
         features=features,
         cuda=cuda,
@@ -296,38 +276,47 @@ def _summary(job: Job, told: str, compiled: str, found: Steps, alone: Floor, epo
         resident=job.images.held_bytes > 0,
         split=plan.split is not None,
         kept=kept / all_patches,
-        kept_cost=seconds["learning"] * rate / (kept / all_patches * found.patches),
-        blank=blank if cuda and config.patch.foreground == "all" else 0.0,  # on a CPU they are encoded once
-        patches=all_patches / len(job.images.counts),
-        encoding_rate=encoding / rate,
-        colored_rate=colored,
+        kept_cost=seconds["learning"] * alone.rate / (kept / all_patches * found.patches),
+        blank=alone.blank if cuda and config.patch.foreground == "all" else 0.0,  # on a CPU they are encoded once
+        patches=all_patches / len(counts),
+        encoding_rate=encoding / alone.rate,
+        colored_rate=alone.colored,
     )
+    device = torch.cuda.get_device_name(job.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    in_memory = "; decoded images stay in memory" if facts.resident else ""
+    learn = "at once" if plan.split is None else f"in chunks of {plan.split:,}"
+    epoch, run, epochs = _epochs(full, data, found, config.model.feature_width is not None)
     return Speed(
-        data=f"{told}; {facts.patches:,.0f} {'features' if features else 'patches'} each, {config.select.m} kept",
-        chosen=_chosen(job, facts, compiled),
-        floor=rate,
+        data=f"{data.told}; {facts.patches:,.0f} {'features' if features else 'patches'} each, {config.select.m} kept",
+        chosen={
+            "computing": f"{device}, in {job.engine.encoders.arithmetic}",
+            "encoder": compiled,
+            "reading": f"{facts.threads} threads on {facts.cores} cores{in_memory}",
+            "at a time": f"{plan.chunk:,} patches looked at; {config.train.batch} images a step, learned from {learn}",
+        },
+        floor=alone.rate,
         patches_per_s=found.patches / found.seconds,
         images_per_s=found.images / found.seconds,
         first_step=found.first,
-        step=found.seconds / found.steps,
-        steps=found.steps,
-        epoch=epochs.epoch,
-        run=epochs.run,
-        epochs=epochs.text,
+        step=found.seconds / steps,
+        steps=steps,
+        epoch=epoch,
+        run=run,
+        epochs=epochs,
         seconds=seconds,
         shares=shares,
         advice=advice(shares, facts),
     )
 
 
-def _chosen(job: Job, facts: Facts, compiled: str) -> dict[str, str]:
-    plan = job.engine.plan
-    device = torch.cuda.get_device_name(job.device) if facts.cuda else f"CPU, {torch.get_num_threads()} threads"
-    learn = "at once" if plan.split is None else f"in chunks of {plan.split:,}"
-    return {
-        "computing": f"{device}, in {job.engine.encoders.arithmetic}",
-        "encoder": compiled,
-        "reading": f"{facts.threads} threads on {facts.cores} cores"
-        + ("; decoded images stay in memory" if facts.resident else ""),
-        "at a time": f"{plan.chunk:,} patches looked at; {job.config.train.batch} images a step, learned from {learn}",
-    }
+def _epochs(config: Config, data: Data, found: _Clocked, features: bool) -> tuple[float, float, str]:
+    """Estimate the seconds of an epoch and of a whole run, whose epochs of blind exploring score nothing."""
+    learning = found.parts["learning"] / found.images
+    scoring = found.seconds / found.images - learning
+    config, _ = settle_learning(config, features)
+    epochs, blind = config.train.epochs, min(config.train.epochs, blind_epochs(config))
+    epoch = data.train * (scoring + learning) + data.val * scoring
+    run = epochs * epoch - blind * data.train * scoring + (data.train + data.val) * scoring
+    images = f"{data.train:,} training images" + (f" and {data.val:,} to validate on" if data.val else "")
+    text = f"{about(epoch)} with {images}, {spoken(run)} for {epochs:,} epochs: an estimate from the steps measured"
+    return epoch, run, text
