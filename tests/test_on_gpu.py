@@ -339,7 +339,7 @@ def test_what_a_gpu_is_asked_for_is_valid(bench: Any, tmp_path: Path, capsys: py
     published = {name: steps.chosen(name, dry=False) for name in steps.SETTINGS}
     assert {(each.b, each.m, each.step) for each in published.values()} == {(16, 10, True), (16, 100, True)}
     whole = slides.settings("cuda", tmp_path / "slides.csv", slides.BATCH, slides.MEMORY, "on")
-    assert (whole.memory, whole.train.batch, whole.select.m, whole.patch.size) == ("3GB", 16, 64, 256)
+    assert (whole.memory, whole.train.batch, whole.select.m, whole.patch.size) == (3 * 10**9, 16, 64, 256)
     assert (slides.SIDE // whole.patch.size) ** 2 == 250_000
     assert [slides.images_in_time(rate, 115) for rate in (100, 25_000, 40_000, 80_000)] == [1, 8, 13, 16]
     assert {whole.augment.shift, whole.augment.flip, whole.augment.rotate} == {False}, "tiles stay tiles"

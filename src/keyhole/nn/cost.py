@@ -10,12 +10,7 @@ from keyhole.nn.selection import evaluating
 
 
 def multiply_adds(encoder: nn.Module, patch_shape: Sequence[int]) -> int:
-    """Count the multiply-adds of convolutions and linear layers for one patch.
-
-    Args:
-        encoder: on its device; left as it is.
-        patch_shape: as read: (s, s, c) or (f,).
-    """
+    """Count the multiply-adds of convolutions and linear layers for one patch, as read: (s, s, c) or (f,)."""
     count = 0
 
     def note(layer: nn.Module, _inputs: object, output: Tensor) -> None:

@@ -61,12 +61,7 @@ def explained(
 ) -> str:
     """Return a message for an error of which `out_of_memory` is true: `said` and `advice`; its own text if in doubt.
 
-    Args:
-        error: what was raised.
-        said: what happened.
-        advice: what to do about it.
-        encoder: the option that names the encoder, "" if there is none.
-        device: the option that names the device.
+    `encoder` and `device` are the options that name those; "" if there is none.
     """
     own = doubt(error)
     if not own:

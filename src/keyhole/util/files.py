@@ -20,11 +20,7 @@ MAX_NAME_LENGTH = 120
 
 
 def writable_folder(path: str | Path) -> Path:
-    """Create `path` with its parents, and check that a file can be written in it.
-
-    Raises:
-        OutputError: it cannot be created or written, naming the folder and the reason.
-    """
+    """Create `path` with its parents, and check that a file can be written in it."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -38,11 +34,7 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> Path:
-    """Write `data` to `path`; whatever happens, the old or the new content is there whole.
-
-    Raises:
-        OutputError: no permission, no space; the old file is untouched.
-    """
+    """Write `data` to `path`; whatever happens, the old or the new content is there whole."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
     return Path(path)
@@ -54,12 +46,7 @@ TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
-    """Open a binary file that gets the name `path` only when it is complete and on disk.
-
-    Args:
-        path: the final name.
-        check: reads the finished temporary file back and raises if it is not what it should be.
-    """
+    """Open a binary file that gets the name `path` only when it is complete, on disk, and has passed `check`."""
     path = Path(path)
     temporary: Path | None = None
     try:
@@ -89,11 +76,7 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
 
 
 def remove_unfinished(folders: Iterable[Path], names: re.Pattern[str]) -> int:
-    """Remove unfinished files with these names that killed processes left; not those that a process is writing.
-
-    Returns:
-        How many files were removed.
-    """
+    """Remove and count the unfinished files with these final names that killed processes left."""
     removed = 0
     for folder in folders:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -130,12 +113,7 @@ def file_size(path: Path) -> int:
 def file_names(texts: Sequence[str], fallback: str) -> list[str]:
     """Return a file name without suffix for each text of a user, such as the name of a column or the path of an image.
 
-    Letters and digits of ASCII, `-`, `_` and `.` stay, everything else becomes `_`. The names are safe on every file
-    system, and no two are alike, also where upper and lower case are one.
-
-    Args:
-        texts: any text.
-        fallback: the name for a text without such characters.
+    The names are safe on every file system, and no two are alike, also where upper and lower case are one.
 
     >>> file_names(["grade", "Grade", "ER/PR status", ".."], "task")
     ['grade', 'Grade-2', 'ER_PR_status', 'task']

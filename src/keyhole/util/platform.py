@@ -46,11 +46,7 @@ def resident_memory() -> int:
 
 
 def peak_memory(since_restart: bool = False) -> int:
-    """Return the largest resident memory of this process so far in bytes; 0 where the system does not tell it.
-
-    Args:
-        since_restart: count from the last `restart_peak`.
-    """
+    """Return the largest resident memory of this process, or since the last `restart_peak`; 0 if unknown."""
     peak = _status("VmHWM")  # on Linux, ru_maxrss of a child starts with its parent's memory
     if not peak and resource is not None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -58,11 +54,7 @@ def peak_memory(since_restart: bool = False) -> int:
 
 
 def restart_peak() -> bool:
-    """Set the peak to what is resident now; `peak_memory` still knows the peak from before.
-
-    Returns:
-        Whether the system can do this: Linux can, unless a container forbids it.
-    """
+    """Set the peak to what is resident now, and return whether the system can: Linux can, but for some containers."""
     global _peak_before_restart
     before = _status("VmHWM")
     try:
@@ -177,11 +169,7 @@ _seeking = threading.Lock()
 
 
 def lock_file(handle: int) -> bool | None:
-    """Lock an open file until it is closed, without waiting.
-
-    Returns:
-        True if this process has the lock, False if another one has it, None where there are no such locks.
-    """
+    """Lock an open file until it is closed; False if another process has the lock, None where there are no locks."""
     if fcntl is None:
         return None
     try:

@@ -2,8 +2,7 @@
 
     epoch 3/30 ━━━━━━━━━╺━━ 112/160 00:41 1,830 patches/s, reading 1% encoding 84% learning 14%, peak 1.2 GB, loss 0.31
 
-The figures of a line are computed when it is drawn, not at each update. Does not import torch: a function returns the
-memory of a device.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ class Progress:
         description: what is being done, such as `epoch 3/30`.
         stream: where to show it; a terminal gets a bar.
         interval: seconds between plain lines.
-        after: returns the seconds of the run that follow, given the seconds that all of this takes; None if nothing
-            follows.
+        after: returns the seconds of the run that follow, given the seconds that all of this takes.
         device_bytes: returns the peak memory of the device so far, None or 0 without a device.
     """
 
@@ -83,7 +81,7 @@ class Progress:
                 self._bar.stop()
                 self._bar = None
             elif kind is None:
-                self._print(self.status(finished=True))
+                say(self.status(finished=True), self.stream)
 
     def update(
         self,
@@ -93,15 +91,7 @@ class Progress:
         text: str | None = None,
         timer: Timer | None = None,
     ) -> None:
-        """Add to what is done.
-
-        Args:
-            images: images finished since the last call.
-            patches: patches read since the last call.
-            waited: seconds spent waiting for reading since the last call.
-            text: what else to show from now on, such as `loss 0.31`.
-            timer: of the parts since this progress began, shown instead of `waited`.
-        """
+        """Add images, patches and seconds waited for reading; `text` is shown as it is, `timer` instead of the wait."""
         with self._lock:
             self.images += images
             self.patches += patches
@@ -116,7 +106,7 @@ class Progress:
                     self._show_bar()
             elif self.images < self.total_images and since >= self.interval:
                 self._shown = time.monotonic()
-                self._print(self.status())
+                say(self.status(), self.stream)
 
     def line(self, text: str) -> None:
         """Print a line that stays, above the bar if there is one."""
@@ -124,10 +114,9 @@ class Progress:
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
-                self._print(text)
+                say(text, self.stream)
 
     def status(self, finished: bool = False) -> str:
-        """Return the plain line: images, patches/s, where the time goes, peak memory, time left or taken."""
         seconds = time.monotonic() - self._start
         parts = [f"{self.description}: {self.images}/{self.total_images} images", *self._figures(seconds)]
         if finished:
@@ -139,7 +128,6 @@ class Progress:
         return ", ".join(parts)
 
     def _run_left(self, seconds: float) -> str:
-        """Return the time left of the whole run, or "" if nothing follows."""
         if self.after is None or not self.images:
             return ""
         whole = seconds / self.images * self.total_images
@@ -170,9 +158,6 @@ class Progress:
         run = self._run_left(seconds)
         status = ", ".join([*self._figures(seconds), *([f"{run} left"] if run else [])])
         self._bar.update(self._task, completed=self.images, total=self.total_images, status=status)
-
-    def _print(self, text: str) -> None:
-        say(text, self.stream)
 
 
 def error_stream() -> TextIO:

@@ -9,12 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def checked_index(index: ArrayLike | slice, n: int, what: str = "patch") -> NDArray[np.int64]:
-    """Return `index` as int64 (k,), each 0 ... n - 1.
-
-    Raises:
-        IndexError: no such patch.
-        ValueError: neither a slice nor one row of integers.
-    """
+    """Return `index` as int64 (k,); an IndexError or ValueError says which one is not in 0 ... n - 1 or no integer."""
     if isinstance(index, slice):
         return np.arange(*index.indices(n), dtype=np.int64)
     flat = np.asarray(index)
@@ -27,18 +22,10 @@ def checked_index(index: ArrayLike | slice, n: int, what: str = "patch") -> NDAr
 
 
 def take_rows(array: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> None:
-    """Write the rows `array[index]` into `out`.
+    """Write the rows `array[index]` into `out` of the same type.
 
     `out[...] = array[index]` makes all rows in other memory first, and so does `np.take(out=)` unless its mode is not
     to check the index; so the index is checked here. Arrays that lie in memory in another order go the slow way.
-
-    Args:
-        array: (n, ...).
-        index: (k,); negative ones count from the end.
-        out: (k, ...) of the array's type.
-
-    Raises:
-        IndexError: a row that the array does not have.
     """
     plain = array.flags.c_contiguous and array.flags.aligned and out.flags.c_contiguous and out.dtype == array.dtype
     if plain and index.ndim == 1 and index.size and index.min() >= 0 and index.max() < len(array):

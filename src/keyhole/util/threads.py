@@ -36,20 +36,13 @@ def beat() -> None:
 
 
 def given_up() -> bool:
-    """Whether the task on this thread was given up, so that nobody takes what it returns.
-
-    Hold the lock of the threads to decide by it.
-    """
+    """Whether the task on this thread was given up; hold the lock of the threads to decide by it."""
     task = getattr(_here, "task", None)
     return task is not None and task.lost
 
 
 def default_threads(beside_gpu: bool = False) -> int:
-    """Return the number of threads: one per core that this process may use, at most 16.
-
-    Args:
-        beside_gpu: another thread gives work to a GPU; see `reading_cores`.
-    """
+    """Return one thread per core that this process may use, at most 16; see `reading_cores`."""
     return min(reading_cores(cores(), beside_gpu), 16)
 
 

@@ -96,12 +96,10 @@ class _Events:
         self.forget()
 
     def begin(self) -> torch.cuda.Event | None:
-        """Return the event that a part starts with, or None if too many wait already."""
         self.collect()
         return self._record() if len(self.waiting) < MAX_WAITING_EVENTS else None
 
     def end(self, name: Part, begun: torch.cuda.Event | None) -> None:
-        """End the part that started with `begun`."""
         self.parts[name] += 1
         if begun is not None:
             self.waiting.append((name, begun, self._record()))

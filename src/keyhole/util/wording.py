@@ -7,14 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(wrong: str, known: Iterable[str], prefix: str = "", quote: str = "'") -> str:
-    """Return ` (did you mean 'val'?)`, or "" if no known name is similar; case and `-` for `_` do not matter.
-
-    Args:
-        wrong: what was written.
-        known: what could have been meant.
-        prefix: shown before the name, such as `--`.
-        quote: shown around it.
-    """
+    """Return ` (did you mean 'val'?)`, or "" if no known name is similar; case and `-` for `_` do not matter."""
     by_plain = {name.lower().replace("-", "_"): name for name in known}
     near = difflib.get_close_matches(wrong.lower().replace("-", "_"), by_plain, n=1, cutoff=0.5)
     return f" (did you mean {quote}{prefix}{by_plain[near[0]]}{quote}?)" if near else ""

@@ -81,7 +81,6 @@ class Bill:
         return images * logits + max(self._gap(self.costs.score(chunk)), ordering)
 
     def learn(self, chunk: int, split: int | None) -> int:
-        """Return the bytes of the pass over the kept patches."""
         learn, costs, patch = self.work.learn, self.costs, self.work.patch_bytes if self.cpu else 0
         spans = parts(self.kept, split) if learn else [(0, min(chunk, self.kept))]
         longest = max(stop - start for start, stop in spans)
@@ -93,7 +92,6 @@ class Bill:
         return pixels + embeddings + self._gap(max(encoding, pooling))
 
     def added(self, chunk: int, split: int | None) -> int:
-        """Return the most that is added to what is taken now."""
         work = self.work
         steps = [self.select(chunk, 1 if work.learn else work.batch_size), self.learn(chunk, split)]
         if work.learn:
@@ -102,7 +100,6 @@ class Bill:
         return self.host + self.pictures + self.read(chunk) + max(self.training + max(steps), predicting)
 
     def peak(self, chunk: int, split: int | None) -> int:
-        """Return the predicted peak."""
         return self.now + self.added(chunk, split)
 
     def wanted(self, chunk: int, split: int | None) -> int:

@@ -78,11 +78,8 @@ def steady_heap(steady: bool = True, limited: bool = False) -> None:
 
     Freed blocks in a heap leave gaps that fit the next ones badly: resident memory is a third above what is in use.
     Returning them means that the system clears every page again for each layer, which took 1.3 to 2.5 times as long
-    with three encoders. So `steady` is for measuring, and for small budgets.
-
-    Args:
-        steady: return freed blocks at once.
-        limited: under a budget that the user named; blocks of 32 MB and more are then always mapped by themselves.
+    with three encoders. So `steady`, which returns them at once, is for measuring, and for small budgets. With
+    `limited`, a budget that the user named, blocks of 32 MB and more are always mapped by themselves.
     """
     mallopt = libc("mallopt")
     if mallopt is not None:
@@ -95,10 +92,7 @@ class Trim:
 
     Batches differ in their numbers of patches, so that blocks of other sizes leave ever more gaps in the heap. To
     return what is free takes a tenth of a second per gigabyte, and fresh pages as much again, so it is not done always.
-
-    Args:
-        peak: bytes that the plan predicts.
-        device: of the model.
+    `peak` is what the plan predicts in bytes.
     """
 
     def __init__(self, peak: int, device: torch.device) -> None:

@@ -41,12 +41,9 @@ class Pace:
     """Runs pieces of work under a plan.
 
     Args:
-        plan: the plan to begin with.
+        plan: the plan to begin with; the attribute is the one that is followed now.
         warn: called with one sentence when the plan becomes smaller.
         options: named when even the smallest plan does not fit.
-
-    Attributes:
-        plan: the plan that is followed now.
     """
 
     def __init__(self, plan: Plan, warn: Callable[[str], None], options: OptionNames = TRAINING_OPTIONS) -> None:
@@ -61,9 +58,6 @@ class Pace:
             step: the pass that becomes smaller; the other one keeps its size.
             work: leaves nothing behind when it fails, except for what `again` undoes.
             again: called before each repetition.
-
-        Raises:
-            ConfigError: even the smallest plan does not fit.
         """
         if self._watched and not self._allowed:
             self._watch()

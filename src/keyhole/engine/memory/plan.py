@@ -29,9 +29,8 @@ CPU_CHUNK = 64
 MAX_GPU_CHUNK = 1024
 """Patches at a time on a GPU."""
 GPU_CHUNK_BYTES = 2**27
-"""Bytes of them as read: 512 patches of 256 px in RGB. A GPU's JPEG decoder needs hundreds of images per call. The host
-has `ahead` + 2 pinned buffers of this size, 0.8 GB, which no budget counts. The copies on the GPU are in the plan. No
-GPU has confirmed the figure yet: compare 2**26 and 2**28. `select.chunk` sets the number of patches itself."""
+"""Bytes of them as read: 512 patches of 256 px in RGB, since a GPU's JPEG decoder needs hundreds of images per call.
+The host has `ahead` + 2 pinned buffers of this size, which no budget counts. No GPU has confirmed the figure yet."""
 MAX_GPU_FEATURES = 2**16
 """Stored features at a time on a GPU, where a small chunk costs more to launch than to compute. Those of more than 512
 numbers reach GPU_CHUNK_BYTES before."""
@@ -89,11 +88,7 @@ class Plan:
         return "; ".join([*said, f"predicted peak {memory_text(self.peak)}"])
 
     def halved(self, step: Step = "both") -> Plan | None:
-        """Return the plan for after a step ran out of memory; None if it cannot be smaller.
-
-        Args:
-            step: the pass that ran out; the other one keeps its size.
-        """
+        """Return the plan with a smaller `step`, which ran out of memory; None if it cannot be smaller."""
         chunk, split = self.chunk, self.split
         if step != "learn":
             chunk = max(1, chunk // 2)
@@ -140,7 +135,7 @@ def make_plan(
     optimizer: torch.optim.Optimizer | None = None,
     options: OptionNames = TRAINING_OPTIONS,
 ) -> Plan:
-    """Probe the model and choose. The model is left as it was.
+    """Probe the model, which is left as it was, and choose; a ConfigError says what would fit if nothing does.
 
     Args:
         encoders: of the model.
@@ -148,9 +143,6 @@ def make_plan(
         memory: budget in bytes; None takes what is free.
         optimizer: what it holds already, in a resumed run, is not counted twice.
         options: named when nothing fits.
-
-    Raises:
-        ConfigError: not even the smallest plan fits; the message says what would.
     """
     model, device = encoders.model, encoders.device
     budget, source = _budget(memory, device)
@@ -212,12 +204,9 @@ def _measuring(cpu: bool) -> Iterator[None]:
 
 
 def largest_chunk(device: torch.device, patch_shape: Sequence[int], patches: int | None = None) -> int:
-    """Return the number of patches that are worth taking at a time, whatever the budget is.
+    """Return the patches, as read (s, s, c) or (f,), that are worth taking at a time, whatever the budget is.
 
-    Args:
-        device: of the model.
-        patch_shape: of one patch as it is read: (s, s, c) pixels, or (f,) features.
-        patches: of the largest batch, if known: a GPU encodes all of a chunk, so none should be larger.
+    A GPU encodes all of a chunk, so none should be larger than the largest batch, of `patches`, if known.
     """
     if device.type == "cpu":
         return CPU_CHUNK
@@ -245,7 +234,6 @@ def _budget(memory: int | None, device: torch.device) -> tuple[int, str]:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
-    """Return the bytes of an optimizer's state."""
     if optimizer is None:
         return 0
     values = [value for state in optimizer.state.values() for value in state.values()]

@@ -119,9 +119,6 @@ def probe(encoders: Encoders, work: Workload, chunk: int, room: int) -> PassByte
         work: what is planned for.
         chunk: largest number of patches that the pass without gradients may get.
         room: bytes that are available; a probe is not made larger where it would need more.
-
-    Raises:
-        Exception: one of which `out_of_memory` is true: even the smallest probe does not fit.
     """
     return _Probe(encoders, work).measure(chunk, room)
 
@@ -201,14 +198,8 @@ def _line(measure: Callable[[int], int], most: int, room: int, steps: bool) -> L
     """Measure growing sizes up to `most`, at least two where there is room, and fit a line through the last two.
 
     Each size is measured twice and the smaller figure taken: what a first run leaves for good (kernels, plans, threads)
-    is not part of what a pass needs.
-
-    Args:
-        measure: returns the bytes of so many patches.
-        most: patches.
-        room: bytes that are available.
-        steps: bytes come in steps. A growth that is small beside a step says nothing about a patch, and a first run
-            that is slow because libraries are loaded is not a reason to stop.
+    is not part of what a pass needs. Where bytes come in `steps`, a growth that is small beside a step says nothing
+    about a patch, and a first run that is slow because libraries are loaded is not a reason to stop.
     """
     points: list[tuple[int, int]] = []
     k = min(FIRST_PATCHES, most)
