@@ -60,7 +60,8 @@ def runs_of(boxes: Sequence[Box]) -> Iterator[tuple[int, int, Box]]:
     """Cut boxes in raster order into runs; yield start and stop of each run and the box around it."""
     if not boxes:
         return
-    x, y, width, height = np.array(boxes, np.int64).reshape(-1, 4).T
+    flat = np.fromiter(itertools.chain.from_iterable(boxes), np.int64, 4 * len(boxes))  # faster than np.array
+    x, y, width, height = flat.reshape(-1, 4).T
     right, bottom = x + width, y + height
     gaps = (np.diff(y) != 0) | (np.diff(x) < 0) | (np.diff(x) > MAX_WASTE * width[:-1])
     bounds = [0, *(np.flatnonzero(gaps) + 1).tolist(), len(boxes)]

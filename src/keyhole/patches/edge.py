@@ -17,9 +17,9 @@ Index = NDArray[np.int64]
 
 
 def edge_for(image: Image) -> Edge:
-    """Return the rule that `auto` stands for: `background` for slides, whose border is glass, else `shift`.
+    """Return the rule that `auto` stands for: `background` for slides (several levels), else `shift`.
 
-    An image with more than one level counts as a slide. The measurement is benchmarks/edge_2cpu_2026-11-26.md.
+    The measurement is benchmarks/edge_2cpu_2026-11-26.md.
     """
     return "background" if len(image.levels) > 1 else "shift"
 
@@ -29,16 +29,14 @@ class EdgeRule:
 
     inside = False
     """Whether patches lie wholly inside the image."""
+    mirrors = False
+    """Whether `read_starts` differs from where patches begin, and the pixels between are mirrored."""
 
     def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
-        """Return where patches begin along one axis, in rising order; at least one.
+        """Return where patches begin along one axis of `extent` >= `size` pixels, in rising order; at least one.
 
-        Args:
-            extent: pixels of the image along the axis, at least `size`.
-            size: side of a patch.
-            stride: step between patches.
-            offset: start of the first patch, below `extent`. If it is negative, patches are at `offset` plus multiples
-                of the stride, as far as they show some of the image (under `drop`: as far as they lie inside it).
+        If `offset` is negative, patches are at `offset` plus multiples of the stride, as far as they show some of the
+        image (under `drop`: as far as they lie inside it).
         """
         last = extent - size
         first = offset + max(0, -((offset + size - 1) // stride)) * stride
@@ -66,6 +64,8 @@ class _Drop(EdgeRule):
 class _Reflect(EdgeRule):
     """`reflect`: the image is mirrored at its border."""
 
+    mirrors = True
+
     def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
         # one patch over the upper border is enough
         return super().starts(extent, size, stride, offset if offset >= 0 else -(-offset % stride))
@@ -77,7 +77,7 @@ class _Reflect(EdgeRule):
 class _Shift(_Reflect):
     """`shift`: patches that reach over the border are moved inwards until they fit."""
 
-    inside = True
+    inside, mirrors = True, False
 
     def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
         # several patches may be moved to the same place, such as where the image is no larger than a patch

@@ -20,12 +20,13 @@ from keyhole.images.image import Image, Uses
 from keyhole.images.pixels import Pixels, place
 from keyhole.images.resample import inside, resample, spans, surroundings
 from keyhole.patches.edge import EDGE_RULES, Edge, edge_for, mirrored
-from keyhole.patches.level import reading_level
 from keyhole.util.rows import checked_index
 from keyhole.util.threads import beat
 
 MAX_READ_PATCHES, MAX_READ_PIXELS = 64, 2**24
 """Patches, and level pixels, of one read (but at least one patch)."""
+SAME_SCALE = 1e-3
+"""Scales that differ by less than this share are one: no resampling for a 0.1 % wrong `mpp`."""
 
 Index = NDArray[np.int64]
 
@@ -47,6 +48,36 @@ class Foreground(NamedTuple):
     mask: NDArray[np.bool_]
     share: float = 0.0
     name: str = "foreground mask"
+
+
+def reading_level(
+    image: Image, mpp: float | None, level: int | None, image_mpp: float | None = None
+) -> tuple[int, float]:
+    """Return the level to read for microns per output pixel (`mpp`) or `level`, and level-0 pixels per output pixel.
+
+    `image_mpp` are microns per level-0 pixel, instead of the image's own.
+    """
+    if mpp is None:
+        level = 0 if level is None else level
+        if not 0 <= level < len(image.levels):
+            last = len(image.levels) - 1
+            known = f"one of the image's levels 0 ... {last}" if last else "0, the image's only level"
+            raise ConfigError(f"{image.path}: patch.level (={level}) must be {known}")
+        return level, image.levels[level].downsample
+    if level is not None:
+        raise ConfigError(f"patch.level (={level}) and patch.mpp (={mpp:g}) exclude each other; give one of them")
+    image_mpp = image.mpp if image_mpp is None else image_mpp
+    if image_mpp is None:
+        why = f"are not known ({image.mpp_note})" if image.mpp_note else "the file does not say"
+        raise ConfigError(
+            f"{image.path}: patch.mpp (={mpp:g}) needs the image's microns per pixel, which {why}. "
+            "Give a column `mpp` in a CSV, or --mpp of keyhole predict; or train on pixels as they are: "
+            "--patch.mpp none"
+        )
+    scale = mpp / image_mpp
+    level = max(i for i, lv in enumerate(image.levels) if i == 0 or lv.downsample <= scale * (1 + SAME_SCALE))
+    downsample = image.levels[level].downsample
+    return level, downsample if abs(scale / downsample - 1) <= SAME_SCALE else scale
 
 
 class PatchGrid:
@@ -103,11 +134,9 @@ class PatchGrid:
         level: int | None = None,
         edge: Edge | Literal["auto"] = "background",
     ) -> None:
-        stride = size if stride is None else stride
-        if size < 1 or stride < 1:
-            raise ConfigError(f"patch.size (={size}) and patch.stride (={stride}) must be at least 1")
-        self.image = image
-        self.size, self.stride = size, stride
+        self.image, self.size, self.stride = image, size, size if stride is None else stride
+        if size < 1 or self.stride < 1:
+            raise ConfigError(f"patch.size (={size}) and patch.stride (={self.stride}) must be at least 1")
         self.edge: Edge = edge_for(image) if edge == "auto" else edge
         self._rule = EDGE_RULES[self.edge]
         self.channels = image.channels
@@ -120,8 +149,12 @@ class PatchGrid:
                 f"{image.path}: the patch ({size} x {size} px) is larger than the image "
                 f"({self._extent.width} x {self._extent.height} px{at}); choose a smaller patch.size"
             )
-        self.starts = self._placed(offset[0], self._extent.width), self._placed(offset[1], self._extent.height)
-        self.columns, self.rows = map(len, self.starts)
+        for start, extent in zip(offset, self._extent, strict=True):
+            if start >= extent:
+                raise ConfigError(f"{image.path}: the grid starts at {start} px, outside the image ({extent} px)")
+        x, y = (self._rule.starts(n, size, self.stride, at) for n, at in zip(self._extent, offset, strict=True))
+        self.starts = x, y
+        self.columns, self.rows = len(x), len(y)
         self._kept: NDArray[np.integer[Any]] | None = None
         if mask is not None:
             foreground = mask if isinstance(mask, Foreground) else Foreground(mask)
@@ -143,11 +176,6 @@ class PatchGrid:
         if self._ratio != 1:
             return Size(width, height)
         return Size(min(width, lv.width), min(height, lv.height)) if whole else lv
-
-    def _placed(self, offset: int, extent: int) -> Index:
-        if offset >= extent:
-            raise ConfigError(f"{self.image.path}: the grid starts at {offset} px, outside the image ({extent} px)")
-        return self._rule.starts(extent, self.size, self.stride, offset)
 
     @functools.cached_property
     def _read_starts(self) -> tuple[Index, Index]:
@@ -262,14 +290,17 @@ class PatchGrid:
         order = np.argsort(raster, kind="stable")
         g_row, g_column = np.divmod(raster[order], self.columns)
         x, y = self._read_starts[0][g_column], self._read_starts[1][g_row]
-        uses = self._uses if _is_pass(index) else None
+        # Patches that follow each other: those after them will need their tiles too.
+        in_order = index.step in (None, 1) if isinstance(index, slice) else (np.diff(np.asarray(index)) == 1).all()
+        uses = self._uses if in_order else None
         # A patch resampled from far below covers many level pixels; a run must stay within what a thread may hold.
         most = int(np.clip(MAX_READ_PIXELS / (self.size * self._ratio) ** 2, 1, MAX_READ_PATCHES))
         for first in range(0, len(order), most):
             run = slice(first, first + most)
             self._read_patches(x[run], y[run], [out[row] for row in order[run].tolist()], uses)
             beat()
-        self._reflect(g_row, g_column, order, out)
+        if self._rule.mirrors:
+            self._reflect(g_row, g_column, order, out)
         return out
 
     def _reflect(self, g_row: Index, g_column: Index, order: Index, out: Pixels) -> None:
@@ -323,10 +354,3 @@ class PatchGrid:
             padded[shown] = patch[shown]
             return padded
         return patch
-
-
-def _is_pass(index: ArrayLike | slice) -> bool:
-    """Return whether these patches follow each other, so that those after them will need their tiles too."""
-    if isinstance(index, slice):
-        return index.step in (None, 1)
-    return bool((np.diff(np.asarray(index)) == 1).all())

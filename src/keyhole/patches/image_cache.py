@@ -35,47 +35,24 @@ def decoded_bytes(image: Image, level: int = 0) -> int:
 
 
 def fits(total_bytes: int, limit_gb: float | None) -> tuple[bool, str]:
-    """Decide whether decoded images stay in memory.
+    """Decide whether decoded images, of `total_bytes` together, stay in memory; return that and a line for the log.
 
-    Args:
-        total_bytes: of all images at the level that is read (`decoded_bytes`).
-        limit_gb: GB that they may take; None is a quarter of the memory that is free now, 0 keeps none.
-
-    Returns:
-        The decision, and a sentence for the log.
+    `limit_gb` are GB that they may take; None is a quarter of the memory that is free now, 0 keeps none.
     """
+    size = f"{memory_text(total_bytes)} decoded"
+    if limit_gb == 0:
+        return False, f"images are read from their files each time, as data.cache 0 asks: {size}"
+    limit, why = (limit_gb or 0) * 1e9, "data.cache"
     if limit_gb is None:
         free = available_memory()
-        limit = free / 4
-        why = f"a quarter of the {memory_text(free)} free"
-    elif limit_gb == 0:
-        return (
-            False,
-            f"images are read from their files each time, as data.cache 0 asks: {memory_text(total_bytes)} decoded",
-        )
-    else:
-        limit = limit_gb * 1e9
-        why = "data.cache"
+        limit, why = free / 4, f"a quarter of the {memory_text(free)} free"
     keep = limit > 0 and total_bytes <= limit
-    verdict = "stay in memory" if keep else "are read from their files each time"
-    relation = "within" if keep else "over"
-    return keep, (
-        f"images {verdict}: {memory_text(total_bytes)} decoded, {relation} the limit of {memory_text(round(limit))} "
-        f"({why})"
-    )
+    verdict, relation = ("stay in memory", "within") if keep else ("are read from their files each time", "over")
+    return keep, f"images {verdict}: {size}, {relation} the limit of {memory_text(round(limit))} ({why})"
 
 
 class ResidentImage(Image):
-    """An image of which one level is in memory. Other levels come from the file.
-
-    Args:
-        image: the open file; read here and not used afterwards.
-        level: the level to keep.
-        bits: as in `open_image`, for the other levels.
-
-    Raises:
-        ImageError: the file is damaged.
-    """
+    """An image of which one level is in memory; other levels come from the file. `image` is not used afterwards."""
 
     def __init__(self, image: Image, level: int, bits: int | None = None) -> None:
         self.path, self.size, self.levels, self.mpp = image.path, image.size, image.levels, image.mpp
@@ -106,11 +83,7 @@ MaskKey = tuple[Path, Rule, Path | None]
 
 
 class MaskCache:
-    """Foreground masks, packed, so that those of a thousand slides may stay.
-
-    A mask of 2048 x 2048 cells takes 4 MB as an array, and 5 to 60 kB here (at worst 0.5 MB). Unpacking it takes some
-    milliseconds, once each time its image is opened.
-    """
+    """Foreground masks, packed to about a hundredth, so that those of a thousand slides may stay."""
 
     def __init__(self) -> None:
         self._packed: dict[MaskKey, tuple[tuple[int, ...], bytes]] = {}
@@ -153,14 +126,8 @@ class ImageCache:
     def open(self, path: Path, level: int | Callable[[Image], int] = 0, bits: int | None = None) -> Image:
         """Open an image, which the caller closes. Changing its `mpp` changes no other.
 
-        Args:
-            path: the file.
-            level: the level that will be read, or a function that returns it for the image.
-            bits: as in `open_image`; the same at every call.
-
-        Raises:
-            ImageError: the file cannot be opened. A file that is damaged somewhere is not kept, so that its other
-                parts can be read.
+        `level` will be read, or is a function that returns that for the image. A file that is damaged somewhere is not
+        kept, so that its other parts can be read.
         """
         if not self.keep or path in self._damaged:
             return self._file(path, bits)
@@ -183,16 +150,9 @@ class ImageCache:
     def foreground(
         self, path: Path, rule: Rule, mask: Path | None = None, bits: int | None = None
     ) -> NDArray[np.bool_]:
-        """Return the foreground mask (rows, cols) of an image; only the first call reads a file.
+        """Return the foreground mask (rows, cols) of an image by a rule that has one; only the first call reads a file.
 
-        Args:
-            path: the image.
-            rule: a name in `FOREGROUND_RULES` that has a mask.
-            mask: the file of the mask, for the rule `mask` only.
-            bits: as in `open`.
-
-        Raises:
-            ImageError: the image or the mask cannot be opened or read.
+        `mask` is the file of the mask, for the rule `mask` only.
         """
         key = path, rule, mask
         with self._lock_of(path):

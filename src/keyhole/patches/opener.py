@@ -15,9 +15,8 @@ from keyhole.images.image import Image
 from keyhole.images.scale import given_scale
 from keyhole.patches.edge import Edge
 from keyhole.patches.foreground.rules import FOREGROUND_RULES, Rule
-from keyhole.patches.grid import Foreground, NoPatches, PatchGrid
+from keyhole.patches.grid import Foreground, NoPatches, PatchGrid, reading_level
 from keyhole.patches.image_cache import ImageCache
-from keyhole.patches.level import reading_level
 from keyhole.patches.sources import FilePatches, View
 
 
@@ -70,8 +69,9 @@ class FileOpener:
             ImageError: the file, or its mask, is broken.
             ConfigError: its size or resolution does not allow the patches, or the foreground leaves none.
         """
-        level = partial(reading_level, mpp=self.mpp, level=self.level, image_mpp=self.image_mpp)
-        image = self.cache.open(self.path, lambda image: level(image)[0], self.bits)
+        image = self.cache.open(
+            self.path, lambda image: reading_level(image, self.mpp, self.level, self.image_mpp)[0], self.bits
+        )
         try:
             return FilePatches(image, self.grid(image), self.view, self.channels, self.name)
         except BaseException:
@@ -97,11 +97,7 @@ class FileOpener:
             return grid(mask=covered)
 
     def foreground_mask(self) -> NDArray[np.bool_] | None:
-        """Return the mask (rows, cols) of the patches in the grid; None if all are.
-
-        Raises:
-            ImageError, ConfigError: as for `__call__`.
-        """
+        """Return the mask (rows, cols) of the patches in the grid; None if all are."""
         rule = FOREGROUND_RULES[self.foreground]
         if not rule.has_mask:
             return None

@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 from keyhole.errors import ConfigError
 from keyhole.images.geometry import Size
 from keyhole.images.image import Image
-from keyhole.images.pixels import Pixels
 from keyhole.patches.grid import Index, PatchGrid
 from keyhole.patches.image_cache import decoded_bytes
 from keyhole.util.rows import checked_index, take_rows
@@ -146,17 +145,10 @@ class PatchSource(ABC):
         return False
 
     def encoded(self, index: ArrayLike | slice, colors: Container[str]) -> list[bytes | None] | None:
-        """Return patches as the JPEG streams that the file stores; the decoder has to apply `view`.
+        """Return a JPEG stream for each patch as the file stores it, to which the decoder has to apply `view`.
 
-        Args:
-            index: of the patches.
-            colors: kinds of JPEG that can be used, of "grey", "rgb" and "ycbcr": what the samples mean.
-
-        Returns:
-            (k) one stream for each patch, None for a patch that is not a whole JPEG tile; None where no patch is.
-
-        Raises:
-            ImageError: the file is damaged or gone.
+        None for a patch that is not a whole JPEG tile of one of the `colors` ("grey", "rgb", "ycbcr"), and in place of
+        the list where no patch is.
         """
         return None
 
@@ -200,12 +192,12 @@ class FilePatches(PatchSource):
             self.grid.read(index, out=self.view.undo(out))
             return out
         pixels = self.grid.read(index)
-        if self.channels == 1 != self.grid.channels:
-            pixels = _grey(pixels)
-        shape = (*pixels.shape[:3], self.channels)
-        pixels = np.broadcast_to(self.view.pixels(pixels), shape)
-        if out is None:
-            return np.ascontiguousarray(pixels)
+        if self.channels < self.grid.channels:
+            k, height, width, _ = pixels.shape
+            rgb = PIL.Image.fromarray(pixels.reshape(k * height, width, 3)) if k else None
+            pixels = pixels[..., :1] if rgb is None else np.asarray(rgb.convert("L")).reshape(k, height, width, 1)
+        pixels = self.view.pixels(pixels)  # (k, s, s, 1) fills all channels
+        out = np.empty((len(pixels), *self.patch_shape), np.uint8) if out is None else out
         out[...] = pixels
         return out
 
@@ -220,9 +212,8 @@ class FilePatches(PatchSource):
         return self.grid.boxes(index)
 
     def describe(self) -> dict[str, Any]:
-        grid = self.grid
-        sizes = {"size": grid.size, "stride": grid.stride, "level": grid.level}
-        return {**sizes, **super().describe(), "edge": grid.edge}
+        size, stride, level = self.grid.size, self.grid.stride, self.grid.level
+        return {"size": size, "stride": stride, "level": level, **super().describe(), "edge": self.grid.edge}
 
     def positions_1d(self, index: ArrayLike | slice) -> Index:
         cells, (_, columns) = self.view.cells(self.grid.cells(index), self.grid.rows, self.grid.columns)
@@ -245,15 +236,6 @@ class FilePatches(PatchSource):
         cells, beside = np.divmod(self.grid.corners(index), self.grid.size)
         cells[(beside != 0).any(axis=1)] = -1  # not a tile, which gives None
         return self.image.jpeg_tiles(cells, self.grid.level, colors)
-
-
-def _grey(pixels: Pixels) -> Pixels:
-    """Convert (k, s, s, 3) to (k, s, s, 1), rounded as Pillow does."""
-    k, height, width, _ = pixels.shape
-    if k == 0:
-        return pixels[..., :1]
-    picture = PIL.Image.fromarray(pixels.reshape(k * height, width, 3)).convert("L")
-    return np.asarray(picture).reshape(k, height, width, 1)
 
 
 class TensorPatches(PatchSource):

@@ -12,18 +12,17 @@ from keyhole.errors import DataError, ImageError
 from keyhole.images.faults import faults_of
 from keyhole.images.geometry import Size
 from keyhole.patches.foreground.region_files import GEOJSON_SUFFIXES, read_geojson
-from keyhole.patches.foreground.regions import Region, rasterize
+from keyhole.patches.foreground.regions import rasterize
 
 MASK_SUFFIXES = (".png", ".geojson", ".json")
 MAX_MASK_SIDE = 2048
-"""Cells along the longest side of a mask in memory, so that one is 4 MB whatever the file has. A cell is then smaller
-than a patch on any slide."""
+"""Cells along the longest side of a mask in memory (4 MB); a cell is then smaller than a patch on any slide."""
 MAX_PNG_PIXELS = 2**26
 """Of a PNG (8,192 x 8,192), at most 4 bytes each once decoded. Checked before decoding."""
 MAX_ASPECT_ERROR = 0.03
 """Relative difference between the proportions of mask and image, from rounding when the mask was made."""
 IGNORED_CLASSES = ("ignore", "ignore*")
-"""QuPath's class for areas that are not to be used; QuPath leaves classes with `*` out of its measurements."""
+"""QuPath's class for areas that are not to be used."""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EIGHT_BITS = (2, 4, 6)
 """PNG colour types that Pillow reads at 8 bits a channel only: a label 7 of 65,535 would be lost."""
@@ -78,10 +77,8 @@ def _from_outlines(path: Path, l0_size: Size, longest: int, origin: tuple[int, i
         raise ImageError(path, str(error).removeprefix(str(path)).lstrip(":, ")) from error
     cell = max(1.0, max(l0_size) / longest)
     shape = max(1, round(l0_size.height / cell)), max(1, round(l0_size.width / cell))
-    used: list[Region] = []
-    ignored: list[Region] = []
-    for region in regions:
-        (ignored if region.name.strip().lower() in IGNORED_CLASSES else used).append(region)
+    ignored = [region for region in regions if region.name.strip().lower() in IGNORED_CLASSES]
+    used = [region for region in regions if region.name.strip().lower() not in IGNORED_CLASSES]
     return rasterize(used, l0_size, shape, touched=True) & ~rasterize(ignored, l0_size, shape)
 
 

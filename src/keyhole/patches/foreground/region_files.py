@@ -37,7 +37,7 @@ def read_regions(path: str | Path, origin: tuple[int, int] = (0, 0)) -> list[Reg
         Regions in level-0 pixels.
 
     Raises:
-        DataError: another suffix, or as `read_geojson` and `read_asap_xml`.
+        DataError: another suffix, nothing that has an area, or a broken file; names the feature or annotation.
 
     >>> square = '{"type": "Polygon", "coordinates": [[[0, 0], [30, 0], [30, 30], [0, 30]]]}'
     >>> _ = Path("square.geojson").write_text(square)
@@ -55,17 +55,12 @@ def read_regions(path: str | Path, origin: tuple[int, int] = (0, 0)) -> list[Reg
     )
 
 
-def read_geojson(path: str | Path, origin: tuple[int, int] = (0, 0)) -> list[Region]:
+def read_geojson(path: Path, origin: tuple[int, int] = (0, 0)) -> list[Region]:
     """Read the polygons of a GeoJSON file as QuPath exports it, with coordinates that count from `origin`.
 
-    The file has a FeatureCollection, a list of features, one feature or one geometry. A MultiPolygon becomes a region
-    per polygon. Points, lines and rings of fewer than three points have no area; a file with nothing else is an error.
-    A file without any feature has no region.
-
-    Raises:
-        DataError: file and number of the feature, what was expected and what to do.
+    The file has a FeatureCollection, a list of features, one feature or one geometry. Points, lines and rings of fewer
+    than three points have no area; a file with nothing else is an error, one without any feature has no region.
     """
-    path = Path(path)
     try:
         content = json.loads(_bytes(path))
     except (ValueError, RecursionError) as error:
@@ -132,18 +127,12 @@ def _name(properties: Any) -> str:
     return str(named or properties.get("name") or "")
 
 
-def read_asap_xml(path: str | Path) -> list[Region]:
+def read_asap_xml(path: Path) -> list[Region]:
     """Read the polygons of an ASAP annotation file, the format of CAMELYON16's lesion annotations.
 
-    Every annotation is a region, except that those of the groups `_2` (CAMELYON16), `normal` (CAMELYON17) and
-    `exclusion` are holes in all regions that they meet. The name is that of the group, or of the annotation if it is in
-    none. Splines are taken as polygons through their points. Dots, measurements and annotations of fewer than three
-    points have no area; a file with nothing else is an error.
-
-    Raises:
-        DataError: file and number of the annotation, what was expected and what to do.
+    Annotations of the groups `ASAP_HOLES` are holes in all regions that they meet. The name is that of the group, or of
+    the annotation if it is in none. Splines are taken as polygons through their points.
     """
-    path = Path(path)
     found = _annotations(path)
     outlines = [
         (group, ring)

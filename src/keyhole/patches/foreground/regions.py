@@ -1,9 +1,8 @@
 """Polygons drawn on an image: as a mask of any resolution, and how much of a box they cover.
 
-A point is in a region if it is in its outer ring and in none of its holes; an area in several regions counts once.
-A ring that crosses itself is filled by the even-odd rule. A cell of a mask is filled if its centre is inside, so that
-areas are exact where rings run along cells, and regions that share a border share no cell. Drawing libraries also fill
-the outline itself, so that a polygon grows by half a pixel all around.
+A point is in a region if it is in its outer ring and in none of its holes; a ring that crosses itself is filled by the
+even-odd rule. A cell of a mask is filled if its centre is inside, so that regions that share a border share no cell.
+Drawing libraries also fill the outline itself, so that a polygon grows by half a pixel all around.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Region:
 def rasterize(
     regions: Sequence[Region], l0_size: tuple[int, int], shape: tuple[int, int], touched: bool = False
 ) -> NDArray[np.bool_]:
-    """Fill regions in a mask over a whole image.
+    """Fill regions in a mask over a whole image; an area in several regions counts once.
 
     Args:
         regions: in level-0 pixels; parts outside the image are cut off.

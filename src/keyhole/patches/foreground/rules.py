@@ -37,36 +37,21 @@ _PIECE_SIDE = 128
 class ForegroundRule:
     """`all`: every patch, without a mask.
 
-    Attributes:
-        has_mask: whether `mask` is to be called.
-        uses_share: whether `patch.min_foreground` applies; otherwise one cell of the mask is enough.
-        from_file: whether the user gives the mask.
+    `has_mask`: `mask` is to be called. `uses_share`: `patch.min_foreground` applies; otherwise one cell of the mask is
+    enough. `from_file`: the user gives the mask.
     """
 
-    has_mask = False
-    uses_share = False
-    from_file = False
+    has_mask = uses_share = from_file = False
 
     def mask(self, image: Image, file: Path | None = None, longest: int = MAX_MASK_SIDE) -> Mask:
-        """Return the mask (rows, cols) over the whole image.
-
-        Args:
-            image: open.
-            file: of the mask, where the user gives it.
-            longest: cells along the longest side, at most.
-
-        Raises:
-            ConfigError: the rule does not apply to this image.
-            ImageError: the image or the mask is damaged.
-        """
+        """Return the mask (rows, cols) over the whole image, with at most `longest` cells along its longest side."""
         raise NotImplementedError
 
 
 class _NonEmpty(ForegroundRule):
     """`non-empty`: pixels that differ within a block, or from the block beside or below it, by over 10 grey values.
 
-    Computed from the least and greatest value, so that a thin stroke is not averaged away. A patch of one colour, white
-    or not, is empty; noise of a scanner's glass above 10 grey values counts as content.
+    Computed from the least and greatest value, so that a thin stroke is not averaged away.
     """
 
     has_mask = True
@@ -76,7 +61,8 @@ class _NonEmpty(ForegroundRule):
         found, unread = _reduced(image, level, max(block, MIN_CELL_SIDE), _extremes)
         low, high = np.split(found, 2, axis=-1)
         for axis in (0, 1):  # an edge may run exactly between two blocks
-            low, high = np.minimum(low, _neighbour(low, axis)), np.maximum(high, _neighbour(high, axis))
+            following = np.minimum(np.arange(low.shape[axis]) + 1, low.shape[axis] - 1)
+            low, high = np.minimum(low, low.take(following, axis)), np.maximum(high, high.take(following, axis))
         spread: NDArray[np.int16] = (high.astype(np.int16) - low).max(axis=-1)
         return (spread > ONE_COLOR) | unread
 
@@ -153,13 +139,6 @@ def _level_and_block(image: Image, longest: int) -> tuple[int, int]:
     return level, max(1, -(-max(image.levels[level].size) // longest))
 
 
-def _neighbour(grid: NDArray[np.uint8], axis: int) -> NDArray[np.uint8]:
-    """Return the cell beside or below each cell; the last has itself."""
-    following = np.minimum(np.arange(grid.shape[axis]) + 1, grid.shape[axis] - 1)
-    neighbour: NDArray[np.uint8] = np.take(grid, following, axis)
-    return neighbour
-
-
 def _extremes(pixels: Pixels, block: int) -> NDArray[np.uint8]:
     """Return the least and greatest value of each channel in each block (rows, cols, 2 c)."""
     height, width, channels = pixels.shape
@@ -177,12 +156,8 @@ def _extremes(pixels: Pixels, block: int) -> NDArray[np.uint8]:
 def _color_and_spread(pixels: Pixels, block: int) -> NDArray[np.uint8]:
     """Return the mean colour of each block, and the mean spread of the channels within a pixel (rows, cols, 4)."""
     brightest, darkest = extremes(pixels)
-    return np.dstack(
-        [
-            np.asarray(PIL.Image.fromarray(np.ascontiguousarray(part)).reduce(block))
-            for part in (pixels, brightest - darkest)
-        ]
-    )
+    parts = (np.ascontiguousarray(part) for part in (pixels, brightest - darkest))
+    return np.dstack([np.asarray(PIL.Image.fromarray(part).reduce(block)) for part in parts])
 
 
 def _reduced(
@@ -190,8 +165,7 @@ def _reduced(
 ) -> tuple[NDArray[np.uint8], Mask]:
     """Apply `reduction` to each block of pixels, a band at a time; blocks at the right and lower border may be smaller.
 
-    Returns:
-        (rows, cols, k), and (rows, cols) True where a block could not be read.
+    Return (rows, cols, k), and (rows, cols) True where a block could not be read.
     """
     width, height = image.levels[level].size
     rows, columns = -(-height // block), -(-width // block)
@@ -218,11 +192,7 @@ def _reduced(
 
 
 def _read(image: Image, box: Box, level: int) -> tuple[Pixels, list[Box]]:
-    """Return the pixels of a box, and the pieces of it that are damaged and therefore background.
-
-    Raises:
-        ImageError: all of it is damaged, or the file cannot be reached.
-    """
+    """Return the pixels of a box, and the pieces of it that are damaged and therefore background; raise if all are."""
     try:
         return image.read(box, level), []
     except ImageLost:

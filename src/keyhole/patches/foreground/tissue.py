@@ -47,9 +47,8 @@ def find_tissue(mean: Cells, spread: NDArray[np.uint8]) -> Mask:
     """Find the cells with stained tissue.
 
     A cell is tissue if its colour (max - min over the channels, of 255, with glass made white) is above Otsu's
-    threshold over all cells that are not pen or black, clipped to 13 ... 24. Pen in blue, green, red or black, what
-    is nearly black, and specks of one or two cells are left out; anything larger stays, because a small biopsy must not
-    vanish.
+    threshold over all cells that are not pen or black, clipped to 13 ... 24. Specks of one or two cells are left out;
+    anything larger stays, because a small biopsy must not vanish.
 
     Made for H&E and for DAB with haematoxylin. It may mistake special stains of pure green or blue (trichrome, Alcian
     blue) for pen, unstained fat for glass, and navy or very pale pens for haematoxylin: give such slides a mask file.
@@ -58,9 +57,6 @@ def find_tissue(mean: Cells, spread: NDArray[np.uint8]) -> Mask:
         mean: mean colour (rows, cols, 3) of each cell.
         spread: mean (rows, cols) of max - min over the channels of the pixels in each cell. Larger than that of the
             mean colour where colours lie side by side: brown and blue together would make grey.
-
-    Returns:
-        Mask, bool (rows, cols).
     """
     glass = glass_color(mean)
     color = _colors(mean, spread, glass)
@@ -68,10 +64,12 @@ def find_tissue(mean: Cells, spread: NDArray[np.uint8]) -> Mask:
     for rows in _bands(mean):
         usable[rows] &= extremes(mean[rows])[0] >= MIN_BRIGHTNESS
     # Dense stain counts as no more than twice the highest threshold, so that it does not outweigh all that is pale.
-    threshold = np.clip(
-        otsu(np.minimum(color[usable], 2 * MAX_COLOR_THRESHOLD)), MIN_COLOR_THRESHOLD, MAX_COLOR_THRESHOLD
-    )
-    return _without_specks(usable & (color > threshold))
+    split = otsu(np.minimum(color[usable], 2 * MAX_COLOR_THRESHOLD))
+    tissue = usable & (color > np.clip(split, MIN_COLOR_THRESHOLD, MAX_COLOR_THRESHOLD))
+    padded = np.pad(tissue, 1).astype(np.uint8)
+    across = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+    kept: Mask = tissue & (across[:-2] + across[1:-1] + across[2:] >= MIN_TISSUE_NEIGHBOURS)
+    return kept
 
 
 def glass_color(mean: Cells) -> NDArray[np.float32]:
@@ -87,8 +85,7 @@ def glass_color(mean: Cells) -> NDArray[np.float32]:
 
 def _colors(mean: Cells, spread: NDArray[np.uint8], glass: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Return how coloured each cell is: its mean on white glass, plus what its pixels have beyond that and noise."""
-    excess = np.empty(mean.shape[:2], np.int16)
-    color = np.empty(mean.shape[:2], np.int16)
+    excess, color = np.empty((2, *mean.shape[:2]), np.int16)
     bright = np.empty(mean.shape[:2], bool)
     for rows in _bands(mean):
         brightest, darkest = extremes(mean[rows])
@@ -163,13 +160,6 @@ def extremes(pixels: Cells) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return the greatest and least channel (...) of colours (..., 3), five times as fast as max and min."""
     red, green, blue = np.moveaxis(pixels, -1, 0)
     return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
-
-
-def _without_specks(mask: Mask) -> Mask:
-    padded = np.pad(mask, 1).astype(np.uint8)
-    across = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
-    kept: Mask = mask & (across[:-2] + across[1:-1] + across[2:] >= MIN_TISSUE_NEIGHBOURS)
-    return kept
 
 
 def _filtered(mask: Mask, rank: ImageFilter.RankFilter) -> Mask:
