@@ -1,17 +1,91 @@
-"""The training images of one epoch: their order, their augmentation, and their batches as they are read."""
+"""The training images of an epoch as they are read, and the patches of each that are kept for learning.
+
+In the first half of `train.explore` all patches are drawn at random, and attention is held uniform (its key projection
+stays at zero), so that only the drawn patches are read. In the second half attention learns too, and the random share
+falls to 0. Otherwise scores that mean nothing yet could settle on patches that tell nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import torch
 
+from keyhole.config.auto import number
 from keyhole.data.item import Item
 from keyhole.errors import DataError
 from keyhole.loading import Batch, FetchOnly, Opener
+from keyhole.loading.chunks import is_alone
+from keyhole.nn import Kept, explore
+from keyhole.runs.journal import SelectionJournal
 from keyhole.training.augment import draw, stack_colors
-from keyhole.training.choice import Choice
 from keyhole.training.job import Job
+
+
+class Choice:
+    """Chooses the patches that the images of each training batch keep.
+
+    What large images keep is written to a journal, so that a run that is killed within a batch does not encode them
+    again.
+
+    Attributes:
+        seen_before: patches of the last batch that a killed process had encoded.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.seen_before = job, 0
+        self.journal = SelectionJournal(job.run.path / "selection.safetensors")
+        self._explored = number(job.config.train.explore, "train.explore")
+        self._chunk = job.engine.plan.chunk
+
+    def known(self, step: int, items: Sequence[Item]) -> dict[int, Kept]:
+        """Return what images of a batch keep, as far as the journal says."""
+        self._chunk = self.job.engine.plan.chunk
+        return self.journal.begin(step, [item.name for item in items])
+
+    def is_blind(self, step: int) -> bool:
+        """Return whether all patches are drawn at random, so that none needs a score."""
+        return self._explored > 0 and self._done(step) < 0.5
+
+    def select(self, items: Sequence[Item], batch: Batch, on_chunk: Callable[[int], None]) -> list[Kept | None]:
+        """Return what the images of a batch keep for learning in the current step."""
+        job, step = self.job, self.job.state.step
+        blind = self.is_blind(step)
+        job.model.pool.key_proj.requires_grad_(not blind)
+        known = self.journal.begin(step, [item.name for item in items])
+        self.seen_before = sum(len(source) for row in known if (source := batch.sources[row]) is not None)
+        kept: list[Kept | None]
+        if blind:
+            for _ in batch.chunks():  # there are none, but images that cannot be opened show
+                raise AssertionError("patches were streamed that are not needed")
+            kept = [Kept(torch.empty(0, dtype=torch.long), torch.empty(0))] * len(batch.sources)
+            share, places = 1.0, job.config.select.m
+        else:
+
+            def note(row: int, finish: Callable[[], Kept]) -> None:
+                source = batch.sources[row]  # the last bits of a small image depend on its neighbours' chunks
+                if source is not None and is_alone(len(source), self._chunk):
+                    self.journal.add(row, finish())
+
+            kept = job.engine.select(batch, on_chunk=on_chunk, known=known, on_image=note)
+            share, places = min(1.0, max(0.0, 2 * (1 - self._done(step)))), None
+        if share == 0:
+            return kept
+        seed = int(np.random.SeedSequence([job.config.train.seed, step, 1]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            None if image is None or source is None else explore(image, len(source), share, generator, places=places)
+            for image, source in zip(kept, batch.sources, strict=True)
+        ]
+
+    def end(self) -> None:
+        """Forget what the batch keeps: it has been learned from."""
+        self.journal.end()
+
+    def _done(self, step: int) -> float:
+        """Return the share of the exploration that is done."""
+        return step / self.job.state.steps_per_epoch / self._explored if self._explored else 1.0
 
 
 class Epoch:
@@ -34,24 +108,20 @@ class Epoch:
 
     def __iter__(self) -> Iterator[tuple[list[Item], Batch]]:
         job, config, state = self.job, self.job.config, self.job.state
-        stride = config.patch.stride or config.patch.size
+        stride, seed = config.patch.stride or config.patch.size, config.train.seed
         draws = [
-            [
-                draw(config.augment, config.train.seed, state.epoch, item.name, stride, config.model.channels)
-                for item in items
-            ]
+            [draw(config.augment, seed, state.epoch, item.name, stride, config.model.channels) for item in items]
             for items in self.batches
         ]
         openers: list[list[Opener]] = [
             [job.images.opener(item, change.view, change.offset) for item, change in zip(*both, strict=True)]
             for both in zip(self.batches, draws, strict=True)
         ]
-        if self.batches:
-            for row in self.choice.known(state.step, self.batches[0]):
-                openers[0][row] = FetchOnly(openers[0][row])
+        known = self.choice.known(state.step, self.batches[0]) if self.batches else ()
         for step, wanted in enumerate(openers, start=state.step):
-            if self.choice.exploration.is_blind(step):
-                wanted[:] = [FetchOnly(one) for one in wanted]
+            for row in range(len(wanted)):
+                if self.choice.is_blind(step) or (step == state.step and row in known):
+                    wanted[row] = FetchOnly(wanted[row])
         for items, changes, batch in zip(self.batches, draws, job.engine.stream(openers, "mask"), strict=True):
             batch.color = stack_colors(changes)
             yield items, batch

@@ -1,26 +1,32 @@
-"""What happens around a training step: progress, interrupts, saving, and memory that is given back."""
+"""What happens around the steps, epochs and end of a run: progress, saving, the best model, metrics and signals."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import asdict
 
 import torch
 
-from keyhole.data.item import Item
 from keyhole.engine.memory.meter import Trim
+from keyhole.errors import Interrupted
+from keyhole.inference.predictor import describe
+from keyhole.runs.checkpoint import save_model
 from keyhole.runs.journal import MIN_JOURNAL_PATCHES
+from keyhole.runs.run import write_rows
 from keyhole.training.duration import Estimate
-from keyhole.training.epoch import Epoch
-from keyhole.training.interrupt import Interrupt
+from keyhole.training.epoch import Choice, Epoch
+from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job
+from keyhole.training.score import is_better, metric_value
 from keyhole.training.setup import learning_rate
 from keyhole.training.trial import estimate
+from keyhole.util.budget import memory_text
 from keyhole.util.platform import peak_memory
 from keyhole.util.progress import Progress, say
+from keyhole.util.wording import counted
 
 
 class Hooks:
@@ -31,25 +37,39 @@ class Hooks:
         self._trim = Trim(job.engine.plan.peak, job.device)
         self._saved = time.monotonic()
         self._first_epoch = job.state.epoch
+        self._undefined = False  # the user was told that the metric is undefined
         self._estimate: Estimate | None = None
         self._progress: Progress | None = None
+
+    def tell(self, line: str) -> None:
+        """Say and log a line."""
+        self.job.log(line)
+        say(line)
 
     def estimate(self) -> None:
         """Say how long the rest of the run takes, if there is any."""
         if self.job.state.epoch < self.job.config.train.epochs and not self.job.state.stopped:
             self._estimate, line = estimate(self.job)
             if line is not None:
-                say(line)
-                self.job.log(line)
+                self.tell(line)
 
     @contextmanager
     def progress(self, epoch: Epoch) -> Iterator[None]:
         """Show the progress of an epoch inside."""
-        state, engine = self.job.state, self.job.engine
-        engine.timer.reset()
+        state, device, expected = self.job.state, self.job.device, self._estimate
+        self.job.engine.timer.reset()
+        share = epoch.images / max(1, len(epoch))  # of the time of the images that are still to come
+
+        def after(seconds: float) -> float:
+            assert expected is not None
+            return expected.after(state.epoch, share * seconds, state.epoch == self._first_epoch)
+
+        def device_bytes() -> int | None:
+            return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
         name = f"epoch {state.epoch + 1}/{self.job.config.train.epochs}"
-        after = None if self._estimate is None else partial(self._after, epoch.images / max(1, len(epoch)))
-        with Progress(len(epoch), name, after=after, device_bytes=self._device_bytes) as self._progress:
+        rest = None if expected is None else after
+        with Progress(len(epoch), name, after=rest, device_bytes=device_bytes) as self._progress:
             yield
 
     def after_chunk(self, patches: int) -> None:
@@ -60,21 +80,17 @@ class Hooks:
     def before_learning(self) -> None:
         self._trim.after_pass()
 
-    def progressed(self, items: Sequence[Item]) -> None:
+    def progressed(self, images: int) -> None:
         """Show that a step on some images is done."""
         assert self._progress is not None
-        self._progress.update(images=len(items), text=f"loss {self.job.state.mean_loss or 0.0:.4f}")
+        self._progress.update(images=images, text=f"loss {self.job.state.mean_loss or 0.0:.4f}")
         self._trim.after_pass()
 
     def save(self, patches: int) -> None:
-        """Save the state if that is long ago, or if the step has encoded many patches."""
+        """Save the state if the last time was long ago, or if the step has encoded many patches."""
         if patches >= MIN_JOURNAL_PATCHES or time.monotonic() - self._saved >= 60 * self.job.config.run.save_minutes:
             self.job.save()
             self._saved = time.monotonic()
-
-    def after_epoch(self) -> None:
-        self._trim.after_epoch()
-        self._saved = time.monotonic()
 
     def row(self) -> dict[str, float]:
         """Return the figures of the epoch for metrics.csv."""
@@ -88,13 +104,78 @@ class Hooks:
             "peak_gb": round(peak_memory() / 1e9, 3),
         }
 
-    def _after(self, share: float, seconds: float) -> float:
-        """Seconds of the run that follow the training images of this epoch, of which `share` times as many take as
-        long."""
-        assert self._estimate is not None
-        epoch = self.job.state.epoch
-        return self._estimate.after(epoch, share * seconds, epoch == self._first_epoch)
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """Keep the best model, write the metrics and the state; in this order, so that a kill loses no best model."""
+        job, state, config = self.job, self.job.state, self.job.config
+        job.lock.check()
+        loss = row.get("val.loss", math.nan)
+        value = metric_value(state.metric, row, job.tasks) if state.metric else math.nan
+        if is_better(state.metric, value, loss, state.best):
+            state.best, state.best_epoch, state.waiting = (value, loss), state.epoch + 1, 0
+            metric, figure = (state.metric, value) if math.isfinite(value) or not state.metric else ("loss", loss)
+            chosen = {"epoch": state.epoch + 1, "metric": metric, "value": figure if math.isfinite(figure) else None}
+            about = describe(config, job.tasks, **chosen, resolution=asdict(job.images.resolution))
+            about |= {"run": state.run, "manifest": state.manifest}
+            save_model(job.run.path / "best", job.model, about)
+        else:
+            state.waiting += 1
+        state.stopped = bool(config.train.patience) and bool(state.metric) and state.waiting >= config.train.patience
+        write_rows(job.run.path / "metrics.csv", [*state.history, row])
+        figures = ", ".join(f"{name} {figure:.4g}" for name, figure in row.items() if name.startswith(("train", "val")))
+        best = " (best so far)" if state.best_epoch == state.epoch + 1 else ""
+        job.log(f"epoch {state.epoch + 1}: {figures}{best}")
+        shown = f"validation loss {loss:.4f}" if math.isfinite(loss) else "no validation split"
+        if math.isfinite(value) and state.metric != "loss":
+            shown += f", {state.metric} {value:.4f}"
+        elif state.metric not in ("", "loss") and not self._undefined:
+            self._undefined = True
+            what = f"{state.metric} is undefined in epoch {state.epoch + 1}: such epochs are compared by the loss"
+            job.log(what)
+            shown += f"; {what}"
+        say(f"  {shown}{best}")
+        state.end_epoch(row)
+        if state.stopped:
+            self.tell(f"stopped early: no better {state.metric} for {state.waiting} epochs")
+        job.save()
+        (job.run.path / "validation.jsonl").unlink(missing_ok=True)
+        self._trim.after_epoch()
+        self._saved = time.monotonic()
 
-    def _device_bytes(self) -> int | None:
-        device = self.job.device
-        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    def end(self) -> None:
+        """Log the peak of memory and what the run has learned, and say what could not be read."""
+        job = self.job
+        if job.device.type == "cpu" and (peak := peak_memory()):
+            job.log(f"peak memory {memory_text(peak)}, predicted {memory_text(job.engine.plan.peak)}")
+        for line in job.run.learning.get("lines", ()):
+            job.log(line)
+        if job.state.left_out:
+            say(f"left out {counted(len(job.state.left_out))} after a failure; see left_out.csv")
+        if (unread := job.damage.summary()) is not None:
+            self.tell(unread)
+
+    @contextmanager
+    def stopping(self, choice: Choice) -> Iterator[None]:
+        """Save the state when a signal asks the run to stop, and log errors.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        job, interrupt = self.job, self.interrupt
+        try:
+            yield
+        except StopRequested as stop:
+            if job.learning:  # otherwise the state is that of the last epoch's end, and the model is the best one
+                job.save()
+            choice.journal.flush()
+            job.log("stopped by a signal; the state is saved")
+            assert interrupt.signal is not None
+            raise Interrupted(
+                f"stopped at epoch {job.state.epoch + 1}, step {job.state.step}; the state is saved. "
+                f"Go on with: keyhole resume {job.run.path}",
+                interrupt.signal,
+            ) from stop
+        except Exception as error:
+            job.log(f"error: {error}")
+            raise
+        if interrupt.signal is not None:  # after the last moment at which there was something to stop
+            raise Interrupted(f"stopped; the run is complete: {job.run.path}", interrupt.signal)

@@ -65,7 +65,6 @@ class Job:
     log: Log
     damage: Damage
     learning: bool = True
-    undefined: bool = False  # the metric was in some epoch, which has been told
 
     @property
     def model(self) -> IPSClassifier:

@@ -23,9 +23,7 @@ from keyhole.engine.bags import Bags
 from keyhole.errors import NonFiniteLoss
 from keyhole.nn import total_loss
 from keyhole.runs.run import Run, find_run
-from keyhole.training.choice import Choice
-from keyhole.training.ending import keep_epoch, stopping, tell_end
-from keyhole.training.epoch import Epoch
+from keyhole.training.epoch import Choice, Epoch
 from keyhole.training.finite import optimizer_step
 from keyhole.training.hooks import Hooks
 from keyhole.training.interrupt import Interrupt
@@ -62,7 +60,7 @@ def train(data: str | Path | Mapping[str, Any] | Config, out: str | Path | None 
 
 
 def train_config(config: Config) -> Run:
-    """Trains as a configuration says; see `train`."""
+    """Train as a configuration says; see `train`."""
     if config.out is None:
         name = config.data.path.resolve().stem if config.data.path is not None else "run"
         config = config.replace(out=Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -111,7 +109,7 @@ class Loop:
     def run(self) -> Run:
         job, state, config = self.job, self.job.state, self.job.config
         loggers = open_loggers(config.run.log, job.run.path)
-        with self.engine.limit(), stopping(job, self.interrupt, self.choice), loggers as log_row:
+        with self.engine.limit(), self.hooks.stopping(self.choice), loggers as log_row:
             self.hooks.estimate()
             while state.epoch < config.train.epochs and not state.stopped:
                 started = time.monotonic()
@@ -122,7 +120,7 @@ class Loop:
             self.choice.end()  # a kill after saving the state leaves these files
             (job.run.path / "validation.jsonl").unlink(missing_ok=True)
             predict_splits(job, self.interrupt)
-            tell_end(job)
+            self.hooks.end()
         return job.run
 
     def learn(self) -> dict[str, float]:
@@ -139,7 +137,7 @@ class Loop:
                     loss = self.step([items[row] for row in bags.rows], bags)  # pass 2, and the optimizer's step
                     state.add_loss(loss, len(bags.rows))
                 state.advance(epoch.patches())
-                self.hooks.progressed(items)
+                self.hooks.progressed(len(items))
                 self.after_step(sum(job.images.counts[item.name] for item in items))
                 self.choice.end()
                 self.interrupt.check()
@@ -176,5 +174,4 @@ class Loop:
         self.hooks.save(patches)
 
     def end_epoch(self, row: dict[str, float]) -> None:
-        keep_epoch(self.job, row)
-        self.hooks.after_epoch()
+        self.hooks.end_epoch(row)
