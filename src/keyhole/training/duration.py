@@ -1,14 +1,11 @@
-"""How long an epoch and a run will take: an estimate from what single pieces of the work cost. Torch-free.
-
-Nothing here has an influence on results: the figures are printed and forgotten.
-"""
+"""The time that an epoch and a run will take, from what single pieces of the work cost. Torch-free."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHORT = 5.0
-"""Seconds of a run below which there is nothing to say."""
+MIN_TOLD_SECONDS = 5.0
+"""Shorter runs are not estimated aloud."""
 
 
 @dataclass(frozen=True)
@@ -16,9 +13,7 @@ class Work:
     """What a run has to do.
 
     Attributes:
-        train_images, train_patches, val_images, val_patches: of the two splits.
         m: patches kept of an image.
-        epochs: of the run.
         blind: epochs in which the kept patches are drawn at random, so that none is scored.
         resident: decoded images stay in memory after the first epoch.
     """
@@ -35,7 +30,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of single pieces, measured.
+    """Measured seconds.
 
     Attributes:
         image: to open an image and decode what belongs to all of it, on one thread.
@@ -58,35 +53,26 @@ class Costs:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of the parts of a run."""
+    """Seconds of the parts of a run; `first` says that no decoded image is in memory yet. Epochs count from 0."""
 
     work: Work
     costs: Costs
 
     def training(self, epoch: int, first: bool = False) -> float:
-        """Return the seconds of the training images of an epoch, counted from 0.
-
-        Args:
-            epoch: which.
-            first: whether it is the first of this process, in which no decoded image is in memory yet.
-        """
+        """Return the seconds of the training images of an epoch."""
         work, kept = self.work, min(self.work.m * self.work.train_images, self.work.train_patches)
         share = min(1.0, max(0.0, epoch + 1 - work.blind))  # of the epoch in which patches are scored
         patches = share * work.train_patches + (1 - share) * kept
-        return self._looked(work.train_images, patches, share * work.train_patches, first) + kept * self.costs.learn
+        return self._pass(work.train_images, patches, share * work.train_patches, first) + kept * self.costs.learn
 
     def validation(self, first: bool = False) -> float:
         """Return the seconds of the validation images; the kept patches are encoded again."""
-        work = self.work
-        kept = min(work.m * work.val_images, work.val_patches)
-        return self._looked(work.val_images, work.val_patches, work.val_patches + kept, first)
+        return self._inference(self.work.val_images, self.work.val_patches, first)
 
     def predicting(self) -> float:
         """Return the seconds of the predictions for both splits at the end."""
         work = self.work
-        patches = work.train_patches + work.val_patches
-        kept = min(work.m * (work.train_images + work.val_images), patches)
-        return self._looked(work.train_images + work.val_images, patches, patches + kept, False)
+        return self._inference(work.train_images + work.val_images, work.train_patches + work.val_patches)
 
     def epoch(self) -> float:
         """Return the seconds of an epoch in which all patches are scored and what stays in memory is there."""
@@ -100,7 +86,7 @@ class Estimate:
     def after(self, epoch: int, now: float, first: bool = False) -> float:
         """Return the seconds of what follows the training images of an epoch, if these take `now` seconds.
 
-        The other parts are taken to be off by as much as this one is, but for writing the state.
+        All but writing the state is scaled by how far off the estimate of these images was.
         """
         expected = self.training(epoch, first)
         scale = now / expected if expected else 1.0
@@ -109,19 +95,17 @@ class Estimate:
         return scale * rest + max(0, self.work.epochs - epoch) * self.costs.save
 
     def line(self, how: str, start: int = 0) -> str | None:
-        """Return what people are told before the start; None where it is not worth a line.
-
-        Args:
-            how: the estimate was made.
-            start: epochs that are done.
-        """
+        """Return what users are told before the epoch `start`, and how it was estimated; None for short runs."""
         seconds, left = self.run(start), self.work.epochs - start
-        if seconds < SHORT:
+        if seconds < MIN_TOLD_SECONDS:
             return None
         what = "the run of 1 epoch" if left == 1 else f"{'the run of' if not start else 'the other'} {left} epochs"
         return f"time: {about(self.epoch())} an epoch, {spoken(seconds)} for {what}: an estimate from {how}"
 
-    def _looked(self, images: int, patches: float, encoded: float, first: bool) -> float:
+    def _inference(self, images: int, patches: int, first: bool = False) -> float:
+        return self._pass(images, patches, patches + min(self.work.m * images, patches), first)
+
+    def _pass(self, images: int, patches: float, encoded: float, first: bool) -> float:
         reading = patches * self.costs.patch + (images * self.costs.image if first or not self.work.resident else 0.0)
         reading, encoding = reading / self.costs.threads, encoded * self.costs.encode
         return max(reading, encoding) if self.costs.overlap else reading + encoding

@@ -1,6 +1,6 @@
-"""What single pieces of a run cost on this machine: a few chunks read, scored and learned from, before it starts.
+"""What pieces of a run cost on this machine: a few chunks are read, scored and learned from before it starts.
 
-Weights, statistics and random state are afterwards as they were. Only the clock is read, and what it says is printed.
+Weights, statistics and random state are left as they were.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from keyhole.config.settings import Config
 from keyhole.engine import Engine, split_backward
 from keyhole.engine.bags import positions
 from keyhole.engine.device import choose_device, choose_precision
+from keyhole.engine.encoders import wait
 from keyhole.engine.memory.probe import as_it_was, example_positions
 from keyhole.errors import KeyholeError
 from keyhole.loading import Opener
@@ -40,29 +41,28 @@ from keyhole.util.budget import out_of_memory
 from keyhole.util.tf32 import tf32
 from keyhole.util.threads import default_threads
 
-ENOUGH = 0.3
-"""Seconds from which one run of a piece is measured well; of a shorter one the second counts, since the first builds
-kernels."""
-WRITTEN = 16_000_000
+MIN_SECONDS = 0.3
+"""A shorter run of a piece is repeated, since the first builds kernels."""
+MAX_TRIAL_BYTES = 16_000_000
 """Most bytes of the state that are written to time it."""
-LEARNED, AT_MOST = 16, 256
-"""Patches that are learned from first, since with large encoders on a CPU these take seconds; and, where they are fast,
-as many as in a step, up to so many: what a step takes beside its patches would else be counted for every few."""
+FEW_LEARNED, MAX_LEARNED = 16, 256
+"""Patches learned from at first, since with large encoders on a CPU these take seconds; and where they are fast, so
+that what a step takes beside its patches is not counted for every few."""
 
 
 def estimate(job: Job) -> tuple[Estimate | None, str | None]:
-    """Measure pieces of a run, inside of its cap.
-
-    Returns:
-        The estimate, None where a piece failed, and the line for people, None where it is not worth one.
-    """
+    """Return the estimate, None where a trial failed, and the line for users, None where it is not worth one."""
+    config, counts = job.config, job.images.counts
     try:
         costs, how = _measured(job)
     except (KeyholeError, RuntimeError, MemoryError) as error:
         if not isinstance(error, KeyholeError) and not out_of_memory(error):
             raise
         return None, f"time: not estimated, since a trial failed ({' '.join(str(error).split())})"
-    found = Estimate(_work(job), costs)
+    train, val = ([counts[item.name] for item in job.manifest.split(split)] for split in ("train", "val"))
+    sizes = len(train), sum(train), len(val), sum(val)
+    work = Work(*sizes, config.select.m, config.train.epochs, blind_epochs(config), job.images.held_bytes > 0)
+    found = Estimate(work, costs)
     return found, found.line(how, job.state.epoch)
 
 
@@ -71,21 +71,14 @@ def blind_epochs(config: Config) -> float:
     return number(config.train.explore, "train.explore") / 2
 
 
-def _work(job: Job) -> Work:
-    config, counts = job.config, job.images.counts
-    train, val = ([counts[item.name] for item in job.manifest.split(split)] for split in ("train", "val"))
-    sizes = len(train), sum(train), len(val), sum(val)
-    return Work(*sizes, config.select.m, config.train.epochs, blind_epochs(config), job.images.held_bytes > 0)
-
-
 def forecast(config: Config, work: Work, reading: tuple[float, float], feature_width: int | None) -> str | None:
     """Measure the model of a configuration on noise, and say how long a run takes; None where it is not worth a line.
 
     Args:
-        config: of the run to be; nothing is downloaded for it.
+        config: of the planned run; nothing is downloaded for it.
         work: of the data.
         reading: seconds of an image and of a patch, on one thread.
-        feature_width: of stored features, where the data are such.
+        feature_width: of stored features, or None.
     """
     try:
         config, _ = settle_learning(config, features=feature_width is not None)
@@ -95,14 +88,13 @@ def forecast(config: Config, work: Work, reading: tuple[float, float], feature_w
         model = build_classifier(settings, [Task("label", "binary", ("no", "yes"))], config.patch.size).to(device)
         engine = Engine(model, arithmetic=choose_precision(config.train.precision, model.encoder, shape))
         for count in (4, 64):  # 64 only where 4 are fast
-            noise = (
-                np.random.default_rng(0).integers(0, 256, (count, *shape)).astype(np.uint8 if shape[1:] else np.float32)
-            )
+            noise = np.random.default_rng(0).integers(0, 256, (count, *shape))
+            pixels = noise.astype(np.uint8 if shape[1:] else np.float32)
             where = example_positions(model, (count,), device)
             began = time.perf_counter()
             kept = min(config.select.m * config.train.batch, count)
-            score, learn = model_seconds(engine, noise, where, kept, config.augment.color > 0)
-            if time.perf_counter() - began > ENOUGH:
+            score, learn = _model_seconds(engine, pixels, where, kept, config.augment.color > 0)
+            if time.perf_counter() - began > MIN_SECONDS:
                 break
     except (KeyholeError, ValueError, RuntimeError) as error:
         return f"time: not estimated, since the model cannot be built or tried ({' '.join(str(error).split())})"
@@ -112,8 +104,8 @@ def forecast(config: Config, work: Work, reading: tuple[float, float], feature_w
     return found.line(f"reading a few patches of each image, scoring {count} patches of noise and learning from some")
 
 
-class Piece(NamedTuple):
-    """Some patches of an image, what reading them took, and their positions."""
+class _Piece(NamedTuple):
+    """Some patches of an image, the seconds of reading image and patch, and positions."""
 
     image: float
     patch: float
@@ -122,27 +114,24 @@ class Piece(NamedTuple):
 
 
 def _measured(job: Job) -> tuple[Costs, str]:
-    items, config = job.manifest.split("train"), job.config
+    items, plan, reader = job.manifest.split("train"), job.engine.plan, job.engine.reader
     openers = [job.images.opener(item) for item in {items[k].name: items[k] for k in (0, len(items) // 2)}.values()]
-    pieces = [job.engine.reader.run(each.name, _reading(each, job)) for each in openers]
-    pixels = np.concatenate([piece.pixels for piece in pieces])[: job.engine.plan.chunk]
-    where = None
-    if job.model.position is not None:
-        where = torch.cat([piece.where for piece in pieces if piece.where is not None])[: job.engine.plan.chunk]
-    score, learn = model_seconds(
-        job.engine, pixels, where, job.engine.plan.split or job.engine.plan.kept, config.augment.color > 0
-    )
+    pieces = [reader.run(each.name, partial(_read, each, job)) for each in openers]
+    pixels = np.concatenate([piece.pixels for piece in pieces])[: plan.chunk]
+    there = [piece.where for piece in pieces if piece.where is not None]
+    where = torch.cat(there)[: plan.chunk] if there else None
+    score, learn = _model_seconds(job.engine, pixels, where, plan.split or plan.kept, job.config.augment.color > 0)
     image, patch = (sum(part) / len(pieces) for part in list(zip(*pieces, strict=True))[:2])
-    threads = min(job.engine.reader.threads.count, default_threads())
+    threads = min(reader.threads.count, default_threads())
     costs = Costs(image, patch, score, learn, threads, job.device.type != "cpu", _saving(job.run.path))
     images = f"{len(pieces)} image{'s' * (len(pieces) > 1)}"
     return costs, f"reading {images}, scoring {len(pixels)} patches and learning from some of them"
 
 
 def _saving(run: Path) -> float:
-    """Seconds to write the state, from writing a part of it to a file that has no name; 0 where that cannot be done."""
+    """Estimate the seconds to write the state from writing a part of it to a nameless file; 0 where that fails."""
     size = (run / "last.safetensors").stat().st_size
-    part = bytes(min(size, WRITTEN))
+    part = bytes(min(size, MAX_TRIAL_BYTES))
     began = time.perf_counter()
     with suppress(OSError), tempfile.TemporaryFile(dir=run) as file:  # the next save says what is wrong
         file.write(part)
@@ -155,34 +144,30 @@ def _saving(run: Path) -> float:
     return 0.0
 
 
-def _reading(opener: Opener, job: Job) -> Callable[[], Piece]:
-    """Reads patches twice: what the first time takes longer belongs to the whole image."""
-
-    def read() -> Piece:
-        began = time.perf_counter()
-        source = opener()
-        try:
-            half = max(1, min(job.engine.plan.chunk, len(source)) // 2)
-            first = source.read(np.arange(half))
-            opened = time.perf_counter()
-            index = np.arange(len(source) - half, len(source))
-            second = source.read(index)
-            again = time.perf_counter() - opened
+def _read(opener: Opener, job: Job) -> _Piece:
+    """Read patches twice: what the first time takes longer belongs to the whole image."""
+    began = time.perf_counter()
+    source = opener()
+    try:
+        half = max(1, min(job.engine.plan.chunk, len(source)) // 2)
+        first = source.read(np.arange(half))
+        opened = time.perf_counter()
+        index = np.arange(len(source) - half, len(source))
+        second = source.read(index)
+        again = time.perf_counter() - opened
+        where = None
+        if job.model.position is not None:
             both = np.concatenate([np.arange(half), index])
-            where = None
-            if job.model.position is not None:
-                where = on_device(positions(job.model, source, both), job.device)
-            return Piece(max(0.0, opened - began - again), again / half, np.concatenate([first, second]), where)
-        finally:
-            source.close()
-
-    return read
+            where = on_device(positions(job.model, source, both), job.device)
+        return _Piece(max(0.0, opened - began - again), again / half, np.concatenate([first, second]), where)
+    finally:
+        source.close()
 
 
-def model_seconds(
+def _model_seconds(
     engine: Engine, pixels: NDArray[Any], where: Tensor | None, step: int, color: bool
 ) -> tuple[float, float]:
-    """Measure scoring and learning.
+    """Measure the seconds of a patch that is scored, and of one that is learned from.
 
     Args:
         engine: of the model, which is left as it was.
@@ -190,9 +175,6 @@ def model_seconds(
         where: positions (k) or (k 2), where the model has a position code.
         step: patches that a run learns from at once.
         color: whether training changes colours.
-
-    Returns:
-        Seconds for a patch that is scored, and for one that is learned from.
     """
     model, encoders, device = engine.model, engine.encoders, engine.device
     colors = None
@@ -202,41 +184,39 @@ def model_seconds(
 
     def learn(count: int) -> None:
         rows = np.resize(np.arange(len(pixels)), count)  # repeated where the images have fewer
-        some, mask = pixels[rows], torch.ones(1, count, dtype=torch.bool)
         place = None if where is None else where[torch.from_numpy(rows).to(device)][None]
 
         def part(start: int, stop: int) -> Tensor | AsRead:
-            some_colors = None if colors is None else colors[rows[start:stop]]
-            return as_read(torch.from_numpy(some[start:stop]), device, some_colors)
+            some = rows[start:stop]
+            return as_read(torch.from_numpy(pixels[some]), device, None if colors is None else colors[some])
+
+        def loss(logits: dict[str, Tensor]) -> Tensor:
+            return torch.stack([each.sum() for each in logits.values()]).sum()
 
         model.train()
+        mask = torch.ones(1, count, dtype=torch.bool)
         with tf32(encoders.arithmetic.tf32):
-            split_backward(model, part, place, mask, _any_loss, encode=encoders.learn)
+            split_backward(model, part, place, mask, loss, encode=encoders.learn)
 
     def score() -> None:
         encoders.logits(encoders.embed(torch.from_numpy(pixels).to(device), colors), where)
 
-    few, many = max(2, min(step, LEARNED)), max(2, min(step, AT_MOST))
+    few, many = max(2, min(step, FEW_LEARNED)), max(2, min(step, MAX_LEARNED))
     with as_it_was(model, device):
         with encoders.inference():
             scored = _seconds(score, device)
         learned = _seconds(partial(learn, few), device) / few
-        if few < many and learned * many < ENOUGH:
+        if few < many and learned * many < MIN_SECONDS:
             learned = _seconds(partial(learn, many), device) / many
         return scored / len(pixels), learned
 
 
-def _any_loss(logits: dict[str, Tensor]) -> Tensor:
-    return torch.stack([each.sum() for each in logits.values()]).sum()
-
-
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    for again in (True, False):
+    for _ in range(2):
         began = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         seconds = time.perf_counter() - began
-        if seconds > ENOUGH or not again:
+        if seconds > MIN_SECONDS:
             break
     return seconds
