@@ -1,10 +1,9 @@
-"""A run at work: what is loaded from its folder or created with it, and the state that is saved and resumed."""
+"""A run at work: what is created with its folder or loaded from it, and the state that is saved."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from keyhole.engine.memory.probe import Workload
 from keyhole.engine.opening import open_reader, settle_edge
 from keyhole.errors import ConfigError
 from keyhole.loading import Batch
-from keyhole.nn import IPSClassifier
 from keyhole.nn.pretrained import check_pretrained
 from keyhole.runs.checkpoint import load_state, save_state
 from keyhole.runs.damage import Damage
@@ -50,36 +48,35 @@ from keyhole.util.version import VERSION
 from keyhole.util.wording import counted
 
 
-@dataclass
 class Job:
-    """All that the loop works with."""
+    """What the loop works with: the run folder, its images, the engine, the optimizer and the state."""
 
-    run: Run
-    lock: RunLock
-    config: Config
-    manifest: Manifest
-    images: Images
-    engine: Engine
-    optimizer: torch.optim.AdamW
-    state: State
-    log: Log
-    damage: Damage
-    learning: bool = True
+    def __init__(
+        self,
+        lock: RunLock,
+        config: Config,
+        manifest: Manifest,
+        images: Images,
+        engine: Engine,
+        optimizer: torch.optim.AdamW,
+        state: State,
+    ) -> None:
+        self.lock, self.config, self.manifest, self.images = lock, config, manifest, images
+        self.engine, self.optimizer, self.state = engine, optimizer, state
+        self.model, self.device, self.tasks = engine.model, engine.device, manifest.tasks
+        self.run = Run(lock.folder)
+        self.log = Log(self.run.path / "log.txt")
+        patches = sum(images.counts.values())
+        self.damage = Damage(self.run.path / "unreadable.csv", patches, config.unreadable, state.epoch)
+        self.learning = True
+        engine.plan, engine.stager.tell, engine.pace.warn = Plan.from_json(state.plan), self.log, self._warn
 
-    @property
-    def model(self) -> IPSClassifier:
-        return self.engine.model
-
-    @property
-    def device(self) -> torch.device:
-        return self.engine.device
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        return self.manifest.tasks
+    def _warn(self, text: str) -> None:
+        tell(f"warning: {text}")
+        self.log(f"warning: {text}")
 
     def save(self) -> None:
-        """The state, so that `keyhole resume` goes on from here.
+        """Write the state, from which `keyhole resume` continues.
 
         Raises:
             OutputError: it cannot be written; the state before is whole.
@@ -90,41 +87,39 @@ class Job:
         save_state(self.run.path / "last.safetensors", self.model, self.optimizer, self.state.to_json())
 
     def end_learning(self) -> None:
-        """Free what only learning needs; the state must be saved already, and is not to be saved again."""
+        """Free what only learning needs; the state is saved already and not saved again."""
         self.learning = False
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
 
     def usable(self, item: Item) -> bool:
-        """Whether an image has not failed in an earlier epoch."""
+        """Return whether an image has not failed in an earlier epoch."""
         failed = self.state.left_out.get(item.name)
         return failed is None or failed[0] >= self.state.epoch
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Notes an image that failed while it was read; listed at once, unused from the next epoch on."""
-        if name in self.state.left_out:
-            return
-        self.state.left_out[name] = (self.state.epoch, reason)
-        self.log(f"left out: {reason}")
-        add_left_out(self.run, {name: reason})
+        """List an image that could not be read; from the next epoch on it is not used."""
+        if name not in self.state.left_out:
+            self.state.left_out[name] = (self.state.epoch, reason)
+            self.log(f"left out: {reason}")
+            add_left_out(self.run, {name: reason})
 
     def note_unreadable(self, items: Sequence[Item], batch: Batch) -> None:
-        """Lists what could not be read of a batch.
+        """List what could not be read of a batch.
 
         Raises:
             TooMuchUnreadable: more than `--unreadable` of the patches of this epoch.
         """
         self.damage.begin(self.state.epoch)
         for row, item in enumerate(items):
-            source, error = batch.sources[row], batch.failed.get(row)
+            source, error, reasons = batch.sources[row], batch.failed.get(row), batch.unreadable.get(row)
             if error is not None and self.config.data.on_bad_image == "skip":
                 self.leave_out(item.name, str(error))
             elif error is not None:
                 self.log(f"unreadable: {error}")
                 self.damage.lose(item.name, self.images.counts[item.name], str(error))
                 self.damage.warn(str(error))
-            elif source is not None and batch.unreadable.get(row):
-                reasons = batch.unreadable[row]
+            elif source is not None and reasons:
                 reason = next(iter(reasons.values()))
                 self.log(f"unreadable: {item.name}: {len(reasons)} patches ({reason})")
                 self.damage.add(item.name, source, reasons)
@@ -137,17 +132,17 @@ class Job:
 
 
 def add_left_out(run: Run, reasons: Mapping[str, str]) -> None:
-    """Adds to the run's left_out.csv what is not in it yet."""
+    """Add to the run's left_out.csv what is not in it yet."""
     path = run.path / "left_out.csv"
     known = {row["name"]: row["reason"] for row in read_rows(path, RESTORE_OR_DELETE, ("name", "reason"))}
     write_left_out(path, ({**reasons, **known}).items())
 
 
 def start_job(config: Config, say: Callable[[str], None]) -> Job:
-    """Checks everything, then creates the run folder, whole and resumable from its first moment.
+    """Check everything, then create the run folder, which can be resumed from its first moment.
 
     Raises:
-        KeyholeError: the run folder exists, or the data, a setting or the output is not as it must be.
+        KeyholeError: the run folder exists, or the data, a setting or the output is invalid.
     """
     if config.out is None:
         raise ConfigError("--out: no run folder given")
@@ -183,7 +178,7 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     except BaseException:
         reader.close()
         raise
-    job = _job(lock, config, manifest, images, engine, optimizer, state)
+    job = Job(lock, config, manifest, images, engine, optimizer, state)
     try:
         told = *notes, *border, *lines, *hashed, *undefined
         for line in (*manifest.notes, *told, *_overview(job), *_compile(job)):
@@ -196,7 +191,6 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
 
 
 def _plan(config: Config, images: Images, engine: Engine, optimizer: torch.optim.Optimizer) -> Plan:
-    """How the memory of the budget is used."""
     work = Workload(
         patch_shape=images.patch_shape,
         m=config.select.m,
@@ -215,30 +209,8 @@ def _plan(config: Config, images: Images, engine: Engine, optimizer: torch.optim
     return make_plan(engine.encoders, work, config.memory, optimizer)
 
 
-def _job(
-    lock: RunLock,
-    config: Config,
-    manifest: Manifest,
-    images: Images,
-    engine: Engine,
-    optimizer: torch.optim.AdamW,
-    state: State,
-) -> Job:
-    run = Run(lock.folder)
-    damage = Damage(run.path / "unreadable.csv", sum(images.counts.values()), config.unreadable, state.epoch)
-    log = Log(run.path / "log.txt")
-    engine.plan, engine.stager.tell = Plan.from_json(state.plan), log
-
-    def warn(text: str) -> None:
-        tell(f"warning: {text}")
-        log(f"warning: {text}")
-
-    engine.pace.warn = warn
-    return Job(run, lock, config, manifest, images, engine, optimizer, state, log, damage)
-
-
 def _hashes(config: Config, manifest: Manifest) -> tuple[dict[str, FileHash], list[str]]:
-    """What the files hold, for the manifest; of very much data the sizes alone, since reading it all takes hours."""
+    """Return hashes for the manifest, or sizes alone of very much data, since reading it all takes hours."""
     sizes = {item.name: file_size(item.source) for item in manifest.items}
     total = sum(sizes.values())
     if total <= config.data.hash_gb * 1e9:
@@ -251,19 +223,17 @@ def _overview(job: Job) -> list[str]:
     splits = ", ".join(f"{len(job.manifest.split(name))} {name}" for name in ("train", "val", "test"))
     lines = [f"images: {splits}; tasks: {', '.join(task.describe() for task in job.tasks)}"]
     lines.append(job.engine.plan.describe())
-    if job.manifest.left_out:
-        lines.append(
-            f"left out {counted(len(job.manifest.left_out), 'file or row', 'files or rows')}; see left_out.csv"
-        )
+    if left := job.manifest.left_out:
+        lines.append(f"left out {counted(len(left), 'file or row', 'files or rows')}; see left_out.csv")
     best = f"best model by {job.state.metric} on the validation split" if job.state.metric else "the last epoch is kept"
     lines.append(f"{best}; computing on {job.device} in {job.engine.encoders.arithmetic}")
     return lines
 
 
 def _compile(job: Job) -> list[str]:
-    """Compiles the encoder where that pays back in what is left of the run; says what was chosen and why.
+    """Compile the encoder if that pays in the rest of the run; return what was chosen and why.
 
-    Stored features have no encoder, so there is nothing to say, unless compiling is asked for.
+    Stored features have no encoder: then there is no line, unless compiling was asked for.
     """
     left = max(1, job.config.train.epochs - job.state.epoch)
     items = (item for split in ("train", "val") for item in job.manifest.split(split))
@@ -276,13 +246,7 @@ def _compile(job: Job) -> list[str]:
 
 
 def open_job(run: Run, say: Callable[[str], None], root: Path | None = None, epochs: int | None = None) -> Job:
-    """Loads a run as it was when its last state was saved.
-
-    Args:
-        run: the folder.
-        say: told what a user should know.
-        root: folder that the images were moved to.
-        epochs: how many the run has in all from now on; default as before.
+    """Load a run as it was when its last state was saved; see `resume`.
 
     Raises:
         ConfigError: it has done more epochs than `epochs`.
@@ -323,7 +287,7 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
             plan = _plan(config, images, engine, optimizer)
             state.plan = plan.to_json()
             checked.append(f"the run was on {before} and is now on {device.type}, with a new plan: {plan.describe()}")
-        job = _job(lock, config, manifest, images, engine, optimizer, state)
+        job = Job(lock, config, manifest, images, engine, optimizer, state)
         if longer:
             checked += [longer, *_go_on_longer(job)]
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"
@@ -337,15 +301,14 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
 
 
 def _go_on_longer(job: Job) -> list[str]:
-    """Saves another number of epochs, and drops the answers of what was the best model.
+    """Drop the predictions of the best model so far, then save another number of epochs.
 
     In this order a kill at any moment leaves a run that can be resumed, with the old number or the new.
     """
     said = []
     if answers := sorted((job.run.path / "predictions").glob("*.csv")):
-        said.append(
-            f"removed predictions/{', '.join(path.name for path in answers)}: the best model may become another"
-        )
+        names = ", ".join(path.name for path in answers)
+        said.append(f"removed predictions/{names}: the best model may become another")
     for path in answers:
         path.unlink()
     if (job.run.path / "evaluation").is_dir():

@@ -1,4 +1,4 @@
-"""From a configuration to everything the loop needs: images that open, targets, model, optimizer."""
+"""From a configuration to what the loop needs: images, labels, model, optimizer, learning rate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from keyhole.config.settings import AugmentConfig, Config
 from keyhole.data.companions import unused_masks
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest
-from keyhole.data.resolution import NOT_KNOWN, Resolution
+from keyhole.data.resolution import Resolution
 from keyhole.engine import Engine
 from keyhole.engine.device import choose_precision
 from keyhole.engine.memory.pace import fixed_chunk
@@ -36,12 +36,12 @@ from keyhole.util.timing import Timer
 from keyhole.util.wording import counted, from_to
 
 DECODING = 7 / 3
-"""What decoding takes beside the pixels that it gives, as a multiple of them: Pillow has 4 bytes a pixel of RGB, and
+"""Bytes that decoding a picture takes beside its pixels, as a multiple of them: Pillow has 4 bytes a pixel of RGB, and
 numpy takes a copy of 3."""
 
 
 def absolute(config: Config) -> Config:
-    """The configuration with every path from the root, as it is written into the run folder."""
+    """Return the configuration with absolute paths, as it is written into the run folder."""
 
     def each(path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
@@ -51,10 +51,10 @@ def absolute(config: Config) -> Config:
 
 
 def with_features(config: Config, manifest: Manifest) -> tuple[Config, list[str]]:
-    """The configuration for what the data are: where they are stored features, their width and no augmentation.
+    """Return the configuration for the data, and lines: stored features give their width and are not augmented.
 
     Raises:
-        ConfigError: an encoder is asked for, which stored features have behind them.
+        ConfigError: an encoder is set for stored features, or their origin for images.
         ImageError: the first file cannot be read.
     """
     first = next((item.features for item in manifest.items if item.features is not None), None)
@@ -69,12 +69,8 @@ def with_features(config: Config, manifest: Manifest) -> tuple[Config, list[str]
     width = feature_width(first)
     learned = (item.features for split in ("train", "val") for item in manifest.split(split))
     origin = common_origin(path for path in learned if path is not None)
-    model = {
-        "feature_width": width,
-        "feature_encoder": origin.encoder,
-        "feature_weights": origin.weights,
-        "feature_patches": origin.patches,
-    }
+    model = {"feature_width": width}
+    model |= {f"feature_{name}": getattr(origin, name) for name in ("encoder", "weights", "patches")}
     still = AugmentConfig(flip=False, rotate=False, shift=False, color=0.0)
     line = f"stored features of {width} numbers, projected to {config.model.dim}; they are not augmented"
     return config.replace(model=model, augment=still), [line]
@@ -85,12 +81,10 @@ class Images:
     """How the images of a manifest are opened, and how many patches each has.
 
     Attributes:
-        config: of the run.
-        store: opens them.
         counts: patches of each image of the training and validation splits, by name.
         patch_shape: of one patch, such as (s, s, c), or (f,) of stored features.
         held_bytes: of decoded images that stay in memory.
-        open_bytes: of pictures that are decoded whole, as many as are open or being decoded at a time.
+        open_bytes: of pictures decoded whole, as many as are open or being decoded at a time.
         resolution: of the training images' patches; goes into the model.
         jpeg: whether a GPU may be given patches as JPEG.
     """
@@ -100,21 +94,19 @@ class Images:
     counts: Mapping[str, int]
     patch_shape: tuple[int, ...]
     held_bytes: int
-    open_bytes: int = 0
-    resolution: Resolution = NOT_KNOWN
-    jpeg: bool = False
+    open_bytes: int
+    resolution: Resolution
+    jpeg: bool
 
     def opener(self, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)) -> Opener:
-        """What a reading thread calls to get the patches of `item`."""
+        """Return what a reading thread calls to get the patches of `item`."""
         return opener(self.config, self.store, item, view, offset)
 
 
 def scan(
     config: Config, manifest: Manifest, reader: Reader, device: torch.device
 ) -> tuple[Images, Manifest, list[str]]:
-    """Opens every image of the training and validation splits once: counts patches, weighs them against the memory.
-
-    The test split is not touched.
+    """Open every image of the training and validation splits once; the test split is not touched.
 
     Returns:
         The images, the manifest without those that cannot be opened, and lines for the log.
@@ -130,7 +122,7 @@ def scan(
     total = 0
     doubts: Counter[str] = Counter()
     pictures: list[int] = []
-    mpp: dict[str, float | None] = {}
+    mpp: list[float | None] = []
     jpeg = False
     for item in (*manifest.split("train"), *manifest.split("val")):
         try:
@@ -140,10 +132,9 @@ def scan(
                 raise
             bad[item.name] = str(error)
             continue
-        counts[item.name] = len(source)
-        shape = source.patch_shape
+        counts[item.name], shape = len(source), source.patch_shape
         if item.split == "train":
-            mpp[item.name] = source.mpp
+            mpp.append(source.mpp)
         total += source.decoded_bytes
         pictures.append(source.whole_bytes)
         jpeg = jpeg or (config.run.decode == "auto" and may_decode(device) and source.gives_jpeg())
@@ -166,62 +157,43 @@ def scan(
     lines += [f"warning: {text} ({count} of {len(counts)} files)" for text, count in doubts.items()]
     if bad:
         lines.append(f"left out {counted(len(bad))} that cannot be read; see left_out.csv")
-    resolution = Resolution.of(mpp.values())
+    resolution = Resolution.of(mpp)
     lines += [f"warning: {'. '.join(spread)}"] if (spread := resolution.spread()) else []
+    # Pictures that a reader decodes whole: each thread decodes one, and those of a batch and ahead of it are open.
+    pictures.sort(reverse=True)
+    decoded = sum(pictures[: reader.threads.count])
+    ahead = -(-(config.run.ahead + 2) * (fixed_chunk(config.select) or CPU_CHUNK) // patches[len(patches) // 2])
+    opened = round(DECODING * decoded) + (decoded if keep else sum(pictures[: config.train.batch + ahead]))
     store = ImageCache(keep=keep, masks=probe.masks)
-    opened = _open_bytes(config, pictures, patches[len(patches) // 2], reader.threads.count, keep)
     images = Images(config, store, counts, shape, total if keep else 0, opened, resolution, jpeg and not keep)
     return images, manifest, lines
 
 
-def _open_bytes(config: Config, pictures: Sequence[int], patches: int, threads: int, keep: bool) -> int:
-    """Bytes of pictures that a reader decodes whole, as far as they are in memory at a time.
-
-    Args:
-        config: of the run.
-        pictures: decoded bytes of each.
-        patches: of the middle image.
-        threads: that decode, each one picture at a time.
-        keep: whether decoded images stay in memory: then only the decoding takes more.
-    """
-    largest = sorted(pictures, reverse=True)
-    decoding = round(DECODING * sum(largest[:threads]))
-    if keep:
-        return decoding + sum(largest[:threads])
-    ahead = -(-(config.run.ahead + 2) * (fixed_chunk(config.select) or CPU_CHUNK) // patches)
-    return decoding + sum(largest[: config.train.batch + ahead])
-
-
 def cache_limit(config: Config, device: torch.device) -> float | None:
-    """GB of decoded images that may stay: on a CPU they are within the budget, of which they get a quarter."""
+    """Return the GB of decoded images that may stay: on a CPU a quarter of the budget, within which they are."""
     budget = config.memory
     if config.data.cache is not None or budget is None or device.type != "cpu":
         return config.data.cache
     return budget / 4 / 1e9
 
 
-def targets(manifest: Manifest, items: Sequence[Item], device: torch.device | None = None) -> dict[str, Tensor]:
-    """Encoded labels (b w) of each task; NaN where missing."""
-    return {name: torch.from_numpy(rows).to(device) for name, rows in manifest.targets(items).items()}
+def targets(manifest: Manifest, items: Sequence[Item]) -> dict[str, Tensor]:
+    """Return the encoded labels (b w) of each task, on the host; NaN where missing."""
+    return {name: torch.from_numpy(rows) for name, rows in manifest.targets(items).items()}
 
 
 def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh: bool = True) -> IPSClassifier:
-    """The model on its device; the caller's random state is left as it was.
+    """Build the model on its device; the caller's random state is left as it was.
 
     Args:
-        config: the run's.
+        config: of the run.
         tasks: one query and head each.
         device: where it goes.
         fresh: start from the encoder's pretrained or given weights; off when weights are loaded afterwards.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)  # not those of the GPUs, which would not be put back
-        model = build_classifier(
-            config.model,
-            tasks,
-            config.patch.size,
-            pretrained=None if fresh else False,
-        )
+        model = build_classifier(config.model, tasks, config.patch.size, pretrained=None if fresh else False)
     if fresh and number(config.train.explore, "train.explore"):
         torch.nn.init.zeros_(model.pool.key_proj.weight)  # attention starts uniform
     if fresh and config.model.weights is not None:
@@ -230,7 +202,7 @@ def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh
 
 
 def new_engine(config: Config, model: IPSClassifier, reader: Reader) -> Engine:
-    """The engine of a run, which is still to be planned."""
+    """Build the engine of a run, which is still to be planned."""
     shape = patch_shape(config.model, config.patch.size)
     arithmetic = choose_precision(config.train.precision, model.encoder, shape)
     timer = Timer(next(model.parameters()).device)
@@ -240,29 +212,23 @@ def new_engine(config: Config, model: IPSClassifier, reader: Reader) -> Engine:
 
 
 def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
-    """AdamW; no decay on norms and biases, the encoder at its own rate, frozen weights left out.
+    """Build AdamW: no decay on norms and biases, the encoder at its own rate, frozen weights left out.
 
     On a GPU it is fused: a few kernels instead of dozens, and it can skip a step without the host, see `finite.py`.
     """
     groups: list[dict[str, Any]] = []
-    for part, factor in ((model.encoder, config.train.encoder_lr), (None, 1.0)):
-        named = [
-            (name, parameter)
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and name.startswith("encoder.") == (part is not None)
-        ]
-        for decay, chosen in (
-            (config.train.weight_decay, [parameter for _, parameter in named if parameter.ndim > 1]),
-            (0.0, [parameter for _, parameter in named if parameter.ndim <= 1]),
-        ):
-            if chosen:
+    learned = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    for of_encoder, factor in ((True, config.train.encoder_lr), (False, 1.0)):
+        part = [weight for name, weight in learned if name.startswith("encoder.") == of_encoder]
+        for decay, matrices in ((config.train.weight_decay, True), (0.0, False)):
+            if chosen := [weight for weight in part if (weight.ndim > 1) == matrices]:
                 groups.append({"params": chosen, "weight_decay": decay, "factor": factor})
     fused = True if next(model.parameters()).device.type == "cuda" else None
     return torch.optim.AdamW(groups, lr=number(config.train.lr, "train.lr"), fused=fused)
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up, then a cosine down to `final_lr` times the peak; per step, counted from 0."""
+    """Return the rate of a step, counted from 0: linear warm-up, then a cosine down to `final_lr` times the peak."""
     peak = number(config.train.lr, "train.lr")
     total, warmup = config.train.epochs * steps_per_epoch, config.train.warmup * steps_per_epoch
     if step < warmup:
