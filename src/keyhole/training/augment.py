@@ -1,5 +1,4 @@
-"""Augmentation: drawn once per image and epoch, from (seed, epoch, image) alone, so that both passes and a resumed
-run see the same pixels whatever was drawn before."""
+"""Augmentation, drawn from (seed, epoch, image) alone, so that both passes and a resumed run see the same pixels."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ class Draw:
 
 
 def draw(config: AugmentConfig, seed: int, epoch: int, name: str, stride: int, channels: int) -> Draw:
-    """What happens to the image `name` in `epoch`."""
+    """Draw the changes of the image `name` in `epoch`."""
     rng = np.random.default_rng([seed, epoch, zlib.crc32(name.encode())])
     flips, turns = rng.integers(0, 2, 2), rng.integers(0, 4)
     shift = rng.integers(0, stride, 2)
@@ -51,13 +50,10 @@ def draw(config: AugmentConfig, seed: int, epoch: int, name: str, stride: int, c
 
 
 def color_matrix(factors: np.ndarray[tuple[int], np.dtype[np.float64]], channels: int) -> Tensor:
-    """Brightness, contrast, saturation and hue, in this order, as one affine map (c c+1) of pixels in 0 ... 1.
+    """Return brightness, contrast, saturation and hue, in this order, as one affine map (c c+1) of pixels in 0 ... 1.
 
-    Contrast is about mid-grey, not about a patch's own mean, so that all patches of an image change alike.
-
-    Args:
-        factors: (4,) relative changes; 0 leaves a pixel as it is. Hue turns by its factor times half a circle.
-        channels: 1 (brightness and contrast only) or 3.
+    `factors` (4,) are relative changes; hue turns by its factor times half a circle. Contrast is about mid-grey, not
+    about a patch's mean, so that all patches of an image change alike. One channel has no saturation and hue.
     """
     brightness, contrast, saturation, hue = 1 + factors[0], 1 + factors[1], 1 + factors[2], factors[3] * math.pi
     matrix, bias = np.eye(channels) * brightness * contrast, np.full(channels, 0.5 * (1 - contrast))
@@ -70,6 +66,6 @@ def color_matrix(factors: np.ndarray[tuple[int], np.dtype[np.float64]], channels
 
 
 def stack_colors(draws: list[Draw]) -> NDArray[np.float32] | None:
-    """(b c c+1) of a batch, or None where colours stay."""
+    """Return the colour changes (b c c+1) of a batch, or None where colours stay."""
     colors = [each.color for each in draws if each.color is not None]
     return torch.stack(colors).numpy() if colors else None

@@ -10,18 +10,10 @@ from torch import Tensor
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[float]:
-    """Take the optimizer's step where all figures are finite; otherwise leave the weights and its state as they are.
+    """Take the optimizer's step where all figures (loss, norm of the gradient) are finite; return the figures.
 
-    A fused optimizer looks at the figures on the device and skips the step there, as it does for mixed precision. The
-    host launches the step at once and waits for the figures behind it, in one copy. Other optimizers take their step
-    when the host has looked, which costs nothing where the model is on the host.
-
-    Args:
-        optimizer: its gradients are there.
-        figures: loss and norm of the gradient, on the device.
-
-    Returns:
-        The figures.
+    A fused optimizer checks them on the device and skips the step there, as it does for mixed precision; the host waits
+    once, behind the step. Other optimizers take their step after the host has checked.
     """
     if optimizer.param_groups[0].get("fused"):
         for group in optimizer.param_groups:
@@ -32,8 +24,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[fl
             optimizer.step()
         finally:
             del optimizer.found_inf  # type: ignore[attr-defined]
-        return _values(figures)
-    found = _values(figures)
+        return _on_host(figures)
+    found = _on_host(figures)
     if all(map(math.isfinite, found)):
         optimizer.step()
     return found
@@ -42,7 +34,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[fl
 def optimizer_step(
     optimizer: torch.optim.Optimizer, weights: Iterable[Tensor], loss: Tensor, rate: float, clip: float
 ) -> tuple[float, float]:
-    """Clip the gradient and take the optimizer's step where loss and gradient are finite.
+    """Clip the gradient and take the optimizer's step where loss and gradient are finite; return loss and norm.
 
     Args:
         optimizer: each of its groups' `factor` multiplies the rate.
@@ -50,9 +42,6 @@ def optimizer_step(
         loss: on the device.
         rate: learning rate of the step.
         clip: largest norm of the gradient; 0 does not clip.
-
-    Returns:
-        The loss and the norm of the gradient.
     """
     learned = [weight for weight in weights if weight.grad is not None]
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in learned if weight.grad is not None])
@@ -65,10 +54,7 @@ def optimizer_step(
 
 
 def _lay_out_gradient(weight: Tensor) -> None:
-    """Gives a gradient the strides of its weight, also along axes of length 1, where autograd leaves them as they come.
-
-    Nothing moves in memory. Fused kernels refuse tensors whose strides differ, in some versions of torch these too.
-    """
+    """Give a gradient the strides of its weight, also along axes of length 1: some fused kernels require it."""
     gradient = weight.grad
     if gradient is None or gradient.stride() == weight.stride():
         return
@@ -79,6 +65,6 @@ def _lay_out_gradient(weight: Tensor) -> None:
         weight.grad = torch.empty_like(weight).copy_(gradient)
 
 
-def _values(figures: Tensor) -> list[float]:
+def _on_host(figures: Tensor) -> list[float]:
     values: list[float] = figures.tolist()
     return values

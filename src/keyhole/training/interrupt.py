@@ -1,5 +1,4 @@
-"""Ctrl-C, SIGTERM and what clusters send, as a request that the loop meets between two steps, so that nothing is half
-done."""
+"""Ctrl-C, SIGTERM and the signals of clusters, as a request that the loop meets between two steps."""
 
 from __future__ import annotations
 
@@ -16,15 +15,14 @@ class StopRequested(Exception):  # noqa: N818 - an event, not an error
 
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-"""Signals that save and stop: Ctrl-C, an end in order, a lost terminal, and a warning of a cluster before its limit."""
+"""Signals that save and stop: Ctrl-C, termination, a lost terminal, and a cluster's warning before its time limit."""
 
 
 class Interrupt:
-    """Catches the signals of `NAMES` that the system has, while it is entered; a second SIGINT stops at once.
+    """Catches the signals of `NAMES` while it is entered; a second SIGINT stops at once.
 
-    A SIGHUP that the process ignores, as under `nohup`, stays ignored.
-
-    Signals reach only a program's main thread, so elsewhere (a notebook's worker, a server) nothing is caught.
+    An ignored SIGHUP stays ignored, as under `nohup`. Signals reach the main thread only: elsewhere nothing is
+    caught.
     """
 
     def __init__(self) -> None:
@@ -50,6 +48,6 @@ class Interrupt:
         self.signal = number
 
     def check(self, *_: object) -> None:
-        """Raises StopRequested if a signal came."""
+        """Raise StopRequested if a signal came."""
         if self.signal is not None:
             raise StopRequested

@@ -12,8 +12,6 @@ from keyhole.errors import ConfigError
 
 
 class Logger(Protocol):
-    """Takes the metrics of an epoch."""
-
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
     def close(self) -> None: ...
@@ -51,11 +49,7 @@ class WandbLogger:
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Before any work is done.
-
-    Raises:
-        ConfigError: the package of a logger asked for is not installed.
-    """
+    """Raise ConfigError if the package of a logger is not installed."""
     for name in names:
         if find_spec(name) is None:
             raise ConfigError(f"--run.log {name}: not installed; pip install {name}")

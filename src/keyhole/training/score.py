@@ -1,4 +1,4 @@
-"""Which validation figure names the best model."""
+"""The validation figure that names the best model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,12 @@ from keyhole.util.wording import listed
 
 
 def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | None) -> tuple[str, list[str]]:
-    """Resolves `--train.metric` to `loss`, `METRIC` or `TASK.METRIC`.
+    """Resolve `--train.metric` to `loss`, `METRIC` or `TASK.METRIC`, and say where that differs.
 
-    Args:
-        name: as configured. `auto` is `auroc` where all tasks have classes and it is defined for each, `mae` for a
-            single regression task, else `loss`: figures of different kinds have no common mean.
-        tasks: of the run.
-        val: encoded labels of the validation split, or None without one.
-
-    Returns:
-        The name, empty without a validation split: then the last epoch is the best. And what to say: a metric that
-        the validation labels do not define is left out of the mean over tasks, and where nothing is left of it the
-        name is `loss`.
+    `auto` is `auroc` where all tasks have classes and it is defined for each, `mae` for a single regression task, else
+    `loss`: figures of different kinds have no common mean. The name is empty without a validation split (`val`: its
+    encoded labels): then the last epoch is the best. Tasks whose labels do not define the metric are left out of the
+    mean; without any other task the name is `loss`.
 
     Raises:
         ConfigError: no task has such a metric.
@@ -45,7 +39,10 @@ def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | 
         return "", []
     defined = {task.name: defined_metrics(task, val[task.name].cpu().numpy()) for task in tasks}
     if name == "auto":
-        return _automatic(tasks, defined), []
+        defaults = {task.default_metric for task in tasks}
+        common = defaults.pop() if len(defaults) == 1 else "loss"
+        fits = all(common in defined[task.name] for task in tasks)  # numbers of several tasks have different units
+        return common if fits and (len(tasks) == 1 or all(task.classes for task in tasks)) else "loss", []
     if name == "loss":
         return name, []
     wanted = {
@@ -63,16 +60,8 @@ def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | 
     return "loss", [f"{said}: the validation loss names the best model. More validation images, or --train.metric loss"]
 
 
-def _automatic(tasks: Sequence[Task], defined: Mapping[str, set[str]]) -> str:
-    names = {task.default_metric for task in tasks}
-    name = names.pop()
-    if names or not all(name in defined[task.name] for task in tasks):
-        return "loss"
-    return name if len(tasks) == 1 or all(task.classes for task in tasks) else "loss"  # numbers have different units
-
-
 def metric_value(name: str, row: Mapping[str, float], tasks: Sequence[Task]) -> float:
-    """The figure in a row of metrics.csv; a metric without a task is the mean over the tasks where it is defined."""
+    """Return the figure in a row of metrics.csv; the mean over the tasks that define it, unless the name has a task."""
     if name == "loss" or f"val.{name}" in row:
         return row.get(f"val.{name}", math.nan)
     values = [row.get(f"val.{task.name}.{name}", math.nan) for task in tasks]
@@ -81,9 +70,9 @@ def metric_value(name: str, row: Mapping[str, float], tasks: Sequence[Task]) -> 
 
 
 def is_better(name: str, value: float, loss: float, best: tuple[float, float] | None) -> bool:
-    """Whether (value, loss) beats the best pair; equal values, and undefined ones, are decided by the lower loss.
+    """Return whether (value, loss) beats the best pair; the lower loss decides between equal and undefined values.
 
-    An epoch in which the metric is undefined (NaN) never beats one in which it is not.
+    An epoch in which the metric is undefined (NaN) never beats one in which it is defined.
     """
     if best is None or not name:
         return True

@@ -1,6 +1,6 @@
-"""What a run's model makes of its own images: validation after each epoch, and at the end a row for every image.
+"""Validation after each epoch, and at the end a prediction for every image of the training and validation splits.
 
-Both are written down as they go where an image has very many patches, so that a killed run does not look at it again.
+Results of images with very many patches are journaled, so that a run that is killed does not read them again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,7 @@ from keyhole.util.files import write_atomic
 
 
 def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """Loss and metrics on the validation split; nothing is learned, the test split is not touched.
-
-    Args:
-        job: at the end of an epoch.
-        interrupt: asked after each chunk.
-        weights: of the classes, by task, where the loss is balanced.
+    """Return loss and metrics on the validation split; the test split is not touched.
 
     Raises:
         DataError: no validation image can be read.
@@ -74,25 +69,20 @@ def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]
 
 
 def _batches(job: Job, items: Sequence[Item]) -> list[list[Item]]:
-    """Images that are looked at together: a batch of small ones, or one of very many patches alone."""
-    found: list[list[Item]] = [[]]
+    """Return the batches: small images together, one of very many patches alone."""
+    found: list[list[Item]] = []
+    full = True
     for item in items:
         alone = job.images.counts[item.name] >= MIN_JOURNAL_PATCHES
-        if found[-1] and (alone or len(found[-1]) == job.config.train.batch):
+        if full or alone:
             found.append([])
         found[-1].append(item)
-        if alone:
-            found.append([])
-    return [each for each in found if each]
+        full = alone or len(found[-1]) == job.config.train.batch
+    return found
 
 
 def predict_splits(job: Job, interrupt: Interrupt) -> None:
-    """What the best model says of the training and validation images, one row each, from what can be read.
-
-    Args:
-        job: that has learned all it will; its model takes the weights of the best.
-        interrupt: asked after each chunk.
-    """
+    """Write the best model's predictions for the training and validation images; the job's model becomes that one."""
     job.end_learning()
     predictor = load(job.run.path, decode=job.config.run.decode, engine=job.engine)
     predictor.config = predictor.config.replace(unreadable="100%")
@@ -124,9 +114,9 @@ def predict_splits(job: Job, interrupt: Interrupt) -> None:
 
 
 def write_learning(job: Job, split: str, rows: Sequence[tuple[Item, TableRow]]) -> None:
-    """Writes learning.json, whether the best model is better than guessing on the images of a split.
+    """Write learning.json: whether the best model is better than guessing on the images of a split.
 
-    The validation split says so unless its labels do not tell, as where they are of one class; then training does.
+    The validation split decides, unless its labels cannot, as where they are of one class; then training does.
     """
     rows = [(item, row) for item, row in rows if row.probability]
     if not rows:
