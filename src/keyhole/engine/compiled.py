@@ -1,8 +1,7 @@
 """Functions compiled by `torch.compile`.
 
-Dynamo counts the compilations of a function by its code object, over the whole process, and runs it uncompiled after 8
-of them. A copy of the function with a code object of its own has a count of its own; functions that share the copy
-share what was compiled.
+Dynamo counts compilations by code object and runs a function uncompiled after 8 of them. Copies of a function with code
+objects of their own are counted apart.
 """
 
 import warnings
@@ -20,10 +19,7 @@ from keyhole.nn.classifier import encoded
 class Compiled:
     """Calls a function through `torch.compile`, for static shapes; warns once where torch runs it uncompiled.
 
-    Args:
-        function: takes tensors.
-        kind: equal for functions that compile to the same code, such as those of two encoders of one architecture,
-            which are then compiled once.
+    Functions of equal `kind` compile to the same code, such as those of two encoders of one architecture, once.
     """
 
     _codes: ClassVar[dict[Hashable, CodeType]] = {}
@@ -53,13 +49,9 @@ class Compiled:
 
 
 class CompiledEncoder:
-    """An encoder with gradients, compiled for the first sizes it is given and uncompiled for all others.
+    """An encoder with gradients, compiled for the first `most` sizes it is given and uncompiled for all others.
 
-    The last batch of an epoch and images with few patches have sizes of their own, which are not worth compiling for.
-
-    Args:
-        encoder: in the mode it should learn in.
-        most: number of sizes to compile for.
+    Last batches and images with few patches have sizes of their own, which are not worth compiling for.
     """
 
     def __init__(self, encoder: nn.Module, most: int = 2) -> None:
@@ -67,7 +59,6 @@ class CompiledEncoder:
         self._compiled: dict[tuple[int, ...], Compiled] = {}
 
     def __call__(self, patches: Tensor, color: Float[Tensor, "k c c+1"] | None = None) -> Float[Tensor, "k d"]:
-        """Return the embeddings of patches, see `encoded`."""
         size = tuple(patches.shape)
         if size not in self._compiled and len(self._compiled) < self.most:
             self._compiled[size] = Compiled(self._encode, ("encode", size, repr(self.encoder)))
@@ -75,7 +66,7 @@ class CompiledEncoder:
         return found
 
     def forget(self) -> None:
-        """Compile for the sizes that come next: after memory ran out, the sizes before do not come again."""
+        """Compile for the sizes that come next, as after memory ran out."""
         self._compiled.clear()
 
     def _encode(self, patches: Tensor, color: Tensor | None) -> Tensor:

@@ -19,9 +19,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -39,17 +38,14 @@ from keyhole.util.tf32 import tf32
 Setting = Literal["auto", "on", "off"]
 
 COMPILE_SECONDS = 60.0
-"""Estimated cost of compiling an encoder for both passes on a GPU, before the first step."""
+"""Estimated cost of compiling an encoder for both passes on a GPU."""
 COMPILE_SAVES = 0.35
 """Estimated share of the encoder's time that compiling saves on a GPU."""
 NOT_ON_A_CPU = "on a CPU it saves an eighth at most, takes a minute, and would make runs differ in their last bits"
-"""Measured on two cores: -4 to 12 % for ResNet-18, EfficientNet-Lite0 and the small encoder; 7 to 44 s for the
-first call without gradients, 137 s with gradients on a busy machine."""
 NO_ENCODER = "the data are stored features, which need no encoder"
 
 
-@dataclass(frozen=True)
-class CompileChoice:
+class CompileChoice(NamedTuple):
     """Whether to compile, and the reason as one clause."""
 
     compile: bool
@@ -98,14 +94,7 @@ class Encoders:
         color: Float[Tensor, "k c c+1"] | None = None,
         rows: int | None = None,
     ) -> Float[Tensor, "k d"]:
-        """Return the embeddings of loose patches, inside `inference`.
-
-        Args:
-            pixels: uint8 as read from files (k h w c), floats as the encoder takes them (k c h w), or features (k f).
-            color: affine colour change of each patch, for uint8 only; `AsRead` brings its own.
-            rows: patches that are encoded at once, for which a compiled encoder is compiled; 0: too few for that, see
-                `FastEncoder`.
-        """
+        """Return the embeddings of loose patches, inside `inference`; see `FastEncoder.__call__`."""
         if isinstance(pixels, AsRead):
             pixels, color = encoder_input(pixels)
         return self.fast(pixels, color, rows)
@@ -175,7 +164,20 @@ class Encoders:
         Raises:
             ConfigError: "on", and a compiler is missing.
         """
-        choice = self._choose_compile(setting, patch_shape, chunk, expected)
+        missing = _missing_compiler(self.device)
+        if setting == "on" and missing:
+            raise ConfigError(f"--run.compile on: {missing}. Install it, or use --run.compile auto.")
+        if setting != "auto":
+            choice = CompileChoice(setting == "on", "as asked for")
+        elif len(patch_shape) == 1:
+            choice = CompileChoice(False, NO_ENCODER)
+        elif self.device.type != "cuda" or missing:
+            choice = CompileChoice(False, missing if self.device.type == "cuda" else NOT_ON_A_CPU)
+        else:
+            seconds = expected / chunk * self._chunk_seconds(patch_shape, chunk)
+            whole, saved, cost = (_rounded(each) for each in (seconds, COMPILE_SAVES * seconds, COMPILE_SECONDS))
+            why = f"encoding takes some {whole} in this run, compiling would save {saved} of them and costs {cost}"
+            choice = CompileChoice(COMPILE_SAVES * seconds > COMPILE_SECONDS, why)
         if choice.compile:
             self.compile()
         return choice
@@ -186,27 +188,8 @@ class Encoders:
         said = f"{'compiled' if choice.compile else 'not compiled'}: {choice.why}"
         return f"{said}; {folding}" if folding else said
 
-    def _choose_compile(self, setting: Setting, patch_shape: Sequence[int], chunk: int, expected: int) -> CompileChoice:
-        missing = _missing_compiler(self.device)
-        if setting == "on":
-            if missing:
-                raise ConfigError(f"--run.compile on: {missing}. Install it, or use --run.compile auto.")
-            return CompileChoice(True, "as asked for")
-        if setting == "off":
-            return CompileChoice(False, "as asked for")
-        if len(patch_shape) == 1:
-            return CompileChoice(False, NO_ENCODER)
-        if self.device.type != "cuda":
-            return CompileChoice(False, NOT_ON_A_CPU)
-        if missing:
-            return CompileChoice(False, missing)
-        seconds = expected / chunk * self._chunk_seconds(patch_shape, chunk)
-        saved = COMPILE_SAVES * seconds
-        told = f"encoding takes some {_rounded(seconds)} in this run, compiling would save {_rounded(saved)} of them"
-        return CompileChoice(saved > COMPILE_SECONDS, f"{told} and costs {_rounded(COMPILE_SECONDS)}")
-
     def _chunk_seconds(self, patch_shape: Sequence[int], chunk: int) -> float:
-        """Return the seconds of the fastest of three runs; the first builds and warms up."""
+        """Return the seconds of the fastest of three runs; the first one builds and warms up."""
         dtype = torch.uint8 if len(patch_shape) > 1 else torch.float32
         pixels = torch.zeros(chunk, *patch_shape, dtype=dtype, device=self.device)
         seconds = math.inf

@@ -1,9 +1,4 @@
-"""The encoder as it looks at all patches: a folded copy in fast arithmetic, which follows the weights as they change.
-
-    batch norm folded into the layer before it   fewer passes over the maps
-    channels last, bf16                          what matrix units want
-    uint8 -> normalized values in one pass       a quarter of the bytes until then
-    compiled for one static shape                where it pays, see `keyhole.engine.compiling`
+"""A copy of the encoder for the pass without gradients: batch norms folded, channels last, in bf16 where that is fast.
 
 The copy shares nothing with the encoder that learns. `refresh` writes the current weights into it, in place: nothing is
 built or compiled again.
@@ -28,20 +23,17 @@ FOLDED_ERROR = 1e-3
 
 
 class FastEncoder:
-    """Looks at patches without gradients, in evaluation mode.
+    """Encodes patches without gradients, in evaluation mode.
 
     Args:
-        encoder: with its weights on its device; stays as it is.
-        precision: torch.float32 or torch.bfloat16, of convolutions and matrix products; norms that cannot be folded
-            and the result are float32.
-        compile: as the attribute `compiled`.
+        encoder: on its device; stays as it is.
+        precision: of convolutions and matrix products; norms that cannot be folded and the result are float32.
+        compile: initial value of `compiled`.
         tf32: a GPU may round float32 to TF32, see `keyhole.util.tf32`.
 
     Attributes:
-        compiled: whether calls go through `torch.compile`; may be set at any time. Each number of rows is compiled
-            once, see `__call__`.
-        folded: batch norms that were folded, known after the first call.
-        norms: batch norms of the encoder.
+        compiled: whether calls go through `torch.compile`; may be set at any time.
+        folded, norms: batch norms that were folded, known after the first call, and all of the encoder.
     """
 
     def __init__(
@@ -63,42 +55,36 @@ class FastEncoder:
     def __call__(
         self, pixels: Tensor, color: Float[Tensor, "k c c+1"] | None = None, rows: int | None = None
     ) -> Float[Tensor, "k d"]:
-        """Embeddings of patches.
+        """Return the embeddings of patches.
 
         Args:
-            pixels: on the encoder's device: (k h w c) uint8 as read from files, (k c h w) floats as the encoder takes
-                them, or (k f) features.
+            pixels: (k h w c) uint8 as read from files, (k c h w) floats as the encoder takes them, or (k f) features.
             color: affine colour change of each patch; for uint8 only.
-            rows: where it is compiled, fewer patches are filled up with zeros to this number, so that one compilation
-                serves; the number that the memory plan allows at a time. Default: the most patches of any call. 0: the
-                patches are so few that they are encoded uncompiled instead.
+            rows: where it is compiled, fewer patches are padded to this number, so that one compilation serves; default
+                is the most patches of any call, and 0 encodes uncompiled.
         """
         with torch.no_grad(), tf32(self.tf32):
             if self._copy is None:
                 self._build(pixels)
             if not self.compiled or rows == 0:
-                return self._look(pixels, color)
+                return self._encode(pixels, color)
             k = len(pixels)
             if rows is None:
                 rows = self._rows = max(self._rows, k)
             rows = max(rows, k)
             if rows not in self._compiled:
-                self._compiled[rows] = Compiled(self._look, ("look", rows, self.precision, repr(self._copy)))
+                self._compiled[rows] = Compiled(self._encode, ("look", rows, self.precision, repr(self._copy)))
             color = None if color is None else _filled(color, rows)
             return self._compiled[rows](_filled(pixels, rows), color)[:k]
 
-    def _look(self, pixels: Tensor, color: Tensor | None) -> Tensor:
+    def _encode(self, pixels: Tensor, color: Tensor | None) -> Tensor:
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
             assert self._copy is not None
             pixels = pixels if pixels.dtype == torch.uint8 else pixels.float()
             return encoded(self._copy, pixels, color, self.precision).float()
 
     def folding(self, patch_shape: Sequence[int]) -> str:
-        """How many batch norms are folded, in words; empty where the encoder has none. Makes the copy.
-
-        Args:
-            patch_shape: of one patch as it is read: (s, s, c) uint8, or (f,) float32.
-        """
+        """Return how many batch norms are folded, in words; empty where the encoder has none. Makes the copy."""
         if self._copy is None:
             dtype = torch.uint8 if len(patch_shape) > 1 else torch.float32
             with torch.no_grad():
@@ -108,8 +94,8 @@ class FastEncoder:
     def weights_changed(self) -> None:
         """Let the next `refresh` take over the encoder's weights.
 
-        Torch counts what is loaded, moved or changed in place by most operations, which `refresh` sees by itself. It
-        does not count what fused optimizers, batch norm in training or writes through `.data` change.
+        Torch does not count what fused optimizers, batch norm in training or writes through `.data` change. Other
+        changes `refresh` sees by itself.
         """
         self._stale = True
 
@@ -124,7 +110,7 @@ class FastEncoder:
         self._stale = False
 
     def _build(self, pixels: Tensor) -> None:
-        """The copy, folded where that leaves the result as it is."""
+        """Make the copy, folded where that does not change the result."""
         generator = torch.Generator(pixels.device).manual_seed(0)
         shape = (2, *pixels.shape[1:])
         if pixels.dtype == torch.uint8:
@@ -144,9 +130,9 @@ class FastEncoder:
 
     @staticmethod
     def _foldable(encoder: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[tuple[str, str]]:
-        """The pairs of layers to fold: all that a run shows, or none if folding changes what comes out.
+        """Return the pairs of layers to fold: all that a run shows, or none if folding changes the result.
 
-        It is tried with other statistics: those of a new network change nothing, wherever its norms stand.
+        The trial has statistics of its own: those of a new network change nothing, wherever its norms stand.
         """
         trial = copy.deepcopy(encoder)
         for part in trial.modules():
@@ -163,7 +149,6 @@ class FastEncoder:
 
 
 def _filled(tensor: Tensor, rows: int) -> Tensor:
-    """With rows of zeros at the end, so that there are `rows`."""
-    if len(tensor) == rows:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+    return (
+        tensor if len(tensor) == rows else torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+    )

@@ -4,8 +4,7 @@
     W'    = scale W                                of the layer
     b'    = norm's bias + (layer's bias - mean) scale
 
-The copy follows in few operations: scales and biases are computed for all layers together, and each layer's weights are
-written by one product.
+Scales and biases are computed for all layers together, and one product writes each layer's weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 Norm = nn.modules.batchnorm._BatchNorm
-"""Every batch norm of torch, and timm's, which are kinds of it and may have an activation."""
+"""Every batch norm of torch, and timm's, which may have an activation."""
 
 
 class Pair(NamedTuple):
@@ -38,7 +37,7 @@ class Place(NamedTuple):
 
 
 class Folding:
-    """What each layer computes together with its norm, for all layers at once."""
+    """Computes what each layer's weights are multiplied by, and its bias, for all layers at once."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self.pairs = pairs
@@ -48,7 +47,6 @@ class Folding:
         self._eps = torch.cat([zero + pair.norm.eps for zero, pair in zip(self._zeros, pairs, strict=True)])
 
     def __call__(self) -> tuple[list[Tensor], list[Tensor]]:
-        """By layer, what its weights are multiplied by (o,), and its bias (o,)."""
         norms = [pair.norm for pair in self.pairs]
         scale = torch.rsqrt(self._all([norm.running_var for norm in norms]) + self._eps)
         scale = scale * self._all([norm.weight for norm in norms], self._ones)
@@ -62,13 +60,7 @@ class Folding:
 
 
 class Follower:
-    """Writes the weights and running statistics of an encoder into a folded copy of it, in place.
-
-    Args:
-        encoder: to follow.
-        copy: of it, after `fold`, in any precision and memory format.
-        names: of what was folded, see `foldable_pairs`.
-    """
+    """Writes the weights and running statistics of an encoder into a copy with `names` folded, in place."""
 
     def __init__(self, encoder: nn.Module, copy: nn.Module, names: Sequence[tuple[str, str]]) -> None:
         self._folding = Folding([_pair(encoder, *each) for each in names]) if names else None
@@ -81,15 +73,11 @@ class Follower:
         self._seen = self._state()
 
     def moved(self) -> bool:
-        """Whether the encoder is on another device than the copy."""
+        """Return whether the encoder is on another device than the copy."""
         return self._first is not None and self._sources[0].tensor.device != self._first.tensor.device
 
     def follow(self, changed_only: bool = False) -> None:
-        """Takes over what the encoder holds now.
-
-        Args:
-            changed_only: do nothing where torch has counted no change since the last time.
-        """
+        """Take over what the encoder holds now; with `changed_only`, unless torch has counted no change."""
         state = self._state()
         if changed_only and state is not None and state == self._seen:
             return
@@ -103,7 +91,7 @@ class Follower:
         self._seen = state
 
     def _state(self) -> list[tuple[int, int]] | None:
-        """Where each tensor lies and how often it was written to; None where torch does not count that."""
+        """Return the address and version of each tensor; None where torch does not count versions."""
         tensors = [source.tensor for source in self._sources]
         if any(each.is_inference() for each in tensors):
             return None
@@ -111,10 +99,9 @@ class Follower:
 
 
 def copy_all(there: Sequence[Tensor], here: Sequence[Tensor]) -> None:
-    """Copies each of `here` into that of `there`; those of the same types in one operation.
+    """Copy each of `here` into that of `there`; those of the same types in one operation.
 
-    With several types in one call a GPU copies one tensor after the other, and torch 2.8 to 2.10 writes wrong values,
-    also past the end of a tensor.
+    With several types in one call, torch 2.8 to 2.10 writes wrong values on a GPU, also past the end of a tensor.
     """
     groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     for to, of in zip(there, here, strict=True):
@@ -124,7 +111,7 @@ def copy_all(there: Sequence[Tensor], here: Sequence[Tensor]) -> None:
 
 
 def fold(encoder: nn.Module, names: Sequence[tuple[str, str]]) -> None:
-    """Takes the batch norms of `names` out of an encoder, and gives the layers before them their weights."""
+    """Remove the batch norms of `names` from an encoder, and fold them into the layers before them."""
     if not names:
         return
     folding = Folding([_pair(encoder, *each) for each in names])
@@ -147,7 +134,6 @@ def _rows(scale: Tensor, weight: Tensor) -> Tensor:
 
 
 def _places(module: nn.Module) -> dict[str, Place]:
-    """Every parameter and buffer by its name."""
     found = {}
     for prefix, part in module.named_modules():
         for name in (*part._parameters, *part._buffers):
@@ -157,9 +143,9 @@ def _places(module: nn.Module) -> dict[str, Place]:
 
 
 def foldable_pairs(encoder: nn.Module, run: Callable[[], Tensor]) -> list[tuple[str, str]]:
-    """Names of (convolution or linear layer, batch norm that takes its output), as a run shows them.
+    """Return the names of (convolution or linear layer, batch norm that takes its output), as a run shows them.
 
-    A layer that is called more than once, or whose norm is, is left out.
+    Layers that are called more than once, or whose norms are, are left out.
     """
     made: dict[int, tuple[str, Tensor]] = {}  # the tensors are held, so that no address is used twice
     found: list[tuple[str, str]] = []

@@ -2,14 +2,12 @@
 
 Letters: b image, m kept, k loose patches (all kept patches of the batch, without padding), d width.
 
-First every chunk is encoded without gradient, and only its embeddings (k d) stay. Pool, heads and loss on these give
-the loss and its gradient with respect to each embedding. Then each chunk is encoded again, with gradient and with the
-same random draws, and the embedding's gradient is sent back through it:
+Every chunk is encoded without gradient, which gives the loss and its gradient with respect to each embedding. Then each
+chunk is encoded again, with gradient and the same random draws:
 
     dL/dw = sum over chunks of (de_chunk/dw)^T dL/de_chunk
 
-which is the gradient of the unsplit step wherever a patch's embedding does not depend on the other patches. Batch norm
-in training mode is the exception: its statistics are those of a chunk, and its running statistics move once per chunk.
+This is the gradient of the unsplit step, but for batch norm in training mode, whose statistics are those of a chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,22 +40,16 @@ def split_backward(
 
     Args:
         model: in the mode it should learn in.
-        patches: gives the loose patches, in the order of `patches[mask]`. Called once for each chunk, and a second
-            time where the encoder learns and there is more than one; pixels need not be on the device in between.
+        patches: gives the loose patches, in the order of `mask`; called up to twice for each chunk.
         position: as in `IPSClassifier.forward`.
-        mask: True where there is a patch, on the host; each image needs at least one. A mask on a GPU is copied to the
-            host first, which waits for it; nothing else here does.
+        mask: True where there is a patch; each image needs at least one. One on a GPU is copied to the host first.
         loss: logits of every task -> a number.
-        chunk: patches to encode at once; None encodes all at once and, as any chunk that holds all, is the ordinary
-            step with nothing computed twice. See `parts`.
+        chunk: patches to encode at once, see `parts`; all by default, with nothing computed twice.
         encode: encodes loose patches with gradients; default `IPSClassifier.encode`.
 
     Returns:
-        The loss, detached. Where it is not finite, neither are the gradients: look at both before the optimizer's step.
-
-    Raises:
-        Whatever the computation raises, such as an out-of-memory error. Running statistics are then as they were, so
-        that the step can be repeated with a smaller chunk; gradients may be incomplete and are the caller's to drop.
+        The loss, detached. After an error, running statistics are as they were, so that the step can be repeated with a
+        smaller chunk; gradients may be incomplete.
     """
     mask = mask.cpu()
     spans = parts(int(mask.sum()), chunk)
@@ -111,11 +103,10 @@ def _twice(
 
 
 def parts(total: int, chunk: int | None) -> list[tuple[int, int]]:
-    """Cuts `total` patches into spans (start, stop) of nearly equal length, none longer than `chunk`.
+    """Cut `total` patches into spans (start, stop) of nearly equal length, none longer than `chunk`.
 
-    Equal, since the statistics of batch norm over a short last chunk would be poor ones. Where there are two patches or
-    more, so has every span, because batch norm refuses to learn from one; a chunk of 1 therefore counts as 2, and spans
-    of 3 appear where the total is odd and the chunk below 3.
+    No span is much shorter than the others, for the statistics of batch norm, nor of one patch, from which batch norm
+    cannot learn: a chunk of 1 counts as 2, and an odd total with a chunk below 3 has a span of 3.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk (={chunk}) must be at least 1")
@@ -127,11 +118,9 @@ def parts(total: int, chunk: int | None) -> list[tuple[int, int]]:
 def bags_of(
     embedding: Float[Tensor, "k d"], mask: Bool[Tensor, "b m"]
 ) -> tuple[Float[Tensor, "b m d"], Bool[Tensor, "b m"] | None]:
-    """Loose embeddings as bags with zeros at padding, and the mask beside them; None where nothing is padded.
+    """Return loose embeddings as bags with zeros at padding, and the mask (given on the host) on their device.
 
-    Args:
-        embedding: in the order of the mask.
-        mask: True where there is a patch, on the host, so that their number is known without waiting for the device.
+    The mask is None where nothing is padded.
     """
     if bool(mask.all()):
         return embedding.unflatten(0, mask.shape), None
@@ -141,7 +130,7 @@ def bags_of(
 
 
 class _Draws:
-    """The state of the random generators that a module on `device` draws from."""
+    """State of the random generators that a module on `device` draws from."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -156,12 +145,7 @@ class _Draws:
 
 @contextmanager
 def kept_buffers(module: nn.Module, on_error_only: bool = False) -> Iterator[None]:
-    """Running statistics, and whatever else a module keeps in buffers, are afterwards as they were before.
-
-    Args:
-        module: with its submodules.
-        on_error_only: keep what changed unless an exception leaves the block.
-    """
+    """Restore a module's buffers, such as running statistics, at the end; or only if an exception leaves the block."""
     places = [(part, name, buffer) for part in module.modules() for name, buffer in part.named_buffers(recurse=False)]
     buffers = [buffer for _, _, buffer in places]
     copies = [torch.empty_like(buffer) for buffer in buffers]
