@@ -1,11 +1,10 @@
 """Images -> the embeddings of all their patches, in host memory, one chunk behind the device.
 
-    for told in Embedding(engine)(openers):
+    for part in Embedding(engine)(openers):
         ...                     # the Rows of an image in order, then its End; then the next image
 
-Patches go the way that they go in a prediction: read ahead, staged, and encoded by the folded copy of the encoder under
-the memory plan. The embeddings of a chunk are handed out after the next chunk has been launched, so that the device has
-work while they are written. The host waits for nothing on the device but the chunk before.
+Patches are encoded as in a prediction. The embeddings of a chunk are yielded after the next chunk has been launched, so
+that the device has work while they are written.
 
 Letters: k patches, d width.
 """
@@ -48,17 +47,21 @@ class Rows:
     number: int
     source: PatchSource
     index: Index
-    _chunk: _OnHost
+    _chunk: tuple[Tensor, torch.cuda.Event | None]
     _place: slice
 
     def embedding(self) -> NDArray[np.float32]:
         """Return the embeddings (k d); waits until the device has copied them. Valid until the next `Rows` come."""
-        return self._chunk.array()[self._place]
+        embedding, copied = self._chunk
+        if copied is not None:
+            copied.synchronize()
+        found: NDArray[np.float32] = embedding.numpy()
+        return found[self._place]
 
 
 @dataclass(frozen=True)
 class End:
-    """There are no more patches of an image.
+    """The end of an image, of which all patches have been tried.
 
     Attributes:
         number: of the image in the order of the openers.
@@ -78,8 +81,8 @@ class Embedding:
 
     Args:
         engine: of a model as `encoder_alone` makes it.
-        together: images that share chunks. Default is `TOGETHER` on a GPU. On a CPU it is 1: there the last bits of an
-            embedding depend on how many patches are encoded with it, and should not depend on the other images.
+        together: images that share chunks; default `TOGETHER` on a GPU. On a CPU 1, since the last bits of an embedding
+            depend on how many patches are encoded with it, and should not depend on other images.
         whole: encode all rows of a chunk, also those not in use, so that there is one shape. Default on a GPU.
     """
 
@@ -88,24 +91,24 @@ class Embedding:
         on_cpu = engine.device.type == "cpu"
         self.together = together or (1 if on_cpu else TOGETHER)
         self.whole = not on_cpu if whole is None else whole
-        self._results = _Results(engine.device)
+        self._buffers: list[Tensor] = []
 
     def __call__(self, openers: Sequence[Opener]) -> Iterator[Rows | End]:
-        """What becomes of each image, in order.
+        """Yield the embeddings and the end of each image, in order.
 
         Raises:
             ConfigError: out of memory even with the smallest plan, or patches of different shapes.
         """
         waiting: list[Rows | End] = []
-        for told in self._launched(openers):
-            if isinstance(told[-1], Rows):  # another chunk has been launched
+        for parts in self._launched(openers):
+            if isinstance(parts[-1], Rows):  # another chunk has been launched
                 yield from waiting
                 waiting = []
-            waiting += told
+            waiting += parts
         yield from waiting
 
     def _launched(self, openers: Sequence[Opener]) -> Iterator[list[Rows | End]]:
-        """What is to be told of each chunk that has been launched, and at the end of each batch."""
+        """Yield the parts of each chunk that has been launched, and the ends at the end of each batch."""
         engine, starts = self.engine, range(0, len(openers), self.together)
         batches = (openers[start : start + self.together] for start in starts)
         scorer = ChunkScorer(engine.encoders, engine.pace, engine.timer)
@@ -115,18 +118,39 @@ class Embedding:
             current = 0
             for chunk, pixels in prefetched(timed(batch.chunks(), engine.timer), engine.stager, engine.pace):
                 used = pixels if self.whole else pixels[: chunk.count]
-                on_host = self._results.take(scorer.embeddings(used, chunk.count), len(pixels))
-                told: list[Rows | End] = []
-                for position, place in _runs(chunk.image):
-                    told += [_end(batch, start, each) for each in range(current, position)]
-                    source, current = batch.sources[position], position
+                on_host = self._to_host(scorer.embeddings(used, chunk.count), len(pixels))
+                parts: list[Rows | End] = []
+                cuts = [0, *(np.flatnonzero(np.diff(chunk.image)) + 1).tolist(), len(chunk.image)]
+                for place in (slice(*cut) for cut in pairwise(cuts)):
+                    image = int(chunk.image[place.start])
+                    parts += [_end(batch, start, each) for each in range(current, image)]
+                    source, current = batch.sources[image], image
                     assert source is not None, "a chunk holds patches of an image that failed"
-                    told.append(Rows(start + position, source, chunk.index[place], on_host, place))
-                yield told
+                    parts.append(Rows(start + image, source, chunk.index[place], on_host, place))
+                yield parts
             yield [_end(batch, start, each) for each in range(current, len(batch.names))]
 
+    def _to_host(self, parts: Sequence[Tensor], largest: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Copy the embeddings of a chunk, each (k d), without waiting; on a GPU into two pinned buffers in turn.
+
+        `largest` is the number of patches of the largest chunk.
+        """
+        if self.engine.device.type != "cuda":
+            return parts[0] if len(parts) == 1 else torch.cat(list(parts)), None
+        if not self._buffers:
+            width = parts[0].shape[1]
+            self._buffers = [torch.empty(largest, width, dtype=torch.float32, pin_memory=True) for _ in range(2)]
+        self._buffers.reverse()  # the other one is still to be read
+        count = 0
+        for part in parts:
+            self._buffers[0][count : count + len(part)].copy_(part, non_blocking=True)
+            count += len(part)
+        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(self.engine.device))
+        return self._buffers[0][:count], copied
+
     def _compile(self, batch: Batch, batches: int) -> None:
-        """Compile the encoder where that pays back over all batches, if they are like the first."""
+        """Compile the encoder if that pays over all batches, taken to be like the first."""
         source = next((source for source in batch.sources if source is not None), None)
         if source is None or self.engine.encoders.compiled:
             return
@@ -136,69 +160,12 @@ class Embedding:
 
 
 def encoder_alone(encoder: nn.Module, dim: int) -> IPSClassifier:
-    """An encoder as a classifier of no task with the smallest pool, so that it is planned, compiled and run as one.
-
-    Args:
-        encoder: on its device; it is not copied.
-        dim: d of its embeddings.
-    """
-    with torch.random.fork_rng(devices=[]):  # the pool's weights are of no use, and a caller's random state not ours
+    """Return an encoder, not copied, of embeddings (k `dim`) as a classifier without tasks, with the smallest pool."""
+    with torch.random.fork_rng(devices=[]):  # the pool's weights are not used
         pool = CrossAttentionPool(dim, heads=1, head_dim=1, hidden_dim=1)
     return IPSClassifier(encoder, pool, {}).eval().to(next(encoder.parameters()).device)
 
 
-class _OnHost:
-    """Embeddings of a chunk on their way to the host."""
-
-    def __init__(self, embedding: Tensor, done: torch.cuda.Event | None) -> None:
-        self._embedding, self._done = embedding, done
-
-    def array(self) -> NDArray[np.float32]:
-        """Return them (k d), once the copy is done."""
-        if self._done is not None:
-            self._done.synchronize()
-        found: NDArray[np.float32] = self._embedding.numpy()
-        return found
-
-
-class _Results:
-    """Copies embeddings to the host without waiting; on a GPU into two pinned buffers in turn."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._buffers: list[Tensor] = []
-
-    def take(self, parts: Sequence[Tensor], most: int) -> _OnHost:
-        """Embeddings of a chunk.
-
-        Args:
-            parts: one after the other, each (k d).
-            most: patches of the largest chunk.
-        """
-        if self.device.type != "cuda":
-            return _OnHost(parts[0] if len(parts) == 1 else torch.cat(list(parts)), None)
-        if not self._buffers:
-            width = parts[0].shape[1]
-            self._buffers = [torch.empty(most, width, dtype=torch.float32, pin_memory=True) for _ in range(2)]
-        self._buffers.reverse()  # the other one is still to be read
-        count = 0
-        for part in parts:
-            self._buffers[0][count : count + len(part)].copy_(part, non_blocking=True)
-            count += len(part)
-        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        done.record(torch.cuda.current_stream(self.device))
-        return _OnHost(self._buffers[0][:count], done)
-
-
-def _runs(image: Index) -> Iterator[tuple[int, slice]]:
-    """The images of a chunk with their rows, in order."""
-    cuts = [0, *(np.flatnonzero(np.diff(image)) + 1).tolist(), len(image)]
-    for first, last in pairwise(cuts):
-        yield int(image[first]), slice(first, last)
-
-
-def _end(batch: Batch, start: int, position: int) -> End:
-    """The end of an image of which all patches have been tried."""
-    batch.settle(position)
-    missing = dict(batch.unreadable.get(position, {}))
-    return End(start + position, batch.sources[position], batch.failed.get(position), missing)
+def _end(batch: Batch, start: int, image: int) -> End:
+    batch.settle(image)
+    return End(start + image, batch.sources[image], batch.failed.get(image), dict(batch.unreadable.get(image, {})))

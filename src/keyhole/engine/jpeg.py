@@ -1,7 +1,7 @@
-"""JPEG streams -> pixels on a device, many at once; tried on pictures of its own before it is trusted with any.
+"""JPEG streams -> pixels on a device, many at once, by torchvision (nvJPEG on a GPU).
 
-torchvision decodes them: on a GPU with nvJPEG. Whether that is there, and whether it obeys the marker that tells RGB
-from YCbCr, differs with versions; what does not come out right here is decoded on the host.
+Versions differ in whether they obey the marker that tells RGB from YCbCr, so each is tried on pictures of its own. The
+host decodes what does not come out right.
 """
 
 from __future__ import annotations
@@ -13,30 +13,25 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import PIL.Image
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from keyhole.engine.device import with_index
-from keyhole.images.jpeg import Colors, adobe_marker, segments
+from keyhole.images.jpeg import APP0, APP14, SOF0, Colors, adobe_marker, segments
 from keyhole.util.budget import out_of_memory
 
-SIDE, SMOOTH = 256, 8
-"""Side of a trial picture, that of most tiles, since nvJPEG may decode small ones in another way; and the most levels
-that a device may differ from the host, since each upsamples colours in its own way."""
+TRIAL_SIDE, MAX_DIFFERENCE = 256, 8
+"""Side of a trial picture in pixels, as most tiles have, and the most levels by which a device may differ from the
+host, since each upsamples colours in its own way."""
 
 TRIED_DECODERS: dict[torch.device, tuple[frozenset[str], str]] = {}
 """What `decodes` has found, by device."""
-
-_GREY, _RGB = 1, 3  # torchvision's ImageReadMode
-_APP0, _SOF0, _APP14 = 0xE0, 0xC0, 0xEE
 
 
 class Decoder:
     """Decodes JPEG on one device.
 
-    torchvision's decoder for GPUs writes, on a stream of its own, into memory that it takes as the current stream's. It
-    does not wait for what that stream has yet to do with it. So it has a stream to itself here, on which nothing is
-    pending when it is called. Torch hands out 32 streams in turn: another one may be the same, and is waited for then.
+    torchvision writes, on a stream of its own, into memory of the current stream without waiting for the work pending
+    there. So this class calls it on a stream on which nothing is pending; torch may share that stream with others.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,18 +41,14 @@ class Decoder:
         self._done: torch.cuda.Event | None = None
 
     def __call__(self, streams: Sequence[bytes], channels: int) -> Tensor:
-        """Pixels uint8 (k h w c) of JPEG streams of one size, for use on the current stream.
-
-        Args:
-            streams: k JPEG files.
-            channels: 1 or 3, as they have.
+        """Return pixels uint8 (k h w c) of k JPEG files of one size, for use on the current stream.
 
         Raises:
-            RuntimeError: one of them is damaged, or there is no decoder for this device.
+            RuntimeError: a file is damaged, or there is no decoder for this device.
         """
         blob = torch.frombuffer(bytearray().join(streams), dtype=torch.uint8)
         coded = list(torch.split(blob, [len(stream) for stream in streams]))
-        mode = _GREY if channels == 1 else _RGB
+        mode = 1 if channels == 1 else 3  # torchvision's ImageReadMode
         if self._stream is None:
             pictures = [torch.ops.image.decode_jpeg(one, mode, False) for one in coded]
             return torch.stack(pictures).permute(0, 2, 3, 1)
@@ -76,14 +67,9 @@ class Decoder:
 
 
 class Kinds:
-    """The kinds of JPEG that a device decodes: none until `known` is set, once there is JPEG that asks for it.
+    """The kinds of JPEG that a device decodes: none until `known` is set, after a file with JPEG has asked.
 
-    A decoder takes memory of the device beside torch's, and trying it takes up to a second. Most images and all stored
-    features have nothing for it.
-
-    Attributes:
-        known: the kinds, of "grey", "rgb" and "ycbcr"; None before they are known.
-        asked: whether a file had JPEG to give before they were known.
+    Trying a decoder takes up to a second and memory of the device, which most images do not need.
     """
 
     def __init__(self) -> None:
@@ -97,14 +83,14 @@ class Kinds:
         return kind in self.known
 
     def __bool__(self) -> bool:
-        """Whether asking helps: false while the first question has no answer yet, and where nothing is decoded."""
+        """Return whether asking helps: not while the first question has no answer yet, nor where nothing is decoded."""
         return not self.asked if self.known is None else bool(self.known)
 
 
 def decodes(device: torch.device) -> tuple[frozenset[str], str]:
-    """The kinds of JPEG that come out right on a device, of "grey", "rgb" and "ycbcr"; why others do not, or "".
+    """Return the kinds of JPEG that a device decodes rightly, of "grey", "rgb" and "ycbcr"; and why not others, or "".
 
-    A device is tried once, unless the trial ends with an error, which may be one of the moment.
+    A device is tried once, unless the trial ends with an error, which may be temporary.
 
     Raises:
         RuntimeError: the device has no memory left for the trial, which says nothing about its decoder.
@@ -112,8 +98,8 @@ def decodes(device: torch.device) -> tuple[frozenset[str], str]:
     device = with_index(device)
     if device in TRIED_DECODERS:
         return TRIED_DECODERS[device]
-    colors: dict[Colors, bool] = {}
     wrong: dict[str, list[str]] = {}  # names of the trials by what is wrong with them
+    tried, bad = set[str](), set[str]()
     decoder, failed = None, False
     for color, name, stream in _trials():
         problem = ""
@@ -125,26 +111,27 @@ def decodes(device: torch.device) -> tuple[frozenset[str], str]:
                 raise
             problem, failed = " ".join(str(error).split())[:200], True
         else:
-            expected = _on_host(stream)
-            if found.shape != expected.shape or np.abs(found - expected).max() > SMOOTH:
+            expected = np.asarray(PIL.Image.open(io.BytesIO(stream)), np.int16).reshape(TRIAL_SIDE, TRIAL_SIDE, -1)
+            if found.shape != expected.shape or np.abs(found - expected).max() > MAX_DIFFERENCE:
                 problem = f"the decoder of {device} gives wrong colours"
-        colors[color] = colors.get(color, True) and not problem
+        tried.add(color)
         if problem:
+            bad.add(color)
             wrong.setdefault(problem, []).append(name)
-    right = frozenset(color for color, good in colors.items() if good)
+    right = frozenset(tried - bad)
     note = ""
     if wrong:
         told = [f"{problem} for {', '.join(names)}" if right else problem for problem, names in wrong.items()]
-        note = f"the CPU decodes JPEG tiles in {', '.join(sorted(colors.keys() - right))}: {'; '.join(told)}"
+        note = f"the CPU decodes JPEG tiles in {', '.join(sorted(bad))}: {'; '.join(told)}"
     if not failed:
         TRIED_DECODERS[device] = right, note
     return right, note
 
 
 def _trials() -> Iterator[tuple[Colors, str, bytes]]:
-    """Kind, name and stream of pictures as tiles are delivered, with every numbering of samples that scanners write.
+    """Yield kind, name and stream of pictures as tiles are delivered, with all numberings of samples that scanners use.
 
-    Decoders that do not obey the marker may tell colours by the numbers: Aperio's tiles in RGB have 0, 1, 2.
+    Decoders that ignore the marker may tell colours by the numbers: Aperio's tiles in RGB have 0, 1, 2.
     """
     yield "grey", "grey", _delivered("grey", 0, b"\1")
     for numbers in (b"RGB", b"\0\1\2", b"\1\2\3"):
@@ -156,38 +143,29 @@ def _trials() -> Iterator[tuple[Colors, str, bytes]]:
 
 
 def _delivered(color: Colors, subsampling: int, numbers: bytes) -> bytes:
-    """A trial picture as `Image.jpeg_tiles` gives a tile: an Adobe marker names the colours, and nothing else does.
+    """Return a trial picture as `Image.jpeg_tiles` gives a tile: an Adobe marker names the colours, nothing else does.
 
     Args:
         color: what is stored.
         subsampling: Pillow's number of 4:4:4, 4:2:2 or 4:2:0.
         numbers: of the samples, in the frame and in the scan.
     """
-    data = io.BytesIO()
+    across, down = np.meshgrid(np.linspace(40, 210, TRIAL_SIDE), np.linspace(60, 190, TRIAL_SIDE))  # no rounding shows
+    planes = np.stack([across, down, 255 - across], axis=-1).astype(np.uint8)
     options = {"keep_rgb": True} if color == "rgb" else {"subsampling": subsampling} if color == "ycbcr" else {}
-    _picture(color).save(data, "JPEG", quality=95, **options)
-    pieces = segments(data.getvalue())
+    file = io.BytesIO()
+    PIL.Image.fromarray(planes[..., 0] if color == "grey" else planes).save(file, "JPEG", quality=95, **options)
+    data = file.getvalue()
+    pieces = segments(data)
     assert pieces is not None
-    scan = bytearray(data.getvalue()[2 + sum(len(body) for _, body in pieces) :])
+    scan = bytearray(data[2 + sum(len(body) for _, body in pieces) :])
     scan[5 : 5 + 2 * len(numbers) : 2] = numbers
     kept = bytearray()
     for marker, body in pieces:
-        if marker == _SOF0:
-            body = body[:10] + b"".join(
-                bytes([one]) + body[11 + 3 * at : 13 + 3 * at] for at, one in enumerate(numbers)
-            )
-        if marker not in (_APP0, _APP14):
+        if marker == SOF0:
+            frame = bytearray(body)
+            frame[10 : 10 + 3 * len(numbers) : 3] = numbers
+            body = bytes(frame)
+        if marker not in (APP0, APP14):
             kept += body
     return b"\xff\xd8" + adobe_marker(color) + bytes(kept + scan)
-
-
-def _on_host(stream: bytes) -> NDArray[np.int16]:
-    pixels = np.asarray(PIL.Image.open(io.BytesIO(stream)), np.int16)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def _picture(color: str) -> PIL.Image.Image:
-    """Slow changes of all colours, so that what is off is not rounding."""
-    across, down = np.meshgrid(np.linspace(40, 210, SIDE), np.linspace(60, 190, SIDE))
-    planes = np.stack([across, down, 255 - across], axis=-1).astype(np.uint8)
-    return PIL.Image.fromarray(planes[..., 0] if color == "grey" else planes)

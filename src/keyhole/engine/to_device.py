@@ -5,17 +5,12 @@
         for chunk, pixels in prefetched(batch.chunks(), stager, pace):
             ...                                   # pixels: all rows of the buffer; `chunk.count` of them are in use
 
-Where the device runs out of memory, a chunk that has been read is staged in parts, and so are those after it.
+On a GPU copies have a stream of their own and two buffers. The device orders copies and encoder by events; the host
+waits only for the copy of two chunks ago, and a reading thread for the copy from the buffer that it fills again.
 
-On a GPU copies have a stream of their own and two buffers. Nothing here waits for the encoder: the copy does, on the
-device, for who used its buffer last, and the encoder for the copy. The host waits for a copy only, that of two chunks
-ago, so that it is never more than some chunks ahead of the device; whoever is to fill a buffer of the host again waits
-for that buffer's copy, on the reader's thread.
-
-JPEG tiles are decoded on the device, in one call for all of a chunk. A tile that the decoder there refuses sends the
-encoded rows of its chunk back to the host's readers, which name what is wrong with it as they always do. What decoders
-make of a JPEG differs in the last bit, more where colours are upsampled, and which tiles the device decodes depends on
-time. On a CPU and under `run.decode cpu` nothing comes encoded, and both passes see the same pixels.
+The device decodes JPEG tiles in one call for a chunk. If it refuses one, the host decodes those of the chunk, and names
+what is wrong. Decoders differ in the last bit, more where colours are upsampled, and which tiles the device decodes
+depends on time. On a CPU and under `run.decode cpu` the host decodes all, and both passes see the same pixels.
 """
 
 from __future__ import annotations
@@ -32,7 +27,7 @@ from torch import Tensor
 from keyhole.engine.jpeg import Decoder, Kinds, decodes
 from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan
-from keyhole.loading.chunks import Chunk, Coded, Delivery
+from keyhole.loading.chunks import Chunk, Delivery
 from keyhole.patches.sources import View
 from keyhole.util.budget import out_of_memory
 from keyhole.util.timing import NO_TIMER, Timer
@@ -41,18 +36,18 @@ T = TypeVar("T")
 
 
 class Stager:
-    """Puts one chunk after the other on a device. Make one for a run, not for each batch: it holds two buffers.
+    """Puts one chunk after the other on a device; one for a run, since it holds two buffers.
 
     Args:
-        device: where the encoder is.
+        device: of the encoder.
         timer: measures the time of copies and decoding as "copying".
         encoded: whether chunks may bring JPEG, with the decoder tried at once. By default they may on a GPU, whose
-            decoder is tried when a file has JPEG to give; on a CPU the readers decode as well.
+            decoder is tried when a file first has JPEG.
         tell: told the `note`.
 
     Attributes:
         deliver: for `Reader.stream`: what may come as JPEG; None where nothing may.
-        note: why some or all kinds of JPEG are left to the host; "" where none is, or the decoder was not tried.
+        note: why some or all kinds of JPEG are left to the host, or "".
         refused: chunks whose encoded rows went back to the host.
     """
 
@@ -73,19 +68,14 @@ class Stager:
         self._slots = slots_for(device)
 
     def __call__(self, chunk: Chunk, rows: int | None = None) -> Tensor:
-        """Rows of a chunk's buffer on the device: uint8 (size h w c) or float32 (size f), zeros from `count` on.
+        """Return the first `rows` of a chunk's buffer on the device, default all: uint8 (size h w c), float32 (size f).
 
-        On a GPU, what uses the result must have been launched, on the stream that is current at the call, before the
-        next call, and the result must not be used afterwards. `chunk` may lose rows, as `Chunk.decode_on_host` says.
-
-        Args:
-            chunk: as it came from the reader, or a part of that.
-            rows: how many of its first rows to stage; default all.
+        Rows from `count` on are zeros. On a GPU, what uses the result must be launched on the current stream before the
+        next call. `chunk` may lose rows, see `Chunk.decode_on_host`. If the device runs out of memory the chunk is as
+        it was, so that fewer rows of it may be tried.
 
         Raises:
             KeyholeError: a patch that came encoded could not be read, and failures are raised.
-            An error of which `out_of_memory` is true: the device has no room. The chunk is as it was, so that fewer
-                rows of it may be tried.
         """
         if self._kinds.asked and self._kinds.known is None:
             self._try_decoder()
@@ -129,17 +119,18 @@ class Stager:
         return result
 
     def _decoded(self, chunk: Chunk, rows: int) -> list[tuple[Tensor, Tensor]]:
-        """Places in the first rows of a chunk and their pixels, for each way that patches are turned.
-
-        Empty where the decoder refuses one: the host has then decoded all that came encoded.
-        """
-        encoded = {row: coded for row, coded in chunk.encoded.items() if row < rows}
-        if not encoded:
-            return []
+        """Return places in the first rows of a chunk and their pixels, for each view; none if the host decoded them."""
+        by_view: dict[View, list[int]] = {}
+        for row, coded in chunk.encoded.items():
+            if row < rows:
+                by_view.setdefault(coded.view, []).append(row)
         try:
             return [
-                (torch.tensor(places), _turned(self._decode(streams, chunk.pixels.shape[-1]), view))
-                for view, places, streams in _by_view(encoded)
+                (
+                    torch.tensor(places),
+                    _turned(self._decode([chunk.encoded[row].data for row in places], chunk.pixels.shape[-1]), view),
+                )
+                for view, places in by_view.items()
             ]
         except RuntimeError as error:
             if out_of_memory(error):
@@ -150,20 +141,20 @@ class Stager:
 
 
 def may_decode(device: torch.device) -> bool:
-    """Whether a device may have a JPEG decoder of its own."""
+    """Return whether a device may have a JPEG decoder of its own."""
     return device.type == "cuda"
 
 
 def slots_for(device: torch.device) -> Slots | None:
-    """The buffers that chunks are copied to on a device; None on a CPU, where the reader's own are used."""
+    """Return the buffers that chunks are copied to; None on a CPU, where the reader's own are used."""
     return Slots(device) if device.type == "cuda" else None
 
 
 class Slots:
     """Two buffers on a GPU and the stream that fills them.
 
-    A buffer is filled again two calls later. What reads it has been launched by the call between, and the event that is
-    recorded then is what the copy waits for.
+    A buffer is filled again two calls later. What reads it is launched by the call between, whose event the copy waits
+    for.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -174,19 +165,19 @@ class Slots:
         self._copies: list[torch.cuda.Event] = []
 
     def filling(self) -> AbstractContextManager[object]:
-        """Inside, work on the device goes to the stream that fills the buffers."""
+        """Launch work of the device on the stream that fills the buffers."""
         return torch.cuda.stream(self.stream)
 
     def moved(self, rows: Tensor) -> Tensor:
-        """A small tensor of the host on the device, without waiting for the device."""
+        """Return a small tensor of the host on the device, without waiting for the device."""
         return rows.pin_memory().to(self.device, non_blocking=True)
 
     def clear(self) -> None:
-        """Give the buffers back. What is on its way to them, or reads them, ends before their memory is used again."""
+        """Free the buffers; torch uses their memory again when copies to and from them have ended."""
         self._buffers = []
 
     def next(self, like: Tensor) -> Tensor:
-        """The buffer to fill, once the copy of two calls ago is done; `stream` waits until nobody reads it."""
+        """Return the buffer to fill, after the copy of two calls ago; `stream` waits until nothing reads it."""
         if len(self._copies) == 2:
             self._copies.pop(0).synchronize()
         now = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -204,7 +195,7 @@ class Slots:
         return self._buffers[0]
 
     def copied(self, result: Tensor) -> Callable[[], None]:
-        """Let the current stream wait for what was put on `stream`; what is returned makes the host wait for it."""
+        """Let the current stream wait for `stream`; return what makes the host wait for it."""
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(self.stream)
         current = torch.cuda.current_stream(self.device)
@@ -215,16 +206,11 @@ class Slots:
 
 
 def prefetched(chunks: Iterable[Chunk], stage: Callable[..., T], pace: Pace | None = None) -> Iterator[tuple[Chunk, T]]:
-    """Chunks, and what `stage` (a `Stager`) makes of them; those that have lost all rows on the way are left out.
+    """Yield chunks and what `stage` (a `Stager`) makes of them, without those that have lost all rows on the way.
 
-    The next chunk is staged as soon as the consumer asks for it, which is when it has launched its work on this one:
-    on a GPU the copy runs beside that work. A consumer that waits for the device in between keeps it from doing so.
-
-    Args:
-        chunks: from the reader.
-        stage: a `Stager`; without `pace` whatever takes a chunk.
-        pace: the memory plan to follow. A chunk with more rows than the plan has by now comes in parts. Staging that
-            runs out of memory makes the plan smaller and is repeated with fewer rows.
+    The next chunk is staged when the consumer asks for it, after launching its work on this one: on a GPU the copy runs
+    beside that work, unless the consumer waits for the device in between. With `pace`, a chunk of more rows than the
+    plan has comes in parts, and staging that runs out of memory makes the plan smaller.
     """
     for chunk in chunks:
         if pace is None:
@@ -242,7 +228,7 @@ def prefetched(chunks: Iterable[Chunk], stage: Callable[..., T], pace: Pace | No
 
 
 def _first(rest: Chunk, stage: Callable[[Chunk, int], T], plan: Plan) -> tuple[Chunk, T, Chunk]:
-    """As many rows as a plan has, what `stage` makes of them, and the rows behind them."""
+    """Return as many rows as a plan has, what `stage` makes of them, and the rows behind them."""
     size = len(rest.pixels)
     if plan.chunk >= size:
         return rest, stage(rest, size), rest.part(size, size)
@@ -254,14 +240,8 @@ def _tensor(chunk: Chunk, rows: int) -> Tensor:
     return torch.from_numpy(np.require(chunk.pixels, requirements=["C", "W"]))[:rows]
 
 
-def _by_view(encoded: dict[int, Coded]) -> Iterator[tuple[View, list[int], list[bytes]]]:
-    for view in dict.fromkeys(coded.view for coded in encoded.values()):
-        rows = [row for row, coded in encoded.items() if coded.view == view]
-        yield view, rows, [encoded[row].data for row in rows]
-
-
 def _turned(pixels: Tensor, view: View) -> Tensor:
-    """Patches (k h w c) turned as `View.pixels` turns them, with one copy at most."""
+    """Return patches (k h w c) turned as `View.pixels` turns them, with one copy at most."""
     turns = view.turns % 4  # a quarter turn is a flip and a transposition, which copies nothing
     axes = [axis for axis, flip, of in ((1, view.flip_y, (2, 3)), (2, view.flip_x, (1, 2))) if flip != (turns in of)]
     flipped = pixels.flip(axes) if axes else pixels
@@ -269,7 +249,7 @@ def _turned(pixels: Tensor, view: View) -> Tensor:
 
 
 def _without(size: int, rows: list[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of 0 ... size - 1 in which none of `rows` (sorted) lies."""
+    """Yield the ranges of 0 ... size - 1 in which none of `rows` (sorted) lies."""
     start = 0
     for row in [*rows, size]:
         if row > start:
