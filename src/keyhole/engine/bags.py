@@ -1,9 +1,5 @@
 """The kept patches of a batch: their pixels on the host, and from there on the device, a part at a time.
 
-    files or held pixels -> memory of the host -> uint8 on the device -> values, where the encoder runs
-
-A GPU copies from pinned memory by itself, so that the host does not wait for it.
-
 Letters: b image, m kept, c channels.
 """
 
@@ -66,15 +62,7 @@ class Bags:
 def fetch_bags(
     model: IPSClassifier, batch: Batch, kept: Sequence[Kept | None], hold: int, together: bool = False
 ) -> Bags:
-    """Fetch the kept patches of a batch, padded to one width.
-
-    Args:
-        model: on its device.
-        batch: still open.
-        kept: of each image, on the host; None where it could not be read.
-        hold: most bytes of pixels that stay in host memory; beyond that `Bags.part` reads them each time.
-        together: see `KeptPixels.fetch`.
-    """
+    """Fetch the kept patches of a batch, padded to one width; see `Engine.fetch`."""
     device = next(model.parameters()).device
     wanted = [np.empty(0, np.int64) if image is None else image.index.cpu().numpy() for image in kept]
     held = KeptPixels(batch, wanted, device)
@@ -113,15 +101,10 @@ def positions(model: IPSClassifier, source: PatchSource, index: Index) -> NDArra
 
 
 class KeptPixels:
-    """The pixels of some patches of each image of a batch.
-
-    Args:
-        batch: open as long as `part` is called.
-        wanted: patches of each image.
-        device: where the model is.
+    """The pixels of some patches of each image of a batch, which is open as long as `part` is called.
 
     Attributes:
-        wanted: as given, without those that `keep` has taken out.
+        wanted: patches of each image, without those that `keep` has taken out.
         pixels: of each image (m, *patch_shape), after `fetch`; None where there are none, or before it.
         nbytes: of all of them.
     """
@@ -137,12 +120,7 @@ class KeptPixels:
         self._whole: Tensor | None = None
 
     def fetch(self, together: bool) -> None:
-        """Take all pixels to the host, where they stay; without it `part` reads them each time.
-
-        Args:
-            together: into one block, from which `part` copies straight to the device. Keeping the pixels of one image
-                then keeps the whole block in memory.
-        """
+        """Read all pixels into host memory, where they stay; `together` into one block, see `Engine.fetch`."""
         sources = [source for source in self.batch.sources if source is not None]
         if together and sources:
             count = sum(len(index) for index, it in zip(self.wanted, self.batch.sources, strict=True) if it is not None)
@@ -152,64 +130,52 @@ class KeptPixels:
             self._whole = None
 
     def readable(self, row: int) -> NDArray[np.bool_]:
-        """Which of the wanted patches of an image could be read so far, bool (m,)."""
-        return _readable(self.wanted[row], self.batch, row)
+        """Return which of the wanted patches of an image could be read so far, bool (m,)."""
+        return ~np.isin(self.wanted[row], list(self.batch.unreadable.get(row, {})))
 
     def keep(self, row: int, good: NDArray[np.bool_]) -> None:
-        """Take all other patches of an image out, bool (m,)."""
+        """Remove all other patches of an image; `good` is bool (m,)."""
         if not good.all():
             block = self.pixels[row]
             self.pixels[row] = block[good] if block is not None and good.any() else None
             self.wanted[row], self._whole = self.wanted[row][good], None
 
     def part(self, start: int, stop: int) -> Tensor | AsRead:
-        """Loose patches start ... stop of all images on the device, in the order of the images.
+        """Return the loose patches start ... stop of all images on the device, in the order of the images.
 
         Raises:
             ImageError: a patch that is not on the host cannot be read again.
         """
-        cuts = self._cuts(start, stop)
-        found = self._joined(cuts) if self._whole is None else self._whole[start:stop]
-        return as_read(found, self.device, self._colors(cuts))
-
-    def _cuts(self, start: int, stop: int) -> dict[int, slice]:
-        """By image, those of its patches that belong to the loose patches start ... stop."""
-        cuts, first = {}, 0
+        cuts, first = dict[int, slice](), 0
         for row, index in enumerate(self.wanted):
             low, high = max(start - first, 0), min(stop - first, len(index))
             first += len(index)
             if low < high:
                 cuts[row] = slice(low, high)
-        return cuts
+        color = None
+        if self.batch.color is not None:
+            counts = [cut.stop - cut.start for cut in cuts.values()]
+            color = on_device(np.repeat(self.batch.color[list(cuts)], counts, axis=0), self.device)
+        return as_read(self._joined(cuts) if self._whole is None else self._whole[start:stop], self.device, color)
 
     def _joined(self, cuts: dict[int, slice]) -> Tensor:
-        """Patches of images one behind the other, from host memory or else from the files."""
+        """Return patches of images one behind the other, from host memory or else from the files."""
         held = {row: block[cut] for row, cut in cuts.items() if (block := self.pixels[row]) is not None}
         asked = {row: self.wanted[row][cut] for row, cut in cuts.items() if row not in held}
         if asked:
             nothing = np.empty(0, np.int64)
             read = self.batch.fetch([asked.get(row, nothing) for row in range(len(self.wanted))])
-            held |= {row: self._checked(row, index, read[row]) for row, index in asked.items()}
+            for row, index in asked.items():
+                block, unreadable = read[row], self.batch.unreadable.get(row, {})
+                if block is None or np.isin(index, list(unreadable)).any():
+                    reason = [*unreadable.values(), self.batch.failed.get(row)][0]
+                    name = self.batch.names[row]
+                    raise ImageError(name, f"a patch that was selected cannot be read again ({reason})")
+                held[row] = block
         blocks = [held[row] for row in cuts]
         whole = host_memory((sum(map(len, blocks)), *blocks[0].shape[1:]), blocks[0].dtype, self.device)
         np.concatenate(blocks, out=whole.numpy())
         return whole
-
-    def _checked(self, row: int, index: Index, block: NDArray[Any] | None) -> NDArray[Any]:
-        if block is None or not _readable(index, self.batch, row).all():
-            reasons = [*self.batch.unreadable.get(row, {}).values(), self.batch.failed.get(row)]
-            raise ImageError(self.batch.names[row], f"a patch that was selected cannot be read again ({reasons[0]})")
-        return block
-
-    def _colors(self, cuts: dict[int, slice]) -> Tensor | None:
-        if self.batch.color is None:
-            return None
-        counts = [cut.stop - cut.start for cut in cuts.values()]
-        return on_device(np.repeat(self.batch.color[list(cuts)], counts, axis=0), self.device)
-
-
-def _readable(index: Index, batch: Batch, row: int) -> NDArray[np.bool_]:
-    return ~np.isin(index, list(batch.unreadable.get(row, {})))
 
 
 def _fills(whole: Tensor, parts: Sequence[NDArray[Any] | None]) -> bool:

@@ -13,9 +13,7 @@ from keyhole.nn.cost import has_depthwise, multiply_adds
 
 
 def choose_device(name: str, remedy: str = "", option: str = "--run.device") -> torch.device:
-    """Return the device: `auto` is the first CUDA GPU, else Apple's (`mps`), else the CPU. A CUDA GPU has its index.
-
-    Nothing was tested on `mps`.
+    """Return the device: `auto` is the first CUDA GPU, else Apple's (`mps`, untested), else the CPU.
 
     Args:
         name: of the setting `run.device`.
@@ -23,7 +21,7 @@ def choose_device(name: str, remedy: str = "", option: str = "--run.device") -> 
         option: that the user gave it with, for errors.
 
     Raises:
-        ConfigError: torch does not know the device, or it is not there, or another process has it to itself.
+        ConfigError: torch does not know the device, or it is missing, or another process uses it exclusively.
     """
     first = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -36,7 +34,7 @@ def choose_device(name: str, remedy: str = "", option: str = "--run.device") -> 
 
 
 def with_index(device: torch.device) -> torch.device:
-    """`cuda` as `cuda:0`, or whichever is the current one, as tensors there have it; to torch the two are not equal."""
+    """Return `cuda` with the index of the current one, as tensors have it; to torch the two are not equal."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -59,32 +57,22 @@ class Arithmetic:
         return look if look == learn else f"{look} where it looks, {learn} where it learns"
 
     def name(self, kind: torch.dtype) -> str:
-        """A type in words."""
+        """Return a type in words."""
         return "tf32" if self.tf32 and kind == torch.float32 else str(kind).removeprefix("torch.")
 
 
-ENOUGH_WORK = 10_000_000
-"""Multiply-adds for a patch from which bf16 pays on a CPU; below, converting costs more. Measured on one thread of a
-Zen 4: 1.4 times slower at 1 million (the small encoder, 64 px), 1.4 to 1.8 times faster from 50 million on."""
+MIN_BF16_WORK = 10_000_000
+"""Multiply-adds for a patch from which bf16 pays on a CPU; below, converting costs more than it saves."""
 
 
 def choose_precision(name: str, encoder: nn.Module, shape: Sequence[int]) -> Arithmetic:
-    """The arithmetic of `train.precision`.
+    """Return the arithmetic of `train.precision`: "auto", "float32", "tf32" or "bf16".
 
-    `auto` is bf16 on a GPU that multiplies in it. On a CPU that does, it is bf16 for looking, if there is enough to do,
-    and float32 for learning: the gradients of depthwise convolutions take 1.5 times as long in bf16, and all others are
-    many times slower as soon as another program wants the same cores. Networks of depthwise convolutions look in
-    float32 there too: their filters nearly cancel, and rounded to bf16 they do not. EfficientNet-Lite0 with the weights
-    of ImageNet kept 5 % other patches than in float32, more after training. What is chosen depends on nothing but the
-    model and the machine, so that a run can be repeated.
-
-    `float32` is not rounded: not to TF32 either, which torch by default does to convolutions on a GPU. That is `tf32`,
-    in which the whole gradient step multiplies; on a CPU it is float32.
-
-    Args:
-        name: "auto", "float32", "tf32" or "bf16".
-        encoder: on its device.
-        shape: of a patch as it is read.
+    `auto` is bf16 on a GPU that multiplies in it. On a CPU that does, it is bf16 without gradients, if there is enough
+    to do, and float32 with gradients, which are slower in bf16. Networks of depthwise convolutions use float32 there:
+    their filters nearly cancel, and rounded to bf16 other patches are kept. The choice depends on model and machine
+    alone, so that a run can be repeated. `float32` is not rounded to TF32, as torch does to convolutions on a GPU by
+    default; `tf32` is, and is float32 on a CPU. `shape` is that of a patch as it is read.
     """
     device = next(encoder.parameters()).device
     if name != "auto":
@@ -94,20 +82,16 @@ def choose_precision(name: str, encoder: nn.Module, shape: Sequence[int]) -> Ari
         return Arithmetic(torch.float32, torch.float32)
     if device.type != "cpu":
         return Arithmetic(torch.bfloat16, torch.bfloat16)
-    fast = not has_depthwise(encoder) and multiply_adds(encoder, shape) >= ENOUGH_WORK
+    fast = not has_depthwise(encoder) and multiply_adds(encoder, shape) >= MIN_BF16_WORK
     return Arithmetic(torch.bfloat16 if fast else torch.float32, torch.float32)
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether there are instructions for bf16: a CPU without them computes in float32 and converts, which is slower."""
+    """Return whether there are instructions for bf16; a CPU without them computes in float32 and converts."""
     if device.type == "cuda":
         with torch.cuda.device(device):  # it asks the current one
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16") or _older_torch_says())
-
-
-def _older_torch_says() -> bool:
-    """Before `torch.cpu.get_capabilities`."""
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name)()) for name in asked if hasattr(torch.cpu, name))
+    older = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # before `get_capabilities`
+    found = known.get("avx512_bf16") or known.get("amx_bf16")
+    return device.type == "cpu" and bool(found or any(getattr(torch.cpu, name, bool)() for name in older))

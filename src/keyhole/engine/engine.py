@@ -6,9 +6,8 @@
         bags = engine.fetch(batch, kept)             # the kept patches again
         loss = engine.backward(bags, criterion)      # pass 2, as many patches at a time as the plan allows
 
-Both passes turn pixels into tensors with the same function and the same colour change per image, so that the model
-learns from the pixels that were selected. JPEG tiles that a GPU decoded in the first pass are read again by the host
-for the second, whose decoder differs a little; under `run.decode cpu` the host decodes them in both.
+Both passes see the same pixels, but for JPEG tiles that a GPU decoded in the first: the host, whose decoder differs a
+little, decodes them for the second. Under `run.decode cpu` it decodes them in both.
 
 Letters: b image, k loose patches, m kept, d width.
 """
@@ -106,15 +105,14 @@ class Engine:
             reader.close()
 
     def beside(self) -> Engine:
-        """Return an engine for a call that overlaps with this one's: with the same model and plan, and its own threads
-        and buffers."""
+        """Return an engine with the same model and plan but its own threads and buffers, for overlapping calls."""
         twin = copy.copy(self)
         twin.__dict__.pop("reader", None)
         twin.stager = twin._stager()
         return twin
 
     def weights_changed(self) -> None:
-        """Let the next pass without gradients use the weights that the model then has; `backward` does so itself."""
+        """Let the next pass without gradients use the weights that the model then has; `backward` calls this itself."""
         self.encoders.weights_changed()
 
     def choose_compile(self, setting: Setting, patch_shape: Sequence[int], expected: int) -> CompileChoice:
@@ -249,12 +247,11 @@ class Engine:
             if bags.rows:
                 with self.encoders.inference():
                     embedding = torch.cat(list(self._embedded(bags)))
-                    classify = partial(self._classified, bags, embedding)
-                    logits = self.pace.run("select", classify)
+                    logits = self.pace.run("select", partial(self._classified, bags, embedding))
             yield Inference(batch, bags, logits)
 
     def _embedded(self, bags: Bags) -> Iterator[Tensor]:
-        """Embeddings of the kept patches, as many at a time as the plan says."""
+        """Yield the embeddings of the kept patches, as many at a time as the plan says."""
         start = 0
         while start < len(bags):
 
@@ -297,10 +294,7 @@ class Inference:
 
 
 def _on_host(kept: Mapping[int, Kept]) -> dict[int, Kept]:
-    """Return what images keep, index and score on the host, without those that keep nothing.
-
-    One copy for all, which waits for the device.
-    """
+    """Return what images keep on the host, without those that keep nothing; one copy for all waits for the device."""
     kept = {number: image for number, image in kept.items() if len(image.index)}
     if not kept:
         return {}

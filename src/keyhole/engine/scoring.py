@@ -27,21 +27,11 @@ CHUNK_PARTS = 8
 
 
 class ChunkScorer:
-    """Scores the chunks of one batch.
+    """Scores the chunks of one batch, inside `Encoders.inference`.
 
-    On a CPU, patches of which all pixels are equal (empty canvas, padding, glass without noise) are encoded once for
-    each colour and image: their embeddings are the same. Not once for a batch, since what an image keeps must not
-    depend, in its last bits, on the images before it. On a GPU, where the host should not look at pixels, all are
-    encoded, and chunks keep one size, but for the last of a batch; see `rows_to_encode`.
-
-    Args:
-        encoders: inside `Encoders.inference`.
-        pace: how many patches are encoded at once.
-        timer: measures encoding and scoring.
-        color: (b c c+1) colour change of each image, as `Batch.color`.
-
-    Attributes:
-        repeated: patches that were not encoded, since an equal one had been.
+    On a CPU, patches of one colour (empty canvas, padding, glass) are encoded once for each colour and image, since
+    what an image keeps must not depend, in its last bits, on other images. On a GPU, whose pixels the host does not
+    read, all are encoded. `color` is that of the batch; `repeated` counts the patches that were not encoded.
     """
 
     def __init__(self, encoders: Encoders, pace: Pace, timer: Timer, color: NDArray[np.float32] | None = None) -> None:
@@ -51,15 +41,10 @@ class ChunkScorer:
         self._known: dict[tuple[int, bytes], Tensor] = {}
 
     def score(self, chunk: Chunk, pixels: Tensor, position: Tensor | None) -> Tensor:
-        """Return the attention logits (count h t) of a chunk.
-
-        Args:
-            chunk: as it came from the reader.
-            pixels: all rows of its buffer, on the device.
-            position: of its patches (count,) or (count, 2), where the model has a position code.
-        """
+        """Return the attention logits (count h t) of a chunk; `pixels` are all rows of its buffer, on the device."""
         if self.device.type != "cpu":
-            return self._scored(pixels, self._colors(_padded(chunk.image, len(pixels))), position, chunk.count)
+            image = np.pad(chunk.image, (0, len(pixels) - len(chunk.image)))
+            return self._scored(pixels, self._colors(image), position, chunk.count)
         pixels = pixels[: chunk.count]
         blank = blank_rows(chunk.pixels[: chunk.count])
         if not blank.any():
@@ -69,18 +54,8 @@ class ChunkScorer:
             return self.encoders.logits(embedding, position)
 
     def embeddings(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the embeddings of loose patches, `count` in all, in tensors (k d) one after the other.
-
-        Args:
-            pixels: on the device; rows from `count` on are encoded with the others and left out of the result.
-            count: rows in use.
-        """
-
-        def embed(rows: slice, used: int) -> Tensor:
-            with self.timer.part("encoding"):
-                return self._embed(pixels, None, rows)[:used]
-
-        return list(self._parts(pixels, embed, count))
+        """Return the embeddings of the first `count` loose patches, in tensors (k d) one after the other."""
+        return list(self._parts(pixels, lambda rows, used: self._embed(pixels, None, rows)[:used], count))
 
     def _distinct(self, chunk: Chunk, pixels: Tensor, blank: NDArray[np.bool_]) -> Tensor:
         """Return the embeddings of a chunk some of whose patches are of one colour."""
@@ -88,27 +63,25 @@ class ChunkScorer:
         first = {key: row for row, key in reversed(keys.items()) if key not in self._known}
         rows = np.sort(np.concatenate([(~blank).nonzero()[0], np.fromiter(first.values(), np.int64)]))
         self.repeated += len(pixels) - len(rows)
-        found = [self._embedded(pixels[torch.from_numpy(rows)], self._colors(chunk.image[rows]))] if len(rows) else []
+        some, color = pixels[torch.from_numpy(rows)], self._colors(chunk.image[rows])
+        parts = list(self._parts(some, lambda part, _: self._embed(some, color, part), len(rows)))
+        found = torch.cat(parts) if parts else next(iter(self._known.values())).new_empty(0)
         place = {int(row): at for at, row in enumerate(rows)}
-        self._known |= {key: found[0][place[row]].clone() for key, row in first.items()}
-        some = found[0] if found else next(iter(self._known.values()))[None]
-        embedding = some.new_empty(len(pixels), some.shape[1])
-        if found:
-            embedding[torch.from_numpy(rows)] = found[0]
+        self._known |= {key: found[place[row]].clone() for key, row in first.items()}
+        known = next(iter(self._known.values()))
+        embedding = known.new_empty(len(pixels), len(known))
+        if parts:
+            embedding[torch.from_numpy(rows)] = found
         for row, key in keys.items():
             embedding[row] = self._known[key]
         return embedding
 
-    def _embedded(self, pixels: Tensor, color: Tensor | None) -> Tensor:
-        with self.timer.part("encoding"):
-            return torch.cat(list(self._parts(pixels, lambda rows, _: self._embed(pixels, color, rows), len(pixels))))
-
     def _scored(self, pixels: Tensor, color: Tensor | None, position: Tensor | None, count: int) -> Tensor:
         def score(rows: slice, used: int) -> Tensor:
-            with self.timer.part("encoding"):
-                embedding = self._embed(pixels, color, rows)
+            embedding = self._embed(pixels, color, rows)[:used]
             with self.timer.part("scoring"):
-                return self.encoders.logits(embedding[:used], _cut(position, slice(rows.start, rows.start + used)))
+                where = None if position is None else position[rows.start : rows.start + used]
+                return self.encoders.logits(embedding, where)
 
         parts = list(self._parts(pixels, score, count))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -116,7 +89,8 @@ class ChunkScorer:
     def _embed(self, pixels: Tensor, color: Tensor | None, rows: slice) -> Tensor:
         chunk = self.pace.plan.chunk
         whole = rows_to_encode(rows.stop - rows.start, chunk, self.encoders) == chunk
-        return self.encoders.embed(pixels[rows], _cut(color, rows), chunk if whole else 0)
+        with self.timer.part("encoding"):
+            return self.encoders.embed(pixels[rows], None if color is None else color[rows], chunk if whole else 0)
 
     def _parts(self, pixels: Tensor, work: Callable[[slice, int], Tensor], count: int) -> Iterator[Tensor]:
         """Run `work` over the first `count` rows, as many at a time as the plan says."""
@@ -139,10 +113,9 @@ class ChunkScorer:
 def rows_to_encode(used: int, chunk: int, encoders: Encoders) -> int:
     """Return how many rows of a chunk are encoded, of which only the first are in use.
 
-    On a CPU always all: the last bits of a patch's result must not depend on how many others there are. On a GPU a
-    compiled encoder takes the whole chunk, for which it was compiled, if more than half is in use. Fewer cost less
-    uncompiled, which takes about half as long again for each; compiling for a second size would take longer than it
-    saves in most runs. There are few numbers of rows, so that memory is used again.
+    On a CPU all: the last bits of a patch's result must not depend on how many others there are. On a GPU a compiled
+    encoder takes the whole chunk if more than half is in use; fewer cost less uncompiled. There are few numbers of
+    rows, so that memory is used again.
     """
     if encoders.device.type == "cpu" or used >= chunk:
         return chunk
@@ -163,7 +136,7 @@ def blank_rows(pixels: NDArray[np.generic]) -> NDArray[np.bool_]:
 
 
 def timed(items: Iterable[T], timer: Timer) -> Iterator[T]:
-    """Count as reading the time that a consumer waits for the next item."""
+    """Yield the items; the wait for each counts as reading."""
     iterator = iter(items)
     while True:
         with timer.part("reading"):
@@ -171,11 +144,3 @@ def timed(items: Iterable[T], timer: Timer) -> Iterator[T]:
         if item is None:
             return
         yield item
-
-
-def _cut(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
-
-
-def _padded(image: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
-    return np.pad(image, (0, rows - len(image)))
