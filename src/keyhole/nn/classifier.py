@@ -21,12 +21,11 @@ from keyhole.util.tf32 import tf32
 
 
 def _loose(tensor: Shaped[Tensor, "b n ..."], mask: Bool[Tensor, "b n"] | None) -> Shaped[Tensor, "k ..."]:
-    """One row a patch; without a mask no copy is made."""
     return tensor.flatten(0, 1) if mask is None else tensor[mask.to(tensor.device)]
 
 
 def _check_bags(patches: Tensor, position: Tensor | None, mask: Tensor | None) -> None:
-    """Raises ValueError for shapes that do not fit each other; the modules check what they take themselves."""
+    """Raise ValueError for shapes that do not fit each other; the modules check what they take themselves."""
     if patches.ndim < 3:
         raise ValueError(
             f"patches must be (b n c h w), or features (b n f), not {tuple(patches.shape)}; one image is patches[None]"
@@ -38,10 +37,9 @@ def _check_bags(patches: Tensor, position: Tensor | None, mask: Tensor | None) -
 
 
 def encoder_input(patches: Tensor | AsRead) -> tuple[Tensor, Tensor | None]:
-    """Return what the encoder is given of patches, and the colour change that is left to it.
+    """Return the input of the encoder, and the colour change that is left to it.
 
-    On a CPU pixels become numbers before the encoder begins: colours are changed in float32 there, whatever the
-    encoder's precision is, and results do not depend on what is fused.
+    On a CPU colours are changed before it, in float32, so that results do not depend on what is fused.
     """
     if isinstance(patches, Tensor):
         return patches, None
@@ -49,13 +47,9 @@ def encoder_input(patches: Tensor | AsRead) -> tuple[Tensor, Tensor | None]:
 
 
 def encoded(encoder: Callable[..., Tensor], pixels: Tensor, color: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the embeddings of patches, normalized in the pass over uint8 pixels where the encoder allows that.
+    """Return the embeddings of patches; uint8 pixels become normalized values of `dtype` in one pass where that works.
 
-    Args:
-        encoder: of patches (k ...).
-        pixels: (k h w c) uint8 as read from files, (k c h w) floats as the encoder takes them, or (k f) features.
-        color: affine colour change (k c c+1) of each patch; for uint8 only.
-        dtype: of the values that the encoder takes.
+    `pixels` are (k h w c) uint8 as read, with affine colour changes (k c c+1); or (k c h w) floats or (k f) features.
     """
     if pixels.dtype != torch.uint8:
         return encoder(pixels)

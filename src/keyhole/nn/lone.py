@@ -1,4 +1,4 @@
-"""Batch norm where a training step has one patch, as with M = 1 and one image left for the last step of an epoch."""
+"""Batch norm where a training step has a single patch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,9 @@ from torch import Tensor, nn
 
 @contextmanager
 def lone_patch(encoder: nn.Module) -> Iterator[None]:
-    """Within the block, a batch norm that is given one value per channel normalizes by its running statistics.
+    """Let batch norms that are given one value per channel normalize by their running statistics, which stay.
 
-    The variance of one value is zero, so torch refuses to learn from it. The running statistics stay as they are. A
-    batch norm over a map of several pixels has several values even of one patch, and works as always.
-
-    Args:
-        encoder: in the mode it should learn in; afterwards in the same mode.
+    The variance of one value is zero, so torch refuses to learn from it.
     """
 
     def before(norm: nn.Module, inputs: tuple[Any, ...]) -> None:

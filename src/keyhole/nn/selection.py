@@ -26,8 +26,8 @@ from keyhole.nn.tensors import to_device
 
 Rule = Literal["global", "streaming"]
 
-TOGETHER = 2**22
-"""Logits of all images of a batch up to which they are ranked together: the softmax takes as much memory again."""
+MAX_RANKED_TOGETHER = 2**22
+"""Most logits of a batch whose images are ranked together: the softmax takes as much memory again."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,6 @@ class Kept:
     arrived: Bool[Tensor, " n"] | None = None
 
 
-def scores(logits: Float[Tensor, "n h t"]) -> Float[Tensor, " n"]:
-    """Mean over heads and queries of the softmax over the patches."""
-    return logits.softmax(dim=0).mean(dim=(1, 2))
-
-
-def best(score: Float[Tensor, " n"], m: int) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
-    """The m highest and their scores, best first; the earlier patch wins a tie."""
-    found = score.sort(descending=True, stable=True)
-    index, value = found.indices[:m], found.values[:m]
-    return (index.clone(), value.clone()) if len(score) > LATE else (index, value)  # a view holds the memory of all
-
-
 def explore(
     kept: Kept,
     n: int,
@@ -84,7 +72,7 @@ def explore(
     available: Tensor | None = None,
     places: int | None = None,
 ) -> Kept:
-    """Gives a share of the kept places to patches drawn at random from all others.
+    """Give a share of the kept places to patches drawn at random from all others.
 
     Args:
         kept: what one image keeps, best first.
@@ -95,7 +83,7 @@ def explore(
         places: to fill; default as many as are kept.
 
     Returns:
-        As many indices: the best ones, then those drawn, whose score is given as 0.
+        As many indices: the best ones, then the drawn ones with score 0.
     """
     available = kept.arrived if available is None else available
     free = torch.ones(n, dtype=torch.bool) if available is None else available.cpu().clone()
@@ -112,12 +100,9 @@ def explore(
 
 
 class LogitStore:
-    """Logits of an image by patch index, in one block: thousands of small tensors would fragment the memory.
+    """Logits of an image by patch index, in one block that is made when the first of the n patches arrives.
 
-    The block is made when the first patch arrives, so that images that wait for their turn take none.
-
-    Args:
-        n: patches of the image.
+    Thousands of small tensors would fragment the memory.
     """
 
     def __init__(self, n: int) -> None:
@@ -142,13 +127,7 @@ class LogitStore:
 def whole_bags(
     loose: Sequence[Float[Tensor, "_ h t"]], mask: Bool[Tensor, "b n"] | None, shape: tuple[int, int]
 ) -> Float[Tensor, "b n h t"]:
-    """Return the logits of loose patches as bags; -inf at padding.
-
-    Args:
-        loose: one tensor after the other, in the order of the mask.
-        mask: True where there is a patch; None where none is missing.
-        shape: b, n.
-    """
+    """Return the logits of loose patches, in the order of the mask, as bags of shape (b, n); -inf at padding."""
     logits = torch.cat(list(loose))
     if mask is None:
         return logits.unflatten(0, shape)
@@ -158,18 +137,12 @@ def whole_bags(
 
 
 def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b n"] | None = None) -> Selection:
-    """Select from images whose logits are all there, as `GlobalRule` does, with no work of the host for single patches.
-
-    Args:
-        logits: -inf at padding.
-        m: patches to keep.
-        mask: True where there is a patch; None where none is missing.
-    """
+    """Select from complete logits as `GlobalRule` does, without work of the host for single patches."""
     b, n = logits.shape[:2]
     index = torch.empty(b, min(m, n), dtype=torch.long, device=logits.device)
     score = torch.empty(index.shape, device=logits.device)
     mask = None if mask is None else mask.to(logits.device)
-    at_once = b if logits.numel() <= TOGETHER else 1
+    at_once = b if logits.numel() <= MAX_RANKED_TOGETHER else 1
     for rows in (slice(start, start + at_once) for start in range(0, b, at_once)):
         of = logits[rows].softmax(dim=1).mean(dim=(2, 3))
         ranked = of if mask is None else of.masked_fill(~mask[rows], -1.0)  # a score of 0 is still better than none
@@ -194,9 +167,7 @@ class Ended(NamedTuple):
 
 
 class SelectionRule(Protocol):
-    """How the patches that are kept follow from attention logits, for the images of a batch.
-
-    To add a rule, write a class with these members and enter it in `RULES`.
+    """Chooses the kept patches of the images of a batch from attention logits. A new rule is one such class in `RULES`.
 
     Attributes:
         needs_logits: it ranks an image when the logits of all its patches are there.
@@ -233,20 +204,20 @@ class GlobalRule:
         self.m = m
 
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        """Nothing is done before the logits of an image are complete."""
+        """Do nothing before the logits of an image are complete."""
 
     def settle(self, ended: Mapping[int, Ended]) -> dict[int, Best]:
-        """Return the m best of those patches of each image that arrived."""
-        return {image: self._best(*each) for image, each in ended.items()}
-
-    def _best(self, logits: Tensor | None, arrived: Tensor | None) -> Best:
-        assert logits is not None
-        score = scores(logits)
-        if arrived is None:
-            return Best(*best(score, self.m))
-        # a score that underflows to 0 is still better than none
-        score = score.masked_fill(~to_device(arrived, score.device), -1.0)
-        return Best(*best(score, min(self.m, int(arrived.sum()))))
+        """Return the m best of those patches of each image that arrived; the earlier patch wins a tie."""
+        kept = {}
+        for image, (logits, arrived) in ended.items():
+            assert logits is not None
+            score, m = logits.softmax(dim=0).mean(dim=(1, 2)), self.m
+            if arrived is not None:  # a score that underflows to 0 is still better than none
+                score, m = score.masked_fill(~to_device(arrived, score.device), -1.0), min(m, int(arrived.sum()))
+            found = score.sort(descending=True, stable=True)
+            best = found.indices[:m], found.values[:m]
+            kept[image] = Best(*(each.clone() for each in best) if len(score) > LATE else best)  # a view holds all
+        return kept
 
 
 RULES: dict[str, type[SelectionRule]] = {"global": GlobalRule, "streaming": StreamingRule}
@@ -256,9 +227,9 @@ RULES: dict[str, type[SelectionRule]] = {"global": GlobalRule, "streaming": Stre
 class Selector:
     """Gives the logits of packed chunks, which may hold patches of several images, to the rule of a batch.
 
-    An image has ended when its last patch has arrived or been skipped. Under "global" its logits are dropped then: a
-    batch whose images arrive one after the other needs the logits of one, whatever its size. Under "streaming" small
-    images wait for each other, since they take their steps together; `finish` of one makes all take theirs.
+    An image has ended when its last patch has arrived or been skipped. Under "global" its logits are dropped then, so
+    that a batch needs those of one image at a time. Under "streaming" small images wait to take their steps together;
+    `finish` of one makes all take theirs.
 
     Args:
         counts: patches of each image.
@@ -295,11 +266,7 @@ class Selector:
             self._settle()
 
     def skip(self, image: Int[Tensor, " k"]) -> None:
-        """Note that k patches, whose images these are, will never arrive.
-
-        Patches need not be skipped, but an image that lacks some is then finished, and its logits dropped, by
-        `finish` only.
-        """
+        """Note that k patches of these images will never arrive; without it, only `finish` ends such an image."""
         numbers, counts = np.unique(image.numpy(), return_counts=True)
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
             self._count(number, count)
@@ -307,7 +274,7 @@ class Selector:
             self._settle()
 
     def finished(self, image: int) -> bool:
-        """Whether the last patch of image number `image` has arrived or been skipped."""
+        """Return whether the last patch of image number `image` has arrived or been skipped."""
         return self._images[image].kept is not None or image in self._ended
 
     def finish(self, image: int) -> Kept:
@@ -329,11 +296,11 @@ class Selector:
 
     def _end(self, number: int) -> None:
         image = self._images[number]
-        if image.arrived is None:
-            nothing = torch.zeros(image.n, dtype=torch.bool) if image.n else None
-            image.finish(Kept(torch.empty(0, dtype=torch.long), torch.empty(0), None, nothing))
-        else:
+        if image.arrived is not None:
             self._ended.append(number)
+            return
+        nothing = torch.zeros(image.n, dtype=torch.bool) if image.n else None
+        image.finish(Kept(torch.empty(0, dtype=torch.long), torch.empty(0), None, nothing))
 
     def _settle(self) -> None:
         ended = {number: self._images[number].ended() for number in self._ended}
@@ -345,13 +312,7 @@ class Selector:
 
 
 class _Image:
-    """An image on its way through the selection: which of its patches have come, and its logits where they are needed.
-
-    Attributes:
-        left: patches still to come.
-        arrived: (n,) True where a patch has come; None before the first.
-        kept: once it is settled.
-    """
+    """State of an image of n patches: how many are `left`, which have `arrived` (n,), its logits, and what it keeps."""
 
     def __init__(self, n: int, store: LogitStore | None) -> None:
         self.n = self.left = n
@@ -388,16 +349,9 @@ def select_bags(
     rule: Rule,
     at_once: int | None = None,
 ) -> Selection:
-    """Select from bags in memory.
+    """Select from b bags of n patches in memory; `score` gives the logits of loose patches, in the order of `mask`.
 
-    Args:
-        score: gives the attention logits of some loose patches, in the order of `mask`.
-        shape: b, n.
-        mask: True where there is a patch; None where none is missing.
-        m: patches to keep.
-        chunk: as the rule takes it.
-        rule: name of a rule in `RULES`.
-        at_once: patches to score at once; default `chunk`.
+    `chunk` is that of the rule, and `at_once` the number of patches that are scored at once, by default `chunk`.
     """
     if m < 1 or chunk < 1:
         raise ValueError(f"`m` (={m}) and `chunk` (={chunk}) must be at least 1")
@@ -426,7 +380,7 @@ def select_bags(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; every submodule gets back the mode it had."""
+    """Evaluate without gradients inside; every submodule gets back the mode it had."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()

@@ -2,10 +2,9 @@
 
 Letters: b image, m kept, i new patches of a step, k candidates of a step, r row (a held patch), h head, t query.
 
-A step is a dozen operations, whatever its size, and an image takes one for every i of its patches. So steps are taken
-late: logits wait until the batch ends or many of them wait. Then all images that have a step to take do so together, as
-the published code does with a batch in memory. What an image keeps does not depend on when that is, nor on the other
-images: its steps begin and end at the same patches, and padding is never kept.
+A step is a dozen operations, whatever its size. So logits wait until the batch ends or many wait; then all images take
+their steps together, as the published code does with a batch in memory. What an image keeps depends neither on when
+that is nor on the other images: its steps begin and end at the same patches, and padding is never kept.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 from keyhole.nn.tensors import to_device
 
 LATE = 2**14
-"""Patches that may wait beside those of a whole step; with 8 heads and 4 queries their logits are 2 MB."""
+"""Patches that may wait beside those of a whole step."""
 
 Ints = NDArray[np.int64]
 
@@ -37,7 +36,7 @@ class Best:
 class StreamingRule:
     """Takes the steps of the images of a batch, whatever numbers of patches arrive at a time.
 
-    Needs memory for the logits of m patches an image, and of those that wait.
+    It holds the logits of m patches of each image, and of those that wait.
 
     Args:
         m: patches to keep of each image.
@@ -55,21 +54,18 @@ class StreamingRule:
 
     @property
     def due(self) -> bool:
-        """Whether enough patches wait for steps to be taken now."""
+        """Return whether enough patches wait for steps to be taken now."""
         return sum(len(image) for image, _, _ in self._waiting) > LATE + self.m + self.chunk
 
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        """Takes the logits of k patches; `image` and `index` live on the host, in order of arrival."""
+        """Take the logits of k patches; `image` and `index` live on the host, in order of arrival."""
         self._waiting.append((image.numpy(), index.numpy(), logits))
 
     def settle(self, ended: Collection[int]) -> dict[int, Best]:
-        """Takes all steps for which there are patches.
-
-        Args:
-            ended: images of which no further patch will come; their last step may be a short one.
+        """Take all steps for which there are patches; the last step of an image that has ended may be short.
 
         Returns:
-            What those of them keep that have any patch. They are forgotten.
+            What the ended images keep that have any patch. They are forgotten.
         """
         if not self._waiting and not self._memory:
             return {}
@@ -86,7 +82,7 @@ class StreamingRule:
         return self._finished(held, rows, [each if each.image in ended else None for each in todo])
 
     def _todo(self, held: "_Held", ended: Collection[int]) -> list["_Todo"]:
-        """The steps of every image that has any to take, or has ended."""
+        """Return the steps of every image that has any to take, or has ended."""
         found = []
         order = np.argsort(held.image, kind="stable")  # an image's memory is in front of its new patches
         owners, starts = np.unique(held.image[order], return_index=True)
@@ -103,7 +99,7 @@ class StreamingRule:
         return found
 
     def _kept(self, held: "_Held", todo: Sequence["_Todo"]) -> Int[Tensor, "b m"]:
-        """The rows that each image has kept after its steps; those with more steps come first."""
+        """Return the rows that each image has kept after its steps; those with more steps come first."""
         later = [
             [each.blocks[step] for each in todo if len(each.blocks) > step] for step in range(1, len(todo[0].blocks))
         ]
@@ -122,7 +118,7 @@ class StreamingRule:
     def _best(
         self, held: "_Held", rows: Int[Tensor, "b k"], padded: bool
     ) -> tuple[Int[Tensor, "b m"], Float[Tensor, "b m"]]:
-        """The m best candidates of each image and their scores, best first; the earlier candidate wins a tie."""
+        """Return the m best candidates of each image and their scores; the earlier candidate wins a tie."""
         score = held.logits[rows].softmax(dim=1).mean(dim=(2, 3))
         if padded:  # a score that underflows to 0 is still better than none
             score = score.masked_fill(rows == held.padding, -1.0)
@@ -130,7 +126,7 @@ class StreamingRule:
         return rows.gather(1, best.indices[:, : self.m]), best.values[:, : self.m]
 
     def _finished(self, held: "_Held", rows: Int[Tensor, "b m"], ended: Sequence["_Todo | None"]) -> dict[int, Best]:
-        """What the images that have ended keep: a last ranking of what each has kept so far."""
+        """Return what the ended images keep: a last ranking of what each has kept so far."""
         places = [place for place, each in enumerate(ended) if each is not None]
         if not places:
             return {}
@@ -146,7 +142,7 @@ class StreamingRule:
         }
 
     def _wait(self, held: "_Held", todo: Sequence["_Todo"]) -> None:
-        """Leaves waiting what no step has taken."""
+        """Leave waiting what no step has taken."""
         taken = np.zeros(held.padding, np.bool_)
         taken[: held.memory] = True
         for each in todo:
@@ -171,7 +167,7 @@ class _Todo:
         return len(self.memory) + sum(map(len, self.blocks))
 
     def candidates(self, step: int) -> Ints:
-        """The candidates of the first step, the memory alone where there is none."""
+        """Return the candidates of a step that begins with the memory; the memory alone where there is no step."""
         return np.concatenate([self.memory, *self.blocks[step : step + 1]])
 
 
@@ -180,10 +176,10 @@ class _Held:
     """All held patches, a row each: first those in the memory of their image, then those that wait, then padding.
 
     Attributes:
-        image: (r,) whose they are, on the host.
-        patch: which patch of it, on the host; of those that wait.
-        memory: how many rows are memory.
-        index: (r + 1,) which patch each is, on the device.
+        image: (r,) of each row, on the host.
+        patch: index in its image of each row that waits, on the host.
+        memory: number of rows that are memory.
+        index: (r + 1,) index in its image of each row, on the device.
         logits: (r + 1, h, t); -inf in the last row, which is the padding.
     """
 
@@ -210,18 +206,18 @@ class _Held:
 
     @property
     def padding(self) -> int:
-        """The row that is no patch."""
+        """Return the row of the padding."""
         return len(self.image)
 
     def table(self, rows: Sequence[Ints], width: int = 0) -> Ints:
-        """Rows (b k) of several images, filled up with padding, `width` at least."""
+        """Return the rows of several images, padded, as a table (b k) of at least `width` columns."""
         table = np.full((len(rows), max(width, *map(len, rows))), self.padding)
         for place, each in enumerate(rows):
             table[place, : len(each)] = each
         return table
 
     def on_device(self, tables: Sequence[Ints]) -> list[Tensor]:
-        """Tables in one copy."""
+        """Copy all tables at once."""
         flat = to_device(torch.from_numpy(np.concatenate([table.ravel() for table in tables])), self.index.device)
         parts = torch.split(flat, [table.size for table in tables])
         return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
