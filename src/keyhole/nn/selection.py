@@ -99,31 +99,6 @@ def explore(
     return replace(kept, index=torch.cat([best_index, chosen]), score=score)
 
 
-class LogitStore:
-    """Logits of an image by patch index, in one block that is made when the first of the n patches arrives.
-
-    Thousands of small tensors would fragment the memory.
-    """
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-        self.logits: Tensor | None = None
-
-    def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
-        rows = index.numpy()
-        first, last = int(rows[0]), int(rows[-1])
-        in_order = last - first == len(rows) - 1 and bool((rows[1:] > rows[:-1]).all())
-        if in_order and len(rows) == self.n:  # all at once: they are the block
-            self.logits = logits
-            return
-        if self.logits is None:
-            self.logits = logits.new_full((self.n, *logits.shape[1:]), -torch.inf)
-        if in_order:
-            self.logits[first : last + 1] = logits  # patches mostly come in order: nothing has to reach the device
-        else:
-            self.logits[to_device(index, logits.device)] = logits
-
-
 def whole_bags(
     loose: Sequence[Float[Tensor, "_ h t"]], mask: Bool[Tensor, "b n"] | None, shape: tuple[int, int]
 ) -> Float[Tensor, "b n h t"]:
@@ -248,7 +223,7 @@ class Selector:
             raise ValueError(f"rule (={rule!r}) must be one of {', '.join(map(repr, RULES))}")
         self._rule, self._keeps_logits = RULES[rule](m, chunk), keep_logits
         stores = keep_logits or self._rule.needs_logits
-        self._images = [_Image(n, LogitStore(n) if stores else None) for n in counts]
+        self._images = [_Image(n, stores) for n in counts]
         self._ended: list[int] = []  # images that are still to be settled
 
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
@@ -312,11 +287,15 @@ class Selector:
 
 
 class _Image:
-    """State of an image of n patches: how many are `left`, which have `arrived` (n,), its logits, and what it keeps."""
+    """State of an image of n patches: how many are `left`, which have `arrived` (n,), its logits, and what it keeps.
 
-    def __init__(self, n: int, store: LogitStore | None) -> None:
+    The logits are one block, made when the first patch arrives: thousands of small tensors would fragment the memory.
+    """
+
+    def __init__(self, n: int, stores: bool) -> None:
         self.n = self.left = n
-        self.store = store
+        self.stores = stores
+        self.logits: Tensor | None = None
         self.arrived: NDArray[np.bool_] | None = None
         self.kept: Kept | None = None
 
@@ -328,16 +307,27 @@ class _Image:
         rows = index.numpy()
         assert not self.arrived[rows].any(), "a patch arrived twice"
         self.arrived[rows] = True
-        if self.store is not None:
-            self.store.add(index, logits[start : start + len(index)])
+        if not self.stores:
+            return
+        logits = logits[start : start + len(index)]
+        first, last = int(rows[0]), int(rows[-1])
+        in_order = last - first == len(rows) - 1 and bool((rows[1:] > rows[:-1]).all())
+        if in_order and len(rows) == self.n:  # all at once: they are the block
+            self.logits = logits
+            return
+        if self.logits is None:
+            self.logits = logits.new_full((self.n, *logits.shape[1:]), -torch.inf)
+        if in_order:
+            self.logits[first : last + 1] = logits  # patches mostly come in order: nothing has to reach the device
+        else:
+            self.logits[to_device(index, logits.device)] = logits
 
     def ended(self) -> Ended:
         assert self.arrived is not None
-        arrived = None if self.arrived.all() else torch.from_numpy(self.arrived)
-        return Ended(None if self.store is None else self.store.logits, arrived)
+        return Ended(self.logits, None if self.arrived.all() else torch.from_numpy(self.arrived))
 
     def finish(self, kept: Kept) -> None:
-        self.kept, self.store, self.arrived = kept, None, None
+        self.kept, self.logits, self.arrived = kept, None, None
 
 
 def select_bags(

@@ -15,7 +15,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[fl
     A fused optimizer checks them on the device and skips the step there, as it does for mixed precision; the host waits
     once, behind the step. Other optimizers take their step after the host has checked.
     """
-    if optimizer.param_groups[0].get("fused"):
+    fused = optimizer.param_groups[0].get("fused")
+    if fused:
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 _lay_out_gradient(weight)
@@ -24,9 +25,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[fl
             optimizer.step()
         finally:
             del optimizer.found_inf  # type: ignore[attr-defined]
-        return _on_host(figures)
-    found = _on_host(figures)
-    if all(map(math.isfinite, found)):
+    found: list[float] = figures.tolist()
+    if not fused and all(map(math.isfinite, found)):
         optimizer.step()
     return found
 
@@ -63,8 +63,3 @@ def _lay_out_gradient(weight: Tensor) -> None:
         weight.grad = gradient.as_strided(weight.shape, weight.stride())
     else:
         weight.grad = torch.empty_like(weight).copy_(gradient)
-
-
-def _on_host(figures: Tensor) -> list[float]:
-    values: list[float] = figures.tolist()
-    return values
