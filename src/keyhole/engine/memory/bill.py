@@ -27,29 +27,17 @@ SORTING_BYTES = 32
 
 @dataclass(frozen=True)
 class Bill:
-    """Bytes of a run.
+    """Bytes of a run."""
 
-    Attributes:
-        work: what is planned for.
-        costs: of the two passes, measured.
-        cpu: computed on a CPU, whose memory then counts.
-        now: taken before the first step.
-        training: gradients and AdamW's two moments, unless they are there already.
-        stepping: what the optimizer needs while it steps.
-        scores: numbers that a patch has in the logits, heads x queries.
-        tiles: decoded tiles that are kept for later patches.
-        gaps: factor on measured costs, for gaps in malloc's heap.
-    """
-
-    work: Workload
-    costs: PassBytes
-    cpu: bool
-    now: int
-    training: int
-    stepping: int
-    scores: int
-    tiles: int = 0
-    gaps: float = 1.0
+    work: Workload  # what is planned for
+    costs: PassBytes  # of the two passes, measured
+    cpu: bool  # computed on a CPU, whose memory then counts
+    now: int  # taken before the first step
+    training: int  # gradients and AdamW's two moments, unless they are there already
+    stepping: int  # what the optimizer needs while it steps
+    scores: int  # numbers that a patch has in the logits, heads x queries
+    tiles: int = 0  # decoded tiles that are kept for later patches
+    gaps: float = 1.0  # factor on measured costs, for gaps in malloc's heap
 
     @property
     def kept(self) -> int:

@@ -52,32 +52,21 @@ Step = Literal["select", "learn", "both"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How memory is used.
+    """How memory is used."""
 
-    Attributes:
-        chunk: I, patches of the pass without gradients at a time.
-        split: kept patches of the gradient step at a time; None is all at once.
-        kept: B x M, the most patches that a gradient step learns from; 0 without one.
-        budget: bytes; on a CPU of the whole process, on CUDA of torch's allocator.
-        source: where the budget comes from.
-        named: the user gave the budget.
-        peak: bytes predicted.
-        hold: bytes of pixels up to which a batch stays in host memory, so that its kept patches are not read again; the
-            next batch may hold as many.
-        steady: memory is so scarce that freed blocks are returned at once, which is slower; see `steady_heap`.
-        device: type of the device that it was made for, "cpu" or "cuda"; "" if unknown.
-    """
-
-    chunk: int = 64
-    split: int | None = None
-    kept: int = 0
-    budget: int = 0
-    source: str = ""
-    named: bool = False
-    peak: int = 0
+    chunk: int = 64  # I, patches of the pass without gradients at a time
+    split: int | None = None  # kept patches of the gradient step at a time; None is all at once
+    kept: int = 0  # B x M, the most patches that a gradient step learns from; 0 without one
+    budget: int = 0  # bytes; on a CPU of the whole process, on CUDA of torch's allocator
+    source: str = ""  # where the budget comes from
+    named: bool = False  # the user gave the budget
+    peak: int = 0  # bytes predicted
+    # bytes of pixels up to which a batch stays in host memory, so that its kept patches are not read again; the next
+    # batch may hold as many
     hold: int = 0
+    # memory is so scarce that freed blocks are returned at once, which is slower; see `steady_heap`
     steady: bool = False
-    device: str = ""
+    device: str = ""  # type of the device that it was made for, "cpu" or "cuda"; "" if unknown
 
     def describe(self) -> str:
         """Return the plan as one line of text."""

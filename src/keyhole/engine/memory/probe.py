@@ -36,37 +36,21 @@ FIRST_PATCHES, FACTOR = 4, 4
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a plan is made for.
+    """What a plan is made for."""
 
-    Attributes:
-        patch_shape: of one patch as it is read: (s, s, c) uint8, or (f,) float32.
-        m: patches to keep of an image.
-        batch_size: images of a step.
-        largest_bag: patches of the largest image.
-        learn: there is a gradient step; else only selection and a forward pass of the kept patches.
-        chunk: patches at a time in the pass without gradients, where the user has fixed them.
-        ahead: chunks that are read ahead.
-        color: training changes colors.
-        predicts: a prediction of batches of such images follows the last gradient step.
-        jpeg: patches may come as JPEG, which a GPU decodes.
-        turned: patches are flipped or rotated.
-        host_buffers: further bytes on the host, such as decoded images that stay in memory; they count on a CPU.
-        open_pictures: bytes of images that are decoded whole, as many as are open at a time; they count on a CPU.
-    """
-
-    patch_shape: Sequence[int]
-    m: int
-    batch_size: int
-    largest_bag: int
-    learn: bool = False
-    chunk: int | None = None
-    ahead: int = 4
-    color: bool = True
-    predicts: bool = False
-    jpeg: bool = True
-    turned: bool = False
-    host_buffers: int = 0
-    open_pictures: int = 0
+    patch_shape: Sequence[int]  # of one patch as it is read: (s, s, c) uint8, or (f,) float32
+    m: int  # patches to keep of an image
+    batch_size: int  # images of a step
+    largest_bag: int  # patches of the largest image
+    learn: bool = False  # there is a gradient step; else only selection and a forward pass of the kept patches
+    chunk: int | None = None  # patches at a time in the pass without gradients, where the user has fixed them
+    ahead: int = 4  # chunks that are read ahead
+    color: bool = True  # training changes colors
+    predicts: bool = False  # a prediction of batches of such images follows the last gradient step
+    jpeg: bool = True  # patches may come as JPEG, which a GPU decodes
+    turned: bool = False  # patches are flipped or rotated
+    host_buffers: int = 0  # further bytes on the host, such as decoded images that stay in memory; they count on a CPU
+    open_pictures: int = 0  # bytes of images that are decoded whole, as many as are open at a time; they count on a CPU
 
     @property
     def pixels(self) -> bool:
@@ -96,19 +80,12 @@ class Line:
 
 @dataclass(frozen=True)
 class PassBytes:
-    """Bytes of the passes, beyond the weights.
+    """Bytes of the passes, beyond the weights."""
 
-    Attributes:
-        score: of the pass without gradients over k patches.
-        learn: of encoding k patches with gradients; as `score` where the encoder does not learn.
-        pool: of pool, heads and their gradients over all images with m kept patches each.
-        dim: width d of an embedding.
-    """
-
-    score: Line
-    learn: Line
-    pool: Line
-    dim: int
+    score: Line  # of the pass without gradients over k patches
+    learn: Line  # of encoding k patches with gradients; as `score` where the encoder does not learn
+    pool: Line  # of pool, heads and their gradients over all images with m kept patches each
+    dim: int  # width d of an embedding
 
 
 def probe(encoders: Encoders, work: Workload, chunk: int, room: int) -> PassBytes:
