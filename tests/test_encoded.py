@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -344,12 +344,14 @@ def test_only_what_the_consumer_waits_for_comes_encoded(files: dict[str, Path]) 
             return super().read(index, out)
 
     class Watched(Reader):
-        def wait(self, blocking: Any) -> Any:
+        @contextmanager
+        def waiting(self) -> Iterator[None]:
             if begun.is_set() and not asked.is_set():
                 waits.append(1)
                 if len(waits) == 2:  # for the chunk to be planned, then for its pixels
                     asked.set()
-            return super().wait(blocking)
+            with super().waiting():
+                yield
 
     def gated() -> PatchSource:
         source = FileOpener(files["4:2:0"], "gated", TILE)()
@@ -412,12 +414,14 @@ def test_what_threads_get_to_while_the_consumer_waits_comes_encoded_for_later_ch
                 filled.set()
 
     class Watched(Reader):
-        def wait(self, blocking: Any) -> Any:
+        @contextmanager
+        def waiting(self) -> Iterator[None]:
             if asked and len(asked[0].planned) < 6:  # the first chunk has been taken, and is waited for
                 waits.set()
             if asked and not asked[0].planned:  # likewise the last
                 again.set()
-            return super().wait(blocking)
+            with super().waiting():
+                yield
 
     def gated() -> PatchSource:
         source = FileOpener(path, "gated", 16)()

@@ -1,7 +1,7 @@
 """Patches, read ahead in threads and packed into chunks; what cannot be read is left out, counted and listed.
 
-In the order of calls: `reader` plans batches, `batch` gives their chunks, `reading` is a task of a thread, `source` an
-open image, `stream` what they share, `buffers` their memory, `chunks` what goes in and comes out.
+In the order of calls: `reader` plans batches, `batch` gives their chunks, `reading` is a task of a thread, `stream` is
+what all share, `buffers` their memory, `chunks` what goes in and comes out.
 """
 
 from keyhole.loading.batch import Batch as Batch

@@ -15,8 +15,7 @@ from keyhole.errors import ImageError, KeyholeError
 from keyhole.loading.buffers import Array, PixelCache
 from keyhole.loading.chunks import Chunk, FetchOnly, Opener
 from keyhole.loading.reading import Planned, Reading
-from keyhole.loading.source import Slot
-from keyhole.loading.stream import Stream
+from keyhole.loading.stream import Slot, Stream
 from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
 
@@ -60,8 +59,8 @@ class Batch:
     def lengths(self) -> list[int]:
         """Return how many patches of each image are streamed."""
         return [
-            0 if source is None or isinstance(slot.opener, FetchOnly) else len(source)
-            for slot, source in zip(self.slots, self.sources, strict=True)
+            0 if slot.handle is None or isinstance(slot.opener, FetchOnly) else len(slot.handle.source)
+            for slot in self.slots
         ]
 
     def chunks(self) -> Iterator[Chunk]:
@@ -72,17 +71,33 @@ class Batch:
         Raises:
             KeyholeError: an image failed and failures are raised.
         """
-        while (planned := self._next_planned()) is not None:
-            chunk = self._filled(planned)
+        stream = self._stream
+        while True:
+            stream.recycle(keep=1)
+            with stream.threads.lock:
+                stream.wait_for(lambda: bool(self.planned) or self.complete or self.closed)
+                if stream.closed and not self.closed:  # what is planned may not be all
+                    raise RuntimeError("the stream was closed while it was read from")
+                if not self.planned:
+                    break
+                planned = self.planned.popleft()
+            stream.waiting = not planned.finished()
+            try:
+                self._finish(planned.readings)
+            finally:
+                stream.waiting = False
+            chunk = self._assembled(planned)
+            stream.shown.append(chunk)
+            stream.reader.read_patches += chunk.count
+            stream.reader.encoded_patches += len(chunk.encoded)
             if chunk.count:
                 yield chunk
-        for image in range(len(self.names)):
+        for image in sorted(self.unreadable):
             self.settle(image)
 
     def settle(self, image: int) -> None:
         """Count an image as failed if none of its patches could be read. All must have been tried."""
-        length, missing = self.lengths()[image], self.unreadable.get(image, {})
-        if length and len(missing) == length:
+        if (missing := self.unreadable.get(image)) and len(missing) == (length := self.lengths()[image]):
             problem = f"none of its {length} patches can be read ({next(iter(missing.values()))})"
             self.fail(image, ImageError(self.names[image], problem))
 
@@ -123,8 +138,7 @@ class Batch:
             into = np.empty((len(absent), *rows.shape[1:]), rows.dtype) if cached.any() else rows
             parts.append((slot.image, absent, self._read_now(slot, index[absent], into)))
         readings = [reading for *_, part in parts for reading in part]
-        if readings:
-            self._stream.reader.wait(lambda: self._finish(readings))
+        self._finish(readings)
         for image, absent, part in parts:
             found = out[image]
             assert found is not None
@@ -171,33 +185,6 @@ class Batch:
         if handle is not None:
             self._stream.drop(handle)
 
-    def _next_planned(self) -> Planned | None:
-        stream = self._stream
-        stream.recycle(keep=1)
-        stream.reader.wait(lambda: stream.wait_for(lambda: bool(self.planned) or self.complete or self.closed))
-        with stream.threads.lock:
-            if stream.closed and not self.closed:  # what is planned may not be all
-                raise RuntimeError("the stream was closed while it was read from")
-            return self.planned.popleft() if self.planned else None
-
-    def _filled(self, planned: Planned) -> Chunk:
-        """Wait for the pixels of a chunk."""
-        stream = self._stream
-        stream.waiting = not planned.finished()
-        try:
-            stream.reader.wait(lambda: self._finish(planned.readings))
-        finally:
-            stream.waiting = False
-        chunk = self._assembled(planned)
-        if self.cache is not None:
-            for reading in planned.readings:
-                if reading.slot.image not in self.failed:
-                    self.cache.confirm(reading.slot.image, reading.as_pixels())
-        stream.show(chunk)
-        stream.reader.read_patches += chunk.count
-        stream.reader.encoded_patches += len(chunk.encoded)
-        return chunk
-
     def _assembled(self, planned: Planned) -> Chunk:
         """Make the chunk of readings that are done, without failed images and unreadable patches."""
         readings = [reading for reading in planned.readings if reading.slot.image not in self.failed]
@@ -215,9 +202,13 @@ class Batch:
             image[part], index[part] = reading.slot.image, reading.index[rows]
             if moved:
                 buffer[part] = reading.out[rows]
-            if coded := reading.task.value().coded:
+            coded = reading.task.value().coded
+            if coded:
                 patches = enumerate(index[part].tolist(), start)
                 chunk.encoded.update((row, coded[patch]) for row, patch in patches if patch in coded)
+            if self.cache is not None:
+                pixels = reading.index[~np.isin(reading.index, list(coded))] if coded else reading.index
+                self.cache.confirm(reading.slot.image, pixels)
             start += length
         if moved:
             buffer[count:] = 0
@@ -234,7 +225,7 @@ class Batch:
                 own = rows[chunk.image[rows] == image]
                 out = np.empty((len(own), *chunk.pixels.shape[1:]), chunk.pixels.dtype)
                 parts.append((own, self._read_now(self.slots[image], chunk.index[own], out)))
-        self._stream.reader.wait(lambda: self._finish([reading for _, part in parts for reading in part]))
+        self._finish([reading for _, part in parts for reading in part])
         good = np.array([image not in self.failed for image in chunk.image.tolist()], np.bool_)
         for own, part in parts:
             if good[own[0]]:
@@ -254,16 +245,17 @@ class Batch:
 
     def _finish(self, readings: Sequence[Reading]) -> None:
         """Wait until all is read; tasks of an image that has failed may go on."""
-        for reading in readings:
-            image = reading.slot.image
-            if image in self.failed:
-                continue
-            error = reading.complete()
-            if self._stream.closed:
-                break
-            if error is not None:
-                self.fail(image, error)
-            elif missing := reading.task.value().unreadable:
-                self.unreadable.setdefault(image, {}).update(missing)
-        if self._stream.closed:
+        with self._stream.reader.waiting():
+            for reading in readings:
+                image = reading.slot.image
+                if image in self.failed:
+                    continue
+                error = reading.complete()
+                if self._stream.closed:
+                    break
+                if error is not None:
+                    self.fail(image, error)
+                elif missing := reading.task.value().unreadable:
+                    self.unreadable.setdefault(image, {}).update(missing)
+        if readings and self._stream.closed:
             raise RuntimeError("the reader was closed while it was read from")

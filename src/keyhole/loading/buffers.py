@@ -6,7 +6,6 @@ next stream. All locks are that of the reader's threads.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,21 +25,25 @@ Copied = Callable[[], None]
 
 
 class SpareBuffers:
-    """Up to `count` buffers of one shape that no stream uses."""
+    """Up to `count` buffers of one shape that nobody uses, for the next chunk or the next stream."""
 
     def __init__(self, threads: ReadingThreads, count: int, allocate: Allocate) -> None:
         self._lock, self._count, self._allocate = threads.lock, count, allocate
         self._free: deque[tuple[Array, Copied | None]] = deque()
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Return a buffer that nobody uses; allocate one if none of this shape is left."""
+        """Return a free buffer, the one whose copy began first; allocate one if none of this shape is left."""
         with self._lock:
             self._drop_others(shape, dtype)
             found = self._free.popleft() if self._free else None
-        return self._allocate(shape, dtype) if found is None else _when_copied(*found)
+        if found is None:
+            return self._allocate(shape, dtype)
+        buffer, copied = found
+        if copied is not None:  # wait here, on the planning thread, so that the consumer never has to
+            copied()
+        return buffer
 
-    def give(self, buffer: Array, copied: Copied | None) -> None:
-        """Keep a buffer for the next stream, if there is room."""
+    def give(self, buffer: Array, copied: Copied | None = None) -> None:
         with self._lock:
             self._drop_others(buffer.shape, buffer.dtype)
             if len(self._free) < self._count:
@@ -58,62 +61,36 @@ class SpareBuffers:
 
 
 class BufferRing:
-    """At most `count` buffers, used again and again by one stream; this bounds how far it reads ahead.
+    """Lends a stream at most `count` buffers at a time; this bounds how far it reads ahead.
 
-    Attributes:
-        changed: notified when a buffer comes back, and by the caller that changes what `unwanted` of `take` returns.
+    `changed` is notified when a buffer comes back, and by the caller that changes what `unwanted` of `take` returns.
     """
 
     def __init__(self, threads: ReadingThreads, count: int, spare: SpareBuffers) -> None:
         self.changed = threading.Condition(threads.lock)
-        self.spare = spare
-        self._left = count  # buffers that may still be allocated
-        self._free: deque[tuple[Array, Copied | None]] = deque()
-        self._closed = False
+        self._left, self._spare = count, spare
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any], unwanted: Callable[[], bool]) -> Array | None:
         """Wait for a buffer that no copy reads any more and return it; None once `unwanted()` is true."""
         with self.changed:
-            while not (self._free or self._left or unwanted()):
+            while not (self._left or unwanted()):
                 self.changed.wait()
             if unwanted():
                 return None
-            found = self._free.popleft() if self._free else None  # the one whose copy began first
-            self._left -= found is None
-        return self.spare.take(shape, dtype) if found is None else _when_copied(*found)
+            self._left -= 1
+        return self._spare.take(shape, dtype)
 
     def give(self, buffer: Array | None, copied: Copied | None = None) -> None:
         """Take a buffer back; None stands for one that a stuck thread may still write to."""
         with self.changed:
-            if buffer is None:
-                self._left += 1
-            elif self._closed:
-                self.spare.give(buffer, copied)
-            else:
-                self._free.append((buffer, copied))
+            self._left += 1
+            if buffer is not None:
+                self._spare.give(buffer, copied)
             self.changed.notify_all()
-
-    def close(self) -> None:
-        """Give all buffers to the next stream, without waiting until the garbage collector frees this one."""
-        with self.changed:
-            self._closed = True
-            while self._free:
-                self.spare.give(*self._free.popleft())
-
-
-def _when_copied(buffer: Array, copied: Copied | None) -> Array:
-    """Wait here, on the planning thread, for the copy to the device, so that the consumer never has to."""
-    if copied is not None:
-        copied()
-    return buffer
 
 
 class CacheMemory:
-    """The memory in which the batches of a stream cache pixels. The caller holds the lock.
-
-    Attributes:
-        taken: bytes in use by batches.
-    """
+    """The memory in which the batches of a stream cache pixels: `taken` bytes now. The caller holds the lock."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -155,32 +132,19 @@ class CacheMemory:
         self._free.clear()
 
 
-def cache_size(lengths: Sequence[int], shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Bytes that the patches of a batch take."""
-    return sum(lengths) * math.prod(shape) * dtype.itemsize
-
-
 class PixelCache:
     """Pixels of one batch, so that `Batch.fetch` does not read them again.
 
-    Reading threads put pixels here as they arrive. `take` returns only those that the consumer has confirmed.
-
-    Args:
-        lengths: patches of each image; 0 for an image that is not cached.
-        shape, dtype: of a patch.
-        memory: uint8 (`cache_size` or more,).
-
-    Attributes:
-        memory: as given.
-        spoiled: True when a stuck thread may still write there.
+    Reading threads put pixels here as they arrive, into `rows` (sum of lengths, *patch_shape) of `memory`; `take`
+    returns only those that the consumer has confirmed. `lengths` are patches of each image, 0 for one that is not
+    cached. `spoiled` says that a stuck thread may still write into the memory.
     """
 
-    def __init__(self, lengths: Sequence[int], shape: tuple[int, ...], dtype: np.dtype[Any], memory: Array) -> None:
+    def __init__(self, lengths: Sequence[int], rows: Array, memory: Array) -> None:
         self.memory, self.spoiled = memory, False
-        rows = memory[: cache_size(lengths, shape, dtype)].view(dtype).reshape(-1, *shape)
-        ends = np.cumsum(lengths)
         self._pixels: list[Array | None] = [
-            rows[end - length : end] if length else None for length, end in zip(lengths, ends, strict=True)
+            rows[end - length : end] if length else None
+            for length, end in zip(lengths, np.cumsum(lengths), strict=True)
         ]
         self._confirmed: list[NDArray[np.bool_]] = [np.zeros(length, np.bool_) for length in lengths]
 

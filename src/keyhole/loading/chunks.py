@@ -11,8 +11,7 @@ from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource, View
 
 MIN_CHUNKS_ALONE = 16
-"""Chunks from which on an image shares none with others: this costs at most a 16th more, and makes its chunks, and the
-last bits of what is computed from them, independent of the other images of the batch."""
+"""Chunks from which on an image shares none with others, so that its results do not depend on them to the last bit."""
 
 
 class Opener(Protocol):
@@ -40,13 +39,9 @@ class FetchOnly:
 
 @dataclass(frozen=True)
 class Delivery:
-    """Which patches come as JPEG streams instead of pixels, for a device that decodes them.
+    """Which patches come as JPEG streams instead of pixels, for a device that decodes the kinds `colors`.
 
-    Attributes:
-        colors: kinds of JPEG that the device decodes, of "grey", "rgb" and "ycbcr"; see `PatchSource.encoded`.
-        always: deliver every patch that can be delivered. Otherwise only those that a thread starts to read while the
-            consumer waits for pixels: host threads decode what they can in time and the device decodes the rest. Which
-            patches these are differs from run to run, and decoders differ in the last bit.
+    Those that a thread starts to read while the consumer waits for pixels, which differ from run to run; or `always`.
     """
 
     colors: Container[str]
@@ -85,13 +80,9 @@ class Chunk:
     decode: Callable[[Chunk], None] | None = None
 
     def decode_on_host(self) -> None:
-        """Read the rows of `encoded` as pixels from their files, with retries and handling of errors.
+        """Read the rows of `encoded` as pixels from their files, with retries.
 
-        Rows that turn out to be unreadable are removed, and all rows of images that fail: `count`, `image` and `index`
-        change.
-
-        Raises:
-            KeyholeError: an image failed and failures are raised.
+        Rows that turn out to be unreadable, and all of images that fail, are removed from this chunk.
         """
         if self.encoded and self.decode is not None:
             self.decode(self)
@@ -120,18 +111,18 @@ def is_alone(length: int, chunk: int) -> bool:
 def pack(lengths: Sequence[int], chunk: int) -> Iterator[list[Segment]]:
     """Cut the patches of images, one image after the other, into chunks."""
     segments: list[Segment] = []
-    room = chunk
+    room = 0
     for image, length in enumerate(lengths):
-        start = 0
         if segments and (is_alone(length, chunk) or is_alone(lengths[segments[-1].image], chunk)):
-            yield segments
-            segments, room = [], chunk
+            room = 0
+        start = 0
         while start < length:
-            count = min(room, length - start)
-            segments.append(Segment(image, start, start + count))
-            start, room = start + count, room - count
             if room == 0:
-                yield segments
+                if segments:
+                    yield segments
                 segments, room = [], chunk
+            stop = min(start + room, length)
+            segments.append(Segment(image, start, stop))
+            start, room = stop, room - (stop - start)
     if segments:
         yield segments

@@ -1,19 +1,9 @@
 """Chunks of patches, read ahead in parallel and in order, packed across the images of a batch.
 
-    with Reader(threads=2) as reader:
-        for batch in reader.stream(lists_of_openers, chunk=64):
-            for chunk in batch.chunks():          # every patch once, without gradient
-                ...
-            kept = batch.fetch(indices)           # the kept patches of each image; the next batch is being read
-
 A planning thread opens the sources of a batch, cuts their patches into chunks and hands the reading to the threads.
 Host memory is bounded by the ring of buffers, (ahead + 2) chunks and what the tasks in progress hold, and by twice
 `cache_bytes` where a stream caches pixels for `Batch.fetch`. A batch is opened when the last chunk of the one before it
-has a buffer, so that of images of many chunks the sources of two batches are open at most, and of images of few chunks
-those of at most ahead + 3.
-
-A file that cannot be reached is opened and read again. The thread that needs its patches waits for that (the
-consumer, or the planning thread for an image that is not open yet); reading threads go on.
+has a buffer. A lost file is opened and read again by the thread that needs it; reading threads go on.
 """
 
 from __future__ import annotations
@@ -32,8 +22,7 @@ from keyhole.loading.batch import MIN_TASK_PATCHES, Batch
 from keyhole.loading.buffers import Allocate, Array
 from keyhole.loading.chunks import Delivery, Opener, Segment, pack
 from keyhole.loading.reading import Planned, Reading
-from keyhole.loading.source import LOST
-from keyhole.loading.stream import OnError, Retry, SharedReading, Stream
+from keyhole.loading.stream import LOST, OnError, SharedReading, Stream
 from keyhole.util.threads import ReadingThreads
 
 T = TypeVar("T")
@@ -84,7 +73,7 @@ class Reader(SharedReading):
         retry_wait: float = 1.0,
         on_retry: Callable[[str, str], None] | None = None,
     ) -> None:
-        super().__init__(ReadingThreads(threads, stall), ahead, allocate, Retry(retries, retry_wait, on_retry))
+        super().__init__(ReadingThreads(threads, stall), ahead, allocate, retries, retry_wait, on_retry)
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 
     def stream(
@@ -131,7 +120,8 @@ class Reader(SharedReading):
     def run(self, name: str, function: Callable[[], T]) -> T:
         """Return the result of a function that reads the file `name`, under the stall limit, without retries."""
         task = self.threads.submit(name, function, urgent=True)
-        self.wait(partial(self.threads.wait, task))
+        with self.waiting():
+            self.threads.wait(task)
         return task.value()
 
     def close(self) -> None:
@@ -164,7 +154,7 @@ class _Planner:
         """Wait for the next batch and return it, on the consumer's thread; None at the end."""
         stream = self._stream
         with stream.changing():
-            stream.reader.wait(lambda: stream.wait_for(lambda: bool(self._ready) and not stream.closed))
+            stream.wait_for(lambda: bool(self._ready) and not stream.closed)
             return self._ready.popleft()
 
     def _plan(self) -> None:
@@ -174,27 +164,25 @@ class _Planner:
                 if stream.closed:
                     return
                 batch = self._opened(openers)
-                self._hand_over(batch)
+                with stream.changing():
+                    self._ready.append(batch)
                 self._plan_chunks(batch)
                 with stream.changing():
                     batch.complete = True
                     # The ring does not hold back batches that need no buffers.
                     while len(self._ready) > stream.reader.ahead and not stream.closed:
                         self._threads.changed.wait()
-            self._hand_over(None)
+            with stream.changing():
+                self._ready.append(None)
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer, when it gets there
             with stream.changing():
                 stream.error = error
-
-    def _hand_over(self, batch: Batch | None) -> None:
-        with self._stream.changing():
-            self._ready.append(batch)
 
     def _opened(self, openers: Sequence[Opener]) -> Batch:
         """Open all images at once, and those that are lost again together."""
         stream = self._stream
         batch = Batch(stream, openers)
-        waiting, tries = batch.slots, 0
+        waiting, tries, seconds = batch.slots, 0, 0.0
         while waiting and not stream.closed:
             tasks = [self._threads.submit(slot.opener.name, partial(stream.open, slot.opener)) for slot in waiting]
             lost = []
@@ -202,15 +190,15 @@ class _Planner:
                 self._threads.wait(task, stop=lambda: stream.closed)
                 if stream.closed:
                     return batch
-                if isinstance(task.error, LOST) and tries < stream.retry.times:
+                if isinstance(task.error, LOST) and tries < stream.reader.retries:
                     lost.append(slot)
-                    stream.retry.tell(slot.opener.name, task.error, tries)
+                    seconds = stream.reader.retry_in(slot.opener.name, task.error, tries)
                 elif task.error is not None:
                     batch.fail(slot.image, task.error)
                 elif (handle := task.value()) is not None:
                     stream.put(slot, handle)
             if lost:
-                self._threads.pause(stream.retry.seconds(tries), lambda: stream.closed)
+                self._threads.pause(seconds, lambda: stream.closed)
                 tries += 1
             waiting = lost
         return batch
@@ -229,7 +217,9 @@ class _Planner:
             segments = [segment for segment in packed if streamed[segment.image]]
             if not segments:
                 continue
-            buffer = stream.take_buffer(unwanted)
+            assert stream.shape is not None
+            shape, dtype = stream.shape
+            buffer = stream.ring.take((stream.chunk, *shape), dtype, unwanted)
             if buffer is None:
                 return
             planned = self._submit(batch, segments, buffer)
@@ -241,15 +231,14 @@ class _Planner:
 
     def _submit(self, batch: Batch, segments: list[Segment], buffer: Array) -> Planned:
         """Hand the patches of a chunk to the reading threads."""
-        readings: list[Reading] = []
-        row = 0
+        planned, row = Planned(buffer, sum(stop - start for _, start, stop in segments), []), 0
+        buffer[planned.rows :] = 0
         for image, start, stop in segments:
             slot = batch.slots[image]
             for first in range(start, stop, self._run):
                 index = np.arange(first, min(first + self._run, stop), dtype=np.int64)
-                rows = buffer[row : row + len(index)]
                 if slot.handle is not None:  # else it has failed meanwhile
-                    readings.append(Reading(self._stream, slot, index, rows, batch.cache))
+                    rows = buffer[row : row + len(index)]
+                    planned.readings.append(Reading(self._stream, slot, index, rows, batch.cache))
                 row += len(index)
-        buffer[row:] = 0
-        return Planned(buffer, row, readings)
+        return planned

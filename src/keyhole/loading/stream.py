@@ -1,74 +1,176 @@
-"""One pass over batches: the state that the planning thread, the reading threads and the consumer share."""
+"""One pass over batches: its open sources, and what the planning thread, the reading threads and the consumer share."""
 
 from __future__ import annotations
 
+import math
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
-from keyhole.errors import ConfigError, ImageError
-from keyhole.loading.buffers import Allocate, Array, BufferRing, CacheMemory, PixelCache, SpareBuffers, cache_size
-from keyhole.loading.chunks import Chunk, Delivery, Opener
-from keyhole.loading.source import LeaveOut, OpenSource, Slot
+from keyhole.errors import ConfigError, ImageError, ImageLost, StalledRead
+from keyhole.loading.buffers import Allocate, Array, BufferRing, CacheMemory, PixelCache, SpareBuffers
+from keyhole.loading.chunks import Chunk, Coded, Delivery, Opener
+from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
-from keyhole.util.threads import ReadingThreads, given_up
+from keyhole.util.threads import ReadingThreads, ReadTask, beat, given_up
 
-T = TypeVar("T")
 OnError = Literal["raise", "skip", "mask"]
+LeaveOut = Literal["nothing", "damaged", "lost"]
+"""Patches that a read may leave out: none, damaged ones, or also those that the disk does not deliver."""
+
+LOST = (ImageLost, StalledRead)
+"""Errors that may be over after a while; every other error would come again."""
 
 
-@dataclass(frozen=True)
-class Retry:
-    """How often a lost file is read again: `times`, after `first` seconds and then each time four times as long."""
+class OpenSource:
+    """An open source that several threads read. `close` waits for nobody: the last thread that reads closes it.
 
-    times: int
-    first: float
-    told: Callable[[str, str], None] | None
+    `lost` says why the file could not be reached; nobody reads through this source again. `delivers`: some of its
+    patches have come as JPEG streams. `whole`: the read `first` decodes the whole image.
+    """
 
-    def seconds(self, tries: int) -> float:
-        """Return how long to wait after `tries` further tries."""
-        return self.first * 4.0**tries
+    def __init__(self, source: PatchSource) -> None:
+        self.source = source
+        self.lost: ImageError | None = None
+        self.delivers = False
+        self.whole = source.whole_bytes > 0
+        self.first: ReadTask[Any] | None = None
+        self._lock = threading.RLock()
+        self._readers = 0
+        self._closing = False
 
-    def tell(self, name: str, error: ImageError, tries: int) -> None:
-        """Report that an image will be read again."""
-        if self.told is not None:
-            problem = error.problem.rstrip(".")
-            self.told(name, f"{problem}; try {tries + 1} of {self.times} in {self.seconds(tries):g} s")
+    def read(self, index: Index, out: Array, leave_out: LeaveOut = "nothing") -> dict[int, str]:
+        """Read into `out`; return why patches were left out, by patch index. Their rows are zeros."""
+
+        def may_lack(error: ImageError) -> bool:
+            return leave_out == "lost" or (leave_out == "damaged" and not isinstance(error, LOST))
+
+        with self._reading():
+            try:
+                self.source.read(index, out=out)
+                return {}
+            except ImageError as error:
+                if not may_lack(error):
+                    raise
+            unreadable = {}
+            for row in range(len(index)):
+                if given_up():
+                    break
+                try:
+                    self.source.read(index[row : row + 1], out=out[row : row + 1])
+                except ImageError as error:
+                    if not may_lack(error):
+                        raise
+                    out[row] = 0
+                    unreadable[int(index[row])] = error.problem
+                beat()  # an error is a sign of life too
+            return unreadable
+
+    def encoded(self, index: Index, colors: Container[str]) -> dict[int, Coded]:
+        """Return the patches that the file stores as JPEG, by patch index; `read` tells what is wrong with others."""
+        with self._reading():
+            try:
+                found = self.source.encoded(index, colors)
+            except LOST:
+                raise
+            except ImageError:
+                return {}
+        streams = zip(index.tolist(), found or [], strict=found is not None)
+        coded = {patch: Coded(data, self.source.view) for patch, data in streams if data is not None}
+        self.delivers = self.delivers or bool(coded)
+        return coded
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keep the source open inside."""
+        with self._lock:
+            if self.lost is None and self.first is not None and self.first.lost:
+                assert isinstance(self.first.error, StalledRead)
+                self.lost = self.first.error  # a read here would wait for the same decoding
+            if self.lost is not None or self._closing:
+                raise ImageLost(self.source.name, "closed" if self.lost is None else self.lost.problem)
+            self._readers += 1
+        try:
+            yield
+        except LOST as error:
+            self.lost = self.lost or error
+            raise
+        finally:
+            with self._lock:
+                self._readers -= 1
+                last = self._closing and self._readers == 0
+            if last:
+                self.source.close()
+
+    def close(self) -> None:
+        """Close now, or as soon as no thread reads. Does not wait."""
+        with self._lock:
+            now = not self._closing and self._readers == 0
+            self._closing = True
+        if now:
+            self.source.close()
+
+
+class Slot:
+    """One image of a batch: its index, its opener, its source (None before it is opened and after it has failed).
+
+    `worn_out` is True when all retries of a read did not help.
+    """
+
+    def __init__(self, image: int, opener: Opener) -> None:
+        self.image, self.opener = image, opener
+        self.handle: OpenSource | None = None
+        self.worn_out = False
 
 
 class SharedReading:
-    """What all streams of one `Reader` share: threads, spare buffers, retries and counters."""
+    """What all streams of one `Reader` share: threads, spare buffers, retries and counters; see there."""
 
-    def __init__(self, threads: ReadingThreads, ahead: int, allocate: Allocate, retry: Retry) -> None:
-        self.threads, self.ahead, self.retry = threads, ahead, retry
+    def __init__(
+        self,
+        threads: ReadingThreads,
+        ahead: int,
+        allocate: Allocate,
+        retries: int,
+        retry_wait: float,
+        on_retry: Callable[[str, str], None] | None,
+    ) -> None:
+        self.threads, self.ahead = threads, ahead
+        self.retries, self.retry_wait, self.on_retry = retries, retry_wait, on_retry
         self.spare = SpareBuffers(threads, ahead + 2, allocate)
         self.waited = 0.0
         self.read_patches = self.reread_patches = self.encoded_patches = 0
 
-    def wait(self, blocking: Callable[[], T]) -> T:
-        """Call `blocking`, and add the time to `waited`."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Add the time inside to `waited`."""
         start = time.perf_counter()
         try:
-            return blocking()
+            yield
         finally:
             self.waited += time.perf_counter() - start
 
+    def retry_in(self, name: str, error: ImageError, tries: int) -> float:
+        """Report that an image will be read again, after `tries` further tries; return in how many seconds."""
+        seconds = self.retry_wait * 4.0**tries
+        if self.on_retry is not None:
+            problem = error.problem.rstrip(".")
+            self.on_retry(name, f"{problem}; try {tries + 1} of {self.retries} in {seconds:g} s")
+        return seconds
+
 
 class Stream:
-    """One pass.
+    """One pass; arguments as in `Reader.stream`.
 
     Attributes:
-        reader: what all passes share.
-        chunk: patches of a chunk.
-        on_error: as in `Reader.stream`.
-        deliver: which patches may come as JPEG streams; None for none.
         shape: shape and type of a patch; None before the first image is open.
+        shown: chunks with the consumer, oldest first.
         waiting: True while the consumer waits for pixels.
         error: what the planning thread failed with.
         closed: True once nobody consumes any more.
@@ -79,16 +181,15 @@ class Stream:
     ) -> None:
         if chunk < 1:
             raise ConfigError(f"select.chunk (={chunk}) must be at least 1")
-        self.reader, self.threads, self.retry = reader, reader.threads, reader.retry
+        self.reader, self.threads = reader, reader.threads
         self.chunk, self.on_error, self.deliver = chunk, on_error, deliver
-        self.leave_out: LeaveOut = "damaged" if on_error == "mask" else "nothing"
         self.shape: tuple[tuple[int, ...], np.dtype[Any]] | None = None
         self.ring = BufferRing(reader.threads, reader.ahead + 2, reader.spare)
+        self.shown: deque[Chunk] = deque()
         self.waiting = False
         self.error: BaseException | None = None
         self.closed = False
         self._cache_bytes, self._cache_memory = cache_bytes, CacheMemory()
-        self._shown: deque[Chunk] = deque()  # with the consumer, oldest first
         self._opened: set[OpenSource] = set()
 
     @contextmanager
@@ -100,13 +201,8 @@ class Stream:
             self.ring.changed.notify_all()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Block the consumer until `condition()` is true.
-
-        Raises:
-            RuntimeError: the stream was closed.
-            BaseException: what the planning thread failed with.
-        """
-        with self.threads.lock:
+        """Block the consumer, which holds the lock, until `condition()` is true."""
+        with self.reader.waiting():
             while not condition():
                 if self.error is not None:
                     raise self.error
@@ -120,20 +216,14 @@ class Stream:
             return None
         handle = OpenSource(opener())
         with self.threads.lock:
-            wanted = not (self.closed or given_up())
-            if wanted:
+            if not (self.closed or given_up()):
                 self._opened.add(handle)
-        if not wanted:
-            handle.close()
-            return None
-        return handle
+                return handle
+        handle.close()
+        return None
 
     def put(self, slot: Slot, handle: OpenSource) -> None:
-        """Give an image its source.
-
-        Raises:
-            ConfigError: its patches have another shape than those of the images before.
-        """
+        """Give an image its source; its patches must have the shape of those of the images before."""
         slot.handle = handle
         shape = handle.source.patch_shape, handle.source.dtype
         self.shape = self.shape or shape
@@ -154,7 +244,7 @@ class Stream:
         new = task.value()
         if new is None:  # the stream was closed
             return old.lost
-        before, now = (_describe(each.source) for each in (old, new))
+        before, now = (f"{len(each.source)} patches {each.source.patch_shape}" for each in (old, new))
         if before != now or old.source.dtype != new.source.dtype:
             self.drop(new)
             problem = f"changed while it was read: {before} before, {now} now. Run again when nobody writes to it."
@@ -171,12 +261,16 @@ class Stream:
 
     def new_cache(self, lengths: Sequence[int], unwanted: Callable[[], bool]) -> PixelCache | None:
         """Return a cache for all pixels of a batch if they fit; wait while batches before it hold too much for that."""
-        if self.shape is None or not 0 < (size := cache_size(lengths, *self.shape)) <= self._cache_bytes:
+        if self.shape is None:
+            return None
+        shape, dtype = self.shape
+        size = sum(lengths) * math.prod(shape) * dtype.itemsize
+        if not 0 < size <= self._cache_bytes:
             return None
         with self.threads.lock:
             while not unwanted():
                 if (memory := self._cache_memory.take(size, 2 * self._cache_bytes)) is not None:
-                    return PixelCache(lengths, *self.shape, memory)
+                    return PixelCache(lengths, memory[:size].view(dtype).reshape(-1, *shape), memory)
                 self.threads.changed.wait()
         return None
 
@@ -185,21 +279,11 @@ class Stream:
         self._cache_memory.give(cache.memory, written and not (cache.spoiled or self.closed))
         cache.clear()
 
-    def show(self, chunk: Chunk) -> None:
-        """Remember a chunk that the consumer gets, so that its buffer comes back when it has been used."""
-        self._shown.append(chunk)
-
     def recycle(self, keep: int = 0) -> None:
         """Take back the buffers of all chunks but the newest `keep`."""
-        while len(self._shown) > keep:
-            chunk = self._shown.popleft()
+        while len(self.shown) > keep:
+            chunk = self.shown.popleft()
             self.ring.give(chunk.pixels, chunk.copied)
-
-    def take_buffer(self, unwanted: Callable[[], bool]) -> Array | None:
-        """Wait for a buffer for a chunk and return it; None once `unwanted()` is true."""
-        assert self.shape is not None
-        shape, dtype = self.shape
-        return self.ring.take((self.chunk, *shape), dtype, unwanted)
 
     def close(self) -> None:
         """End the planning and close all sources; those that are being read close afterwards."""
@@ -209,11 +293,6 @@ class Stream:
             self.closed = True
             opened, self._opened = self._opened, set()
             self.recycle()
-            self.ring.close()
             self._cache_memory.clear()
         for handle in opened:
             handle.close()
-
-
-def _describe(source: PatchSource) -> str:
-    return f"{len(source)} patches {source.patch_shape}"

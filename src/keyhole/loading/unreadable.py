@@ -20,14 +20,9 @@ class TooMuchUnreadable(KeyholeError):  # noqa: N818 - names the event
 
 
 class Ledger:
-    """Patches and whole images that could not be read, each counted once.
+    """Patches and whole images that could not be read, each counted once in `count`.
 
-    Args:
-        total: patches of all images together.
-        share: of them that may be unreadable, 0 ... 1; with 0 the first is too much.
-
-    Attributes:
-        count: unreadable patches, including those of whole images.
+    `share` of the `total` patches may be unreadable, 0 ... 1; with 0 the first is too much.
     """
 
     def __init__(self, total: int, share: float) -> None:
@@ -37,13 +32,9 @@ class Ledger:
         self._lost: dict[str, tuple[int, str]] = {}
 
     def add(self, name: str, boxes: ArrayLike, index: ArrayLike, reasons: Sequence[str]) -> None:
-        """Add patches of one image. Those that were added before, and those of a lost image, are not counted again.
+        """Add patches `index` (k,) of one image, their boxes (k, 4) in level-0 pixels, and a line each why.
 
-        Args:
-            name: the image, as the manifest writes it.
-            boxes: (k, 4) x, y, width, height in level-0 pixels.
-            index: (k,) in the image's grid.
-            reasons: (k) one line each.
+        Those that were added before, and those of a lost image, are not counted again.
         """
         if name in self._lost:
             return
@@ -65,14 +56,7 @@ class Ledger:
         return self.count > math.floor(self.share * self.total * (1 + 1e-12))
 
     def check(self, listing: str | Path | None = None) -> None:
-        """Raise an error if more is unreadable than the share allows.
-
-        Args:
-            listing: file of the list, for the message.
-
-        Raises:
-            TooMuchUnreadable: more than the share allows.
-        """
+        """Raise `TooMuchUnreadable` if more is unreadable than the share allows; `listing` is the file of the list."""
         if not self.is_too_much():
             return
         found = [(f"{name} (whole)", reason) for name, (_, reason) in self._lost.items()]
@@ -84,25 +68,17 @@ class Ledger:
         first, more = [place for place, _ in found[:3]], ", ..." if len(found) > 3 else ""
         where = "" if listing is None else f" All are listed in {listing}."
         raise TooMuchUnreadable(
-            f"{self.count:,} of {self.total:,} patches cannot be read ({_percent(self.count / max(1, self.total))}), "
-            f"but --unreadable allows {_percent(self.share)}: {', '.join(first)}{more}. "
+            f"{self.count:,} of {self.total:,} patches cannot be read ({100 * self.count / max(1, self.total):.3g} %), "
+            f"but --unreadable allows {100 * self.share:.3g} %: {', '.join(first)}{more}. "
             f"The first: {found[0][1].partition('. ')[0].rstrip('.')}.{where} "
             "Copy these files again, or raise --unreadable"
         )
 
     def rows(self) -> list[dict[str, str]]:
         """Return a row of `COLUMNS` for each lost image and each unreadable patch."""
-        empty = dict.fromkeys(COLUMNS, "")
-        rows = [
-            empty | {"image": name, "patches": str(count), "reason": reason}
-            for name, (count, reason) in self._lost.items()
+        rows: list[tuple[object, ...]] = [
+            (name, "", count, *[""] * 4, reason) for name, (count, reason) in self._lost.items()
         ]
         for name, patches in self._patches.items():
-            for patch, (box, reason) in patches.items():
-                place = dict(zip(COLUMNS[3:7], map(str, box), strict=True))
-                rows.append(empty | {"image": name, "index": str(patch), "patches": "1", "reason": reason} | place)
-        return rows
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+            rows += [(name, patch, 1, *box, reason) for patch, (box, reason) in patches.items()]
+        return [dict(zip(COLUMNS, map(str, row), strict=True)) for row in rows]
