@@ -25,12 +25,12 @@ def edge_for(image: Image) -> Edge:
 
 
 class EdgeRule:
-    """`background`: patches that reach over the border show the background there."""
+    """`background`: patches that reach over the border show the background there.
 
-    inside = False
-    """Whether patches lie wholly inside the image."""
-    mirrors = False
-    """Whether `read_starts` differs from where patches begin, and the pixels between are mirrored."""
+    `inside`: patches lie wholly inside the image. `mirrors`: what they show outside is mirrored.
+    """
+
+    inside = mirrors = False
 
     def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
         """Return where patches begin along one axis of `extent` >= `size` pixels, in rising order; at least one.
@@ -52,8 +52,6 @@ class EdgeRule:
 
 
 class _Drop(EdgeRule):
-    """`drop`: patches that reach over the border are left out."""
-
     inside = True
 
     def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
@@ -62,8 +60,6 @@ class _Drop(EdgeRule):
 
 
 class _Reflect(EdgeRule):
-    """`reflect`: the image is mirrored at its border."""
-
     mirrors = True
 
     def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
@@ -75,8 +71,6 @@ class _Reflect(EdgeRule):
 
 
 class _Shift(_Reflect):
-    """`shift`: patches that reach over the border are moved inwards until they fit."""
-
     inside, mirrors = True, False
 
     def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:

@@ -23,10 +23,9 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class View:
-    """How a whole image is turned: the geometric part of the augmentation of one image in one epoch.
+    """How a whole image is turned in one epoch: first the flips, then `turns` counter-clockwise quarter turns.
 
-    First the flips, then `turns` counter-clockwise quarter turns. Applying it to each patch and to the positions gives
-    the same as reading the turned image.
+    Applying it to each patch and to the positions gives the same as reading the turned image.
     """
 
     flip_x: bool = False
@@ -63,8 +62,8 @@ class View:
 class PatchSource(ABC):
     """Patches, or stored features, of one image: their values, and where on the image they lie.
 
-    A subclass sets `name`, `patch_shape` and `dtype` and implements `__len__` and `read`, which may block and is called
-    from several threads. The defaults of everything else are those of patches whose place is unknown.
+    A subclass sets `name`, `patch_shape` and `dtype` and implements `__len__`, `close` and `read`, which may block and
+    is called from several threads. The other defaults are those of patches whose place is unknown.
 
     Attributes:
         name: for messages; as the manifest writes it.
@@ -125,11 +124,7 @@ class PatchSource(ABC):
         return checked_index(index, len(self))
 
     def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
-        """x, y float64 (k, 2) of the centres, in level-0 pixels of the turned image.
-
-        Raises:
-            ConfigError: the place is unknown.
-        """
+        """x, y float64 (k, 2) of the centres, in level-0 pixels of the turned image."""
         raise ConfigError(f"{self.name}: a 2-D position code needs `centers`; give them, or use `1d` or `none`")
 
     def describe(self) -> dict[str, Any]:
@@ -154,14 +149,9 @@ class PatchSource(ABC):
 
 
 class FilePatches(PatchSource):
-    """The patches of a grid over an image; `close` closes the image.
+    """The patches of a grid over an image, which `close` closes.
 
-    Args:
-        image: the file.
-        grid: where its patches are.
-        view: how the image is turned.
-        channels: 1 or 3; grey from RGB by ITU-R 601 luma, RGB from grey by repeating; default as in the file.
-        name: for messages; default is the image's path.
+    `channels` are 1 or 3; grey from RGB by ITU-R 601 luma, RGB from grey by repeating; default as in the file.
     """
 
     def __init__(

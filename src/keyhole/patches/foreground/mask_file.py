@@ -105,7 +105,7 @@ def _check_size(path: Path, size: Size, l0_size: Size) -> None:
     if min(size) < 1:
         raise ImageError(path, "this mask is damaged: its header says that it has no pixels. Save it again.")
     if not _same_shape(size, l0_size):
-        turned = " It seems to be turned." if _same_shape(Size(size.height, size.width), l0_size) else ""
+        turned = " It seems to be turned." if _same_shape(Size(*reversed(size)), l0_size) else ""
         raise ImageError(
             path,
             f"this mask of {size.width:,} x {size.height:,} pixels has other proportions than its image of "

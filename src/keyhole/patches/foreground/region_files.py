@@ -6,7 +6,7 @@ import json
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from xml.parsers import expat
 
 import numpy as np
@@ -142,24 +142,23 @@ def read_asap_xml(path: Path) -> list[Region]:
     if found and not outlines:
         raise DataError(f"{path}: no annotation has an area; dots and lines cover nothing. Draw areas.")
     holes = [ring for group, ring in outlines if group.lower() in ASAP_HOLES]
+
+    def meet(one: Ring, other: Ring) -> bool:
+        return bool((one.min(0) <= other.max(0)).all() and (other.min(0) <= one.max(0)).all())
+
     return [
-        Region((ring, *(hole for hole in holes if _boxes_meet(ring, hole))), group)
+        Region((ring, *(hole for hole in holes if meet(ring, hole))), group)
         for group, ring in outlines
         if group.lower() not in ASAP_HOLES
     ]
 
 
-class Annotation(NamedTuple):
-    """An annotation of ASAP: its group or else its name, and order, x and y of each point as written."""
+def _annotations(path: Path) -> list[tuple[str, str, list[tuple[str, str, str]]]]:
+    """Return kind and group, or else name, of each annotation, and order, x and y of its points as written.
 
-    kind: str
-    group: str
-    points: list[tuple[str, str, str]]
-
-
-def _annotations(path: Path) -> list[Annotation]:
-    """Parse by expat, which builds no tree of a large file and can refuse a document type where it begins."""
-    found: list[Annotation] = []
+    expat builds no tree of a large file, and can refuse a document type where it begins.
+    """
+    found: list[tuple[str, str, list[tuple[str, str, str]]]] = []
     root: list[str] = []
 
     def start(tag: str, attributes: dict[str, str]) -> None:
@@ -168,9 +167,9 @@ def _annotations(path: Path) -> list[Annotation]:
         if tag == "Annotation":
             group = attributes.get("PartOfGroup", "")
             own = group if group not in ("", "None") else attributes.get("Name", "")
-            found.append(Annotation(attributes.get("Type", "Polygon"), own, []))
+            found.append((attributes.get("Type", "Polygon"), own, []))
         elif tag == "Coordinate" and found:
-            found[-1].points.append((attributes.get("Order", "0"), attributes.get("X", ""), attributes.get("Y", "")))
+            found[-1][2].append((attributes.get("Order", "0"), attributes.get("X", ""), attributes.get("Y", "")))
 
     def refuse(*_: object) -> None:
         raise DataError(f"{path}: has a document type (<!DOCTYPE ...>), which ASAP never writes, so it is not read.")
@@ -216,7 +215,3 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from error
-
-
-def _boxes_meet(one: Ring, other: Ring) -> bool:
-    return bool((one.min(axis=0) <= other.max(axis=0)).all() and (other.min(axis=0) <= one.max(axis=0)).all())

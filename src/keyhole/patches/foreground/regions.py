@@ -108,16 +108,9 @@ def _near(regions: Sequence[Region], boxes: ArrayLike) -> Iterator[tuple[int, tu
 def fill(
     outlines: Sequence[Outline], box: tuple[float, ...], shape: tuple[int, int], touched: bool
 ) -> NDArray[np.bool_]:
-    """Return the cells of a grid that the outlines cover together.
+    """Return the cells (rows, columns) of a grid over `box` (x, y, width, height) that the outlines cover together.
 
-    Args:
-        outlines: in any coordinates.
-        box: x, y, width and height of the grid in the same coordinates; parts outside are cut off.
-        shape: rows and columns of the grid.
-        touched: return every cell that shares area with an outline, and not only cells whose centre is inside.
-
-    Returns:
-        Mask, bool (rows, columns).
+    With `touched`, these are all cells that share area with an outline, and not only those whose centre is inside.
     """
     mask = np.zeros(shape, bool)
     for outline in outlines:
@@ -139,15 +132,10 @@ def fill(
 
 def _around(edges: Edges, box: tuple[float, ...], shape: tuple[int, int]) -> tuple[slice, slice]:
     """Return rows and columns of the cells that an outer ring may cover."""
-    spans = []
-    for start, extent, cells, values in (
-        (box[1], box[3], shape[0], edges[:, 1]),
-        (box[0], box[2], shape[1], edges[:, 0]),
-    ):
-        low, high = (np.array([values.min(), values.max()]) - start) * cells / extent
-        first, last = np.clip([np.floor(low) - 1, np.ceil(high) + 1], 0, cells).astype(int).tolist()
-        spans.append(slice(first, max(first, last)))
-    return spans[0], spans[1]
+    corners, cells = np.stack([edges[:, :2].min(axis=0), edges[:, :2].max(axis=0)]), np.array(shape[::-1])
+    low, high = (corners - box[:2]) * cells / box[2:]
+    (left, top), (right, bottom) = np.clip([np.floor(low) - 1, np.ceil(high) + 1], 0, cells).astype(int).tolist()
+    return slice(top, max(top, bottom)), slice(left, max(left, right))
 
 
 def _onto(
@@ -198,8 +186,7 @@ def _cut(edges: Edges, axis: int, most: int) -> Iterator[Edges]:
     begin, end = edges[:, axis], edges[:, axis + 2]
     low, high = np.minimum(begin, end), np.maximum(begin, end)
     first = np.clip(np.floor(low), -1, most).astype(np.int64)
-    count = np.clip(np.ceil(high), 0, most + 1).astype(np.int64) - first
-    count = np.maximum(count, 1)
+    count = np.maximum(np.clip(np.ceil(high), 0, most + 1).astype(np.int64) - first, 1)
     for part in _blocks(count):
         edge, step = _repeated(count, part)
         line = first[edge] + step
