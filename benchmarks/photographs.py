@@ -33,7 +33,7 @@ from published import published_from
 
 from keyhole.engine.to_device import prefetched
 from keyhole.nn import TimmEncoder
-from keyhole.nn.pixels import prepare
+from keyhole.nn.tensors import prepare
 from keyhole.training.augment import draw, stack_colors
 from keyhole.training.epoch import epoch_items
 

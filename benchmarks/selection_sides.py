@@ -19,9 +19,8 @@ from keyhole.engine.bags import Bags
 from keyhole.engine.device import Arithmetic
 from keyhole.engine.memory.plan import Plan
 from keyhole.nn import IPSClassifier, Kept, total_loss
-from keyhole.nn.pixels import prepare
 from keyhole.nn.selection import Rule
-from keyhole.nn.tensors import values_of
+from keyhole.nn.tensors import prepare, values_of
 from keyhole.patches.sources import TensorPatches
 from keyhole.training.finite import step_if_finite
 from keyhole.training.setup import new_optimizer

@@ -15,7 +15,7 @@ import keyhole
 from keyhole.cli.main import main
 from keyhole.errors import ConfigError, RunError
 from keyhole.nn import SmallEncoder, TimmEncoder
-from keyhole.nn.pretrained import check_pretrained
+from keyhole.nn.weights import check_pretrained
 from keyhole.runs.checkpoint import load_encoder
 
 Say = pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ from keyhole.engine.device import Arithmetic
 from keyhole.engine.encoders import Encoders
 from keyhole.engine.fast import FOLDED_ERROR, FastEncoder
 from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier, SmallEncoder, TimmEncoder
-from keyhole.nn.pixels import prepare
+from keyhole.nn.tensors import prepare
 from keyhole.training.augment import color_matrix
 
 ENCODERS = {

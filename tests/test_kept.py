@@ -23,8 +23,7 @@ from keyhole.engine.opening import open_reader
 from keyhole.errors import ImageError
 from keyhole.loading import Batch, Reader
 from keyhole.nn import IPSClassifier, Kept, build_classifier
-from keyhole.nn.pixels import AsRead
-from keyhole.nn.tensors import values_of
+from keyhole.nn.tensors import AsRead, values_of
 from keyhole.patches.sources import TensorPatches
 from keyhole.tasks.kinds import Task
 
@@ -161,10 +160,10 @@ def test_pixels_as_read_give_what_numbers_made_before_give(precision: torch.dtyp
     model.precision = precision
     for mode in (True, False):
         model.train(mode)
-        assert model.encode(read).equal(model.encode(read.values()))
+        assert model.encode(read).equal(model.encode(values_of(read)))
     encoders = Encoders(model)
     with encoders.inference():
-        assert encoders.embed(read).equal(encoders.embed(read.values()))
+        assert encoders.embed(read).equal(encoders.embed(values_of(read)))
 
 
 class Maps(TorchDispatchMode):
@@ -192,7 +191,7 @@ def test_on_a_gpu_the_numbers_are_made_once_where_the_encoder_runs(training: boo
             model.encode(read)
         assert maps.made == [torch.float32]
         with Maps(read.pixels.numel()) as maps:
-            model.encode(read.values())
+            model.encode(values_of(read))
         assert len(maps.made) >= 2
 
 
@@ -217,7 +216,7 @@ def test_on_a_gpu_parts_come_without_waiting_and_learn_as_on_the_host() -> None:
                 embedding = model.encode(part)
                 assert isinstance(part, AsRead)
                 assert part.pixels.dtype == torch.uint8
-                results.append((part.pixels.cpu(), part.values().cpu(), embedding.detach().cpu()))
+                results.append((part.pixels.cpu(), values_of(part).cpu(), embedding.detach().cpu()))
     for found in results[1:]:
         assert found[0].equal(results[0][0])
         torch.testing.assert_close(found[1], results[0][1], rtol=0, atol=1e-6)

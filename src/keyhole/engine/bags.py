@@ -18,8 +18,7 @@ from torch import Tensor
 from keyhole.errors import ImageError
 from keyhole.loading import Batch
 from keyhole.nn import CenterPosition, IPSClassifier, Kept
-from keyhole.nn.pixels import AsRead
-from keyhole.nn.tensors import as_read, host_memory, on_device, values_of
+from keyhole.nn.tensors import AsRead, as_read, host_memory, on_device, values_of
 from keyhole.patches.sources import PatchSource
 
 Index = NDArray[np.int64]

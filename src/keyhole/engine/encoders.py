@@ -31,8 +31,8 @@ from keyhole.engine.device import Arithmetic
 from keyhole.engine.fast import FastEncoder
 from keyhole.errors import ConfigError
 from keyhole.nn.classifier import IPSClassifier, encoder_input
-from keyhole.nn.pixels import AsRead
 from keyhole.nn.selection import Rule, Selection, evaluating, select_bags
+from keyhole.nn.tensors import AsRead
 from keyhole.util.tf32 import tf32
 
 Setting = Literal["auto", "on", "off"]

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from keyhole.engine.folding import copy_all
 from keyhole.nn.classifier import IPSClassifier
-from keyhole.nn.pixels import AsRead
-from keyhole.nn.tensors import to_device
+from keyhole.nn.tensors import AsRead, to_device
 
 Fetch = Callable[[int, int], Tensor | AsRead]
 """start, stop -> those of the loose patches, (stop - start ...) on the model's device."""

@@ -79,11 +79,7 @@ def patch_shape(model: ModelConfig, patch_size: int) -> tuple[int, ...]:
 
 
 def embedding_width(encoder: nn.Module, model: ModelConfig, patch_size: int) -> int:
-    """Measure the width of the embeddings with a patch of zeros: a model's attributes are not always right.
-
-    Raises:
-        ConfigError: the encoder does not take patches of this size, or does not give one vector for each patch.
-    """
+    """Measure the width of the embeddings with a patch of zeros: a model's attributes are not always right."""
     encoder.eval()
     try:
         with torch.no_grad():

@@ -3,7 +3,7 @@
 Letters: b image, n patches, m kept, i chunk, t query, h head, d width, o outputs of a task.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -11,12 +11,10 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from keyhole.nn.attention import CrossAttentionPool, check_mask
-from keyhole.nn.encoder import PixelEncoder
-from keyhole.nn.heads import Heads
-from keyhole.nn.lone import lone_patch
-from keyhole.nn.pixels import AsRead, prepare
+from keyhole.nn.encoder import PixelEncoder, lone_patch
 from keyhole.nn.position import CenterPosition
 from keyhole.nn.selection import Rule, Selection, evaluating, select_bags
+from keyhole.nn.tensors import AsRead, prepare, values_of
 from keyhole.util.tf32 import tf32
 
 
@@ -43,7 +41,7 @@ def encoder_input(patches: Tensor | AsRead) -> tuple[Tensor, Tensor | None]:
     """
     if isinstance(patches, Tensor):
         return patches, None
-    return (patches.values(), None) if patches.device.type == "cpu" else (patches.pixels, patches.color)
+    return (values_of(patches), None) if patches.device.type == "cpu" else (patches.pixels, patches.color)
 
 
 def encoded(encoder: Callable[..., Tensor], pixels: Tensor, color: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -56,6 +54,24 @@ def encoded(encoder: Callable[..., Tensor], pixels: Tensor, color: Tensor | None
     if isinstance(encoder, PixelEncoder):
         return encoder.embed(prepare(pixels, color, dtype, encoder.scale, encoder.shift))
     return encoder(prepare(pixels, color))
+
+
+class Heads(nn.Module):
+    """A head for each task, numbered in the state: a column such as `tumor.grade` is no name for a module."""
+
+    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.by_task = nn.ModuleList(heads.values())
+        self._number = {task: number for number, task in enumerate(heads)}
+
+    def __getitem__(self, task: str) -> nn.Module:
+        return self.by_task[self._number[task]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._number)
+
+    def items(self) -> Iterable[tuple[str, nn.Module]]:
+        return zip(self._number, self.by_task, strict=True)
 
 
 class IPSClassifier(nn.Module):

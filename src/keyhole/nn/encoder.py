@@ -7,7 +7,8 @@ Letters: k loose patches, c channels, d width, f features.
 """
 
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keyhole.nn.pretrained import check_pretrained, pretrained_faults
+from keyhole.nn.weights import check_pretrained, pretrained_faults
 
 
 class PixelEncoder(nn.Module, ABC):
@@ -38,11 +39,7 @@ class PixelEncoder(nn.Module, ABC):
         self.register_buffer("shift", (-mean / std).reshape(1, -1, 1, 1).clone(), persistent=False)
 
     def forward(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
-        """Return the embeddings of patches with values 0 ... 1.
-
-        Raises:
-            ValueError: the patches have another shape.
-        """
+        """Return the embeddings of patches with values 0 ... 1."""
         channels = self.scale.shape[1]
         if patches.ndim != 4 or patches.shape[1] != channels:
             came = tuple(patches.shape)
@@ -87,18 +84,10 @@ class SmallEncoder(PixelEncoder):
         features = self.body(patches)
         # float32: the norm enlarges small differences between patches, which bf16 would round away
         mean = features.mean(dim=(2, 3), dtype=torch.float32)
-        return self.norm(torch.cat([mean, _largest(features).float()], dim=1))
-
-
-def _largest(features: Float[Tensor, "k d h w"]) -> Float[Tensor, "k d"]:
-    """Return the largest value of each map.
-
-    `amax` divides its gradient among equal values, which it finds by comparing again. A compiled backward pass computes
-    the maps again, rounds differently, finds no equal value, and divides by zero.
-    """
-    if torch.is_grad_enabled():
-        return features.flatten(2).max(dim=2).values
-    return features.amax(dim=(2, 3))
+        # `amax` divides its gradient among equal values, which it finds by comparing again. A compiled backward pass
+        # computes the maps again, rounds differently, finds no equal value, and divides by zero.
+        largest = features.flatten(2).max(dim=2).values if torch.is_grad_enabled() else features.amax(dim=(2, 3))
+        return self.norm(torch.cat([mean, largest.float()], dim=1))
 
 
 def _block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
@@ -142,17 +131,17 @@ class TimmEncoder(PixelEncoder):
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"timm {timm.__version__} has no model {name!r}.{hint}")
         options: dict[str, Any] = {"num_classes": 0} if stages is None else _cut(name, stages)
-        options |= {"pretrained": pretrained, "in_chans": channels}
         if pretrained and (overlay := check_pretrained(name)):
             options["pretrained_cfg_overlay"] = overlay
         with pretrained_faults(name) if pretrained else nullcontext():
-            body: Any = timm.create_model(name, **options)
-        if stages is None:
-            self.dim = int(getattr(body, "head_hidden_size", None) or body.num_features)
-        else:
-            self.dim = int(body.feature_info.channels()[-1])
+            body: Any = timm.create_model(name, pretrained=pretrained, in_chans=channels, **options)
         self.body: nn.Module = body
         self.cut = stages is not None
+        self.dim = int(
+            body.feature_info.channels()[-1]
+            if self.cut
+            else getattr(body, "head_hidden_size", None) or body.num_features
+        )
         settings = resolve_data_config({}, model=body)
         mean, std = (torch.tensor(settings[key][:3]) for key in ("mean", "std"))
         if channels != 3:
@@ -171,8 +160,7 @@ def _cut(name: str, stages: int) -> dict[str, Any]:
     import timm
 
     levels = len(timm.create_model(name, features_only=True).feature_info)
-    # In most networks timm counts a stem without stages of its own as level 0.
-    stem = max(0, levels - 4)
+    stem = max(0, levels - 4)  # in most networks timm counts a stem without stages of its own as level 0
     if stages + stem > levels:
         raise ValueError(f"{name} has {levels - stem} stages, not {stages}")
     return {"features_only": True, "out_indices": (stages + stem - 1,)}
@@ -195,11 +183,33 @@ class FeatureProjector(nn.Module):
         self.norm = nn.BatchNorm1d(dim)
 
     def forward(self, features: Float[Tensor, "k f"]) -> Float[Tensor, "k d"]:
-        """Return the embeddings of stored features.
-
-        Raises:
-            ValueError: the features have another shape.
-        """
+        """Return the embeddings of stored features."""
         if features.ndim != 2 or features.shape[1] != self.features:
             raise ValueError(f"features must be (k f) with `features` f = {self.features}, not {tuple(features.shape)}")
         return F.relu(self.norm(self.linear(F.layer_norm(features, (self.features,)))))
+
+
+@contextmanager
+def lone_patch(encoder: nn.Module) -> Iterator[None]:
+    """Let a batch norm that is given one value per channel normalize by its running statistics, which stay as they are.
+
+    Training steps have one patch with M = 1 and one image left for the last step of an epoch. The variance of one value
+    is zero, so torch refuses to learn from it. Over a map of several pixels a batch norm works as always.
+    """
+
+    def before(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        norm.training = inputs[0].numel() != inputs[0].shape[1]
+
+    def after(norm: nn.Module, _inputs: object, _output: object) -> None:
+        norm.training = True
+
+    norms = [part for part in encoder.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
+    hooks = [norm.register_forward_pre_hook(before) for norm in norms]
+    hooks += [norm.register_forward_hook(after) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm in norms:
+            norm.training = True

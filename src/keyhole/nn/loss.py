@@ -1,11 +1,8 @@
-"""Logits and labels -> loss, one term per task, missing labels left out.
-
-The loss of each kind of task is `Task.loss`.
+"""Logits and labels -> loss, one term per task (`Task.loss`), missing labels left out.
 
 Letters: b image, o outputs of a task, w width of an encoded label.
 
-Labels are encoded on the host, and missing ones are removed there, so that the logits never have to reach the host.
-Labels that are on a GPU are copied to the host first, which waits for it.
+Missing labels are removed on the host, so that the logits never have to reach it; labels on a GPU are copied there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,12 +67,9 @@ def total_loss(
     Returns:
         The loss; 0 with a gradient of 0 where no task has a label.
     """
-    terms = []
-    for task in tasks:
-        target = targets[task.name].cpu()
-        if not bool(target.isnan().any(dim=1).all()):
-            weight = (weights or {}).get(task.name)
-            terms.append(task_loss(task, logits[task.name], target, weight))
-    if not terms:
-        return torch.stack([logits[task.name].sum() * 0 for task in tasks]).sum()
+    labels = {task.name: targets[task.name].cpu() for task in tasks}
+    known = [task for task in tasks if not bool(labels[task.name].isnan().any(dim=1).all())]
+    terms = [
+        task_loss(task, logits[task.name], labels[task.name], (weights or {}).get(task.name)) for task in known or tasks
+    ]
     return torch.stack(terms).mean()

@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 
 def sinusoid(position: Shaped[Tensor, "*n"], dim: int) -> Float[Tensor, "*n d"]:
-    """Return sin and cos of position / 10000^(2 i / d), interleaved (Vaswani et al. 2017).
-
-    Raises:
-        ValueError: `dim` is odd.
-    """
+    """Return sin and cos of position / 10000^(2 i / d), interleaved (Vaswani et al. 2017)."""
     if dim % 2:
         raise ValueError(f"a sinusoidal code needs an even width, not {dim}")
     half = torch.arange(0, dim, 2, dtype=torch.float32, device=position.device)

@@ -69,8 +69,7 @@ def from_reference(weights: Mapping[str, Tensor], config: Mapping[str, Any] | st
         >>> model(torch.rand(3, 10, 4))["tumor"].shape  # 10 stored features of each of 3 images
         torch.Size([3, 1])
     """
-    settings, state = _settings(config), _state(weights)
-    tasks = _published_tasks(settings)
+    state, settings, tasks = _read(weights, config)
     encoder, names = _encoder(state, settings)
     dim = settings["D"]
     pool = CrossAttentionPool(
@@ -82,14 +81,21 @@ def from_reference(weights: Mapping[str, Tensor], config: Mapping[str, Any] | st
         settings.get("dropout", 0.1),
         settings.get("attn_dropout", 0.1),
     )
-    heads = {task.name: nn.Linear(dim, _outputs(state, task)) for task in tasks}
+    heads = {task.name: nn.Linear(dim, task.outputs) for task in tasks}
     position = IndexPosition(dim) if settings.get("use_pos") else None
     model = IPSClassifier(encoder, pool, heads, position, {task.name: task.token for task in tasks})
     names |= {old: f"pool.{new}" for old, new in _POOL.items()}
-    for task in tasks:
+    for number, task in enumerate(tasks):
         for part in ("weight", "bias"):
-            names[f"output_layers.{task.name}.0.{part}"] = f"heads.{model.heads.prefix(task.name)}{part}"
-    _load(model, {names.get(name, name): value for name, value in state.items()})
+            names[f"output_layers.{task.name}.0.{part}"] = f"heads.by_task.{number}.{part}"
+    state, target = {names.get(name, name): value for name, value in state.items()}, model.state_dict()
+    if "pool.query" in state:
+        state["pool.query"] = state["pool.query"].reshape(target["pool.query"].shape)
+    # a counter without effect where the momentum is fixed, which early PyTorch did not store
+    state = {name: torch.tensor(0) for name in target if name.endswith("num_batches_tracked")} | state
+    if problems := misfits(target, state):
+        raise ValueError(f"the published weights do not fit the configuration: {'; '.join(problems[:8])}")
+    model.load_state_dict(state)
     return model.eval()
 
 
@@ -97,18 +103,13 @@ def reference_tasks(weights: Mapping[str, Tensor], config: Mapping[str, Any] | s
     """Return the tasks of the published code, with numbered classes.
 
     A task with softmax is multiclass; one with sigmoid is binary if it has one output, or else multilabel.
-
-    Args:
-        weights, config: as for `from_reference`.
+    The arguments are those of `from_reference`.
     """
-    found, state = [], _state(weights)
-    for task in _published_tasks(_settings(config)):
-        outputs = _outputs(state, task)
-        classes = tuple(map(str, range(max(2, outputs))))
-        if task.activation == "softmax":
-            found.append(Task(task.name, "multiclass", classes))
-        else:
-            found.append(Task(task.name, "binary" if outputs == 1 else "multilabel", classes))
+    found = []
+    for task in _read(weights, config)[2]:
+        sigmoid = "binary" if task.outputs == 1 else "multilabel"
+        kind = "multiclass" if task.activation == "softmax" else sigmoid
+        found.append(Task(task.name, kind, tuple(map(str, range(max(2, task.outputs))))))
     return tuple(found)
 
 
@@ -116,27 +117,27 @@ class _PublishedTask(NamedTuple):
     name: str
     token: int
     activation: str
+    outputs: int
 
 
-def _settings(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = json.loads(config) if isinstance(config, str) else config
-    return found
+def _read(
+    weights: Mapping[str, Tensor], config: Mapping[str, Any] | str
+) -> tuple[dict[str, Tensor], Mapping[str, Any], list[_PublishedTask]]:
+    """Return the state, the settings and the tasks.
 
-
-def _state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("weight."): value for name, value in weights.items()}
-
-
-def _published_tasks(settings: Mapping[str, Any]) -> list[_PublishedTask]:
-    """Read the tasks; the published YAML has a mapping with `id` and `act_fn` instead of `token` and `activation`."""
-    tasks = settings["tasks"]
-    rows = tasks.values() if isinstance(tasks, Mapping) else tasks
-    return [
-        _PublishedTask(
-            row["name"], row.get("token", row.get("id", number)), row.get("activation", row.get("act_fn", "softmax"))
-        )
-        for number, row in enumerate(rows)
-    ]
+    The published YAML has tasks as a mapping, with `id` and `act_fn` instead of `token` and `activation`.
+    """
+    settings: Mapping[str, Any] = json.loads(config) if isinstance(config, str) else config
+    state = {name.removeprefix("weight."): value for name, value in weights.items()}
+    rows, tasks = settings["tasks"], []
+    for number, row in enumerate(rows.values() if isinstance(rows, Mapping) else rows):
+        bias = f"output_layers.{row['name']}.0.bias"
+        if bias not in state:
+            raise ValueError(f"the published weights lack {bias!r}; found {', '.join(sorted(state)[:5])}, ...")
+        token = row.get("token", row.get("id", number))
+        activation = row.get("activation", row.get("act_fn", "softmax"))
+        tasks.append(_PublishedTask(row["name"], token, activation, len(state[bias])))
+    return state, settings, tasks
 
 
 def _encoder(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, str]]:
@@ -149,29 +150,5 @@ def _encoder(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[
         kind = "resnet50" if "encoder.4.0.conv3.weight" in state else "resnet18"
         encoder = TimmEncoder(kind, channels=settings["n_chan_in"], stages=deepest - 3, normalize=False)
         parts, prefix = _RESNET, "encoder.body."
-    names = {}
-    for name in state:
-        match = re.fullmatch(r"encoder\.(\d+)\.(.+)", name)
-        if match and match[1] in parts:
-            names[name] = f"{prefix}{parts[match[1]]}.{match[2]}"
-    return encoder, names
-
-
-def _outputs(state: Mapping[str, Tensor], task: _PublishedTask) -> int:
-    bias = f"output_layers.{task.name}.0.bias"
-    if bias not in state:
-        raise ValueError(f"the published weights lack {bias!r}; found {', '.join(sorted(state)[:5])}, ...")
-    return len(state[bias])
-
-
-def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
-    target = model.state_dict()
-    if "pool.query" in state:
-        state["pool.query"] = state["pool.query"].reshape(target["pool.query"].shape)
-    # a counter without effect where the momentum is fixed, which early PyTorch did not store
-    counters = {name: value for name, value in target.items() if name.endswith("num_batches_tracked")}
-    state = {name: torch.zeros_like(value) for name, value in counters.items()} | state
-    problems = misfits(target, state)
-    if problems:
-        raise ValueError(f"the published weights do not fit the configuration: {'; '.join(problems[:8])}")
-    model.load_state_dict(state)
+    matches = (re.fullmatch(r"encoder\.(\d+)\.(.+)", name) for name in state)
+    return encoder, {m[0]: f"{prefix}{parts[m[1]]}.{m[2]}" for m in matches if m and m[1] in parts}

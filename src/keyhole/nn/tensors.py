@@ -1,22 +1,23 @@
-"""Patches as they are read -> what the encoder takes; both passes and the probe of the memory plan go through it."""
+"""Patches as they are read -> values that the encoder takes; copies to the device that the host does not wait for.
+
+Letters: k loose patches, c channels, h w height and width of a patch.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
-
-from keyhole.nn.pixels import AsRead
+from torch.nn import functional as F
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a small tensor of the host on the device; a tensor that is on the device already is returned as it is.
-
-    The copy takes its turn behind the work that was launched before; the host does not wait for it.
-    """
+    """Return a small tensor of the host on the device; the copy waits for earlier work, the host for nothing."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -28,18 +29,35 @@ def on_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 
 
 def host_memory(shape: tuple[int, ...], dtype: np.dtype[Any], device: torch.device) -> Tensor:
-    """Memory of the host, pinned where a GPU copies from it: the host then does not wait for such a copy."""
+    """Return empty memory of the host, pinned where a GPU copies from it: the host then does not wait for the copy."""
     empty = torch.from_numpy(np.empty(0, dtype)).dtype
     return torch.empty(shape, dtype=empty, pin_memory=device.type == "cuda")
 
 
-def as_read(patches: Tensor, device: torch.device, color: Tensor | None = None) -> Tensor | AsRead:
-    """Patches of the host on the device: pixels (k h w c) uint8 as they are, features (k f) as float32 of their own.
+@dataclass(frozen=True)
+class AsRead:
+    """Patches as they were read, on the encoder's device: a quarter of the bytes of the values that it takes.
 
-    Args:
-        patches: in pinned memory where the host is not to wait for a GPU.
-        device: where the model is.
-        color: (k c c+1) affine colour change of each patch on the device, or None.
+    Attributes:
+        pixels: (k h w c) uint8.
+        color: (k c c+1) affine change of each patch's colours, or None.
+    """
+
+    pixels: Tensor
+    color: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixels.device
+
+
+def as_read(patches: Tensor, device: torch.device, color: Tensor | None = None) -> Tensor | AsRead:
+    """Copy patches to the device: pixels (k h w c) uint8 as they are, features (k f) as float32 of their own.
+
+    The host does not wait for a GPU where the patches are in pinned memory. `color` (k c c+1) is there already.
     """
     there = patches.to(device, non_blocking=True)
     if there.dtype == torch.uint8:
@@ -49,5 +67,49 @@ def as_read(patches: Tensor, device: torch.device, color: Tensor | None = None) 
 
 
 def values_of(patches: Tensor | AsRead) -> Tensor:
-    """Pixels as values 0 ... 1, (k c h w); features as they are."""
-    return patches.values() if isinstance(patches, AsRead) else patches
+    """Return pixels as values 0 ... 1 (k c h w) with changed colours, channels last in memory; features as they are."""
+    return prepare(patches.pixels, patches.color) if isinstance(patches, AsRead) else patches
+
+
+def prepare(
+    pixels: UInt8[Tensor, "k h w c"],
+    color: Float[Tensor, "k c c+1"] | None = None,
+    dtype: torch.dtype = torch.float32,
+    scale: Float[Tensor, "1 c 1 1"] | None = None,
+    shift: Float[Tensor, "1 c 1 1"] | None = None,
+) -> Float[Tensor, "k c h w"]:
+    """Turn pixels into values 0 ... 1 with changed colours, then into `shift + scale * value`; channels last in memory.
+
+    Colours are clamped to 0 ... 1. bf16 holds 0 ... 255 exactly: nothing is lost before the result is rounded.
+    """
+    stored = pixels.permute(0, 3, 1, 2)
+    values = stored.to(dtype) if color is None else _changed(stored, color, dtype)
+    maximum = 255 if color is None else 1
+    if scale is None or shift is None:
+        return values if maximum == 1 else values.div_(maximum)
+    scale, shift = (scale / maximum).to(dtype), shift.to(dtype)
+    if torch.compiler.is_compiling():
+        # It is fused with the rest. Before torch 2.14, `out` in channels last breaks the graph.
+        return torch.addcmul(shift, values, scale)
+    # In place: on a CPU fresh memory costs as much as the arithmetic.
+    return torch.addcmul(shift, values, scale, out=values)
+
+
+def _changed(
+    values: UInt8[Tensor, "k c h w"], color: Float[Tensor, "k c c+1"], dtype: torch.dtype
+) -> Float[Tensor, "k c h w"]:
+    """Apply one affine map of colours to each patch; return values 0 ... 1."""
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        # One convolution for each run of patches with the same map: six times as fast on a CPU as einsum.
+        maps, counts = torch.unique_consecutive(color, dim=0, return_counts=True)
+        parts = [
+            F.conv2d(part.to(dtype), (map_[:, :-1, None, None] / 255).to(dtype), map_[:, -1].to(dtype)).clamp_(0, 1)
+            for part, map_ in zip(values.split(counts.tolist()), maps, strict=True)
+        ]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.contiguous(memory_format=torch.channels_last)
+    matrix, bias = color[:, :, :-1] / 255, color[:, :, -1, None, None]
+    mixed = bias
+    for channel in range(values.shape[1]):  # one fused pass where this is compiled
+        mixed = mixed + values[:, channel : channel + 1] * matrix[:, :, channel, None, None]
+    return mixed.clamp(0, 1).to(dtype).contiguous(memory_format=torch.channels_last)

@@ -1,12 +1,27 @@
-"""How weights fit a model, and which of them are an encoder's."""
+"""Weights for an encoder: which of a file fit it, and whether timm's pretrained ones are within reach.
 
-from collections.abc import Mapping
+The libraries below timm try again for a minute before they give up, each with its own words. So `check_pretrained`
+first asks one short question: is the file in the cache, and if not, does its server answer?
+"""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from keyhole.errors import ConfigError
+
 PREFIXES = ("", "encoder.", "model.encoder.", "module.", "model.", "backbone.")
-"""Beginnings of the names of an encoder's weights: alone, in a keyhole model, in a saved state, in files of other
-programs."""
+"""What the names of an encoder's weights start with: alone, in a keyhole model, in files of other programs."""
+TIMEOUT = 10.0
+"""Seconds that a server has to answer."""
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Files of a model on the Hugging Face Hub, in the order that timm looks for them."""
 
 
 def misfits(model: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
@@ -21,28 +36,108 @@ def misfits(model: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[
 
 
 def encoder_part(encoder: nn.Module, weights: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Find the weights of an encoder among all weights of a file.
+    """Return the encoder or the network `body` inside it, whichever more of a file's weights fit, and those weights.
 
-    Args:
-        encoder: may have a network `body` inside; weights under the names of the body are found as well.
-        weights: of a file, by name.
+    Where it takes grey patches, a first convolution of colour is summed over the colours, as in timm.
+    """
+    part, found, own = encoder, dict[str, Tensor](), encoder.state_dict()
+    for candidate in (encoder, getattr(encoder, "body", None)):
+        if isinstance(candidate, nn.Module):
+            state = candidate.state_dict()
+            for prefix in PREFIXES:
+                these = {name: weights[prefix + name] for name in state if prefix + name in weights}
+                if len(these) > len(found):
+                    part, found, own = candidate, these, state
+    for name, weight in found.items():
+        if weight.ndim == 4 and weight.shape[1] == 3 and own[name].shape == (len(weight), 1, *weight.shape[2:]):
+            found[name] = weight.sum(dim=1, keepdim=True)
+    return part, found
+
+
+def check_pretrained(name: str) -> dict[str, Any]:
+    """Raise ConfigError unless timm's weights for a model are in the cache or their server gives them.
 
     Returns:
-        The encoder or its body, and those of the weights that have its names. Where the encoder takes grey patches and
-        the weights are of colour, its first convolution gets their sum over the colours, as in timm.
+        `pretrained_cfg_overlay` for `timm.create_model`, which names a file in the cache: no network is needed then.
     """
-    best: tuple[nn.Module, dict[str, Tensor]] = (encoder, {})
-    for part in (encoder, getattr(encoder, "body", None)):
-        if isinstance(part, nn.Module):
-            for prefix in PREFIXES:
-                found = {name: weights[prefix + name] for name in part.state_dict() if prefix + name in weights}
-                if len(found) > len(best[1]):
-                    best = part, found
-    part, found = best
-    own = part.state_dict()
-    return part, {name: _in_grey(weight, own[name]) for name, weight in found.items()}
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+
+    config = _source(name)
+    if config is None:
+        return {}
+    if config.hf_hub_id:
+        repository, _, revision = config.hf_hub_id.partition("@")
+        files = _hub_files(config)
+        for file in files:
+            cached = try_to_load_from_cache(repository, file, revision=revision or None)
+            if isinstance(cached, str):  # a text as `custom_load` is a way of loading of timm's own
+                return {} if isinstance(config.custom_load, str) else {"file": cached, "custom_load": False}
+        _ask(config, name, [hf_hub_url(repository, file, revision=revision or None) for file in files])
+    elif not (Path(torch.hub.get_dir()) / "checkpoints" / config.url.rpartition("/")[2]).is_file():
+        _ask(config, name, [config.url])
+    return {}
 
 
-def _in_grey(weight: Tensor, own: Tensor) -> Tensor:
-    grey = weight.ndim == 4 and weight.shape[1] == 3 and own.shape == (weight.shape[0], 1, *weight.shape[2:])
-    return weight.sum(dim=1, keepdim=True) if grey else weight
+@contextmanager
+def pretrained_faults(name: str) -> Iterator[None]:
+    """Turn whatever stops the download of a model's weights, or breaks them, into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        config = _source(name)
+        if config is None:  # a model of the user's own
+            raise
+        raise _failed(config, name, error) from error
+
+
+def _source(name: str) -> Any:
+    """Return timm's description of where the weights are; None where the model's own code knows."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or config.hf_hub_id or config.url:
+        return config
+    if config.file or config.state_dict is not None:
+        return None
+    base = name.partition(".")[0].split("_")[0]
+    found = timm.list_pretrained(f"{base}*")[:3]
+    hint = f"; it has some for {', '.join(found)}" if found else ""
+    raise ConfigError(
+        f"--model.encoder {name}: timm has no pretrained weights for it{hint}. Leave --model.pretrained off, or "
+        "give your own: --model.weights FILE"
+    )
+
+
+def _hub_files(config: Any) -> tuple[str, ...]:
+    return (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES
+
+
+def _ask(config: Any, name: str, urls: list[str]) -> None:
+    """Raise unless one of the files is there; one question each, without trying again."""
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    headers = build_hf_headers() if config.hf_hub_id else {}
+    status = 0
+    for url in urls:
+        try:
+            status = get_session().head(url, headers=headers, timeout=TIMEOUT).status_code
+        except Exception as error:  # each version of the library has its own kinds
+            raise _failed(config, name, error) from error
+        if status < 400:
+            return
+    raise _failed(config, name, f"the server answers {status}")
+
+
+def _failed(config: Any, name: str, reason: object) -> ConfigError:
+    """Return the error that says which file to fetch and how to give it."""
+    why = " ".join(str(reason).split()).rstrip(".") or type(reason).__name__
+    where, form = config.url, ", as safetensors"
+    if config.hf_hub_id:
+        where, form = f"{_hub_files(config)[0]} of the repository {config.hf_hub_id} on the Hugging Face Hub", ""
+    return ConfigError(
+        f"--model.encoder {name}: its pretrained weights cannot be downloaded or loaded ({why[:200]}). "
+        f"Fetch {where} where there is a network, and give it{form}: --model.weights FILE instead "
+        "of --model.pretrained"
+    )

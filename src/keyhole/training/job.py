@@ -21,7 +21,7 @@ from keyhole.engine.memory.probe import Workload
 from keyhole.engine.opening import open_reader, settle_edge
 from keyhole.errors import ConfigError
 from keyhole.loading import Batch
-from keyhole.nn.pretrained import check_pretrained
+from keyhole.nn.weights import check_pretrained
 from keyhole.runs.checkpoint import load_state, save_state
 from keyhole.runs.damage import Damage
 from keyhole.runs.folder import create_folder, sweep, sweep_beside

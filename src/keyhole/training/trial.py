@@ -32,8 +32,7 @@ from keyhole.errors import KeyholeError
 from keyhole.loading import Opener
 from keyhole.nn import build_classifier
 from keyhole.nn.build import patch_shape
-from keyhole.nn.pixels import AsRead
-from keyhole.nn.tensors import as_read, on_device
+from keyhole.nn.tensors import AsRead, as_read, on_device
 from keyhole.tasks.kinds import Task
 from keyhole.training.duration import Costs, Estimate, Work
 from keyhole.training.job import Job

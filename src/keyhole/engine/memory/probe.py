@@ -21,8 +21,7 @@ from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.meter import comes_in_steps, growth
 from keyhole.engine.split import kept_buffers
 from keyhole.nn import CenterPosition, IPSClassifier, evaluating
-from keyhole.nn.pixels import AsRead
-from keyhole.nn.tensors import as_read, values_of
+from keyhole.nn.tensors import AsRead, as_read, values_of
 from keyhole.util.budget import out_of_memory
 
 ENOUGH_BYTES = 2**28
