@@ -39,9 +39,9 @@ def encoder_input(patches: Tensor | AsRead) -> tuple[Tensor, Tensor | None]:
 
     On a CPU colours are changed before it, in float32, so that results do not depend on what is fused.
     """
-    if isinstance(patches, Tensor):
-        return patches, None
-    return (values_of(patches), None) if patches.device.type == "cpu" else (patches.pixels, patches.color)
+    if isinstance(patches, Tensor) or patches.device.type == "cpu":
+        return values_of(patches), None
+    return patches.pixels, patches.color
 
 
 def encoded(encoder: Callable[..., Tensor], pixels: Tensor, color: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -127,7 +127,12 @@ class IPSClassifier(nn.Module):
             ValueError: the patches, positions or mask have another shape.
         """
         _check_bags(patches, position, mask)
-        return self.classify(self.embed(patches, mask), position, mask)
+        embedding = self.encode(_loose(patches, mask))
+        if mask is None:
+            embedding = embedding.unflatten(0, patches.shape[:2])
+        else:
+            embedding = embedding.new_zeros(*mask.shape, embedding.shape[-1]).masked_scatter(mask[..., None], embedding)
+        return self.classify(embedding, position, mask)
 
     def classify(
         self,
@@ -140,32 +145,11 @@ class IPSClassifier(nn.Module):
         Returns:
             Logits (b o) of every task.
         """
-        pooled = self.pool(self.with_position(embedding, position), mask)
+        pooled = self.pool(self._placed(embedding, position), mask)
         return {task: head(pooled[:, self.queries[task]]) for task, head in self.heads.items()}
 
-    def embed(
-        self, patches: Shaped[Tensor, "b m ..."], mask: Bool[Tensor, "b m"] | None = None, chunk: int | None = None
-    ) -> Float[Tensor, "b m d"]:
-        """Encode bags, without position codes.
-
-        Args:
-            patches: as in `forward`.
-            mask: as in `forward`.
-            chunk: patches to encode at once; default all. In evaluation mode the result is the same.
-
-        Returns:
-            Embeddings (b m d), zeros at padding, which the encoder never sees.
-        """
-        loose = _loose(patches, mask)
-        embedding = torch.cat([self.encode(part) for part in loose.split(chunk or max(1, len(loose)))])
-        if mask is None:
-            return embedding.unflatten(0, patches.shape[:2])
-        return embedding.new_zeros(*mask.shape, embedding.shape[-1]).masked_scatter(mask[..., None], embedding)
-
     def encode(self, patches: Shaped[Tensor, "k ..."] | AsRead) -> Float[Tensor, "k d"]:
-        """Encode loose patches in the model's precision.
-
-        A single patch has no statistics of its own: see `lone_patch`.
+        """Encode loose patches in the model's precision; a single one as `lone_patch` says.
 
         Args:
             patches: floats, or uint8 in the same order (k c h w); or as they were read.
@@ -188,14 +172,10 @@ class IPSClassifier(nn.Module):
         """
         return torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32)
 
-    def with_position(
+    def _placed(
         self, embedding: Float[Tensor, "b n d"], position: Shaped[Tensor, "b n ..."] | None
     ) -> Float[Tensor, "b n d"]:
-        """Add the position codes.
-
-        Returns:
-            Embeddings (b n d) as scoring and pooling see them.
-        """
+        """Add the position codes: embeddings as scoring and pooling see them."""
         if self.position is None:
             return embedding
         if position is None:
@@ -220,7 +200,7 @@ class IPSClassifier(nn.Module):
         Returns:
             Logits (k h t).
         """
-        placed = self.with_position(embedding[None], None if position is None else position[None])
+        placed = self._placed(embedding[None], None if position is None else position[None])
         return self.pool.logits(placed, query)[0]
 
     def select(
@@ -292,9 +272,7 @@ class IPSClassifier(nn.Module):
         return loose, None if position is None else _loose(position, mask)
 
     def train(self, mode: bool = True) -> "IPSClassifier":
-        """Set training mode, except for what is frozen: a part whose parameters all stay fixed keeps evaluating.
-
-        Otherwise a frozen encoder's batch norm would continue to learn statistics, and its dropout would drop values.
+        """Set training mode, except for parts whose parameters are all frozen: batch norm would go on learning there.
 
         Returns:
             The classifier itself.
