@@ -405,30 +405,25 @@ def test_the_other_process_sees_what_we_see(tmp_path: Path, probe: ImageProbe) -
     assert found == Probed(size=(90, 70), levels=1, mpp=0.25, channels=1, patches=9, level_bytes=6300)  # type: ignore[arg-type]
 
 
-def test_an_image_that_kills_the_process_is_named_and_the_next_one_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("action", "stall", "failed"),
+    [
+        (
+            "print('out of range', file=sys.stderr, flush=True); os.abort()",
+            20,
+            Failed("reading it ended the process (signal 6), saying: out of range", "died"),
+        ),
+        ("time.sleep(1000)", 3, Failed("no data for 3 s", "stalled")),
+    ],
+)
+def test_an_image_that_kills_the_process_or_stalls_is_named_and_the_next_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, stall: float, failed: Failed
 ) -> None:
     good, bad = picture(tmp_path / "good.png"), picture(tmp_path / "bad.png")
-    with_reader(tmp_path, monkeypatch, "print('out of range', file=sys.stderr, flush=True); os.abort()")
-    probe = ImageProbe(stall=20)
+    with_reader(tmp_path, monkeypatch, action)
+    probe = ImageProbe(stall=stall)
     try:
-        died = probe.probe(request(bad))
-        assert isinstance(died, Failed)
-        assert died.trouble == "died"
-        assert died.problem == "reading it ended the process (signal 6), saying: out of range"
-        assert isinstance(probe.probe(request(good)), Probed)
-    finally:
-        probe.close()
-
-
-def test_an_image_that_stalls_is_given_up_and_the_next_one_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good, bad = picture(tmp_path / "good.png"), picture(tmp_path / "bad.png")
-    with_reader(tmp_path, monkeypatch, "time.sleep(1000)")
-    probe = ImageProbe(stall=3)
-    try:
-        assert probe.probe(request(bad)) == Failed("no data for 3 s", "stalled")
+        assert probe.probe(request(bad)) == failed
         assert isinstance(probe.probe(request(good)), Probed)
     finally:
         probe.close()

@@ -95,28 +95,6 @@ def test_both_rules_agree_for_one_head_and_query(n: int, m: int, chunk: int, see
     assert kept(model, patches, m, chunk, rule="streaming") == kept(model, patches, m, chunk, rule="global")
 
 
-@LAW
-@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 17), st.lists(st.integers(1, 25), min_size=1), st.data())
-def test_streaming_is_the_published_rule_whatever_sizes_arrive(
-    n: int, m: int, chunk: int, sizes: list[int], data: st.DataObject
-) -> None:
-    logits = torch.randn(n, 4, 2, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))) * 3
-    memory = torch.arange(min(m, n))
-    for start in range(m, n, chunk):  # the paper's loop, literally
-        candidates = torch.cat([memory, torch.arange(start, min(start + chunk, n))])
-        score = logits[candidates].softmax(dim=0).mean(dim=(1, 2))
-        memory = candidates[score.topk(m).indices]
-    selector, start = Selector([n], m, chunk, "streaming"), 0
-    while start < n:
-        for size in sizes:
-            part = torch.arange(start, min(start + size, n))
-            selector.add(torch.zeros_like(part), part, logits[part])
-            start += size
-            if start >= n:
-                break
-    assert set(selector.finish(0).index.tolist()) == set(memory.tolist())
-
-
 def test_all_patches_are_kept_where_there_are_no_more_than_m() -> None:
     selection = features_model().select(bag(5, 0), m=9, chunk=2)
     assert sorted(selection.index[0].tolist()) == [0, 1, 2, 3, 4]

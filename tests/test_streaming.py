@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +44,34 @@ def paper(logits: Tensor, m: int, chunk: int) -> list[int]:
     return best(memory).tolist()  # type: ignore[no-any-return]
 
 
-def arrive(selector: Selector, logits: Sequence[Tensor], size: int) -> None:
-    """All patches of all images, one image after the other, `size` at a time."""
+def arrive(selector: Selector, logits: Sequence[Tensor], *sizes: int) -> None:
+    """All patches of all images, one image after the other, in chunks of `sizes`, again and again."""
     image = torch.cat([torch.full((len(each),), number) for number, each in enumerate(logits)])
     index = torch.cat([torch.arange(len(each)) for each in logits])
     whole = torch.cat(list(logits))
-    for start in range(0, len(image), size):
+    start = 0
+    for size in cycle(sizes):
         part = slice(start, start + size)
         selector.add(image[part], index[part], whole[part])
+        start += size
+        if start >= len(image):
+            break
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 70), min_size=1, max_size=6), st.integers(1, 12), st.integers(1, 17), st.integers(1, 99))
+@given(
+    st.lists(st.integers(1, 70), min_size=1, max_size=6),
+    st.integers(1, 12),
+    st.integers(1, 17),
+    st.lists(st.integers(1, 99), min_size=1),
+)
 def test_each_image_keeps_what_the_paper_keeps_of_it_whatever_arrives_with_it(
-    counts: list[int], m: int, chunk: int, size: int
+    counts: list[int], m: int, chunk: int, sizes: list[int]
 ) -> None:
     generator = torch.Generator().manual_seed(sum(counts))
     logits = [torch.randn(n, 4, 2, generator=generator) * 3 for n in counts]
     selector = Selector(counts, m, chunk, "streaming")
-    arrive(selector, logits, size)
+    arrive(selector, logits, *sizes)
     for number in reversed(range(len(counts))):
         assert selector.finished(number)
         assert selector.finish(number).index.tolist() == paper(logits[number], m, chunk)

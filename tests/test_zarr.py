@@ -19,7 +19,7 @@ from make_images import picture, pyramid, write_pyramids
 from make_zarr import ORDERS, scale_step, write_array, write_multiscale
 from numpy.typing import NDArray
 from processes import run_process
-from test_bad_images import damaged, outcome
+from test_bad_images import damaged, outcome, refusal
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from keyhole.errors import ImageError, ImageLost
@@ -32,15 +32,6 @@ LEVELS = pyramid(picture())
 def whole(path: Path, level: int = 0) -> NDArray[np.uint8]:
     with open_image(path) as image:
         return image.read((0, 0, *image.levels[level].size), level)
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(ImageError) as caught, open_image(path) as image:
-        image.read((0, 0, *image.size))
-    message = str(caught.value)
-    assert message.startswith(f"{path}: ")
-    assert "\n" not in message
-    return message
 
 
 def failure(image: Image, box: Box) -> ImageError:
