@@ -28,7 +28,7 @@ from keyhole.inference.predictor import Predictor, load
 from keyhole.patches.foreground.region_files import read_regions
 from keyhole.report.contact_sheet import Examples, contact_sheet
 from keyhole.report.table import TableRow, judge_rows, table_row, write_table
-from keyhole.runs.seal import check_evaluated, check_own_manifest
+from keyhole.runs.seal import check_images, check_own_manifest
 from keyhole.tasks.evaluation import TaskMetrics, evaluate_task, evaluation_json, format_lines
 from keyhole.tasks.kinds import Task
 from keyhole.util.files import csv_text, file_names, writable_folder, write_atomic
@@ -166,7 +166,8 @@ class Evaluator:
         config = DataConfig(path=path, on_bad_image=self.on_bad_image, **given)
         manifest = read_for_tasks(config, predictor.tasks, (self.split,), run=own)
         if own:
-            for line in check_evaluated(self.run, manifest, predictor.config.run):
+            remedy = "Put the old files back, or evaluate the new ones as other data: --data."
+            for line in check_images(self.run, manifest.items, predictor.config.run, remedy):
                 say(line)
         return manifest
 

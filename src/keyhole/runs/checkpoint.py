@@ -1,10 +1,8 @@
 """Weights and training state as safetensors, written atomically and read back before the old file is replaced.
 
-No pickle is ever read. The description of a model travels in the header of its weights, so that one file is the truth;
-`model.json` beside it is the same text for people and other tools.
-
-safetensors has no checksum, and a flipped bit in a weight is a valid other weight. The header therefore also holds two
-SHA-256: of the description, and of the description with all tensors. Both are compared on loading.
+No pickle is ever read. The header of the weights holds the description of the model; `model.json` is a copy for people.
+safetensors has no checksum. The header therefore holds two SHA-256, of the description and of the description with all
+tensors; both are compared on loading.
 """
 
 from __future__ import annotations
@@ -27,19 +25,13 @@ from keyhole.util.files import atomic_file, write_atomic
 from keyhole.util.wording import listed
 
 DIGEST, INFO_DIGEST = "keyhole.sha256", "keyhole.info_sha256"
-"""Keys of the header under which the digests are."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Write tensors with a JSON description to `path`, atomically, and compare what reached the disk.
-
-    Raises:
-        OutputError: no space or permission, or the disk gave back other bytes; the old file is untouched.
-    """
+    """Write tensors with a JSON description, atomically; if the disk gives back other bytes, the old file stays."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(info)
-    digests = {INFO_DIGEST: _text_digest(text), DIGEST: _digest(text, plain)}
-    data = save(plain, {"keyhole": text, **digests})
+    data = save(plain, {"keyhole": text, INFO_DIGEST: _digest(text, {}), DIGEST: _digest(text, plain)})
     digest = hashlib.sha256(data).digest()
 
     def check(temporary: Path) -> None:
@@ -52,15 +44,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
 
 
 def read_tensors(path: Path, remedy: str = "Copy it again.") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors on the CPU and their description, both compared with the digests that were written with them.
-
-    Args:
-        path: the file.
-        remedy: what the message of an error tells the user to do.
-
-    Raises:
-        RunError: missing, damaged, or not written by keyhole.
-    """
+    """Return tensors on the CPU and their description, both checked; `remedy` ends the message of an error."""
     info = read_info(path, remedy)
     with _opened(path, remedy=remedy) as file:
         header = file.metadata() or {}
@@ -71,12 +55,8 @@ def read_tensors(path: Path, remedy: str = "Copy it again.") -> tuple[dict[str, 
 
 
 def read_info(path: Path, remedy: str = "Copy it again.") -> dict[str, Any]:
-    """Return the description alone, without reading the tensors.
-
-    Raises:
-        RunError: as `read_tensors`.
-    """
-    with _opened(path, "np", remedy) as file:  # torch would map the file a second time, by when it may be another
+    """Return the description alone, checked, without reading the tensors."""
+    with _opened(path, "np", remedy) as file:  # torch would open the file twice
         header: dict[str, str] = file.metadata() or {}
     text = header.get("keyhole")
     if text is None:
@@ -86,21 +66,15 @@ def read_info(path: Path, remedy: str = "Copy it again.") -> dict[str, Any]:
             f"{path}: has no SHA-256 in its header: an early keyhole wrote it, or it is damaged. "
             f"{remedy} If an early keyhole wrote it, train again."
         )
-    if header[INFO_DIGEST] != _text_digest(text):
+    if header[INFO_DIGEST] != _digest(text, {}):
         raise RunError(f"{path}: damaged, its description is not the one that was written. {remedy}")
     info: dict[str, Any] = json.loads(text)
     return info
 
 
-def _text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a description and of the name, type, shape and bytes of every tensor, in the order of the names."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode("utf-8", "surrogatepass"))
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -109,7 +83,6 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def _opened(path: Path, framework: str = "pt", remedy: str = "Copy it again.") -> Iterator[Any]:
-    """Open a safetensors file; every fault of it is a RunError."""
     if not path.exists():
         raise RunError(f"{path}: there is no such file. Give a run folder, or the folder of a model.")
     if not path.is_file():
@@ -129,7 +102,7 @@ def save_model(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> None:
-    """Write everything that a run needs to go on as if it had not stopped."""
+    """Write everything that a run needs to continue as if it had not stopped."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for number, entry in optimizer.state_dict()["state"].items():
         for name, tensor in entry.items():
@@ -142,17 +115,18 @@ def load_state(
 ) -> dict[str, Any]:
     """Load a state into model and optimizer; return the progress that was stored with it."""
     tensors, progress = read_tensors(path, remedy)
-    prefix = "model."
-    load_weights(
-        model, {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}, path
-    )
+    weights: dict[str, Tensor] = {}
     entries: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, key = name.split(".", 2)
+        part, _, rest = name.partition(".")
+        if part == "model":
+            weights[rest] = tensor
+        elif part == "optimizer":
+            number, _, key = rest.partition(".")
             entries.setdefault(int(number), {})[key] = tensor
+    load_weights(model, weights, path)
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    for weight, entry in optimizer.state.items():  # fused optimizers take weight and state as they lie in memory
+    for weight, entry in optimizer.state.items():  # fused optimizers need the weight's memory layout
         for name, value in entry.items():
             if value.shape == weight.shape and value.stride() != weight.stride():
                 entry[name] = torch.empty_like(weight).copy_(value)
@@ -160,11 +134,7 @@ def load_state(
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Load every weight of the model; none may be missing, left over or of another shape.
-
-    Raises:
-        RunError: naming the file and what does not fit.
-    """
+    """Load every weight of the model; a missing or further weight, or one of another shape, is a RunError."""
     problems = misfits(model.state_dict(), weights)
     if problems:
         raise RunError(f"{path}: the weights do not fit the model: {'; '.join(problems[:4])} ({len(problems)} in all)")
@@ -172,22 +142,14 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
 
 
 def load_encoder(encoder: nn.Module, path: Path) -> None:
-    """Load the weights of an encoder alone (`--model.weights`).
+    """Load the weights of an encoder alone (`--model.weights`) from a run, the folder of a model or a safetensors file.
 
-    Args:
-        encoder: takes them.
-        path: a run, the folder of a model, or a safetensors file: a keyhole model, of which the encoder's part is
-            taken, or weights under the encoder's own names or those of the timm model inside it.
-
-    Raises:
-        RunError: missing, damaged, or not this encoder's; it says what was expected and what is there.
+    The file holds a keyhole model, or weights under the names of the encoder or of the timm model inside it.
     """
-    file = weights_file(path)
+    file, hint = weights_file(path), ""
     with _opened(file) as opened:
         described = "keyhole" in (opened.metadata() or {})
-        names = opened.keys()
-        weights = {} if described else {name: opened.get_tensor(name) for name in names}
-    hint = ""
+        weights = {} if described else {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     if described:
         weights, info = read_tensors(file)
         hint = _encoder_hint(file, info)
@@ -202,16 +164,12 @@ def load_encoder(encoder: nn.Module, path: Path) -> None:
 
 
 def weights_file(path: Path) -> Path:
-    """Return the file at `path`, or the best model of a run or a folder. Raises RunError as `model_file`."""
+    """Return the file at `path`, or the best model of a folder."""
     return model_file(path) if path.is_dir() else path
 
 
 def model_file(folder: Path) -> Path:
-    """Return the file of the best model of a run folder, or of the model in a folder of its own.
-
-    Raises:
-        RunError: there is none.
-    """
+    """Return the file of the best model of a run folder, or of the model in a folder of its own."""
     for file in (folder / "best" / "model.safetensors", folder / "model.safetensors"):
         if file.is_file():
             return file
@@ -223,11 +181,7 @@ def model_file(folder: Path) -> Path:
 
 
 def _encoder_hint(file: Path, info: Mapping[str, Any]) -> str:
-    """The settings of a keyhole model's encoder, as a sentence that ends an error.
-
-    Raises:
-        RunError: the model has no encoder of images.
-    """
+    """Return the settings of a keyhole model's encoder, as a sentence that ends an error."""
     model = info.get("model")
     if not isinstance(model, Mapping):
         return ""

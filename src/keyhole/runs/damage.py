@@ -1,4 +1,4 @@
-"""What could not be read in each epoch of a run: listed in unreadable.csv, and too much of it ends the run."""
+"""What could not be read in each epoch of a run: unreadable.csv lists it, and too much of it ends the run."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ from keyhole.runs.run import read_rows, write_rows
 from keyhole.util.progress import say
 
 LISTED_AGAIN = "Delete it: the next epochs list again what they cannot read."
-"""What to do about an unreadable.csv that is damaged."""
 
 
 class Damage:
-    """The ledgers of all epochs. The limit holds for each epoch, since the next one tries again what failed.
+    """The ledgers of all epochs; of the `total` patches of each epoch, counted from 0, a share may be unreadable.
 
-    Args:
-        path: unreadable.csv of the run.
-        total: Patches of an epoch.
-        share: of them that may be unreadable.
-        epoch: under way, counted from 0. A resumed run counts anew: files may have been put right meanwhile.
+    A resumed run counts its epoch again from the start, since the files may have been repaired.
     """
 
     def __init__(self, path: Path, total: int, share: float, epoch: int) -> None:
         self.path, self.total, self.share = path, total, share
         self._earlier = read_rows(path, LISTED_AGAIN)
-        self.epoch, self.ledger = epoch, Ledger(total, self.share)
+        self.epoch, self.ledger = epoch, Ledger(total, share)
         self._told = False
 
     def begin(self, epoch: int) -> None:
@@ -42,21 +37,19 @@ class Damage:
         self._write()
 
     def add(self, name: str, source: PatchSource, reasons: Mapping[int, str]) -> None:
-        """Add patches of an image, with their places."""
+        """Add the unreadable patches of an image, with the reason by the index of the patch."""
         index = list(reasons)
         self.ledger.add(name, source.boxes(index), index, list(reasons.values()))
         self._write()
 
     def warn(self, what: str) -> None:
-        """Say what is unreadable first, unless it ends the run anyway. Anything further is only listed."""
-        if self._told or self.ledger.is_too_much():
-            return
-        self._told = True
-        what = what.rstrip(".")
-        say(f"warning: {what}. What cannot be read is left out and listed in {self.path.name}")
+        """Warn of the first unreadable patches, unless they end the run; further ones are only listed."""
+        if not self._told and not self.ledger.is_too_much():
+            self._told = True
+            say(f"warning: {what.rstrip('.')}. What cannot be read is left out and listed in {self.path.name}")
 
     def summary(self) -> str | None:
-        """Return how many images were not wholly readable, in any epoch; None if all were."""
+        """Say how many images had unreadable patches in any epoch; None without any."""
         images = {row["image"] for row in (*self._earlier, *self._rows())}
         if not images:
             return None
@@ -64,7 +57,7 @@ class Damage:
         return f"patches of {what} could not be read; they are listed in {self.path.name}"
 
     def check(self) -> None:
-        """Raise TooMuchUnreadable where more of this epoch's patches are lost than is allowed."""
+        """Raise TooMuchUnreadable if more of this epoch's patches are lost than `share` allows."""
         self.ledger.check(self.path)
 
     def _rows(self) -> list[dict[str, str]]:

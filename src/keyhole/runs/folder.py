@@ -20,13 +20,12 @@ from keyhole.errors import OutputError
 from keyhole.runs.checkpoint import save_state
 from keyhole.runs.lock import DEAD, NAME, RunLock, is_held
 from keyhole.runs.run import environment
-from keyhole.runs.seal import file_digest
-from keyhole.runs.state import State
+from keyhole.runs.seal import State, file_digest
 from keyhole.util.budget import memory_text
 from keyhole.util.files import TEMPORARY, is_abandoned, umask, writable_folder, write_atomic
 
 FIRST = {"config.yaml", "manifest.csv", "left_out.csv", "environment.json", "last.safetensors", NAME}
-"""Files of a run folder when it is created."""
+"""Files of a new run folder."""
 
 
 def create_folder(
@@ -38,11 +37,7 @@ def create_folder(
     state: State,
     device: torch.device,
 ) -> RunLock:
-    """Write the folder under another name first, so that a run folder that exists can always be resumed.
-
-    Returns:
-        The lock of the folder.
-    """
+    """Create a run folder and return its lock; it gets its name last, so that every run folder can be resumed."""
     assert config.out is not None
     out = config.out
     writable_folder(out.parent)
@@ -77,7 +72,7 @@ def create_folder(
 def sweep(run: Path, say: Callable[[str], None]) -> None:
     """Remove what killed processes left in a run folder that this process owns, and say so.
 
-    Other processes may write predictions, so what one of them is writing stays.
+    Files that another process is writing, which only predictions can be, stay.
     """
     now = time.time()
     found = [path for folder in (run, run / "best") for path in _temporary(folder)]
@@ -92,9 +87,8 @@ def sweep(run: Path, say: Callable[[str], None]) -> None:
 
 
 def _temporary(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name) and path.is_file())
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if TEMPORARY.fullmatch(path.name) and path.is_file())
 
 
 def sweep_beside(out: Path, say: Callable[[str], None]) -> None:

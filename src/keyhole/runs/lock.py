@@ -2,12 +2,11 @@
 
 Two things guard the folder, because neither is enough alone:
 
-- `flock`. The kernel releases it when the process ends, however it ends. On some shared file systems it holds on one
-  host only, or is missing.
-- what the file says: host, process, time of its start, and a heartbeat (the file's own time, renewed every 15 seconds).
-  A process that this one can see counts as dead when it is gone, any other when its heartbeat is three minutes old.
+- `flock`: the kernel releases it when the process ends; on some shared file systems it holds on one host only.
+- the content of the file (host, process, start time) and its modification time, which the holder renews. A process on
+  this machine is dead when it is gone, any other when it did not renew the file for `DEAD` seconds.
 
-Nothing here waits for a lock. A folder that is in use is refused with one line.
+Nothing here waits for a lock: a folder in use is refused.
 """
 
 from __future__ import annotations
@@ -40,42 +39,30 @@ NAME = "lock"
 BEAT = 15.0
 """Seconds between two heartbeats."""
 DEAD = 180.0
-"""Seconds without a heartbeat after which a process of another machine counts as dead."""
+"""Seconds without a heartbeat after which a process on another machine counts as dead."""
 SETTLE = 1.0
-"""Seconds in which another machine that takes over the same lock at the same time shows."""
+"""Seconds to wait for another machine that takes over the same lock at the same time."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that a lock names.
+    """The process that a lock names."""
 
-    Attributes:
-        token: drawn for each lock, so that no two are alike.
-        host: name of the machine.
-        kernel: the machine since it was started; `flock` is certain among the processes of one kernel.
-        space: process namespace, which a container may have of its own; pids mean something within it only.
-        pid: process.
-        born: when the process started, as the kernel counts; empty where it does not say.
-        started: when it took the lock, for people.
-    """
-
-    token: str
+    token: str  # random, so that no two locks are equal
     host: str
-    kernel: str
-    space: str
+    kernel: str  # id of the machine's boot; `flock` is reliable between processes of one kernel
+    space: str  # process namespace, within which the pid is valid
     pid: int
-    born: str
-    started: str
+    born: str  # start of the process by the kernel's clock, empty if unknown
+    started: str  # when it took the lock, for people
 
     @classmethod
     def this(cls) -> Holder:
-        """This process."""
         host, pid, now = socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
         return cls(uuid.uuid4().hex, host, boot_id(), process_namespace(), pid, start_of_process(pid), now)
 
     @classmethod
     def read(cls, text: bytes) -> Holder | None:
-        """The process that a lock file names, or None where it names none."""
         try:
             holder = cls(**json.loads(text))
         except (ValueError, TypeError):
@@ -83,25 +70,15 @@ class Holder:
         return holder if isinstance(holder.pid, int) else None
 
     def ended(self, seen_from: Holder) -> bool:
-        """Whether `seen_from` can see that this process has ended."""
-        if (self.kernel, self.space) != (seen_from.kernel, seen_from.space):
-            return False
-        return has_ended(self.pid, self.born)
+        """True if the process `seen_from` can see that this one has ended."""
+        return (self.kernel, self.space) == (seen_from.kernel, seen_from.space) and has_ended(self.pid, self.born)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, started {self.started},"
 
 
 class RunLock:
-    """The right to write a run folder, held until `release`.
-
-    Args:
-        folder: the run folder, or the one that becomes it.
-
-    Raises:
-        RunError: another process holds it.
-        OutputError: the folder cannot be written.
-    """
+    """The right to write a run folder, held until `release`; RunError if another process holds it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.holder = folder, Holder.this()
@@ -126,7 +103,7 @@ class RunLock:
         return self.folder / NAME
 
     def check(self) -> None:
-        """Raises RunError if another process has taken over, as after a long sleep of this machine."""
+        """Raise RunError if another process has taken over, as after a long sleep of this machine."""
         try:
             named = Holder.read(self.path.read_bytes())
         except OSError:
@@ -139,7 +116,7 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Gives up the right, and deletes the file if it still names this process."""
+        """Give up the right, and delete the file if it still names this process."""
         if self._end.is_set():
             return
         with contextlib.suppress(OSError):  # a folder that is gone has no lock to delete
@@ -155,7 +132,7 @@ class RunLock:
         named, other = Holder.read(text), False
         if not created:
             same = named is not None and named.kernel == self.holder.kernel
-            # a file that names nobody: a kill came before it was written
+            # a file that names no process: its writer was killed before it wrote
             dead = (alone is True and (named is None or same)) or (named is not None and named.ended(self.holder))
             if not dead and self._age() < DEAD:
                 raise self._refusal(named)
@@ -166,18 +143,14 @@ class RunLock:
             os.write(self._file, json.dumps(asdict(self.holder)).encode() + b"\n")
             os.fsync(self._file)
         except OSError:
-            self.path.unlink(missing_ok=True)  # it is ours, and would name nobody
+            self.path.unlink(missing_ok=True)  # it would name no process
             raise
         if other and not (named is None and alone is True):
             time.sleep(SETTLE)
             self.check()
 
     def _open(self) -> tuple[bool, bool | None]:
-        """Opens the file with `flock`; whether it was created here, and whether `flock` says that nobody else has it.
-
-        Raises:
-            RunError: another process has it.
-        """
+        """Open the file; return whether it is new, and whether `flock` says that no other process has it."""
         while True:
             try:
                 self._file, created = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
@@ -189,20 +162,13 @@ class RunLock:
             alone = lock_file(self._file)
             if alone is False:
                 raise self._refusal(Holder.read(read_at(self._file, 10_000, 0)))
-            if self._is_current():
-                return created, alone
+            with contextlib.suppress(FileNotFoundError):  # its holder may have deleted it, and another created it
+                if os.path.samestat(self.path.stat(), os.fstat(self._file)):
+                    return created, alone
             os.close(self._file)
 
-    def _is_current(self) -> bool:
-        """Whether the open file is still the one in the folder: its holder may have deleted it meanwhile."""
-        try:
-            named, own = os.stat(self.path), os.fstat(self._file)  # noqa: PTH116 - beside fstat
-        except FileNotFoundError:
-            return False
-        return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)
-
     def _age(self) -> float:
-        """Seconds since the last heartbeat, by the clock of the file system: those of two hosts may differ."""
+        """Return the seconds since the last heartbeat, by the clock of the file system: those of hosts differ."""
         with tempfile.TemporaryFile(dir=self.folder) as now:
             now.write(b" ")
             now.flush()
@@ -224,7 +190,7 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT):
-            with self._guard, contextlib.suppress(OSError):  # `check` tells before the next write what is wrong
+            with self._guard, contextlib.suppress(OSError):  # `check` reports it before the next write
                 if self._file >= 0:
                     os.utime(self._file)
 
@@ -234,7 +200,7 @@ class RunLock:
             self.close_file()
 
     def close_file(self) -> None:
-        """Closes this process's handle: in a forked child, which would otherwise hold the lock after its parent."""
+        """Close the file, also in a forked child, which would otherwise hold the lock after its parent."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -252,7 +218,7 @@ after_fork(_close_in_child)
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process that is alive holds the lock of a folder; also where this process may not ask."""
+    """True if a living process holds the lock of a folder, or if this process may not open it."""
     try:
         RunLock(folder).release()
     except (RunError, OutputError):

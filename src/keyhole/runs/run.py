@@ -36,23 +36,10 @@ from keyhole.runs.checkpoint import read_info
 from keyhole.util.files import write_atomic
 
 PACKAGES = (
-    "keyhole",
-    "torch",
-    "timm",
-    "numpy",
-    "pillow",
-    "tifffile",
-    "imagecodecs",
-    "zarr",
-    "h5py",
-    "openslide-python",
-    "openslide-bin",
-    "safetensors",
-    "scikit-learn",
-    "pydantic",
-    "tyro",
+    *("keyhole", "torch", "timm", "numpy", "pillow", "tifffile", "imagecodecs", "zarr", "h5py"),
+    *("openslide-python", "openslide-bin", "safetensors", "scikit-learn", "pydantic", "tyro"),
 )
-"""What a run's figures and a machine's health may depend on."""
+"""Packages that the figures of a run may depend on."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +64,8 @@ class Run:
         """One mapping per finished epoch; a value that is not defined on the data is NaN."""
         path, remedy = self.path / "metrics.csv", "Delete it and resume the run: it is written again."
         try:
-            return [
-                {name: float(value or "nan") for name, value in row.items()}
-                for row in read_rows(path, remedy, ("epoch",))
-            ]
+            rows = read_rows(path, remedy, ("epoch",))
+            return [{name: float(value or "nan") for name, value in row.items()} for row in rows]
         except ValueError as error:
             raise RunError(f"{path}: damaged ({error}). {remedy}") from error
 
@@ -91,7 +76,7 @@ class Run:
 
     @property
     def learning(self) -> dict[str, Any]:
-        """Whether the best model is better than guessing, and what was looked at; empty before the run is finished."""
+        """The content of learning.json: is the best model better than guessing? Empty before the run is finished."""
         path = self.path / "learning.json"
         if not path.is_file():
             return {}
@@ -119,11 +104,7 @@ class Run:
 
 
 def find_run(path: str | Path) -> Run:
-    """Return the run folder at `path`.
-
-    Raises:
-        RunError: it does not exist or is not a run folder.
-    """
+    """Return the run folder at `path`."""
     path = Path(path)
     if not path.is_dir():
         raise RunError(f"{path}: there is no such run folder")
@@ -134,12 +115,7 @@ def find_run(path: str | Path) -> Run:
 
 
 def check_new(out: Path) -> None:
-    """Check, before any work is done, that the run folder can be created.
-
-    Raises:
-        RunError: it exists.
-        OutputError: its parent cannot be written.
-    """
+    """Check, before any work is done, that the run folder does not exist and can be created."""
     if out.exists() or out.is_symlink():
         hint = f"; keyhole resume {out} goes on with it" if (out / "last.safetensors").is_file() else ""
         raise RunError(f"{out}: the run folder exists. Choose another --out{hint}.")
@@ -153,7 +129,6 @@ def check_new(out: Path) -> None:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Return versions, machine and command, for readers of the figures."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -173,7 +148,6 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `rows_text` to a file."""
     write_atomic(path, rows_text(rows))
 
 
@@ -188,16 +162,7 @@ def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_rows(path: Path, remedy: str = "Restore it from a copy.", columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Return the rows of a CSV that the run wrote; none if there is no such file.
-
-    Args:
-        path: the file.
-        remedy: what the message of an error tells the user to do.
-        columns: that it must have.
-
-    Raises:
-        RunError: it is damaged.
-    """
+    """Return the rows of a CSV with certain columns that the run wrote; no rows if there is no such file."""
     if not path.is_file():
         return []
     try:

@@ -1,13 +1,15 @@
-"""Checks that the files of a run are those that it wrote, by comparing them with its state.
+"""The state of a run, and checks that the run's files are those that it wrote, by comparing them with the state.
 
-Without them, a run that goes on with other settings, images or another best model would end elsewhere without an error.
+Without the checks, a run resumed with other settings, images or another best model would silently end elsewhere.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +17,79 @@ from keyhole.config.file import dump_config, leaves, load_config, parse_config
 from keyhole.config.settings import Config, RunConfig
 from keyhole.data.hashes import OTHER_CONTENT, FileHash, changed_files, stored_hashes
 from keyhole.data.item import Item
-from keyhole.data.manifest import Manifest
 from keyhole.errors import ConfigError, RunError
 from keyhole.runs.checkpoint import model_file, read_info, read_tensors
 from keyhole.runs.damage import LISTED_AGAIN
 from keyhole.runs.run import Run, read_rows, rows_text
-from keyhole.runs.state import State
 from keyhole.util.budget import memory_text
 from keyhole.util.files import write_atomic
 from keyhole.util.progress import say
-from keyhole.util.wording import listed as listed_names
+from keyhole.util.wording import listed
 
 RESTORE_OR_RETRAIN = "Restore it from a copy, or train again into another folder."
-"""What to do about a file that a run cannot write again."""
 RESTORE_OR_DELETE = "Restore it from a copy, or delete it: it then lists what fails from now on."
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a small file.
+@dataclass
+class State:
+    """How far a run is; saved with every state, so that nothing else needs to be remembered."""
 
-    Raises:
-        RunError: it cannot be read.
-    """
+    epoch: int = 0  # epochs finished
+    batch: int = 0  # batches done in the current epoch
+    step: int = 0  # optimizer steps done
+    steps_per_epoch: int = 1  # fixed at the start, so that the schedule does not move when an image is left out
+    loss_sum: float = 0.0  # this, the next and `patches` count the current epoch
+    loss_count: int = 0
+    patches: int = 0
+    metric: str = ""  # chooses the best model; empty without a validation split
+    best: tuple[float, float] | None = None  # value and loss of the best epoch
+    best_epoch: int = 0  # counted from 1
+    waiting: int = 0  # epochs since the best one
+    stopped: bool = False  # early stopping has ended the training
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)  # by image: epoch it failed in, and reason
+    plan: dict[str, Any] = field(default_factory=dict)  # use of memory; another one may change the last bits
+    tasks: list[dict[str, Any]] = field(default_factory=list)  # as resolved at the start
+    history: list[dict[str, float | None]] = field(default_factory=list)  # the rows of metrics.csv
+    run: str = ""  # identifies the run; its best model carries the same
+    config: str = ""  # text of config.yaml
+    config_before: str = ""  # its text before the number of epochs was changed
+    manifest: str = ""  # SHA-256 of manifest.csv
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def mean_loss(self) -> float | None:
+        """The mean loss of the current epoch; None before its first step."""
+        return self.loss_sum / self.loss_count if self.loss_count else None
+
+    def add_loss(self, loss: float, images: int) -> None:
+        self.loss_sum += loss * images
+        self.loss_count += images
+
+    def advance(self, patches: int) -> None:
+        """Count a step, for which `patches` patches were read."""
+        self.step, self.batch, self.patches = self.step + 1, self.batch + 1, self.patches + patches
+
+    def end_epoch(self, row: Mapping[str, float | None]) -> None:
+        """Count an epoch as finished, with its row of metrics.csv."""
+        plain = {name: value if isinstance(value, int | None) else float(value) for name, value in row.items()}
+        self.history.append(plain)
+        self.epoch, self.batch, self.loss_sum, self.loss_count, self.patches = self.epoch + 1, 0, 0.0, 0, 0
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], path: Path) -> State:
+        """Return the state that a file holds; `path` is its name for messages."""
+        try:
+            best = data["best"]
+            left_out = {name: (int(epoch), reason) for name, (epoch, reason) in data["left_out"].items()}
+            return cls(**{**data, "best": None if best is None else (best[0], best[1]), "left_out": left_out})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(f"{path}: not the state of a run ({error!r}). Was another file copied over it?") from error
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a small file."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -52,11 +105,7 @@ def read_state(run: Run) -> State:
 def check_files(run: Run, state: State) -> list[str]:
     """Compare the files of a run with its state, and write missing files again where the state has their content.
 
-    Returns:
-        what was written again, one line each.
-
-    Raises:
-        RunError: a file was changed or damaged since the run wrote it; says what to restore or to delete.
+    Returns one line for each file written again. RunError for a changed file says what to restore or to delete.
     """
     check_manifest(run.path / "manifest.csv", state.manifest)
     said = [_check_config(run.path / "config.yaml", state), _check_metrics(run.path / "metrics.csv", state)]
@@ -66,17 +115,14 @@ def check_files(run: Run, state: State) -> list[str]:
 
 
 def sealed_config(state: State) -> Config:
-    """Return the settings of a run, as its state has them."""
+    """Return the settings of a run that its state holds."""
     return parse_config(state.config, "the run's state")
 
 
 def more_epochs(state: State, epochs: int) -> str:
-    """Changes the number of epochs of a run in its state, which must then be saved; what it means, in a line.
+    """Change the number of epochs in a state, which the caller saves; return one line, empty for the same number.
 
-    The same number again changes nothing, so that a command may be repeated. A run that early stopping ended goes on.
-
-    Raises:
-        ConfigError: fewer epochs than it has done.
+    A run that early stopping ended continues.
     """
     config = sealed_config(state)
     if epochs == config.train.epochs:
@@ -93,26 +139,14 @@ def more_epochs(state: State, epochs: int) -> str:
 
 
 def check_images(
-    run: Path, manifest: Path, items: Sequence[Item], config: RunConfig, remedy: str, others: Sequence[str] = ()
+    run: Path, items: Sequence[Item], config: RunConfig, remedy: str, others: Sequence[str] = ()
 ) -> list[str]:
-    """Compare the files of images with manifest.csv; each is read to its end.
+    """Compare the files of images with manifest.csv of a run folder; each is read to its end.
 
-    Where a run could not read all of its images (unreadable.csv, left_out.csv), they may have been copied again.
-
-    Args:
-        run: its folder.
-        manifest: its manifest.csv.
-        items: images to compare.
-        config: for the threads that read.
-        remedy: what the message of an error tells the user to do.
-        others: splits whose files are compared by size, without being opened.
-
-    Returns:
-        what was noticed and is no error, one line each.
-
-    Raises:
-        RunError: files changed; names them.
+    Files of the splits `others` are compared by size. Images that the run could not read (unreadable.csv, left_out.csv)
+    may have changed. Returns warnings; RunError names changed files and ends with `remedy`.
     """
+    manifest = run / "manifest.csv"
     rows = read_rows(manifest, RESTORE_OR_RETRAIN, ("image", "name", "sha256", "bytes", "split"))
     recorded = stored_hashes(manifest)
     known = [recorded[item.name] for item in items if item.name in recorded]
@@ -126,8 +160,10 @@ def check_images(
     sizes = {item.name: FileHash("", recorded[item.name].bytes) for item in unopened if item.name in recorded}
     changed |= changed_files(unopened, sizes)
     unreadable = {row.get("image") for row in read_rows(run / "unreadable.csv", LISTED_AGAIN)}
-    listed = unreadable | {row.get("name") for row in read_rows(run / "left_out.csv", RESTORE_OR_DELETE)}
-    repaired = {name for name, what in changed.items() if name in listed or (unreadable and what == OTHER_CONTENT)}
+    listed_names = unreadable | {row.get("name") for row in read_rows(run / "left_out.csv", RESTORE_OR_DELETE)}
+    repaired = {
+        name for name, what in changed.items() if name in listed_names or (unreadable and what == OTHER_CONTENT)
+    }
     wrong = {name: what for name, what in changed.items() if name not in repaired}
     if wrong:
         files = {item.name: item.source for item in (*items, *unopened)}
@@ -137,34 +173,19 @@ def check_images(
         raise RunError(f"{run}: {count} changed since the run began: {first}{more}. {remedy}")
     if repaired:
         what = "changed since the run began, which had met unreadable images; they count as repaired"
-        said.append(f"{listed_names(sorted(repaired))} {what}")
+        said.append(f"{listed(sorted(repaired))} {what}")
     return said
 
 
-def check_evaluated(run: Path, manifest: Manifest, config: RunConfig) -> list[str]:
-    """Compare the images that a run is evaluated on with its manifest.csv; returns and raises as `check_images`."""
-    remedy = "Put the old files back, or evaluate the new ones as other data: --data."
-    return check_images(run, run / "manifest.csv", manifest.items, config, remedy)
-
-
 def check_own_manifest(run: Path) -> None:
-    """Raise RunError if the best model or the manifest.csv in a run folder is not the run's."""
-    _check_owner(run)
-    digest = _best_info(run).get("manifest")
-    if digest is not None:
+    """Raise RunError if the best model or the manifest.csv in a run folder is another run's."""
+    state = read_state(Run(run)) if (run / "last.safetensors").is_file() else None
+    path = model_file(run)
+    info = read_info(path, RESTORE_OR_RETRAIN)
+    if state is not None and info.get("run") != state.run:
+        raise RunError(f"{path}: the best model of another run. {RESTORE_OR_RETRAIN}")
+    if (digest := info.get("manifest")) is not None:
         check_manifest(run / "manifest.csv", digest)
-
-
-def _best_info(run: Path) -> dict[str, Any]:
-    return read_info(model_file(run), RESTORE_OR_RETRAIN)
-
-
-def _check_owner(run: Path) -> None:
-    """Raise RunError if the best model is another run's; without a state that cannot be known."""
-    if (run / "last.safetensors").is_file():
-        state, info = read_state(Run(run)), _best_info(run)
-        if info.get("run") != state.run:
-            raise RunError(f"{run / 'best' / 'model.safetensors'}: the best model of another run. {RESTORE_OR_RETRAIN}")
 
 
 def _item(row: Mapping[str, str]) -> Item:
@@ -173,7 +194,6 @@ def _item(row: Mapping[str, str]) -> Item:
 
 
 def check_manifest(path: Path, digest: str) -> None:
-    """Raise RunError if manifest.csv is not the one that was written at the start."""
     if file_digest(path) != digest:
         raise RunError(f"{path}: changed since the run began: it is cut, damaged or edited. {RESTORE_OR_RETRAIN}")
 
@@ -199,7 +219,7 @@ def _check_config(path: Path, state: State) -> str:
 
 
 def _check_metrics(path: Path, state: State) -> str:
-    """A kill may have come between the row of an epoch and the state after it, so one row more is right."""
+    """Check metrics.csv; one row more is right, since a kill may come between the row and the state of an epoch."""
     if not path.is_file():
         if not state.history:
             return ""
@@ -215,12 +235,11 @@ def _check_metrics(path: Path, state: State) -> str:
 
 
 def _filled(row: Mapping[str, str]) -> dict[str, str]:
-    """The cells that are not empty."""
     return {name: value for name, value in row.items() if value not in ("", "None")}
 
 
 def _check_best(folder: Path, state: State) -> str:
-    """A kill may have come between a new best model and the state after it, so that of the next epoch is right."""
+    """Check the best model; that of the next epoch is right, since a kill may come before the state of an epoch."""
     path = folder / "model.safetensors"
     if not path.is_file():
         raise RunError(f"{path}: missing. {RESTORE_OR_RETRAIN}")

@@ -30,13 +30,13 @@ from keyhole.runs.run import Log, Run, check_new, read_rows
 from keyhole.runs.seal import (
     RESTORE_OR_DELETE,
     RESTORE_OR_RETRAIN,
+    State,
     check_files,
     check_images,
     more_epochs,
     read_state,
     sealed_config,
 )
-from keyhole.runs.state import State
 from keyhole.tasks.kinds import Task
 from keyhole.training.loggers import check_loggers
 from keyhole.training.score import choose_metric
@@ -274,7 +274,7 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
         written = written.replace(features=None, masks=None)
     manifest = read_for_tasks(written, [Task.from_json(task) for task in state.tasks], ("train", "val"), run=True)
     remedy = "Put the old files back, or train again into another folder."
-    checked += check_images(run.path, path, manifest.items, config.run, remedy, others=("test",))
+    checked += check_images(run.path, manifest.items, config.run, remedy, others=("test",))
     reader = open_reader(config.run, device)
     try:
         engine = new_engine(config, new_model(config, manifest.tasks, device, fresh=False), reader)

@@ -18,7 +18,7 @@ from keyhole.engine.device import choose_device
 from keyhole.images.geometry import Size
 from keyhole.runs.checkpoint import read_info
 from keyhole.runs.run import Run, read_rows
-from keyhole.runs.state import State
+from keyhole.runs.seal import State
 from keyhole.tasks.kinds import Task
 from keyhole.training.setup import cache_limit
 from keyhole.util.platform import available_memory
