@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
+from pydantic import Field
 
 from keyhole.cli.options import Options, print_options, read
 from keyhole.config.amounts import ONE_PERCENT, Memory, Share
@@ -48,7 +49,7 @@ class EmbedOptions(Options):
     """Channels of the first stage of the `small` encoder."""
     channels: Channels = 3
     """Channels the encoder sees."""
-    patch: PatchConfig = PatchConfig()
+    patch: PatchConfig = Field(default_factory=PatchConfig)
     root: Path | None = None
     """Folder that relative image paths of a CSV start from; default is the CSV's own folder."""
     masks: Path | None = None

@@ -34,16 +34,15 @@ def run(argv: list[str]) -> int:
         raise OutputError(f"{target}: is there already, and is not overwritten. Remove it or give another --out.")
 
     from keyhole.config.auto import auto_reasons
-    from keyhole.config.file import dump_config
+    from keyhole.config.file import dump_config, leaves
     from keyhole.tools.init import measure, propose, with_counted_patches
 
     measured = measure(config)
-    proposal = with_counted_patches(propose(Config(data=config.data), measured), measured, config)
-    # What was said by recipe, file or flag goes over what was measured.
+    proposal = with_counted_patches(propose(Config(data=config.data), measured), measured, config.run.stall)
     said = read(InitOptions, argv, "keyhole init", proposal.config.model_dump())
-    final = said.settings.replace(out=None, data=config.data)
-    reasons = {name: why for name, why in proposal.reasons.items() if _at(final, name) == _at(proposal.config, name)}
-    reasons |= auto_reasons(final)
+    final = said.settings.replace(out=None, data=config.data)  # recipe, file and flags over what was measured
+    kept = set(leaves(final)) & set(leaves(proposal.config))
+    reasons = {name: proposal.reasons[name] for name, _ in kept if name in proposal.reasons} | auto_reasons(final)
     text = _header(target, proposal.summary) + dump_config(final, comments=True, notes=reasons)
     if options.print_config:
         print(text, end="")
@@ -55,11 +54,6 @@ def run(argv: list[str]) -> int:
     print("\n".join(proposal.summary))
     print(f"\nwritten: {target}\nnext:    keyhole train --config {shlex.quote(str(target))}")
     return 0
-
-
-def _at(config: Config, name: str) -> object:
-    section, _, key = name.partition(".")
-    return getattr(getattr(config, section), key)
 
 
 def _header(target: Path, summary: tuple[str, ...]) -> str:

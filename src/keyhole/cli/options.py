@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import tyro
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 from tyro.constructors import (
     ConstructorRegistry,
@@ -61,7 +61,7 @@ class ConfigOptions(Options):
     camelyon16, camelyon16-features."""
     config: Annotated[Location | None, tyro.conf.arg(metavar="FILE")] = None
     """YAML file with settings, such as `keyhole init` writes; flags go over it."""
-    settings: Config = Config()
+    settings: Config = Field(default_factory=Config)
 
 
 class DataOptions(ConfigOptions):
@@ -237,6 +237,8 @@ def _convert(flag: Flag, words: Sequence[Any]) -> Any:
 
 
 def _value(kind: Any, word: str, name: str) -> Any:
+    from pydantic import TypeAdapter  # not for --help
+
     adapter = TypeAdapter[Any](kind)
     try:
         try:

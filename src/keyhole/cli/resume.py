@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 import tyro
+from pydantic import Field
 
 from keyhole.cli.options import Options, print_config, read
 from keyhole.config.base import Settings
@@ -30,7 +31,7 @@ class ResumeOptions(Options):
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder of `keyhole train`."""
-    train: ResumeTrain = ResumeTrain()
+    train: ResumeTrain = Field(default_factory=ResumeTrain)
     root: Path | None = None
     """Folder that the images were moved to since; they are found in it by relative path, size and SHA-256."""
 

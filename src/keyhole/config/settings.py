@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Strict, model_validator
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, model_validator
 
 from keyhole.config.amounts import ONE_PERCENT, Memory, Share
 from keyhole.config.base import Contradiction, Settings
@@ -315,10 +315,10 @@ class Config(Settings):
     """Budget of device memory such as `5GB`, kept by choosing chunks; `auto` is what is free. On CPU: the process."""
     unreadable: Share = ONE_PERCENT
     """Share of all patches that may be unreadable before training ends with an error; for each image in predicting."""
-    data: DataConfig = DataConfig()
-    patch: PatchConfig = PatchConfig()
-    model: ModelConfig = ModelConfig()
-    select: SelectConfig = SelectConfig()
-    train: TrainConfig = TrainConfig()
-    augment: AugmentConfig = AugmentConfig()
-    run: RunConfig = RunConfig()
+    data: DataConfig = Field(default_factory=DataConfig)
+    patch: PatchConfig = Field(default_factory=PatchConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    select: SelectConfig = Field(default_factory=SelectConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    run: RunConfig = Field(default_factory=RunConfig)

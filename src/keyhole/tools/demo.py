@@ -1,7 +1,4 @@
-"""The main job once, start to end, on images that are written for it: generate, train, evaluate, show.
-
-Everything goes through the code of `keyhole train` and `keyhole evaluate`; only the images are special.
-"""
+"""The main job once, from start to end, on generated images, by the code of `keyhole train` and `keyhole evaluate`."""
 
 from __future__ import annotations
 
@@ -20,29 +17,23 @@ from keyhole.inference.evaluate import Evaluation, evaluate
 from keyhole.inference.predictor import Predictor, load
 from keyhole.training.loop import train_config
 
+SAMPLE = 20
+"""Unseen images whose best patches are compared with the places of the digits."""
+
 
 def demo_config(out: Path, seed: int) -> Config:
-    """The configuration the demo trains with: the recipe `demo`, its own images and run folder."""
     given = {"out": str(out / "run"), "data": {"path": str(out / "images" / "manifest.csv")}, "train": {"seed": seed}}
     return resolve("demo").replace(**given)
 
 
 def free_folder(name: str = "demo") -> Path:
-    """`demo`, or `demo-2` and so on: a second demo does not lose the first."""
+    """Return `demo`, or `demo-2` and so on where that exists."""
     tries = (Path(name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
     return next(path for path in tries if not path.exists())
 
 
 def demo(out: str | Path = "demo", seed: int = 0) -> Evaluation:
-    """Writes images, trains, evaluates on 200 that were never seen, and draws what was kept.
-
-    Args:
-        out: folder to create; holds images, run and contact sheet.
-        seed: of images and run.
-
-    Raises:
-        OutputError: the folder exists and holds something.
-    """
+    """Write images, train, evaluate on 200 unseen images, and draw the patches that were kept, in a new folder."""
     from keyhole.datasets.digits import CLASSES, make_digits
 
     out = Path(out)
@@ -55,22 +46,17 @@ def demo(out: str | Path = "demo", seed: int = 0) -> Evaluation:
     run = train_config(demo_config(out, seed))
     found = evaluate(run.path)
     hits, kept = hits_on_digits(load(run.path), out / "images" / "boxes.csv")
-    accuracy = found.metrics[0].overall["accuracy"]
-    images = found.metrics[0].n
-    print(f"{time.monotonic() - start:.0f} s in all; {images} unseen images; guessing gives {1 / len(CLASSES):.2f}")
+    metrics = found.metrics[0]
+    print(f"{time.monotonic() - start:.0f} s in all; {metrics.n} unseen images; guessing gives {1 / len(CLASSES):.2f}")
     print(f"of the {kept} patches with the most attention in {SAMPLE} unseen images, {hits} lie on a digit")
-    print(f"accuracy {accuracy}")
+    print(f"accuracy {metrics.overall['accuracy']}")
     print(f"contact sheet: {found.path / 'contact_sheet.png'}")
     print(f"run folder: {run.path}")
     return found
 
 
-SAMPLE = 20
-"""Unseen images whose best patches are compared with where the digits are."""
-
-
 def hits_on_digits(predictor: Predictor, boxes: Path) -> tuple[int, int]:
-    """How many of the most attended patches, one an image, overlap a digit; and of how many."""
+    """Return in how many images the patch with the most attention overlaps a digit, and the number of images."""
     where: dict[str, list[list[int]]] = defaultdict(list)
     with boxes.open(newline="") as file:
         for row in csv.DictReader(file):

@@ -1,4 +1,4 @@
-"""Trials of this machine: every reader on images that are written for it, and a training run of a few seconds."""
+"""Tests of this machine: every reader on images written for it, and a training run of a few seconds."""
 
 from __future__ import annotations
 
@@ -36,13 +36,7 @@ SIDE = 96
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The result of one trial.
-
-    Attributes:
-        name: what.
-        state: `ok`, `FAIL` (something that is needed does not work) or `info`.
-        detail: a figure, the problem, or what a missing part would give.
-    """
+    """The result of one test: FAIL if something that is needed does not work."""
 
     name: str
     state: Literal["ok", "FAIL", "info"]
@@ -53,7 +47,6 @@ class Diagnosis:
 
 
 def examine() -> Iterator[Diagnosis]:
-    """Try everything, one thing at a time, in a temporary folder."""
     yield from machine()
     with tempfile.TemporaryDirectory(prefix="keyhole-doctor-") as folder:
         yield from readers(Path(folder))
@@ -61,47 +54,32 @@ def examine() -> Iterator[Diagnosis]:
     yield from optional_parts()
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------
-
-
 def machine() -> Iterator[Diagnosis]:
     """Yield versions, cores, memory, temporary space and GPU."""
-    yield Diagnosis("python", "info", f"{platform.python_version()} on {platform.platform()}")
+    import torch
+
     from keyhole.runs.run import PACKAGES
 
+    yield Diagnosis("python", "info", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         try:
             yield Diagnosis(package, "info", version(package))
         except PackageNotFoundError:
             yield Diagnosis(package, "FAIL", "not installed; install keyhole again")
     yield Diagnosis("cores", "info", str(cores()))
-    yield Diagnosis("memory", "info", _memory())
+    total = total_memory()
+    memory, limit = memory_text(total), Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (given := limit.read_text().strip()).isdigit() and int(given) < total:
+        memory += f", of which this container may use {memory_text(int(given))}"
+    yield Diagnosis("memory", "info", memory)
     for place in (Path(tempfile.gettempdir()), Path("/dev/shm")):
         if place.is_dir():
             usage = shutil.disk_usage(place)
             yield Diagnosis(str(place), "info", f"{memory_text(usage.free)} of {memory_text(usage.total)} free")
-    yield Diagnosis("GPU", "info", _gpu())
-
-
-def _memory() -> str:
-    total = total_memory()
-    text = memory_text(total)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (given := limit.read_text().strip()).isdigit() and int(given) < total:
-        text += f", of which this container may use {memory_text(int(given))}"
-    return text
-
-
-def _gpu() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return f"none that torch {torch.__version__} can use; training runs on the CPU"
-    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return ", ".join(f"{device.name} with {memory_text(device.total_memory)}" for device in devices)
-
-
-# --- readers ---------------------------------------------------------------------------------------------------------
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    names = ", ".join(f"{gpu.name} with {memory_text(gpu.total_memory)}" for gpu in gpus)
+    missing = f"none that torch {torch.__version__} can use; training runs on the CPU"
+    yield Diagnosis("GPU", "info", names if torch.cuda.is_available() else missing)
 
 
 def readers(folder: Path) -> Iterator[Diagnosis]:
@@ -111,7 +89,7 @@ def readers(folder: Path) -> Iterator[Diagnosis]:
     for name, suffix, write, tolerance in _formats():
         path = folder / f"image-{name.replace(' ', '-')}.{suffix}"
         yield attempt(f"{suffix} {name}", partial(_read_back, path, write, tolerance))
-    yield attempt("whole-slide file by OpenSlide", lambda: _read_by_openslide(folder / "slide.tiff"))
+    yield attempt("whole-slide file by OpenSlide", partial(_read_by_openslide, folder / "slide.tiff"))
 
 
 def _load(entry: EntryPoint) -> str:
@@ -129,6 +107,7 @@ def _formats() -> Iterator[tuple[str, str, Writer, float]]:
     yield "colour", "jpg", partial(_pillow, quality=95, subsampling=0), 4.0
     yield "grey", "png", lambda path, pixels: _pillow(path, pixels[:, :, 0]), 0.0
     tile: dict[str, Any] = {"tile": (32, 32), "photometric": "rgb"}
+    deflate = tile | {"compression": "deflate"}
     yield "strips", "tif", partial(_tiff, photometric="rgb", rowsperstrip=16), 0.0
     for compression in ("lzw", "deflate", "zstd"):
         yield f"tiles {compression}", "tif", partial(_tiff, **tile, compression=compression), 0.0
@@ -136,7 +115,7 @@ def _formats() -> Iterator[tuple[str, str, Writer, float]]:
     yield "tiles jpeg2000", "tif", partial(_tiff, **tile, compression="jpeg2000"), 4.0
     yield "big", "tif", partial(_tiff, **tile, bigtiff=True), 0.0
     yield "OME", "ome.tif", partial(_tiff, **tile), 0.0
-    yield "pyramid", "tif", _pyramid, 0.0
+    yield "pyramid", "tif", partial(_pyramid, subifds=1, **deflate), 0.0
 
 
 def _pillow(path: Path, pixels: Pixels, **options: Any) -> None:
@@ -151,17 +130,16 @@ def _tiff(path: Path, pixels: Pixels, **options: Any) -> None:
     tifffile.imwrite(path, pixels, **options)
 
 
-def _pyramid(path: Path, pixels: Pixels) -> None:
+def _pyramid(path: Path, pixels: Pixels, subifds: int = 0, **options: Any) -> None:
     import tifffile
 
     with tifffile.TiffWriter(path) as file:
-        options: dict[str, Any] = {"tile": (32, 32), "photometric": "rgb", "compression": "deflate"}
-        file.write(pixels, subifds=1, **options)
-        file.write(pixels[::2, ::2], subfiletype=1, **options)
+        file.write(pixels, subifds=subifds, **options)
+        file.write(np.ascontiguousarray(pixels[::2, ::2]), subfiletype=1, **options)
 
 
 def _picture() -> Pixels:
-    """A smooth picture, so that lossy formats stay close; it differs in every channel and corner."""
+    """Return a smooth picture, so that lossy formats stay close; it differs in every channel and corner."""
     down, right = np.mgrid[0:SIDE, 0:SIDE] * (255 / SIDE)
     return np.stack([down, right, 255 - (down + right) / 2], axis=2).astype(np.uint8)
 
@@ -182,26 +160,17 @@ def _read_back(path: Path, write: Writer, tolerance: float) -> str:
 
 
 def _read_by_openslide(path: Path) -> str:
-    import tifffile
-
     from keyhole.images.openslide import OpenSlideImage
 
     pixels = np.tile(_picture(), (4, 4, 1))
-    options: dict[str, Any] = {"tile": (256, 256), "photometric": "rgb", "compression": "deflate"}
-    with tifffile.TiffWriter(path) as file:
-        file.write(pixels, **options)
-        file.write(np.ascontiguousarray(pixels[::2, ::2]), subfiletype=1, **options)
+    _pyramid(path, pixels, tile=(256, 256), photometric="rgb", compression="deflate")
     with OpenSlideImage(path) as image:
         if not np.array_equal(image.read((100, 100, 200, 200), 0), pixels[100:300, 100:300]):
             raise ValueError("the pixels differ from those written")
         return f"OpenSlide, {len(image.levels)} levels"
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-
 def training_config(folder: Path) -> Config:
-    """Return the configuration of the small run that `training` does."""
     return Config().replace(
         out=folder / "run",
         data={"path": folder / "data", "val": 0.25, "test": 0.25},
@@ -257,7 +226,7 @@ def attempt(name: str, work: Callable[[], str]) -> Diagnosis:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C caused an error: a library that is being imported may turn it into an error of its own."""
+    """True if Ctrl-C caused the error: an import that it interrupts may raise another error."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Literal, cast
@@ -24,37 +23,28 @@ from keyhole.patches.grid import NoPatches
 from keyhole.patches.opener import FileOpener
 
 SAMPLE = 100
-"""Images opened to measure sizes; more would not move the medians."""
+"""Images opened to measure sizes."""
 COUNTED = 10
-"""Images whose patches are counted where a foreground has to be found first, which reads a whole level of each."""
+"""Images whose patches are counted where a foreground has to be found first."""
 SLIDE_MPP = 0.5
-"""Microns per pixel to read microscopy at: 20x, where nuclei are still seen, with a quarter of the patches of 40x."""
+"""Microns per pixel to read microscopy at: 20x shows nuclei, with a quarter of the patches of 40x."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the images and labels say.
+    """What the images and labels say."""
 
-    Attributes:
-        manifest: the data, as training would read it.
-        sizes: level-0 sizes of the images opened.
-        mpp: microns per pixel of each, from the CSV or the file; None where neither says it.
-        grey: whether all are grey.
-        pyramids: whether all have more than one level.
-        largest: value of those of 16 bits that do not say how many they use; None without any.
-    """
-
-    manifest: Manifest
-    sizes: tuple[Size, ...]
-    mpp: tuple[float | None, ...]
-    grey: bool
-    pyramids: bool
-    largest: int | None = None
+    manifest: Manifest  # as training would read it
+    sizes: tuple[Size, ...]  # level-0 sizes of the images opened
+    mpp: tuple[float | None, ...]  # microns per pixel of each, from the CSV or the file
+    grey: bool  # all images are
+    pyramids: bool  # all images have more than one level
+    largest: int | None = None  # value in 16-bit images that do not state how many bits they use
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A configuration and, by option, what in the data speaks for its value."""
+    """A configuration, the reason for its values by the setting's name, and what was measured."""
 
     config: Config
     reasons: Mapping[str, str]
@@ -62,12 +52,7 @@ class Proposal:
 
 
 def measure(config: Config) -> Measured:
-    """Reads the labels and opens up to `SAMPLE` images, spread over the data set.
-
-    Raises:
-        DataError, ImageError: as training would.
-        ConfigError: the data are stored features.
-    """
+    """Read the labels and open up to `SAMPLE` images, spread over the data set."""
     manifest = read_manifest(config.data, config.train.seed)
     if any(item.features is not None for item in manifest.items):
         raise ConfigError(
@@ -75,8 +60,7 @@ def measure(config: Config) -> Measured:
             "little to measure. Begin with: keyhole train DATA --recipe camelyon16-features, and lower select.m"
         )
     step = max(1, len(manifest.items) // SAMPLE)
-    sizes, mpp, grey, pyramids = [], [], [], []
-    largest: list[int] = []
+    sizes, mpp, grey, pyramids, largest = [], [], [], [], []
     with Reader(threads=1, stall=config.run.stall) as reader:
         for item in manifest.items[::step]:
             try:
@@ -103,19 +87,15 @@ def measure(config: Config) -> Measured:
 
 
 def propose(config: Config, measured: Measured) -> Proposal:
-    """`config` with values that suit the data, each with its reason.
-
-    The rules are rough on purpose: they give a run that fits on small machines and learns; tuning follows.
-    """
+    """Return `config` with values that suit the data, by rough rules: the run fits on small machines and learns."""
     reasons: dict[str, str] = {}
     mpp = _common_mpp(measured, reasons)
-    # Pixels of an image at the scale to be read, shorter side.
-    sides = [
+    sides = [  # shorter side of each image in pixels, at the scale to be read
         min(size) * (own / mpp if mpp is not None and own is not None else 1.0)
         for size, own in zip(measured.sizes, measured.mpp, strict=True)
     ]
     shorter, aspect = median(sides), median(max(size) / min(size) for size in measured.sizes)
-    size = _patch_size(shorter, int(min(sides)))
+    size = max(1, min(max(32, min(224, round(shorter / 16 / 16) * 16)), int(min(sides))))
     bits = config.patch.bits
     if measured.largest is not None and bits is None:
         bits = cast(Bits, max(8, measured.largest.bit_length()))
@@ -124,7 +104,6 @@ def propose(config: Config, measured: Measured) -> Proposal:
         )
     reasons["patch.size"] = f"about a sixteenth of the median shorter side, {shorter:,.0f} px, from 32 to 224"
     patches = -(-shorter // size) * -(-shorter * aspect // size)
-    slides = measured.pyramids and None not in measured.mpp
     m = _kept(patches)
     reasons["select.m"] = f"about an eighth of the {patches:,.0f} patches of a typical image, from 4 to 256"
     edge: Edge = "background" if measured.pyramids else "shift"
@@ -133,11 +112,12 @@ def propose(config: Config, measured: Measured) -> Proposal:
         if measured.pyramids
         else "photographs show something up to their border, and filling draws an untrained model"
     )
-    foreground: Literal["all", "tissue", "mask"] = "tissue" if slides else "all"
+    foreground: Literal["all", "tissue", "mask"] = "all"
     if all(item.mask is not None for item in measured.manifest.items):
         foreground = "mask"
         reasons["patch.foreground"] = "all images have a mask"
-    elif slides:
+    elif measured.pyramids and None not in measured.mpp:
+        foreground = "tissue"
         reasons["patch.foreground"] = "slides are mostly glass"
     if measured.grey:
         reasons["model.channels"] = "all images are grey"
@@ -167,55 +147,38 @@ def propose(config: Config, measured: Measured) -> Proposal:
     )
 
 
-def with_counted_patches(proposal: Proposal, measured: Measured, config: Config) -> Proposal:
-    """The proposal with `select.m` from the patches that its foreground leaves, counted in a few of the images.
-
-    Args:
-        proposal: as `propose` made it.
-        measured: the data.
-        config: `run.stall` is looked at.
-    """
+def with_counted_patches(proposal: Proposal, measured: Measured, stall: float) -> Proposal:
+    """Return the proposal with `select.m` from the patches on its foreground, counted in a few of the images."""
     patch = proposal.config.patch
     if patch.foreground == "all":
         return proposal
-    counts = []
-    items = measured.manifest.items
-    with Reader(threads=1, stall=config.run.stall) as reader:
+    counts, items = [], measured.manifest.items
+    with Reader(threads=1, stall=stall) as reader:
         for item in items[:: max(1, len(items) // COUNTED)][:COUNTED]:
             opener = FileOpener(item.image, item.name, mask=item.mask, image_mpp=item.mpp, **dict(patch))
-            with contextlib.suppress(ImageError, NoPatches):  # `measure` told of the first, `check` tells of both
+            with contextlib.suppress(ImageError, NoPatches):  # `keyhole check` reports both
                 counts.append(reader.run(str(item.image), partial(_count, opener)))
     if not counts:
         return proposal
-    m, patches = _kept(median(counts)), median(counts)
-    reason = (
-        f"about an eighth of the {patches:,.0f} patches with {patch.foreground}, the median of {len(counts)} images"
-    )
-    return dataclasses.replace(
-        proposal,
-        config=proposal.config.replace(select={"m": m}),
-        reasons={**proposal.reasons, "select.m": f"{reason}; from 4 to 256"},
-    )
+    patches = median(counts)
+    why = f"about an eighth of the {patches:,.0f} patches with {patch.foreground}, the median of {len(counts)} images"
+    reasons = {**proposal.reasons, "select.m": f"{why}; from 4 to 256"}
+    return replace(proposal, config=proposal.config.replace(select={"m": _kept(patches)}), reasons=reasons)
 
 
 def _count(opener: FileOpener) -> int:
-    source = opener()
-    try:
+    with contextlib.closing(opener()) as source:
         return len(source)
-    finally:
-        source.close()
 
 
 def _kept(patches: float) -> int:
-    """An eighth of the patches, to a power of two, from 4 to 256 and not more than there are."""
-    return max(min(4, int(patches)), min(256, _power_of_two(patches / 8), int(patches)), 1)
+    """Return an eighth of the patches, down to a power of two, from 4 to 256 but not more than there are."""
+    eighth = 1 << max(0, round(patches / 8).bit_length() - 1)
+    return max(min(4, int(patches)), min(256, eighth, int(patches)), 1)
 
 
 def _common_mpp(measured: Measured, reasons: dict[str, str]) -> float | None:
-    """Microns per pixel to read all at, if they all say it: what they have, or coarser where that is finer than needed.
-
-    Written even where nothing is resampled, so that images of another resolution that come later are read at this one.
-    """
+    """Return the microns per pixel to read all images at, if all state theirs: the same, or coarser where enough."""
     known = [mpp for mpp in measured.mpp if mpp is not None]
     if len(known) < len(measured.sizes):
         return None
@@ -229,18 +192,8 @@ def _common_mpp(measured: Measured, reasons: dict[str, str]) -> float | None:
     return round(max(SLIDE_MPP, *known), 4)
 
 
-def _patch_size(side: float, shortest: int) -> int:
-    """A sixteenth of the side, to whole 16 px, from 32 to 224 px, and not larger than the smallest image."""
-    size = max(32, min(224, round(side / 16 / 16) * 16))
-    return max(1, min(size, shortest))
-
-
-def _power_of_two(value: float) -> int:
-    return 1 << max(0, round(value).bit_length() - 1)
-
-
 def _imbalance(manifest: Manifest) -> float:
-    """Largest by smallest class of the training split, of the worst task."""
+    """Return the size of the largest training class over that of the smallest, of the worst task."""
     worst = 1.0
     for task in manifest.tasks:
         if task.exclusive:
@@ -259,9 +212,7 @@ def _summary(measured: Measured) -> list[str]:
         labels = [item.labels.get(task.name, "") for item in manifest.items]
         lines.append(f"task {task.name}: {task.summary(labels)}")
     lines += manifest.notes
-    lines.append(
-        f"size: {_span([size[0] for size in measured.sizes])} x {_span([size[1] for size in measured.sizes])} px"
-    )
+    lines.append("size: {} x {} px".format(*map(_span, zip(*measured.sizes, strict=True))))
     if scales := [mpp for mpp in measured.mpp if mpp is not None]:
         said = f"{len(scales)} of the {len(measured.sizes)} images opened say it"
         lines.append(f"microns per pixel: {_span(scales)} ({said})")
