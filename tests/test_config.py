@@ -203,7 +203,7 @@ BAD = {
     "section twice": ("patch: {size: 3}\npatch: {size: 4}", ["line 2", "'patch' is there twice"]),
     "alias": ("data: {tasks: &a [x]}\nrun: {log: *a}", ["line 2", "aliases"]),
     "broken YAML": ("patch: {size: 3", ["not valid YAML"]),
-    "endless nesting": ("[" * 3000, ["sections within sections"]),
+    "endless nesting": ("[" * 3000, ["nested too deeply"]),
     "python object": ("!!python/object/apply:os.getcwd []", ["not valid YAML"]),
     "list at the top": ("- a", ["expected sections such as `patch:`, got the list"]),
     "key that is a list": ("? [a]\n: 3", ["not valid YAML"]),

@@ -1,4 +1,4 @@
-"""Amounts that users write as text, such as 5GB and 1%: parsed once, where they enter; written back as text."""
+"""Amounts that users write as text, such as 5GB and 1%."""
 
 from __future__ import annotations
 
@@ -41,11 +41,7 @@ ONE_PERCENT = Portion(0.01)
 
 
 def parse_memory(given: Any) -> Bytes | None:
-    """Return the bytes of `5GB`, `4GiB`, `800MB` or `1.5g`; None for `auto`. GB is 10^9 bytes, GiB 2^30.
-
-    Raises:
-        ValueError: neither `auto` nor a positive number with a unit; the text says what is expected.
-    """
+    """Return the bytes of `5GB`, `4GiB` or `1.5g`; None for `auto`. The text of a ValueError says what is expected."""
     if given is None or isinstance(given, Bytes):
         return given
     text = str(given).strip().lower()
@@ -59,11 +55,7 @@ def parse_memory(given: Any) -> Bytes | None:
 
 
 def parse_share(given: Any) -> Portion:
-    """Return the share, from 0 to 1, of `1%`, `0.5 %` or `0.01`.
-
-    Raises:
-        ValueError: not a share, or a plain number from 1, which could mean percent; the text says what is expected.
-    """
+    """Return the share, from 0 to 1, of `1%` or `0.01`; a number from 1 without % is a ValueError: is it percent?"""
     if isinstance(given, Portion):
         return given
     text = str(given).strip()
@@ -80,10 +72,10 @@ def parse_share(given: Any) -> Portion:
     return Portion(share)
 
 
-def _memory_text(size: Bytes | None) -> str:
-    return "auto" if size is None else str(size)
-
-
-Memory = Annotated[InstanceOf[Bytes] | None, BeforeValidator(parse_memory), PlainSerializer(_memory_text)]
-"""A budget of memory: the bytes, or None for what is free."""
+Memory = Annotated[
+    InstanceOf[Bytes] | None,
+    BeforeValidator(parse_memory),
+    PlainSerializer(lambda size: "auto" if size is None else str(size)),
+]
+"""A budget of memory; None is what is free."""
 Share = Annotated[InstanceOf[Portion], BeforeValidator(parse_share), PlainSerializer(str)]

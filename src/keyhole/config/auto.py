@@ -1,8 +1,4 @@
-"""Settings given as `auto` that follow from the encoder: settled once, when a run is created.
-
-The numbers are written into config.yaml of the run, so that a resumed run, or another run with the same file, does not
-depend on these rules.
-"""
+"""Settings given as `auto` that follow from the encoder: settled and written down when a run is created."""
 
 from __future__ import annotations
 
@@ -14,11 +10,7 @@ SCRATCH_LR, PRETRAINED_LR = 1e-3, 3e-4
 
 
 def _automatic(config: Config, features: bool) -> tuple[dict[str, float], str]:
-    """What `lr` and `explore` become where they are `auto`, and why.
-
-    Scores from random weights mean nothing, so half of the epochs explore. Pretrained weights and stored features tell
-    patches apart from the first step.
-    """
+    """Return what `lr` and `explore` become where they are `auto`, and why: scores from random weights mean nothing."""
     model, train = config.model, config.train
     if features or model.pretrained or model.weights is not None:
         start = f"the encoder starts from {'pretrained' if model.pretrained else 'given'} weights"
@@ -30,12 +22,7 @@ def _automatic(config: Config, features: bool) -> tuple[dict[str, float], str]:
 
 
 def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
-    """Return the configuration with numbers for `train.lr` and `train.explore`, and lines for the log.
-
-    Args:
-        config: The configuration of a new run.
-        features: Whether the data are stored features.
-    """
+    """Return the configuration with numbers for `train.lr` and `train.explore`, and lines for the log."""
     changes, why = _automatic(config, features)
     lines = [f"{', '.join(f'{name} {value:g}' for name, value in changes.items())}: {why}"] if changes else []
     config = config.replace(train=changes)
@@ -51,12 +38,12 @@ def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
 def auto_reasons(config: Config) -> dict[str, str]:
     """Return what `auto` becomes in a configuration for images, by the setting's name."""
     changes, why = _automatic(config, features=False)
-    of = {"explore": f" of {config.train.epochs} epochs"}
-    return {f"train.{name}": f"{value:g}{of.get(name, '')}, since {why}" for name, value in changes.items()}
+    of = {"lr": "", "explore": f" of {config.train.epochs} epochs"}
+    return {f"train.{name}": f"{value:g}{of[name]}, since {why}" for name, value in changes.items()}
 
 
 def number(value: float | Auto, name: str) -> float:
-    """Return a setting that is settled. Raises ConfigError where it is still `auto`."""
+    """Return a setting that is settled."""
     if isinstance(value, str):
         raise ConfigError(f"{name} is still auto here: give a number, or settle it with keyhole.config.auto")
     return value

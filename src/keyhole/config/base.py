@@ -1,4 +1,4 @@
-"""What all settings share: they are frozen, checked when they are made, and say in one line what is wrong."""
+"""The base of all settings: frozen, and checked when they are made, with errors of one line."""
 
 from __future__ import annotations
 
@@ -62,17 +62,11 @@ EXPECTED = {
     "tuple_type": "a list",
     "model_type": "a section of settings",
 }
-"""What is expected, by the type of pydantic's error, where its own words are meant for programmers."""
+"""What is expected, by the type of pydantic's error, where its own words are for programmers."""
 
 
 def explain(kind: type, error: ValidationError, name: str = "") -> str:
-    """Return what pydantic found first, as one line.
-
-    Args:
-        kind: the model that was checked.
-        error: what pydantic raised.
-        name: of the value, where it was checked alone; by default that of the setting, with its section.
-    """
+    """Return the first error that pydantic found in the model `kind`, as one line; `name` replaces the setting's."""
     errors = error.errors(include_url=False)
     first, key = errors[0], "".join(map(str, errors[0]["loc"][:1]))
     section = kind.__name__.removesuffix("Config").lower() if kind.__name__.endswith("Config") else ""

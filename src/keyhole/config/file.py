@@ -24,16 +24,13 @@ MAX_BYTES = 1_000_000
 """A configuration is a few kilobytes; a larger file is something else."""
 
 
-# --- YAML ------------------------------------------------------------------------------------------------------------
-
-
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, in which a key given twice and aliases (a way to write a small file that grows) are errors."""
+    """Safe YAML, in which duplicate keys and aliases (which let a small file grow without limit) are errors."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.get_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases (*) are not taken", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem="aliases (*) are not supported", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -49,7 +46,7 @@ class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads."""
 
 
-# YAML 1.1 reads 1e-3 as text, 12:30 and 010 as other numbers and 2025-01-01 as a date; none of it is what a user means.
+# YAML 1.1 reads 1e-3 as text, 12:30 and 010 as other numbers and 2025-01-01 as a date, which no user means.
 _NUMBERS = {
     "int": r"[-+]?(0|[1-9]\d*)",
     "float": r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
@@ -68,49 +65,34 @@ def _parse(text: str, source: str) -> dict[str, Any]:
         raw = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{source}{where}: not valid YAML: {_one_line(error.problem or error)}") from error
+        raise ConfigError(f"{source}{where}: not valid YAML: {_flat(error.problem or error)}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{source}: not valid YAML: {_one_line(error)}") from error
+        raise ConfigError(f"{source}: not valid YAML: {_flat(error)}") from error
     except RecursionError as error:
-        raise ConfigError(f"{source}: not a configuration: sections within sections without end") from error
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: not a configuration: sections are nested too deeply") from error
+    if not isinstance(raw, dict | None):
         raise ConfigError(f"{source}: expected sections such as `patch:`, got {got(raw)}")
-    return raw
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
+    return raw or {}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Return the values that a YAML file gives, nested as in `Config`, each checked; others are not in it.
-
-    Raises:
-        ConfigError: no such file, not YAML, an unknown key (the nearest is named), a wrong type or range.
-    """
+    """Return the values that a YAML file gives, nested as in `Config`, each checked."""
     path = Path(path)
     try:
         if not path.is_file():
             raise ConfigError(f"{path}: no such configuration file" if not path.exists() else f"{path}: not a file")
-        data = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ConfigError(f"{path}: {size:,} bytes; a configuration has a few thousand")
+        text = path.read_text("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if data is None:
-        raise ConfigError(f"{path}: {path.stat().st_size:,} bytes; a configuration has a few thousand")
-    try:
-        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not text (byte {error.start} is not UTF-8); expected a YAML file") from error
     return _checked(text, str(path))
 
 
 def _checked(text: str, source: str) -> dict[str, Any]:
-    """The values of a YAML text, each checked by itself: another source may resolve a contradiction."""
+    """Return the values of a YAML text, each checked by itself: another source may resolve a contradiction."""
     values = _parse(text, source)
     try:
         for name, value in values.items():
@@ -122,12 +104,12 @@ def _checked(text: str, source: str) -> dict[str, Any]:
 
 
 def load_config(path: str | Path) -> Config:
-    """Return the configuration of a YAML file, defaults filled in. Raises ConfigError where it is not valid."""
+    """Return the configuration of a YAML file, with defaults filled in."""
     return _config(read_config(path), str(path))
 
 
 def parse_config(text: str, source: str) -> Config:
-    """Return the configuration of a YAML text, defaults filled in. Raises ConfigError where it is not valid."""
+    """Return the configuration of a YAML text, with defaults filled in."""
     return _config(_checked(text, source), source)
 
 
@@ -146,7 +128,7 @@ def recipes() -> dict[str, str]:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """Return the values that a recipe gives. Raises ConfigError naming the nearest recipe if there is no such one."""
+    """Return the values that a recipe gives; the error for an unknown name gives the nearest."""
     names = recipes()
     if name not in names:
         raise ConfigError(
@@ -167,9 +149,8 @@ def merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
 
 def given_values(recipe: str | None = None, config_path: str | Path | None = None) -> dict[str, Any]:
     """Return the values of a recipe and of a file over it; they may still contradict each other."""
-    return merged(
-        {} if recipe is None else read_recipe(recipe), {} if config_path is None else read_config(config_path)
-    )
+    under = {} if recipe is None else read_recipe(recipe)
+    return under if config_path is None else merged(under, read_config(config_path))
 
 
 def resolve(recipe: str | None = None, config_path: str | Path | None = None) -> Config:
@@ -180,24 +161,17 @@ def resolve(recipe: str | None = None, config_path: str | Path | None = None) ->
 def configuration(data: str | Path | Mapping[str, Any] | Config, settings: Mapping[str, Any]) -> Config:
     """Return the configuration that a function of the API is called with.
 
-    Args:
-        data: the data, their section as a mapping, or a whole configuration.
-        settings: sections over it; and, where `data` is not a whole configuration, `recipe` and `config` under them.
+    `settings` are sections over `data`; unless `data` is a whole Config, also `recipe` and `config` under it.
     """
     given = dict(settings)
     recipe, file = given.pop("recipe", None), given.pop("config", None)
     if not isinstance(data, Config):
         section = data if isinstance(data, Mapping) else {"path": str(data)}
         return Config().replace(**merged(given_values(recipe, file), given, {"data": section}))
-    for name, value in (("recipe", recipe), ("config", file)):
-        if value is not None:
-            raise ConfigError(
-                f"{name}: not beside a whole Config, which has all settings; leave it out, or give the data"
-            )
+    if recipe is not None or file is not None:
+        name = "config" if recipe is None else "recipe"
+        raise ConfigError(f"{name}: not beside a whole Config, which has all settings; leave it out, or give the data")
     return data.replace(**given)
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def leaves(config: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -212,10 +186,7 @@ def leaves(config: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def dump_config(config: Config, comments: bool = False, notes: Mapping[str, str] | None = None) -> str:
     """Return YAML that `load_config` reads back to an equal configuration.
 
-    Args:
-        config: what to write; paths are written as they are.
-        comments: write the reason for each option above it.
-        notes: further reasons by dotted name, such as what was measured; written with `comments`.
+    With `comments`, the help of each option stands above it, and the further reasons in `notes` by dotted name.
     """
     lines: list[str] = []
 
@@ -223,9 +194,9 @@ def dump_config(config: Config, comments: bool = False, notes: Mapping[str, str]
         indent = "  " if section else ""
         for key, value in model.model_dump(exclude=set(dict(_sections(model)))).items():
             if comments:
-                note = (notes or {}).get(f"{section}.{key}", "")
-                lines.extend(f"{indent}# {line}" for line in _wrap(type(model).model_fields[key].description or ""))
-                lines.extend(f"{indent}# -> {line}" for line in _wrap(note))
+                about, note = type(model).model_fields[key].description, (notes or {}).get(f"{section}.{key}")
+                lines.extend(f"{indent}# {line}" for line in textwrap.wrap(_flat(about), 110))
+                lines.extend(f"{indent}# -> {line}" for line in textwrap.wrap(_flat(note), 110))
             lines.append(f"{indent}{key}: {_scalar(value)}")
 
     write(config, "")
@@ -249,9 +220,5 @@ def _scalar(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("...").removesuffix("\n")
 
 
-def _flat(text: str | None) -> str:
-    return " ".join((text or "").split())
-
-
-def _wrap(text: str, width: int = 110) -> list[str]:
-    return textwrap.wrap(_flat(text), width)
+def _flat(text: object) -> str:
+    return " ".join(str(text or "").split())

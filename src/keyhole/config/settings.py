@@ -1,8 +1,6 @@
-"""Every setting of a run, with the reason for its default and its checks beside it.
+"""Every setting of a run, with its help and its checks beside it, for Python, YAML and the command line.
 
-One set of frozen pydantic models checks every value, from Python, YAML or the command line, whose options are made from
-the same fields. Precedence: default < recipe < `--config` file < flags. The resolved configuration is
-written into the run folder and is itself a valid `--config`.
+Precedence: default < recipe < `--config` file < flags. The config.yaml of a run folder is itself a valid `--config`.
 """
 
 from __future__ import annotations
@@ -17,9 +15,8 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict
 from keyhole.config.amounts import ONE_PERCENT, Memory, Share
 from keyhole.config.base import Contradiction, Settings
 
-# The text of a ValueError says what was expected.
 
-
+# The text of a ValueError below says what was expected.
 def _without_zero_byte(path: Path) -> Path:
     if "\0" in str(path):
         raise ValueError("a path without a zero byte")
@@ -57,13 +54,11 @@ Device = Annotated[str, AfterValidator(_device)]
 Encoder = Annotated[str, AfterValidator(_encoder)]
 Channels = Annotated[Literal[1, 3], BeforeValidator(_not_bool)]
 Auto = Literal["auto"]
-"""The setting follows from others; see `keyhole.config.auto`."""
 Bits = Annotated[Literal[8, 9, 10, 11, 12, 13, 14, 15, 16], BeforeValidator(_not_bool)]
 """Bits in use of a value that is stored in 16."""
 FIXED_CHUNK_RULES = ("streaming",)
-"""Selection rules whose result depends on how many patches are looked at at a time."""
+"""Selection rules whose result depends on how many patches are scored at a time."""
 Decode = Literal["auto", "cpu"]
-"""Where JPEG tiles are decoded; see `RunConfig.decode`."""
 
 
 class DataConfig(Settings):
