@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, TextIO
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from keyhole.tools.check.run import CheckReport
 
 SOON = 50_000
-"""Patches in all epochs together that no machine needs long for: torch is not imported to say so."""
+"""Patches in all epochs together below which no time is forecast, so that torch is not imported."""
 LISTED = 20
-"""Left-out files shown; the JSON has all."""
+"""Left-out files shown."""
 
 
 class CheckOptions(DataOptions):
@@ -84,15 +85,14 @@ def run(argv: list[str]) -> int:
 
 
 def _expected(config: Config, report: CheckReport) -> str:
-    """How long training will take, or nothing where it is short or no image can be used."""
-    if report.work is None or report.reading is None:
-        return ""
-    if report.work.epochs * (report.work.train_patches + report.work.val_patches) < SOON:
+    """Return how long training will take; empty where it is short or no image can be used."""
+    work, reading = report.work, report.reading
+    if work is None or reading is None or work.epochs * (work.train_patches + work.val_patches) < SOON:
         return ""
     from keyhole.training.trial import forecast
 
     width = report.spreads.get("feature width")
-    return forecast(config, report.work, report.reading, None if width is None else round(width.min)) or ""
+    return forecast(config, work, reading, None if width is None else round(width.min)) or ""
 
 
 def _previews(folder: str, config: Config) -> Path | None:
@@ -104,14 +104,11 @@ def _previews(folder: str, config: Config) -> Path | None:
 
 
 def show_report(report: CheckReport, stream: TextIO) -> None:
-    """The report for people: what there is, then what is wrong and how to mend it, then what was left out."""
     from rich.console import Console
     from rich.table import Table
 
-    # Where there is no terminal there is no width to fit, and a cell cut short would lose a class's name.
-    console = Console(
-        file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False, soft_wrap=True
-    )
+    width = None if stream.isatty() else 160  # a narrower table would cut the names of classes
+    console = Console(file=stream, width=width, highlight=False, markup=False, soft_wrap=True)
     for rows in (report.class_table(), report.table()):
         table = Table(*rows[0], header_style="bold")
         for row in rows[1:]:
@@ -130,10 +127,6 @@ def show_report(report: CheckReport, stream: TextIO) -> None:
         console.print(f"left out: {left.name}: {left.reason}")
     if len(report.left_out) > LISTED:
         console.print(f"... {len(report.left_out)} left out in all; --json FILE lists them")
-    console.print(f"{report.images} images can be used; {_verdict(report)}")
-
-
-def _verdict(report: CheckReport) -> str:
-    """`errors: 1, warnings: 3`, or that nothing is wrong."""
-    counts = {kind: sum(finding.severity == kind for finding in report.findings) for kind in ("error", "warning")}
-    return ", ".join(f"{kind}s: {count}" for kind, count in counts.items() if count) or "nothing is wrong"
+    counts = Counter(finding.severity for finding in report.findings)
+    verdict = ", ".join(f"{kind}s: {counts[kind]}" for kind in ("error", "warning") if counts[kind])
+    console.print(f"{report.images} images can be used; {verdict or 'nothing is wrong'}")

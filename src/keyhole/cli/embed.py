@@ -88,36 +88,30 @@ def run(argv: list[str]) -> int:
 
     from keyhole.inference.embed import embed
 
-    given: dict[str, Any] = {
-        name: value.expanduser() if isinstance(value, Path) else value
-        for name, value in options
-        if name != "print_config"
-    }
+    given: dict[str, Any] = {name: each.expanduser() if isinstance(each, Path) else each for name, each in options}
+    del given["print_config"]
     done = embed(**given)
     for name, reason in done.left_out.items():
         print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
-    for line in done.lines():
-        print(line)
+    print("\n".join(done.lines()))
     return 0
 
 
 def _over_run(options: EmbedOptions, argv: list[str]) -> EmbedOptions:
-    """The options with the patches of `--run` where the line gives none. Raises ConfigError if it names an encoder."""
+    """Return the options, over the patch settings of `--run`, beside which an encoder is an error."""
     if options.run is None:
         return options
     from keyhole.inference.embed import encoder_of
 
-    names = ("encoder", "pretrained", "weights", "stages", "width", "channels")
-    plain = EmbedOptions()
-    for name in names:
-        if getattr(options, name) != getattr(plain, name):
+    for name in ("encoder", "pretrained", "weights", "stages", "width", "channels"):
+        if getattr(options, name) != EmbedOptions.model_fields[name].default:
             raise ConfigError(f"--run gives the encoder and its weights: leave out --{name}")
     _, patch = encoder_of(options.run.expanduser())
     return read(EmbedOptions, argv, "keyhole embed", {"patch": patch.model_dump()})
 
 
 def _check(options: EmbedOptions) -> None:
-    """Raise ConfigError for options that do not fit each other, under the names they have here."""
+    """Raise ConfigError for options that exclude each other, under the names they have here."""
     try:
         ModelConfig(encoder=options.encoder, pretrained=options.pretrained, weights=options.weights)
     except ConfigError as error:

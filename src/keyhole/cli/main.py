@@ -1,8 +1,7 @@
 """The command `keyhole`: finds the verb, imports only what it needs, and turns every error into one line.
 
-Exit codes: 0 done, 1 `check` or `doctor` found something wrong, 2 a mistake in the input or no place
-to write, 70 a fault of keyhole, 128 + signal when stopped (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1, 141 a
-closed pipe).
+Exit codes: 0 done, 1 `check` or `doctor` found a fault, 2 wrong input or no place to write, 70 a bug in keyhole,
+128 + signal when stopped (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1, 141 a closed pipe).
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ USAGE_ERROR, INTERNAL_ERROR = 2, 70
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; `argv` defaults to the arguments of the process."""
-    # Arithmetic threads that spin while they wait take cores from the threads that read and decode. torch reads this
-    # when it is loaded.
+    # torch reads this on import: threads that spin while they wait take cores from those that decode
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug, arguments = _without_debug(list(sys.argv[1:] if argv is None else argv))
     _open_streams()
@@ -57,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        _drop_output()  # nobody reads the output any more, as in `keyhole check | head`
+        _drop_output()  # as in `keyhole check | head`
         return BROKEN_PIPE_EXIT
     except KeyboardInterrupt:
         if debug:
@@ -110,10 +108,7 @@ def _help(verbs: Mapping[str, str]) -> str:
 
 
 def _open_streams() -> None:
-    """Open the standard streams that the process was started without (`>&-`), on the null device.
-
-    Otherwise the next file that is opened would get one of their numbers, and with it what a library prints.
-    """
+    """Open closed standard streams (`>&-`) on the null device, or the next file opened would get what is printed."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -154,7 +149,7 @@ def _explain(error: Exception) -> int:
 
 
 def _drop_output() -> None:
-    """Discard what could not be written to standard output; otherwise Python tries again at exit and reports it."""
+    """Discard what could not be written to standard output; otherwise Python tries again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

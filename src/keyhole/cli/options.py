@@ -1,11 +1,11 @@
-"""From the words of a command line to checked options: tyro makes them from the fields of a model.
+"""From the words of a command line to checked options, which tyro makes from the fields of a model.
 
-A verb's options are a model. Its docstring is the description, and the texts under its fields are the help. Four class
-variables, which it may leave out, say what is shown:
+The docstring of the model is the description, and the texts under its fields are the help. Four class variables say
+what is shown:
 
     EXAMPLES   command lines
     ESSENTIAL  options that `--help` shows; without it, `--help` shows all
-    IDLE       options, or sections with a dot at the end, that the verb takes and does not use: shown nowhere
+    IDLE       options, or sections with a dot at the end, that the verb accepts but does not use: never shown
     TEXTS      help of settings that mean something else here
 """
 
@@ -82,9 +82,7 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 def read(kind: type[AnyOptions], argv: Sequence[str], prog: str, base: Mapping[str, Any] | None = None) -> AnyOptions:
     """Return the options that a command line gives, over those of `--recipe` and `--config`, over `base`.
 
-    Raises:
-        ConfigError: in one line, what is wrong.
-        SystemExit: `--help` was asked for and is printed.
+    Raises SystemExit when `--help` is printed.
     """
     given, under = parse(kind, argv, prog), dict(base or {})
     from keyhole.config.file import given_values, merged  # not for --help, which ends in `parse`
@@ -102,7 +100,6 @@ def read(kind: type[AnyOptions], argv: Sequence[str], prog: str, base: Mapping[s
 
 
 def print_config(config: Config) -> int:
-    """Print what `--print-config` promises, where it is a configuration."""
     from keyhole.config.file import dump_config
 
     print(dump_config(config), end="")
@@ -110,32 +107,28 @@ def print_config(config: Config) -> int:
 
 
 def print_options(options: Options) -> int:
-    """Print what `--print-config` promises, where the configuration is a run's."""
+    """Print the options of a verb whose settings are those of a run."""
     for name, value in options.model_dump(exclude={"print_config"}).items():
         print(f"{name}: {json.dumps(value, default=str, ensure_ascii=False)}")
     return 0
 
 
-# --- words to values -------------------------------------------------------------------------------------------------
-
-
 class Flag(NamedTuple):
-    """An option: its name without dashes, the names of the fields that lead to its value, and its field."""
+    """An option."""
 
-    name: str
-    path: tuple[str, ...]
+    name: str  # without dashes
+    path: tuple[str, ...]  # names of the fields that lead to its value
     info: FieldInfo
 
     @property
     def positional(self) -> str:
-        """What stands for it on the command line, if it is a positional argument."""
+        """The name of a positional argument; empty for other options."""
         if tyro.conf.Positional not in self.info.metadata:
             return ""
         return str(next(each.metavar for each in self.info.metadata if hasattr(each, "metavar")))
 
     @property
     def many(self) -> bool:
-        """True for a list of values."""
         return get_origin(self.info.annotation) is tuple
 
     @property
@@ -148,7 +141,7 @@ class Flag(NamedTuple):
 
 
 def flags_of(kind: type[Settings], path: tuple[str, ...] = (), prefix: str = "") -> Iterator[Flag]:
-    """Yield every option of a model: positional ones, those at the top, then section by section."""
+    """Yield every option of a model: positional ones, those outside of sections, then section by section."""
     fields = kind.model_fields.items()
     own = [Flag(f"{prefix}{name.rstrip('_')}".replace("_", "-"), (*path, name), info) for name, info in fields]
     yield from sorted(
@@ -173,7 +166,7 @@ NOT_GIVEN = _NotGiven()
 
 
 def parse(kind: type[Options], argv: Sequence[str], prog: str) -> dict[str, Any]:
-    """Return the values that a command line gives, nested as in `kind`. Raises as `read`."""
+    """Return the values that a command line gives, nested as in `kind`."""
     options = argv[: argv.index("--")] if "--" in argv else argv
     if HELP_ALL in options or {*HELP}.intersection(options):
         _run_tyro(kind, ["--help"], prog, everything=HELP_ALL in options)
@@ -182,25 +175,23 @@ def parse(kind: type[Options], argv: Sequence[str], prog: str) -> dict[str, Any]
     for word in filter(_is_flag, options):
         written, equals, value = word.partition("=")
         if equals and any(written.removeprefix("--").replace("_", "-") in (flag.name, flag.pair) for flag in switches):
-            raise ConfigError(f"{written}: takes no value, got {value!r}")  # tyro would take it for a positional one
+            raise ConfigError(f"{written}: takes no value, got {value!r}")  # to tyro, it would be positional
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             given, unknown = _run_tyro(kind, argv, prog)
-    except SystemExit as stop:  # of all that tyro checks itself, only this is left
+    except SystemExit as stop:  # the only check left to tyro
         option = re.search(r"--[a-z][\w.-]*", said.getvalue())
         raise ConfigError(f"{option[0] if option else prog}: a value is missing; see {prog} --help") from stop
-    named = [word for word in unknown if _is_flag(word) and word in options]
-    if named:
+    if named := [word for word in unknown if _is_flag(word) and word in options]:
         raise ConfigError(_unknown(kind, named[0].partition("=")[0], prog, flags.values()))
     places = {name: flag.positional for name, flag in flags.items() if flag.positional}
-    if unknown and not (places and flags[[*places][-1]].many):
-        raise ConfigError(f"unexpected argument `{unknown[0]}`; see {prog} --help")
     if unknown:  # after options, where tyro takes no more positional ones
-        last = [*places][-1]
+        last = [*places][-1] if places else ""
+        if not last or not flags[last].many:
+            raise ConfigError(f"unexpected argument `{unknown[0]}`; see {prog} --help")
         given[last] = (*given.get(last, ()), *_convert(flags[last], unknown))
-    missing = [place for name, place in places.items() if name not in given and flags[name].info.is_required()]
-    if missing:
+    if missing := [place for name, place in places.items() if name not in given and flags[name].info.is_required()]:
         raise ConfigError(f"{missing[0]} is missing: {prog} {' '.join(places.values())}; see {prog} --help")
     nested: dict[str, Any] = {}
     for name, value in given.items():
@@ -217,7 +208,7 @@ def _is_flag(word: str) -> bool:
 
 
 def _unknown(kind: type[Options], written: str, prog: str, flags: Any) -> str:
-    """The nearest option; `--size` is near `--patch.size`, since the last part is what people remember."""
+    """Return the message, with the nearest option: `--size` is near `--patch.size`."""
     known = [f"--{name}" for flag in flags if not flag.positional for name in (flag.name, flag.pair) if name]
     last = [name for name in known if name.rpartition(".")[2] == written.lstrip("-").replace("_", "-")]
     hint = f" (did you mean `{last[0]}`?)" if last else nearest(written, known, quote="`")
@@ -251,13 +242,10 @@ def _value(kind: Any, word: str, name: str) -> Any:
         raise ConfigError(explain(Options, error, name).replace(" (text)", "")) from error
 
 
-# --- tyro ------------------------------------------------------------------------------------------------------------
-
-
 def _run_tyro(
     kind: type[Options], argv: Sequence[str], prog: str, everything: bool = True
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the options that are given, by name, and the words that are not options."""
+    """Return the given options by name, and the words that are not options."""
     flags = [flag for flag in flags_of(kind) if argv != ["--help"] or not _among(flag.name, kind.IDLE)]
     essential = () if everything else kind.ESSENTIAL
     fields = [
@@ -309,7 +297,6 @@ def _field(flag: Flag, text: str) -> StructFieldSpec:
 
 
 def _metavar(kind: Any) -> str:
-    """What stands for the value of an option."""
     origin, inner = get_origin(kind), [each for each in get_args(kind) if each is not type(None)]
     if origin is Literal:
         return "|".join(map(str, inner))
@@ -319,7 +306,6 @@ def _metavar(kind: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    """The default, where the text of the option does not say it more clearly."""
     if isinstance(value, bool):
         return "(on)" if value else ""
     if not isinstance(value, str | int | float | Path) or value == "":

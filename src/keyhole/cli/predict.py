@@ -72,7 +72,7 @@ def run(argv: list[str]) -> int:
     items, others = new_images(options.images, options.on_bad_image, mpp, options.masks)
     skipped = {other.name: other.reason for other in others}
 
-    from keyhole.data.manifest import write_left_out
+    from keyhole.data.manifest import write_left_out  # torch only after the images have been found
     from keyhole.inference.predictor import load
     from keyhole.report.table import AnswerFolder, write_table
 
@@ -83,17 +83,15 @@ def run(argv: list[str]) -> int:
     if answers.replaced:
         print(f"{options.out}: replaces earlier answers for {answers.replaced} of these images", file=sys.stderr)
 
-    skip = options.on_bad_image == "skip"
-
     def tell(item: Item, error: KeyholeError) -> None:
         skipped[item.name] = str(error)
 
     def rows() -> Iterator[TableRow]:
-        """Written and shown as they come; none is held, since each has the score of every patch."""
+        """Write and show predictions one by one; none is kept, since each has the score of every patch."""
         done = 0
-        for _, prediction in predictor.predict_items(items, left_out=tell if skip else None):
+        for _, prediction in predictor.predict_items(items, left_out=tell if options.on_bad_image == "skip" else None):
             row = answers.write(prediction)
-            with contextlib.suppress(OSError):  # the lines may have no reader any more; the files are still written
+            with contextlib.suppress(OSError):  # a closed pipe does not stop the files
                 print(_line(prediction), flush=True)
             done += 1
             yield row
@@ -110,7 +108,7 @@ def run(argv: list[str]) -> int:
 
 
 def _line(prediction: Prediction) -> str:
-    """`slides/a.svs  tumour 0.97`, one entry per task where there are several."""
+    """Return `slides/a.svs  tumour 0.970`, with one entry per task."""
     answers = []
     for task, label in prediction.label.items():
         probability = prediction.probability[task]
