@@ -19,7 +19,7 @@ from keyhole.data.hashes import OTHER_CONTENT, FileHash, changed_files, stored_h
 from keyhole.data.item import Item
 from keyhole.errors import ConfigError, RunError
 from keyhole.runs.checkpoint import model_file, read_info, read_tensors
-from keyhole.runs.damage import LISTED_AGAIN
+from keyhole.runs.journal import LISTED_AGAIN
 from keyhole.runs.run import Run, read_rows, rows_text
 from keyhole.util.budget import memory_text
 from keyhole.util.files import write_atomic

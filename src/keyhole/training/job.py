@@ -23,8 +23,8 @@ from keyhole.errors import ConfigError
 from keyhole.loading import Batch
 from keyhole.nn.weights import check_pretrained
 from keyhole.runs.checkpoint import load_state, save_state
-from keyhole.runs.damage import Damage
 from keyhole.runs.folder import create_folder, sweep, sweep_beside
+from keyhole.runs.journal import Damage
 from keyhole.runs.lock import RunLock
 from keyhole.runs.run import Log, Run, check_new, read_rows
 from keyhole.runs.seal import (
