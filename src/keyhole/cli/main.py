@@ -16,8 +16,6 @@ from importlib import import_module
 from pathlib import Path
 
 from keyhole.errors import ConfigError, Interrupted, KeyholeError
-from keyhole.util.budget import doubt, explained, out_of_memory
-from keyhole.util.platform import BROKEN_PIPE_EXIT
 from keyhole.util.version import VERSION
 
 VERBS = {
@@ -55,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
+        from keyhole.util.platform import BROKEN_PIPE_EXIT  # loads sockets, which --help does not need
+
         _drop_output()  # as in `keyhole check | head`
         return BROKEN_PIPE_EXIT
     except KeyboardInterrupt:
@@ -139,6 +139,8 @@ def _explain(error: Exception) -> int:
             _drop_output()
         place = f"{error.filename}: " if error.filename else ""
         return _say(f"{place}{error.strerror or error}", USAGE_ERROR)
+    from keyhole.util.budget import doubt, explained, out_of_memory
+
     if out_of_memory(error):
         lower = "--select.chunk, --select.m, --train.batch, --patch.size or --model.width"
         advice = f"give a budget with --memory, or lower {lower}"
