@@ -99,9 +99,9 @@ def read_layout(path: Path) -> TiffLayout:
             if level.channels != levels[0].channels:
                 raise ImageError(path, f"page {page.index} has {level.channels} channels, level 0 has another number")
         read = {page.index for page in pages}
-        others = any(page.index not in read and not (page.subfiletype or 0) & 1 for page in tif.pages)
+        others = (page.index not in read and not (page.subfiletype or 0) & 1 for page in tif.pages)
         note = ""  # a slide's label, macro picture and thumbnail do not count
-        if others and not (main.subifds or main.is_svs):
+        if not (main.subifds or main.is_svs) and any(others):
             place = "first" if main.index == 0 else f"{main.index + 1}th"
             note = f"of {len(tif.pages)} pages the {place} is read"
         return TiffLayout(levels, scale, valid_orientation(main.tags.valueof(274, 1)), note)
@@ -123,7 +123,7 @@ def _pyramid(tif: Any, short: ShortTables, main: Any) -> list[Any]:
         short.shorten(offset)
         tif.filehandle.seek(offset)
         candidates.append(tifffile.TiffPage(tif, (main.index, number)))
-    if not main.subifds and main.index == 0:
+    if not main.subifds and main.index == 0 and len(tif.pages) > 1:  # counting them finds where a cut chain ends
         candidates = [page for page in tif.pages if page.is_tiled or (not main.is_tiled and page.subfiletype & 1)]
     found = [main]
     for page in sorted(candidates, key=lambda page: -page.imagewidth):
