@@ -119,7 +119,7 @@ def test_a_foreground_is_found_in_pixels_too(tmp_path: Path) -> None:
         (np.zeros((20, 20, 3)), r"uint8 of shape \(h, w, 3\) or \(h, w\), not float64 \(20, 20, 3\).*255"),
         (np.zeros((20, 20), np.uint16), r"not uint16 \(20, 20\)\. Scale"),
         (np.zeros((3, 20, 20), np.uint8), r"not uint8 \(3, 20, 20\)\. Put channels last: array\.transpose\(1, 2, 0\)"),
-        (np.zeros((20, 20, 4), np.uint8), r"not uint8 \(20, 20, 4\)\. Leave out all channels but red, green, blue"),
+        (np.zeros((20, 20, 4), np.uint8), r"not uint8 \(20, 20, 4\)\. Leave out channels other than RGB"),
         (np.zeros((2, 20, 20, 3), np.uint8), r"\(2, 20, 20, 3\)\. Give one image"),
         (np.zeros((0, 20, 3), np.uint8), r"\(0, 20, 3\)\. Give one image"),
         (Image.new("F", (20, 20)), r"picture: cannot be used: grey values of the kind F"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -47,7 +46,7 @@ def test_memory_of_a_real_step_is_flat(steps: Any) -> None:
 def test_a_process_that_keeps_what_it_reads_is_not_flat(steps: Any) -> None:
     script, peaks = Path(__file__).parent / "processes" / "keeps_what_it_reads.py", []
     for n in (300, 6000):
-        asked = {"config": dataclasses.asdict(config_of(steps, size=64)), "counts": [n], "steps": 1}
+        asked = {"config": config_of(steps, size=64).model_dump(mode="json"), "counts": [n], "steps": 1}
         command = [sys.executable, script]
         done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=True, timeout=120)
         peaks.append(steps.Peak(**json.loads(done.stdout)))
