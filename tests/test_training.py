@@ -24,8 +24,9 @@ from keyhole.loading.unreadable import TooMuchUnreadable
 from keyhole.runs.checkpoint import read_tensors, write_tensors
 from keyhole.tasks.kinds import Task
 from keyhole.training.augment import color_matrix, draw
+from keyhole.training.schedule import learning_rate
 from keyhole.training.score import choose_metric, is_better
-from keyhole.training.setup import learning_rate, new_model, new_optimizer
+from keyhole.training.setup import new_model, new_optimizer
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

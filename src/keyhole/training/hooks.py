@@ -20,8 +20,8 @@ from keyhole.training.duration import Estimate
 from keyhole.training.epoch import Choice, Epoch
 from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job
+from keyhole.training.schedule import learning_rate
 from keyhole.training.score import is_better, metric_value
-from keyhole.training.setup import learning_rate
 from keyhole.training.trial import estimate
 from keyhole.util.budget import memory_text
 from keyhole.util.platform import peak_memory

@@ -29,7 +29,8 @@ from keyhole.training.hooks import Hooks
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import Job, open_job, start_job
 from keyhole.training.loggers import open_loggers
-from keyhole.training.setup import learning_rate, targets
+from keyhole.training.schedule import learning_rate
+from keyhole.training.setup import targets
 from keyhole.training.validation import predict_splits, validate_epoch
 from keyhole.util.progress import say
 
