@@ -56,7 +56,7 @@ class Image(ABC):
     """
 
     priority: ClassVar[int] = 0
-    """Of several readers that claim a file, the one with the highest priority is tried first."""
+    """The reader with the highest priority among those that claim a file is tried first."""
     suffixes: ClassVar[frozenset[str]] = frozenset()
     """In lower case, by which files of this format are found in a folder. A file named by itself needs none."""
     folder_suffixes: ClassVar[frozenset[str]] = frozenset()

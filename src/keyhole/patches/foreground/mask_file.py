@@ -18,7 +18,7 @@ MASK_SUFFIXES = (".png", ".geojson", ".json")
 MAX_MASK_SIDE = 2048
 """Cells along the longest side of a mask in memory (4 MB); a cell is then smaller than a patch on any slide."""
 MAX_PNG_PIXELS = 2**26
-"""Of a PNG (8,192 x 8,192), at most 4 bytes each once decoded. Checked before decoding."""
+"""Most pixels of a PNG (8,192 x 8,192); at most 4 bytes each once decoded. Checked before decoding."""
 MAX_ASPECT_ERROR = 0.03
 """Relative difference between the proportions of mask and image, from rounding when the mask was made."""
 IGNORED_CLASSES = ("ignore", "ignore*")
