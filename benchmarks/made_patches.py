@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from keyhole.patches.grid import Grid
 from keyhole.patches.sources import PatchSource
 from keyhole.util.rows import checked_index, take_rows
 
@@ -28,15 +29,13 @@ class MadePatches(PatchSource):
 
     def __init__(self, n: int, shape: tuple[int, ...]) -> None:
         self.n, self.name, self.patch_shape = n, f"{n} made patches", shape
+        self.grid = Grid(n)
         self.dtype = np.dtype(np.uint8 if len(shape) > 1 else np.float32)
         draw = np.random.default_rng(0)
         if len(shape) > 1:
             self._patterns: NDArray[Any] = draw.integers(0, 256, (16, *shape), np.uint8)
         else:
             self._patterns = draw.normal(size=(16, *shape)).astype(np.float32)
-
-    def __len__(self) -> int:
-        return self.n
 
     def read(self, index: ArrayLike | slice, out: NDArray[Any] | None = None) -> NDArray[Any]:
         wanted = checked_index(index, self.n)

@@ -27,7 +27,7 @@ def edge_for(image: Image) -> Edge:
 class EdgeRule:
     """`background`: patches that reach over the border show the background there.
 
-    `inside`: patches lie wholly inside the image. `mirrors`: what they show outside is mirrored.
+    `inside`: patches lie wholly inside the image. `mirrors`: the image is mirrored outside.
     """
 
     inside = mirrors = False
@@ -35,20 +35,17 @@ class EdgeRule:
     def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
         """Return where patches begin along one axis of `extent` >= `size` pixels, in rising order; at least one.
 
-        If `offset` is negative, patches are at `offset` plus multiples of the stride, as far as they show some of the
-        image (under `drop`: as far as they lie inside it).
+        If `offset` is negative, patches are at `offset` plus multiples of the stride.
         """
         last = extent - size
+        if offset < 0 and (self.inside or self.mirrors):  # one patch over the upper border is enough
+            offset = -(-offset % stride)
         first = offset + max(0, -((offset + size - 1) // stride)) * stride
         if first >= extent:  # the whole image lies between two patches
             first = last
         covering = -((first - last) // stride) + 1
         touching = -((first - extent) // stride)  # fewer than `covering` only where the stride exceeds the size
         return first + np.arange(max(1, min(covering, touching)), dtype=np.int64) * stride
-
-    def read_starts(self, starts: Index, extent: int, size: int) -> Index:
-        """Return where the pixels that the patches show begin."""
-        return starts
 
 
 class _Drop(EdgeRule):
@@ -62,19 +59,12 @@ class _Drop(EdgeRule):
 class _Reflect(EdgeRule):
     mirrors = True
 
-    def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
-        # one patch over the upper border is enough
-        return super().starts(extent, size, stride, offset if offset >= 0 else -(-offset % stride))
 
-    def read_starts(self, starts: Index, extent: int, size: int) -> Index:
-        return starts.clip(0, extent - size)
-
-
-class _Shift(_Reflect):
-    inside, mirrors = True, False
+class _Shift(EdgeRule):
+    inside = True
 
     def starts(self, extent: int, size: int, stride: int, offset: int) -> Index:
-        # several patches may be moved to the same place, such as where the image is no larger than a patch
+        # Several patches may be moved to the same place, such as where the image is no larger than a patch.
         return np.unique(super().starts(extent, size, stride, offset).clip(0, extent - size))
 
 

@@ -1,7 +1,7 @@
 """Where the patches of an image are, and their pixels.
 
-Coordinates: `l0_` level-0 pixels, `lv_` pixels of the level read from, `g_` row and column of the full grid;
-without prefix, output pixels: those of the level or of the microns per pixel that were asked for.
+Coordinates: `l0_` level-0 pixels, `lv_` pixels of the level read from, `g_` row and column of the full grid.
+Without a prefix they are output pixels, those of the patches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SAME_SCALE = 1e-3
 Index = NDArray[np.int64]
 
 
-class NoPatches(ConfigError):  # noqa: N818 - says what came out
+class NoPatches(ConfigError):  # noqa: N818 - names the result
     """The foreground mask leaves no patch of an image."""
 
 
@@ -41,7 +41,7 @@ class Foreground(NamedTuple):
     Attributes:
         mask: bool (rows, columns) of any resolution, covering the whole image.
         share: a patch is in the grid if at least this share of the mask's cells under it is True, and at least one
-            cell. A cell that is partly under a patch counts whole, one beyond the image's border not at all.
+            cell. A cell that is partly under a patch counts whole; cells beyond the image's border do not count.
         name: for the message if the mask leaves nothing.
     """
 
@@ -80,7 +80,34 @@ def reading_level(
     return level, downsample if abs(scale / downsample - 1) <= SAME_SCALE else scale
 
 
-class PatchGrid:
+class Grid:
+    """`n` patches whose places are unknown, in one row. The base of grids that know the places.
+
+    `size` and `stride` are in pixels of a patch; a `size` of 0 is not known, nor is a `level` of None.
+    """
+
+    what = "patch"
+    rows = 1
+    size = stride = 0
+    level: int | None = None
+
+    def __init__(self, n: int) -> None:
+        self.n = self.columns = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def cells(self, index: ArrayLike | slice) -> Index:
+        """Return row and column of patches in the full grid, int64 (k, 2)."""
+        chosen = checked_index(index, self.n, self.what)
+        return np.stack([np.zeros_like(chosen), chosen], axis=1)
+
+    def boxes(self, index: ArrayLike | slice) -> Index:
+        """Return x, y, width, height of patches in level-0 pixels, int64 (k, 4)."""
+        return np.zeros((len(checked_index(index, self.n, self.what)), 4), np.int64)
+
+
+class PatchGrid(Grid):
     """Patches of one size at regular steps over an image, in raster order.
 
     The last row and column may reach over the border, and a negative offset starts outside; `edge` says what happens to
@@ -122,6 +149,8 @@ class PatchGrid:
     (5, 32, 32, 3)
     """
 
+    level: int
+
     def __init__(
         self,
         image: Image,
@@ -138,11 +167,11 @@ class PatchGrid:
         if size < 1 or self.stride < 1:
             raise ConfigError(f"patch.size (={size}) and patch.stride (={self.stride}) must be at least 1")
         self.edge: Edge = edge_for(image) if edge == "auto" else edge
-        self._rule = EDGE_RULES[self.edge]
+        self._rule = rule = EDGE_RULES[self.edge]
         self.channels = image.channels
         self.level, self.scale = reading_level(image, mpp, level)
         self._ratio = self.scale / image.levels[self.level].downsample  # level pixels per output pixel
-        self._extent = self._shown()
+        self._extent = self._output_size()
         if size > min(self._extent):
             at = "" if self.scale == 1 else f" at 1/{self.scale:.4g} of its resolution"
             raise ConfigError(
@@ -152,22 +181,26 @@ class PatchGrid:
         for start, extent in zip(offset, self._extent, strict=True):
             if start >= extent:
                 raise ConfigError(f"{image.path}: the grid starts at {start} px, outside the image ({extent} px)")
-        x, y = (self._rule.starts(n, size, self.stride, at) for n, at in zip(self._extent, offset, strict=True))
-        self.starts = x, y
+        x, y = (rule.starts(n, size, self.stride, at) for n, at in zip(self._extent, offset, strict=True))
+        self.starts = self._read_starts = x, y
+        if rule.mirrors:  # reads the pixels inside that it mirrors
+            self._read_starts = x.clip(0, self._extent.width - size), y.clip(0, self._extent.height - size)
         self.columns, self.rows = len(x), len(y)
         self._kept: NDArray[np.integer[Any]] | None = None
+        self.n = self.rows * self.columns
         if mask is not None:
             foreground = mask if isinstance(mask, Foreground) else Foreground(mask)
             self._kept = self._masked(foreground)
             if not len(self._kept):
                 raise NoPatches(
-                    f"{image.path}: no patches: the {foreground.name} leaves none of {self.rows * self.columns:,}. "
+                    f"{image.path}: no patches: the {foreground.name} leaves none of {self.n:,}. "
                     "Look at it: keyhole check DATA --previews DIR; or choose another --patch.foreground "
                     "(`all` takes every patch)"
                 )
+            self.n = len(self._kept)
 
-    def _shown(self) -> Size:
-        """Output pixels of the image: those wholly inside it if patches must be inside, else all that show some."""
+    def _output_size(self) -> Size:
+        """Return the output pixels wholly inside the image if patches must be inside, else all that show some of it."""
         whole, lv = self._rule.inside, self.image.levels[self.level].size
         width, height = (
             math.floor(side / self.scale + 1e-6) if whole else math.ceil(side / self.scale - 1e-6)
@@ -177,17 +210,11 @@ class PatchGrid:
             return Size(width, height)
         return Size(min(width, lv.width), min(height, lv.height)) if whole else lv
 
-    @functools.cached_property
-    def _read_starts(self) -> tuple[Index, Index]:
-        """`starts` of the pixels to read."""
-        x, y = (self._rule.read_starts(*axis, self.size) for axis in zip(self.starts, self._extent, strict=True))
-        return x, y
-
     def _masked(self, foreground: Foreground) -> NDArray[np.integer[Any]]:
         """Return raster indices of the patches on the mask: 4 bytes each unless there are billions.
 
-        A row of patches at a time, from the sums of the mask's columns over the rows above its upper and its lower
-        edge, so that every cell is added twice however much the patches overlap.
+        Each row of patches is computed from the sums of the mask's columns over the rows above its upper and its lower
+        edge, so that every cell is added only twice, however much the patches overlap.
         """
         mask, share, _ = foreground
         small = np.int32 if self.rows * self.columns < 2**31 else np.int64
@@ -212,12 +239,9 @@ class PatchGrid:
         high = np.ceil((begin + self.size) * per_pixel - 1e-6).astype(np.int64).clip(0, cells)
         return low, np.maximum(high, low + 1)
 
-    def __len__(self) -> int:
-        return self.rows * self.columns if self._kept is None else len(self._kept)
-
     def _raster(self, index: ArrayLike | slice) -> Index:
         """Return positions in the full grid of the patches `index`."""
-        flat = checked_index(index, len(self))
+        flat = checked_index(index, self.n)
         return flat if self._kept is None else self._kept[flat].astype(np.int64, copy=False)
 
     def corners(self, index: ArrayLike | slice) -> Index:
@@ -290,14 +314,22 @@ class PatchGrid:
         order = np.argsort(raster, kind="stable")
         g_row, g_column = np.divmod(raster[order], self.columns)
         x, y = self._read_starts[0][g_column], self._read_starts[1][g_row]
-        # Patches that follow each other: those after them will need their tiles too.
+        # The patches after consecutive ones will need their tiles too.
         in_order = index.step in (None, 1) if isinstance(index, slice) else (np.diff(np.asarray(index)) == 1).all()
         uses = self._uses if in_order else None
         # A patch resampled from far below covers many level pixels; a run must stay within what a thread may hold.
         most = int(np.clip(MAX_READ_PIXELS / (self.size * self._ratio) ** 2, 1, MAX_READ_PATCHES))
         for first in range(0, len(order), most):
             run = slice(first, first + most)
-            self._read_patches(x[run], y[run], [out[row] for row in order[run].tolist()], uses)
+            targets = [out[row] for row in order[run].tolist()]
+            if self._ratio == 1:
+                whole = [
+                    Box(left, top, self.size, self.size)
+                    for left, top in zip(x[run].tolist(), y[run].tolist(), strict=True)
+                ]
+                self.image.read_boxes(whole, self.level, targets, uses)
+            else:
+                self._read_resampled(x[run], y[run], targets, uses)
             beat()
         if self._rule.mirrors:
             self._reflect(g_row, g_column, order, out)
@@ -312,12 +344,8 @@ class PatchGrid:
             columns = mirrored(int(x[j]), self.size, width) - read_x[j]
             place(out[row], out[row][lines[:, None], columns])
 
-    def _read_patches(self, x: Index, y: Index, out: Sequence[Pixels], uses: Uses | None) -> None:
-        """Read patches that begin at output pixels x, y in raster order; each is resampled alone."""
-        if self._ratio == 1:
-            whole = [Box(*corner, self.size, self.size) for corner in zip(x.tolist(), y.tolist(), strict=True)]
-            self.image.read_boxes(whole, self.level, out, uses)
-            return
+    def _read_resampled(self, x: Index, y: Index, out: Sequence[Pixels], uses: Uses | None) -> None:
+        """Read patches that begin at output pixels x, y in raster order, and resample each by itself."""
         lv = self.image.levels[self.level].size
         (x0, x1), (y0, y1) = (spans(start, self.size, self._ratio) for start in (x, y))
         (left, right), (top, bottom) = inside(x0, x1, lv.width), inside(y0, y1, lv.height)
@@ -326,10 +354,16 @@ class PatchGrid:
         crops = [np.empty((box.height, box.width, self.channels), np.uint8) for box in boxes]
         self.image.read_boxes(boxes, self.level, crops, uses)
         for target, px, py, under, box, crop in zip(out, x.tolist(), y.tolist(), needed, boxes, crops, strict=True):
-            place(target, self._resampled(crop, box, Box(*under), px, py))
+            around = surroundings(crop, (box.x, box.y), Box(*under), lv)
+            corner = px * self._ratio - under[0], py * self._ratio - under[1]
+            patch = resample(around, corner, self.size * self._ratio, self.size)
+            shown = slice(max(-py, 0), self._extent.height - py), slice(max(-px, 0), self._extent.width - px)
+            if patch[shown].shape != patch.shape:
+                target[...] = self.image.background
+            place(target[shown], patch[shown])
 
     def _uses(self, left: Index, top: Index, right: Index, bottom: Index) -> Index:
-        """Return how many patches need something of boxes of level pixels; with a mask, an upper bound."""
+        """Count the patches that need pixels of each box of level pixels; with a mask, an upper bound."""
         (starts_x, ends_x), (starts_y, ends_y) = self._spans
         across = np.searchsorted(starts_x, right) - np.searchsorted(ends_x, left, side="right")
         down = np.searchsorted(starts_y, bottom) - np.searchsorted(ends_y, top, side="right")
@@ -337,20 +371,7 @@ class PatchGrid:
 
     @functools.cached_property
     def _spans(self) -> list[tuple[Index, Index]]:
-        """First level pixel that each column of patches needs, and the one after its last; then of each row."""
+        """The first level pixel that each column of patches needs and the one after its last; then those of rows."""
         if self._ratio == 1:
             return [(starts, starts + self.size) for starts in self._read_starts]
         return [spans(starts, self.size, self._ratio) for starts in self._read_starts]
-
-    def _resampled(self, crop: Pixels, box: Box, needed: Box, x: int, y: int) -> Pixels:
-        """Return the patch at output pixel (x, y) from the level pixels of `box`; background outside the image."""
-        around = surroundings(crop, (box.x, box.y), needed, self.image.levels[self.level].size)
-        corner = x * self._ratio - needed.x, y * self._ratio - needed.y
-        patch = resample(around, corner, self.size * self._ratio, self.size)
-        width, height = self._extent
-        if x < 0 or y < 0 or x + self.size > width or y + self.size > height:
-            shown = slice(max(-y, 0), height - y), slice(max(-x, 0), width - x)
-            padded = np.full_like(patch, self.image.background)
-            padded[shown] = patch[shown]
-            return padded
-        return patch

@@ -1,4 +1,4 @@
-"""Sources of patches: an image file, or an array in memory, behind one base class."""
+"""Sources of patches: an image file or an array in memory, with one base class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from keyhole.errors import ConfigError
 from keyhole.images.geometry import Size
 from keyhole.images.image import Image
-from keyhole.patches.grid import Index, PatchGrid
+from keyhole.patches.grid import Grid, Index, PatchGrid
 from keyhole.patches.image_cache import decoded_bytes
 from keyhole.util.rows import checked_index, take_rows
 
@@ -60,13 +60,14 @@ class View:
 
 
 class PatchSource(ABC):
-    """Patches, or stored features, of one image: their values, and where on the image they lie.
+    """Patches, or stored features, of one image: their values, and where they are on the image.
 
-    A subclass sets `name`, `patch_shape` and `dtype` and implements `__len__`, `close` and `read`, which may block and
-    is called from several threads. The other defaults are those of patches whose place is unknown.
+    A subclass sets `name`, `grid`, `patch_shape` and `dtype` and implements `close` and `read`, which may block and is
+    called from several threads.
 
     Attributes:
         name: for messages; as the manifest writes it.
+        grid: where the patches are; a `Grid(n)` if that is unknown.
         patch_shape: of one patch, (s, s, c) or (d,).
         dtype: of the values.
         scale: level-0 pixels per pixel of a patch.
@@ -79,6 +80,7 @@ class PatchSource(ABC):
     """
 
     name: str
+    grid: Grid
     patch_shape: tuple[int, ...]
     dtype: np.dtype[Any]
     scale: float = 1.0
@@ -89,8 +91,8 @@ class PatchSource(ABC):
     decoded_bytes: int = 0
     whole_bytes: int = 0
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.grid)
 
     @abstractmethod
     def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
@@ -103,16 +105,15 @@ class PatchSource(ABC):
     @property
     def map_shape(self) -> tuple[int, int]:
         """Rows and columns of the map of scores that `cells` refers to."""
-        return 1, len(self)
+        return self.grid.rows, self.grid.columns
 
     def cells(self, index: ArrayLike | slice) -> Index:
         """Row and column in the map of scores, int64 (k, 2)."""
-        chosen = checked_index(index, len(self))
-        return np.stack([np.zeros_like(chosen), chosen], axis=1)
+        return self.grid.cells(index)
 
     def boxes(self, index: ArrayLike | slice) -> Index:
         """x, y, width, height in level-0 pixels, int64 (k, 4); boxes of no size at 0, 0 where the place is unknown."""
-        return np.zeros((len(checked_index(index, len(self))), 4), np.int64)
+        return self.grid.boxes(index)
 
     @property
     def extent(self) -> Size:
@@ -129,7 +130,9 @@ class PatchSource(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Size, step and resolution of the patches, for `Prediction.patch`."""
-        return {"mpp": self.mpp, "scale": self.scale}
+        grid = self.grid
+        sizes = {"size": grid.size, "stride": grid.stride, "level": grid.level} if grid.size else {}
+        return {**sizes, "mpp": self.mpp, "scale": self.scale}
 
     def doubts(self) -> list[str]:
         """Return what a user should know before trusting what the model says of this image."""
@@ -154,6 +157,8 @@ class FilePatches(PatchSource):
     `channels` are 1 or 3; grey from RGB by ITU-R 601 luma, RGB from grey by repeating; default as in the file.
     """
 
+    grid: PatchGrid
+
     def __init__(
         self,
         image: Image,
@@ -174,9 +179,6 @@ class FilePatches(PatchSource):
         self.decoded_bytes = decoded_bytes(image, grid.level)
         self.whole_bytes = image.held_pixels * image.channels
 
-    def __len__(self) -> int:
-        return len(self.grid)
-
     def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
         if self.channels == self.grid.channels and out is not None:
             self.grid.read(index, out=self.view.undo(out))
@@ -191,19 +193,8 @@ class FilePatches(PatchSource):
         out[...] = pixels
         return out
 
-    @property
-    def map_shape(self) -> tuple[int, int]:
-        return self.grid.rows, self.grid.columns
-
-    def cells(self, index: ArrayLike | slice) -> Index:
-        return self.grid.cells(index)
-
-    def boxes(self, index: ArrayLike | slice) -> Index:
-        return self.grid.boxes(index)
-
     def describe(self) -> dict[str, Any]:
-        size, stride, level = self.grid.size, self.grid.stride, self.grid.level
-        return {"size": size, "stride": stride, "level": level, **super().describe(), "edge": self.grid.edge}
+        return {**super().describe(), "edge": self.grid.edge}
 
     def positions_1d(self, index: ArrayLike | slice) -> Index:
         cells, (_, columns) = self.view.cells(self.grid.cells(index), self.grid.rows, self.grid.columns)
@@ -250,9 +241,7 @@ class TensorPatches(PatchSource):
         if self._centers is not None and self._centers.shape != (len(self.array), 2):
             raise ConfigError(f"{name}: centers must be ({len(self.array)}, 2), not {self._centers.shape}")
         self.name, self.patch_shape, self.dtype = name, self.array.shape[1:], self.array.dtype
-
-    def __len__(self) -> int:
-        return len(self.array)
+        self.grid = Grid(len(self.array))
 
     def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
         chosen = checked_index(index, len(self))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from keyhole.images.geometry import Size
-from keyhole.patches.grid import Index
+from keyhole.patches.grid import Grid, Index
 from keyhole.util.rows import checked_index
 
 MAX_SPACING_ROWS = 2**16
@@ -19,7 +19,7 @@ MAX_MAP_CELLS = 2**24
 """Cells of a map of scores; coordinates that spread over more are not on a grid of this step."""
 
 
-class FeatureGrid:
+class FeatureGrid(Grid):
     """Places of the features of one file; `attributes` as CLAM, TRIDENT and keyhole write them.
 
     The side of a patch at level 0 is, in this order: `patch_size_level0`; `patch_size` times `downsample` (and
@@ -31,8 +31,11 @@ class FeatureGrid:
     `size` and `stride` are in pixels of the resolution read, `scale` is level-0 pixels per such pixel.
     """
 
+    what = "feature"
+
     def __init__(self, n: int, coords: NDArray[np.int32] | None, attributes: Mapping[str, Any]) -> None:
-        self.n, self._coords = n, coords
+        super().__init__(n)
+        self._coords = coords
         l0_side, self.scale = _side(attributes)
         self.known = l0_side is not None and coords is not None
         stride, downsample = number(attributes, "stride"), number(attributes, "downsample")
@@ -55,7 +58,6 @@ class FeatureGrid:
         self.l0_size = None if None in sides else Size(*(round(side or 0) for side in sides))
         x, y = (number(attributes, "qupath_origin", zero=True, place=place) for place in (0, 1))
         self.qupath_origin = None if x is None or y is None else (round(x), round(y))
-        self.rows, self.columns = 1, n
         self._g_origin: NDArray[np.int64] | None = None
         self._exact_step = exact
         if coords is not None:
@@ -64,9 +66,6 @@ class FeatureGrid:
             columns, rows = (self._steps(high - origin) + 1).tolist()
             if rows * columns <= MAX_MAP_CELLS:
                 self.rows, self.columns, self._g_origin = rows, columns, origin
-
-    def __len__(self) -> int:
-        return self.n
 
     @property
     def extent(self) -> Size:
@@ -77,13 +76,12 @@ class FeatureGrid:
         return Size(width, height)
 
     def corners(self, index: ArrayLike | slice) -> Index:
-        chosen = self.checked(index)
+        chosen = checked_index(index, self.n, self.what)
         return np.zeros((len(chosen), 2), np.int64) if self._coords is None else self._coords[chosen].astype(np.int64)
 
     def cells(self, index: ArrayLike | slice) -> Index:
         if self._g_origin is None:
-            chosen = self.checked(index)
-            return np.stack([np.zeros_like(chosen), chosen], axis=1)
+            return super().cells(index)
         return self._steps(self.corners(index) - self._g_origin)[:, ::-1]
 
     def _steps(self, l0_distance: Index) -> Index:
@@ -99,9 +97,6 @@ class FeatureGrid:
 
     def centers(self, index: ArrayLike | slice) -> NDArray[np.float64]:
         return self.corners(index).astype(np.float64) + self._l0_side / 2
-
-    def checked(self, index: ArrayLike | slice) -> Index:
-        return checked_index(index, self.n, "feature")
 
 
 def in_pixels(attributes: Mapping[str, Any], mpp: float) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from keyhole.patches.features.files import UNKNOWN, FeatureFile, Origin, checked
 from keyhole.patches.features.grid import FeatureGrid, in_pixels
 from keyhole.patches.features.hdf5 import Hdf5Features
 from keyhole.patches.features.pt import TorchFeatures
-from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
+from keyhole.util.rows import checked_index
 
 READERS: tuple[type[Hdf5Features | TorchFeatures], ...] = (Hdf5Features, TorchFeatures)
 """Best first: HDF5 holds coordinates. Files of another suffix are read by the first."""
@@ -39,7 +39,7 @@ def open_features(path: Path) -> FeatureFile:
 
 
 class FeaturePatches(PatchSource):
-    """The features of one file, which it closes. Rows are read from the disk in the order of the file.
+    """The features of one file, which `close` closes. Rows are read in their order in the file.
 
     Args:
         file: open; see `open_features`.
@@ -47,6 +47,8 @@ class FeaturePatches(PatchSource):
         mpp: microns per level-0 pixel of the slide, by which coordinates in microns become pixels.
         learned: which encoder the model learned from, as far as it is known.
     """
+
+    grid: FeatureGrid
 
     def __init__(
         self, file: FeatureFile, name: str | None = None, mpp: float | None = None, learned: Origin = UNKNOWN
@@ -61,11 +63,8 @@ class FeaturePatches(PatchSource):
         self.grid = grid = FeatureGrid(file.n, self._coords, attributes)
         self.scale, self.mpp, self.l0_size, self.qupath_origin = grid.scale, grid.mpp, grid.l0_size, grid.qupath_origin
 
-    def __len__(self) -> int:
-        return self.file.n
-
     def read(self, index: ArrayLike | slice, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        rows = self.grid.checked(index)
+        rows = checked_index(index, self.file.n, "feature")
         if out is None:
             out = np.empty((len(rows), self.file.d), np.float32)
         order = np.argsort(rows, kind="stable")
@@ -78,23 +77,11 @@ class FeaturePatches(PatchSource):
         return out
 
     @property
-    def map_shape(self) -> tuple[int, int]:
-        return self.grid.rows, self.grid.columns
-
-    def cells(self, index: ArrayLike | slice) -> Index:
-        return self.grid.cells(index)
-
-    def boxes(self, index: ArrayLike | slice) -> Index:
-        return self.grid.boxes(index)
-
-    @property
     def extent(self) -> Size:
         return self.l0_size or self.grid.extent
 
     def describe(self) -> dict[str, Any]:
-        grid = self.grid
-        sizes = {"size": grid.size, "stride": grid.stride, "level": grid.level}
-        return {**sizes, **super().describe(), "features": str(self.file.path), "size_known": grid.known}
+        return {**super().describe(), "features": str(self.file.path), "size_known": self.grid.known}
 
     def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
         """x, y of the centres in level-0 pixels; ConfigError where the file has none."""
