@@ -18,7 +18,6 @@ def build_classifier(
     model: ModelConfig,
     tasks: Sequence[Task],
     patch_size: int,
-    precision: torch.dtype = torch.float32,
     pretrained: bool | None = None,
 ) -> IPSClassifier:
     """Build the classifier of a configuration, with fresh weights.
@@ -27,7 +26,6 @@ def build_classifier(
         model: encoder, pool and position code; with `feature_width` the encoder is a projector of stored features.
         tasks: each gets one query and one linear head.
         patch_size: side of a patch in pixels; the unit of the 2-D position code.
-        precision: arithmetic of the encoder.
         pretrained: overrides `model.pretrained`; False when weights are loaded afterwards.
 
     Returns:
@@ -66,11 +64,9 @@ def build_classifier(
             position = CenterPosition(dim, unit=float(patch_size))
     except ValueError as error:
         raise ConfigError(f"--model: {error}") from error
-    heads = {task.name: nn.Linear(dim, task.outputs) for task in tasks}
-    classifier = IPSClassifier(encoder, pool, heads, position, precision=precision)
     if model.freeze:
         encoder.requires_grad_(False)
-    return classifier
+    return IPSClassifier(encoder, pool, {task.name: nn.Linear(dim, task.outputs) for task in tasks}, position)
 
 
 def patch_shape(model: ModelConfig, patch_size: int) -> tuple[int, ...]:

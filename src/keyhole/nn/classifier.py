@@ -35,9 +35,9 @@ def _check_bags(patches: Tensor, position: Tensor | None, mask: Tensor | None) -
 
 
 def encoder_input(patches: Tensor | AsRead) -> tuple[Tensor, Tensor | None]:
-    """Return the input of the encoder, and the colour change that is left to it.
+    """Return the input of the encoder, and the colour change that is left to it; none on a CPU.
 
-    On a CPU colours are changed before it, in float32, so that results do not depend on what is fused.
+    There colours are changed before, in float32, so that results do not depend on what is fused.
     """
     if isinstance(patches, Tensor) or patches.device.type == "cpu":
         return values_of(patches), None
@@ -149,7 +149,7 @@ class IPSClassifier(nn.Module):
         return {task: head(pooled[:, self.queries[task]]) for task, head in self.heads.items()}
 
     def encode(self, patches: Shaped[Tensor, "k ..."] | AsRead) -> Float[Tensor, "k d"]:
-        """Encode loose patches in the model's precision; a single one as `lone_patch` says.
+        """Encode loose patches in the model's precision; see `lone_patch` for a single one.
 
         Args:
             patches: floats, or uint8 in the same order (k c h w); or as they were read.
@@ -278,9 +278,8 @@ class IPSClassifier(nn.Module):
             The classifier itself.
         """
         super().train(mode)
-        if mode:
-            for part in self.modules():
-                parameters = list(part.parameters())
-                if parameters and not any(parameter.requires_grad for parameter in parameters):
-                    part.eval()
+        for part in self.modules() if mode else ():
+            learns = [parameter.requires_grad for parameter in part.parameters()]
+            if learns and not any(learns):
+                part.eval()
         return self

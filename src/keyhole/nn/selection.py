@@ -64,51 +64,39 @@ class Kept:
     arrived: Bool[Tensor, " n"] | None = None
 
 
-def explore(
-    kept: Kept,
-    n: int,
-    share: float,
-    generator: torch.Generator,
-    available: Tensor | None = None,
-    places: int | None = None,
-) -> Kept:
-    """Give a share of the kept places to patches drawn at random from all others.
+def explore(kept: Kept, n: int, share: float, generator: torch.Generator, places: int | None = None) -> Kept:
+    """Give a share of the kept places to patches drawn at random from all others that have arrived.
 
     Args:
         kept: what one image keeps, best first.
         n: patches of the image.
         share: of the places, 0 ... 1.
         generator: on the host; decides what is drawn.
-        available: (n,) False where a patch must not be drawn; default `kept.arrived`.
         places: to fill; default as many as are kept.
 
     Returns:
         As many indices: the best ones, then the drawn ones with score 0.
     """
-    available = kept.arrived if available is None else available
-    free = torch.ones(n, dtype=torch.bool) if available is None else available.cpu().clone()
+    free = torch.ones(n, dtype=torch.bool) if kept.arrived is None else kept.arrived.clone()
     m = len(kept.index) if places is None else places
-    drawn = min(round(share * m), int(free.sum()) - m) if places is None else min(m, int(free.sum()))
+    drawn = min(round(share * m), int(free.sum()) - len(kept.index))
     if drawn <= 0:
         return kept
-    best_index = kept.index[: m - drawn]
-    free[best_index.cpu()] = False
+    best = kept.index[: m - drawn]
+    free[best.cpu()] = False
     others = free.nonzero()[:, 0]
-    chosen = others[torch.randperm(len(others), generator=generator)[:drawn]].to(kept.index.device)
+    chosen = others[torch.randperm(len(others), generator=generator)[:drawn]].to(best.device)
     score = torch.cat([kept.score[: m - drawn], kept.score.new_zeros(drawn)])
-    return replace(kept, index=torch.cat([best_index, chosen]), score=score)
+    return replace(kept, index=torch.cat([best, chosen]), score=score)
 
 
-def whole_bags(
-    loose: Sequence[Float[Tensor, "_ h t"]], mask: Bool[Tensor, "b n"] | None, shape: tuple[int, int]
-) -> Float[Tensor, "b n h t"]:
-    """Return the logits of loose patches, in the order of the mask, as bags of shape (b, n); -inf at padding."""
-    logits = torch.cat(list(loose))
-    if mask is None:
-        return logits.unflatten(0, shape)
-    bags = logits.new_full((*shape, *logits.shape[1:]), -torch.inf)
-    bags[mask.to(bags.device)] = logits
-    return bags
+def ranked(logits: Float[Tensor, "*b n h t"], mask: Bool[Tensor, "*b n"] | None) -> Best:
+    """Return all patches of an image, or of each of b images, best first; the earlier patch wins a tie."""
+    score = logits.softmax(dim=-3).mean(dim=(-2, -1))
+    if mask is not None:  # a score that underflows to 0 is still better than none
+        score = score.masked_fill(~to_device(mask, score.device), -1.0)
+    score, index = score.sort(descending=True, stable=True)
+    return index, score
 
 
 def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b n"] | None = None) -> Selection:
@@ -116,29 +104,20 @@ def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b 
     b, n = logits.shape[:2]
     index = torch.empty(b, min(m, n), dtype=torch.long, device=logits.device)
     score = torch.empty(index.shape, device=logits.device)
-    mask = None if mask is None else mask.to(logits.device)
     at_once = b if logits.numel() <= MAX_RANKED_TOGETHER else 1
     for rows in (slice(start, start + at_once) for start in range(0, b, at_once)):
-        of = logits[rows].softmax(dim=1).mean(dim=(2, 3))
-        ranked = of if mask is None else of.masked_fill(~mask[rows], -1.0)  # a score of 0 is still better than none
-        found = ranked.sort(dim=1, descending=True, stable=True)
-        index[rows], score[rows] = found.indices[:, :m], found.values[:, :m]
+        index[rows], score[rows] = (each[:, :m] for each in ranked(logits[rows], None if mask is None else mask[rows]))
     if mask is None:
         return Selection(index, score, torch.ones_like(index, dtype=torch.bool), logits)
-    kept = torch.arange(index.shape[1], device=index.device) < mask.sum(dim=1, keepdim=True)
+    kept = torch.arange(index.shape[1], device=index.device) < to_device(mask.sum(dim=1, keepdim=True), index.device)
     return Selection(index.where(kept, -1), score.where(kept, 0), kept, logits)
 
 
 class Ended(NamedTuple):
-    """An image of which no further patch will come.
+    """An image of which no further patch will come."""
 
-    Attributes:
-        logits: (n h t) by patch index, -inf where a patch never arrived; None where the rule does not need them.
-        arrived: (n,) on the host, False where a patch never arrived; None if all did.
-    """
-
-    logits: Tensor | None
-    arrived: Tensor | None
+    logits: Tensor | None  # (n h t) by patch index, -inf where a patch never arrived; None where the rule needs none
+    arrived: Tensor | None  # (n,) on the host, False where a patch never arrived; None if all did
 
 
 class SelectionRule(Protocol):
@@ -148,7 +127,7 @@ class SelectionRule(Protocol):
         needs_logits: it ranks an image when the logits of all its patches are there.
         own_chunk: `chunk` is a size of the rule's own, not the number of patches that are encoded at once.
         keep_bags: ranks whole bags in memory at once, where the rule can: logits (b n h t), m, mask.
-        due: images that have ended should be settled now; else they may wait for others.
+        due: images that have ended should be settled now; otherwise they may wait for others.
     """
 
     needs_logits: ClassVar[bool]
@@ -182,16 +161,13 @@ class GlobalRule:
         """Do nothing before the logits of an image are complete."""
 
     def settle(self, ended: Mapping[int, Ended]) -> dict[int, Best]:
-        """Return the m best of those patches of each image that arrived; the earlier patch wins a tie."""
+        """Return the m best of those patches of each image that arrived."""
         kept = {}
         for image, (logits, arrived) in ended.items():
             assert logits is not None
-            score, m = logits.softmax(dim=0).mean(dim=(1, 2)), self.m
-            if arrived is not None:  # a score that underflows to 0 is still better than none
-                score, m = score.masked_fill(~to_device(arrived, score.device), -1.0), min(m, int(arrived.sum()))
-            found = score.sort(descending=True, stable=True)
-            best = found.indices[:m], found.values[:m]
-            kept[image] = Best(*(each.clone() for each in best) if len(score) > LATE else best)  # a view holds all
+            m = self.m if arrived is None else min(self.m, int(arrived.sum()))
+            index, score = (each[:m] for each in ranked(logits, arrived))
+            kept[image] = (index.clone(), score.clone()) if len(logits) > LATE else (index, score)  # a view holds all
         return kept
 
 
@@ -217,13 +193,9 @@ class Selector:
     def __init__(
         self, counts: Sequence[int], m: int, chunk: int, rule: Rule = "global", keep_logits: bool = False
     ) -> None:
-        if m < 1 or chunk < 1:
-            raise ValueError(f"m (={m}) and chunk (={chunk}) must be at least 1")
-        if rule not in RULES:
-            raise ValueError(f"rule (={rule!r}) must be one of {', '.join(map(repr, RULES))}")
+        _check(m, chunk, rule)
         self._rule, self._keeps_logits = RULES[rule](m, chunk), keep_logits
-        stores = keep_logits or self._rule.needs_logits
-        self._images = [_Image(n, stores) for n in counts]
+        self._images = [_Image(n, keep_logits or self._rule.needs_logits) for n in counts]
         self._ended: list[int] = []  # images that are still to be settled
 
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
@@ -232,19 +204,19 @@ class Selector:
         if not len(owner):
             return
         self._rule.add(image, index, logits)
-        starts = [0, *(np.flatnonzero(owner[1:] != owner[:-1]) + 1).tolist(), len(owner)]
-        for start, stop in pairwise(starts):
-            number = int(owner[start])
-            self._images[number].add(index[start:stop], logits, start)
-            self._count(number, stop - start)
-        if self._rule.due:
-            self._settle()
+        for start, stop in pairwise([0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(owner)]):
+            self._images[int(owner[start])].add(index[start:stop], logits, start)
+        self.skip(image)  # none of them is still to come
 
     def skip(self, image: Int[Tensor, " k"]) -> None:
         """Note that k patches of these images will never arrive; without it, only `finish` ends such an image."""
         numbers, counts = np.unique(image.numpy(), return_counts=True)
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            self._count(number, count)
+            state = self._images[number]
+            state.left -= count
+            assert state.left >= 0, "more patches arrived or were skipped than the image has"
+            if state.left == 0:
+                self._end(number)
         if self._rule.due:
             self._settle()
 
@@ -262,13 +234,6 @@ class Selector:
         assert kept is not None
         return kept
 
-    def _count(self, number: int, patches: int) -> None:
-        image = self._images[number]
-        image.left -= patches
-        assert image.left >= 0, "more patches arrived or were skipped than the image has"
-        if image.left == 0:
-            self._end(number)
-
     def _end(self, number: int) -> None:
         image = self._images[number]
         if image.arrived is not None:
@@ -279,11 +244,17 @@ class Selector:
 
     def _settle(self) -> None:
         ended = {number: self._images[number].ended() for number in self._ended}
-        for number, found in self._rule.settle(ended).items():
+        for number, best in self._rule.settle(ended).items():
             logits, arrived = ended[number]
-            kept = Kept(found.index, found.score, logits if self._keeps_logits else None, arrived)
-            self._images[number].finish(kept)
+            self._images[number].finish(Kept(*best, logits if self._keeps_logits else None, arrived))
         self._ended.clear()
+
+
+def _check(m: int, chunk: int, rule: str) -> None:
+    if m < 1 or chunk < 1:
+        raise ValueError(f"`m` (={m}) and `chunk` (={chunk}) must be at least 1")
+    if rule not in RULES:
+        raise ValueError(f"rule (={rule!r}) must be one of {', '.join(map(repr, RULES))}")
 
 
 class _Image:
@@ -302,9 +273,7 @@ class _Image:
     def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "r h t"], start: int) -> None:
         """Take k of the rows of a chunk's logits, from `start` on."""
         assert self.kept is None, "a patch arrived after its image was finished"
-        if self.arrived is None:
-            self.arrived = np.zeros(self.n, np.bool_)
-        rows = index.numpy()
+        rows, self.arrived = index.numpy(), np.zeros(self.n, np.bool_) if self.arrived is None else self.arrived
         assert not self.arrived[rows].any(), "a patch arrived twice"
         self.arrived[rows] = True
         if not self.stores:
@@ -343,13 +312,17 @@ def select_bags(
 
     `chunk` is that of the rule, and `at_once` the number of patches that are scored at once, by default `chunk`.
     """
-    if m < 1 or chunk < 1:
-        raise ValueError(f"`m` (={m}) and `chunk` (={chunk}) must be at least 1")
+    _check(m, chunk, rule)
     (b, n), size = shape, at_once or chunk
     count = b * n if mask is None else int(mask.sum())
     goes = [slice(start, start + size) for start in range(0, count, size)]
     if (keep := RULES[rule].keep_bags) is not None and goes:
-        return keep(whole_bags([score(go) for go in goes], mask, shape), m, mask)
+        loose = torch.cat([score(go) for go in goes])
+        if mask is None:
+            return keep(loose.unflatten(0, shape), m)
+        bags = loose.new_full((*shape, *loose.shape[1:]), -torch.inf)
+        bags[mask.to(bags.device)] = loose
+        return keep(bags, m, mask)
     on_host = torch.ones(b, n, dtype=torch.bool) if mask is None else mask.cpu()
     image, index = on_host.nonzero(as_tuple=True)
     selector = Selector([n] * b, m, chunk, rule)

@@ -9,7 +9,7 @@ that is nor on the other images: its steps begin and end at the same patches, an
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -23,14 +23,8 @@ LATE = 2**14
 """Patches that may wait beside those of a whole step."""
 
 Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Best:
-    """What an image keeps, best first."""
-
-    index: Int[Tensor, " m"]
-    score: Float[Tensor, " m"]
+Best: TypeAlias = tuple[Tensor, Tensor]
+"""Index and score (m,) of the patches that an image keeps, best first."""
 
 
 class StreamingRule:
@@ -100,10 +94,11 @@ class StreamingRule:
 
     def _kept(self, held: "_Held", todo: Sequence["_Todo"]) -> Int[Tensor, "b m"]:
         """Return the rows that each image has kept after its steps; those with more steps come first."""
+        begin = [np.concatenate([each.memory, *each.blocks[:1]]) for each in todo]
         later = [
             [each.blocks[step] for each in todo if len(each.blocks) > step] for step in range(1, len(todo[0].blocks))
         ]
-        tables = [held.table([each.candidates(0) for each in todo], self.m), *map(held.table, later)]
+        tables = [held.table(begin, self.m), *map(held.table, later)]
         first, *rest = held.on_device(tables)
         stepping = sum(bool(each.blocks) for each in todo)
         kept = [first[stepping:, : self.m]] if stepping < len(todo) else []
@@ -137,7 +132,7 @@ class StreamingRule:
         index = held.index[rows]
         kept = [min(self.m, each.patches) for each in done]
         return {
-            each.image: Best(index[place, :m], score[place, :m])
+            each.image: (index[place, :m], score[place, :m])
             for place, (each, m) in enumerate(zip(done, kept, strict=True))
         }
 
@@ -165,10 +160,6 @@ class _Todo:
     @property
     def patches(self) -> int:
         return len(self.memory) + sum(map(len, self.blocks))
-
-    def candidates(self, step: int) -> Ints:
-        """Return the candidates of a step that begins with the memory; the memory alone where there is no step."""
-        return np.concatenate([self.memory, *self.blocks[step : step + 1]])
 
 
 @dataclass(frozen=True)
