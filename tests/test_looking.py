@@ -74,7 +74,9 @@ def test_patches_of_one_colour_are_encoded_once_and_get_what_they_would_get(
     encoders = Encoders(model_of())
     encoders.fast(torch.from_numpy(chunk.pixels))  # built before counting
     colors = torch.stack([color_matrix(np.full(4, 0.05 * image), 3) for image in range(3)]) if colored else None
-    scorer = ChunkScorer(encoders, unlimited(SelectConfig(m=2)), NO_TIMER, None if colors is None else colors.numpy())
+    scorer = ChunkScorer(
+        encoders, Pace(unlimited(SelectConfig(m=2))), NO_TIMER, None if colors is None else colors.numpy()
+    )
     with encoders.inference():
         each = None if colors is None else colors[torch.tensor(images)]
         expected = encoders.logits(encoders.embed(torch.from_numpy(chunk.pixels), each))

@@ -29,7 +29,7 @@ from keyhole.engine.memory.bill import Bill, powers
 from keyhole.engine.memory.meter import growth, has_peak, steady_heap, taken, tensor_bytes
 from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan, largest_chunk, make_plan
-from keyhole.engine.memory.probe import Line, PassBytes, Workload, probe
+from keyhole.engine.memory.probe import Line, PassBytes, Probe, Workload
 from keyhole.errors import ConfigError
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.tasks.kinds import Task
@@ -205,11 +205,11 @@ def test_the_probe_sees_what_a_patch_costs_where_memory_comes_in_steps(monkeypat
     encoders, chunk, m = Encoders(model_of()), 256, 64
     encoders.fast(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))  # built before counting
     work = Workload(patch_shape=(16, 16, 3), m=m, batch_size=4, largest_bag=100, learn=True, color=False)
-    costs = probe(encoders, work, chunk, room=10**12)
+    costs = Probe(encoders, work).measure(chunk, room=10**12)
     assert [len(known) for known in sizes.values()] == [4, 4, 3], "patches: 4, 16, 64, 256"
     monkeypatch.setattr("keyhole.engine.memory.probe.growth", lambda _device, function, _repeats=1: exact(function))
     monkeypatch.setattr("keyhole.engine.memory.probe.ENOUGH_BYTES", 10**12)
-    true = probe(encoders, work, chunk, room=10**12)
+    true = Probe(encoders, work).measure(chunk, room=10**12)
     assert costs.score(chunk) == pytest.approx(true.score(chunk), rel=0.1)
     assert costs.learn(4 * m) == pytest.approx(true.learn(4 * m), rel=0.1)
 

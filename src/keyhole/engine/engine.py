@@ -15,7 +15,6 @@ Letters: b image, k loose patches, m kept, d width.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -77,7 +76,7 @@ class Engine:
         self.model, self.settings, self.run = model, select or SelectConfig(), run or RunConfig()
         self.device = next(model.parameters()).device
         self.encoders = Encoders(model, arithmetic)
-        self.pace = Pace(plan or unlimited(self.settings).plan, warn or _warn)
+        self.pace = Pace(plan or unlimited(self.settings), warn)
         self.timer = timer
         self.stager = self._stager()
 
@@ -306,7 +305,3 @@ def _on_host(kept: Mapping[int, Kept]) -> dict[int, Kept]:
         number: replace(image, index=index, score=score)
         for (number, image), index, score in zip(kept.items(), *parts, strict=True)
     }
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=2)

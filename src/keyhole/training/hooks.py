@@ -10,7 +10,6 @@ from dataclasses import asdict
 
 import torch
 
-from keyhole.engine.memory.meter import Trim
 from keyhole.errors import Interrupted
 from keyhole.inference.predictor import describe
 from keyhole.runs.checkpoint import save_model
@@ -34,7 +33,6 @@ class Hooks:
 
     def __init__(self, job: Job, interrupt: Interrupt) -> None:
         self.job, self.interrupt = job, interrupt
-        self._trim = Trim(job.engine.plan.peak, job.device)
         self._saved = time.monotonic()
         self._first_epoch = job.state.epoch
         self._undefined = False  # the user was told that the metric is undefined
@@ -78,13 +76,13 @@ class Hooks:
         self._progress.update(patches=patches, timer=self.job.engine.timer)
 
     def before_learning(self) -> None:
-        self._trim.after_pass()
+        self.job.engine.pace.after_pass()
 
     def progressed(self, images: int) -> None:
         """Show that a step on some images is done."""
         assert self._progress is not None
         self._progress.update(images=images, text=f"loss {self.job.state.mean_loss or 0.0:.4f}")
-        self._trim.after_pass()
+        self.job.engine.pace.after_pass()
 
     def save(self, patches: int) -> None:
         """Save the state if the last time was long ago, or if the step has encoded many patches."""
@@ -138,7 +136,7 @@ class Hooks:
             self.tell(f"stopped early: no better {state.metric} for {state.waiting} epochs")
         job.save()
         (job.run.path / "validation.jsonl").unlink(missing_ok=True)
-        self._trim.after_epoch()
+        self.job.engine.pace.after_epoch()
         self._saved = time.monotonic()
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""Adds up what a plan costs: the bytes of every part of a run for given sizes of chunk and split.
+"""Adds up the bytes of every part of a run for given sizes of chunk and split, and finds the best that fit.
 
 Letters: b image, m kept, d width, n patches of an image.
 """
@@ -47,10 +47,6 @@ class Bill:
     def host(self) -> int:
         return self.work.host_buffers + self.tiles if self.cpu else 0
 
-    @property
-    def pictures(self) -> int:
-        return self.work.open_pictures if self.cpu else 0
-
     def read(self, chunk: int) -> int:
         """Return the bytes of chunks as read: the ring of read-ahead on a CPU, buffers and copies on a GPU."""
         work = self.work
@@ -85,7 +81,8 @@ class Bill:
         if work.learn:
             steps.append(self.stepping)
         predicting = self.select(chunk, work.batch_size) if work.predicts else 0
-        return self.host + self.pictures + self.read(chunk) + max(self.training + max(steps), predicting)
+        pictures = work.open_pictures if self.cpu else 0
+        return self.host + pictures + self.read(chunk) + max(self.training + max(steps), predicting)
 
     def peak(self, chunk: int, split: int | None) -> int:
         return self.now + self.added(chunk, split)
@@ -97,19 +94,19 @@ class Bill:
     def best(self, budget: int, chunks: Sequence[int]) -> tuple[int, int | None] | None:
         """Return the best chunk, of `chunks`, and split within a budget; None where none fits."""
         fitting = [(chunk, split) for chunk in chunks for split in self.splits() if self.wanted(chunk, split) <= budget]
-        return max(fitting, key=self._rank, default=None)
+
+        def rank(sizes: tuple[int, int | None]) -> tuple[int, int, int]:
+            chunk, split = sizes
+            learned = (split or self.kept) if self.work.learn else chunk
+            return min(chunk, learned), chunk, learned  # neither pass gets little so that the other gets much
+
+        return max(fitting, key=rank, default=None)
 
     def splits(self) -> list[int | None]:
         """Return all sizes of a split: None for all patches at once, and the powers of two from 2 on."""
         if not self.work.learn or self.kept <= 3:
             return [None]
         return [None, *powers(power_below(self.kept))[1:]]
-
-    def _rank(self, sizes: tuple[int, int | None]) -> tuple[int, int, int]:
-        """Compare the smaller of both sizes first, so that neither pass gets little so that the other gets much."""
-        chunk, split = sizes
-        learned = (split or self.kept) if self.work.learn else chunk
-        return min(chunk, learned), chunk, learned
 
     def _gap(self, size: int) -> int:
         return round(self.gaps * size)

@@ -1,7 +1,7 @@
-"""Measures how much memory a computation needs, and keeps malloc from holding back what is free.
+"""Measures how much memory a computation needs, and sets what malloc does with freed blocks.
 
 On CUDA the measure is what the allocator reserves. On a CPU it is the resident memory of the process, whose peak Linux
-keeps and lets a process restart. Elsewhere the tensors that a computation makes are added up; see `tensor_bytes`.
+records. Elsewhere the tensors that a computation makes are added up; see `tensor_bytes`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 NEVER = 2**31 - 1
 BESIDES_TENSORS = 2
 """Factor where only tensors are counted: work space of convolutions and gaps in the heap take up to as much again."""
-EPOCHS_TO_SETTLE = 2
-"""Epochs after which a process has everything that it needs: images decoded once, kernels, caches."""
 
 
 def taken(device: torch.device) -> int:
@@ -85,36 +83,6 @@ def steady_heap(steady: bool = True, limited: bool = False) -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**20 if steady else 2**25 if limited else 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**24 if steady else 2**26 if limited else NEVER)
-
-
-class Trim:
-    """Returns free memory to the system when the process grows; on a CPU only.
-
-    Batches differ in their numbers of patches, so that blocks of other sizes leave ever more gaps in the heap. To
-    return what is free takes a tenth of a second per gigabyte, and fresh pages as much again, so it is not done always.
-    `peak` is what the plan predicts in bytes.
-    """
-
-    def __init__(self, peak: int, device: torch.device) -> None:
-        self._active = device.type == "cpu"
-        self._peak = peak
-        self._epochs, self._settled = 0, 0
-
-    def after_pass(self) -> None:
-        """Trim if the process is above the predicted peak. Call it between passes, when their large blocks are free."""
-        if self._active and self._peak and resident_memory() > self._peak:
-            give_back()
-
-    def after_epoch(self) -> None:
-        """Trim if the process has grown since the second epoch."""
-        if not self._active:
-            return
-        self._epochs += 1
-        now = resident_memory()
-        if self._epochs <= EPOCHS_TO_SETTLE:
-            self._settled = now
-        elif now > self._settled:
-            give_back()
 
 
 def tensor_bytes(function: Callable[[], object]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.bill import MAX_HELD_BYTES
 from keyhole.engine.memory.meter import give_back, steady_heap
 from keyhole.engine.memory.plan import (
+    CPU_CHUNK,
     PREDICTING_OPTIONS,
     SHARED_TILE_BYTES,
     TRAINING_OPTIONS,
@@ -29,12 +30,14 @@ from keyhole.images.tile_cache import TILE_CACHE
 from keyhole.nn.build import patch_shape
 from keyhole.nn.selection import RULES
 from keyhole.util.budget import doubt, explained, memory_text, out_of_memory
-from keyhole.util.platform import peak_memory, restart_peak
+from keyhole.util.platform import peak_memory, resident_memory, restart_peak
 
 T = TypeVar("T")
 
 MAX_PREDICTED_PATCHES = 250_000
 """Patches of an image that a plan for predicting has room for."""
+EPOCHS_TO_SETTLE = 2
+"""Epochs after which a process has everything that it needs: images decoded once, kernels, caches."""
 
 
 class Pace:
@@ -42,14 +45,17 @@ class Pace:
 
     Args:
         plan: the plan to begin with; the attribute is the one that is followed now.
-        warn: called with one sentence when the plan becomes smaller.
+        warn: called with one sentence when the plan becomes smaller; default a Python warning.
         options: named when even the smallest plan does not fit.
     """
 
-    def __init__(self, plan: Plan, warn: Callable[[str], None], options: OptionNames = TRAINING_OPTIONS) -> None:
-        self.plan, self.warn, self.options = plan, warn, options
+    def __init__(
+        self, plan: Plan, warn: Callable[[str], None] | None = None, options: OptionNames = TRAINING_OPTIONS
+    ) -> None:
+        self.plan, self.warn, self.options = plan, warn or _warn, options
         self._watched = plan.named and plan.device == "cpu"
         self._allowed = 0  # bytes; more than the budget if the peak was higher before and cannot be restarted
+        self._epochs, self._settled = 0, 0
 
     def run(self, step: Step, work: Callable[[Plan], T], again: Callable[[], None] | None = None) -> T:
         """Return the result of `work` under the plan; repeat it under smaller plans while memory runs out.
@@ -77,15 +83,32 @@ class Pace:
             self._shrink(smaller, why)
             if again is not None:
                 again()
-        if self._watched:
-            self._keep_budget(step)
+        if self._watched and (peak := peak_memory(since_restart=True)) > self._allowed:
+            self._over_budget(step, peak)
         return result
 
-    def _keep_budget(self, step: Step) -> None:
-        """Halve the plan if the peak of this process since the last time has gone over the budget."""
-        peak = peak_memory(since_restart=True)
-        if peak <= self._allowed:
+    def after_pass(self) -> None:
+        """Return free memory to the system if a process on a CPU is above the predicted peak.
+
+        Batches differ in their numbers of patches, so blocks of other sizes leave more and more gaps in the heap. To
+        return what is free takes a tenth of a second per gigabyte, and fresh pages as much again.
+        """
+        if self.plan.device == "cpu" and self.plan.peak and resident_memory() > self.plan.peak:
+            give_back()
+
+    def after_epoch(self) -> None:
+        """Return free memory to the system if a process on a CPU has grown since the second epoch."""
+        if self.plan.device != "cpu":
             return
+        self._epochs += 1
+        now = resident_memory()
+        if self._epochs <= EPOCHS_TO_SETTLE:
+            self._settled = now
+        elif now > self._settled:
+            give_back()
+
+    def _over_budget(self, step: Step, peak: int) -> None:
+        """Halve the plan."""
         why = f"the peak of memory, {memory_text(peak)}, is over --memory {memory_text(self.plan.budget)}"
         smaller = self.plan.halved(step)
         if smaller is None:
@@ -112,7 +135,7 @@ def prediction_plan(encoders: Encoders, config: Config) -> Plan:
     """Return the plan of a model that predicts; it is measured only where memory is limited."""
     memory = config.memory
     if memory is None and encoders.device.type != "cuda":
-        return unlimited(config.select).plan
+        return unlimited(config.select)
     work = Workload(
         patch_shape=patch_shape(config.model, config.patch.size),
         m=config.select.m,
@@ -134,30 +157,27 @@ def fixed_chunk(select: SelectConfig) -> int | None:
     return None if RULES[select.rule].own_chunk else select.chunk
 
 
-def unlimited(select: SelectConfig) -> Pace:
-    """Return a pace for callers who know what fits: chunks as configured, and no limit."""
-    plan = Plan(chunk=fixed_chunk(select) or 64, hold=MAX_HELD_BYTES)
-    return Pace(plan, lambda text: warnings.warn(text, stacklevel=2))
+def unlimited(select: SelectConfig) -> Plan:
+    """Return a plan for callers who know what fits: chunks as configured, and no limit."""
+    return Plan(chunk=fixed_chunk(select) or CPU_CHUNK, hold=MAX_HELD_BYTES)
 
 
-@contextmanager
-def cap(plan: Plan, device: torch.device) -> Iterator[None]:
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def cap(plan: Plan, device: torch.device) -> AbstractContextManager[None]:
     """Keep to the plan's budget inside.
 
     On CUDA the allocator gets the budget as its limit. On a CPU nothing limits the process, see `Pace`; malloc and the
     cache of decoded tiles are set to what the plan counts with, if the user named the budget.
 
-    Several caps may hold at a time and end in any order, as those of two predictions do that are iterated over in turn:
-    the lowest one that holds is the limit, and after the last one everything is as before the first.
+    Several caps may hold at a time and end in any order, as when two predictions are iterated over in turn: the lowest
+    is the limit, and after the last one everything is as before the first.
     """
     if device.type == "cuda":
-        with _limited_allocator(plan.budget, device):
-            yield
-    elif plan.named:
-        with _limited_heap(plan.steady):
-            yield
-    else:
-        yield
+        return _limited_allocator(plan.budget, device)
+    return _limited_heap(plan.steady) if plan.named else nullcontext()
 
 
 _fractions: dict[int, tuple[float, list[float]]] = {}

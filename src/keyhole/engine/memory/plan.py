@@ -19,7 +19,7 @@ import torch
 from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.bill import MARGIN, MAX_HELD_BYTES, Bill, power_below, powers
 from keyhole.engine.memory.meter import steady_heap, taken
-from keyhole.engine.memory.probe import FIRST_PATCHES, Workload, probe
+from keyhole.engine.memory.probe import FIRST_PATCHES, Probe, Workload
 from keyhole.errors import ConfigError
 from keyhole.util.budget import explained, memory_text, out_of_memory
 from keyhole.util.platform import available_memory
@@ -124,7 +124,7 @@ def make_plan(
     optimizer: torch.optim.Optimizer | None = None,
     options: OptionNames = TRAINING_OPTIONS,
 ) -> Plan:
-    """Probe the model, which is left as it was, and choose; a ConfigError says what would fit if nothing does.
+    """Probe the model, which stays as it was, and choose the largest chunks that fit.
 
     Args:
         encoders: of the model.
@@ -132,6 +132,9 @@ def make_plan(
         memory: budget in bytes; None takes what is free.
         optimizer: what it holds already, in a resumed run, is not counted twice.
         options: named when nothing fits.
+
+    Raises:
+        ConfigError: nothing fits; says what would.
     """
     model, device = encoders.model, encoders.device
     budget, source = _budget(memory, device)
@@ -141,7 +144,7 @@ def make_plan(
     chunks = [work.chunk] if work.chunk else powers(most)
     try:
         with _measuring(cpu):
-            costs = probe(encoders, work, most, budget - taken(device))
+            costs = Probe(encoders, work).measure(most, budget - taken(device))
             now = taken(device) + (FIRST_STEPS_BYTES if cpu else 0)
     except Exception as error:
         if not out_of_memory(error):
@@ -174,15 +177,16 @@ def make_plan(
     if sizes is None:
         raise _too_little(memory_text(budget) if named else f"{memory_text(budget)} ({source})", bill, options)
     left = budget - bill.wanted(*sizes) if cpu else round(AUTO_SHARE * available_memory())
-    # images that stay in memory decoded are not read again anyway
-    hold = 0 if work.host_buffers else _hold(batch * work.patch_bytes, left)
+    hold = batch * work.patch_bytes
+    if work.host_buffers or hold > MAX_HELD_BYTES or round(2 * hold * (1 + MARGIN)) > left:
+        hold = 0  # decoded images that stay in memory are not read again anyway
     peak = bill.peak(*sizes) + (2 * hold if cpu else 0)
     return Plan(*sizes, bill.kept if work.learn else 0, budget, source, named, peak, hold, steady, device.type)
 
 
 @contextmanager
 def _measuring(cpu: bool) -> Iterator[None]:
-    """Let freed blocks go back at once inside, on a CPU, so that they show in the measured memory."""
+    """Let malloc return freed blocks at once inside, on a CPU, so that the measured memory is what is in use."""
     if cpu:
         steady_heap()
     try:
@@ -193,9 +197,9 @@ def _measuring(cpu: bool) -> Iterator[None]:
 
 
 def largest_chunk(device: torch.device, patch_shape: Sequence[int], patches: int | None = None) -> int:
-    """Return the patches, as read (s, s, c) or (f,), that are worth taking at a time, whatever the budget is.
+    """Return how many patches of a shape as read are worth taking at a time, whatever the budget is.
 
-    A GPU encodes all of a chunk, so none should be larger than the largest batch, of `patches`, if known.
+    A GPU encodes all rows of a chunk, so it should not be larger than the largest batch, of `patches`, if known.
     """
     if device.type == "cpu":
         return CPU_CHUNK
@@ -203,11 +207,6 @@ def largest_chunk(device: torch.device, patch_shape: Sequence[int], patches: int
     patch_bytes = math.prod(patch_shape) * (1 if pixels else 4)
     most = min(MAX_GPU_CHUNK if pixels else MAX_GPU_FEATURES, power_below(max(2, GPU_CHUNK_BYTES // patch_bytes) + 1))
     return most if patches is None else min(most, 2 * power_below(max(2, patches)))
-
-
-def _hold(batch: int, left: int) -> int:
-    """Return `batch`, the bytes of one, if two of them fit into what is left; else 0."""
-    return batch if batch <= MAX_HELD_BYTES and round(2 * batch * (1 + MARGIN)) <= left else 0
 
 
 def _budget(memory: int | None, device: torch.device) -> tuple[int, str]:
@@ -238,7 +237,7 @@ def _too_little(given: str, bill: Bill, options: OptionNames) -> ConfigError:
     shares = {
         options.encoder: bill.training + bill.stepping,
         options.patch: costs.learn(3) if work.learn else costs.score(chunk),
-        options.kept: embeddings + pixels + bill.pictures,
+        options.kept: embeddings + pixels + (work.open_pictures if bill.cpu else 0),
         options.cache: bill.host,
         options.chunk if work.chunk else "": costs.score(chunk) + bill.read(chunk),
     }

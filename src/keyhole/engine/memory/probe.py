@@ -87,20 +87,8 @@ class PassBytes:
     dim: int  # width d of an embedding
 
 
-def probe(encoders: Encoders, work: Workload, chunk: int, room: int) -> PassBytes:
-    """Measure a model; leave weights, gradients, buffers, modes and random state as they were.
-
-    Args:
-        encoders: of the model.
-        work: what is planned for.
-        chunk: largest number of patches that the pass without gradients may get.
-        room: bytes that are available; a probe is not made larger where it would need more.
-    """
-    return _Probe(encoders, work).measure(chunk, room)
-
-
-class _Probe:
-    """Runs the passes of a model over random patches."""
+class Probe:
+    """Runs the passes of a model over random patches; everything of the model stays as it was."""
 
     def __init__(self, encoders: Encoders, work: Workload) -> None:
         self.encoders, self.model, self.work = encoders, encoders.model, work
@@ -109,6 +97,7 @@ class _Probe:
         self.dim = 0
 
     def measure(self, chunk: int, room: int) -> PassBytes:
+        """Measure chunks of up to `chunk` patches, and none that would need more than `room` bytes."""
         model, work, steps = self.model, self.work, comes_in_steps(self.device)
         learns = work.learn and any(parameter.requires_grad for parameter in model.encoder.parameters())
         with as_it_was(model, self.device):
@@ -210,11 +199,7 @@ def example_positions(model: IPSClassifier, shape: tuple[int, ...], device: torc
 
 @contextmanager
 def as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore everything that a step changes.
-
-    Inside, each weight that learns has a gradient to add to, so that gradients, which stay, are not counted with what a
-    pass needs.
-    """
+    """Restore everything that a step changes. Inside, weights that learn have gradients, so that no pass makes them."""
     modes = [(part, part.training) for part in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), kept_buffers(model):
