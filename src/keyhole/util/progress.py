@@ -52,13 +52,10 @@ class Progress:
         device_bytes: Callable[[], int | None] | None = None,
     ) -> None:
         self.total_images, self.description, self.interval = total_images, description, interval
-        self.stream = error_stream() if stream is None else stream
-        self.after = after
-        self.images = self.patches = 0
-        self.waited = 0.0
-        self.device_bytes = device_bytes
+        self.after, self.device_bytes = after, device_bytes
+        self.stream = stream or sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115 - as long as the process
+        self.images, self.patches, self.waited, self.text = 0, 0, 0.0, ""
         self.timer: Timer | None = None
-        self.text = ""
         self._start = self._shown = time.monotonic()
         self._lock = threading.Lock()
         self._bar: Bar | None = None
@@ -96,10 +93,8 @@ class Progress:
             self.images += images
             self.patches += patches
             self.waited += waited
-            if text is not None:
-                self.text = text
-            if timer is not None:
-                self.timer = timer
+            self.text = self.text if text is None else text
+            self.timer = timer or self.timer
             since = time.monotonic() - self._shown
             if self._bar is not None:
                 if images or text is not None or since >= REDRAW_SECONDS:
@@ -122,9 +117,9 @@ class Progress:
         if finished:
             parts.append(f"{_duration(seconds)} taken")
         elif 0 < self.images < self.total_images:
-            parts.append(f"{_duration(seconds / self.images * (self.total_images - self.images))} left")
-            if run := self._run_left(seconds):
-                parts[-1] += f" and {run}"
+            run = self._run_left(seconds)
+            left = f"{_duration(seconds / self.images * (self.total_images - self.images))} left"
+            parts.append(f"{left} and {run}" if run else left)
         return ", ".join(parts)
 
     def _run_left(self, seconds: float) -> str:
@@ -144,25 +139,16 @@ class Progress:
         peaks = [memory_text(peak)] if (peak := peak_memory()) else []
         if self.device_bytes is not None and (device_bytes := self.device_bytes()):
             peaks.append(f"{memory_text(device_bytes)} on the device")
-        if peaks:
-            parts.append(f"peak {' and '.join(peaks)}")
-        if self.text:
-            parts.append(self.text)
-        return parts
+        return [*parts, *([f"peak {' and '.join(peaks)}"] if peaks else []), *([self.text] if self.text else [])]
 
     def _show_bar(self) -> None:
         assert self._bar is not None
         assert self._task is not None
         self._shown = time.monotonic()
-        seconds = time.monotonic() - self._start
+        seconds = self._shown - self._start
         run = self._run_left(seconds)
         status = ", ".join([*self._figures(seconds), *([f"{run} left"] if run else [])])
         self._bar.update(self._task, completed=self.images, total=self.total_images, status=status)
-
-
-def error_stream() -> TextIO:
-    """Return standard error, or a stream to nowhere if the process was started without it."""
-    return open(os.devnull, "w") if sys.stderr is None else sys.stderr  # noqa: PTH123 - as long as the process
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

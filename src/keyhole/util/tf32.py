@@ -14,11 +14,10 @@ import torch
 
 @contextmanager
 def tf32(use: bool) -> Iterator[None]:
-    """Round float32 to TF32 in convolutions and matrix products inside, or never; afterwards the settings are restored.
+    """Round float32 to TF32 in convolutions and matrix products inside, or never; then restore the settings.
 
-    Torch has two interfaces for this, an older one and that of torch 2.9, and the older one refuses to read what only
-    the newer one can say. Here the older one is used, which exists everywhere and which torch's own compiler reads,
-    unless a caller has used the newer one.
+    Torch has an older interface for this, which exists everywhere and which its compiler reads, and that of torch 2.9.
+    The older one raises where only the newer one can express what a caller has set; then the newer one is used.
     """
     wanted = use, "high" if use else "highest"
     try:
@@ -28,7 +27,10 @@ def tf32(use: bool) -> Iterator[None]:
     if before == wanted:
         yield
         return
-    places = _places()
+    # Of the newer interface, if there is one: convolutions and products of a GPU, and products of a CPU.
+    backends: Any = torch.backends
+    newer = hasattr(backends.cudnn, "conv")
+    places = [backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.matmul] if newer else []
     precisions = [place.fp32_precision for place in places]
     try:
         if before is None:
@@ -47,13 +49,6 @@ def _set(convolutions: bool, products: str) -> None:
         torch.backends.cudnn.allow_tf32 = convolutions
     if torch.get_float32_matmul_precision() != products:
         torch.set_float32_matmul_precision(products)
-
-
-def _places() -> list[Any]:
-    """What the newer interface sets: convolutions and products of a GPU, and products of a CPU; nothing without it."""
-    backends: Any = torch.backends
-    has = hasattr(backends.cudnn, "conv")
-    return [backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.matmul] if has else []
 
 
 def _set_each(places: list[Any], precisions: list[str]) -> None:

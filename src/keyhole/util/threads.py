@@ -55,26 +55,22 @@ class ReadTask(Generic[T]):
     """A function for a reading thread, and its result. `name` is the file, for messages."""
 
     def __init__(self, name: str, function: Callable[[], T], urgent: bool = False) -> None:
-        self.name = name
+        self.name, self.urgent = name, urgent
         self.function: Callable[[], T] | None = function
-        self.urgent = urgent
-        self.since: float | None = None  # when it started or last gave a sign of life
+        self.since: float | None = None  # when it started or last called `beat`
         self.thread: threading.Thread | None = None  # that runs it
         self.done = False
         self.awaited = False  # another thread waits for it
         self.lost = False  # given up; its thread is still in it
         self.followers: list[ReadTask[Any]] = []  # queued when this one has ended
         self.error: BaseException | None = None
-        self._value: list[T] = []
-
-    def end(self, value: list[T], error: BaseException | None) -> None:
-        self.function, self._value, self.error, self.done = None, value, error, True
+        self.result: list[T] = []
 
     def value(self) -> T:
         """Return what the function returned, or raise what it raised."""
         if self.error is not None:
             raise self.error
-        return self._value[0]
+        return self.result[0]
 
 
 class ReadingThreads:
@@ -110,8 +106,8 @@ class ReadingThreads:
             name: the file, for messages.
             function: what to do.
             urgent: take it before all tasks that are not urgent.
-            after: a task that has to end first, in whichever way. This one is then taken before all that are queued: no
-                thread waits in between, and later tasks do not overtake what follows a task.
+            after: a task that has to end or fail first. This one is then taken before all that are queued: no thread
+                waits in between, and later tasks do not overtake it.
         """
         task = ReadTask(name, function, urgent)
         with self.lock:
@@ -174,21 +170,22 @@ class ReadingThreads:
                 f"no data for {self.stall:g} s: the disk or network share does not answer. "
                 "Copy the file to a local disk, or raise the limit (run.stall)"
             )
-            task.lost = True
-            task.end([], StalledRead(task.name, problem))
-            self._running.discard(task)
-            self._follow(task)
+            task.lost = task.awaited = True
+            self._end(task, [], StalledRead(task.name, problem))
             self._threads = [thread for thread in self._threads if thread is not task.thread]
             self._start()
-            self.changed.notify_all()
 
-    def _follow(self, task: ReadTask[Any]) -> None:
-        """Queue what follows a task, in order, before all else."""
+    def _end(self, task: ReadTask[Any], result: list[Any], error: BaseException | None) -> None:
+        """Store the result of a task, and queue what follows it, in order, before all else."""
+        task.function, task.result, task.error, task.done = None, result, error, True
+        self._running.discard(task)
         if not self.closed:
             for each in reversed(task.followers):
                 (self._urgent if each.urgent else self._queue).appendleft(each)
             self._work.notify(len(task.followers))
         task.followers.clear()
+        if task.awaited:
+            self.changed.notify_all()
 
     def _start(self) -> None:
         self._started += 1
@@ -203,28 +200,22 @@ class ReadingThreads:
                 if self.closed:
                     return
                 task = (self._urgent or self._queue).popleft()
-                function = task.function
-                task.since = time.monotonic()
-                task.thread = threading.current_thread()
+                function, task.since, task.thread = task.function, time.monotonic(), threading.current_thread()
                 self._running.add(task)
             assert function is not None
             _here.task = task
-            value: list[object] = []
+            result: list[object] = []
             error: BaseException | None = None
             try:
-                value.append(function())
+                result.append(function())
             except BaseException as caught:  # noqa: BLE001 - raised again in the thread that waits
                 error = caught
             _here.task = None
             with self.lock:
                 if task.lost:  # another thread has taken this one's place
                     return
-                self._running.discard(task)
-                task.end(value, error)
-                self._follow(task)
-                if task.awaited:
-                    self.changed.notify_all()
-            del task, function, value, error  # an idle thread must not keep pixels or open files alive
+                self._end(task, result, error)
+            del task, function, result, error  # an idle thread must not keep pixels or open files alive
 
 
 _all_threads: weakref.WeakSet[ReadingThreads] = weakref.WeakSet()

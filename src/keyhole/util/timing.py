@@ -5,10 +5,9 @@
         embedding = encoder(pixels)
     timer.seconds()                      # {"reading": 0.1, "copying": 0.0, "encoding": 3.9, ...}
 
-Reading is the time that the consumer of patches waits for them. On a CPU each other part is the time that the host
-spends in it. On a GPU the host only launches work, so the other parts are measured on the device, between two events on
-the current stream; only `seconds` waits for the device. Host and device work at the same time there, so the parts may
-sum to more than the time that passed.
+Reading is the time that the consumer of patches waits for them. On a GPU the other parts are measured on the device,
+between two events on the current stream, since the host only launches work; only `seconds` waits for the device. Host
+and device work at the same time there, so the parts may sum to more than the time that passed.
 """
 
 from __future__ import annotations
