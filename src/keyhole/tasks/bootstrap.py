@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Weights = NDArray[np.float64]
 K = TypeVar("K", bound=Hashable)
 
-_BLOCK = 2_000_000
+MAX_WEIGHTS_TOGETHER = 2_000_000
 """Weights held at once; bounds memory, not the result."""
 
 
@@ -55,12 +55,13 @@ def bootstrap(
     notes = notes or {}
     points = {key: float(values[0]) for key, values in measure(np.ones((1, n))).items()}
     unit = units_of(n, groups)
-    units = int(unit.max()) + 1
+    units, rng, block = int(unit.max()) + 1, np.random.default_rng(seed), max(1, MAX_WEIGHTS_TOGETHER // n)
     drawn: dict[K, list[Weights]] = {key: [] for key in points}
-    if units > 1:
-        for weights in _resamples(unit, units, np.random.default_rng(seed), rounds):
-            for key, values in measure(weights).items():
-                drawn[key].append(values)
+    for start in range(0, rounds if units > 1 else 0, block):
+        draws = [rng.integers(0, units, units) for _ in range(start, min(start + block, rounds))]
+        counts = np.stack([np.bincount(draw, minlength=units) for draw in draws]).astype(np.float64)
+        for key, values in measure(counts[:, unit]).items():
+            drawn[key].append(values)
     what = "image" if groups is None else "group"
     return {
         key: _estimate(value, np.concatenate(drawn[key]) if units > 1 else None, what, notes.get(key))
@@ -76,16 +77,6 @@ def units_of(n: int, groups: Sequence[str | None] | None) -> NDArray[np.int64]:
         raise ValueError(f"groups (={len(groups)}) must be as many as images (={n})")
     number: dict[str | int, int] = {}
     return np.array([number.setdefault(group or image, len(number)) for image, group in enumerate(groups)], np.int64)
-
-
-def _resamples(unit: NDArray[np.int64], units: int, rng: np.random.Generator, rounds: int) -> Iterator[Weights]:
-    block = max(1, _BLOCK // len(unit))
-    for start in range(0, rounds, block):
-        counts = [
-            np.bincount(rng.integers(0, units, units), minlength=units)
-            for _ in range(start, min(start + block, rounds))
-        ]
-        yield np.stack(counts).astype(np.float64)[:, unit]
 
 
 def _estimate(value: float, drawn: Weights | None, unit: str, note: str | None) -> IntervalEstimate:

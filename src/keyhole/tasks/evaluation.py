@@ -22,30 +22,19 @@ MAX_RECALLS = 10
 
 @dataclass(frozen=True, eq=False)
 class TaskMetrics:
-    """Evaluation of one task.
-
-    Attributes:
-        task: What was predicted.
-        n: Images whose label is known; the others do not count.
-        missing: Images whose label is unknown.
-        groups: Number of groups, resampled whole; None where the images stand alone.
-        rounds, seed: Of the bootstrap.
-        overall: By metric, for the task as a whole.
-        per_class: By class and metric; empty for regression.
-        support: Images of each class.
-        confusion: (k, k) counts, true class by row, predicted by column; for multilabel (k, 2, 2), one such table per
-            label with "no" first; None for regression.
-    """
+    """Evaluation of one task."""
 
     task: Task
-    n: int
-    missing: int
-    groups: int | None
-    rounds: int
+    n: int  # images whose label is known; the others do not count
+    missing: int  # images whose label is unknown
+    groups: int | None  # that are resampled whole; None where images are independent
+    rounds: int  # of the bootstrap
     seed: int
-    overall: dict[str, IntervalEstimate]
-    per_class: dict[str, dict[str, IntervalEstimate]]
-    support: dict[str, int]
+    overall: dict[str, IntervalEstimate]  # by metric
+    per_class: dict[str, dict[str, IntervalEstimate]]  # by class and metric; empty for regression
+    support: dict[str, int]  # images of each class
+    # (k, k) counts, true class by row, predicted by column; for multilabel (k, 2, 2), one such table per label with
+    # "no" first; None for regression
     confusion: NDArray[np.int64] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -101,10 +90,7 @@ def evaluate_task(
     0.667 [0.208 0.939]
     """
     targets, probabilities, known = _known(task, targets, probabilities)
-    groups = (
-        None if groups is None or not any(groups) else [group for group, use in zip(groups, known, strict=True) if use]
-    )
-    n = len(targets)
+    groups, n = groups_of(groups, known), len(targets)
     measures = task.measure(targets, probabilities)
     keys = [key for key, _, _ in each_metric(task)]
     estimates = dict.fromkeys(keys, IntervalEstimate(None, note="no image has a label"))
@@ -177,6 +163,11 @@ def _recalls(result: TaskMetrics) -> str:
     shown = [f"{name} {value:.3f} of {result.support[name]}" for name, value in found.items() if value is not None]
     more = f" and {len(shown) - MAX_RECALLS} more classes in metrics.json" if len(shown) > MAX_RECALLS else ""
     return ", ".join(shown[:MAX_RECALLS]) + more
+
+
+def groups_of(groups: Sequence[str | None] | None, known: NDArray[np.bool_]) -> list[str | None] | None:
+    """Return the groups of the known images; None where no image has one."""
+    return [group for group, use in zip(groups, known, strict=True) if use] if groups and any(groups) else None
 
 
 def _known(

@@ -2,7 +2,7 @@
 
 A model that is right on all 10 images has an accuracy of 1 in every resample; Wilson's interval says [0.72 1].
 
-Shares of images (accuracy, recall, precision, specificity): Wilson (1927). F1 is a function of a share, the right
+Shares of images (accuracy, recall, precision, specificity): Wilson (1927). F1 is a function of a share, of the right
     among the images that are of the class or called so: J = TP / (TP + FP + FN) and F1 = 2 J / (1 + J).
 AUROC: the score-type interval of Newcombe (2006, Statistics in Medicine 25:559, method 5), with the variance of
     Hanley and McNeil at each candidate value.
@@ -30,6 +30,7 @@ from numpy import ndarray as Array
 from keyhole.tasks.measures import ClassMeasures
 
 LEVEL = 0.95
+NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
 class Interval(NamedTuple):
@@ -53,23 +54,25 @@ class ClassIntervals:
         self.of, self.unit = of, unit
 
     def all_right(self) -> Interval | None:
-        return self._share(self.of.all_right)
+        right = self.of.all_right
+        return share_interval(right, np.ones_like(right), self.unit)
 
     def accuracy(self, c: int) -> Interval | None:
-        return self._share(self.of.truth[:, c] == self.of.decided[:, c])
+        right = self.of.truth[:, c] == self.of.decided[:, c]
+        return share_interval(right, np.ones_like(right), self.unit)
 
     def recall(self, c: int) -> Interval | None:
-        return self._share(self.of.decided[:, c], self.of.truth[:, c])
+        return share_interval(self.of.decided[:, c], self.of.truth[:, c], self.unit)
 
     def specificity(self, c: int) -> Interval | None:
-        return self._share(~self.of.decided[:, c], ~self.of.truth[:, c])
+        return share_interval(~self.of.decided[:, c], ~self.of.truth[:, c], self.unit)
 
     def precision(self, c: int) -> Interval | None:
-        return self._share(self.of.truth[:, c], self.of.decided[:, c])
+        return share_interval(self.of.truth[:, c], self.of.decided[:, c], self.unit)
 
     def f1(self, c: int) -> Interval | None:
         true, called = self.of.truth[:, c], self.of.decided[:, c]
-        jaccard = self._share(true & called, true | called) if true.any() else None
+        jaccard = share_interval(true & called, true | called, self.unit) if true.any() else None
         if jaccard is None:
             return None
         low, high, value = (2 * limit / (1 + limit) for limit in (jaccard.low, jaccard.high, jaccard.value))
@@ -90,16 +93,19 @@ class ClassIntervals:
             return None
         if self.of.exclusive and len(self.of.classes) == 2:
             return rankings[0].interval  # that of the other class is the same
-        return _mean_auroc(rankings, self.unit)
+        # The AUROCs are correlated as their influences are. One of 0 or 1 has no influences; 1 is the safe correlation.
+        influence = np.stack([np.bincount(self.unit, each.influence) for each in rankings])
+        covariance = influence @ influence.T
+        spread = np.sqrt(np.diag(covariance))
+        scale = np.outer(spread, spread)
+        correlation = np.divide(covariance, scale, out=np.ones_like(scale), where=scale > 0)
+        return _joined([each.interval for each in rankings], correlation)
 
     @cached_property
     def _rankings(self) -> dict[int, Ranking]:
         truth, score = self.of.truth, self.of.probability
         mixed = np.flatnonzero(self.of.mixed).tolist()
         return {c: auroc_interval(truth[:, c], score[:, c], self.unit) for c in mixed}
-
-    def _share(self, success: Bool[Array, " n"], counted: Bool[Array, " n"] | None = None) -> Interval | None:
-        return share_interval(success, np.ones_like(success) if counted is None else counted, self.unit)
 
 
 # Shares
@@ -129,13 +135,13 @@ def wilson(share: float, n: float, quantile: float) -> tuple[float, float]:
 
 
 def _effective(success: Bool[Array, " n"], share: float, unit: Int[Array, " n"]) -> tuple[float, float]:
-    """How many independent images say as much about a share as these, of the same groups, and the quantile to use."""
+    """Return how many independent images say as much about a share as these, and the quantile to use."""
     number, place = np.unique(unit, return_inverse=True)
     groups, n = len(number), len(unit)
     if groups == n or share in (0, 1):
-        return groups, _normal()
+        return groups, NORMAL
     if groups == 1:
-        return 1.0, _normal()
+        return 1.0, NORMAL
     apart = np.bincount(place, success - share, groups)
     variance = groups / (groups - 1) * float(apart @ apart) / n**2
     independent = share * (1 - share)
@@ -161,8 +167,7 @@ def auroc_interval(truth: Bool[Array, " n"], score: Float[Array, " n"], unit: In
     influence = np.empty(len(score))
     influence[truth] = (above - value) / m
     influence[~truth] = (1 - _wins(negative, positive) - value) / n
-    groups, quantile = len(np.unique(unit)), _normal()
-    effective_m, effective_n = float(m), float(n)
+    groups, quantile, effective_m, effective_n = len(np.unique(unit)), NORMAL, float(m), float(n)
     if groups < len(unit):
         independent = float(influence @ influence)
         if independent > 0 and groups > 1:
@@ -200,30 +205,17 @@ def newcombe(value: float, m: float, n: float, quantile: float) -> tuple[float, 
 
 
 def _wins(score: Float[Array, " a"], others: Float[Array, " b"]) -> Float[Array, " a"]:
-    """Share of the others that each score is above; a tie counts half."""
+    """Return the share of the others that each score is above; a tie counts half."""
     ranked = np.sort(others)
     below, up_to = np.searchsorted(ranked, score, "left"), np.searchsorted(ranked, score, "right")
     return np.asarray((below + up_to) / 2 / len(others))
-
-
-def _mean_auroc(rankings: Sequence[Ranking], unit: Int[Array, " n"]) -> Interval:
-    """Interval of the mean over classes, whose AUROCs are correlated because they are of the same images.
-
-    The correlations are those of the influences; an AUROC of 0 or 1 has none, and 1 is the safe value.
-    """
-    influence = np.stack([np.bincount(unit, each.influence) for each in rankings])
-    covariance = influence @ influence.T
-    spread = np.sqrt(np.diag(covariance))
-    scale = np.outer(spread, spread)
-    correlation = np.divide(covariance, scale, out=np.ones_like(scale), where=scale > 0)
-    return _joined([each.interval for each in rankings], correlation)
 
 
 # Means over classes
 
 
 def _mean_interval(parts: Sequence[Interval | None]) -> Interval | None:
-    """Interval of the mean of independent values; None where one of them has no interval."""
+    """Return the interval of the mean of independent values; None where one of them has no interval."""
     known = [interval for interval in parts if interval is not None]
     return _joined(known, np.eye(len(known))) if known and len(known) == len(parts) else None
 
@@ -237,12 +229,8 @@ def _joined(parts: Sequence[Interval], correlation: Float[Array, "k k"]) -> Inte
     return Interval(max(0.0, mean - low), min(1.0, mean + high), "MOVER", mean)
 
 
-def _normal() -> float:
-    return NormalDist().inv_cdf((1 + LEVEL) / 2)
-
-
 def student(degrees: int) -> float:
-    """Quantile of Student's t."""
+    """Return the quantile of Student's t."""
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, (1 + LEVEL) / 2))

@@ -82,14 +82,14 @@ def positive_by_name(classes: Sequence[str]) -> int | None:
 
 
 def _sign(name: str, other: str) -> int:
-    """1 for positive, -1 for negative, 0 where the name does not say."""
-    if name in _words(POSITIVE_WORDS):
+    """Return 1 for positive, -1 for negative, 0 where the name does not say."""
+    if name in POSITIVE_WORDS.replace("\n", " ").strip().split(", "):
         return 1
     joined, of_other = name.replace(" ", ""), other.replace(" ", "")
-    if name in _words(NEGATIVE_WORDS) or name.startswith(_DENIALS) or joined in (f"no{of_other}", f"non{of_other}"):
+    if (
+        name in NEGATIVE_WORDS.replace("\n", " ").strip().split(", ")
+        or name.startswith(_DENIALS)
+        or joined in (f"no{of_other}", f"non{of_other}")
+    ):
         return -1
     return 0
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")]

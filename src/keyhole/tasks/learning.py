@@ -1,7 +1,7 @@
-"""Whether a model has learned anything: its predictions compared with guessing, in words, with what to try next.
+"""Compares predictions with guessing, and says in words whether a model has learned anything and what to try next.
 
-A run can end with exit code 0 though the model is no better than guessing. It is called so only if nothing in its
-predictions speaks for it: neither its loss, nor its AUROC, nor its balanced accuracy.
+A run can end with exit code 0 though its model is no better than guessing, whether by its loss, its AUROC or its
+balanced accuracy.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from keyhole.config.auto import SCRATCH_LR, number, settle_learning
 from keyhole.config.settings import Config
 from keyhole.tasks.bootstrap import units_of
+from keyhole.tasks.evaluation import groups_of
 from keyhole.tasks.intervals import ClassIntervals, student
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
@@ -33,25 +34,17 @@ MIN_NUMBERS = 4
 
 @dataclass(frozen=True)
 class TaskLearning:
-    """What the predictions of one task say about a model.
+    """What the predictions of one task say about a model."""
 
-    Attributes:
-        task: Its name.
-        images: Images with a known label.
-        loss: Mean cross-entropy of the labels, or mean squared error as a share of the variance.
-        guessing: The same for the best constant prediction: the frequencies of the classes, or the mean.
-        learned: Whether anything speaks for the model; None where the labels cannot tell, as with a single class.
-        only: The one prediction that all images get, though their labels differ; None otherwise.
-        even: Whether all kept patches of every image have the same attention; None where one patch was kept.
-    """
-
-    task: str
-    images: int
-    loss: float | None = None
-    guessing: float | None = None
-    learned: bool | None = None
-    only: str | None = None
-    even: bool | None = None
+    task: str  # its name
+    images: int  # with a known label
+    loss: float | None = None  # mean cross-entropy of the labels, or mean squared error as a share of the variance
+    guessing: float | None = (
+        None  # the same of the best constant prediction: the frequencies of the classes, or the mean
+    )
+    learned: bool | None = None  # whether it is better than guessing; None where labels cannot tell, as of one class
+    only: str | None = None  # the one prediction that all images get, though their labels differ
+    even: bool | None = None  # all kept patches of every image have the same attention; None where one patch was kept
 
     def facts(self) -> list[str]:
         found = []
@@ -82,9 +75,8 @@ class Learning:
         odd = [task for task in self.tasks if task.facts()]
         if not odd:
             return []
-        lines = []
-        if self.learned is False:
-            lines.append(f"warning: the model has learned nothing that shows on {self.where}")
+        nothing = f"warning: the model has learned nothing that shows on {self.where}"
+        lines = [nothing] if self.learned is False else []
         for task in odd:
             start = f"{task.task}: " if len(self.tasks) > 1 else ""
             lines.append(f"warning: {start}on {self.where}, {'; '.join(task.facts())}")
@@ -126,8 +118,7 @@ def judge_task(
     measures = task.measure(targets[known], probabilities[known])
     if isinstance(measures, RegressionMeasures):
         return _judge_numbers(nothing, measures)
-    some = [group for group, use in zip(groups or (), known, strict=True) if use] if any(groups or ()) else None
-    return _judge_classes(nothing, measures, task, units_of(n, some))
+    return _judge_classes(nothing, measures, task, units_of(n, groups_of(groups, known)))
 
 
 def _judge_classes(nothing: TaskLearning, measures: ClassMeasures, task: Task, unit: NDArray[np.int64]) -> TaskLearning:
@@ -141,7 +132,8 @@ def _judge_classes(nothing: TaskLearning, measures: ClassMeasures, task: Task, u
         loss, guess = -np.log(probability[np.arange(len(right)), right]), -np.log(frequency[right])
         alike = bool(decided.any(axis=0).sum() == 1)
     else:
-        loss, guess = (_binary_loss(truth, each).mean(axis=1) for each in (probability, frequency))
+        frequency = np.broadcast_to(np.clip(frequency, 1e-12, 1 - 1e-12), truth.shape)
+        loss, guess = (-np.log(np.where(truth, p, 1 - p)).mean(axis=1) for p in (probability, frequency))
         alike = bool((decided == decided[0]).all() and not (truth == truth[0]).all())
     said = " and ".join(np.array(task.classes)[decided[0]].tolist()) or "none of the labels"
     weighted, limits = measures(np.ones((1, len(loss)))), ClassIntervals(measures, unit)
@@ -168,11 +160,6 @@ def _judge_numbers(nothing: TaskLearning, measures: RegressionMeasures) -> TaskL
         learned = bool(np.arctanh(r) > 1.96 / np.sqrt(len(truth) - 3))
     only = f"nearly the same number ({said.mean():.6g})" if flat else None
     return replace(nothing, loss=loss, guessing=1.0, learned=learned, only=only)
-
-
-def _binary_loss(truth: NDArray[np.bool_], probability: NDArray[np.float64]) -> NDArray[np.float64]:
-    p = np.broadcast_to(np.clip(probability, 1e-12, 1 - 1e-12), truth.shape)
-    return np.asarray(-np.log(np.where(truth, p, 1 - p)))
 
 
 def _is_below(difference: NDArray[np.float64], unit: NDArray[np.int64]) -> bool:

@@ -1,6 +1,6 @@
 """The metrics: one entry each.
 
-To add a metric, write its formula in `measures.py` and an entry here. Entries stand in the order of reports.
+To add a metric, write its formula in `measures.py` and an entry here. Reports have the order of the entries.
 """
 
 from __future__ import annotations
@@ -26,25 +26,17 @@ EXCLUSIVE = (Multiclass, Binary)
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a task as a whole, or of each of its classes.
+    """A figure of a task as a whole, or of each of its classes, whose index `interval` and `note` then get too."""
 
-    Attributes:
-        name: As in reports; several entries may share one if they suit different kinds.
-        kinds: Kinds of tasks that it suits.
-        value: Weighted measures to values (r,), or (r, k) for a metric of classes; NaN where undefined.
-        interval: `ClassIntervals`, and the index of the class for a metric of classes, to an interval in closed form.
-            Without one, and where it returns None, the interval is the bootstrap's.
-        note: Measures, and the class likewise, to the reason why the value is undefined, or what it leaves out; None
-            where there is nothing to say.
-        chance: Measures to the value of a model that guesses; None where that has no fixed value.
-        higher_is_better: False for errors.
-    """
-
-    name: str
+    name: str  # as in reports; several entries may share one if they suit different kinds of tasks
     kinds: tuple[type[Task], ...]
+    # weighted measures -> values (r,), or (r, k) for a metric of classes; NaN where undefined
     value: Callable[[Any], Float[Array, "..."]]
+    # `ClassIntervals` -> an interval in closed form; None where the bootstrap has to find it
     interval: Callable[..., Interval | None] = lambda *_: None
+    # measures -> why the value is undefined, or what it leaves out
     note: Callable[..., str | None] = lambda *_: None
+    # measures -> the value of a model that guesses; None where that has no fixed value
     chance: Callable[[ClassMeasures], float] | None = None
     higher_is_better: bool = True
 
@@ -52,12 +44,12 @@ class Metric:
 # Of each class
 
 
-def _needs_both(of: ClassMeasures, c: int) -> str | None:
-    return _needs_images(of, c) or _needs_others(of, c)
-
-
 def _needs_images(of: ClassMeasures, c: int) -> str | None:
     return None if of.present[c] else "no image is of this class"
+
+
+def _needs_both(of: ClassMeasures, c: int) -> str | None:
+    return _needs_images(of, c) or _needs_others(of, c)
 
 
 def _needs_others(of: ClassMeasures, c: int) -> str | None:
@@ -104,7 +96,7 @@ def _mean(
     over: Callable[[ClassMeasures], Bool[Array, " k"]],
     **more: Any,
 ) -> Metric:
-    """The mean over the classes that the images have; undefined where a weighting leaves one of those out."""
+    """The mean over some of the classes; undefined where a weighting leaves out all images of one of them."""
 
     def mean(w: WeightedClasses) -> Float[Array, " r"]:
         used = over(w.of)
@@ -112,11 +104,11 @@ def _mean(
 
     def explain(of: ClassMeasures) -> str | None:
         used = over(of)
-        left_out = [name for name, use in zip(of.classes, used, strict=True) if not use]
-        if not used.any():
-            return NO_MIXED_CLASS
+        if used.all() or not used.any():
+            return None if used.all() else NO_MIXED_CLASS
+        left_out = np.array(of.classes)[~used].tolist()
         names = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-        return f"mean over {used.sum()} of {len(of.classes)} classes, without {names}" if left_out else None
+        return f"mean over {used.sum()} of {len(of.classes)} classes, without {names}"
 
     return Metric(name, kinds, mean, note=explain, **more)
 
