@@ -1,7 +1,7 @@
 """Patches -> embeddings: a small convolutional encoder, any timm model, or a projector of stored features.
 
-An encoder of pixels has its normalization (`scale`, `shift`) apart from its network (`embed`), so that pixels can be
-normalized in the same pass that turns them into numbers.
+An encoder of pixels separates its normalization (`scale`, `shift`) from its network (`embed`), so that one pass
+converts and normalizes uint8 pixels.
 
 Letters: k loose patches, c channels, d width, f features.
 """
@@ -26,7 +26,7 @@ class PixelEncoder(nn.Module, ABC):
 
     Attributes:
         dim: width d of the embeddings.
-        scale, shift: (1 c 1 1), not part of the weights.
+        scale, shift: (1 c 1 1), not saved with the weights.
     """
 
     dim: int
@@ -34,7 +34,7 @@ class PixelEncoder(nn.Module, ABC):
     shift: Tensor
 
     def normalize_by(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
-        """Make `embed` see values from which `mean` is subtracted, divided by `std`."""
+        """Subtract `mean` from the values and divide them by `std` before `embed`."""
         self.register_buffer("scale", (1 / std).reshape(1, -1, 1, 1).clone(), persistent=False)
         self.register_buffer("shift", (-mean / std).reshape(1, -1, 1, 1).clone(), persistent=False)
 
@@ -54,11 +54,10 @@ class PixelEncoder(nn.Module, ABC):
 class SmallEncoder(PixelEncoder):
     """A few strided convolutions, for machines without a GPU and patches of at least 16 px.
 
-    The first convolution steps by 4, since most of the cost of a small network lies in its first full-resolution maps.
-    Mean and maximum over the last map are joined: a small mark in a large patch survives the maximum where the mean
-    would dilute it. The batch norm at the end spreads the embeddings of different patches apart, so that attention can
-    tell them apart from the first step on; with a layer norm instead, a run from random weights stays at chance for far
-    longer.
+    The first convolution has a stride of 4, since full-resolution maps are most of the cost of a small network. Mean
+    and maximum over the last map are concatenated: the mean dilutes a small mark in a large patch, the maximum keeps
+    it. The batch norm at the end spreads the embeddings of different patches apart, so that attention can distinguish
+    them from the first step on; with a layer norm, a run from random weights stays at chance for far longer.
 
     Args:
         channels: c of the patches.
@@ -82,10 +81,10 @@ class SmallEncoder(PixelEncoder):
 
     def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
         features = self.body(patches)
-        # float32: the norm enlarges small differences between patches, which bf16 would round away
+        # in float32, since the norm enlarges small differences between patches, which bf16 rounds away
         mean = features.mean(dim=(2, 3), dtype=torch.float32)
-        # `amax` divides its gradient among equal values, which it finds by comparing again. A compiled backward pass
-        # computes the maps again, rounds differently, finds no equal value, and divides by zero.
+        # The backward pass of `amax` looks for values equal to the maximum. A compiled one computes the maps again,
+        # rounds differently, finds none, and divides by zero.
         largest = features.flatten(2).max(dim=2).values if torch.is_grad_enabled() else features.amax(dim=(2, 3))
         return self.norm(torch.cat([mean, largest.float()], dim=1))
 
@@ -107,7 +106,7 @@ class TimmEncoder(PixelEncoder):
 
     Raises:
         ValueError: timm does not know the name (the nearest is given), or the model has fewer stages.
-        ConfigError: pretrained weights are asked for and not available, see `check_pretrained`.
+        ConfigError: pretrained weights are not available, see `check_pretrained`.
 
     Example:
         >>> TimmEncoder("resnet18", stages=2)(torch.rand(5, 3, 64, 64)).shape
@@ -160,7 +159,7 @@ def _cut(name: str, stages: int) -> dict[str, Any]:
     import timm
 
     levels = len(timm.create_model(name, features_only=True).feature_info)
-    stem = max(0, levels - 4)  # in most networks timm counts a stem without stages of its own as level 0
+    stem = max(0, levels - 4)  # in most networks level 0 is a stem
     if stages + stem > levels:
         raise ValueError(f"{name} has {levels - stem} stages, not {stages}")
     return {"features_only": True, "out_indices": (stages + stem - 1,)}
@@ -169,7 +168,7 @@ def _cut(name: str, stages: int) -> dict[str, Any]:
 class FeatureProjector(nn.Module):
     """Stored features -> embeddings, as published for CAMELYON16: LayerNorm, Linear, BatchNorm, ReLU.
 
-    The layer norm has no weights, since the linear layer after it would undo them.
+    The layer norm has no weights, since the linear layer after it has its own.
 
     Args:
         features: width f of a stored feature.
@@ -191,10 +190,10 @@ class FeatureProjector(nn.Module):
 
 @contextmanager
 def lone_patch(encoder: nn.Module) -> Iterator[None]:
-    """Let a batch norm that is given one value per channel normalize by its running statistics, which stay as they are.
+    """Make batch norms that get one value per channel use their running statistics, which stay as they are.
 
-    Training steps have one patch with M = 1 and one image left for the last step of an epoch. The variance of one value
-    is zero, so torch refuses to learn from it. Over a map of several pixels a batch norm works as always.
+    With M = 1 the last step of an epoch may have one patch. The variance of one value is zero, and torch raises in
+    training mode. Batch norms over maps of several pixels are not changed.
     """
 
     def before(norm: nn.Module, inputs: tuple[Any, ...]) -> None:

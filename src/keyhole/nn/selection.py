@@ -6,7 +6,7 @@ Letters: b image, n patches, m kept, i chunk, t query, h head.
 
 "global" takes the softmax over all n patches of an image: the kept set is a function of the set of patches.
 "streaming" takes it over the m kept and the i new ones, as published: the set depends on order and chunk when h t > 1.
-A patch's logits do not depend on the others, so neither rule ever needs an embedding twice.
+The logits of a patch do not depend on other patches, so both rules encode each patch once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from keyhole.nn.tensors import to_device
 Rule = Literal["global", "streaming"]
 
 MAX_RANKED_TOGETHER = 2**22
-"""Most logits of a batch whose images are ranked together: the softmax takes as much memory again."""
+"""Most logits of a batch whose images are ranked together, since the softmax takes as much memory again."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Kept:
-    """What one image keeps; nothing where no patch of it arrived.
+    """Kept patches of one image, best first; empty if no patch arrived.
 
     Attributes:
-        index: (m,) patch indices, best first.
+        index: (m,) patch indices.
         score: (m,) their scores.
-        logits: (n h t) of all patches by their index, -inf where a patch never arrived; None unless asked for.
+        logits: (n h t) of all patches by index, -inf where a patch never arrived; None without `keep_logits`.
         arrived: (n,) on the host, False where a patch never arrived (it could not be read); None if all did.
     """
 
@@ -65,17 +65,17 @@ class Kept:
 
 
 def explore(kept: Kept, n: int, share: float, generator: torch.Generator, places: int | None = None) -> Kept:
-    """Give a share of the kept places to patches drawn at random from all others that have arrived.
+    """Replace a share of the kept patches by others that arrived, drawn at random.
 
     Args:
-        kept: what one image keeps, best first.
-        n: patches of the image.
-        share: of the places, 0 ... 1.
+        kept: patches of one image, best first.
+        n: number of patches of the image.
+        share: of the kept patches, 0 ... 1.
         generator: on the host; decides what is drawn.
-        places: to fill; default as many as are kept.
+        places: number of patches to return; default as many as are kept.
 
     Returns:
-        As many indices: the best ones, then the drawn ones with score 0.
+        The best patches, then the drawn ones with score 0.
     """
     free = torch.ones(n, dtype=torch.bool) if kept.arrived is None else kept.arrived.clone()
     m = len(kept.index) if places is None else places
@@ -100,7 +100,7 @@ def ranked(logits: Float[Tensor, "*b n h t"], mask: Bool[Tensor, "*b n"] | None)
 
 
 def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b n"] | None = None) -> Selection:
-    """Select from complete logits as `GlobalRule` does, without work of the host for single patches."""
+    """Select from bags of complete logits as `GlobalRule` does, with few operations for all images."""
     b, n = logits.shape[:2]
     index = torch.empty(b, min(m, n), dtype=torch.long, device=logits.device)
     score = torch.empty(index.shape, device=logits.device)
@@ -114,19 +114,19 @@ def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b 
 
 
 class Ended(NamedTuple):
-    """An image of which no further patch will come."""
+    """The state of an image that gets no further patches."""
 
     logits: Tensor | None  # (n h t) by patch index, -inf where a patch never arrived; None where the rule needs none
     arrived: Tensor | None  # (n,) on the host, False where a patch never arrived; None if all did
 
 
 class SelectionRule(Protocol):
-    """Chooses the kept patches of the images of a batch from attention logits. A new rule is one such class in `RULES`.
+    """Chooses the kept patches of the images of a batch from attention logits. To add a rule, add a class to `RULES`.
 
     Attributes:
-        needs_logits: it ranks an image when the logits of all its patches are there.
-        own_chunk: `chunk` is a size of the rule's own, not the number of patches that are encoded at once.
-        keep_bags: ranks whole bags in memory at once, where the rule can: logits (b n h t), m, mask.
+        needs_logits: the rule ranks an image when the logits of all its patches have arrived.
+        own_chunk: `chunk` is a size of the rule, not the number of patches that are encoded at once.
+        keep_bags: selects from whole bags in memory: logits (b n h t), m, mask -> Selection; None if the rule cannot.
         due: images that have ended should be settled now; otherwise they may wait for others.
     """
 
@@ -143,11 +143,11 @@ class SelectionRule(Protocol):
         """Take the logits of k patches; `image` and `index` live on the host, in order of arrival."""
 
     def settle(self, ended: Mapping[int, Ended]) -> Mapping[int, Best]:
-        """Return what those images keep, all of which have at least one patch, and forget them."""
+        """Return what the ended images keep, each of at least one patch, and forget them."""
 
 
 class GlobalRule:
-    """Ranks all patches of an image together, in whatever order they came."""
+    """Ranks all patches of an image together; their order does not matter."""
 
     needs_logits: ClassVar[bool] = True
     own_chunk: ClassVar[bool] = False
@@ -176,18 +176,18 @@ RULES: dict[str, type[SelectionRule]] = {"global": GlobalRule, "streaming": Stre
 
 
 class Selector:
-    """Gives the logits of packed chunks, which may hold patches of several images, to the rule of a batch.
+    """Selects patches of a batch from the logits of chunks, which may hold patches of several images.
 
-    An image has ended when its last patch has arrived or been skipped. Under "global" its logits are dropped then, so
-    that a batch needs those of one image at a time. Under "streaming" small images wait to take their steps together;
-    `finish` of one makes all take theirs.
+    An image has ended when its last patch has arrived or been skipped. Under "global" its logits are then dropped, so a
+    batch holds those of one image at a time. Under "streaming" small images wait and take their steps together;
+    `finish` makes all of them take theirs.
 
     Args:
-        counts: patches of each image.
+        counts: number of patches of each image.
         m: patches to keep of each.
         chunk: i of the streaming rule.
         rule: name of a rule in `RULES`.
-        keep_logits: `Kept.logits` holds those of all patches; else None.
+        keep_logits: return the logits of all patches in `Kept.logits`.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class Selector:
         return self._images[image].kept is not None or image in self._ended
 
     def finish(self, image: int) -> Kept:
-        """Return what image number `image` keeps of the patches that have arrived; none may be added afterwards."""
+        """Return what image number `image` keeps of the patches that have arrived; no more may be added."""
         if not self.finished(image):
             self._end(image)
         if image in self._ended:
@@ -260,7 +260,7 @@ def _check(m: int, chunk: int, rule: str) -> None:
 class _Image:
     """State of an image of n patches: how many are `left`, which have `arrived` (n,), its logits, and what it keeps.
 
-    The logits are one block, made when the first patch arrives: thousands of small tensors would fragment the memory.
+    The logits are one block from the first patch on, since thousands of small tensors would fragment the memory.
     """
 
     def __init__(self, n: int, stores: bool) -> None:

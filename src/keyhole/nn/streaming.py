@@ -2,9 +2,9 @@
 
 Letters: b image, m kept, i new patches of a step, k candidates of a step, r row (a held patch), h head, t query.
 
-A step is a dozen operations, whatever its size. So logits wait until the batch ends or many wait; then all images take
-their steps together, as the published code does with a batch in memory. What an image keeps depends neither on when
-that is nor on the other images: its steps begin and end at the same patches, and padding is never kept.
+A step is a dozen operations of any size. So logits wait until the batch ends or many wait; then all images take their
+steps together, as the published code does with a batch in memory. What an image keeps depends neither on when they do
+nor on the other images: its steps begin and end at the same patches, and padding is never kept.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 from keyhole.nn.tensors import to_device
 
 LATE = 2**14
-"""Patches that may wait beside those of a whole step."""
+"""Patches that may wait in addition to those of a whole step."""
 
 Ints = NDArray[np.int64]
 Best: TypeAlias = tuple[Tensor, Tensor]
@@ -28,9 +28,9 @@ Best: TypeAlias = tuple[Tensor, Tensor]
 
 
 class StreamingRule:
-    """Takes the steps of the images of a batch, whatever numbers of patches arrive at a time.
+    """Takes the steps of the images of a batch from any number of patches at a time.
 
-    It holds the logits of m patches of each image, and of those that wait.
+    It holds the logits of m patches of each image, and of the patches that wait.
 
     Args:
         m: patches to keep of each image.
@@ -48,7 +48,7 @@ class StreamingRule:
 
     @property
     def due(self) -> bool:
-        """Return whether enough patches wait for steps to be taken now."""
+        """Return whether enough patches wait to take steps now."""
         return sum(len(image) for image, _, _ in self._waiting) > LATE + self.m + self.chunk
 
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
@@ -56,11 +56,7 @@ class StreamingRule:
         self._waiting.append((image.numpy(), index.numpy(), logits))
 
     def settle(self, ended: Collection[int]) -> dict[int, Best]:
-        """Take all steps for which there are patches; the last step of an image that has ended may be short.
-
-        Returns:
-            What the ended images keep that have any patch. They are forgotten.
-        """
+        """Take all complete steps, and the last ones of ended images; return what those keep, and forget them."""
         if not self._waiting and not self._memory:
             return {}
         held = _Held.of(self._memory, self._waiting)
@@ -76,7 +72,7 @@ class StreamingRule:
         return self._finished(held, rows, [each if each.image in ended else None for each in todo])
 
     def _todo(self, held: "_Held", ended: Collection[int]) -> list["_Todo"]:
-        """Return the steps of every image that has any to take, or has ended."""
+        """Return the steps of every image that has a complete one, or has ended."""
         found = []
         order = np.argsort(held.image, kind="stable")  # an image's memory is in front of its new patches
         owners, starts = np.unique(held.image[order], return_index=True)
@@ -93,7 +89,7 @@ class StreamingRule:
         return found
 
     def _kept(self, held: "_Held", todo: Sequence["_Todo"]) -> Int[Tensor, "b m"]:
-        """Return the rows that each image has kept after its steps; those with more steps come first."""
+        """Return the rows that each image keeps after its steps; images with more steps come first."""
         begin = [np.concatenate([each.memory, *each.blocks[:1]]) for each in todo]
         later = [
             [each.blocks[step] for each in todo if len(each.blocks) > step] for step in range(1, len(todo[0].blocks))
@@ -121,7 +117,7 @@ class StreamingRule:
         return rows.gather(1, best.indices[:, : self.m]), best.values[:, : self.m]
 
     def _finished(self, held: "_Held", rows: Int[Tensor, "b m"], ended: Sequence["_Todo | None"]) -> dict[int, Best]:
-        """Return what the ended images keep: a last ranking of what each has kept so far."""
+        """Return what the ended images keep: a last ranking of their memories."""
         places = [place for place, each in enumerate(ended) if each is not None]
         if not places:
             return {}
@@ -137,7 +133,7 @@ class StreamingRule:
         }
 
     def _wait(self, held: "_Held", todo: Sequence["_Todo"]) -> None:
-        """Leave waiting what no step has taken."""
+        """Keep the patches that no step has taken for later."""
         taken = np.zeros(held.padding, np.bool_)
         taken[: held.memory] = True
         for each in todo:
@@ -164,21 +160,13 @@ class _Todo:
 
 @dataclass(frozen=True)
 class _Held:
-    """All held patches, a row each: first those in the memory of their image, then those that wait, then padding.
+    """All held patches, a row each: first those in the memory of their image, then those that wait, then padding."""
 
-    Attributes:
-        image: (r,) of each row, on the host.
-        patch: index in its image of each row that waits, on the host.
-        memory: number of rows that are memory.
-        index: (r + 1,) index in its image of each row, on the device.
-        logits: (r + 1, h, t); -inf in the last row, which is the padding.
-    """
-
-    image: Ints
-    patch: Ints
-    memory: int
-    index: Tensor
-    logits: Tensor
+    image: Ints  # (r,) of each row, on the host
+    patch: Ints  # index in its image of each row that waits, on the host
+    memory: int  # number of rows that are in a memory
+    index: Tensor  # (r + 1,) index in its image of each row, on the device
+    logits: Tensor  # (r + 1, h, t); -inf in the last row, which is the padding
 
     @classmethod
     def of(cls, memory: dict[int, tuple[Tensor, Tensor]], waiting: Sequence[tuple[Ints, Ints, Tensor]]) -> "_Held":
@@ -197,7 +185,6 @@ class _Held:
 
     @property
     def padding(self) -> int:
-        """Return the row of the padding."""
         return len(self.image)
 
     def table(self, rows: Sequence[Ints], width: int = 0) -> Ints:

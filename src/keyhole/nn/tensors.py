@@ -1,4 +1,4 @@
-"""Patches as they are read -> values that the encoder takes; copies to the device that the host does not wait for.
+"""Patches as they are read -> values that the encoder takes; copies to the device without waiting.
 
 Letters: k loose patches, c channels, h w height and width of a patch.
 """
@@ -17,34 +17,29 @@ from torch.nn import functional as F
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a small tensor of the host on the device; the copy waits for earlier work, the host for nothing."""
+    """Copy a small tensor from the host to the device; the host does not wait."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def on_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """Return a copy of a small array on the device, as `to_device` does."""
+    """Copy a small array to the device as `to_device` does."""
     return to_device(torch.from_numpy(np.array(array)), device)
 
 
 def host_memory(shape: tuple[int, ...], dtype: np.dtype[Any], device: torch.device) -> Tensor:
-    """Return empty memory of the host, pinned where a GPU copies from it: the host then does not wait for the copy."""
+    """Return uninitialized host memory; for a GPU it is pinned, so that the host does not wait for copies from it."""
     empty = torch.from_numpy(np.empty(0, dtype)).dtype
     return torch.empty(shape, dtype=empty, pin_memory=device.type == "cuda")
 
 
 @dataclass(frozen=True)
 class AsRead:
-    """Patches as they were read, on the encoder's device: a quarter of the bytes of the values that it takes.
+    """Patches as they were read, on the encoder's device: a quarter of the bytes of the encoder's input."""
 
-    Attributes:
-        pixels: (k h w c) uint8.
-        color: (k c c+1) affine change of each patch's colours, or None.
-    """
-
-    pixels: Tensor
-    color: Tensor | None = None
+    pixels: Tensor  # (k h w c) uint8
+    color: Tensor | None = None  # (k c c+1) affine change of each patch's colours
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -55,19 +50,19 @@ class AsRead:
 
 
 def as_read(patches: Tensor, device: torch.device, color: Tensor | None = None) -> Tensor | AsRead:
-    """Copy patches to the device: pixels (k h w c) uint8 as they are, features (k f) as float32 of their own.
+    """Copy patches to the device: pixels (k h w c) uint8 as `AsRead`, features (k f) as new float32.
 
-    The host does not wait for a GPU where the patches are in pinned memory. `color` (k c c+1) is there already.
+    The host does not wait if the patches are in pinned memory. `color` (k c c+1) is on the device already.
     """
     there = patches.to(device, non_blocking=True)
     if there.dtype == torch.uint8:
         return AsRead(there, color)
-    values = there.float()  # on the device: half as much is copied of float16
+    values = there.float()  # on the device, so that float16 is copied as it is
     return values.clone() if values is patches else values
 
 
 def values_of(patches: Tensor | AsRead) -> Tensor:
-    """Return pixels as values 0 ... 1 (k c h w) with changed colours, channels last in memory; features as they are."""
+    """Return pixels as values 0 ... 1 (k c h w) with changed colours, in channels-last memory; features unchanged."""
     return prepare(patches.pixels, patches.color) if isinstance(patches, AsRead) else patches
 
 
@@ -78,9 +73,9 @@ def prepare(
     scale: Float[Tensor, "1 c 1 1"] | None = None,
     shift: Float[Tensor, "1 c 1 1"] | None = None,
 ) -> Float[Tensor, "k c h w"]:
-    """Turn pixels into values 0 ... 1 with changed colours, then into `shift + scale * value`; channels last in memory.
+    """Turn pixels into values 0 ... 1 with changed colours, then into `shift + scale * value`, in channels-last memory.
 
-    Colours are clamped to 0 ... 1. bf16 holds 0 ... 255 exactly: nothing is lost before the result is rounded.
+    Changed colours are clamped to 0 ... 1. bf16 holds 0 ... 255 exactly, so only the result is rounded.
     """
     stored = pixels.permute(0, 3, 1, 2)
     values = stored.to(dtype) if color is None else _changed(stored, color, dtype)
@@ -89,9 +84,9 @@ def prepare(
         return values if maximum == 1 else values.div_(maximum)
     scale, shift = (scale / maximum).to(dtype), shift.to(dtype)
     if torch.compiler.is_compiling():
-        # It is fused with the rest. Before torch 2.14, `out` in channels last breaks the graph.
+        # The compiler fuses it with the rest. Before torch 2.14, `out` in channels last breaks the graph.
         return torch.addcmul(shift, values, scale)
-    # In place: on a CPU fresh memory costs as much as the arithmetic.
+    # In place: on a CPU new memory costs as much time as the arithmetic.
     return torch.addcmul(shift, values, scale, out=values)
 
 

@@ -1,7 +1,7 @@
-"""Weights for an encoder: which of a file fit it, and whether timm's pretrained ones are within reach.
+"""Weights for an encoder: which of a file fit it, and whether timm's pretrained weights are available.
 
-The libraries below timm try again for a minute before they give up, each with its own words. So `check_pretrained`
-first asks one short question: is the file in the cache, and if not, does its server answer?
+The libraries below timm retry for a minute before they fail, each with its own message. So `check_pretrained` first
+checks whether the file is in the cache and, if not, whether its server answers.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from keyhole.errors import ConfigError
 
 PREFIXES = ("", "encoder.", "model.encoder.", "module.", "model.", "backbone.")
-"""What the names of an encoder's weights start with: alone, in a keyhole model, in files of other programs."""
+"""Prefixes of the names of an encoder's weights: alone, in a keyhole model, in files of other programs."""
 TIMEOUT = 10.0
 """Seconds that a server has to answer."""
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Files of a model on the Hugging Face Hub, in the order that timm looks for them."""
+"""Files of a model on the Hugging Face Hub, in timm's order."""
 
 
 def misfits(model: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
@@ -36,9 +36,9 @@ def misfits(model: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[
 
 
 def encoder_part(encoder: nn.Module, weights: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the encoder or the network `body` inside it, whichever more of a file's weights fit, and those weights.
+    """Return the encoder or the network `body` inside it, whichever more weights of a file fit, and those weights.
 
-    Where it takes grey patches, a first convolution of colour is summed over the colours, as in timm.
+    For grey patches a first convolution of RGB is summed over the colours, as in timm.
     """
     part, found, own = encoder, dict[str, Tensor](), encoder.state_dict()
     for candidate in (encoder, getattr(encoder, "body", None)):
@@ -55,10 +55,10 @@ def encoder_part(encoder: nn.Module, weights: Mapping[str, Tensor]) -> tuple[nn.
 
 
 def check_pretrained(name: str) -> dict[str, Any]:
-    """Raise ConfigError unless timm's weights for a model are in the cache or their server gives them.
+    """Raise ConfigError unless timm's weights for a model are in the cache or on a server that answers.
 
     Returns:
-        `pretrained_cfg_overlay` for `timm.create_model`, which names a file in the cache: no network is needed then.
+        `pretrained_cfg_overlay` for `timm.create_model`, which names a file in the cache, so that no network is used.
     """
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
 
@@ -70,7 +70,7 @@ def check_pretrained(name: str) -> dict[str, Any]:
         files = _hub_files(config)
         for file in files:
             cached = try_to_load_from_cache(repository, file, revision=revision or None)
-            if isinstance(cached, str):  # a text as `custom_load` is a way of loading of timm's own
+            if isinstance(cached, str):  # a `custom_load` that is text names a loader of timm
                 return {} if isinstance(config.custom_load, str) else {"file": cached, "custom_load": False}
         _ask(config, name, [hf_hub_url(repository, file, revision=revision or None) for file in files])
     elif not (Path(torch.hub.get_dir()) / "checkpoints" / config.url.rpartition("/")[2]).is_file():
@@ -80,20 +80,20 @@ def check_pretrained(name: str) -> dict[str, Any]:
 
 @contextmanager
 def pretrained_faults(name: str) -> Iterator[None]:
-    """Turn whatever stops the download of a model's weights, or breaks them, into a ConfigError."""
+    """Turn errors of the download and of damaged weights into a ConfigError."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:
         config = _source(name)
-        if config is None:  # a model of the user's own
+        if config is None:  # a model that the user has registered
             raise
         raise _failed(config, name, error) from error
 
 
 def _source(name: str) -> Any:
-    """Return timm's description of where the weights are; None where the model's own code knows."""
+    """Return timm's description of where the weights are; None if the code of the model loads them."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
@@ -115,7 +115,7 @@ def _hub_files(config: Any) -> tuple[str, ...]:
 
 
 def _ask(config: Any, name: str, urls: list[str]) -> None:
-    """Raise unless one of the files is there; one question each, without trying again."""
+    """Raise ConfigError unless one of the URLs answers; there is one request for each."""
     from huggingface_hub.utils import build_hf_headers, get_session
 
     headers = build_hf_headers() if config.hf_hub_id else {}
@@ -123,7 +123,7 @@ def _ask(config: Any, name: str, urls: list[str]) -> None:
     for url in urls:
         try:
             status = get_session().head(url, headers=headers, timeout=TIMEOUT).status_code
-        except Exception as error:  # each version of the library has its own kinds
+        except Exception as error:  # the classes differ between versions of the library
             raise _failed(config, name, error) from error
         if status < 400:
             return
@@ -131,7 +131,7 @@ def _ask(config: Any, name: str, urls: list[str]) -> None:
 
 
 def _failed(config: Any, name: str, reason: object) -> ConfigError:
-    """Return the error that says which file to fetch and how to give it."""
+    """Return an error that says which file to fetch and how to use it."""
     why = " ".join(str(reason).split()).rstrip(".") or type(reason).__name__
     where, form = config.url, ", as safetensors"
     if config.hf_hub_id:

@@ -6,9 +6,9 @@ import errno
 import math
 import re
 
-# What is said where torch has no class of its own for it: by its allocator on the CPU, oneDNN and C++ libraries; by
-# CUDA's libraries that allocate for themselves; by torchvision, which passes on no more than the text of an error, and
-# of nvJPEG's the number of its status, 5 (NVJPEG_STATUS_ALLOCATOR_FAILURE); and by compilers, which quote it all.
+# Messages for which torch has no class: of its CPU allocator, oneDNN and C++ libraries; of CUDA libraries that allocate
+# by themselves; of torchvision, which passes on the text only, and nvJPEG's status as a number, 5
+# (NVJPEG_STATUS_ALLOCATOR_FAILURE); and of compilers, which quote the others.
 _WORDS = re.compile(
     r"DefaultCPUAllocator|could not create a memory object|bad_alloc"
     r"|CUDA out of memory|(CUDA error|Triton Error \[CUDA\]): out of memory"
@@ -16,8 +16,8 @@ _WORDS = re.compile(
     r"|CUDNN_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_(HOST|DEVICE)_ALLOCATION_FAILED)"
     r"|Failed to [a-z ]*(nvjpeg|jpeg|buffer|batch|decod|image info)[a-z ]*: 5\b"
 )
-# What cuDNN says where no engine could have its work space, and cuBLAS where it has no room for itself. Both say the
-# same of a computation or a device that they cannot do at all.
+# Messages of cuDNN when no engine gets its work space, and of cuBLAS when it gets no memory for itself. Both say the
+# same of a computation or a device that they do not support.
 _DOUBTFUL = re.compile(
     r"[Uu]nable to find (an engine to execute this computation|a valid cuDNN algorithm)"
     r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate"
@@ -25,7 +25,7 @@ _DOUBTFUL = re.compile(
 
 
 def memory_text(size: int, up: bool = False) -> str:
-    """Return `4.2 GB`, `800 MB` or `12 kB`; with `up` never less than `size`, and written as in an option."""
+    """Return `4.2 GB`, `800 MB` or `12 kB`; with `up` rounded up and written as in an option."""
     unit, name, digits = (10**9, "GB", 1) if size >= 995 * 10**6 else (10**6, "MB", 0)
     if size < 995 * 10**3:
         unit, name = 10**3, "kB"
@@ -36,20 +36,20 @@ def memory_text(size: int, up: bool = False) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, of the device or of the process, or may mean it: see `doubt`."""
+    """Return whether an error means that the device or the process ran out of memory, or may mean it: see `doubt`."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
     text = str(error)
-    # oneDNN has no other word for it here; what it says of a shape it cannot do is "... primitive descriptor ..."
+    # the first is oneDNN's message; of a shape that it does not support it says "... primitive descriptor ..."
     return isinstance(error, RuntimeError) and (
         text == "could not create a primitive" or _WORDS.search(text) is not None or bool(doubt(error))
     )
 
 
 def doubt(error: BaseException) -> str:
-    """The line that may mean that memory ran out, or something that less work at a time does not mend; else ""."""
+    """Return the line that may mean out of memory, or else an error that smaller chunks do not fix; "" if none does."""
     text = str(error)
     if not isinstance(error, RuntimeError) or _WORDS.search(text) is not None:
         return ""
@@ -59,9 +59,9 @@ def doubt(error: BaseException) -> str:
 def explained(
     error: BaseException, said: str, advice: str, encoder: str = "--model.encoder", device: str = "--run.device"
 ) -> str:
-    """Return a message for an error of which `out_of_memory` is true: `said` and `advice`; its own text if in doubt.
+    """Return a message for an out-of-memory error: `said` and `advice`, with its own text if in doubt.
 
-    `encoder` and `device` are the options that name those; "" if there is none.
+    `encoder` and `device` are the names of those options; "" if a command has none.
     """
     own = doubt(error)
     if not own:

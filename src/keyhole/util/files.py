@@ -1,4 +1,4 @@
-"""Writes files whole or not at all: temporary file beside the target, fsync, rename, fsync of the folder."""
+"""Writes files whole or not at all: to a temporary file beside the target, then fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> Path:
-    """Write `data` to `path`; whatever happens, the old or the new content is there whole."""
+    """Write `data` to `path`; after a crash the file has either its old or its new content."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
     return Path(path)
 
 
 TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
-"""Names of files and folders that are being written, or were when a process was killed; the group is the final name."""
+"""Names of unfinished files and folders; the group is the final name."""
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
-            with contextlib.suppress(OSError):  # not every file system has it
+            with contextlib.suppress(OSError):  # not every file system has locks
                 lock_file(file.fileno())
             yield file  # type: ignore[misc]
             file.flush()
@@ -64,7 +64,7 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
         temporary = None
         sync_folder(path.parent)
     except BrokenPipeError:
-        raise  # of a pipe that the body prints to; not a fault of this file
+        raise  # from a pipe that the body prints to
     except OSError as error:
         raise OutputError(
             f"{path}: could not be written ({error.strerror or error}); what was there before is unchanged. "
@@ -88,7 +88,7 @@ def remove_unfinished(folders: Iterable[Path], names: re.Pattern[str]) -> int:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether no process is writing a file that `atomic_file` made; False if that cannot be known."""
+    """Return whether no process is writing this temporary file any more; False if that is unknown."""
     try:
         with path.open("rb") as file:
             return lock_file(file.fileno()) is True
@@ -97,7 +97,7 @@ def is_abandoned(path: Path) -> bool:
 
 
 def umask() -> int:
-    """Return the process's mask of permissions; there is no way to read it without setting it."""
+    """Return the process's mask of permissions, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -113,7 +113,7 @@ def file_size(path: Path) -> int:
 def file_names(texts: Sequence[str], fallback: str) -> list[str]:
     """Return a file name without suffix for each text of a user, such as the name of a column or the path of an image.
 
-    The names are safe on every file system, and no two are alike, also where upper and lower case are one.
+    The names are safe on every file system, and unique even where upper and lower case do not differ.
 
     >>> file_names(["grade", "Grade", "ER/PR status", ".."], "task")
     ['grade', 'Grade-2', 'ER_PR_status', 'task']

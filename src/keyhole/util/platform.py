@@ -1,8 +1,7 @@
-"""What differs between operating systems, in one place: memory, cores, file locks, signals and processes.
+"""Hides what differs between operating systems: memory, cores, file locks, signals and processes.
 
-Other modules do not import `resource`, `fcntl` or `ctypes` and do not read `/proc`: they call a function of this one,
-which says what it returns where the system lacks something. The tests run on Linux without what Windows lacks; nothing
-has run on Windows itself. Does not import torch.
+Other modules do not import `resource`, `fcntl` or `ctypes` and do not read `/proc`; each function here says what it
+returns where the system lacks something. Tests hide what Windows lacks, but run on Linux. Does not import torch.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 ASSUMED_MEMORY = 2**32
-"""Bytes of memory that are assumed where the system does not tell how much there is."""
+"""Bytes of memory that are assumed where the system does not say how much it has."""
 RESTART_PEAK = "5"
 """Written to `clear_refs`, it sets the peak to what is resident now (proc(5))."""
 BROKEN_PIPE_EXIT = 128 + 13
@@ -41,7 +40,7 @@ _peak_before_restart = 0
 
 
 def resident_memory() -> int:
-    """Return the resident memory of this process in bytes; its peak where the system tells no more, 0 where nothing."""
+    """Return the resident memory of this process in bytes; its peak where only that is known, 0 where nothing is."""
     return _status("VmRSS") or peak_memory()
 
 
@@ -54,7 +53,7 @@ def peak_memory(since_restart: bool = False) -> int:
 
 
 def restart_peak() -> bool:
-    """Set the peak to what is resident now, and return whether the system can: Linux can, but for some containers."""
+    """Set the peak to what is resident now, and return whether that worked, as on Linux outside some containers."""
     global _peak_before_restart
     before = _status("VmHWM")
     try:
@@ -74,7 +73,7 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes that this process could still take without swapping, the limit of its container included."""
+    """Return the bytes that this process can still take without swapping, within the limit of its container."""
     free = [total_memory()]
     if match := re.search(r"^MemAvailable:\s+(\d+)", _text("/proc/meminfo"), re.MULTILINE):
         free = [int(match[1]) * 1024]
@@ -89,7 +88,7 @@ def available_memory() -> int:
 
 
 def libc(name: str) -> Callable[..., int] | None:
-    """Return a function of the C library; None where it does not have it, as `mallopt` outside of Linux."""
+    """Return a function of the C library; None if it is missing, as `mallopt` is outside Linux."""
     try:
         return getattr(ctypes.CDLL(None), name, None)
     except (TypeError, OSError):  # Windows
@@ -97,13 +96,13 @@ def libc(name: str) -> Callable[..., int] | None:
 
 
 def _status(name: str) -> int:
-    """Return a figure of /proc/self/status in bytes, such as VmRSS; 0 where there is none."""
+    """Return a figure of /proc/self/status in bytes, such as VmRSS; 0 if it is missing."""
     match = re.search(rf"^{name}:\s+(\d+) kB", _text("/proc/self/status"), re.MULTILINE)
     return 0 if match is None else int(match[1]) * 1024
 
 
 def _text(path: str) -> str:
-    """Return what a file of the system says; "" where it does not exist."""
+    """Return the text of a system file; "" if it does not exist."""
     try:
         return Path(path).read_text()
     except OSError:
@@ -119,12 +118,12 @@ def cores() -> int:
 
 
 def boot_id() -> str:
-    """Return what tells this machine, since it was started, from all others; its name where there is no better."""
+    """Return an identifier of this machine since its start; its host name where the system has none."""
     return _text("/proc/sys/kernel/random/boot_id").strip() or socket.gethostname()
 
 
 def process_namespace() -> str:
-    """Return the namespace in which process numbers of this process mean something; "" where there are none."""
+    """Return the namespace of this process's number; "" where the system has none."""
     try:
         return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - not a path
     except OSError:
@@ -132,13 +131,13 @@ def process_namespace() -> str:
 
 
 def start_of_process(pid: int) -> str:
-    """Return when a process started, in ticks since the boot; a reused process number has another. "" if unknown."""
+    """Return when a process started, in ticks since the boot, which tells reused numbers apart; "" if unknown."""
     fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 else ""
 
 
 def has_ended(pid: int, start: str) -> bool:
-    """Whether a process that began at `start` (see `start_of_process`) has ended; False where that cannot be known."""
+    """Return whether a process that began at `start` (see `start_of_process`) has ended; False if that is unknown."""
     if os.name != "posix":  # signal 0 would end the process on Windows
         return False
     try:
@@ -151,7 +150,7 @@ def has_ended(pid: int, start: str) -> bool:
 
 
 def after_fork(function: Callable[[], None]) -> None:
-    """Have a function called in each child that this process forks, where processes can be forked."""
+    """Call a function in each child that this process forks, where processes can be forked."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=function)
 
@@ -169,7 +168,7 @@ _seeking = threading.Lock()
 
 
 def lock_file(handle: int) -> bool | None:
-    """Lock an open file until it is closed; False if another process has the lock, None where there are no locks."""
+    """Lock an open file until it is closed; False if another process holds the lock, None without support for locks."""
     if fcntl is None:
         return None
     try:
@@ -193,7 +192,7 @@ def read_at(handle: int, count: int, offset: int) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable; only POSIX systems can do this."""
+    """Write the names in a folder to disk; only POSIX systems can do this."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

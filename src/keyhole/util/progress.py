@@ -34,11 +34,11 @@ class Progress:
     """Counts images and patches, and shows them. Use as a context manager; safe to call from several threads.
 
     Args:
-        total_images: number of images to do.
-        description: what is being done, such as `epoch 3/30`.
-        stream: where to show it; a terminal gets a bar.
+        total_images: number of images to process.
+        description: name of the work, such as `epoch 3/30`.
+        stream: where to show it, by default standard error; a terminal gets a bar.
         interval: seconds between plain lines.
-        after: returns the seconds of the run that follow, given the seconds that all of this takes.
+        after: seconds that this work takes -> seconds that the rest of the run takes after it.
         device_bytes: returns the peak memory of the device so far, None or 0 without a device.
     """
 
@@ -88,7 +88,7 @@ class Progress:
         text: str | None = None,
         timer: Timer | None = None,
     ) -> None:
-        """Add images, patches and seconds waited for reading; `text` is shown as it is, `timer` instead of the wait."""
+        """Add images, patches and seconds waited for reading; show `text`, and shares of `timer` if given."""
         with self._lock:
             self.images += images
             self.patches += patches
@@ -152,10 +152,7 @@ class Progress:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line about the work, by default on standard error.
-
-    If it cannot be written, since a terminal was closed, a pipe ended or a disk is full, the work continues without it.
-    """
+    """Print a line, by default on standard error; a closed terminal or a full disk does not stop the work."""
     stream = sys.stderr if stream is None else stream
     if stream is None:  # `2>&-`
         return
@@ -166,7 +163,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def forget(stream: TextIO) -> None:
-    """Send what is written to a standard stream nowhere; else Python tries it again at exit, and complains."""
+    """Discard what is written to a standard stream from now on; otherwise Python tries it again at exit, and fails."""
     with contextlib.suppress(OSError, ValueError):
         if stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,4 +1,4 @@
-"""Rows of an array: which ones an index names, and copying them once into memory that exists already."""
+"""Checks indices of rows, and copies rows of an array into existing memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def checked_index(index: ArrayLike | slice, n: int, what: str = "patch") -> NDArray[np.int64]:
-    """Return `index` as int64 (k,); an IndexError or ValueError says which one is not in 0 ... n - 1 or no integer."""
+    """Return `index` as int64 (k,), or raise IndexError or ValueError if it is not of integers in 0 ... n - 1."""
     if isinstance(index, slice):
         return np.arange(*index.indices(n), dtype=np.int64)
     flat = np.asarray(index)
@@ -24,8 +24,8 @@ def checked_index(index: ArrayLike | slice, n: int, what: str = "patch") -> NDAr
 def take_rows(array: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> None:
     """Write the rows `array[index]` into `out` of the same type.
 
-    `out[...] = array[index]` makes all rows in other memory first, and so does `np.take(out=)` unless its mode is not
-    to check the index; so the index is checked here. Arrays that lie in memory in another order go the slow way.
+    `out[...] = array[index]` copies all rows twice, and so does `np.take(out=)` unless it does not check the index; so
+    the index is checked here. Arrays that are not C-contiguous take the slow way.
     """
     plain = array.flags.c_contiguous and array.flags.aligned and out.flags.c_contiguous and out.dtype == array.dtype
     if plain and index.ndim == 1 and index.size and index.min() >= 0 and index.max() < len(array):

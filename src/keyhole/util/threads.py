@@ -1,11 +1,11 @@
 """Threads that read files under a time limit, so that nothing waits forever.
 
 They are daemons: `concurrent.futures` joins its threads at exit, so one read that hangs on a network share would keep
-the process alive. A task that reads nothing for `stall` seconds is given up with an error that names its file, and its
-thread is replaced. Whatever reads calls `beat` after each read.
+the process alive. A task that reads nothing for `stall` seconds fails with an error that names its file, and its thread
+is replaced. Code that reads calls `beat` after each read.
 
-The end of the process waits for them, but not for long. A library that is in the middle of a read while Python shuts
-down may hold a lock forever, as HDF5 does, and the main thread would wait for it.
+At exit the process waits for reads for a short time: a library that is in the middle of a read while Python shuts down
+may hold a lock forever, as HDF5 does, and the main thread would wait for it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from keyhole.util.platform import cores
 
 T = TypeVar("T")
 MAX_LINGER_SECONDS = 5.0
-"""Time that the end of the process waits for reads that are under way; a longer one hangs."""
+"""Time that the process waits for reads at exit; one that takes longer hangs."""
 _here = threading.local()
 
 
 def beat() -> None:
-    """Restart the time of the task on this thread, which has just read something; do nothing on other threads."""
+    """Restart the time limit of the task on this thread, which has just read something; no effect on other threads."""
     task = getattr(_here, "task", None)
     if task is not None:
         task.since = time.monotonic()
 
 
 def given_up() -> bool:
-    """Whether the task on this thread was given up; hold the lock of the threads to decide by it."""
+    """Return whether the task on this thread was given up; hold the threads' lock while you act on it."""
     task = getattr(_here, "task", None)
     return task is not None and task.lost
 
@@ -77,10 +77,10 @@ class ReadingThreads:
     """Daemon threads that take tasks in order, urgent ones first.
 
     Attributes:
-        lock: guards the threads and whatever is built on them. It is reentrant: the garbage collector may close an
+        lock: guards the threads and what is built on them. It is reentrant: the garbage collector may close an
             abandoned stream in the middle of any statement of any thread.
-        changed: notified when a task ends that a thread waits for, and by what is built on the lock. Waking a thread
-            takes some tens of microseconds of the interpreter, so it is not done for nothing.
+        changed: notified when a task ends that a thread waits for, and by users of the lock. Waking a thread takes some
+            tens of microseconds, so no other task notifies it.
     """
 
     def __init__(self, count: int | None, stall: float) -> None:
@@ -123,9 +123,9 @@ class ReadingThreads:
         return task
 
     def wait(self, task: ReadTask[T], stop: Callable[[], bool] = lambda: False, seconds: float = math.inf) -> None:
-        """Return when the task is done, when `stop()` is true, or after `seconds`.
+        """Wait until the task is done, `stop()` is true, or `seconds` have passed.
 
-        `stop` is called after each change: what makes it true has to notify `changed`.
+        `stop` is called after each change: code that makes it true has to notify `changed`.
         """
         end = time.monotonic() + seconds
         with self.lock:
@@ -143,7 +143,7 @@ class ReadingThreads:
                     self.changed.wait(max(min(oldest + self.stall, end) - now, 0.001))
 
     def pause(self, seconds: float, stop: Callable[[], bool]) -> None:
-        """Return after `seconds`, or when `stop()` is true, which is called as in `wait`."""
+        """Wait for `seconds`, or until `stop()` is true, which is called as in `wait`."""
         end = time.monotonic() + seconds
         with self.lock:
             while not (stop() or self.closed) and (left := end - time.monotonic()) > 0:
@@ -222,7 +222,7 @@ _all_threads: weakref.WeakSet[ReadingThreads] = weakref.WeakSet()
 
 
 def end_reading() -> None:
-    """End reading, so that no thread is in the middle of a read when Python shuts down."""
+    """End all reading threads, so that none is in the middle of a read when Python shuts down."""
     end = time.monotonic() + MAX_LINGER_SECONDS
     for threads in list(_all_threads):
         threads.close()
@@ -230,7 +230,7 @@ def end_reading() -> None:
 
 
 def end_reading_first() -> None:
-    """Have reads end before a library that was just imported shuts down: what is registered last is called first."""
+    """End reads before a library that was just imported shuts down: what is registered last is called first."""
     atexit.unregister(end_reading)
     atexit.register(end_reading)
 

@@ -26,7 +26,7 @@ Part = Literal["reading", "copying", "encoding", "scoring", "learning"]
 PARTS: tuple[Part, ...] = ("reading", "copying", "encoding", "scoring", "learning")
 
 MAX_WAITING_EVENTS = 1024
-"""Pairs of events that may wait for the device. If the host is further ahead, parts count with their mean."""
+"""Pairs of events that may wait for the device. If the host is further ahead, parts count as their mean."""
 
 
 class Timer:
@@ -44,7 +44,7 @@ class Timer:
 
     @contextmanager
     def part(self, name: Part) -> Iterator[None]:
-        """Count the time inside as that of a part. Parts do not nest; enter another stream around it, not inside."""
+        """Count the time inside for a part. Parts do not nest; switch streams outside of it."""
         if not self.measures:
             yield
             return
@@ -63,7 +63,7 @@ class Timer:
                 events.end(name, begun)
 
     def so_far(self) -> dict[str, float]:
-        """Return seconds by part, on a GPU of what it has finished; never waits."""
+        """Return seconds by part, on a GPU of the work that it has finished; never waits."""
         device = {} if self._events is None else self._events.finished()
         return {name: self._host[name] + device.get(name, 0.0) for name in PARTS}
 
@@ -86,7 +86,7 @@ NO_TIMER = Timer(None)
 
 
 class _Events:
-    """Pairs of events on a GPU, which are added up when the device has passed them, and used again."""
+    """Pairs of events on a GPU; they are added up when the device has passed them, and used again."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -134,7 +134,7 @@ class _Events:
         torch.cuda.synchronize(self.device)
 
     def forget(self) -> None:
-        """Start again from zero; what still waits belongs to the time before."""
+        """Start again from zero, without the pairs that still wait."""
         self.spare += [event for _, *pair in self.waiting for event in pair]
         self.waiting.clear()
         self.sums = dict.fromkeys(PARTS, 0.0)
