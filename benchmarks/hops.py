@@ -1,9 +1,9 @@
 """Files and functions of keyhole that one prediction and one training step run through, for each checkout given.
 
-    python benchmarks/hops.py [CHECKOUT ...]
+    python benchmarks/hops.py [--list] [CHECKOUT ...]
 
-Counts what Python calls in all threads (`sys.setprofile`), without module bodies, lambdas and comprehensions. A run on
-generated images of digits is trained for two steps first; each checkout runs in a process of its own.
+Counts what Python calls in all threads (`sys.setprofile`), without module bodies, lambdas and comprehensions; `--list`
+names it. Each checkout trains on generated images for a few steps, in a process of its own.
 """
 
 from __future__ import annotations
@@ -34,15 +34,19 @@ class Hops:
         threading.setprofile(self.called)
         sys.setprofile(self.called)
 
-    def end(self) -> tuple[int, int]:
-        """Files and functions."""
+    def end(self) -> list[tuple[str, str, str]]:
+        """File, name and first line of each function, with the folders inside the package."""
         sys.setprofile(None)
         threading.setprofile(None)
-        codes = {code for code in self.seen if not code.co_name.startswith("<")}
-        return len({code.co_filename for code in codes}), len(codes)
+        called = {
+            (Path(code.co_filename).relative_to(self.package).as_posix(), code.co_firstlineno, code.co_qualname)
+            for code in self.seen
+            if not code.co_name.startswith("<")
+        }
+        return [(file, name, str(line)) for file, line, name in sorted(called)]
 
 
-def measure() -> None:
+def measure(names: bool) -> None:
     """Measure the checkout that this process imports."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -53,7 +57,7 @@ def measure() -> None:
     torch.set_num_threads(1)
     package = Path(keyhole.__file__).parent
     hops = Hops(package)
-    steps: list[tuple[int, int]] = []
+    steps: list[list[tuple[str, str, str]]] = []
 
     def stepped(*_: object) -> None:
         steps.append(hops.end())
@@ -82,14 +86,16 @@ def measure() -> None:
     lines, files = 0, 0
     for file in package.rglob("*.py"):
         lines, files = lines + len(file.read_text(encoding="utf-8").splitlines()), files + 1
-    for what, (in_files, functions) in {
+    for what, functions in {
         "`keyhole train` until its first optimizer step": steps[0],
         "one training step (the second)": steps[1],
         "the rest of the run: validation, saving, predictions of the splits": after,
         "`Predictor.predict` of one image": predicted,
         "`keyhole predict` of one image": command,
     }.items():
-        print(f"| {what} | {in_files} | {functions} |")
+        print(f"| {what} | {len({file for file, *_ in functions})} | {len(functions)} |")
+        if names:
+            print("".join(f"|    {file}:{line} {name} | | |\n" for file, name, line in functions), end="")
     print(f"| all of `src/keyhole` ({lines:,} lines) | {files} | |")
 
 
@@ -106,19 +112,20 @@ def images(folder: Path) -> None:
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{place}.png")
 
 
-def counted(checkout: Path) -> list[str]:
+def counted(checkout: Path, options: list[str]) -> list[str]:
     """A table of files and functions, as lines of Markdown."""
     environment = os.environ | {"PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, "--here"], env=environment, check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, __file__, "--here", *options]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     return ["| | files | functions |", "| --- | ---: | ---: |", *rows]
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--here"]:
-        measure()
+    listing = [option for option in sys.argv[1:] if option == "--list"]
+    if "--here" in sys.argv:
+        measure(names=bool(listing))
     else:
-        for given in [Path(given).resolve() for given in sys.argv[1:]] or [HERE]:
-            print("\n".join([f"{given.name}:", "", *counted(given), ""]), flush=True)
+        checkouts = [Path(given).resolve() for given in sys.argv[1:] if given not in listing]
+        for given in checkouts or [HERE]:
+            print("\n".join([f"{given.name}:", "", *counted(given, listing), ""]), flush=True)

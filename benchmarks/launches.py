@@ -84,9 +84,10 @@ def features(_folder: Path) -> Mapping[str, Count]:
     """16 bags of 250,000 features on the device, a quarter of a bag at a time, as `selection.py` selects from them."""
     encoders = feature_encoders()
     bags = torch.randn(SLIDES, FEATURES, NARROW)
-    encoders.select(bags[:, :8], 4, 8)  # builds things
-    with Operations([*tensors_of(encoders.model), bags]) as operations:
-        encoders.select(bags, KEPT, FEATURES // 4)
+    with encoders.inference():
+        encoders.model.select(bags[:, :8], 4, 8, encode=encoders.embed)  # builds things
+    with Operations([*tensors_of(encoders.model), bags]) as operations, encoders.inference():
+        encoders.model.select(bags, KEPT, FEATURES // 4, encode=encoders.embed)
     return operations.parts
 
 

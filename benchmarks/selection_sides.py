@@ -19,7 +19,7 @@ from keyhole.engine.bags import Bags
 from keyhole.engine.device import Arithmetic
 from keyhole.engine.memory.plan import Plan
 from keyhole.nn import IPSClassifier, Kept, total_loss
-from keyhole.nn.selection import Rule
+from keyhole.nn.selection import Rule, Selection
 from keyhole.nn.tensors import prepare, values_of
 from keyhole.patches.sources import TensorPatches
 from keyhole.training.finite import step_if_finite
@@ -108,8 +108,7 @@ class Ours:
     def logits(self) -> Tensor:
         """Attention logits (b n h t) of all patches."""
         if not self.from_host:
-            selection = self.engine.encoders.select(self._as_images(), self.setting.m, self.setting.chunk, "global")
-            found = [selection.logits]
+            found = [self._selection("global").logits]
         else:
             [(kept, _)] = self.stream(1, keep_logits=True)
             found = [None if image.logits is None else image.logits[None] for image in kept]
@@ -192,9 +191,13 @@ class Ours:
         return SelectConfig(m=self.setting.m, chunk=self.setting.i if rule == "streaming" else None, rule=rule)
 
     def _select_tensor(self, rule: Rule) -> Tensor:
-        setting = self.setting
+        return self._selection(rule).index
+
+    def _selection(self, rule: Rule) -> Selection:
+        setting, encoders = self.setting, self.engine.encoders
         chunk = setting.i if rule == "streaming" else setting.chunk
-        return self.engine.encoders.select(self._as_images(), setting.m, chunk, rule).index
+        with encoders.inference():
+            return self.model.select(self._as_images(), setting.m, chunk, rule, encode=encoders.embed)
 
     def _as_images(self) -> Tensor:
         """(b n c h w) as `IPSClassifier.select` takes pixels, without a copy; features as they are."""

@@ -70,16 +70,17 @@ def test_selecting_from_features_in_memory_gives_the_device_a_few_operations_a_g
     bench: Any, encoders: Encoders
 ) -> None:
     bags, model = torch.randn(B, N, F), encoders.model
-    with bench.operations.Operations([*model.parameters(), *model.buffers(), bags]) as counted:
-        encoders.select(bags, 10, GO)
+    operations = bench.operations.Operations([*model.parameters(), *model.buffers(), bags])
+    with operations as counted, encoders.inference():
+        model.select(bags, 10, GO, encode=encoders.embed)
     goes = B * N // GO
     assert counted.total.waits == 0
     assert counted.total.launched <= 4 * goes + 9 * B + 30, "layer norm, projection, ReLU and scoring; what is kept"
 
 
 def test_selecting_from_features_in_memory_the_host_looks_at_no_patch(encoders: Encoders) -> None:
-    with Largest() as largest:
-        encoders.select(torch.randn(B, N, F), 10, GO)
+    with Largest() as largest, encoders.inference():
+        encoders.model.select(torch.randn(B, N, F), 10, GO, encode=encoders.embed)
     assert largest.size == 10 * B, "what is kept"
 
 

@@ -1,7 +1,7 @@
 """What float32 means on a GPU, seen through a stand-in that rounds to TF32 wherever torch's settings allow it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -85,7 +85,8 @@ def test_float32_is_not_rounded_where_keyhole_computes(gpu: Gpu, fast: bool) -> 
     model, patches = classifier(), torch.rand(2, 6, 3, 16, 16)
     engine = Engine(model, plan=Plan(split=4))
     before = settings()
-    (engine.encoders if fast else model).select(patches, 3, 4)
+    with engine.encoders.inference() if fast else nullcontext():
+        model.select(patches, 3, 4, encode=engine.encoders.embed if fast else None)
     engine.backward(bags_of(patches), _loss)
     assert gpu.rounded == 0
     assert gpu.exact > 0
@@ -107,7 +108,8 @@ def test_tf32_rounds_the_encoder_and_the_gradient_step_but_not_the_scoring(gpu: 
     engine = Engine(model, arithmetic=Arithmetic(torch.float32, torch.float32, tf32=True))
     engine.encoders.fast(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
     gpu.exact = gpu.rounded = 0
-    engine.encoders.select(patches, 3, 4)
+    with engine.encoders.inference():
+        model.select(patches, 3, 4, encode=engine.encoders.embed)
     layers = sum(isinstance(part, nn.Conv2d) for part in model.encoder.modules())
     assert gpu.rounded == 3 * layers, "one go of four patches after the other"
     scoring = gpu.exact

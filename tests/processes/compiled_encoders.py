@@ -29,7 +29,7 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
 
 torch.compile = functools.partial(torch.compile, backend=backend)  # type: ignore[assignment]
 
-from keyhole.engine.compiled import CompiledEncoder  # noqa: E402
+from keyhole.engine.compiled import Compiled  # noqa: E402
 from keyhole.engine.fast import FastEncoder  # noqa: E402
 from keyhole.engine.memory.plan import Plan  # noqa: E402
 from keyhole.nn import SmallEncoder  # noqa: E402
@@ -97,6 +97,10 @@ def out_of_memory(folder: Path) -> dict[str, Any]:
     return {"looked": seen, "learned": learned, "chunk": plan.chunk, "split": plan.split}
 
 
+def plain(encoder: SmallEncoder, patches: Tensor, color: Tensor | None) -> Tensor:
+    return encoded(encoder, patches, color, torch.float32)
+
+
 def instances(_: Path) -> dict[str, Any]:
     """Eleven encoders in one process, the last two like earlier ones but with other weights.
 
@@ -111,13 +115,14 @@ def instances(_: Path) -> dict[str, Any]:
         for width in (*range(4, 13), 4, 5):
             encoder = SmallEncoder(3, width, stages=1).eval()
             before = counters["stats"]["unique_graphs"]
-            fast, learning = FastEncoder(encoder, compile=True), CompiledEncoder(encoder)
+            fast = FastEncoder(encoder, compile=True)
+            learning = Compiled(functools.partial(plain, encoder), ("learn", repr(encoder)), most=2)
             looked = [fast(pixels[:k], each, rows=6) for k in (6, 4) for each in (None, color[:k])]
             learned = [learning(pixels, color), learning(numbers)]
             graphs.append(counters["stats"]["unique_graphs"] - before)
             fast.compiled = False
             looked_plainly = [fast(pixels[:k], each) for k in (6, 4) for each in (None, color[:k])]
-            learned_plainly = [encoded(encoder, pixels, color, torch.float32), encoder(numbers)]
+            learned_plainly = [plain(encoder, pixels, color), encoder(numbers)]
             for found, expected in zip(looked + learned, looked_plainly + learned_plainly, strict=True):
                 apart = max(apart, (found - expected).abs().max().item())
     return {

@@ -5,7 +5,7 @@
         embedding = encoders.embed(pixels)
         logits = encoders.logits(embedding, position)
     embedding = encoders.learn(patches)              # with gradients
-    encoders.weights_changed()
+    encoders.fast.weights_changed()
 
 Letters: k loose patches, c channels, h w height and width (after logits: head, query t), d width.
 """
@@ -23,15 +23,15 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from keyhole.engine.compiled import CompiledEncoder
+from keyhole.engine.compiled import Compiled
 from keyhole.engine.device import Arithmetic
 from keyhole.engine.fast import FastEncoder
 from keyhole.errors import ConfigError
-from keyhole.nn.classifier import IPSClassifier, encoder_input
-from keyhole.nn.selection import Rule, Selection, evaluating, select_bags
+from keyhole.nn.classifier import IPSClassifier, encoded, encoder_input
+from keyhole.nn.selection import evaluating
 from keyhole.nn.tensors import AsRead
 from keyhole.util.tf32 import tf32
 
@@ -70,7 +70,7 @@ class Encoders:
         model.precision = self.arithmetic.learn
         self.device = next(model.parameters()).device
         self.fast = FastEncoder(model.encoder, self.arithmetic.look, tf32=self.arithmetic.tf32)
-        self._learning: CompiledEncoder | None = None
+        self._learning: Compiled | None = None
         self._query: Callable[[], Tensor] = model.pool.folded_query
 
     @contextmanager
@@ -113,42 +113,22 @@ class Encoders:
         with self.model.autocast(pixels.device):
             return self._learning(pixels, color).float()
 
-    def weights_changed(self) -> None:
-        """Let the next pass without gradients use the weights that the model then has."""
-        self.fast.weights_changed()
-
-    def out_of_memory(self) -> None:
-        """Compile for other sizes from now on: those before do not come again."""
-        if self._learning is not None:
-            self._learning.forget()
-
     @property
     def compiled(self) -> bool:
         return self.fast.compiled
 
     def compile(self) -> None:
-        """Run the encoder through `torch.compile` from now on."""
+        """Run the encoder through `torch.compile` from now on; with gradients for the next two numbers of patches."""
         self.fast.compiled = True
-        self._learning = CompiledEncoder(self.model.encoder)
+        encoder = self.model.encoder
+        self._learning = Compiled(
+            lambda patches, color: encoded(encoder, patches, color, torch.float32), ("learn", repr(encoder)), most=2
+        )
 
-    def select(
-        self,
-        patches: Shaped[Tensor, "b n ..."],
-        m: int,
-        chunk: int,
-        rule: Rule = "global",
-        position: Shaped[Tensor, "b n ..."] | None = None,
-        mask: Bool[Tensor, "b n"] | None = None,
-        at_once: int | None = None,
-    ) -> Selection:
-        """Select from bags in memory as `IPSClassifier.select` does, with the fast copy of the encoder."""
-        loose, where = self.model.loose_bags(patches, position, mask)
-
-        def score(rows: slice) -> Tensor:
-            return self.logits(self.embed(loose[rows]), None if where is None else where[rows])
-
-        with self.inference():
-            return select_bags(score, (len(patches), patches.shape[1]), mask, m, chunk, rule, at_once)
+    def out_of_memory(self) -> None:
+        """Compile for other numbers of patches from now on: those before do not come again."""
+        if self._learning is not None:
+            self.compile()
 
     def choose_compile(self, setting: Setting, patch_shape: Sequence[int], chunk: int, expected: int) -> CompileChoice:
         """Decide whether compiling pays in one run on this machine, and compile if so.

@@ -111,8 +111,8 @@ class Engine:
         return twin
 
     def weights_changed(self) -> None:
-        """Let the next pass without gradients use the weights that the model then has; `backward` calls this itself."""
-        self.encoders.weights_changed()
+        """Let the next pass without gradients use the weights that the model then has; `backward` does so itself."""
+        self.encoders.fast.weights_changed()
 
     def choose_compile(self, setting: Setting, patch_shape: Sequence[int], expected: int) -> CompileChoice:
         """Compile the encoder if that pays over the `expected` patches, see `Encoders.choose_compile`."""
@@ -220,7 +220,7 @@ class Engine:
             )
 
         self.model.train()
-        self.encoders.weights_changed()  # statistics change now, weights in the step that follows
+        self.weights_changed()  # statistics change now, weights in the step that follows
         devices = [self.device] if self.device.type == "cuda" else []
         with tf32(self.encoders.arithmetic.tf32), nullcontext() if seed is None else torch.random.fork_rng(devices):
             return self.pace.run("learn", step, self.encoders.out_of_memory)

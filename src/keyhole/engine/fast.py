@@ -1,25 +1,37 @@
 """A copy of the encoder for the pass without gradients: batch norms folded, channels last, in bf16 where that is fast.
 
 The copy shares nothing with the encoder that learns. `refresh` writes the current weights into it, in place: nothing is
-built or compiled again.
+built or compiled again. A folded batch norm is part of the layer before it:
+
+    scale = weight / sqrt(variance + eps)          of the norm
+    W'    = scale W                                of the layer
+    b'    = norm's bias + (layer's bias - mean) scale
 
 Letters: k loose patches, c channels, h w height and width, f features, d width.
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from keyhole.engine.compiled import Compiled
-from keyhole.engine.folding import Follower, Norm, fold, foldable_pairs
 from keyhole.nn.classifier import encoded
+from keyhole.nn.tensors import copy_all
 from keyhole.util.tf32 import tf32
 
 FOLDED_ERROR = 1e-3
-"""Largest relative difference that folding may make in float32; beyond it the network is not what its hooks showed."""
+"""Largest relative difference that folding may make in float32. With a larger one, the hooks did not show the network
+as it is."""
+
+Norm = nn.modules.batchnorm._BatchNorm
+"""Every batch norm of torch, and timm's, which may have an activation."""
 
 
 class FastEncoder:
@@ -46,10 +58,8 @@ class FastEncoder:
         self.encoder, self.precision, self.compiled, self.tf32 = encoder, precision, compile, tf32
         self.folded = 0
         self.norms = sum(isinstance(part, Norm) for part in encoder.modules())
-        self._copy: nn.Module | None = None
-        self._follower: Follower | None = None
-        self._compiled: dict[int, Compiled] = {}
-        self._rows = 0
+        self._copy: FoldedCopy | None = None
+        self._most_rows = 0
         self._stale = False
 
     def __call__(
@@ -70,18 +80,17 @@ class FastEncoder:
                 return self._encode(pixels, color)
             k = len(pixels)
             if rows is None:
-                rows = self._rows = max(self._rows, k)
-            rows = max(rows, k)
-            if rows not in self._compiled:
-                self._compiled[rows] = Compiled(self._encode, ("look", rows, self.precision, repr(self._copy)))
-            color = None if color is None else _filled(color, rows)
-            return self._compiled[rows](_filled(pixels, rows), color)[:k]
+                rows = self._most_rows = max(self._most_rows, k)
+            if k < rows:
+                pixels = torch.cat([pixels, pixels.new_zeros(rows - k, *pixels.shape[1:])])
+                color = None if color is None else torch.cat([color, color.new_zeros(rows - k, *color.shape[1:])])
+            return self._compiled(pixels, color)[:k]
 
     def _encode(self, pixels: Tensor, color: Tensor | None) -> Tensor:
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
             assert self._copy is not None
             pixels = pixels if pixels.dtype == torch.uint8 else pixels.float()
-            return encoded(self._copy, pixels, color, self.precision).float()
+            return encoded(self._copy.module, pixels, color, self.precision).float()
 
     def folding(self, patch_shape: Sequence[int]) -> str:
         """Return how many batch norms are folded, in words; empty where the encoder has none. Makes the copy."""
@@ -94,61 +103,164 @@ class FastEncoder:
     def weights_changed(self) -> None:
         """Let the next `refresh` take over the encoder's weights.
 
-        Torch does not count what fused optimizers, batch norm in training or writes through `.data` change. Other
-        changes `refresh` sees by itself.
+        Torch does not count what fused optimizers, batch norm in training or writes through `.data` change. `refresh`
+        finds other changes by itself.
         """
         self._stale = True
 
     def refresh(self) -> None:
         """Take over the encoder's weights and running statistics if they have changed, or may have."""
-        if self._follower is not None:
-            if self._follower.moved():
-                self._copy = self._follower = None  # the next call builds it again
-                self._compiled.clear()
+        if self._copy is not None:
+            if self._copy.moved():
+                self._copy = None  # the next call builds it again
             else:
-                self._follower.follow(changed_only=not self._stale)
+                self._copy.follow(changed_only=not self._stale)
         self._stale = False
 
     def _build(self, pixels: Tensor) -> None:
-        """Make the copy, folded where that does not change the result."""
+        """Make the copy. It is folded where a trial shows that this does not change the result.
+
+        The trial has statistics of its own: those of a new network change nothing, wherever its norms are.
+        """
         generator = torch.Generator(pixels.device).manual_seed(0)
         shape = (2, *pixels.shape[1:])
         if pixels.dtype == torch.uint8:
             example = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device=pixels.device)
         else:
             example = torch.rand(shape, generator=generator, device=pixels.device)
-        whole = copy.deepcopy(self.encoder).eval().requires_grad_(False)
-        with tf32(False):  # with what it rounds, folding would seem to change the result
-            names = self._foldable(whole, lambda module: encoded(module, example, None, torch.float32))
-        self.folded = len(names)
-        fold(whole, names)
-        for layer in whole.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                layer.to(self.precision)
-        self._copy = whole.to(memory_format=torch.channels_last)
-        self._follower = Follower(self.encoder, self._copy, names)
-
-    @staticmethod
-    def _foldable(encoder: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[tuple[str, str]]:
-        """Return the pairs of layers to fold: all that a run shows, or none if folding changes the result.
-
-        The trial has statistics of its own: those of a new network change nothing, wherever its norms stand.
-        """
-        trial = copy.deepcopy(encoder)
+        trial = copy.deepcopy(self.encoder).eval().requires_grad_(False)
         for part in trial.modules():
             if isinstance(part, Norm):
                 for at, tensor in enumerate((part.running_var, part.weight, part.running_mean, part.bias)):
                     if tensor is not None:
                         steps = torch.linspace(0.7, 1.3, tensor.numel(), device=tensor.device)
                         tensor.copy_(steps if at < 2 else steps - 1.1)
-        expected = run(trial)
-        pairs = foldable_pairs(trial, lambda: run(trial))
-        fold(trial, pairs)
-        changed = (run(trial) - expected).norm() > FOLDED_ERROR * expected.norm()
-        return [] if changed else pairs
+
+        def run(module: nn.Module) -> Tensor:
+            return encoded(module, example, None, torch.float32)
+
+        with tf32(False):  # with what it rounds, folding would seem to change the result
+            expected = run(trial)
+            names = foldable_pairs(trial, lambda: run(trial))
+            difference = run(FoldedCopy(trial, names).module) - expected
+        if difference.norm() > FOLDED_ERROR * expected.norm():
+            names = []
+        self.folded = len(names)
+        self._copy = FoldedCopy(self.encoder, names, self.precision)
+        self._compiled = Compiled(self._encode, ("look", self.precision, repr(self._copy.module)))
 
 
-def _filled(tensor: Tensor, rows: int) -> Tensor:
-    return (
-        tensor if len(tensor) == rows else torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
-    )
+class FoldedCopy:
+    """A copy of an encoder in evaluation mode, `module`, into which `follow` writes the encoder's weights.
+
+    `names` are pairs of a convolution or linear layer and the batch norm that is folded into it. Scales and biases are
+    computed for all pairs together, and one product writes the weights of each layer.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, names: Sequence[tuple[str, str]], precision: torch.dtype = torch.float32
+    ) -> None:
+        self.module = copy.deepcopy(encoder).eval().requires_grad_(False)
+        self._layers, self._norms = list[nn.Conv2d | nn.Linear](), list[Norm]()
+        folded: list[nn.Conv2d | nn.Linear] = []
+        for layer_name, norm_name in names:
+            layer, norm = encoder.get_submodule(layer_name), encoder.get_submodule(norm_name)
+            target = self.module.get_submodule(layer_name)
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
+            assert isinstance(target, nn.Conv2d | nn.Linear)
+            assert isinstance(norm, Norm)
+            self._layers.append(layer)
+            self._norms.append(norm)
+            folded.append(target)
+            target.bias = nn.Parameter(target.weight.new_zeros(len(target.weight)), requires_grad=False)
+            behind = self.module.get_submodule(norm_name)
+            rest = OrderedDict((each, part) for each, part in behind.named_children() if each in ("drop", "act"))
+            self.module.set_submodule(norm_name, nn.Sequential(rest) if rest else nn.Identity())
+        for part in self.module.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                part.to(precision)
+        self.module.to(memory_format=torch.channels_last)
+        self._weights = [target.weight for target in folded]
+        self._biases = [target.bias for target in folded if target.bias is not None]
+
+        sources, written = _places(encoder), {id(tensor) for tensor in (*self._weights, *self._biases)}
+        plain = {path: held[name] for path, (held, name) in _places(self.module).items()}
+        self._plain = [(tensor, sources[path]) for path, tensor in plain.items() if id(tensor) not in written]
+        self._sources = list(sources.values())
+        self._seen: list[tuple[int, int]] | None = None
+        self._device = next((held[name].device for held, name in self._sources), None)
+        self._sizes = [len(weight) for weight in self._weights]
+        if names:
+            first = self._layers[0].weight.detach()
+            self._zeros, self._ones = (first.new_full((sum(self._sizes),), each).split(self._sizes) for each in (0, 1))
+            eps = [zero + norm.eps for zero, norm in zip(self._zeros, self._norms, strict=True)]
+            self._eps = torch.cat(eps)
+        self.follow()
+
+    def moved(self) -> bool:
+        """Return whether the encoder is on another device than the copy."""
+        return bool(self._sources) and self._sources[0][0][self._sources[0][1]].device != self._device
+
+    def follow(self, changed_only: bool = False) -> None:
+        """Take over what the encoder holds now; with `changed_only`, unless torch has counted no change."""
+        sources = [held[name] for held, name in self._sources]
+        # Torch does not count the versions of inference tensors.
+        counted = not any(each.is_inference() for each in sources)
+        state = [(each.data_ptr(), each._version) for each in sources] if counted else None
+        if changed_only and state is not None and state == self._seen:
+            return
+        self._seen = state
+        with torch.no_grad():
+            copy_all([tensor for tensor, _ in self._plain], [held[name] for _, (held, name) in self._plain])
+            if not self._layers:
+                return
+
+            def joined(given: Sequence[Tensor | None], default: Sequence[Tensor]) -> Tensor:
+                return torch.cat([one if each is None else each for each, one in zip(given, default, strict=True)])
+
+            norms, zeros = self._norms, self._zeros
+            scale = torch.rsqrt(joined([norm.running_var for norm in norms], zeros) + self._eps)
+            scale = scale * joined([norm.weight for norm in norms], self._ones)
+            bias = joined([layer.bias for layer in self._layers], zeros)
+            bias = bias - joined([norm.running_mean for norm in norms], zeros)
+            bias = joined([norm.bias for norm in norms], zeros) + bias * scale
+            for weight, layer, each in zip(self._weights, self._layers, scale.split(self._sizes), strict=True):
+                torch.mul(layer.weight, each.reshape(-1, *[1] * (weight.ndim - 1)), out=weight)
+            copy_all(self._biases, bias.split(self._sizes))
+
+
+def _places(module: nn.Module) -> dict[str, tuple[dict[str, Tensor], str]]:
+    """Return the dict and the key of each parameter and buffer by its path: the tensors may be replaced."""
+    found: dict[str, tuple[Any, str]] = {}
+    for prefix, part in module.named_modules():
+        for held in (part._parameters, part._buffers):
+            found |= {f"{prefix}.{name}".lstrip("."): (held, name) for name in held if held[name] is not None}
+    return found
+
+
+def foldable_pairs(encoder: nn.Module, run: Callable[[], Tensor]) -> list[tuple[str, str]]:
+    """Return the names of (convolution or linear layer, batch norm that takes its output), as a run shows them.
+
+    Layers that are called more than once, or whose norms are, are left out.
+    """
+    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are held, so that no address is used twice
+    found: list[tuple[str, str]] = []
+    calls: list[str] = []
+
+    def after(name: str, _layer: nn.Module, _inputs: object, output: Tensor) -> None:
+        calls.append(name)
+        made[id(output)] = name, output
+
+    def before(name: str, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls.append(name)
+        if norm.running_var is not None and id(inputs[0]) in made:
+            found.append((made[id(inputs[0])][0], name))
+
+    with ExitStack() as hooks:
+        for name, part in encoder.named_modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                hooks.enter_context(part.register_forward_hook(partial(after, name)))
+            elif isinstance(part, Norm):
+                hooks.enter_context(part.register_forward_pre_hook(partial(before, name)))
+        run()
+    return [(layer, norm) for layer, norm in found if calls.count(layer) == 1 and calls.count(norm) == 1]

@@ -18,9 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from keyhole.engine.folding import copy_all
 from keyhole.nn.classifier import IPSClassifier
-from keyhole.nn.tensors import AsRead, to_device
+from keyhole.nn.tensors import AsRead, copy_all, to_device
 
 Fetch = Callable[[int, int], Tensor | AsRead]
 """start, stop -> those of the loose patches, (stop - start ...) on the model's device."""

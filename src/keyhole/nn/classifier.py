@@ -212,6 +212,7 @@ class IPSClassifier(nn.Module):
         position: Shaped[Tensor, "b n ..."] | None = None,
         mask: Bool[Tensor, "b n"] | None = None,
         at_once: int | None = None,
+        encode: Callable[[Tensor], Tensor] | None = None,
     ) -> Selection:
         """Keep the m most salient patches of each image, without gradients and in evaluation mode.
 
@@ -224,6 +225,7 @@ class IPSClassifier(nn.Module):
             mask: True where there is a patch, for bags of different size.
             at_once: patches to encode at once; default `chunk`. Where the encoder is compiled it should stay the same.
                 For features on a GPU give tens of thousands: the work on each is small, and launching it is not.
+            encode: loose patches, uint8 as they are read (k h w c), to embeddings (k d); default is `encode`.
 
         Returns:
             Selection with `index` (b m) best first and, under "global", `logits` (b n h t).
@@ -243,33 +245,25 @@ class IPSClassifier(nn.Module):
             >>> model(patches[:, selection.index[0]])["tumor"].shape
             torch.Size([1, 2])
         """
-        loose, where = self.loose_bags(patches, position, mask)
+        _check_bags(patches, position, mask)
+        b, n = patches.shape[:2]
+        if position is None and self.position is not None and not isinstance(self.position, CenterPosition):
+            position = torch.arange(n, device=patches.device).expand(b, n)
+        loose, where = _loose(patches, mask), None if position is None else _loose(position, mask)
+        if loose.dtype == torch.uint8 and loose.ndim == 4:
+            loose = loose.permute(0, 2, 3, 1)
         with evaluating(self), tf32(False):
             query = self.pool.folded_query()
 
             def score(rows: slice) -> Tensor:
                 pixels = loose[rows]
-                embedding = self.encode(prepare(pixels) if pixels.dtype == torch.uint8 else pixels)
+                if encode is not None:
+                    embedding = encode(pixels)
+                else:
+                    embedding = self.encode(prepare(pixels) if pixels.dtype == torch.uint8 else pixels)
                 return self.logits(embedding, None if where is None else where[rows], query)
 
-            return select_bags(score, (len(patches), patches.shape[1]), mask, m, chunk, rule, at_once)
-
-    def loose_bags(
-        self, patches: Shaped[Tensor, "b n ..."], position: Tensor | None, mask: Tensor | None
-    ) -> tuple[Shaped[Tensor, "k ..."], Tensor | None]:
-        """Flatten bags into loose patches.
-
-        Returns:
-            The patches as read from files, and their positions.
-        """
-        _check_bags(patches, position, mask)
-        b, n = patches.shape[:2]
-        if position is None and self.position is not None and not isinstance(self.position, CenterPosition):
-            position = torch.arange(n, device=patches.device).expand(b, n)
-        loose = _loose(patches, mask)
-        if loose.dtype == torch.uint8 and loose.ndim == 4:
-            loose = loose.permute(0, 2, 3, 1)
-        return loose, None if position is None else _loose(position, mask)
+            return select_bags(score, (b, n), mask, m, chunk, rule, at_once)
 
     def train(self, mode: bool = True) -> "IPSClassifier":
         """Set training mode, except for parts whose parameters are all frozen: batch norm would go on learning there.

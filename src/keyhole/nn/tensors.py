@@ -5,6 +5,7 @@ Letters: k loose patches, c channels, h w height and width of a patch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,18 @@ def host_memory(shape: tuple[int, ...], dtype: np.dtype[Any], device: torch.devi
     """Return uninitialized host memory; for a GPU it is pinned, so that the host does not wait for copies from it."""
     empty = torch.from_numpy(np.empty(0, dtype)).dtype
     return torch.empty(shape, dtype=empty, pin_memory=device.type == "cuda")
+
+
+def copy_all(there: Sequence[Tensor], here: Sequence[Tensor]) -> None:
+    """Copy each of `here` into that of `there`; those of the same types in one operation.
+
+    With several types in one call, torch 2.8 to 2.10 writes wrong values on a GPU, also past the end of a tensor.
+    """
+    groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for to, of in zip(there, here, strict=True):
+        groups.setdefault((to.dtype, of.dtype), []).append((to, of))
+    for group in groups.values():
+        torch._foreach_copy_([to for to, _ in group], [of for _, of in group])
 
 
 @dataclass(frozen=True)
