@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -417,53 +415,12 @@ def test_train_writes_a_run_whose_configuration_is_the_one_given(run: Path, imag
     assert config.data.path == images
 
 
-def test_a_run_folder_that_exists_is_refused(say: Say, run: Path, images: Path) -> None:
-    code, _, err = say("train", images, "--out", run, *SMALL)
-    assert code == 2
-    assert str(run) in err
-    assert "exists" in err
-
-
-def test_a_finished_run_can_be_resumed_without_harm(say: Say, run: Path) -> None:
-    before = (run / "best" / "model.safetensors").read_bytes()
-    code, out, _ = say("resume", run)
-    assert code == 0
-    assert str(run) in out
-    assert (run / "best" / "model.safetensors").read_bytes() == before
-
-
 def test_evaluate_prints_metrics_with_intervals(say: Say, run: Path) -> None:
     code, out, _ = say("evaluate", run, "--out", "e", "--device", "cpu")
     assert code == 0
     assert "accuracy" in out
     assert "[" in out
     assert any(Path("e").iterdir())
-
-
-def test_predict_writes_a_table_and_a_folder_per_image(say: Say, run: Path, images: Path) -> None:
-    dark, light = images / "dark", images / "light" / "1.png"
-    code, out, _ = say("predict", run, dark, light, "--out", "p", "--device", "cpu")
-    assert code == 0
-    with Path("p/predictions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 13
-    assert len(out.splitlines()) == 14
-    folders = [path for path in Path("p").iterdir() if path.is_dir()]
-    assert len(folders) == 13  # two images are called 1.png
-    assert all((folder / "prediction.json").is_file() for folder in folders)
-
-
-def test_an_image_that_cannot_be_read_ends_predict_or_is_listed(say: Say, run: Path, images: Path) -> None:
-    Path("empty.png").write_bytes(b"")
-    good = images / "dark" / "1.png"
-    code, _, err = say("predict", run, good, "empty.png", "--out", "p", "--device", "cpu")
-    assert code == 2
-    assert "empty.png" in err.splitlines()[-1]
-    code, out, err = say("predict", run, good, "empty.png", "--out", "q", "--on-bad-image", "skip", "--device", "cpu")
-    assert code == 0
-    assert "predicted: 1, left out: 1" in out
-    assert "empty.png" in Path("q/left_out.csv").read_text()
-    assert "left out: " in err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -474,32 +431,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(say: Say, run: Path, images
     assert "locked/p: cannot write here" in err
 
 
-def test_an_output_that_is_a_file_is_one_line(say: Say, run: Path, images: Path) -> None:
-    Path("file").write_text("")
-    code, _, err = say("predict", run, images / "dark", "--out", "file/p", "--device", "cpu")
-    assert code == 2
-    assert "file/p: cannot write here" in err
-
-
 def test_demo_is_given_its_folder_and_seed(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr("keyhole.tools.demo.demo", lambda out, seed: given.append((out, seed)))
     assert say("demo", "--seed", "2", "--out", "d")[0] == 0
     assert given == [(Path("d"), 2)]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_training_that_is_stopped_says_how_to_go_on(number: int, code: int, images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "r"
-    words = ["train", str(images), "--out", str(out), *SMALL, "--train.epochs=1000"]
-    command = [sys.executable, "-m", "keyhole.cli.main", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("epoch 1/"):
-                break
-        process.send_signal(number)
-        rest = process.stderr.read()
-        assert process.wait(60) == code
-    assert f"keyhole resume {out}" in rest.splitlines()[-1]
-    assert "Traceback" not in rest

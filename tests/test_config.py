@@ -167,15 +167,6 @@ def test_published_recipes_have_the_settings_of_the_paper() -> None:
     assert {traffic.select.rule, mnist.select.rule} == {"streaming"}
 
 
-def test_a_later_source_goes_over_an_earlier_one(tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text("select: {m: 7}\ntrain: {epochs: 20}\n")
-    config = resolve("traffic", file)
-    assert (config.select.m, config.train.epochs) == (7, 20)  # the file over the recipe
-    assert (config.select.chunk, config.patch.size) == (32, 100)  # the recipe over the defaults
-    assert config.run == RunConfig()
-
-
 BAD = {
     "unknown section": ("patches:\n  size: 3", ["unknown key `patches`", "`patch`"]),
     "unknown key": ("patch:\n  siz: 3", ["unknown key `patch.siz`", "`patch.size`"]),
@@ -185,6 +176,7 @@ BAD = {
     "truth for a number": ("patch: {size: true}", ["patch.size: expected a whole number, got true"]),
     "truth for a choice": ("model: {channels: true}", ["model.channels: expected a whole number, got true"]),
     "fraction for a whole number": ("train: {epochs: 1.5}", ["train.epochs", "got 1.5"]),
+    "list for a number": ("train: {lr: [1]}", ["train.lr", "got the list"]),
     "number for truth": ("model: {freeze: 1}", ["model.freeze: expected true or false, got 1"]),
     "number for text": ("model: {encoder: 3}", ["model.encoder: expected text, got 3"]),
     "text for a list": ("data: {tasks: a}", ["data.tasks: expected a list, got 'a'"]),

@@ -148,23 +148,6 @@ def test_reasons_say_what_is_wrong_where(whole: dict[str, Path], tmp_path: Path)
             assert batch.unreadable[0][8].startswith("damaged at (32, 32, 32, 32)")
 
 
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_without_mask_a_damaged_region_fails_its_image(
-    whole: dict[str, Path], tmp_path: Path, on_error: OnError
-) -> None:
-    bad = FileOpener(damage(tmp_path / "bad.tif", whole["deflate"], [8]), "bad", TILE)
-    good = FileOpener(whole["deflate"], "good", TILE)
-    with Reader(2, stall=PATIENCE) as reader:
-        stream = reader.stream([[bad, good]], 8, on_error)
-        batch = next(stream)
-        if on_error == "raise":
-            with pytest.raises(ImageError, match="damaged at"):
-                read_chunks(batch)
-            return
-        assert {image for image, _ in read_chunks(batch)} == {1}
-        assert list(batch.failed) == [0]
-
-
 def test_leaving_patches_out_costs_no_buffers(whole: dict[str, Path], tmp_path: Path) -> None:
     made = []
 
@@ -409,19 +392,6 @@ def test_an_image_that_comes_back_as_another_one_fails(disk: Disk) -> None:
             if number == 0:
                 disk.take_away("a")
         assert "a: changed while it was read: 90 patches (4, 4) before, 91" in str(batch.failed[0])
-
-
-def test_a_bug_is_raised_in_every_mode(disk: Disk) -> None:
-    class Wrong(Folder):
-        def read(self, index: Any, out: np.ndarray | None = None) -> np.ndarray:
-            raise ZeroDivisionError("a bug")
-
-    disk.write("a", 3)
-    with Reader(1, stall=PATIENCE) as reader:
-        stream = reader.stream([[Opener("a", lambda: Wrong(disk.path / "a"))]], 4, "mask")
-        batch = next(stream)
-        with pytest.raises(ZeroDivisionError, match="a bug"):
-            read_chunks(batch)
 
 
 class Pipe:

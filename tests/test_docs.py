@@ -6,8 +6,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
@@ -271,14 +269,6 @@ def test_every_recipe_is_in_the_list_of_recipes() -> None:
     assert not [recipe for recipe in recipes() if f"| `{recipe}` |" not in text]
 
 
-def test_the_help_of_train_lists_every_setting() -> None:
-    """docs/command-line.md says that every setting is a flag and that `--help-all` shows all of them."""
-    done = subprocess.run(
-        [sys.executable, "-m", "keyhole", "train", "--help-all"], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert not [path for path, _ in leaves(Config()) if f"--{path.replace('_', '-')}" not in done.stdout]
-
-
 def test_the_command_line_page_names_every_verb() -> None:
     text = (ROOT / "docs" / "command-line.md").read_text()
     assert not [verb for verb in ACTIONS if f"### `keyhole {verb.replace('_', ' ', 1)}" not in text]
@@ -304,8 +294,3 @@ def test_every_measured_figure_of_the_page_on_performance_is_in_the_dated_file_t
 def figures(text: str) -> set[str]:
     """Numbers, without the dots and commas that end a clause."""
     return {each.rstrip(".,") for each in re.findall(r"\d[\d.,]*", text)}
-
-
-def test_every_setting_that_the_page_on_performance_advises_is_one_of_todays() -> None:
-    advised = set(re.findall(r"`--((?:\w+\.)+[\w-]+)", PERFORMANCE.read_text()))
-    assert {"run.compile", "train.precision", "run.threads"} <= advised

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyhole.errors import ConfigError, ImageError
+from keyhole.errors import ConfigError
 from keyhole.images import ArrayImage, Box, Image, Level, Size
 from keyhole.images.pixels import Pixels
 from keyhole.patches.edge import Edge
@@ -206,18 +206,6 @@ def test_a_million_masked_patches_take_four_bytes_each_and_no_more_while_they_ar
     assert grid.boxes([len(grid) - 1]).tolist() == [[last[0, 1] * stride, last[0, 0] * stride, 128, 128]]
 
 
-def test_pixels_outside_are_background() -> None:
-    image = ArrayImage(np.full((10, 10, 3), 7, np.uint8))
-    grid = PatchGrid(image, 8, offset=(-3, 0))
-    first = grid.read([0])[0]
-    assert (first[:, :3] == image.background).all()
-    assert (first[:, 3:] == 7).all()
-    last = grid.read([len(grid) - 1])[0]
-    assert (last[:2, :5] == 7).all()
-    assert (last[2:] == image.background).all()
-    assert (last[:, 5:] == image.background).all()
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0.3, 6.0), st.integers(4, 30), st.integers(3, 40), st.integers(-30, 0), st.booleans())
 def test_at_another_resolution_the_rules_show_the_same_image(
@@ -366,12 +354,3 @@ def test_an_index_outside_or_not_of_integers_is_refused() -> None:
         with pytest.raises(ValueError):
             grid.read(wrong)
     assert grid.read([]).shape == (0, 10, 10, 1)
-
-
-def test_damage_is_reported_not_swallowed() -> None:
-    class Damaged(Pyramid):
-        def _read(self, box: Box, level: int) -> Pixels:
-            raise ImageError(self.path, "damaged")
-
-    with pytest.raises(ImageError, match="damaged"):
-        PatchGrid(Damaged([noise(20, 20)], [1.0]), 10).read([0])

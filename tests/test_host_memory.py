@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from processes import run_process
 
 from keyhole.images import open_image
 from keyhole.images.tiff import TiffImage
-from keyhole.images.tile_cache import MIN_KEPT_BYTES, TileCache
+from keyhole.images.tile_cache import TileCache
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 
@@ -109,19 +108,6 @@ def test_what_is_kept_is_bounded_for_all_images_together() -> None:
     for owner in owners:
         cache.drop(owner)
     assert cache.bytes == 0
-
-
-def test_what_many_threads_want_is_decoded_once() -> None:
-    cache, decoded = TileCache(), []
-
-    def decode() -> np.ndarray[Any, Any]:
-        decoded.append(1)
-        return np.zeros((600, 600, 3), np.uint8)
-
-    owner = cache.owner()
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: cache.fetch(owner, "strip", decode, MIN_KEPT_BYTES), range(40)))
-    assert len(decoded) == 1
 
 
 def test_a_closed_image_keeps_nothing(folder: Path) -> None:

@@ -21,7 +21,6 @@ from make_dicom import write_dicom
 from make_images import (
     Stored,
     picture,
-    pyramid,
     squeeze,
     write_many_tiles,
     write_pictures,
@@ -274,22 +273,12 @@ def test_jpeg_in_tiff_is_as_libtiff_decodes_it(tmp_path: Path, channels: int) ->
         np.testing.assert_array_equal(whole(tmp_path / "a.jpg"), np.asarray(opened).reshape(96, 144, channels))
 
 
-@pytest.mark.parametrize(
-    ("resolution", "unit", "mpp"),
-    [((40000, 40000), 3, 0.25), ((50800, 50800), 2, 0.5), ((72, 72), 2, None), ((300, 300), 2, None),
-     ((40000, 40000), 1, None), ((40000, 20000), 3, None), ((0, 0), 3, None)],
-)  # fmt: skip
-def test_resolution_is_believed_only_where_it_can_be_a_microscopes(
-    tmp_path: Path, resolution: tuple[int, int], unit: int, mpp: float | None
-) -> None:
-    write_tiff(tmp_path / "a.tif", picture(), resolution=resolution, resolutionunit=unit)
-    with open_image(tmp_path / "a.tif") as image:
-        assert image.mpp == (mpp if mpp is None else pytest.approx(mpp))
-
-
 NOTES: dict[str, tuple[dict[str, Any], float | None, str]] = {
     "not square": ({"resolution": (40000, 20000), "resolutionunit": 3}, None, "its resolution tag says 0.25 x 0.5 um per pixel: pixels that are not square"),
     "photograph": ({"resolution": (300, 300), "resolutionunit": 2}, None, "its resolution tag says 84.67 um per pixel, outside 0.05 ... 20"),
+    "tag": ({"resolution": (40000, 40000), "resolutionunit": 3}, 0.25, ""),
+    "tag in inches": ({"resolution": (50800, 50800), "resolutionunit": 2}, 0.5, ""),
+    "no pixels": ({"resolution": (0, 0), "resolutionunit": 3}, None, ""),
     "no unit": ({"resolution": (40000, 40000), "resolutionunit": 1}, None, ""),
     "nothing": ({}, None, ""),
     "aperio": ({"description": "Aperio Image Library|MPP = 0.25|x = 1"}, 0.25, ""),
@@ -336,20 +325,6 @@ def test_an_ome_scale_needs_a_unit_of_length_and_square_pixels(
         assert image.mpp == mpp
         assert note in image.mpp_note
         assert (image.mpp_note == "") == (note == "")
-
-
-def test_mpp_comes_from_ome_and_aperio(stored: dict[str, Stored]) -> None:
-    for name, mpp in [("pyramid.ome.tif", 0.25), ("chain.tif", 0.5), ("miniature.svs", 0.499), ("tiles-3.tif", None)]:
-        with open_image(stored[name].path) as image:
-            assert image.mpp == mpp, name
-
-
-def test_of_a_stack_of_pictures_the_first_is_read(tmp_path: Path) -> None:
-    stack = np.stack([picture(seed=k) for k in range(3)])
-    write_tiff(tmp_path / "a.tif", stack, tile=(32, 32), photometric="rgb")
-    with open_image(tmp_path / "a.tif") as image:
-        assert len(image.levels) == 1
-        np.testing.assert_array_equal(image.read((0, 0, *image.size)), stack[0])
 
 
 def test_smaller_pages_of_other_proportions_are_no_levels(tmp_path: Path) -> None:
@@ -463,16 +438,6 @@ def test_a_tile_outside_the_cut_end_is_still_read(tmp_path: Path) -> None:
             image.read(last)
         assert not isinstance(caught.value, ImageLost)
         np.testing.assert_array_equal(image.read((0, 0, 64, 64)), first)
-
-
-def test_a_file_of_many_tiles_is_read_as_tifffile_reads_it(tmp_path: Path) -> None:
-    path = write_many_tiles(tmp_path / "a.tif", 60, 40, tile=16)
-    pixels = tifffile.imread(path)
-    with open_image(path) as image:
-        np.testing.assert_array_equal(image.read((0, 0, *image.size)), pixels)
-    with open_image(path) as image:
-        for x, y in [(900, 600), (0, 0), (512, 300)]:
-            np.testing.assert_array_equal(image.read((x, y, 30, 30)), pixels[y : y + 30, x : x + 30])
 
 
 @pytest.mark.parametrize(
@@ -627,39 +592,3 @@ def test_opening_a_picture_does_not_import_openslide_or_torch(stored: dict[str, 
 def test_readers_are_asked_highest_priority_first() -> None:
     names = [reader.__name__ for reader in readers()]
     assert names == ["TiffImage", "ZarrImage", "OpenSlideImage", "PillowImage"]
-
-
-def example_of(document: Path) -> str:
-    return document.read_text().split("```python\n")[1].split("```")[0]
-
-
-class _Entry:
-    """What importlib.metadata finds for an installed package's entry point."""
-
-    def __init__(self, name: str, loaded: type[Image]) -> None:
-        self.name, self.value, self._loaded = name, f"example:{loaded.__name__}", loaded
-
-    def load(self) -> type[Image]:
-        return self._loaded
-
-
-def test_the_documented_reader_works_as_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    namespace: dict[str, Any] = {"__name__": "example"}
-    document = Path(__file__).resolve().parents[1] / "docs" / "adding-a-reader.md"
-    exec(compile(example_of(document), str(document), "exec"), namespace)
-    installed = [_Entry("npy", namespace["NpyImage"]), *(_Entry(reader.__name__, reader) for reader in readers())]
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: installed if group == "keyhole.images" else [])
-    readers.cache_clear()
-    try:
-        np.save(tmp_path / "a.npy", picture())
-        with open_image(tmp_path / "a.npy") as image:
-            assert type(image).__name__ == "NpyImage"
-            np.testing.assert_array_equal(image.read((130, 80, 30, 30)), padded(picture(), Box(130, 80, 30, 30)))
-        np.save(tmp_path / "b.npy", np.zeros((4, 4), np.float64))
-        with pytest.raises(ImageError, match=r"b\.npy: .*float64"):
-            open_image(tmp_path / "b.npy")
-        PIL.Image.fromarray(pyramid(picture())[1]).save(tmp_path / "a.png")
-        assert open_image(tmp_path / "a.png").size == (72, 48)
-    finally:
-        monkeypatch.undo()
-        readers.cache_clear()

@@ -65,7 +65,10 @@ def test_folders_named_like_splits_are_splits_in_either_order(
     names: tuple[str, ...], order: str, tmp_path: Path
 ) -> None:
     touch(tmp_path, *each(*(f"{s}/{c}" if order == "split/class" else f"{c}/{s}" for s in names for c in "ab")))
+    if order == "split/class":
+        touch(tmp_path, "other/c/0.png")
     manifest = read(tmp_path)
+    assert left(manifest) == ({"other/c/0.png": "not under train, val or test"} if order == "split/class" else {})
     assert manifest.tasks == (Task("label", "binary", ("a", "b")),)
     assert Counter(item.split for item in manifest.items) == {"train": 6, "val": 6, "test": 6}
     assert all(item.labels["label"] in item.name.split("/") for item in manifest.items)

@@ -90,19 +90,6 @@ def test_a_folder_of_classes_is_one_task_and_everything_else_is_listed(tmp_path:
     }
 
 
-def test_folders_named_train_val_test_are_splits_where_they_hold_class_folders(tmp_path: Path) -> None:
-    touch(
-        tmp_path,
-        *(f"{s}/{c}/{i}.png" for s in ("train", "val", "test") for c in "ab" for i in range(2)),
-        "other/c/0.png",
-    )
-    manifest = read(tmp_path)
-    assert Counter(item.split for item in manifest.items) == {"train": 4, "val": 4, "test": 4}
-    assert all(item.split == item.name.split("/")[0] for item in manifest.items)
-    assert manifest.tasks[0].classes == ("a", "b")
-    assert left(manifest) == {"other/c/0.png": "not under train, val or test"}
-
-
 def test_links_are_followed_and_a_circle_of_them_ends(tmp_path: Path) -> None:
     touch(tmp_path, *(f"data/{c}/{i}.png" for c in "ab" for i in range(3)))
     touch(tmp_path, "elsewhere/9.png")

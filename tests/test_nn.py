@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keyhole.config.settings import ModelConfig
-from keyhole.errors import ConfigError
 from keyhole.nn import (
     CenterPosition,
     CrossAttentionPool,
@@ -22,7 +20,6 @@ from keyhole.nn import (
     Kept,
     SmallEncoder,
     TimmEncoder,
-    build_classifier,
     explore,
     task_loss,
     total_loss,
@@ -362,11 +359,6 @@ def test_timm_encoders_can_be_cut(name: str, stages: int | None, dim: int) -> No
     encoder = TimmEncoder(name, channels=1, stages=stages).eval()
     assert encoder.dim == dim
     assert encoder(torch.rand(1, 1, 64, 64)).shape == (1, dim)
-
-
-def test_an_unknown_encoder_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'resnet18'"):
-        build_classifier(ModelConfig(encoder="resnet81"), [Task("a", "binary", ("n", "y"))], 32)
 
 
 def test_any_module_is_an_encoder() -> None:

@@ -12,6 +12,7 @@ from make_images import picture
 
 from keyhole.cli.main import main
 from keyhole.data.listing import expand_images
+from keyhole.errors import ImageError
 from keyhole.images import open_image
 from keyhole.images.image import folder_suffixes, image_suffixes, readers
 
@@ -47,6 +48,10 @@ def test_a_registered_format_works_in_a_folder_of_classes_in_check_and_in_predic
     assert ".npy" in image_suffixes()
     with open_image(data / "cat" / "0.npy") as image:
         np.testing.assert_array_equal(image.read((0, 0, 64, 64)), picture(3, 64, 64))
+        assert (image.read((60, 60, 8, 8))[4:] == image.background).all()
+    np.save(tmp_path / "b.npy", np.zeros((4, 4), np.float64))
+    with pytest.raises(ImageError, match=r"b\.npy: .*float64"):
+        open_image(tmp_path / "b.npy")
     options = ["--patch.size", "16", "--select.m", "3", "--run.threads", "1"]
     assert main(["check", str(data), *options]) == 0
     out = " ".join(capsys.readouterr().out.split())

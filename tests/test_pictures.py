@@ -346,9 +346,10 @@ def test_a_file_of_several_pictures_says_which_is_read_and_a_pyramid_does_not(tm
     with tifffile.TiffWriter(tmp_path / "pyramid.tif") as writer:
         for level in (picture(), picture()[::2, ::2], picture(3, 60, 72)):
             writer.write(level, tile=(32, 32), subfiletype=int(level.shape[1] < 144), metadata=None)
-    for name, note in (("pages.tif", "of 3 pages the first is read"), ("pyramid.tif", "")):
+    for name, note, levels in (("pages.tif", "of 3 pages the first is read", 1), ("pyramid.tif", "", 2)):
         with open_image(tmp_path / name) as image:
-            assert image.note == note
+            assert (image.note, len(image.levels)) == (note, levels)
+            np.testing.assert_array_equal(image.read((0, 0, *image.size)), pages[0])
 
 
 # --- a directory that was cut, a scale that somebody gives -----------------------------------------------------------

@@ -375,6 +375,7 @@ def test_every_folder_is_named_and_answers_of_another_call_are_never_lost_or_mix
     monkeypatch.chdir(toy)
     out = tmp_path / "out"
     assert main(["predict", str(toy_run), "red/0.png", "green/0.png", "red/1.png", "--out", str(out)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4, "a line for each image, and one for all"
     assert [row["image"] for row in rows(out / "predictions.csv")] == ["red/0.png", "green/0.png", "red/1.png"]
     assert next(row["path"] for row in rows(out / "predictions.csv")) == str(toy / "red" / "0.png")
     assert folders(out) == named(out)

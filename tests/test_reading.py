@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from processes import run_process
 from keyhole.errors import ConfigError, ImageError, StalledRead
 from keyhole.images import ArrayImage, Box
 from keyhole.images.pixels import Pixels
-from keyhole.loading import Reader
+from keyhole.loading import OnError, Reader
 from keyhole.loading.chunks import is_alone
 from keyhole.patches.grid import PatchGrid
 from keyhole.patches.sources import FilePatches, PatchSource, TensorPatches, View
@@ -78,7 +78,7 @@ def eventually(holds: Callable[[], bool]) -> bool:
     return holds()
 
 
-def read_all(reader: Reader, lists: Sequence[Sequence[Opener]], on_error: Literal["raise", "skip"] = "raise") -> None:
+def read_all(reader: Reader, lists: Sequence[Sequence[Opener]], on_error: OnError = "raise") -> None:
     for batch in reader.stream(lists, 16, on_error):
         for _ in batch.chunks():
             pass
@@ -302,11 +302,12 @@ def test_a_broken_image_ends_the_stream_or_is_left_out(where: str, on_error: str
     assert kept[2][:, 0, 0].tolist() == [32]
 
 
-def test_what_is_not_the_images_fault_is_raised_even_when_faults_are_skipped() -> None:
+@pytest.mark.parametrize("on_error", ["skip", "mask"])
+def test_what_is_not_the_images_fault_is_raised_even_when_faults_are_skipped(on_error: OnError) -> None:
     probe = Probe(fail_at=4)
     probe.error = ZeroDivisionError("a bug")
     with Reader(1, stall=PATIENCE) as reader, pytest.raises(ZeroDivisionError, match="a bug"):
-        read_all(reader, [openers(probe)], "skip")
+        read_all(reader, [openers(probe)], on_error)
 
 
 def test_an_error_in_the_list_of_batches_reaches_the_consumer_after_what_came_before() -> None:

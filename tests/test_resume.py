@@ -19,10 +19,8 @@ import torch
 from conftest import write_toy
 from safetensors.torch import load_file
 
-from keyhole.errors import RunError
 from keyhole.runs.checkpoint import read_info
 from keyhole.runs.run import read_rows
-from keyhole.training.loop import resume
 
 FLAGS = (
     "--patch.size 16 --model.width 8 --model.heads 2 --select.m 4 --select.chunk 16 --train.epochs 4 --train.batch 2 "
@@ -130,21 +128,3 @@ def test_resuming_a_finished_run_changes_nothing(whole: Path) -> None:
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file() and path.name != "log.txt"}
     finish(keyhole("resume", whole))
     assert {path: path.read_bytes() for path in before} == before
-
-
-def test_an_image_that_changed_is_noticed(data: Path, whole: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "data"
-    write_toy(copy, count=14, side=96)
-    run = tmp_path / "run"
-    finish(keyhole("train", copy, "--out", run, *FLAGS, "--train.epochs", "1"))
-    image = copy / "red" / "3.png"
-    image.write_bytes(image.read_bytes() + b" ")
-    with pytest.raises(RunError, match=r"red/3\.png: has \d+ bytes, \d+ when the run began"):
-        resume(run)
-
-
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no such run folder"):
-        resume(tmp_path / "none")
-    with pytest.raises(RunError, match="not a run folder"):
-        resume(tmp_path)

@@ -151,6 +151,8 @@ def test_changed_images_are_named_by_resume_and_evaluate(tmp_path: Path, capsys:
         image.write_bytes(flip(whole))
         line = said(capsys, command, run)
         assert f"1 image changed since the run began: {image}: other content of the same size" in line
+        image.write_bytes(whole + b" ")
+        assert f"{image}: has {len(whole) + 1} bytes, {len(whole)} when the run began" in said(capsys, command, run)
         image.write_bytes(whole)
         assert main([command, str(run)]) == 0
     (run / "manifest.csv").write_bytes(cut((run / "manifest.csv").read_bytes()))

@@ -95,10 +95,17 @@ def test_an_epoch_without_the_metric_is_never_better_than_one_with_it() -> None:
         if epoch == 2:
             assert chosen == 2, "of undefined ones the lower loss is better"
     assert chosen == 5
+    assert is_better("loss", 0.4, 0.4, (0.5, 0.5)), "lower is better"
+    assert not is_better("label.mae", 0.6, 0.4, (0.5, 0.5))
+    assert is_better("auroc", 0.9, 0.4, (0.9, 0.5)), "of equal ones the lower loss is better"
+    assert is_better("", NAN, NAN, (0.0, 0.0)), "without validation the last epoch is the best"
 
 
-def test_auto_of_mixed_kinds_is_the_loss() -> None:
+def test_auto_takes_a_metric_that_the_validation_split_defines_and_of_mixed_kinds_the_loss() -> None:
     tasks = [Task("a", "binary", ("n", "y")), Task("size", "regression")]
+    assert choose_metric("auto", tasks[:1], {"a": torch.tensor([[0.0], [1.0]])}) == ("auroc", [])
+    assert choose_metric("auto", tasks[:1], {"a": torch.tensor([[1.0], [1.0]])}) == ("loss", [])
+    assert choose_metric("auto", tasks[:1], None) == ("", [])
     val = {"a": torch.tensor([[0.0], [1.0]]), "size": torch.tensor([[1.0], [2.0]])}
     assert choose_metric("auto", tasks, val) == ("loss", [])
     assert choose_metric("auto", tasks[1:], val) == ("mae", [])

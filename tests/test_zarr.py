@@ -356,13 +356,6 @@ def test_a_codec_without_a_bound_is_refused(tmp_path: Path) -> None:
     assert "filter delta" in refusal(path)
 
 
-def test_threads_get_what_one_thread_gets(stores: dict[str, Path]) -> None:
-    places = [Box(x, y, 30, 30) for x in range(0, 110, 13) for y in range(0, 60, 11)]
-    with open_image(stores["v3-shards"]) as image, ThreadPoolExecutor(8) as pool:
-        for box, pixels in zip(places, pool.map(image.read, places), strict=True):
-            np.testing.assert_array_equal(pixels, picture()[box.y : box.y + 30, box.x : box.x + 30])
-
-
 def test_reading_does_not_import_zarr_with_its_event_loop(stores: dict[str, Path]) -> None:
     assert run_process("imported", "zarr,asyncio", "read", stores["v2-blosc"]).stdout == "[]\n"
 
