@@ -117,6 +117,19 @@ def test_a_pass_gives_what_each_patch_by_itself_gives(
     alone.close()
 
 
+@pytest.mark.parametrize(("orientation", "turns"), [(3, 2), (6, -1)])
+def test_patches_of_a_turned_tiff_are_those_of_the_upright_picture(
+    tmp_path: Path, orientation: int, turns: int
+) -> None:
+    pixels = picture(3, 96, 64)
+    path = write_tiff(tmp_path / "a.tif", pixels, tile=(32, 32), extratags=[(274, 3, 1, orientation, True)])
+    upright = np.rot90(pixels, turns)
+    with open_image(path) as image:
+        grid = PatchGrid(image, 32)
+        for (x, y, width, height), patch in zip(grid.boxes(slice(None)), grid.read(slice(None)), strict=True):
+            np.testing.assert_array_equal(patch, upright[y : y + height, x : x + width])
+
+
 @pytest.mark.parametrize("name", ["jpeg", "jpeg-420", "jpeg-rgb", "grey"])
 def test_jpeg_decoded_in_place_is_what_tifffile_decodes(files: dict[str, Path], name: str) -> None:
     with tifffile.TiffFile(files[name]) as tif, TiffImage(files[name]) as image:

@@ -123,14 +123,6 @@ class Image(ABC):
             out[top - box.y : bottom - box.y, left - box.x : right - box.x] = inside
         return out
 
-    def tiling(self, level: int) -> Size | None:
-        """Tell whether a level is stored in tiles, which `read_boxes` decodes once for all boxes.
-
-        Returns:
-            The size of a tile, or None.
-        """
-        return None
-
     def read_boxes(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:
         """Write the pixels of many boxes. Each tile is decoded once; without tiles, neighbours are read together.
 

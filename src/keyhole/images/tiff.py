@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import itertools
+import math
 import os
 import threading
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,21 +16,12 @@ from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
 from keyhole.images.faults import ends_early, faults_of
-from keyhole.images.geometry import Box, Level, Size, downsample_of
-from keyhole.images.jpeg import Coded, jpeg_size
-from keyhole.images.pixels import (
-    Pixels,
-    alpha_of,
-    eight_bit,
-    make_upright,
-    on_white,
-    stored_box,
-    straight,
-    upright_size,
-)
+from keyhole.images.geometry import Size
+from keyhole.images.jpeg import Coded
+from keyhole.images.pixels import Pixels
 from keyhole.images.tiff_file import BLOCK, CONVERT, MAX_SEGMENT_PIXELS, is_tiff, vendor_of
-from keyhole.images.tiff_layout import TiffLevel, read_layout
-from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
+from keyhole.images.tiff_layout import read_layout
+from keyhole.images.tile_cache import TILE_CACHE
 from keyhole.images.tiles import TiledImage
 from keyhole.util.threads import beat
 
@@ -55,17 +45,19 @@ class TiffImage(TiledImage):
     suffixes: ClassVar[frozenset[str]] = frozenset({".tif", ".tiff", ".svs"})
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stored, (self.mpp, self.mpp_note), self._orientation, self.note = read_layout(path)
-        first = self._stored[0]
-        self.channels, self.bits, self._says_bits = first.channels, first.bits, first.says_bits
-        self._l0_tiles = first.grid[0] * first.grid[1]
-        sizes = [upright_size(level.size, self._orientation) for level in self._stored]
-        self.size = sizes[0]
-        self.levels = tuple(Level(size, downsample_of(self.size, size)) for size in sizes)
+        self._pages, (self.mpp, self.mpp_note), orientation, self.note = read_layout(path)
+        first = self._pages[0]
         self._file = path.open("rb", buffering=0)
         self._file_lock = threading.Lock()
-        self._owner = TILE_CACHE.owner()
+        super().__init__(
+            path,
+            [page.size for page in self._pages],
+            [page.segment for page in self._pages],
+            channels=first.channels,
+            bits=first.bits,
+            says_bits=first.says_bits,
+            orientation=orientation,
+        )
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
@@ -74,41 +66,24 @@ class TiffImage(TiledImage):
     def settle_bits(self, given: int | None) -> None:
         super().settle_bits(given)
         if not self._says_bits:
-            self._stored = tuple(replace(level, bits=self.bits) for level in self._stored)
+            for page in self._pages:
+                page.bits = self.bits
 
     def _stored_values(self, tile: int) -> Iterator[NDArray[Any]]:
-        colors = self._stored[0].colors
+        colors = self._pages[0].colors
         return (values[..., :colors] for values in itertools.islice(self._planes(0, tile), colors))
 
     def close(self) -> None:
         self._file.close()
-        TILE_CACHE.drop(self._owner)
-
-    def tiling(self, level: int) -> Size | None:
-        return self._stored[level].segment if self._orientation == 1 else None
-
-    def _keeps_all(self, level: int) -> bool:
-        page = self._stored[level]
-        return not page.tiled or page.segment.width * page.segment.height * self.channels >= MIN_KEPT_BYTES
-
-    def _read(self, box: Box, level: int) -> Pixels:
-        if self._orientation == 1:
-            return super()._read(box, level)
-        page = self._stored[level]
-        stored = stored_box(box, self.levels[level].size, self._orientation)
-        out = np.empty((stored.height, stored.width, self.channels), np.uint8)
-        with faults_of(self.path, f"damaged at {tuple(box)} of level {level}"):
-            self._scatter([stored], level, [out], page.size, page.segment)
-        return make_upright(out, self._orientation)
+        super().close()
 
     def _coded(self, level: int, tiles: Sequence[int]) -> Iterator[Coded]:
-        page = self._stored[level]
-        if page.planes > 1 or not tiles:
+        if self._pages[level].planes > 1 or not tiles:
             return iter([b""] * len(tiles))
         return self._many_bytes(self._places(level, tiles))
 
     def decode_tile(self, level: int, tile: int, coded: Coded | None, out: Pixels | None) -> Pixels | None:
-        page = self._stored[level]
+        page = self._pages[level]
         if page.jpeg is not None and coded:
             room = np.empty((page.segment.height, page.segment.width, self.channels), np.uint8) if out is None else out
             if page.jpeg.decode_into(coded, room):
@@ -116,33 +91,31 @@ class TiffImage(TiledImage):
         parts = [*self._planes(level, tile, coded)]
         if len(parts) < page.planes:
             return None
-        return _to_pixels(np.concatenate(parts, axis=-1) if page.planes > 1 else parts[0], page)
+        return page.pixels(np.concatenate(parts, axis=-1) if page.planes > 1 else parts[0])
 
     def _planes(self, level: int, tile: int, coded: Coded | None = None) -> Iterator[NDArray[Any]]:
-        """The stored values of a tile, plane by plane; ends where the file has none. They are read if not `coded`."""
-        page = self._stored[level]
-        columns, rows = page.grid
-        for number in range(tile, page.planes * columns * rows, columns * rows):
+        """Yield the stored values of a tile, plane by plane, as far as the file has them; read them if not `coded`."""
+        page, tiles = self._pages[level], math.prod(self._grids[level])
+        for number in range(tile, page.planes * tiles, tiles):
             data = bytes(coded) if coded else self._bytes(*self._places(level, [number])[0])
             if not data:
                 return
-            self._check_coded(page, data)
             yield page.decode(data, number)
 
     def jpeg_tiling(self, level: int) -> Size | None:
-        page = self._stored[level]
+        page = self._pages[level]
         whole = page.jpeg is not None and page.tiled and page.color in ("grey", "rgb") and self._orientation == 1
         return page.segment if whole else None
 
     def jpeg_tiles(self, cells: NDArray[np.int64], level: int, colors: Container[str]) -> list[bytes | None]:
-        page, found = self._stored[level], list[bytes | None]([None] * len(cells))
+        page, found = self._pages[level], list[bytes | None]([None] * len(cells))
         assert page.jpeg is not None
         whole = page.size.width // page.segment.width, page.size.height // page.segment.height
         inside = np.flatnonzero(((cells >= 0) & (cells < whole)).all(axis=1))
         if not len(inside):
             return found
         columns, rows = cells[inside].T
-        numbers = rows * page.grid[0] + columns
+        numbers = rows * self._grids[level][0] + columns
         order = numbers.argsort(kind="stable")
         first, last = (tuple(cells[inside[end]].tolist()) for end in order[[0, -1]])
         with faults_of(self.path, f"damaged at tiles {first} to {last} of level {level}"):
@@ -167,7 +140,7 @@ class TiffImage(TiledImage):
         """A block of the tables, (2, up to BLOCK): offsets and counts, at least up to entry `last`."""
         places = TILE_CACHE.get(self._owner, ("places", level, block))
         if places is None:
-            page, start = self._stored[level], block * BLOCK
+            page, start = self._pages[level], block * BLOCK
             tables = [table.read(self._pread, start, start + BLOCK) for table in (page.offsets, page.counts)]
             length = min(map(len, tables))
             if last >= length:
@@ -204,30 +177,6 @@ class TiffImage(TiledImage):
             self._file.seek(offset)
             return self._file.read(count) or b""
 
-    def _check_coded(self, page: TiffLevel, data: bytes) -> None:
-        """Refuse a tile that is a picture of its own and declares a much larger size than the page does."""
-        if not page.coded:
-            return
-        size = jpeg_size(data) if page.coded == "JPEG" else _picture_size(data)
-        if size is not None and size.width * size.height > max(4 * page.segment.width * page.segment.height, 2**16):
-            problem = f"a tile of {tuple(page.segment)} pixels holds a picture of {tuple(size)}."
-            raise ImageError(self.path, f"{problem} Export it again.")
-
-
-def _to_pixels(values: NDArray[np.unsignedinteger | np.bool_], page: TiffLevel) -> Pixels:
-    """Decoded samples (h, w, samples) to (h, w, 1 or 3) uint8, by the page's kind of colour."""
-    color, associated = values[..., : page.colors], page.alpha == "associated"
-    pixels = page.palette[color[..., 0].astype(np.intp)] if page.palette is not None else eight_bit(color, page.bits)
-    alpha = alpha_of(values[..., page.samples - 1 : page.samples], page.bits, page.stored) if page.alpha else None
-    if associated and alpha is not None and page.color in ("inverted", "cmyk"):
-        pixels, associated = straight(pixels, alpha), False  # ink was multiplied by alpha, not the colour it gives
-    if page.color == "inverted":
-        pixels = 255 - pixels
-    elif page.color == "cmyk":
-        ink, black = 255 - pixels[..., :3].astype(np.uint16), 255 - pixels[..., 3:].astype(np.uint16)
-        pixels = ((ink * black + 127) // 255).astype(np.uint8)
-    return pixels if alpha is None else on_white(np.concatenate([pixels, alpha], axis=-1), associated)
-
 
 def _side_by_side(places: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
     """Cut segments (offset, count) into groups that lie one behind the other in the file."""
@@ -239,14 +188,3 @@ def _side_by_side(places: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int,
             group = []
         group.append((offset, count))
     yield group
-
-
-def _picture_size(data: bytes) -> Size:
-    """Width and height of a JPEG 2000 or WebP segment, from its header."""
-    import PIL.Image
-
-    try:
-        with PIL.Image.open(io.BytesIO(data), formats=("JPEG2000", "WEBP")) as picture:
-            return Size(*picture.size)
-    except PIL.Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from error

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -16,10 +15,19 @@ from numpy.typing import NDArray
 from keyhole.errors import ImageError
 from keyhole.images.faults import not_one_picture
 from keyhole.images.geometry import Size, same_shape
-from keyhole.images.jpeg import JpegTiles
-from keyhole.images.pixels import DEEP, bits_of_largest, valid_orientation
+from keyhole.images.jpeg import JpegTiles, jpeg_size
+from keyhole.images.pixels import (
+    DEEP,
+    Pixels,
+    alpha_of,
+    bits_of_largest,
+    eight_bit,
+    on_white,
+    straight,
+    valid_orientation,
+)
 from keyhole.images.scale import TO_MICRONS, Scale, agreed, plausible_scale
-from keyhole.images.tiff_file import ShortTables, TileTable, check_segment, open_pages
+from keyhole.images.tiff_file import ShortTables, check_segment, open_pages
 
 _JPEG = 7
 _PICTURES = {_JPEG: "JPEG", 34712: "picture", 50001: "picture"}  # segments with a size of their own: JPEG 2000, WebP
@@ -30,40 +38,82 @@ _YCBCR = 6
 _COLORS = {0: ("inverted", 1), 1: ("grey", 1), 2: ("rgb", 3), 3: ("palette", 1), 5: ("cmyk", 4), _YCBCR: ("rgb", 3)}
 
 
-@dataclass(frozen=True)
 class TiffLevel:
-    """One page: a table of segments (tiles, or strips as wide as the image) and how to decode one."""
+    """One page: a table of segments (tiles, or strips as wide as the image) and how to decode one.
 
-    size: Size  # as stored
-    segment: Size  # a tile or strip
-    tiled: bool
-    offsets: TileTable  # planes one after the other
-    counts: TileTable  # 0 is missing
-    planes: int  # 1, or the number of samples where each colour is stored by itself
-    samples: int  # those of the colour, and those up to alpha
-    stored: int  # bits of a value
-    bits: int  # how many of them are in use
-    says_bits: bool  # whether the file states how many are in use; else `TiffImage.settle_bits` finds out
-    color: str  # "grey", "inverted", "rgb", "palette" or "cmyk"
-    alpha: str | None  # of the last of `samples`: "straight" or "associated"
-    palette: NDArray[np.uint8] | None  # (2**bits, 3)
-    coded: str  # "", or how the segment's own header states its size: "JPEG", "picture"
-    decode: Callable[[bytes, int], NDArray[Any]]  # (bytes, index) -> (h, w, samples of a plane) of `stored` bits
-    jpeg: JpegTiles | None = None  # a quicker decoder for JPEG tiles of the usual kinds
+    `stated` are the bits in use, as the file states them. `offsets` and `counts` (0 is missing) list plane after plane.
+    """
 
-    @property
-    def channels(self) -> int:
-        return 1 if self.color in ("grey", "inverted") else 3
+    def __init__(self, path: Path, page: Any, short: ShortTables, stated: int | None) -> None:
+        self.path, self.size, self.tiled = path, _size_of(page), bool(page.is_tiled)
+        rows = page.tilelength if self.tiled else page.rowsperstrip
+        self.segment = Size(page.tilewidth if self.tiled else self.size.width, rows)
+        if min(self.size) < 1 or min(self.segment) < 1:
+            raise ImageError(path, f"page {page.index} has a size of {tuple(self.size)}. Copy or export it again.")
+        check_segment(path, self.segment)
+        # `samples` are those of the colour and those up to alpha, `planes` is 1 unless each colour is stored by itself
+        self.color, self.alpha, self.samples = _color(path, page)
+        self.colors = {"rgb": 3, "cmyk": 4}.get(self.color, 1)
+        self.channels = 1 if self.color in ("grey", "inverted") else 3
+        self.planes = page.samplesperpixel if page.planarconfig == 2 else 1
+        self.offsets, self.counts = short.tables(page)
+        columns, rows = (math.ceil(whole / part) for whole, part in zip(self.size, self.segment, strict=True))
+        expected, listed = columns * rows * self.planes, min(self.offsets.count, self.counts.count)
+        if listed < expected:
+            raise ImageError(path, f"page {page.index} lists {listed} of {expected} tiles or strips. Copy it again.")
+        self.coded = _PICTURES.get(int(page.compression), "")
+        self.stored: int = page.bitspersample
+        in_use = None if self.coded and self.stored <= 8 else stated  # 8-bit JPEG has the bits that its decoder gives
+        self.says_bits = in_use is not None or self.stored != DEEP
+        self.palette = _palette(path, page) if self.color == "palette" else None
+        self.bits = self.stored if in_use is None or self.palette is not None else min(in_use, self.stored)
+        is_jpeg = page.compression == _JPEG
+        self._options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if is_jpeg else {}
+        self._decode = page.decode
+        jpeg = JpegTiles(page, self.segment, self.samples) if is_jpeg and self.alpha is None else None
+        self.jpeg = jpeg if jpeg is not None and jpeg.plain else None  # a quicker decoder of the usual kinds
 
-    @property
-    def colors(self) -> int:
-        """Samples of the colour, which come before all others."""
-        return {"rgb": 3, "cmyk": 4}.get(self.color, 1)
+    def decode(self, data: bytes, number: int) -> NDArray[Any]:
+        """Decode a segment to (h, w, samples of a plane) of `stored` bits.
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Columns and rows of segments."""
-        return math.ceil(self.size.width / self.segment.width), math.ceil(self.size.height / self.segment.height)
+        Raises ImageError for one that is a picture by itself and declares a much larger size than the page does.
+        """
+        if self.coded:
+            size = jpeg_size(data) if self.coded == "JPEG" else _picture_size(data)
+            most = max(4 * self.segment.width * self.segment.height, 2**16)
+            if size is not None and size.width * size.height > most:
+                problem = f"a tile of {tuple(self.segment)} pixels holds a picture of {tuple(size)}."
+                raise ImageError(self.path, f"{problem} Export it again.")
+        values: NDArray[Any] = self._decode(data, number, **self._options)[0][0]
+        if values.dtype.itemsize != (1 if self.stored <= 8 else 2):
+            raise ValueError(f"a segment of {values.dtype} where {self.stored} bits are declared")
+        return values
+
+    def pixels(self, values: NDArray[np.unsignedinteger | np.bool_]) -> Pixels:
+        """Turn decoded samples (h, w, samples) into (h, w, 1 or 3) uint8, by the kind of colour."""
+        color, associated, alpha = values[..., : self.colors], self.alpha == "associated", None
+        pixels = eight_bit(color, self.bits) if self.palette is None else self.palette[color[..., 0].astype(np.intp)]
+        if self.alpha:
+            alpha = alpha_of(values[..., self.samples - 1 : self.samples], self.bits, self.stored)
+            if associated and self.color in ("inverted", "cmyk"):  # alpha multiplied the ink, not the colour it gives
+                pixels, associated = straight(pixels, alpha), False
+        if self.color == "inverted":
+            pixels = 255 - pixels
+        elif self.color == "cmyk":
+            ink, black = 255 - pixels[..., :3].astype(np.uint16), 255 - pixels[..., 3:].astype(np.uint16)
+            pixels = ((ink * black + 127) // 255).astype(np.uint8)
+        return pixels if alpha is None else on_white(np.concatenate([pixels, alpha], axis=-1), associated)
+
+
+def _picture_size(data: bytes) -> Size:
+    """Return width and height of a JPEG 2000 or WebP segment, from its header."""
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=("JPEG2000", "WEBP")) as picture:
+            return Size(*picture.size)
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
 
 
 class TiffLayout(NamedTuple):
@@ -94,7 +144,7 @@ def read_layout(path: Path) -> TiffLayout:
         if stated is None and main.bitspersample == DEEP and (largest := main.tags.valueof(281)) is not None:
             stated = bits_of_largest(float(np.max(largest)))
         pages = _pyramid(tif, short, main)
-        levels = tuple(_level(path, page, short, stated) for page in pages)
+        levels = tuple(TiffLevel(path, page, short, stated) for page in pages)
         for level, page in zip(levels, pages, strict=True):
             if level.channels != levels[0].channels:
                 raise ImageError(path, f"page {page.index} has {level.channels} channels, level 0 has another number")
@@ -132,53 +182,6 @@ def _pyramid(tif: Any, short: ShortTables, main: Any) -> list[Any]:
         if alike and narrower and same_shape(_size_of(main), _size_of(page)):
             found.append(page)
     return found
-
-
-def _level(path: Path, page: Any, short: ShortTables, stated: int | None) -> TiffLevel:
-    """A tifffile page as a `TiffLevel`; `stated` are the bits in use, as the file states them."""
-    size = _size_of(page)
-    segment = Size(page.tilewidth, page.tilelength) if page.is_tiled else Size(size.width, page.rowsperstrip)
-    if min(size) < 1 or min(segment) < 1:
-        raise ImageError(path, f"page {page.index} has a size of {tuple(size)}. Copy or export it again.")
-    check_segment(path, segment)
-    color, alpha, used = _color(path, page)
-    planes = page.samplesperpixel if page.planarconfig == 2 else 1
-    coded = _PICTURES.get(int(page.compression), "")
-    offsets, counts = short.tables(page)
-    expected = math.ceil(size.width / segment.width) * math.ceil(size.height / segment.height) * planes
-    listed = min(offsets.count, counts.count)
-    if listed < expected:
-        raise ImageError(path, f"page {page.index} lists {listed} of {expected} tiles or strips. Copy it again.")
-    options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression == _JPEG else {}
-    decode_page, stored = page.decode, page.bitspersample
-    in_use = None if coded and stored <= 8 else stated  # a JPEG of 8 bits is what its decoder makes of it
-    bits = stored if in_use is None else min(in_use, stored)
-
-    def decode(data: bytes, index: int) -> NDArray[Any]:
-        values: NDArray[Any] = decode_page(data, index, **options)[0][0]
-        if values.dtype.itemsize != (1 if stored <= 8 else 2):
-            raise ValueError(f"a segment of {values.dtype} where {stored} bits are declared")
-        return values
-
-    jpeg = JpegTiles(page, segment, used) if page.compression == _JPEG and alpha is None else None
-    return TiffLevel(
-        size=size,
-        segment=segment,
-        tiled=bool(page.is_tiled),
-        offsets=offsets,
-        counts=counts,
-        planes=planes,
-        samples=used,
-        stored=stored,
-        bits=stored if color == "palette" else bits,
-        says_bits=in_use is not None or stored != DEEP,
-        color=color,
-        alpha=alpha,
-        palette=_palette(path, page) if color == "palette" else None,
-        coded=coded,
-        decode=decode,
-        jpeg=jpeg if jpeg is not None and jpeg.plain else None,
-    )
 
 
 def _color(path: Path, page: Any) -> tuple[str, str | None, int]:

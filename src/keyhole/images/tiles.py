@@ -10,15 +10,17 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from keyhole.errors import ImageError
 from keyhole.images.faults import faults_of, passed_over
-from keyhole.images.geometry import Box, Size
+from keyhole.images.geometry import Box, Level, Size, downsample_of
 from keyhole.images.image import Image, Uses
-from keyhole.images.pixels import Pixels, place, settled_bits
+from keyhole.images.pixels import Pixels, make_upright, place, settled_bits, stored_box, upright_size
 from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
 
 
@@ -26,70 +28,97 @@ class _Tile(NamedTuple):
     """A tile that some boxes touch."""
 
     number: int  # row by row
-    box: Box  # in level pixels, what lies inside the level
+    box: Box  # in level pixels, the part inside the level
     uses: int  # boxes of the whole pass that touch it, as far as known
     users: list[int]  # which boxes of this call touch it
     cached: bool
-    coded: Any  # what `_coded` gave; None where it was in the cache
+    coded: Any  # from `_coded`; None if the tile was in the cache
 
 
 _here = threading.local()
 
 
 class TiledImage(Image):
-    """An image that is stored in tiles of one size. Strips are tiles as wide as the image."""
+    """An image that is stored in tiles of one size per level. Strips are tiles as wide as the image.
 
-    _owner: int  # in the tile cache
-    _says_bits: bool  # whether the file states the bits in use
-    _l0_tiles: int  # tiles of level 0
+    `stored` are the sizes of the levels and `tiles` those of their tiles, before the orientation is obeyed; `says_bits`
+    tells whether the file states how many bits are in use.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        stored: Sequence[Size],
+        tiles: Sequence[Size],
+        *,
+        channels: int,
+        bits: int,
+        says_bits: bool,
+        orientation: int = 1,
+    ) -> None:
+        self.path, self.channels, self.bits, self._says_bits = path, channels, bits, says_bits
+        self._stored, self._tiles, self._orientation = stored, tiles, orientation
+        self._grids = [
+            (math.ceil(size.width / tile.width), math.ceil(size.height / tile.height))
+            for size, tile in zip(stored, tiles, strict=True)
+        ]  # columns and rows
+        sizes = [upright_size(size, orientation) for size in stored]
+        self.size = sizes[0]
+        self.levels = tuple(Level(size, downsample_of(self.size, size)) for size in sizes)
+        self._owner = TILE_CACHE.owner()
+        self._closed = False
 
     @abstractmethod
     def _coded(self, level: int, tiles: Sequence[int]) -> Iterator[Any]:
-        """What `decode_tile` needs of each of these tiles, in their order, read as late as possible."""
+        """Yield what `decode_tile` needs of each of these tiles, in their order, read as late as possible."""
 
     @abstractmethod
     def decode_tile(self, level: int, tile: int, coded: Any, out: Pixels | None) -> Pixels | None:
-        """Pixels (h, w, c) of a tile, less at the border; None for background. It is read where `coded` is None.
+        """Return pixels (h, w, c) of a tile, smaller at the border; None for background. Read it if `coded` is None.
 
         `out` is C-contiguous memory of a whole tile that may be used and returned; else the caller keeps the array.
         """
 
     @abstractmethod
     def _stored_values(self, tile: int) -> Iterable[NDArray[Any]]:
-        """The colours of a tile of level 0 as they are stored, before they are scaled to 8 bits."""
-
-    @abstractmethod
-    def _keeps_all(self, level: int) -> bool:
-        """Whether every tile is kept in the cache: strips, and large tiles. In a pass the uses of a tile decide."""
+        """Return the colours of a tile of level 0 as they are stored, before they are scaled to 8 bits."""
 
     def settle_bits(self, given: int | None) -> None:
         if not self._says_bits:
             self.bits = settled_bits(self.path, given, self._values())
 
     def _values(self) -> Iterator[NDArray[Any]]:
-        """The stored values of level 0, tile by tile, the middle first; damaged ones are left out."""
-        number = self._l0_tiles
-        for each in (*range(number // 2, number), *range(number // 2)):
+        """Yield the stored values of level 0, tile by tile from the middle on; damaged ones are left out."""
+        count = math.prod(self._grids[0])
+        for tile in (*range(count // 2, count), *range(count // 2)):
             with passed_over(self.path):  # reading the tile reports what is wrong with it
-                yield from self._stored_values(each)
+                yield from self._stored_values(tile)
+
+    def _read(self, box: Box, level: int) -> Pixels:
+        stored = stored_box(box, self.levels[level].size, self._orientation)
+        out = np.empty((stored.height, stored.width, self.channels), np.uint8)
+        with faults_of(self.path, f"damaged at {tuple(box)} of level {level}"):
+            self._scatter([stored], level, [out])
+        return make_upright(out, self._orientation)
 
     def read_boxes(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:
-        lv = self.levels[level].size
-        tile = self.tiling(level)
-        assert tile is not None
-        with faults_of(self.path, f"damaged at {_around(boxes, lv)} of level {level}"):
-            self._scatter(boxes, level, out, lv, tile, uses)
+        if self._orientation != 1:
+            super().read_boxes(boxes, level, out, uses)
+            return
+        with faults_of(self.path, f"damaged at {_around(boxes, self.levels[level].size)} of level {level}"):
+            self._scatter(boxes, level, out, uses)
 
-    def _scatter(
-        self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], lv: Size, tile: Size, uses: Uses | None = None
-    ) -> None:
-        """`read_boxes`, in the coordinates in which the tiles are stored: those of a level of size `lv`."""
+    def _scatter(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:
+        """`read_boxes` in the coordinates in which the tiles are stored."""
+        if self._closed:
+            raise ImageError(self.path, "read after it was closed")
+        lv, tile = self._stored[level], self._tiles[level]
         for box, target in zip(boxes, out, strict=True):
             if box.x < 0 or box.y < 0 or box.x + box.width > lv.width or box.y + box.height > lv.height:
                 target[...] = self.background
         size = tile.width * tile.height * self.channels
-        keeps_all = self._keeps_all(level) and (uses is None or size >= MIN_KEPT_BYTES)
-        for number, inside, count, users, cached, coded in self._touched(boxes, level, lv, tile, uses, keeps_all):
+        keeps_all = size >= MIN_KEPT_BYTES or (uses is None and tile.width >= lv.width)
+        for number, inside, count, users, cached, coded in self._touched(boxes, level, None if keeps_all else uses):
             pixels, first = None, out[users[0]]
             if keeps_all or count > len(users):
                 decode = partial(self.decode_tile, level, number, coded, None)
@@ -106,11 +135,9 @@ class TiledImage(Image):
             for user in users:
                 _copy(pixels, inside, boxes[user], out[user], self.background)
 
-    def _touched(
-        self, boxes: Sequence[Box], level: int, lv: Size, tile: Size, uses: Uses | None, keeps_all: bool
-    ) -> Iterator[_Tile]:
-        """The tiles that boxes touch, as they lie in the file; those that another thread is decoding come last."""
-        columns = math.ceil(lv.width / tile.width)
+    def _touched(self, boxes: Sequence[Box], level: int, uses: Uses | None) -> Iterator[_Tile]:
+        """Yield the tiles that boxes touch in their order in the file; those that another thread decodes come last."""
+        lv, tile, (columns, _) = self._stored[level], self._tiles[level], self._grids[level]
         users: dict[int, list[int]] = {}
         for which, (x, y, width, height) in enumerate(boxes):
             right, bottom = min(x + width, lv.width), min(y + height, lv.height)
@@ -122,7 +149,7 @@ class TiledImage(Image):
         corners = np.array(order, np.int64)
         tops, lefts = (corners // columns) * tile.height, (corners % columns) * tile.width
         counts = [1] * len(order)
-        if uses is not None and not keeps_all:
+        if uses is not None:
             counts = uses(lefts, tops, lefts + tile.width, tops + tile.height).tolist()
         cached = TILE_CACHE.has(self._owner, [(level, number) for number in order])
         coded = self._coded(level, [number for number, has in zip(order, cached, strict=True) if not has])
@@ -136,14 +163,13 @@ class TiledImage(Image):
                 yield found
         yield from busy
 
-    def _read(self, box: Box, level: int) -> Pixels:
-        out = np.empty((box.height, box.width, self.channels), np.uint8)
-        self.read_boxes([box], level, [out])
-        return out
+    def close(self) -> None:
+        self._closed = True
+        TILE_CACHE.drop(self._owner)
 
 
 def _around(boxes: Sequence[Box], lv: Size) -> tuple[int, int, int, int]:
-    """The common box, for messages."""
+    """Return the box around all boxes, for messages."""
     left, top = max(min(box.x for box in boxes), 0), max(min(box.y for box in boxes), 0)
     right = min(max(box.x + box.width for box in boxes), lv.width)
     bottom = min(max(box.y + box.height for box in boxes), lv.height)
@@ -162,7 +188,7 @@ def _copy(pixels: Pixels | None, tile: Box, box: Box, out: Pixels, background: i
 
 
 def scratch(shape: tuple[int, int, int]) -> Pixels:
-    """Memory for one tile, the same again and again on each thread: it stays in the processor's cache."""
+    """Return memory for one tile, always the same on each thread, so that it stays in the processor's cache."""
     held: Pixels | None = getattr(_here, "tile", None)
     if held is None or held.shape != shape:
         held = _here.tile = np.empty(shape, np.uint8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -14,11 +13,10 @@ from numpy.typing import NDArray
 
 from keyhole.errors import ImageError
 from keyhole.images.faults import faults_of, not_one_picture
-from keyhole.images.geometry import Level, Size, downsample_of, same_shape
+from keyhole.images.geometry import Size, same_shape
 from keyhole.images.pixels import Pixels, bits_of_largest, eight_bit
 from keyhole.images.scale import TO_MICRONS, Scale, plausible_scale
 from keyhole.images.tiff_file import MAX_SEGMENT_PIXELS
-from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
 from keyhole.images.tiles import TiledImage
 from keyhole.images.zarr_array import METADATA, UnsupportedCodec, ZarrArray, ZarrGroup, child, open_node
 
@@ -39,62 +37,37 @@ class ZarrImage(TiledImage):
     folder_suffixes: ClassVar[frozenset[str]] = frozenset({".zarr"})
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         with faults_of(path, "damaged zarr metadata"):
             try:
                 picture = picture_of(path)
             except UnsupportedCodec as error:
                 what = f"{error}, which is not read. Save it with Blosc or Zstd and without filters."
                 raise ImageError(path, what) from error
-        for array in picture.arrays:
-            self._check(picture, array)
-        self._axes, self.channels, (self.mpp, self.mpp_note) = picture.axes, picture.channels, picture.scale
-        stored = 8 * picture.arrays[0].dtype.itemsize
-        self._says_bits, self.bits = picture.bits is not None or stored == 8, picture.bits or stored
-        sizes = [picture.size(array) for array in picture.arrays]
+        self._axes, (self.mpp, self.mpp_note) = picture.axes, picture.scale
+        sizes = [picture.size(array.shape) for array in picture.arrays]
         kept = [k for k, size in enumerate(sizes) if k == 0 or same_shape(sizes[0], size)]
         kept = [k for n, k in enumerate(kept) if n == 0 or sizes[k].width < sizes[kept[n - 1]].width]
         self._arrays = [picture.arrays[k] for k in kept]
-        self.size = sizes[0]
-        self.levels = tuple(Level(sizes[k], downsample_of(sizes[0], sizes[k])) for k in kept)
-        wide, high = self._chunk(0)
-        self._l0_tiles = math.ceil(self.size.width / wide) * math.ceil(self.size.height / high)
-        self._owner = TILE_CACHE.owner()
-        self._closed = threading.Event()
+        bits = 8 * self._arrays[0].dtype.itemsize
+        super().__init__(
+            path,
+            [sizes[k] for k in kept],
+            [picture.size(array.chunks) for array in self._arrays],
+            channels=picture.channels,
+            bits=picture.bits or bits,
+            says_bits=picture.bits is not None or bits == 8,
+        )
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
         return not head and any(os.path.isfile(os.path.join(path, name)) for name in METADATA)  # noqa: PTH113, PTH118
 
-    def _check(self, picture: Picture, array: ZarrArray) -> None:
-        """Check the type of values and the size of a chunk before anything is decoded."""
-        if array.dtype.kind != "u" or array.dtype.itemsize > 2:
-            raise ImageError(self.path, f"pixels of {array.dtype} are not read. Save them as uint8 or uint16.")
-        if math.prod(array.chunks) > MAX_SEGMENT_PIXELS * picture.channels:
-            chunk = " x ".join(f"{side:,}" for side in array.chunks)
-            problem = f"one chunk has {chunk} pixels, more than the {MAX_SEGMENT_PIXELS:,} that are decoded at once."
-            raise ImageError(self.path, f"{problem} Save it again in chunks of 256 to 1024 pixels a side.")
-
     def _stored_values(self, tile: int) -> list[NDArray[Any]]:
         return [self._tile_values(0, tile, None)]
 
-    def _chunk(self, level: int) -> Size:
-        array = self._arrays[level]
-        return Size(*(array.chunks[self._axes.index(axis)] for axis in "xy"))
-
-    def tiling(self, level: int) -> Size:
-        if self._closed.is_set():
-            raise ImageError(self.path, "read after it was closed")
-        return self._chunk(level)
-
-    def _keeps_all(self, level: int) -> bool:
-        wide, high = self._chunk(level)
-        return bool(high * wide * self.channels * self._arrays[level].dtype.itemsize >= MIN_KEPT_BYTES)
-
     def _coded(self, level: int, tiles: Sequence[int]) -> Iterator[list[bytes | None]]:
-        """The encoded chunks of each tile, one after the other along the channels."""
-        array = self._arrays[level]
-        columns = math.ceil(self.levels[level].size.width / self._chunk(level).width)
+        """Yield the encoded chunks of each tile, one after the other along the channels."""
+        array, (columns, _) = self._arrays[level], self._grids[level]
         parts = math.ceil(self.channels / array.chunks[self._axes.index("c")]) if "c" in self._axes else 1
         for tile in tiles:
             row, column = divmod(tile, columns)
@@ -102,19 +75,8 @@ class ZarrImage(TiledImage):
             yield [array.encoded([place.get(axis, 0) for axis in self._axes]) for place in places]
 
     def decode_tile(self, level: int, tile: int, coded: list[bytes | None] | None, out: Pixels | None) -> Pixels:
-        return self._as_pixels(self._tile_values(level, tile, coded), out)
-
-    def _tile_values(self, level: int, tile: int, coded: list[bytes | None] | None) -> NDArray[Any]:
-        """The stored values of a tile that lie inside the level, with the axes y, x and, where there is one, c."""
-        array, (wide, high), size = self._arrays[level], self._chunk(level), self.levels[level].size
-        parts = [array.decoded(data) for data in (coded or next(self._coded(level, [tile])))]
-        values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self._axes.index("c"))
-        row, column = divmod(tile, math.ceil(size.width / wide))
-        ends = {"y": size.height - row * high, "x": size.width - column * wide, "c": self.channels}
-        return values[tuple(slice(ends[axis]) if axis in ends else 0 for axis in self._axes)]
-
-    def _as_pixels(self, values: NDArray[Any], out: Pixels | None) -> Pixels:
-        """Stored values as (h, w, c) uint8; in `out` where that helps and fits."""
+        """Return stored values as (h, w, c) uint8; in `out` where that helps and fits."""
+        values = self._tile_values(level, tile, coded)
         left = "".join(axis for axis in self._axes if axis in "yxc")
         values = eight_bit(values, self.bits if values.dtype.itemsize == 2 else 8)
         if left == "yxc":
@@ -128,10 +90,14 @@ class ZarrImage(TiledImage):
             out[:, :, channel] = plane  # six times as fast as a copy of the transposed array
         return out
 
-    def close(self) -> None:
-        self._closed.set()
-        TILE_CACHE.drop(self._owner)
-        self._arrays = []
+    def _tile_values(self, level: int, tile: int, coded: list[bytes | None] | None) -> NDArray[Any]:
+        """The stored values of a tile that lie inside the level, with the axes y, x and, where there is one, c."""
+        array, (wide, high), size = self._arrays[level], self._tiles[level], self._stored[level]
+        parts = [array.decoded(data) for data in (coded or next(self._coded(level, [tile])))]
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self._axes.index("c"))
+        row, column = divmod(tile, self._grids[level][0])
+        ends = {"y": size.height - row * high, "x": size.width - column * wide, "c": self.channels}
+        return values[tuple(slice(ends[axis]) if axis in ends else 0 for axis in self._axes)]
 
 
 class Picture(NamedTuple):
@@ -143,8 +109,9 @@ class Picture(NamedTuple):
     scale: Scale
     bits: int | None = None
 
-    def size(self, array: ZarrArray) -> Size:
-        return Size(array.shape[self.axes.index("x")], array.shape[self.axes.index("y")])
+    def size(self, shape: Sequence[int]) -> Size:
+        """The width and height in a shape of an array or a chunk."""
+        return Size(shape[self.axes.index("x")], shape[self.axes.index("y")])
 
 
 def picture_of(path: Path) -> Picture:
@@ -181,7 +148,7 @@ def picture_of(path: Path) -> Picture:
     if len(set(channels)) > 1:
         raise ImageError(path, f"its levels have {channels} channels. Export it again.")
     picture = Picture(arrays, axes, channels[0], scale, _bits(path, channels[0], ome))
-    if picture.size(arrays[0]) != max(map(picture.size, arrays)):
+    if picture.size(arrays[0].shape) != max(picture.size(array.shape) for array in arrays):
         raise ImageError(path, "its first level is not its largest. Export it again.")
     return picture
 
@@ -193,7 +160,7 @@ def _ome(node: ZarrArray | ZarrGroup) -> dict[str, Any]:
 
 
 def _channels(path: Path, array: ZarrArray, axes: str) -> int:
-    """1 or 3; refuses stacks and everything that has no width and height."""
+    """Return 1 or 3; refuse stacks, other values than uint8 and uint16, and chunks too large to be decoded."""
     if len(axes) != len(array.shape) or sorted(axes) != sorted(set(axes)) or not {"x", "y"} <= set(axes):
         raise ImageError(path, f"axes {axes!r} for an array of {array.shape}; expected y and x, and each once.")
     if min(array.shape) < 1:
@@ -205,6 +172,12 @@ def _channels(path: Path, array: ZarrArray, axes: str) -> int:
         many["c"] = channels
     if many:
         raise not_one_picture(path, many)
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        raise ImageError(path, f"pixels of {array.dtype} are not read. Save them as uint8 or uint16.")
+    if math.prod(array.chunks) > MAX_SEGMENT_PIXELS * channels:
+        chunk = " x ".join(f"{side:,}" for side in array.chunks)
+        problem = f"one chunk has {chunk} pixels, more than the {MAX_SEGMENT_PIXELS:,} that are decoded at once."
+        raise ImageError(path, f"{problem} Save it again in chunks of 256 to 1024 pixels a side.")
     return channels
 
 
