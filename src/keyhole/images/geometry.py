@@ -1,4 +1,4 @@
-"""Sizes and boxes, and which boxes are read together. `l0_` level-0 pixels, `lv_` pixels of a level."""
+"""Sizes and boxes, and which boxes are read together. `l0_` are level-0 pixels, `lv_` pixels of a level."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Level(NamedTuple):
 
 
 def downsample_of(l0_size: Size, lv_size: Size) -> float:
-    """Level-0 pixels per pixel of a level: the whole number where rounding of the sizes explains the difference."""
+    """Return level-0 pixels per pixel of a level: a whole number if rounding of the sizes explains the difference."""
     quotient = (l0_size.width / lv_size.width + l0_size.height / lv_size.height) / 2
     whole = round(quotient)
     if whole >= 1 and all(abs(l0 / whole - lv) < 1 for l0, lv in zip(l0_size, lv_size, strict=True)):
@@ -45,9 +45,9 @@ def downsample_of(l0_size: Size, lv_size: Size) -> float:
 
 
 def same_shape(l0_size: Size, lv_size: Size) -> bool:
-    """Whether the second can be a level of the first: smaller, by one factor in both directions.
+    """Return whether the second can be a level of the first: smaller, by one factor in both directions.
 
-    Each side may be off by less than a pixel, however the writer rounded.
+    Each side may be off by less than a pixel, since writers round in different ways.
     """
     if lv_size.width >= l0_size.width or lv_size.height > l0_size.height or min(lv_size) < 1:
         return False
@@ -75,10 +75,6 @@ def runs_of(boxes: Sequence[Box]) -> Iterator[tuple[int, int, Box]]:
             if (wider[2] - wider[0]) * (wider[3] - wider[1]) <= MAX_WASTE * more:
                 joint, covered = wider, more
                 continue
-            yield begin, first, _box(*joint)
+            yield begin, first, Box(joint[0], joint[1], joint[2] - joint[0], joint[3] - joint[1])
         begin, joint, covered = first, piece, new
-    yield begin, len(boxes), _box(*joint)
-
-
-def _box(left: int, top: int, right: int, bottom: int) -> Box:
-    return Box(left, top, right - left, bottom - top)
+    yield begin, len(boxes), Box(joint[0], joint[1], joint[2] - joint[0], joint[3] - joint[1])

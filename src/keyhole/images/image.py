@@ -9,7 +9,6 @@ import functools
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Sequence
-from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar, Self
@@ -41,11 +40,12 @@ class Image(ABC):
         levels: level 0 first, then ever smaller ones; each with size and downsample.
         mpp: microns per level-0 pixel, or None where the file does not state them plausibly.
         mpp_note: "", or why `mpp` is None although the file states a value: "the file says 0.25 x 0.5 um per pixel".
-        note: "", or what of the file is not read: "of 3 pages the first is read".
+        note: "", or which part of the file is not read: "of 3 pages the first is read".
         channels: 1 (grey) or 3 (RGB).
-        bits: bits of a stored value that are in use: 8, or what other values are scaled by.
+        bits: bits of a stored value that are in use: 8, or those from which values are scaled to 8.
         background: value of pixels outside the image.
-        qupath_origin: level-0 x, y of the corner from which QuPath counts: that of the bounds that a slide states.
+        qupath_origin: level-0 x, y from which QuPath counts: the corner of the bounds that a slide states.
+        held_pixels: pixels of level 0 that stay in memory from the first read until the image is closed.
 
     Examples:
         >>> import numpy as np
@@ -58,7 +58,7 @@ class Image(ABC):
     priority: ClassVar[int] = 0
     """The reader with the highest priority among those that claim a file is tried first."""
     suffixes: ClassVar[frozenset[str]] = frozenset()
-    """In lower case, by which files of this format are found in a folder. A file named by itself needs none."""
+    """Suffixes in lower case by which files of this format are found in a folder."""
     folder_suffixes: ClassVar[frozenset[str]] = frozenset()
     """The same for folders that are one image each."""
 
@@ -72,11 +72,12 @@ class Image(ABC):
     bits: int = 8
     background: int = 255
     qupath_origin: tuple[int, int] = (0, 0)
+    held_pixels: int = 0
 
     @classmethod
     @abstractmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
-        """Tell whether this reader is for a file, of which `head` are the first 64 bytes (none for a folder).
+        """Tell whether this reader is for a file; `head` are its first 64 bytes (none for a folder).
 
         Returns:
             True if `open_image` is to try this reader. Never raises.
@@ -89,7 +90,7 @@ class Image(ABC):
     def settle_bits(self, given: int | None) -> None:  # noqa: B027 - most formats have 8 bits a value
         """Decide how many bits of a stored value are in use (`given` by the user, or None) before anything is read.
 
-        Raises BitsUnknown where neither the user nor the file states it, and the values do not show it.
+        Raises BitsUnknown if neither the user nor the file states it, and the values do not show it.
         """
 
     def read(self, box: Box | tuple[int, int, int, int], level: int = 0) -> Pixels:
@@ -130,7 +131,7 @@ class Image(ABC):
             boxes: in pixels of `level`, with area, in raster order; may reach over the border.
             level: index into `levels`.
             out: a target (h, w, c) for each box; views of any strides.
-            uses: where this is one of many calls of a pass, returns how many boxes of the pass touch a tile.
+            uses: if this is one of many calls of a pass, returns how many boxes of the pass touch each tile.
         """
         for start, stop, around in runs_of(boxes):
             region = self.read(around, level)
@@ -140,7 +141,7 @@ class Image(ABC):
             beat()
 
     def jpeg_tiling(self, level: int) -> Size | None:
-        """Tell whether `jpeg_tiles` gives the tiles of a level, for a decoder on another device.
+        """Tell whether `jpeg_tiles` returns the tiles of a level, for a decoder on another device.
 
         Returns:
             The size of a tile, or None.
@@ -148,7 +149,7 @@ class Image(ABC):
         return None
 
     def jpeg_tiles(self, cells: NDArray[np.int64], level: int, colors: Container[str]) -> list[bytes | None]:
-        """Give tiles as JPEG files, from which any decoder makes what `read` gives.
+        """Return tiles as JPEG files, which any decoder decodes to the pixels that `read` returns.
 
         Args:
             cells: (k, 2) column and row of each tile, in any order.
@@ -159,11 +160,6 @@ class Image(ABC):
             (k) one file each, None for a tile that is missing, damaged, of other colours, or reaches over the image.
         """
         raise NotImplementedError
-
-    @property
-    def held_pixels(self) -> int:
-        """Pixels of level 0 that stay in memory from the first read until the image is closed."""
-        return 0
 
     def close(self) -> None:  # noqa: B027 - most readers hold nothing
         """Release what the reader holds open. Reading afterwards is an error."""
@@ -235,10 +231,12 @@ def open_image(path: str | Path, bits: int | None = None) -> Image:
     for reader in readers():
         if reader.sniff(path, head):
             try:
-                with ExitStack() as stack:
-                    image = stack.enter_context(reader(path))  # type: ignore[call-arg]
+                image = reader(path)  # type: ignore[call-arg]
+                try:
                     image.settle_bits(bits)
-                    stack.pop_all()
+                except BaseException:
+                    image.close()
+                    raise
                 return image
             except ImageLost:
                 raise
@@ -252,7 +250,7 @@ def open_image(path: str | Path, bits: int | None = None) -> Image:
 
 @functools.cache
 def readers() -> tuple[type[Image], ...]:
-    """The registered readers, highest priority first; ConfigError where one cannot be imported."""
+    """Return the registered readers, highest priority first; ConfigError if one cannot be imported."""
     found: list[type[Image]] = []
     for entry in metadata.entry_points(group=GROUP):
         try:
@@ -264,7 +262,7 @@ def readers() -> tuple[type[Image], ...]:
 
 
 def image_suffixes() -> frozenset[str]:
-    """Suffixes of files and folders that are images, as the readers declare them."""
+    """Return the suffixes of files and folders that are images, as the readers declare them."""
     return frozenset(suffix for reader in readers() for suffix in reader.suffixes | reader.folder_suffixes)
 
 
@@ -273,7 +271,7 @@ def folder_suffixes() -> frozenset[str]:
 
 
 def _head(path: Path) -> bytes:
-    """The first 64 bytes of a regular file, none for a folder. A FIFO is not opened, since that would wait."""
+    """Return the first 64 bytes of a regular file, none for a folder. Opening a FIFO would wait."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):

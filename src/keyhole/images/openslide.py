@@ -16,7 +16,7 @@ from keyhole.images.geometry import Box, Level, Size, downsample_of, same_shape
 from keyhole.images.image import Image, Pixels
 from keyhole.images.pixels import on_white
 from keyhole.images.scale import Scale, agreed, plausible_scale
-from keyhole.images.tiff_file import check_segment, check_tiles, is_tiff, vendor_of
+from keyhole.images.tiff_file import TIFF_MAGIC, check_segment, check_tiles, vendor_of
 from keyhole.images.tiff_layout import per_length
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class OpenSlideImage(Image):
         with faults_of(path, "damaged slide"), path.open("rb") as file:
             head = file.read(64)
         # libopenslide ends the process where an allocation fails, and keeps the highest eight bits of 16
-        depth = check_tiles(path) if is_tiff(head) else 1
+        depth = check_tiles(path) if head[:4] in TIFF_MAGIC else 1
         self._lock = threading.Lock()
         slide = self._open()
         with faults_of(path, "damaged slide"):
@@ -67,7 +67,7 @@ class OpenSlideImage(Image):
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
-        if is_tiff(head):  # plain TIFF that TiffImage refuses would come out wrong here
+        if head[:4] in TIFF_MAGIC:  # plain TIFF that TiffImage refuses would come out wrong here
             return vendor_of(path) is not None
         return bool(head) and path.suffix.lower() in _SUFFIXES
 

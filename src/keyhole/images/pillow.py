@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _FORMATS = {
-    # What the file starts with -> the only Pillow plugins that may read it: none that starts another program.
+    # First bytes of the file -> the Pillow plugins that may read it, none of which starts another program.
     b"\x89PNG\r\n\x1a\n": ("PNG",),
     b"\xff\xd8\xff": ("JPEG",),  # opens MPO too
     b"RIFF": ("WEBP",),
@@ -88,6 +88,7 @@ class PillowImage(Image):
         self._pixels: Pixels | None = None
         self._damage: str | None = None
         self._closed = False
+        self.held_pixels = self.size.width * self.size.height
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
@@ -160,17 +161,13 @@ class PillowImage(Image):
         pixels.flags.writeable = False
         return pixels
 
-    @property
-    def held_pixels(self) -> int:
-        return self.size.width * self.size.height
-
     def close(self) -> None:
         with self._lock:
             self._pixels, self._closed = None, True
 
 
 def eight_bit_pixels(picture: Picture) -> Pixels:
-    """(h, w, 1 or 3) of any mode that Pillow decodes to."""
+    """Return (h, w, 1 or 3) uint8 of a picture in any mode with 8 bits a value."""
     grey = picture.mode in _GREY
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"grey values of the kind {picture.mode}; save it with 8 or 16 bits")
@@ -194,8 +191,10 @@ def _orientation(picture: Picture, path: Path) -> int:
 
 
 def image_in_memory(picture: NDArray[Any] | Picture) -> ArrayImage:
-    """The picture as `open_image` gives one from a file: upright, on white; ImageError for anything but a Pillow
-    picture of 8 bits a value or a uint8 array (h, w, 3), (h, w, 1) or (h, w)."""
+    """Return a Pillow picture or an array as `open_image` returns a file: upright, on white.
+
+    Raises ImageError unless it is a picture of 8 bits a value or a uint8 array (h, w, 3), (h, w, 1) or (h, w).
+    """
     import PIL.Image
 
     if isinstance(picture, PIL.Image.Image):
@@ -215,7 +214,7 @@ def image_in_memory(picture: NDArray[Any] | Picture) -> ArrayImage:
 
 
 def _array_problem(pixels: NDArray[Any]) -> str:
-    """What to do about an array that is not an image; "" where it is one."""
+    """Return how to make an image of an array that is none; "" if it is one."""
     if pixels.dtype != np.uint8:
         one = pixels.dtype.kind == "f"
         return "Values of 0 ... 1: (255 * array).round().astype('uint8')." if one else "Scale the values to 0 ... 255."
@@ -227,8 +226,8 @@ def _array_problem(pixels: NDArray[Any]) -> str:
     return ""
 
 
-# Pillow cuts or shifts other than 8 bits a value to 8: a JPEG 2000 of 12 bits in colour becomes black, and a PNG of 16
-# bits in colour loses the lower bits. So the values as they are stored are decoded here.
+# Pillow cuts or shifts other values to 8 bits: a JPEG 2000 of 12 bits in colour becomes black, and a PNG of 16 bits in
+# colour loses the lower bits. So their stored values are decoded here.
 
 
 class Stored(NamedTuple):
@@ -240,7 +239,7 @@ class Stored(NamedTuple):
 
 
 def _stored_as(path: Path, picture: Picture) -> Stored | None:
-    """How a picture is stored that `_values_of` has to decode; None where Pillow is right, ValueError if not read."""
+    """Return how a picture for `_values_of` is stored; None if Pillow decodes it, ValueError if it is not read."""
     if picture.format not in _HEAD_BYTES:
         return None
     with path.open("rb") as file:
@@ -262,7 +261,7 @@ def _stored_as(path: Path, picture: Picture) -> Stored | None:
 
 
 def _values_of(path: Path, picture: Picture, stored: Stored) -> NDArray[Any]:
-    """Values (h, w, samples) as they are stored, alpha last where there is one."""
+    """Return values (h, w, samples) as they are stored, with alpha last if there is one."""
     import imagecodecs
 
     if picture.format == "PPM" and stored.colors == 3:
@@ -296,7 +295,7 @@ def _jpeg2000(head: bytes, mode: str) -> Stored | None:
 
 
 def _maxval(head: bytes) -> int:
-    """The largest value that the header of a PGM or PPM states; its fields may stand between comments."""
+    """Return the largest value that the header of a PGM or PPM states; comments may separate its fields."""
     fields: list[bytes] = []
     for line in head.split(b"\n"):
         fields += line.partition(b"#")[0].split()

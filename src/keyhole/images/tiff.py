@@ -19,7 +19,7 @@ from keyhole.images.faults import ends_early, faults_of
 from keyhole.images.geometry import Size
 from keyhole.images.jpeg import Coded
 from keyhole.images.pixels import Pixels
-from keyhole.images.tiff_file import BLOCK, CONVERT, MAX_SEGMENT_PIXELS, is_tiff, vendor_of
+from keyhole.images.tiff_file import BLOCK, CONVERT, MAX_SEGMENT_PIXELS, TIFF_MAGIC, vendor_of
 from keyhole.images.tiff_layout import read_layout
 from keyhole.images.tile_cache import TILE_CACHE
 from keyhole.images.tiles import TiledImage
@@ -61,7 +61,7 @@ class TiffImage(TiledImage):
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
-        return is_tiff(head) and vendor_of(path) is None
+        return head[:4] in TIFF_MAGIC and vendor_of(path) is None
 
     def settle_bits(self, given: int | None) -> None:
         super().settle_bits(given)

@@ -37,7 +37,8 @@ BLOCK = 1024
 CONVERT = "Convert it to a tiled pyramid: vips tiffsave IN.tif OUT.tif --tile --pyramid --compression jpeg --bigtiff"
 
 _CHECKED_BLOCK = 65536  # entries that are read at a time when a file is opened and all are checked
-_MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
+TIFF_MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
+"""First bytes of TIFF and BigTIFF, and the order of their bytes."""
 _JPEG2000_APERIO = (33003, 33005)
 _FOCAL_PLANE = 65424  # Hamamatsu's tag for the place of a page in depth
 _OFFSETS, _COUNTS = (324, 273), (325, 279)  # tags of tables: of tiles, else of strips
@@ -81,7 +82,7 @@ class ShortTables:
         self._shown: dict[int, bytes] = {}
         self._tables: dict[tuple[int, int], TileTable] = {}
         head = file.read(16)
-        self._order = _MAGIC.get(head[:4], "")
+        self._order = TIFF_MAGIC.get(head[:4], "")
         if not self._order or len(head) < 8:
             raise ImageError(path, "not a TIFF: its first bytes are damaged. Copy it again.")
         big, ndpi = b"+" in head[2:4], path.suffix.lower() == ".ndpi"
@@ -182,11 +183,6 @@ class ShortTables:
 
     def tell(self) -> int:
         return self._file.tell()
-
-
-def is_tiff(head: bytes) -> bool:
-    """Whether a file that starts with `head` is a TIFF or BigTIFF."""
-    return head[:4] in _MAGIC
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,9 @@ def decoded_bytes(image: Image, level: int = 0) -> int:
 
 
 def fits(total_bytes: int, limit_gb: float | None) -> tuple[bool, str]:
-    """Decide whether decoded images, of `total_bytes` together, stay in memory; return that and a line for the log.
+    """Decide whether decoded images of `total_bytes` in all stay in memory; also return a line for the log.
 
-    `limit_gb` are GB that they may take; None is a quarter of the memory that is free now, 0 keeps none.
+    `limit_gb` are the GB that they may take; None is a quarter of the memory that is free now, 0 keeps none.
     """
     size = f"{memory_text(total_bytes)} decoded"
     if limit_gb == 0:
@@ -82,11 +83,11 @@ MaskKey = tuple[Path, Rule, Path | None]
 """Image, foreground rule, and file of the mask where it has one."""
 
 
+@dataclass(eq=False)
 class MaskCache:
-    """Foreground masks, packed to about a hundredth, so that those of a thousand slides may stay."""
+    """Foreground masks, packed to about a hundredth, so that those of a thousand slides fit into memory."""
 
-    def __init__(self) -> None:
-        self._packed: dict[MaskKey, tuple[tuple[int, ...], bytes]] = {}
+    _packed: dict[MaskKey, tuple[tuple[int, ...], bytes]] = field(default_factory=dict)
 
     def __contains__(self, key: MaskKey) -> bool:
         return key in self._packed
@@ -105,29 +106,29 @@ class MaskCache:
         return sum(len(packed) for _, packed in self._packed.values())
 
 
+@dataclass(eq=False)
 class ImageCache:
     """Opens images, from their files each time or, with `keep`, once and then from memory. Thread-safe.
 
-    Args:
+    Attributes:
         keep: whether decoded images stay in memory.
         masks: those of another cache, so that no mask is made twice in a run; masks stay in memory in either case.
         image: the only image, which is in memory already; paths are then only its name.
     """
 
-    def __init__(self, keep: bool = False, masks: MaskCache | None = None, image: ArrayImage | None = None) -> None:
-        self.keep = keep
-        self.masks = MaskCache() if masks is None else masks
-        self.image = image
-        self._lock = threading.Lock()
-        self._locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
-        self._damaged: set[Path] = set()
-        self._resident: defaultdict[Path, dict[int, ResidentImage]] = defaultdict(dict)
+    keep: bool = False
+    masks: MaskCache = field(default_factory=MaskCache)
+    image: ArrayImage | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _locks: defaultdict[Path, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
+    _damaged: set[Path] = field(default_factory=set)
+    _resident: defaultdict[Path, dict[int, ResidentImage]] = field(default_factory=lambda: defaultdict(dict))
 
     def open(self, path: Path, level: int | Callable[[Image], int] = 0, bits: int | None = None) -> Image:
         """Open an image, which the caller closes. Changing its `mpp` changes no other.
 
-        `level` will be read, or is a function that returns that for the image. A file that is damaged somewhere is not
-        kept, so that its other parts can be read.
+        `level` is the level to read, or a function that returns it for the image. A damaged file is not kept, so that
+        its other parts can be read.
         """
         if not self.keep or path in self._damaged:
             return self._file(path, bits)
@@ -150,7 +151,7 @@ class ImageCache:
     def foreground(
         self, path: Path, rule: Rule, mask: Path | None = None, bits: int | None = None
     ) -> NDArray[np.bool_]:
-        """Return the foreground mask (rows, cols) of an image by a rule that has one; only the first call reads a file.
+        """Return the foreground mask (rows, cols) of an image by a rule that has one; only the first call reads files.
 
         `mask` is the file of the mask, for the rule `mask` only.
         """
@@ -165,6 +166,6 @@ class ImageCache:
         return open_image(path, bits) if self.image is None else copy.copy(self.image)
 
     def _lock_of(self, path: Path) -> threading.Lock:
-        """Each image is read once, and a file that hangs blocks only those who need it."""
+        """Return the lock of one image: it is read once, and a file that hangs blocks only those that need it."""
         with self._lock:
             return self._locks[path]
