@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
     if options.out is None:
         raise ConfigError("--out is missing: keyhole predict RUN IMAGES... --out DIR, a folder for the results")
 
-    from keyhole.data.rows import new_images
+    from keyhole.data.unlabelled import new_images
     from keyhole.images.scale import given_scale
 
     mpp = None if options.mpp is None else given_scale(options.mpp)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -119,3 +120,32 @@ def _file_names(folder: Path) -> frozenset[str]:
         return frozenset()
     with os.scandir(folder) as entries:
         return frozenset(entry.name for entry in entries if entry.is_file())
+
+
+def feature_names(folder: Path, items: Sequence[Item]) -> dict[str, Path]:
+    """Return the file of each image: `a.h5`, `a.svs.h5` where there are several a, else `normal/a.svs.h5`.
+
+    `--data.features` finds them under these names. Upper and lower case count as equal, as on some file systems.
+    """
+    named: dict[str, str] = {}
+    ways: list[Callable[[Item], str]] = [
+        lambda item: item.image.stem,
+        lambda item: item.image.name,
+        lambda item: PurePosixPath(item.name).as_posix(),
+    ]
+    left = list(items)
+    for way in ways:
+        counts = Counter(way(item).lower() for item in left)
+        taken = {name.lower() for name in named.values()}
+        alone = [item for item in left if counts[way(item).lower()] == 1 and way(item).lower() not in taken]
+        named |= {item.name: way(item) for item in alone}
+        left = [item for item in left if item.name not in named]
+    inside = [PurePosixPath(name) for name in named.values()]
+    wrong = [path for path in inside if path.is_absolute() or ".." in path.parts]
+    if left or wrong:
+        which = left[0].name if left else str(wrong[0])
+        raise DataError(
+            f"{which}: another image has the same file name, so their features would have one name. Rename one, or "
+            "give paths relative to one folder (--root)."
+        )
+    return {item.name: folder / f"{named[item.name]}.h5" for item in items}

@@ -100,3 +100,8 @@ class DataTable:
 def absolute(path: str | Path) -> Path:
     """Return the absolute path without `..` and without resolving links, whose own names are what a user knows."""
     return Path(os.path.abspath(path))  # noqa: PTH100 - `resolve` would follow links
+
+
+def exists(path: Path) -> bool:
+    """Return whether a file or folder exists; unlike `Path.exists`, also for a name too long for the system."""
+    return os.path.exists(path)  # noqa: PTH110

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from keyhole.data.companions import FEATURE_FOLDERS
-from keyhole.data.item import FEATURE_SUFFIXES, LeftOut, absolute
+from keyhole.data.item import FEATURE_SUFFIXES, LeftOut, absolute, exists
 from keyhole.errors import DataError
 from keyhole.images.image import folder_suffixes, image_suffixes
 
@@ -95,7 +95,7 @@ def expand_images(
             left_out += [LeftOut(str(path / other.name), other.reason) for other in others]
             if not files:
                 left_out.append(LeftOut(str(path), "a folder without images"))
-        elif os.path.exists(path):  # noqa: PTH110 - Path.exists raises on a name too long for the system
+        elif exists(path):
             found[path] = None
         elif missing == "skip":
             left_out.append(LeftOut(str(path), "no such file or folder"))

@@ -1,4 +1,4 @@
-"""The usable rows of a CSV or folder, each image once, with a label and a file; and new images for a trained model."""
+"""The usable rows of a CSV or folder: each image once, with a label and a file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from keyhole.config.settings import DataConfig
 from keyhole.data.columns import with_columns_read, without_missing_words
-from keyhole.data.companions import masks_in, with_companions
-from keyhole.data.item import SPLITS, DataTable, Item, LeftOut, Row, absolute
-from keyhole.data.listing import expand_images
+from keyhole.data.companions import with_companions
+from keyhole.data.item import SPLITS, DataTable, Item, LeftOut, Row, absolute, exists
 from keyhole.data.read_csv import FILES, read_csv
 from keyhole.data.read_folder import read_folder
 from keyhole.errors import ConfigError, DataError
@@ -21,7 +19,6 @@ from keyhole.images.image import folder_suffixes
 from keyhole.util.wording import listed
 
 MISSING_FILE = "no such file"
-LIST_SUFFIXES = (".csv", ".tsv", ".txt")
 SAMPLE_FILES = 16  # number of files that are looked up first, to rule out a folder quickly
 
 
@@ -163,7 +160,7 @@ def moved_to(manifest: Path, table: DataTable, root: Path) -> DataTable:
 
     def now(file: Path) -> Path:
         new = root / file.relative_to(old) if file.is_relative_to(old) else file
-        return new if _exists(new) else file
+        return new if exists(new) else file
 
     rows = []
     for row in table.rows:
@@ -177,64 +174,10 @@ def _old_root(files: Sequence[Path], common: Path, root: Path) -> Path | None:
     best, most = None, 0
     sample = files[:: max(1, len(files) // SAMPLE_FILES)]
     for old in (common, *common.parents):
-        if any(_exists(root / file.relative_to(old)) for file in sample):
-            count = sum(_exists(root / file.relative_to(old)) for file in files)
+        if any(exists(root / file.relative_to(old)) for file in sample):
+            count = sum(exists(root / file.relative_to(old)) for file in files)
             if count > most:
                 best, most = old, count
             if most == len(files):
                 break
     return best
-
-
-def _exists(path: Path) -> bool:
-    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises on a name too long for the system
-
-
-def new_images(
-    paths: Sequence[Path],
-    missing: Literal["fail", "skip"] = "fail",
-    mpp: float | None = None,
-    masks: Path | None = None,
-) -> tuple[list[Item], list[LeftOut]]:
-    """Return the images to predict, each once, under the names that the user gave them; and what is not used.
-
-    Of a CSV, `mpp`, `mask`, `features` and `name` are read too; they also apply to a file that is named by itself.
-    `mpp` and the folder `masks` are for images for which no CSV states them.
-    """
-    tables = [path for path in paths if path.suffix.lower() in LIST_SUFFIXES and path.is_file()]
-    others = [path for path in paths if path not in tables]
-    items: dict[Path, Item] = {}
-    left_out: list[LeftOut] = []
-    for table in tables:
-        found, unused = _from_csv(table, missing)
-        left_out += unused
-        for item in found:
-            before = items.setdefault(item.image, item)
-            if (before.mpp, before.mask, before.features) != (item.mpp, item.mask, item.features):
-                raise DataError(f"{item.name}: two rows differ in its mpp, mask or features. Keep one row per image.")
-    if others or not tables:
-        files, unused = expand_images(others, missing)
-        left_out += unused
-        given = {absolute(path): path for path in reversed(others)}
-        for file in files:
-            folder = next(path for path in (file, *file.parents) if path in given)
-            items.setdefault(file, Item(str(given[folder] / file.relative_to(folder)), file, {}))
-    if not items:
-        raise DataError(f"{listed(map(str, tables))}: none of the images is there. Give image files or folders.")
-    completed = [replace(item, mpp=mpp) if item.mpp is None else item for item in items.values()]
-    if masks is not None:
-        completed = [replace(item, mask=item.mask or masks_in(masks).find(item)) for item in completed]
-    return completed, left_out
-
-
-def _from_csv(table: Path, missing: Literal["fail", "skip"]) -> tuple[list[Item], list[LeftOut]]:
-    read = read_csv(table)
-    items = [row.item for row in read.rows]
-    gone = [item for item in items if not _exists(item.source)]
-    if gone and missing == "fail":
-        raise DataError(
-            f"{table}: {len(gone)} of {len(items)} image files are not there: {listed(str(i.source) for i in gone)}. "
-            "Relative paths start from the CSV's folder; --on-bad-image skip leaves them out."
-        )
-    unused = [*read.left_out, *(LeftOut(item.name, f"no such file: {item.source}") for item in gone)]
-    return [item for item in items if item not in gone], unused

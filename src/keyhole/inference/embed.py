@@ -23,7 +23,9 @@ from keyhole.config.settings import (
     SelectConfig,
     TrainConfig,
 )
+from keyhole.data.companions import feature_names
 from keyhole.data.manifest import write_left_out
+from keyhole.data.unlabelled import items_to_embed
 from keyhole.engine import Engine
 from keyhole.engine.device import choose_device, choose_precision
 from keyhole.engine.embedding import encoder_alone
@@ -32,7 +34,6 @@ from keyhole.engine.memory.plan import CPU_CHUNK, OptionNames, Plan, make_plan
 from keyhole.engine.memory.probe import Workload
 from keyhole.engine.opening import open_reader, settle_edge
 from keyhole.errors import ConfigError, DataError, KeyholeError, RunError
-from keyhole.inference.embed_items import feature_names, items_to_embed
 from keyhole.inference.embedding_files import EmbeddingFiles, image_bytes, own_settings, settings_of, unfinished_files
 from keyhole.nn import IPSClassifier
 from keyhole.nn.build import build_encoder, embedding_width, patch_shape

@@ -17,8 +17,8 @@ from keyhole.data.item import SPLITS, Finding, Item, LeftOut, warning
 from keyhole.data.listing import PREVIEW_LIST, listed_previews
 from keyhole.data.manifest import Manifest, read_manifest, write_csv
 from keyhole.data.rows import MISSING_FILE
+from keyhole.data.unlabelled import items_to_embed, without_labels
 from keyhole.errors import OutputError
-from keyhole.inference.embed_items import items_to_embed, without_labels
 from keyhole.patches.image_cache import fits
 from keyhole.report.mask_preview import preview_names
 from keyhole.tools.check.findings import about_bits, about_content, about_images, about_labels, count_classes
