@@ -57,7 +57,7 @@ def encoded(encoder: Callable[..., Tensor], pixels: Tensor, color: Tensor | None
 
 
 class Heads(nn.Module):
-    """A head for each task, numbered in the state: a column such as `tumor.grade` is no name for a module."""
+    """A head for each task, by number in the state: a column such as `tumor.grade` is not a valid name of a module."""
 
     def __init__(self, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -219,13 +219,13 @@ class IPSClassifier(nn.Module):
         Args:
             patches: (b n ...) in memory; on any device.
             m: patches to keep; all where an image has fewer.
-            chunk: I of the rule "streaming".
+            chunk: I of the rule "streaming"; with "global" the number of patches to encode at once.
             rule: "global" (independent of order and chunk) or "streaming" (as published).
             position: as in `forward`; default 0 ... n-1 for the 1-D code.
             mask: True where there is a patch, for bags of different size.
-            at_once: patches to encode at once; default `chunk`. Where the encoder is compiled it should stay the same.
-                For features on a GPU give tens of thousands: the work on each is small, and launching it is not.
-            encode: loose patches, uint8 as they are read (k h w c), to embeddings (k d); default is `encode`.
+            at_once: patches to encode at once; default `chunk`. With a compiled encoder it should stay the same. For
+                features on a GPU use tens of thousands, since launching the work takes longer than the work.
+            encode: loose patches, uint8 as they are read (k h w c), -> embeddings (k d); default `IPSClassifier.encode`.
 
         Returns:
             Selection with `index` (b m) best first and, under "global", `logits` (b n h t).

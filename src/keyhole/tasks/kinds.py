@@ -206,7 +206,7 @@ def _check_several(name: str, labels: Sequence[str]) -> None:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    # From the side on which the power cannot overflow.
+    # of a negative number, which cannot overflow
     power = np.exp(-np.abs(x))
     return np.asarray(np.where(x >= 0, 1.0, power) / (1.0 + power))
 
@@ -214,13 +214,13 @@ def _sigmoid(x: Floats) -> Floats:
 # A column of labels -> its task
 
 MAX_NUMBERED_CLASSES = 20
-"""A column of whole numbers with more distinct values than this is taken for a quantity."""
+"""A column of whole numbers with more distinct values is a quantity."""
 
 _WORDS_FOR_MISSING = {"na", "n/a", "nan", "none", "null", "inf", "-inf", "?", "-"}
 
 
 def infer_task(name: str, texts: Iterable[str], kind: str | None = None) -> Task:
-    """Return the task that a column of labels poses; empty texts are unknown labels.
+    """Infer the task of a column of labels; empty texts are unknown labels.
 
     Without a `kind`, any `|` makes it multilabel, numbers with a fraction or with more than `MAX_NUMBERED_CLASSES`
     distinct values regression, two distinct values binary, and everything else multiclass. The positive class of a

@@ -1,4 +1,4 @@
-"""What the text of a label says: a number, several labels, or a class that is positive by its name."""
+"""Reads the text of a label: a number, several labels, or a class that is positive by its name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 def is_number(text: str) -> bool:
     """Return whether a text is a finite number."""
-    # `float` alone would also take `nan`, `infinity` and class names such as `10_2`.
+    # `float` alone also accepts `nan`, `infinity` and class names such as `10_2`
     return _NUMBER.fullmatch(text) is not None and abs(float(text)) < _LARGEST_NUMBER
 
 

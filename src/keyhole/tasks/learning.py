@@ -23,11 +23,11 @@ from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
 from keyhole.tasks.metrics import task_metrics
 
 EVEN_MARGIN = 0.05
-"""Attention is equal where no patch has more than this share above 1 / M."""
+"""Attention is even if no patch has more than this share above 1 / M."""
 LEARNED_LOSS = 0.95
-"""A loss below this share of that of guessing speaks for the model, however few images there are."""
+"""A model with a loss below this share of the loss of guessing has learned, even on few images."""
 LEARNED_METRIC = 0.8
-"""An AUROC or balanced accuracy of at least this speaks for the model, however few images there are."""
+"""A model with at least this AUROC or balanced accuracy has learned, even on few images."""
 MIN_NUMBERS = 4
 """Fewest images of a regression for a verdict."""
 
@@ -66,7 +66,7 @@ class Learning:
 
     @property
     def learned(self) -> bool | None:
-        """Whether the model is better than guessing in any task; None where no task can tell."""
+        """Whether the model is better than guessing in any task; None if no task can tell."""
         told = [task.learned for task in self.tasks if task.learned is not None]
         return any(told) if told else None
 
@@ -88,9 +88,9 @@ class Learning:
 
 
 def unevenness(attention: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
-    """Return by task how far the largest attention of the m kept patches lies above 1 / m, as a share of 1 / m.
+    """Return by task by which share of 1 / m the largest attention of the m kept patches exceeds 1 / m.
 
-    0 is equal attention for all, m - 1 all attention on one patch; -1 stands for a single kept patch.
+    0 is equal attention for all, m - 1 all attention on one patch, and -1 a single kept patch.
     """
     return {
         task: float(len(weights) * weights.astype(np.float64).max() - 1) if len(weights) > 1 else -1.0
@@ -163,7 +163,7 @@ def _judge_numbers(nothing: TaskLearning, measures: RegressionMeasures) -> TaskL
 
 
 def _is_below(difference: NDArray[np.float64], unit: NDArray[np.int64]) -> bool:
-    """Whether the mean over images is below 0 by more than chance, between units (one-sided t, 97.5 %)."""
+    """Return whether the mean over images is below 0 by more than chance, between units (one-sided t, 97.5 %)."""
     mean, units = float(difference.mean()), int(unit.max()) + 1
     apart = np.bincount(unit, difference - mean)
     error = np.sqrt(units / (units - 1) * float(apart @ apart)) / len(difference)

@@ -201,12 +201,12 @@ class Task:
 
     @property
     def positive(self) -> str | None:
-        """The class that precision, recall, F1 and average precision of a binary task are of; None for other kinds."""
+        """Class of a binary task for which precision, recall, F1 and average precision are computed, else None."""
         return None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What each number that `probability` returns is called."""
+        """Names of the numbers that `probability` returns."""
         return self.classes
 
     def describe(self) -> str:

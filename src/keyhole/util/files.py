@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from keyhole.errors import OutputError
 from keyhole.util.platform import lock_file, sync_folder
+from keyhole.util.wording import distinct
 
 MAX_NAME_LENGTH = 120
 """Characters of a file name made from a user's text; the end of a path says more than its beginning."""
@@ -118,18 +119,8 @@ def file_names(texts: Sequence[str], fallback: str) -> list[str]:
     >>> file_names(["grade", "Grade", "ER/PR status", ".."], "task")
     ['grade', 'Grade-2', 'ER_PR_status', 'task']
     """
-    found: list[str] = []
-    taken: set[str] = set()
-    for text in texts:
-        plain = "".join(char if (char.isalnum() and char.isascii()) or char in "-." else "_" for char in text)
-        plain = plain.strip("._")[-MAX_NAME_LENGTH:] or fallback
-        number, unique = 1, plain
-        while unique.lower() in taken:
-            number += 1
-            unique = f"{plain}-{number}"
-        taken.add(unique.lower())
-        found.append(unique)
-    return found
+    plain = (re.sub("[^A-Za-z0-9.-]", "_", text).strip("._")[-MAX_NAME_LENGTH:] or fallback for text in texts)
+    return distinct(plain, "{}-{}", str.lower)
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:

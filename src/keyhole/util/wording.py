@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 def nearest(wrong: str, known: Iterable[str], prefix: str = "", quote: str = "'") -> str:
@@ -38,16 +38,16 @@ def from_to(low: str, high: str, joint: str = " to ") -> str:
     return low if low == high else f"{low}{joint}{high}"
 
 
-def distinct(names: Iterable[str]) -> list[str]:
-    """Return the names, with a number after repeated ones: `a`, `b`, `a (2)`."""
-    found: dict[str, None] = {}
+def distinct(names: Iterable[str], form: str = "{} ({})", key: Callable[[str], str] = str) -> list[str]:
+    """Return the names, with a number after those whose `key` is repeated: `a`, `b`, `a (2)`."""
+    found: dict[str, str] = {}
     for name in names:
         number, unique = 1, name
-        while unique in found:
+        while key(unique) in found:
             number += 1
-            unique = f"{name} ({number})"
-        found[unique] = None
-    return list(found)
+            unique = form.format(name, number)
+        found[key(unique)] = unique
+    return list(found.values())
 
 
 def problem_and_fix(message: str) -> tuple[str, str]:

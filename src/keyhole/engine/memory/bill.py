@@ -13,16 +13,16 @@ from keyhole.engine.memory.probe import PassBytes, Workload
 from keyhole.engine.split import parts
 
 MAX_HELD_BYTES = 2**28
-"""Kept pixels of a batch that stay in host memory; more are read again, a part at a time, when they are needed."""
+"""Bytes of kept pixels of a batch that stay in host memory; beyond that they are read again, a part at a time."""
 MARGIN = 0.1
-"""Share of what a plan adds to the process that it leaves free, since predictions are not exact."""
+"""Share of a plan's bytes that it leaves free, since predictions are not exact."""
 BUFFERS, DECODED, TURNED = 2, 3, 1
-"""Copies of a chunk as read that a GPU holds: two buffers; where its patches are decoded there, what the decoder gives,
-the same in one tensor, and that of the chunk before; one more where decoded patches are turned."""
+"""Copies of a chunk as read on a GPU: two buffers; if it decodes JPEG, the decoder's output, the same in one tensor and
+that of the previous chunk; one more if decoded patches are turned."""
 STAGED_FEATURES = 3
-"""The same for stored features: two buffers, which are half as large for float16, and then two copies in float32."""
+"""The same for stored features: two buffers, of half the size for float16, which then has two copies in float32."""
 SORTING_BYTES = 32
-"""Bytes of a patch, beside its logits, while the best patches of an image are found."""
+"""Bytes of a patch, in addition to its logits, while an image is ranked."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Bill:
         return copies * work.patch_bytes * chunk
 
     def select(self, chunk: int, images: int) -> int:
-        """Return the bytes of the pass over all patches, while the logits of `images` images are held."""
+        """Return the bytes of the pass over all patches, which holds the logits of `images` images."""
         logits = 4 * self.scores * self.work.largest_bag
         ordering = logits + SORTING_BYTES * self.work.largest_bag
         return images * logits + max(self._gap(self.costs.score(chunk)), ordering)
@@ -88,7 +88,7 @@ class Bill:
         return self.now + self.added(chunk, split)
 
     def wanted(self, chunk: int, split: int | None) -> int:
-        """Return the budget that these sizes ask for."""
+        """Return the budget that these sizes need."""
         return self.now + math.ceil(self.added(chunk, split) * (1 + MARGIN))
 
     def best(self, budget: int, chunks: Sequence[int]) -> tuple[int, int | None] | None:

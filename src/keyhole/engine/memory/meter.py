@@ -36,7 +36,7 @@ def taken(device: torch.device) -> int:
 
 
 def comes_in_steps(device: torch.device) -> bool:
-    """Whether `growth` is a multiple of some size: torch's allocator for CUDA reserves 2 or 20 MB at a time."""
+    """Return whether `growth` comes in steps: torch's allocator for CUDA reserves 2 or 20 MB at a time."""
     return device.type == "cuda"
 
 
@@ -60,27 +60,25 @@ def growth(device: torch.device, function: Callable[[], object], repeats: int = 
 
 @cache
 def has_peak() -> bool:
-    """Whether this system keeps a peak of resident memory that a process may restart."""
+    """Return whether this system records a peak of resident memory that a process can reset."""
     return restart_peak()
 
 
 def give_back() -> None:
-    """Return memory that is free within malloc to the system, where malloc can do it (glibc)."""
-    trim = libc("malloc_trim")
-    if trim is not None:
+    """Return freed memory that malloc keeps to the system, with glibc."""
+    if (trim := libc("malloc_trim")) is not None:
         trim(0)
 
 
 def steady_heap(steady: bool = True, limited: bool = False) -> None:
-    """Let malloc (glibc) map each block of a tensor's size by itself and return it at once, or keep it in a heap.
+    """Make malloc (glibc) map each block of a tensor's size by itself and return it at once, or keep it in a heap.
 
-    Freed blocks in a heap leave gaps that fit the next ones badly: resident memory is a third above what is in use.
-    Returning them means that the system clears every page again for each layer, which took 1.3 to 2.5 times as long
-    with three encoders. So `steady`, which returns them at once, is for measuring, and for small budgets. With
-    `limited`, a budget that the user named, blocks of 32 MB and more are always mapped by themselves.
+    Freed blocks in a heap leave gaps that fit the next ones badly: resident memory is a third above what is in use. But
+    the system clears returned pages again for each layer, which took 1.3 to 2.5 times as long with three encoders. So
+    `steady`, which returns blocks at once, is for measuring and for small budgets. With `limited`, under a budget that
+    the user named, blocks of 32 MB and more are always mapped by themselves.
     """
-    mallopt = libc("mallopt")
-    if mallopt is not None:
+    if (mallopt := libc("mallopt")) is not None:
         mallopt(M_MMAP_THRESHOLD, 2**20 if steady else 2**25 if limited else 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**24 if steady else 2**26 if limited else NEVER)
 

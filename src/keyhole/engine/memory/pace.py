@@ -35,9 +35,9 @@ from keyhole.util.platform import peak_memory, resident_memory, restart_peak
 T = TypeVar("T")
 
 MAX_PREDICTED_PATCHES = 250_000
-"""Patches of an image that a plan for predicting has room for."""
+"""Largest image of a plan for predicting, in patches."""
 EPOCHS_TO_SETTLE = 2
-"""Epochs after which a process has everything that it needs: images decoded once, kernels, caches."""
+"""Epochs after which a process has all that it needs: images decoded once, kernels, caches."""
 
 
 class Pace:
@@ -62,7 +62,7 @@ class Pace:
 
         Args:
             step: the pass that becomes smaller; the other one keeps its size.
-            work: leaves nothing behind when it fails, except for what `again` undoes.
+            work: must have no effect when it fails, except what `again` undoes.
             again: called before each repetition.
         """
         if self._watched and not self._allowed:
@@ -126,7 +126,7 @@ class Pace:
     def _shrink(self, smaller: Plan, why: str) -> None:
         self.warn(f"{why}; going on with less at a time ({smaller.describe()})")
         self.plan = smaller
-        gc.collect()  # what the failed attempt held
+        gc.collect()  # frees what the failed attempt held
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -149,11 +149,7 @@ def prediction_plan(encoders: Encoders, config: Config) -> Plan:
 
 
 def fixed_chunk(select: SelectConfig) -> int | None:
-    """Return the patches that are encoded at once if the user has fixed them.
-
-    The `chunk` of the rule `streaming` is another: it takes I patches at a time to its memory, however many have been
-    encoded together.
-    """
+    """Return how many patches are encoded at once if the user has fixed it; the `chunk` of "streaming" is another."""
     return None if RULES[select.rule].own_chunk else select.chunk
 
 

@@ -25,7 +25,7 @@ from keyhole.nn.tensors import AsRead, as_read, values_of
 from keyhole.util.budget import out_of_memory
 
 ENOUGH_BYTES = 2**28
-"""Growth that is measured well; larger probes would only take longer."""
+"""Growth that is measured well; larger probes only take longer."""
 ENOUGH_SECONDS = 0.5
 REPEATS = 2
 """Runs that one measurement spans: on a CPU the second one leaves gaps in the heap that the first one did not."""
@@ -162,9 +162,9 @@ class Probe:
 def _line(measure: Callable[[int], int], most: int, room: int, steps: bool) -> Line:
     """Measure growing sizes up to `most`, at least two where there is room, and fit a line through the last two.
 
-    Each size is measured twice and the smaller figure taken: what a first run leaves for good (kernels, plans, threads)
-    is not part of what a pass needs. Where bytes come in `steps`, a growth that is small beside a step says nothing
-    about a patch, and a first run that is slow because libraries are loaded is not a reason to stop.
+    Each size is measured twice and the smaller figure taken, since the first run also allocates what stays for good:
+    kernels, plans, threads. Where bytes come in `steps`, a growth that is small beside a step says nothing about a
+    patch, and a first run that is slow because libraries are loaded is not a reason to stop.
     """
     points: list[tuple[int, int]] = []
     k = min(FIRST_PATCHES, most)
