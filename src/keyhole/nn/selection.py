@@ -193,9 +193,13 @@ class Selector:
     def __init__(
         self, counts: Sequence[int], m: int, chunk: int, rule: Rule = "global", keep_logits: bool = False
     ) -> None:
-        _check(m, chunk, rule)
-        self._rule, self._keeps_logits = RULES[rule](m, chunk), keep_logits
-        self._images = [_Image(n, keep_logits or self._rule.needs_logits) for n in counts]
+        if m < 1 or chunk < 1:
+            raise ValueError(f"`m` (={m}) and `chunk` (={chunk}) must be at least 1")
+        if rule not in RULES:
+            raise ValueError(f"rule (={rule!r}) must be one of {', '.join(map(repr, RULES))}")
+        self.rule, self._keeps_logits = RULES[rule](m, chunk), keep_logits
+        self._stores = keep_logits or self.rule.needs_logits
+        self._images = [_Image(n, n) for n in counts]
         self._ended: list[int] = []  # images that are still to be settled
 
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
@@ -203,9 +207,15 @@ class Selector:
         owner = image.numpy()
         if not len(owner):
             return
-        self._rule.add(image, index, logits)
+        self.rule.add(image, index, logits)
         for start, stop in pairwise([0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(owner)]):
-            self._images[int(owner[start])].add(index[start:stop], logits, start)
+            state, rows = self._images[int(owner[start])], index[start:stop].numpy()
+            assert state.kept is None, "a patch arrived after its image was finished"
+            state.arrived = np.zeros(state.n, np.bool_) if state.arrived is None else state.arrived
+            assert not state.arrived[rows].any(), "a patch arrived twice"
+            state.arrived[rows] = True
+            if self._stores:
+                state.store(index[start:stop], logits[start:stop])
         self.skip(image)  # none of them is still to come
 
     def skip(self, image: Int[Tensor, " k"]) -> None:
@@ -215,9 +225,9 @@ class Selector:
             state = self._images[number]
             state.left -= count
             assert state.left >= 0, "more patches arrived or were skipped than the image has"
-            if state.left == 0:
-                self._end(number)
-        if self._rule.due:
+            if state.left == 0 and state.kept is None:
+                self._ended.append(number)
+        if self.rule.due:
             self._settle()
 
     def finished(self, image: int) -> bool:
@@ -226,59 +236,44 @@ class Selector:
 
     def finish(self, image: int) -> Kept:
         """Return what image number `image` keeps of the patches that have arrived; no more may be added."""
-        if not self.finished(image):
-            self._end(image)
-        if image in self._ended:
+        state = self._images[image]
+        if state.kept is None:
+            if image not in self._ended:
+                self._ended.append(image)
             self._settle()
-        kept = self._images[image].kept
-        assert kept is not None
-        return kept
-
-    def _end(self, number: int) -> None:
-        image = self._images[number]
-        if image.arrived is not None:
-            self._ended.append(number)
-            return
-        nothing = torch.zeros(image.n, dtype=torch.bool) if image.n else None
-        image.finish(Kept(torch.empty(0, dtype=torch.long), torch.empty(0), None, nothing))
+        assert state.kept is not None
+        return state.kept
 
     def _settle(self) -> None:
-        ended = {number: self._images[number].ended() for number in self._ended}
-        for number, best in self._rule.settle(ended).items():
+        ended = {}
+        for number in self._ended:
+            state = self._images[number]
+            if state.arrived is None:
+                nothing = torch.zeros(state.n, dtype=torch.bool) if state.n else None
+                state.kept = Kept(torch.empty(0, dtype=torch.long), torch.empty(0), None, nothing)
+            else:
+                arrived = None if state.arrived.all() else torch.from_numpy(state.arrived)
+                ended[number] = Ended(state.logits, arrived)
+        for number, best in self.rule.settle(ended).items():
             logits, arrived = ended[number]
-            self._images[number].finish(Kept(*best, logits if self._keeps_logits else None, arrived))
+            state = self._images[number]
+            state.kept = Kept(*best, logits if self._keeps_logits else None, arrived)
+            state.logits = state.arrived = None
         self._ended.clear()
 
 
-def _check(m: int, chunk: int, rule: str) -> None:
-    if m < 1 or chunk < 1:
-        raise ValueError(f"`m` (={m}) and `chunk` (={chunk}) must be at least 1")
-    if rule not in RULES:
-        raise ValueError(f"rule (={rule!r}) must be one of {', '.join(map(repr, RULES))}")
-
-
+@dataclass
 class _Image:
-    """State of an image of n patches: how many are `left`, which have `arrived` (n,), its logits, and what it keeps.
+    """State of an image of n patches."""
 
-    The logits are one block from the first patch on, since thousands of small tensors would fragment the memory.
-    """
+    n: int
+    left: int  # patches that have neither arrived nor been skipped
+    arrived: NDArray[np.bool_] | None = None  # (n,); None before the first patch
+    logits: Tensor | None = None  # one block (n h t), since thousands of small tensors would fragment the memory
+    kept: Kept | None = None
 
-    def __init__(self, n: int, stores: bool) -> None:
-        self.n = self.left = n
-        self.stores = stores
-        self.logits: Tensor | None = None
-        self.arrived: NDArray[np.bool_] | None = None
-        self.kept: Kept | None = None
-
-    def add(self, index: Int[Tensor, " k"], logits: Float[Tensor, "r h t"], start: int) -> None:
-        """Take k of the rows of a chunk's logits, from `start` on."""
-        assert self.kept is None, "a patch arrived after its image was finished"
-        rows, self.arrived = index.numpy(), np.zeros(self.n, np.bool_) if self.arrived is None else self.arrived
-        assert not self.arrived[rows].any(), "a patch arrived twice"
-        self.arrived[rows] = True
-        if not self.stores:
-            return
-        logits = logits[start : start + len(index)]
+    def store(self, index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
+        rows = index.numpy()
         first, last = int(rows[0]), int(rows[-1])
         in_order = last - first == len(rows) - 1 and bool((rows[1:] > rows[:-1]).all())
         if in_order and len(rows) == self.n:  # all at once: they are the block
@@ -290,13 +285,6 @@ class _Image:
             self.logits[first : last + 1] = logits  # patches mostly come in order: nothing has to reach the device
         else:
             self.logits[to_device(index, logits.device)] = logits
-
-    def ended(self) -> Ended:
-        assert self.arrived is not None
-        return Ended(self.logits, None if self.arrived.all() else torch.from_numpy(self.arrived))
-
-    def finish(self, kept: Kept) -> None:
-        self.kept, self.logits, self.arrived = kept, None, None
 
 
 def select_bags(
@@ -312,11 +300,11 @@ def select_bags(
 
     `chunk` is that of the rule, and `at_once` the number of patches that are scored at once, by default `chunk`.
     """
-    _check(m, chunk, rule)
     (b, n), size = shape, at_once or chunk
+    selector = Selector([n] * b, m, chunk, rule)
     count = b * n if mask is None else int(mask.sum())
     goes = [slice(start, start + size) for start in range(0, count, size)]
-    if (keep := RULES[rule].keep_bags) is not None and goes:
+    if (keep := selector.rule.keep_bags) is not None and goes:
         loose = torch.cat([score(go) for go in goes])
         if mask is None:
             return keep(loose.unflatten(0, shape), m)
@@ -325,7 +313,6 @@ def select_bags(
         return keep(bags, m, mask)
     on_host = torch.ones(b, n, dtype=torch.bool) if mask is None else mask.cpu()
     image, index = on_host.nonzero(as_tuple=True)
-    selector = Selector([n] * b, m, chunk, rule)
     selector.skip((~on_host).nonzero(as_tuple=True)[0])
     device = on_host.device
     for go in goes:

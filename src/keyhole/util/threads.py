@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from keyhole.errors import StalledRead
@@ -51,20 +52,21 @@ def reading_cores(available: int, beside_gpu: bool) -> int:
     return available - 1 if beside_gpu and available > 2 else available
 
 
+@dataclass(eq=False)
 class ReadTask(Generic[T]):
-    """A function for a reading thread, and its result. `name` is the file, for messages."""
+    """A function for a reading thread, and its result."""
 
-    def __init__(self, name: str, function: Callable[[], T], urgent: bool = False) -> None:
-        self.name, self.urgent = name, urgent
-        self.function: Callable[[], T] | None = function
-        self.since: float | None = None  # when it started or last called `beat`
-        self.thread: threading.Thread | None = None  # that runs it
-        self.done = False
-        self.awaited = False  # another thread waits for it
-        self.lost = False  # given up; its thread is still in it
-        self.followers: list[ReadTask[Any]] = []  # queued when this one has ended
-        self.error: BaseException | None = None
-        self.result: list[T] = []
+    name: str  # the file, for messages
+    function: Callable[[], T] | None
+    urgent: bool = False
+    since: float | None = None  # when it started or last called `beat`
+    thread: threading.Thread | None = None  # that runs it
+    done: bool = False
+    awaited: bool = False  # another thread waits for it
+    lost: bool = False  # given up; its thread is still in it
+    followers: list[ReadTask[Any]] = field(default_factory=list)  # queued when this one has ended
+    error: BaseException | None = None
+    result: list[T] = field(default_factory=list)
 
     def value(self) -> T:
         """Return what the function returned, or raise what it raised."""
@@ -135,12 +137,13 @@ class ReadingThreads:
                 now = time.monotonic()
                 if now >= end:
                     return
-                self._give_up(now)
-                if not task.done:
+                # a task that starts in the meantime cannot be late before `stall` from now
+                late = self.stall + min((running.since or now for running in self._running), default=now)
+                if late <= now:
+                    self._give_up(now)
+                else:
                     task.awaited = True
-                    # a task that starts in the meantime cannot be late before `stall` from now
-                    oldest = min((running.since or now for running in self._running), default=now)
-                    self.changed.wait(max(min(oldest + self.stall, end) - now, 0.001))
+                    self.changed.wait(max(min(late, end) - now, 0.001))
 
     def pause(self, seconds: float, stop: Callable[[], bool]) -> None:
         """Wait for `seconds`, or until `stop()` is true, which is called as in `wait`."""
