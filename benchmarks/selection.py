@@ -35,7 +35,7 @@ from selection_sides import Ours, Theirs, logits_error, overlap
 from keyhole.engine.device import Arithmetic, choose_device, choose_precision
 from keyhole.engine.encoders import CompileChoice, Encoders
 from keyhole.nn import IPSClassifier
-from keyhole.nn.cost import multiply_adds
+from keyhole.nn.encoder import multiply_adds
 
 EPOCHS = {"noise": 150, "canvases": 150, "scenes": 150, "features": 50}
 IMAGES = {"resnet18": 747, "tf_efficientnet_lite0": 747, "features": 270}

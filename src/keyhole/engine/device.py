@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from keyhole.errors import ConfigError
-from keyhole.nn.cost import has_depthwise, multiply_adds
+from keyhole.nn.encoder import has_depthwise, multiply_adds
 
 
 def choose_device(name: str, remedy: str = "", option: str = "--run.device") -> torch.device:

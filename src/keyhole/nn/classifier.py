@@ -211,7 +211,6 @@ class IPSClassifier(nn.Module):
         rule: Rule = "global",
         position: Shaped[Tensor, "b n ..."] | None = None,
         mask: Bool[Tensor, "b n"] | None = None,
-        at_once: int | None = None,
         encode: Callable[[Tensor], Tensor] | None = None,
     ) -> Selection:
         """Keep the m most salient patches of each image, without gradients and in evaluation mode.
@@ -219,13 +218,12 @@ class IPSClassifier(nn.Module):
         Args:
             patches: (b n ...) in memory; on any device.
             m: patches to keep; all where an image has fewer.
-            chunk: I of the rule "streaming"; with "global" the number of patches to encode at once.
+            chunk: patches to encode at once, and I of the rule "streaming". For features on a GPU use tens of
+                thousands, since launching the work takes longer than the work.
             rule: "global" (independent of order and chunk) or "streaming" (as published).
             position: as in `forward`; default 0 ... n-1 for the 1-D code.
             mask: True where there is a patch, for bags of different size.
-            at_once: patches to encode at once; default `chunk`. With a compiled encoder it should stay the same. For
-                features on a GPU use tens of thousands, since launching the work takes longer than the work.
-            encode: loose patches, uint8 as they are read (k h w c), -> embeddings (k d); default `IPSClassifier.encode`.
+            encode: loose patches, uint8 as they are read (k h w c), -> embeddings (k d); default `self.encode`.
 
         Returns:
             Selection with `index` (b m) best first and, under "global", `logits` (b n h t).
@@ -263,7 +261,7 @@ class IPSClassifier(nn.Module):
                     embedding = self.encode(prepare(pixels) if pixels.dtype == torch.uint8 else pixels)
                 return self.logits(embedding, None if where is None else where[rows], query)
 
-            return select_bags(score, (b, n), mask, m, chunk, rule, at_once)
+            return select_bags(score, (b, n), mask, m, chunk, rule)
 
     def train(self, mode: bool = True) -> "IPSClassifier":
         """Set training mode, except for parts whose parameters are all frozen: batch norm would go on learning there.

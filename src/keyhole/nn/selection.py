@@ -294,16 +294,12 @@ def select_bags(
     m: int,
     chunk: int,
     rule: Rule,
-    at_once: int | None = None,
 ) -> Selection:
-    """Select from b bags of n patches in memory; `score` gives the logits of loose patches, in the order of `mask`.
-
-    `chunk` is that of the rule, and `at_once` the number of patches that are scored at once, by default `chunk`.
-    """
-    (b, n), size = shape, at_once or chunk
+    """Select from b bags of n patches in memory; `score` gives the logits of loose patches, in the order of `mask`."""
+    b, n = shape
     selector = Selector([n] * b, m, chunk, rule)
     count = b * n if mask is None else int(mask.sum())
-    goes = [slice(start, start + size) for start in range(0, count, size)]
+    goes = [slice(start, start + chunk) for start in range(0, count, chunk)]
     if (keep := selector.rule.keep_bags) is not None and goes:
         loose = torch.cat([score(go) for go in goes])
         if mask is None:
