@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import resource
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +22,7 @@ from PIL import Image
 from keyhole.cli.main import main
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 COLORS = {"green": (40, 220, 40), "red": (220, 40, 40)}
 
 # the smallest settings that train: patches of 16 px, one narrow encoder, seconds on one core
@@ -104,6 +111,12 @@ def write_toy(folder: Path, count: int = 12, side: int = 64, seed: int = 0) -> P
     return folder
 
 
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 @contextmanager
 def small_files(limit: int) -> Iterator[None]:
     """As on a full disk: writing beyond `limit` bytes fails."""
@@ -113,6 +126,26 @@ def small_files(limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[Callable[[str], Any]]:
+    """Imports a module of the benchmarks by name, as their scripts do: from their own folder."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield import_module
+    sys.path.remove(str(BENCHMARKS))
+
+
+def script(path: Path) -> Any:
+    """A command without a suffix, as a module."""
+    name = f"{path.parent.name}_{path.name}"
+    spec = spec_from_loader(name, SourceFileLoader(name, str(path)))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -137,21 +170,50 @@ def toy_run(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return keyhole.train(toy, tmp_path_factory.mktemp("runs") / "toy", **SMALL).path
 
 
-Say = Callable[..., tuple[int, str]]
+class Said(NamedTuple):
+    """What a command line ended with."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def all(self) -> str:
+        """Everything that was printed."""
+        return self.out + self.err
+
+    def refusal(self) -> str:
+        """The one line that says what is wrong; progress may come before it."""
+        assert self.code == 2, self.err
+        assert "Traceback" not in self.err
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        assert sum(line.startswith("keyhole: ") for line in lines) == 1
+        assert lines[-1].startswith("keyhole: error: ")
+        return lines[-1]
+
+
+Say = Callable[..., Said]
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
-    """Runs a command line in an empty folder: exit code and all that is printed."""
+def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Say]:
+    """Runs a command line in an empty folder; one that takes two minutes fails."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "400")
 
-    def run(*words: str | Path) -> tuple[int, str]:
-        code = main([str(word) for word in words])
-        said = capsys.readouterr()
-        return code, said.out + said.err
+    def too_long(*_: object) -> None:
+        raise AssertionError("it hangs")
 
-    return run
+    def run(*words: str | Path) -> Said:
+        signal.alarm(120)
+        code = main([str(word) for word in words])
+        signal.alarm(0)
+        return Said(code, *capsys.readouterr())
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    yield run
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")

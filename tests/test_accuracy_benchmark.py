@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,16 +12,11 @@ import pytest
 from keyhole.cli.options import read
 from keyhole.cli.train import TrainOptions
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+Benchmark = Callable[[str], Any]
 
 
-def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module(name)
-
-
-def test_labels_of_a_canvas_follow_from_where_its_digits_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    mnist = module("megapixel_mnist", monkeypatch)
+def test_labels_of_a_canvas_follow_from_where_its_digits_are(benchmark: Benchmark) -> None:
+    mnist = benchmark("megapixel_mnist")
     # a digit is a square of one grey below that of any line, so that it can be found again
     pixels = np.broadcast_to(100 + np.arange(10, dtype=np.uint8)[:, None, None], (10, 28, 28))
     digits = mnist.Digits(pixels, np.arange(10))
@@ -44,8 +39,10 @@ def first_from_above(canvas: np.ndarray, digits: list[int]) -> int:
     return min(rows, key=lambda digit: rows[digit])
 
 
-def test_the_same_seed_gives_the_same_canvases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mnist = module("megapixel_mnist", monkeypatch)
+def test_the_same_seed_gives_the_same_canvases(
+    benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mnist = benchmark("megapixel_mnist")
     monkeypatch.setattr(mnist, "MNIST", tmp_path / "none")  # the digits that the package carries are there everywhere
     written = [mnist.write_canvases(tmp_path / name, {"train": 2, "test": 1}, 500) for name in ("one", "two")]
     assert written[0].read_text() == written[1].read_text()
@@ -56,8 +53,8 @@ def test_the_same_seed_gives_the_same_canvases(tmp_path: Path, monkeypatch: pyte
         assert one == two
 
 
-def test_splits_share_no_handwriting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    mnist = module("megapixel_mnist", monkeypatch)
+def test_splits_share_no_handwriting(benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mnist = benchmark("megapixel_mnist")
     monkeypatch.setattr(mnist, "MNIST", tmp_path / "none")
     digits = mnist.source_digits()
     seen = {split: {each.tobytes() for each in part.pixels} for split, part in digits.items()}
@@ -66,8 +63,8 @@ def test_splits_share_no_handwriting(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert all(set(part.labels) == set(range(10)) for part in digits.values())
 
 
-def test_a_difference_wider_than_the_spread_is_not_called_within(monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracy = module("accuracy", monkeypatch)
+def test_a_difference_wider_than_the_spread_is_not_called_within(benchmark: Benchmark) -> None:
+    accuracy = benchmark("accuracy")
     assert accuracy.compared({0: 0.90, 1: 0.92, 2: 0.91}, {0: 0.91, 1: 0.91, 2: 0.92}) == ("-0.0033", "yes")
     assert accuracy.compared({0: 0.90, 1: 0.91, 2: 0.90}, {0: 0.93, 1: 0.93, 2: 0.94})[1] == "no"
     assert accuracy.compared({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}) == ("+0.0000", "yes")
@@ -76,9 +73,9 @@ def test_a_difference_wider_than_the_spread_is_not_called_within(monkeypatch: py
 
 @pytest.mark.parametrize("name", ["DEMO", "MEGAPIXEL", "PUBLISHED"])
 def test_flags_of_a_study_are_a_setting_that_can_be_trained_in_full_and_in_short(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, benchmark: Benchmark
 ) -> None:
-    runs = module("accuracy_runs", monkeypatch)
+    runs = benchmark("accuracy_runs")
     study = getattr(runs, name)
     for each in (study, runs.shortened(study)):
         for path in runs.PATHS:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import pickle
 import shutil
-import signal
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import settings, small_files
+from conftest import Said, Say, csv_rows, settings, small_files
 from PIL import Image
 from processes import run_process
 from safetensors.torch import save_file
 
-from keyhole.cli.main import main
 from keyhole.runs.checkpoint import read_tensors, write_tensors
 
 SETTINGS = settings(train={"epochs": 1})
@@ -30,52 +26,6 @@ FLAGS = [
     for section, values in SETTINGS.items()
     for key, value in values.items()
 ]
-
-
-class Said(NamedTuple):
-    """What a command line ended with."""
-
-    code: int
-    out: str
-    err: str
-
-    def refusal(self) -> str:
-        """The one line that says what is wrong; progress may stand before it."""
-        assert self.code == 2, self.err
-        assert "Traceback" not in self.err
-        lines = [line for line in self.err.splitlines() if line.strip()]
-        assert sum(line.startswith("keyhole: ") for line in lines) == 1
-        assert lines[-1].startswith("keyhole: error: ")
-        return lines[-1]
-
-
-Say = Callable[..., Said]
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Say]:
-    """Runs a command line in an empty folder; one that hangs fails."""
-    monkeypatch.chdir(tmp_path)
-
-    def too_long(*_: object) -> None:
-        raise AssertionError("it hangs")
-
-    def run(*words: str | Path) -> Said:
-        signal.alarm(60)
-        code = main([str(word) for word in words])
-        signal.alarm(0)
-        said = capsys.readouterr()
-        return Said(code, said.out, said.err)
-
-    before = signal.signal(signal.SIGALRM, too_long)
-    yield run
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 # Images
@@ -156,10 +106,10 @@ def test_train_refuses_a_bad_image_or_leaves_it_out(name: str, say: Say, toy: Pa
     assert Path("runs").exists() == (name in FOUND_LATER)
     said = say("train", data, "--out=skipped", "--data.on-bad-image=skip", *flags)
     assert said.code == 0, said.err
-    (left,) = rows(Path("skipped/left_out.csv"))
+    (left,) = csv_rows(Path("skipped/left_out.csv"))
     assert left["name"] == str(faulty / name)
     assert_matches(FAULTS[name] + "|no such file", left["reason"])
-    assert len(rows(Path("skipped/predictions/train.csv"))) == 4
+    assert len(csv_rows(Path("skipped/predictions/train.csv"))) == 4
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -174,8 +124,8 @@ def test_predict_refuses_a_bad_image_or_leaves_it_out(
     said = say("predict", model, good, faulty / name, good.with_name("1.png"), "--out=out", "--on-bad-image=skip")
     assert said.code == 0, said.err
     assert said.out.splitlines()[-1] == "predicted: 2, left out: 1; in out"
-    assert len(rows(Path("out/predictions.csv"))) == 2
-    (left,) = rows(Path("out/left_out.csv"))
+    assert len(csv_rows(Path("out/predictions.csv"))) == 2
+    (left,) = csv_rows(Path("out/left_out.csv"))
     assert left["name"] == str(faulty / name)
     assert f"left out: {faulty / name}: " in said.err
 
@@ -193,9 +143,9 @@ def test_evaluate_refuses_a_bad_image_or_leaves_it_out(
     said = say(*words, "--on-bad-image=skip")
     assert said.code == 0, said.err
     assert "left out 1 image; see out/left_out.csv" in said.out
-    (left,) = rows(Path("out/left_out.csv"))
+    (left,) = csv_rows(Path("out/left_out.csv"))
     assert left["name"] == str(faulty / name)
-    assert len(rows(Path("out/predictions.csv"))) == 4
+    assert len(csv_rows(Path("out/predictions.csv"))) == 4
 
 
 def assert_matches(pattern: str, line: str) -> None:
@@ -207,7 +157,7 @@ def test_where_every_image_is_bad_there_is_nothing_to_leave_out(say: Say, toy: P
     bad = [faulty / "empty.png", faulty / "small.png"]
     line = say("predict", model, *bad, "--out=out", "--on-bad-image=skip").refusal()
     assert "none of the 2 images" in line
-    assert [left["name"] for left in rows(Path("out/left_out.csv"))] == list(map(str, bad))
+    assert [left["name"] for left in csv_rows(Path("out/left_out.csv"))] == list(map(str, bad))
     Path("bad.csv").write_text("image,label\n" + "".join(f"{path},red\n" for path in bad))
     line = say("evaluate", model, "--data=bad.csv", "--out=evaluation", "--on-bad-image=skip").refusal()
     assert "none of the 2 test images" in line
@@ -230,13 +180,13 @@ def test_a_class_that_loses_all_its_images_is_named(say: Say, toy: Path, faulty:
 def test_a_missing_image_of_another_split_does_not_stand_in_the_way(say: Say, toy: Path, toy_run: Path) -> None:
     shutil.copytree(toy, "data")
     assert say("train", "data", "--out=run", *FLAGS).code == 0
-    gone = next(Path(row["image"]) for row in rows(Path("run/manifest.csv")) if row["split"] == "train")
+    gone = next(Path(row["image"]) for row in csv_rows(Path("run/manifest.csv")) if row["split"] == "train")
     gone.unlink()
     assert str(gone) in say("evaluate", "run", "--split=train").refusal()
     assert say("evaluate", "run", "--split=test").code == 0
     said = say("evaluate", "run", "--split=train", "--on-bad-image=skip")
     assert said.code == 0, said.err
-    (left,) = rows(Path("run/evaluation/train/left_out.csv"))
+    (left,) = csv_rows(Path("run/evaluation/train/left_out.csv"))
     assert left["reason"] == "no such file"
 
 
@@ -247,7 +197,7 @@ def test_a_file_name_that_is_no_valid_text_is_no_trouble(say: Say, toy: Path, mo
     said = say("predict", model, good, bad, "--out=out", "--on-bad-image=skip")
     assert said.code == 0, said.err
     assert "caf\\udce9.png" in said.out
-    (left,) = rows(Path("out/left_out.csv"))
+    (left,) = csv_rows(Path("out/left_out.csv"))
     assert left["name"].endswith("th\\udce9.png")
 
 
@@ -408,7 +358,7 @@ def test_a_disk_that_fills_during_training_loses_nothing(say: Say, toy: Path, to
     assert not list(Path("run").rglob(".*")), "nothing temporary is left"
     said = say("resume", "run")
     assert said.code == 0, said.err
-    assert len(rows(Path("run/metrics.csv"))) == 1
+    assert len(csv_rows(Path("run/metrics.csv"))) == 1
 
 
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
@@ -526,6 +476,6 @@ def test_hostile_files_are_refused_or_left_out(
         assert problem in line
     for said, folder in ((skipped, "run"), (predicted, "out")):
         assert said.code == 0, said.err
-        (left,) = rows(tmp_path / folder / "left_out.csv")
+        (left,) = csv_rows(tmp_path / folder / "left_out.csv")
         assert left["name"] == str(file)
         assert problem in left["reason"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import Say
 
-from keyhole.cli.main import main
 from keyhole.config.file import recipes, resolve
 from keyhole.config.settings import Config
 from keyhole.data.manifest import read_manifest
@@ -19,22 +18,12 @@ from keyhole.tools.bench.advice import Facts, advice
 from keyhole.tools.bench.images import DIFFERENT_FILES, Kind, kind_of, write_images
 from keyhole.util.timing import PARTS
 
-Say = Callable[..., tuple[int, str, str]]
 
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
-    """Runs a command line in an empty folder, scratch files included: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a measurement puts its files."""
     (tmp_path / "scratch").mkdir()
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        code = main([str(word) for word in words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

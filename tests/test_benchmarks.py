@@ -6,12 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
+from conftest import script
 from processes import command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,15 +18,10 @@ RUN = ROOT / "benchmarks" / "run"
 
 
 @pytest.fixture
-def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script as a module, with its results in a folder of the test and this interpreter for its parts."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    spec = spec_from_loader("benchmarks_run", SourceFileLoader("benchmarks_run", str(RUN)))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module = script(RUN)
     monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
@@ -38,7 +32,7 @@ def part(*words: str) -> tuple[str, ...]:
     return tuple(command("benchmark_part", *words)[1:])
 
 
-def test_one_that_fails_stops_no_other_and_is_named(runner: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_that_fails_stops_no_other_and_is_named(runner: Any, capfd: pytest.CaptureFixture[str]) -> None:
     parts = {
         "broken": runner.Part("fails", part("fails"), None),
         "sound": runner.Part("writes", part("writes", "sound.md"), None),
@@ -51,7 +45,7 @@ def test_one_that_fails_stops_no_other_and_is_named(runner: ModuleType, capfd: p
 
 
 def test_what_ran_well_is_no_failure_and_a_quick_run_says_what_it_leaves_out(
-    runner: ModuleType, capfd: pytest.CaptureFixture[str]
+    runner: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     parts = {
         "long": runner.Part("takes hours", part("fails"), None),
@@ -64,7 +58,7 @@ def test_what_ran_well_is_no_failure_and_a_quick_run_says_what_it_leaves_out(
     assert not err
 
 
-def test_every_part_is_a_file_with_the_options_it_is_given(runner: ModuleType) -> None:
+def test_every_part_is_a_file_with_the_options_it_is_given(runner: Any) -> None:
     for each in runner.PARTS.values():
         for given in (each.command, each.quick or ()):
             (file,) = [word for word in given if word.endswith(".py")] or ["tests"]
@@ -74,7 +68,7 @@ def test_every_part_is_a_file_with_the_options_it_is_given(runner: ModuleType) -
                 assert not [word for word in given if word.startswith("--") and f'"{word}"' not in text]
 
 
-def test_every_benchmark_that_writes_a_result_is_a_part(runner: ModuleType) -> None:
+def test_every_benchmark_that_writes_a_result_is_a_part(runner: Any) -> None:
     scripts = [path for path in RUN.parent.glob("*.py") if re.search(r"write_result\(|_cpu_|cpu_\{", path.read_text())]
     others = {"machine", "against"}  # two checkouts must be given to `against`
     assert {path.stem for path in scripts} - others <= set(runner.PARTS)

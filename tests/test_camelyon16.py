@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from conftest import Say, csv_rows
 
-from keyhole.cli.main import main
 from keyhole.datasets.camelyon16 import OFFICIAL, read_camelyon16
 from keyhole.errors import DataError
 
 SIDE, SPOT = 512, 64
 GLASS, TISSUE, LESION = (242, 240, 243), (214, 150, 190), (92, 52, 160)
-
-Say = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """Runs a command line: exit code, standard output, standard error."""
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        code = main([str(word) for word in words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def write_slide(path: Path, seed: int, spot: tuple[int, int] | None) -> None:
@@ -90,11 +75,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def problems(root: Path, **options: object) -> dict[str, list[str]]:
     """What is wrong, by what is wrong, without the official slides that a small copy lacks."""
     found: dict[str, list[str]] = {}
@@ -120,7 +100,7 @@ def test_the_manifest_has_every_slide_with_its_label_split_and_outlines(tree: Pa
     code, out, _ = say("data", "camelyon16", tree, "--out", tmp_path / "deep" / "c16.csv", "--val", "0.25")
 
     assert code == 0
-    table = rows(tmp_path / "deep" / "c16.csv")
+    table = csv_rows(tmp_path / "deep" / "c16.csv")
     assert all((tmp_path / "deep" / row["image"]).resolve().is_file() for row in table)
     assert not any(Path(row["image"]).is_absolute() for row in table)
     by_name = {Path(row["image"]).stem: row for row in table}
@@ -260,7 +240,7 @@ def test_what_is_missing_is_counted_and_written_beside_the_manifest(tree: Path, 
     code, out, _ = say("data", "camelyon16", tree, "--out", tmp_path / "c16.csv")
     assert code == 0
     assert "problem: normal_009, normal_010, normal_011, normal_012, normal_013, ... (375 in all): missing" in out
-    table = rows(tmp_path / "c16-problems.csv")
+    table = csv_rows(tmp_path / "c16-problems.csv")
     assert len(table) == 375
     assert table[0] == {"name": "normal_009", "problem": "missing: an official slide that is not here"}
 
@@ -355,7 +335,7 @@ def test_the_image_path_learns_from_the_tree_and_finds_the_lesions(tree: Path, t
     assert found["auroc"] == 1
     assert found["kept"] > 2 * found["looked_at"] > 0
     assert found["attention"] > found["looked_at"]
-    assert [row["regions"] for row in rows(tmp_path / "run/evaluation/test/lesions.csv")] == ["1"] * 4
+    assert [row["regions"] for row in csv_rows(tmp_path / "run/evaluation/test/lesions.csv")] == ["1"] * 4
 
 
 def write_features(path: Path, seed: int, spot: tuple[int, int] | None) -> None:
@@ -390,7 +370,7 @@ def test_the_feature_path_learns_without_the_slides_and_finds_the_lesions(tree: 
     code, out, err = say("data", "camelyon16", root, "--features", archive, "--out", tmp_path / "c16.csv")
     assert code == 0, err
     assert f"keyhole train {tmp_path / 'c16.csv'} --recipe camelyon16-features" in out
-    table = rows(tmp_path / "c16.csv")
+    table = csv_rows(tmp_path / "c16.csv")
     assert len(table) == 24
     assert all((tmp_path / row["features"]).is_file() and not (tmp_path / row["image"]).exists() for row in table)
 

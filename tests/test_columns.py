@@ -245,16 +245,14 @@ def test_check_init_and_train_say_in_one_line_what_columns_mean(say: Say, tmp_pa
         ["init", path, "--out", tmp_path / "keyhole.yaml"],
         ["train", path, *small, *model, "--out", tmp_path / "run"],
     ):
-        code, said = say(*line)
-        assert code == 0, said
-        about = [text for text in said.splitlines() if "`patient` is the group" in text]
+        done = say(*line)
+        assert done.code == 0, done.all
+        about = [text for text in done.all.splitlines() if "`patient` is the group" in text]
         assert len(about) == 1
         assert "`Unnamed: 0` (numbers the rows)" in about[0]
-        assert sum("8 cells 'nan' mean that the label is unknown" in text for text in said.splitlines()) == 1
-        assert sum("differ in upper and lower case alone" in text for text in said.splitlines()) == 1
-    code, said = say(
-        "train", path, *small, *model, "--data.group", "none", "--data.missing", "--out", tmp_path / "run2"
-    )
-    assert code == 0, said
-    assert "is the group" not in said
-    assert "tasks: label (multiclass)" in said
+        assert sum("8 cells 'nan' mean that the label is unknown" in text for text in done.all.splitlines()) == 1
+        assert sum("differ in upper and lower case alone" in text for text in done.all.splitlines()) == 1
+    done = say("train", path, *small, *model, "--data.group", "none", "--data.missing", "--out", tmp_path / "run2")
+    assert done.code == 0, done.all
+    assert "is the group" not in done.all
+    assert "tasks: label (multiclass)" in done.all

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import csv_rows
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -49,11 +49,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_digits(tmp_path_factory.mktemp("digits") / "set", train=10, val=5, test=6, side=SIDE, seed=3)
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_manifest_is_read_as_balanced_splits_of_one_task(written: Path) -> None:
     manifest = read_manifest(DataConfig(path=written))
     assert [task.name for task in manifest.tasks] == ["label"]
@@ -68,15 +63,15 @@ def test_the_manifest_is_read_as_balanced_splits_of_one_task(written: Path) -> N
 
 
 def test_the_images_are_large_grey_files(written: Path) -> None:
-    for row in rows(written):
+    for row in csv_rows(written):
         with Image.open(written.parent / row["image"]) as image:
             assert (image.size, image.mode, image.format) == ((SIDE, SIDE), "L", "JPEG")
             image.load()
 
 
 def test_what_decides_the_class_covers_under_one_percent_and_never_overlaps(written: Path) -> None:
-    boxes = rows(written.with_name("boxes.csv"))
-    for row in rows(written):
+    boxes = csv_rows(written.with_name("boxes.csv"))
+    for row in csv_rows(written):
         own = [box for box in boxes if box["image"] == row["image"]]
         assert COPIES[0] <= len(own) <= COPIES[1]
         assert {box["label"] for box in own} == {row["label"]}

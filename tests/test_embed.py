@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import signal
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import small_files
+from conftest import csv_rows, small_files
 from PIL import Image
 from processes import run_process
 from safetensors.torch import save_file
@@ -76,8 +75,7 @@ def damaged_tiff(path: Path, side: int = 320, tiles: Iterable[int] = (17,)) -> P
 
 
 def left_out(done: Embedded) -> dict[str, str]:
-    with (done.path / "left_out.csv").open(newline="") as file:
-        return {row["name"]: row["reason"] for row in csv.DictReader(file)}
+    return {row["name"]: row["reason"] for row in csv_rows(done.path / "left_out.csv")}
 
 
 # What is in a file
@@ -350,8 +348,7 @@ def test_an_archive_trains_evaluates_and_predicts(layout: str, archive: Embedded
     assert np.isfinite(found.metrics[0].overall["auroc"].value)
     predictor = keyhole.load(done.path)
     assert predictor.config.model.feature_width == 64
-    with (done.path / "manifest.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(done.path / "manifest.csv")
     assert len(rows) == 24
     assert all(Path(row["features"]).is_file() for row in rows)
     assert main(["predict", str(done.path), rows[0]["features"], "--out", str(tmp_path / "out")]) == 0

@@ -151,9 +151,9 @@ def test_out_of_memory_halves_the_chunk_and_changes_no_feature(
 
     monkeypatch.setattr(SmallEncoder, "embed", narrow_embed)
     line = ["embed", images, "--out", tmp_path / "out", "--encoder", "small", "--width", "8", "--weights", weights]
-    code, said = say(*line, "--patch.size", "16", "--chunk", "32")
-    assert code == 0, said
-    assert said.count("out of memory; going on with less at a time") == 2, "32, 16, 8"
+    done = say(*line, "--patch.size", "16", "--chunk", "32")
+    assert done.code == 0, done.all
+    assert done.all.count("out of memory; going on with less at a time") == 2, "32, 16, 8"
     assert [size for size in calls if size > 8] == [16, 16], "the first image has 16 patches"
     same(run(images, tmp_path / "out", weights), expected)
 
@@ -166,9 +166,9 @@ def test_without_room_to_stage_or_encode_one_patch_one_line_says_what_to_do(
     same(run(images, tmp_path / "staged", weights), expected)
     narrow(monkeypatch, 0)
     line = ["embed", images, "--out", tmp_path / "out", "--encoder", "small", "--width", "8", "--weights", weights]
-    code, said = say(*line, "--patch.size", "16")
-    assert code == 2
-    last = said.strip().splitlines()[-1]
+    done = say(*line, "--patch.size", "16")
+    assert done.code == 2
+    last = done.all.strip().splitlines()[-1]
     assert "even with the smallest plan" in last
     assert last.endswith("raise --memory, or lower --patch.size or the encoder's size")
     assert not list((tmp_path / "out").glob("*.h5"))
@@ -181,11 +181,11 @@ def test_a_budget_is_kept_by_encoding_less_at_a_time(weights: Path, tmp_path: Pa
     assert max(calls) == 64
     calls.clear()
     line = ["embed", tmp_path / "data", "--encoder", "small", "--width", "8", "--weights", weights]
-    code, said = say(*line, "--patch.size", "256", "--memory", "600kB", "--out", tmp_path / "out")
-    assert code == 2
-    assert said.startswith("keyhole: error: --memory: 600 kB is too little"), said
-    assert "--model" not in said
-    assert "--select" not in said
+    done = say(*line, "--patch.size", "256", "--memory", "600kB", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert done.all.startswith("keyhole: error: --memory: 600 kB is too little"), done.all
+    assert "--model" not in done.all
+    assert "--select" not in done.all
     ended = run_process("embed_within_budget", tmp_path / "out", tmp_path / "data", weights, 150 * 2**20)
     done = json.loads(ended.stdout)
     assert done["code"] == 0, done["said"]

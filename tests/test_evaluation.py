@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, write_toy
+from conftest import SMALL, csv_rows, write_toy
 from PIL import Image
 
 import keyhole
@@ -33,8 +33,7 @@ def table(path: Path, images: list[Path]) -> Path:
 
 
 def images_of(run: Path, split: str) -> list[Path]:
-    rows = csv.DictReader((run / "manifest.csv").read_text().splitlines())
-    return [Path(row["image"]) for row in rows if row["split"] == split]
+    return [Path(row["image"]) for row in csv_rows(run / "manifest.csv") if row["split"] == split]
 
 
 # --- moved images ----------------------------------------------------------------------------------------------------
@@ -68,7 +67,7 @@ def test_moved_images_are_found_below_root(
     assert main(["evaluate", str(run), "--out", str(run.parent / "out")]) == 2
     assert "If they were moved, name the folder that holds them now: --root DIR" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--root", str(place / below)]) == 0
-    rows = list(csv.DictReader((run / "evaluation" / "test" / "predictions.csv").read_text().splitlines()))
+    rows = csv_rows(run / "evaluation" / "test" / "predictions.csv")
     assert rows
     assert all(Path(row["path"]).is_file() for row in rows)
     assert main(["resume", str(run), "--root", str(place / below)]) == 0
@@ -241,10 +240,7 @@ def test_an_unfinished_run_says_so_and_keeps_no_predictions_of_an_earlier_model(
     keyhole.resume(run)
     finished = keyhole.evaluate(run, split="val")
     assert not any("not finished" in line for line in finished.lines())
-    rows = [
-        list(csv.DictReader(path.read_text().splitlines()))
-        for path in (run / "predictions" / "val.csv", finished.path / "predictions.csv")
-    ]
+    rows = [csv_rows(path) for path in (run / "predictions" / "val.csv", finished.path / "predictions.csv")]
     said = [{row["image"]: float(row["label.probability.red"]) for row in each} for each in rows]
     assert said[0] == pytest.approx(said[1], abs=1e-6)
 

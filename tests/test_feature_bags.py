@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,18 +25,13 @@ from keyhole.nn import CrossAttentionPool, FeatureProjector, IPSClassifier
 from keyhole.patches.features import FeatureOpener
 from keyhole.patches.features.files import MAX_CONVERTED, widen
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 B, N, F, GO = 4, 1000, 8, 125
 
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    """What counts operations, imported as the benchmarks do it: from their own folder."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return SimpleNamespace(**{name: __import__(name) for name in ("operations", "selection_settings")})
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def bench(benchmark: Callable[[str], Any]) -> Any:
+    """What counts operations."""
+    return SimpleNamespace(**{name: benchmark(name) for name in ("operations", "selection_settings")})
 
 
 @pytest.fixture

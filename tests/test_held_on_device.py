@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, settings
+from conftest import SMALL, csv_rows, settings
 from narrow_device import narrow
 from on_device import DRY, GPU
 from safetensors.torch import load_file
-from test_training import rows
 
 import keyhole
 from keyhole.errors import Interrupted
@@ -73,7 +72,7 @@ def test_while_a_run_predicts_it_holds_one_model_and_nothing_to_learn_with(
 def test_a_run_predicts_with_the_best_weights_though_its_model_has_learned_on(toy: Path, tmp_path: Path) -> None:
     run = keyhole.train(toy, tmp_path / "run", **settings(train={"epochs": 3, "lr": 0.03}))
     assert run.best["epoch"] < 3
-    table = rows(run.path / "predictions" / "val.csv")
+    table = csv_rows(run.path / "predictions" / "val.csv")
     found = list(keyhole.load(run.path).predict_many([row["path"] for row in table]))
     for row, prediction in zip(table, found, strict=True):
         assert float(row["label.probability.red"]) == pytest.approx(prediction.probability["label"]["red"], rel=1e-5)
@@ -98,7 +97,7 @@ def test_a_run_that_is_stopped_while_it_predicts_keeps_its_state(
     keyhole.resume(tmp_path / "run")
     for split in ("train", "val"):
         name = f"predictions/{split}.csv"
-        assert rows(tmp_path / "run" / name) == rows(toy_run / name)
+        assert csv_rows(tmp_path / "run" / name) == csv_rows(toy_run / name)
 
 
 @pytest.mark.cuda

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Say
+from conftest import Say, csv_rows
 from PIL import Image
 
 from keyhole.config.settings import DataConfig
@@ -166,9 +165,9 @@ def test_what_keyhole_writes_is_never_taken_for_images(say: Say, tmp_path: Path)
     assert say("check", photos, *looked, "--previews", photos / "keyhole-check")[0] == 0
     assert say("check", photos, *looked, "--previews", photos / "cat")[0] == 0
     run = photos / "runs" / "one"
-    code, said = say("train", photos, *small, *model, "--out", run)
-    assert code == 0, said
-    assert "left out" in said
+    done = say("train", photos, *small, *model, "--out", run)
+    assert done.code == 0, done.all
+    assert "left out" in done.all
     assert say("evaluate", run, "--device=cpu", "--out", photos / "scores")[0] == 0
     assert say("predict", run, photos / "cat", "--out", photos / "answers", "--device=cpu")[0] == 0
     assert say("predict", run, photos / "dog", "--out", photos / "dog" / "answers", "--device=cpu")[0] == 0
@@ -187,12 +186,11 @@ def test_what_keyhole_writes_is_never_taken_for_images(say: Say, tmp_path: Path)
     }
     assert not any("not an image" in reason for name, reason in reasons.items() if name.endswith(".csv"))
     # A second run sees the same images, and so does whatever takes any folder.
-    code, said = say("predict", run, photos, "--out", tmp_path / "all", "--device=cpu")
-    assert code == 0
-    with (tmp_path / "all" / "predictions.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == len(originals)
-    code, said = say("check", photos, *small, "--run.threads=1", "--json", "-")
-    assert json.loads(said[said.index("{") : said.rindex("}") + 1])["images"] == len(originals)
+    done = say("predict", run, photos, "--out", tmp_path / "all", "--device=cpu")
+    assert done.code == 0
+    assert len(csv_rows(tmp_path / "all" / "predictions.csv")) == len(originals)
+    done = say("check", photos, *small, "--run.threads=1", "--json", "-")
+    assert json.loads(done.all[done.all.index("{") : done.all.rindex("}") + 1])["images"] == len(originals)
 
 
 def test_a_demonstration_beside_the_classes_is_not_a_class(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import csv_rows
 
 from keyhole.errors import DataError
 from keyhole.images.geometry import Size
@@ -174,7 +175,7 @@ def test_all_attention_lies_in_a_lesion_that_is_everywhere(toy_run: Path, annota
     assert lesions["kept_touching_a_lesion"]["value"] == lesions["looked_at_touching_a_lesion"]["value"] == 1
     assert len(lesions["without_region"]) == 1
     assert any(line.startswith("attention in lesions 1.000 [1.000 1.000]") for line in evaluation.lines())
-    rows = list(csv.DictReader((tmp_path / "out" / "lesions.csv").read_text().splitlines()))
+    rows = csv_rows(tmp_path / "out" / "lesions.csv")
     assert [row["regions"] for row in rows] == ["16"] * 4 + ["0"]
 
 
@@ -196,7 +197,7 @@ def test_a_broken_annotation_ends_it_at_once_or_is_left_out_and_listed(
     assert len(evaluation.lesions.left_out) == 2
     assert evaluation.metrics[0].n == 12  # the images themselves still count
     assert not evaluation.left_out
-    problems = [row["problem"] for row in csv.DictReader((tmp_path / "out" / "lesions.csv").read_text().splitlines())]
+    problems = [row["problem"] for row in csv_rows(tmp_path / "out" / "lesions.csv")]
     assert sum("geojson" in problem for problem in problems) == 2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import csv_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -181,8 +181,7 @@ def test_rows_without_a_label_repeated_rows_and_empty_rows_are_listed(tmp_path: 
         "line 17": "empty row",
     }
     manifest.write_left_out(tmp_path / "left_out.csv")
-    with (tmp_path / "left_out.csv").open(newline="") as file:
-        assert {row["name"]: row["reason"] for row in csv.DictReader(file)} == left(manifest)
+    assert {row["name"]: row["reason"] for row in csv_rows(tmp_path / "left_out.csv")} == left(manifest)
 
 
 def test_missing_files_end_the_run_or_are_left_out_as_the_user_said(tmp_path: Path) -> None:
@@ -257,8 +256,7 @@ def test_a_written_manifest_reads_as_the_same_items_and_tasks(tmp_path: Path) ->
     written = manifest.write(tmp_path / "run/manifest.csv", hash_files(manifest.items))
     again = read_manifest(DataConfig(path=written), seed=5)
     assert (again.items, again.tasks, again.left_out) == (manifest.items, manifest.tasks, ())
-    with written.open(newline="") as file:
-        row = next(csv.DictReader(file))
+    row = csv_rows(written)[0]
     content = (tmp_path / "0.png").read_bytes()
     assert (row["sha256"], row["bytes"]) == (hashlib.sha256(content).hexdigest(), str(len(content)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,11 @@ import pytest
 
 from keyhole.errors import ConfigError, KeyholeError
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def steps() -> Iterator[Any]:
-    """The module of the benchmark, imported from its own folder."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield __import__("memory_steps")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def steps(benchmark: Callable[[str], Any]) -> Any:
+    """The module of the benchmark."""
+    return benchmark("memory_steps")
 
 
 def config_of(steps: Any, **patch: int) -> Any:

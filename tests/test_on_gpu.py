@@ -9,24 +9,22 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import BENCHMARKS, script
 from processes import command
 
 from keyhole.cli.main import main
 from keyhole.engine.memory.plan import largest_chunk
 from keyhole.patches.opener import FileOpener
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 ON_GPU = BENCHMARKS / "on_gpu"
 MODULES = (
     "on_gpu.aims",
@@ -41,24 +39,10 @@ ONLY_ON_A_GPU = {"slides.reserved", "slides.allocated", "slides.ratio"}
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Any]:
-    """The scripts' modules, imported as the scripts do it: from their folder."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        found = {name.split(".")[-1]: __import__(name, fromlist=["_"]) for name in MODULES}
-        yield SimpleNamespace(**found, run=script("run"), collect=script("collect"))
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-def script(name: str) -> ModuleType:
-    """A command as a module."""
-    spec = spec_from_loader(f"on_gpu_{name}", SourceFileLoader(f"on_gpu_{name}", str(ON_GPU / name)))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench(benchmark: Callable[[str], Any]) -> Any:
+    """The modules of the scripts."""
+    found = {name.split(".")[-1]: benchmark(name) for name in MODULES}
+    return SimpleNamespace(**found, run=script(ON_GPU / "run"), collect=script(ON_GPU / "collect"))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -17,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, csv_rows
 from make_images import picture, write_tiff
 from narrow_device import FULL, narrow
 from on_device import DRY, GPU
@@ -48,11 +47,6 @@ CPU = torch.device("cpu")
 NO_ENGINE = "GET was unable to find an engine to execute this computation"
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_a_run_without_room_to_stage_goes_on_with_less(
     toy: Path, toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +54,7 @@ def test_a_run_without_room_to_stage_goes_on_with_less(
     run = keyhole.train(toy, tmp_path / "run", **SMALL)
     assert (run.path / "log.txt").read_text().count("out of memory; going on with less at a time") == 2, "16, 8, 4"
     assert [size for size in kind.sizes if size > 4] == [16, 8]
-    found, expected = rows(run.path / "metrics.csv"), rows(toy_run / "metrics.csv")
+    found, expected = csv_rows(run.path / "metrics.csv"), csv_rows(toy_run / "metrics.csv")
     assert [row["patches"] for row in found] == [row["patches"] for row in expected]
     for name in ("train.loss", "val.loss"):
         np.testing.assert_allclose(
@@ -68,7 +62,7 @@ def test_a_run_without_room_to_stage_goes_on_with_less(
         )
     for split in ("train", "val"):
         table = f"predictions/{split}.csv"
-        assert len(rows(run.path / table)) == len(rows(toy_run / table))
+        assert len(csv_rows(run.path / table)) == len(csv_rows(toy_run / table))
 
 
 def test_a_prediction_without_room_to_stage_scores_every_patch(
@@ -120,8 +114,8 @@ def test_kept_patches_that_do_not_fit_come_to_the_device_in_parts(
     monkeypatch.setattr("keyhole.engine.engine.fetch_bags", fetch)
     run = keyhole.train(toy, tmp_path / "run", **SMALL)
     assert "learning from 16 kept patches in chunks of 4;" in (run.path / "log.txt").read_text()
-    assert len(rows(run.path / "metrics.csv")) == 2
-    assert len(rows(run.path / "predictions" / "train.csv")) == len(rows(toy_run / "predictions" / "train.csv"))
+    assert len(csv_rows(run.path / "metrics.csv")) == 2
+    assert len(csv_rows(run.path / "predictions" / "train.csv")) == len(csv_rows(toy_run / "predictions" / "train.csv"))
 
 
 def full_decoder(monkeypatch: pytest.MonkeyPatch, room: int, text: str) -> list[int]:

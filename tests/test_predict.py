@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import settings
+from conftest import csv_rows, settings
 from PIL import Image
 
 import keyhole
@@ -47,11 +46,6 @@ def random_predictor(patch: PatchConfig, select: SelectConfig, **model: Any) -> 
     with torch.no_grad():
         classifier.pool.query.mul_(50)
     return Predictor(classifier, Config(patch=patch, model=chosen, select=select), tasks)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +175,9 @@ def test_an_image_is_predicted_the_same_alone_and_among_others(predictor: Predic
 
 def test_evaluate_says_of_an_image_what_predict_says(predictor: Predictor, toy_run: Path, tmp_path: Path) -> None:
     evaluate(toy_run, split="val", out=tmp_path)
-    table = rows(tmp_path / "predictions.csv")
+    table = csv_rows(tmp_path / "predictions.csv")
     assert table
-    written = {row["path"]: row for row in rows(toy_run / "predictions" / "val.csv")}
+    written = {row["path"]: row for row in csv_rows(toy_run / "predictions" / "val.csv")}
     for row in table:
         prediction = predictor.predict(row["path"])
         assert row["label.predicted"] == prediction.label["label"]
@@ -222,10 +216,12 @@ def test_all_files_of_a_prediction_say_the_same(toy_run: Path, toy: Path, tmp_pa
     features = json.loads((folder / "kept.geojson").read_text())["features"]
     rings = [np.array(feature["geometry"]["coordinates"][0]) for feature in features]
     boxes = prediction.kept.boxes.tolist()
-    assert [[int(row[side]) for side in ("x", "y", "width", "height")] for row in rows(folder / "kept.csv")] == boxes
+    assert [
+        [int(row[side]) for side in ("x", "y", "width", "height")] for row in csv_rows(folder / "kept.csv")
+    ] == boxes
     assert [patch["box"] for patch in told["kept"]["patches"]] == boxes
     assert [[*ring.min(axis=0), *np.ptp(ring, axis=0)] for ring in rings] == boxes
-    (row,) = rows(tmp_path / "out" / "predictions.csv")
+    (row,) = csv_rows(tmp_path / "out" / "predictions.csv")
     assert row["label.predicted"] == told["tasks"]["label"]["label"] == prediction.label["label"]
     for name, value in prediction.probability["label"].items():
         assert told["tasks"]["label"]["probability"][name] == pytest.approx(value, abs=1e-6)
@@ -233,7 +229,7 @@ def test_all_files_of_a_prediction_say_the_same(toy_run: Path, toy: Path, tmp_pa
     assert prediction.scores is not None
     with np.load(folder / "scores.npz", allow_pickle=False) as stored:
         np.testing.assert_allclose(stored["map"], prediction.scores.map(), atol=1e-6)
-        assert [int(row["index"]) for row in rows(folder / "scores.csv")] == stored["index"].tolist()
+        assert [int(row["index"]) for row in csv_rows(folder / "scores.csv")] == stored["index"].tolist()
 
 
 @pytest.mark.parametrize(("mpp", "side"), [(None, 128), (1.0, 257)])
@@ -277,7 +273,7 @@ def test_predict_holds_a_few_predictions_at_a_time(
 
     monkeypatch.setattr("keyhole.report.table.write_prediction", counted)
     assert main(["predict", str(toy_run), str(toy), "--out", str(tmp_path / "out")]) == 0
-    assert len(rows(tmp_path / "out" / "predictions.csv")) == 24
+    assert len(csv_rows(tmp_path / "out" / "predictions.csv")) == 24
     assert 1 <= most <= 3
 
 
@@ -293,7 +289,7 @@ def test_options_may_stand_anywhere_on_the_line(toy_run: Path, toy: Path, tmp_pa
     ):
         out = tmp_path / str(number)
         assert main(["predict", *(word.replace("OUT", str(out)) for word in words)]) == 0
-        assert [row["image"] for row in rows(out / "predictions.csv")] == [first, second]
+        assert [row["image"] for row in csv_rows(out / "predictions.csv")] == [first, second]
 
 
 def test_the_files_are_whole_where_nobody_reads_the_lines(toy_run: Path, toy: Path, tmp_path: Path) -> None:
@@ -305,7 +301,7 @@ def test_the_files_are_whole_where_nobody_reads_the_lines(toy_run: Path, toy: Pa
     os.close(writing)
     assert done.returncode == 141
     assert "error" not in done.stderr
-    assert len(rows(tmp_path / "out" / "predictions.csv")) == 12
+    assert len(csv_rows(tmp_path / "out" / "predictions.csv")) == 12
 
 
 # Bad images
@@ -351,7 +347,7 @@ def test_a_score_means_the_same_in_every_file_under_every_rule(images: list[Path
         predictor = random_predictor(PatchConfig(size=16), SelectConfig(m=6, chunk=7, rule=rule))  # type: ignore[arg-type]
         prediction = predictor.predict(images[3])
         write_prediction(prediction, tmp_path / rule)
-        kept, scores = rows(tmp_path / rule / "kept.csv"), rows(tmp_path / rule / "scores.csv")
+        kept, scores = csv_rows(tmp_path / rule / "kept.csv"), csv_rows(tmp_path / rule / "scores.csv")
         of = {row["index"]: np.float32(row["score"]) for row in scores}
         assert [np.float32(row["score"]) for row in kept] == [of[row["index"]] for row in kept], rule
         assert [of[row["index"]] for row in kept] == sorted((of[row["index"]] for row in kept), reverse=True)
@@ -362,7 +358,7 @@ def test_a_score_means_the_same_in_every_file_under_every_rule(images: list[Path
 
 
 def named(out: Path) -> set[str]:
-    return {row["folder"] for row in rows(out / "predictions.csv")}
+    return {row["folder"] for row in csv_rows(out / "predictions.csv")}
 
 
 def folders(out: Path) -> set[str]:
@@ -376,8 +372,8 @@ def test_every_folder_is_named_and_answers_of_another_call_are_never_lost_or_mix
     out = tmp_path / "out"
     assert main(["predict", str(toy_run), "red/0.png", "green/0.png", "red/1.png", "--out", str(out)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4, "a line for each image, and one for all"
-    assert [row["image"] for row in rows(out / "predictions.csv")] == ["red/0.png", "green/0.png", "red/1.png"]
-    assert next(row["path"] for row in rows(out / "predictions.csv")) == str(toy / "red" / "0.png")
+    assert [row["image"] for row in csv_rows(out / "predictions.csv")] == ["red/0.png", "green/0.png", "red/1.png"]
+    assert next(row["path"] for row in csv_rows(out / "predictions.csv")) == str(toy / "red" / "0.png")
     assert folders(out) == named(out)
     assert len(named(out)) == 3
 
@@ -434,8 +430,8 @@ def test_the_resolution_of_new_images_is_given_on_the_command_line_or_in_a_csv(
 
     def sizes(*arguments: str) -> dict[str, int]:
         assert main(["predict", model, *arguments, "--out", str(tmp_path / "out")]) == 0
-        found = {row["image"]: row["folder"] for row in rows(tmp_path / "out" / "predictions.csv")}
-        boxes = {name: rows(tmp_path / "out" / folder / "kept.csv")[0] for name, folder in found.items()}
+        found = {row["image"]: row["folder"] for row in csv_rows(tmp_path / "out" / "predictions.csv")}
+        boxes = {name: csv_rows(tmp_path / "out" / folder / "kept.csv")[0] for name, folder in found.items()}
         shutil.rmtree(tmp_path / "out")
         return {Path(name).name: int(box["width"]) for name, box in boxes.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import csv_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,11 +77,6 @@ def predicted(tasks: tuple[Task, ...] = (DIGIT,), seed: int = 0, m: int = 4, nam
     )
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def read_json(path: Path) -> Any:
     def no_constant(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -96,7 +91,7 @@ def test_csv_json_and_geojson_agree_on_the_kept_patches(
 ) -> None:
     prediction = predicted(tasks, seed)
     paths = write_prediction(prediction, tmp_path_factory.mktemp("out"))
-    rows = read_csv(paths["kept.csv"])
+    rows = csv_rows(paths["kept.csv"])
     patches = read_json(paths["prediction.json"])["kept"]["patches"]
     features = read_json(paths["kept.geojson"])["features"]
     assert len(rows) == len(patches) == len(features) == len(prediction.kept)
@@ -133,7 +128,7 @@ def test_scores_are_the_same_in_csv_and_npz_and_the_best_is_kept_first(
         stored = dict(arrays)
     assert set(stored) == {"index", "cells", "score", "map", "score.digit", "map.digit"}
     assert (stored["map"].shape, stored["map"].dtype) == ((5, COLUMNS), np.float32)
-    rows = read_csv(paths["scores.csv"])
+    rows = csv_rows(paths["scores.csv"])
     assert len(rows) == len(scores) == np.isfinite(stored["map"]).sum()
     np.testing.assert_array_equal(np.float32([row["score"] for row in rows]), scores.score)
     for row, index, (g_row, g_column), box in zip(
@@ -212,7 +207,7 @@ def test_a_file_name_that_is_no_valid_text_is_written_escaped(tmp_path: Path) ->
     prediction = predicted(name=name)
     paths = write_prediction(prediction, tmp_path)
     assert read_json(paths["prediction.json"])["name"] == name
-    assert read_csv(write_table([table_row(prediction)], tmp_path / "table.csv"))[0]["image"] == "caf\\udce9.png"
+    assert csv_rows(write_table([table_row(prediction)], tmp_path / "table.csv"))[0]["image"] == "caf\\udce9.png"
 
 
 def test_the_table_has_a_row_per_image_with_truth_where_known(tmp_path: Path) -> None:
@@ -220,7 +215,7 @@ def test_the_table_has_a_row_per_image_with_truth_where_known(tmp_path: Path) ->
     several = [predicted(tasks, seed, name=f"{seed}.png") for seed in range(3)]
     truth = {"0.png": {"digit": "2"}, "1.png": {"digit": "0", "age": "33"}, "2.png": {}}
     path = write_table((table_row(each, truth[each.name]) for each in several), tmp_path / "table.csv")
-    rows = read_csv(path)
+    rows = csv_rows(path)
     assert [row["image"] for row in rows] == list(truth)
     assert [row["digit.true"] for row in rows] == ["2", "0", ""]
     assert [row["age.true"] for row in rows] == ["", "33", ""]
@@ -228,7 +223,7 @@ def test_the_table_has_a_row_per_image_with_truth_where_known(tmp_path: Path) ->
         assert row["tags, all.predicted"] == prediction.label["tags, all"]
         assert float(row["digit.probability.1"]) == pytest.approx(prediction.probability["digit"]["1"], rel=1e-5)
         assert (row["width"], row["height"]) == ("420", "310")
-    assert "digit.true" not in read_csv(write_table(map(table_row, several), path))[0]
+    assert "digit.true" not in csv_rows(write_table(map(table_row, several), path))[0]
     assert write_table([], path).read_text() == "image,path,width,height\n"
 
 
@@ -266,9 +261,9 @@ def test_attention_that_is_no_share_is_refused() -> None:
 def test_patches_that_could_not_be_read_are_counted_where_there_are_any(tmp_path: Path) -> None:
     whole = [predicted(seed=1, name="a.png"), predicted(seed=2, name="b.png")]
     damaged = replace(whole[1], unreadable=boxes(np.array([3, 9])))
-    plain = read_csv(write_table(map(table_row, whole), tmp_path / "plain.csv"))
+    plain = csv_rows(write_table(map(table_row, whole), tmp_path / "plain.csv"))
     assert "unreadable" not in plain[0]
-    table = read_csv(write_table(map(table_row, [whole[0], damaged]), tmp_path / "damaged.csv"))
+    table = csv_rows(write_table(map(table_row, [whole[0], damaged]), tmp_path / "damaged.csv"))
     assert [row["unreadable"] for row in table] == ["0", "2"]
     assert [{**row, "unreadable": None} for row in table] == [{**row, "unreadable": None} for row in plain]
     for prediction, listed in ((whole[0], []), (damaged, boxes(np.array([3, 9])).tolist())):
@@ -287,7 +282,7 @@ def test_a_patch_without_a_score_is_zero_in_the_list_and_nothing_on_the_map(tmp_
     with np.load(paths["scores.npz"], allow_pickle=False) as stored:
         assert np.isfinite(stored["map"]).sum() == len(scores) - 2
         np.testing.assert_array_equal(stored["arrived"], arrived)
-    assert [float(row["score"]) for row in read_csv(paths["scores.csv"])][5] == 0
+    assert [float(row["score"]) for row in csv_rows(paths["scores.csv"])][5] == 0
 
 
 def test_of_several_patches_in_one_cell_the_map_shows_the_highest_score() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,20 +24,13 @@ from keyhole.nn import (
 )
 from keyhole.tasks.kinds import Task
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TASKS = (Task("digit", "multiclass", ("0", "1", "2")), Task("any", "multilabel", ("a", "b")))
 ACTIVATIONS = {"digit": "softmax", "any": "sigmoid"}
 
 
 @pytest.fixture(scope="module")
-def published() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("published", BENCHMARKS / "published.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["published"] = module
-    spec.loader.exec_module(module)
-    return module
+def published(benchmark: Callable[[str], Any]) -> Any:
+    return benchmark("published")
 
 
 def classifier(encoder: nn.Module, dim: int, position: nn.Module | None, dropout: float = 0.0) -> IPSClassifier:
@@ -59,7 +50,7 @@ def images(position: nn.Module | None = None, dropout: float = 0.0) -> IPSClassi
 
 
 @pytest.mark.parametrize("name", ["features", "images"])
-def test_keeps_and_says_what_the_published_code_does(name: str, shared: Path, published: ModuleType) -> None:
+def test_keeps_and_says_what_the_published_code_does(name: str, shared: Path, published: Any) -> None:
     from safetensors import safe_open
 
     with safe_open(shared / "golden" / f"{name}.safetensors", "pt") as file:
@@ -78,14 +69,14 @@ def test_keeps_and_says_what_the_published_code_does(name: str, shared: Path, pu
 
 
 @pytest.mark.parametrize("position", [None, IndexPosition(64)])
-def test_keeps_what_keyhole_keeps_under_the_streaming_rule(position: nn.Module | None, published: ModuleType) -> None:
+def test_keeps_what_keyhole_keeps_under_the_streaming_rule(position: nn.Module | None, published: Any) -> None:
     model = images(position)
     patches = torch.rand(3, 70, 1, 16, 16)
     _, _, index = published.published_from(model, 10, 16).ips(patches)
     assert index.sort().values.equal(model.select(patches, 10, 16, "streaming").index.sort().values)
 
 
-def test_keeps_what_keyhole_keeps_of_features(published: ModuleType) -> None:
+def test_keeps_what_keyhole_keeps_of_features(published: Any) -> None:
     torch.manual_seed(1)
     model = classifier(FeatureProjector(40, 32), 32, None)
     features = torch.randn(2, 90, 40)
@@ -95,7 +86,7 @@ def test_keeps_what_keyhole_keeps_of_features(published: ModuleType) -> None:
     assert one_by_one.sort().values.equal(model.select(features, 8, 8, "streaming").index.sort().values)
 
 
-def test_the_step_moves_the_weights_as_keyhole_does_where_the_loss_is_not_confident(published: ModuleType) -> None:
+def test_the_step_moves_the_weights_as_keyhole_does_where_the_loss_is_not_confident(published: Any) -> None:
     model = images(IndexPosition(64))
     network = published.published_from(model, 10, 16, ACTIVATIONS)
     patches = torch.rand(3, 40, 1, 16, 16)
@@ -118,7 +109,7 @@ def test_the_step_moves_the_weights_as_keyhole_does_where_the_loss_is_not_confid
         torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=1e-3)
 
 
-def test_a_shuffled_order_reaches_the_same_patches_with_one_head_and_query(published: ModuleType) -> None:
+def test_a_shuffled_order_reaches_the_same_patches_with_one_head_and_query(published: Any) -> None:
     torch.manual_seed(2)
     pool = CrossAttentionPool(32, heads=1, queries=1)
     model = IPSClassifier(FeatureProjector(40, 32), pool, {"digit": nn.Linear(32, 3)}, IndexPosition(32)).eval()
@@ -131,7 +122,7 @@ def test_a_shuffled_order_reaches_the_same_patches_with_one_head_and_query(publi
         torch.testing.assert_close(published.take(plain, by_index), published.take(other, shuffled_by_index))
 
 
-def test_all_patches_are_kept_where_there_are_no_more_than_m(published: ModuleType) -> None:
+def test_all_patches_are_kept_where_there_are_no_more_than_m(published: Any) -> None:
     patches = torch.rand(2, 5, 1, 16, 16)
     kept, codes, index = published.published_from(images(IndexPosition(64)), 8, 4).ips(patches)
     assert kept.equal(patches)
@@ -139,12 +130,12 @@ def test_all_patches_are_kept_where_there_are_no_more_than_m(published: ModuleTy
     assert index.tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
-def test_another_position_code_is_refused(published: ModuleType) -> None:
+def test_another_position_code_is_refused(published: Any) -> None:
     with pytest.raises(ValueError, match="CenterPosition"):
         published.published_from(classifier(SmallEncoder(1, width=8), 64, CenterPosition(64)), 8, 4)
 
 
-def test_the_weights_are_copies(published: ModuleType) -> None:
+def test_the_weights_are_copies(published: Any) -> None:
     model = images()
     before: dict[str, Tensor] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     network = published.published_from(model, 4, 4, ACTIVATIONS)

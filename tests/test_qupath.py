@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import csv_rows
 from make_slides import write_vendors
 from numpy.typing import NDArray
 from test_predict import random_predictor
@@ -77,8 +77,8 @@ def test_what_is_written_for_qupath_is_moved_and_all_else_stays_in_level_0(
         assert image.qupath_origin == prediction.origin == ORIGIN
     boxes = prediction.kept.boxes
     np.testing.assert_array_equal(corners(files["kept.geojson"]), boxes[:, :2] - ORIGIN)
-    with files["kept.csv"].open(newline="") as file:
-        np.testing.assert_array_equal([[int(row["x"]), int(row["y"])] for row in csv.DictReader(file)], boxes[:, :2])
+    kept = [[int(row["x"]), int(row["y"])] for row in csv_rows(files["kept.csv"])]
+    np.testing.assert_array_equal(kept, boxes[:, :2])
     written = json.loads(files["prediction.json"].read_text())
     assert [patch["box"] for patch in written["kept"]["patches"]] == boxes.tolist()
     assert written["qupath_origin"] == list(ORIGIN)

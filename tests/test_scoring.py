@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import csv_rows
 
 import keyhole
 from keyhole.cli.main import main
@@ -150,8 +151,7 @@ def test_large_targets_are_standardised_and_their_error_is_the_true_one(toy: Pat
     assert main(["evaluate", str(run)]) == 0
     assert keyhole.Run(run).best["tasks"][0]["std"] == pytest.approx(20, rel=0.1)
     folder = run / "evaluation" / "test"
-    with (folder / "predictions.csv").open(newline="") as file:
-        found = list(csv.DictReader(file))
+    found = csv_rows(folder / "predictions.csv")
     true = np.array([float(row["time.true"]) for row in found])
     predicted = np.array([float(row["time.predicted"]) for row in found])
     overall = json.loads((folder / "metrics.json").read_text())["tasks"]["time"]["overall"]

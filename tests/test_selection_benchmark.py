@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,19 +14,14 @@ import torch
 from keyhole.engine.device import Arithmetic
 from keyhole.nn import TimmEncoder
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 MODULES = ("selection", "selection_settings", "selection_inputs", "selection_sides", "alternate")
 
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    """The scripts' modules, imported as the scripts do it: from their own folder."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return SimpleNamespace(**{name: __import__(name) for name in MODULES})
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def bench(benchmark: Callable[[str], Any]) -> Any:
+    """The modules of the script."""
+    return SimpleNamespace(**{name: benchmark(name) for name in MODULES})
 
 
 def tiny(bench: Any, **changes: Any) -> Any:

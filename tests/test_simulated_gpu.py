@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def simulated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module, imported as scripts are: from their own folder."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    return __import__("simulated_gpu")
+def simulated(benchmark: Callable[[str], Any]) -> Any:
+    return benchmark("simulated_gpu")
 
 
-def test_the_device_decodes_a_share_of_the_tiles(simulated: ModuleType) -> None:
+def test_the_device_decodes_a_share_of_the_tiles(simulated: Any) -> None:
     shares = {name: simulated.slides(16, 256, deliver, 0.4)[1] for name, deliver in simulated.POLICIES.items()}
     assert shares["as built"] > 0
     assert shares["host only"] == 0
@@ -27,6 +21,6 @@ def test_the_device_decodes_a_share_of_the_tiles(simulated: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("fetched", [False, True])
-def test_each_photograph_is_decoded_once(simulated: ModuleType, fetched: bool) -> None:
+def test_each_photograph_is_decoded_once(simulated: Any, fetched: bool) -> None:
     _, most, mean = simulated.photographs(16, 1024, fetched, 0.1)
     assert 0 < mean <= most <= 16

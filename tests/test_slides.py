@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from conftest import small_files
+from conftest import Say, csv_rows, small_files
 from processes import run_process
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -21,7 +19,6 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from keyhole.cli.main import main
 from keyhole.config.settings import DataConfig
 from keyhole.data.manifest import read_manifest
 from keyhole.datasets import tiff_pyramid
@@ -44,11 +41,6 @@ from keyhole.images.resample import thumbnail
 SIDE = 2048
 GLASS = np.full((TILE, TILE, 3), 240, np.uint8)
 MIB = 2**20
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def ramp(column: int, row: int) -> np.ndarray | None:
@@ -280,8 +272,8 @@ def test_the_manifest_is_what_training_reads(written: Path) -> None:
 
 
 def test_positive_slides_and_only_they_have_nests(written: Path) -> None:
-    positive = {row["image"] for row in rows(written) if row["label"] == "positive"}
-    nests = rows(written.with_name("nests.csv"))
+    positive = {row["image"] for row in csv_rows(written) if row["label"] == "positive"}
+    nests = csv_rows(written.with_name("nests.csv"))
     assert {row["slide"] for row in nests} == positive
     for row in nests:
         x, y, width, height = (int(row[name]) for name in ("x", "y", "width", "height"))
@@ -291,10 +283,10 @@ def test_positive_slides_and_only_they_have_nests(written: Path) -> None:
 
 def test_a_slide_does_not_change_when_there_are_more(written: Path, tmp_path: Path) -> None:
     few = make_slides(tmp_path / "few", SlideSet(count=2, side=SIDE, seed=2))
-    assert [row["image"] for row in rows(few)] == [row["image"] for row in rows(written)[:2]]
-    assert [row["label"] for row in rows(few)] == [row["label"] for row in rows(written)[:2]]
-    assert "split" not in rows(few)[0]
-    for row in rows(few):
+    assert [row["image"] for row in csv_rows(few)] == [row["image"] for row in csv_rows(written)[:2]]
+    assert [row["label"] for row in csv_rows(few)] == [row["label"] for row in csv_rows(written)[:2]]
+    assert "split" not in csv_rows(few)[0]
+    for row in csv_rows(few):
         assert (few.parent / row["image"]).read_bytes() == (written.parent / row["image"]).read_bytes()
 
 
@@ -413,31 +405,17 @@ def test_a_share_of_tissue_out_of_range_is_named(tmp_path: Path) -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def say(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-def test_the_command_writes_a_set_that_can_be_checked(say: Any) -> None:
+def test_the_command_writes_a_set_that_can_be_checked(say: Say) -> None:
     code, out, _ = say("data", "slides", "set", "--count", "2", "--side", str(SIDE), "--positive", "1", "--seed", "5")
     assert code == 0
     assert "keyhole train set/manifest.csv --recipe slides" in out
-    assert [row["label"] for row in rows(Path("set/manifest.csv"))] == ["positive", "positive"]
+    assert [row["label"] for row in csv_rows(Path("set/manifest.csv"))] == ["positive", "positive"]
     same = make_slides(Path("same"), SlideSet(count=2, side=SIDE, positive=1, seed=5))
-    for row in rows(same):
+    for row in csv_rows(same):
         assert (Path("same") / row["image"]).read_bytes() == (Path("set") / row["image"]).read_bytes()
 
 
-def test_options_are_shown_and_printed(say: Any) -> None:
+def test_options_are_shown_and_printed(say: Say) -> None:
     code, out, _ = say("data", "slides", "--help")
     assert code == 0
     for option in ("--count", "--side", "--positive", "--seed", "--val", "--test", "--mpp"):
@@ -461,7 +439,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_a_mistake_is_one_line(line: str, say: Any) -> None:
+def test_a_mistake_is_one_line(line: str, say: Say) -> None:
     code, out, err = say(*line.split())
     assert (code, out) == (2, "")
     assert MISTAKES[line] in err

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +25,6 @@ from keyhole.nn import CrossAttentionPool, IPSClassifier, Selector
 from keyhole.nn.streaming import LATE
 from keyhole.patches.sources import TensorPatches
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 
 
@@ -124,13 +121,9 @@ def test_on_a_gpu_the_same_patches_are_kept_and_the_host_does_not_wait(rule: Any
 
 
 @pytest.fixture(scope="module")
-def operations() -> Any:
-    """What counts operations, imported as the benchmarks do it: from their own folder."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return __import__("operations")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def operations(benchmark: Callable[[str], Any]) -> Any:
+    """What counts operations."""
+    return benchmark("operations")
 
 
 def counted(operations: Any, counts: Sequence[int], rule: Any, m: int, chunk: int) -> tuple[int, list[Any]]:

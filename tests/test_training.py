@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, settings, small_files, write_toy
+from conftest import SMALL, csv_rows, settings, small_files, write_toy
 from safetensors.torch import load_file, save_file
 
 import keyhole
@@ -34,11 +33,6 @@ def same(a: Path, b: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 # The run folder
 
 
@@ -57,14 +51,14 @@ def test_the_run_folder_holds_what_a_run_needs_to_be_understood(toy_run: Path) -
         "predictions/val.csv",
         "log.txt",
     }
-    manifest = rows(toy_run / "manifest.csv")
+    manifest = csv_rows(toy_run / "manifest.csv")
     assert len(manifest) == 24
     assert all(len(row["sha256"]) == 64 and int(row["bytes"]) > 0 for row in manifest)
     assert {row["split"] for row in manifest} == {"train", "val", "test"}
-    assert [row["epoch"] for row in rows(toy_run / "metrics.csv")] == ["1", "2"]
+    assert [row["epoch"] for row in csv_rows(toy_run / "metrics.csv")] == ["1", "2"]
     assert json.loads((toy_run / "environment.json").read_text())["versions"]["torch"] == torch.__version__
     counts = {split: sum(row["split"] == split for row in manifest) for split in ("train", "val")}
-    assert {split: len(rows(toy_run / "predictions" / f"{split}.csv")) for split in counts} == counts
+    assert {split: len(csv_rows(toy_run / "predictions" / f"{split}.csv")) for split in counts} == counts
     assert not [path for path in toy_run.parent.iterdir() if path.name.startswith(".")], "nothing temporary is left"
 
 
@@ -156,7 +150,7 @@ def test_exploring_holds_attention_uniform_first_and_lets_it_learn_then(toy: Pat
     assert not weights(first.path)[name].any()
     then = keyhole.train(toy, tmp_path / "then", **settings(train={"explore": 2}))
     assert weights(then.path)[name].any()
-    images = len(rows(then.path / "predictions" / "train.csv"))
+    images = len(csv_rows(then.path / "predictions" / "train.csv"))
     first_half, second_half = (row["patches"] for row in then.metrics)
     assert first_half == images * 4  # while all are drawn, nothing else is read
     assert second_half >= images * (16 + 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,18 +23,13 @@ from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import start_job
 from keyhole.training.loop import Loop
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 KINDS = "kind=multiclass", "red=binary", "marks=multilabel", "size=regression"
 
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    """What counts operations, imported as the benchmarks do it: from their own folder."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return SimpleNamespace(**{name: __import__(name) for name in ("operations", "launches")})
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def bench(benchmark: Callable[[str], Any]) -> Any:
+    """What counts operations."""
+    return SimpleNamespace(**{name: benchmark(name) for name in ("operations", "launches")})
 
 
 @pytest.fixture(scope="module")
