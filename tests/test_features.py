@@ -309,7 +309,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "unwritten.h5": (unwritten, r"not all there: 400 of 1200 bytes"),
     "unwritten-gzip.h5": (lambda path: unwritten(path, compression="gzip"), "5 of 15 compressed chunks"),
     "linked.h5": (linked, "`features` is a link to another file"),
-    "virtual.h5": (virtual, "`features` lies in other files"),
+    "virtual.h5": (virtual, "`features` is in other files"),
     "large-chunk.h5": (
         lambda path: write_h5(path, np.zeros((2**21, 9), np.float32), None, chunks=(2**21, 9), compression="lzf"),
         "75 MB have to be decoded for one row, at most 67 MB",

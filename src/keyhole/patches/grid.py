@@ -90,6 +90,8 @@ class Grid:
     rows = 1
     size = stride = 0
     level: int | None = None
+    extent = Size(0, 0)
+    """Width and height in level-0 pixels that hold all patches; 0 x 0 if their places are unknown."""
 
     def __init__(self, n: int) -> None:
         self.n = self.columns = n

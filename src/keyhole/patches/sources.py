@@ -118,7 +118,7 @@ class PatchSource(ABC):
     @property
     def extent(self) -> Size:
         """Width and height in level-0 pixels that hold all patches."""
-        return self.l0_size or Size(0, 0)
+        return self.l0_size or self.grid.extent
 
     def positions_1d(self, index: ArrayLike | slice) -> Index:
         """Index int64 (k,) in raster order of the full grid of the turned image."""
@@ -135,18 +135,18 @@ class PatchSource(ABC):
         return {**sizes, "mpp": self.mpp, "scale": self.scale}
 
     def doubts(self) -> list[str]:
-        """Return what a user should know before trusting what the model says of this image."""
+        """Return what a user should know before trusting predictions for this image."""
         return []
 
     def gives_jpeg(self) -> bool:
-        """Return whether `encoded` finds JPEG streams here."""
+        """Return whether `encoded` returns JPEG streams."""
         return False
 
     def encoded(self, index: ArrayLike | slice, colors: Container[str]) -> list[bytes | None] | None:
-        """Return a JPEG stream for each patch as the file stores it, to which the decoder has to apply `view`.
+        """Return a JPEG stream for each patch as the file stores it; the decoder has to apply `view`.
 
-        None for a patch that is not a whole JPEG tile of one of the `colors` ("grey", "rgb", "ycbcr"), and in place of
-        the list where no patch is.
+        None for a patch that is not a whole JPEG tile of one of the `colors` ("grey", "rgb", "ycbcr"), and instead of
+        the list if no patch is one.
         """
         return None
 

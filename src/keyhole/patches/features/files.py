@@ -1,4 +1,4 @@
-"""Files of stored features: rows of numbers, and where on the slide they are from. Rows stay on the disk until read."""
+"""Files of stored features: rows of numbers, which stay on the disk until they are read, and their coordinates."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Coordinates = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Origin:
-    """What a file states, or what a model learned from: the encoder, SHA-256 of its weights, the patches in words."""
+    """Where features come from: the encoder, SHA-256 of its weights, the patches in words; None if not stated."""
 
     encoder: str | None = None
     weights: str | None = None
@@ -59,13 +59,13 @@ class Origin:
         return name if self.weights is None else f"{name} with weights {self.weights[:8]}"
 
     def excludes(self, other: Origin) -> bool:
-        """Whether features of the two cannot be compared: they are of other weights, or of another encoder."""
+        """Return whether features of the two cannot be compared, because their weights or encoders differ."""
         if self.weights is not None and other.weights is not None:
             return self.weights != other.weights
         return self.encoder is not None and other.encoder is not None and self.encoder != other.encoder
 
     def doubt(self, learned: Origin) -> str:
-        """Why answers on such features are doubtful for a model that learned from `learned`, or ""."""
+        """Return why predictions on these features are doubtful for a model that learned from `learned`, or ""."""
         if not self.known:
             known = f"; the others, or the model, are of {learned.describe()}" if learned.known else ""
             return f"features do not say which encoder made them{known}. Make sure that it is one for all of them"
@@ -80,7 +80,7 @@ UNKNOWN = Origin()
 
 
 def origin_of(attributes: Mapping[str, Any]) -> Origin:
-    """The origin that the attributes NAMES and STAMP of a file state; values of other types are ignored."""
+    """Return the origin that the attributes NAMES and STAMP of a file state; values of other types are ignored."""
     encoder = _text(attributes.get("encoder")) or _text(attributes.get("extractor"))
     return Origin(encoder, _text(attributes.get("weights_sha256")), _patches(attributes))
 
@@ -106,7 +106,7 @@ def _patches(attributes: Mapping[str, Any]) -> str | None:
 
 
 def _of_keyhole(settings: Mapping[str, Any]) -> str | None:
-    """The settings with which `keyhole embed` cut the patches, in words."""
+    """Describe the settings with which `keyhole embed` cut the patches."""
     size, stride = settings.get("patch.size"), settings.get("patch.stride")
     if size is None:
         return None
@@ -116,7 +116,7 @@ def _of_keyhole(settings: Mapping[str, Any]) -> str | None:
         f"stride {stride}" if stride not in (None, size) else "",
         f"level {settings.get('patch.level') or 0}" if mpp is None else f"{mpp:g} microns per pixel",
         f"foreground {foreground}" if foreground not in (None, "all") else "",
-        f"edge {edge}" if edge not in (None, "background") else "",  # before it could be chosen, it was the background
+        f"edge {edge}" if edge not in (None, "background") else "",  # older files always have the background
     ]
     return ", ".join(filter(None, words))
 
@@ -175,13 +175,13 @@ def widen(rows: NDArray[Any], out: Floats) -> None:
 
 
 def check_coords_shape(path: Path, shape: tuple[int, ...], n: int) -> None:
-    """Refuse coordinates of another shape before reading them, which could take any amount of memory."""
+    """Refuse coordinates of another shape before they are read, since they could take any amount of memory."""
     if shape != (n, 2):
         raise ImageError(path, f"coords are of shape {shape}, expected ({n}, 2): one x, y for each feature.")
 
 
 def checked_coords(path: Path, coords: NDArray[Any], n: int) -> Coordinates:
-    """Coordinates (n, 2) as whole numbers."""
+    """Return coordinates (n, 2) as whole numbers."""
     coords = coords[0] if coords.ndim == 3 and len(coords) == 1 else coords
     check_coords_shape(path, coords.shape, n)
     if coords.dtype.kind not in "iuf" or not -MAX_COORDINATE <= coords.min() <= coords.max() <= MAX_COORDINATE:
@@ -191,7 +191,7 @@ def checked_coords(path: Path, coords: NDArray[Any], n: int) -> Coordinates:
 
 @contextmanager
 def feature_faults(path: Path, what: str) -> Iterator[None]:
-    """Raise an ImageError of one line for whatever the libraries raise on a damaged file."""
+    """Raise an ImageError of one line for any error of the libraries on a damaged file."""
     try:
         yield
     except ImageError:

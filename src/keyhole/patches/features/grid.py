@@ -1,4 +1,4 @@
-"""Where on the slide stored features are from, by their coordinates: the counterpart of `PatchGrid`."""
+"""Where stored features are on the slide, by their coordinates: the counterpart of `PatchGrid`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ MAX_MAP_CELLS = 2**24
 class FeatureGrid(Grid):
     """Places of the features of one file; `attributes` as CLAM, TRIDENT and keyhole write them.
 
-    The side of a patch at level 0 is, in this order: `patch_size_level0`; `patch_size` times `downsample` (and
-    `custom_downsample`), or at `patch_level` 0 alone, or times `level0_magnification` / `target_magnification`; else
-    the step between neighbours, with `known` False. Patches of several contours need not lie on one grid: each is in
-    the cell of its corner. Files of keyhole state their exact step as `stride` times `downsample`: cells are those of
-    the grid, also for patches that the edge rule `shift` moved inwards. Without coordinates all are in one row.
+    The side of a patch at level 0 is the first of these that the file states: `patch_size_level0`; `patch_size` times
+    `downsample` (and `custom_downsample`), or `patch_size` alone at `patch_level` 0, or `patch_size` times
+    `level0_magnification` / `target_magnification`; else the step between neighbours, with `known` False.
+
+    Patches of several contours need not be on one grid: each is in the cell of its corner. Files of keyhole state their
+    exact step as `stride` times `downsample`: cells are those of the grid, also for patches that the edge rule `shift`
+    moved inwards. Without coordinates all patches are in one row.
 
     `size` and `stride` are in pixels of the resolution read, `scale` is level-0 pixels per such pixel.
     """
@@ -62,18 +64,11 @@ class FeatureGrid(Grid):
         self._exact_step = exact
         if coords is not None:
             low, high = coords.min(axis=0).astype(np.int64), coords.max(axis=0).astype(np.int64)
+            self.extent = Size(*(high + self._l0_side).clip(0).tolist())
             origin = np.zeros(2, np.int64) if exact else np.where(low < 0, low, low % self._l0_step)
             columns, rows = (self._steps(high - origin) + 1).tolist()
             if rows * columns <= MAX_MAP_CELLS:
                 self.rows, self.columns, self._g_origin = rows, columns, origin
-
-    @property
-    def extent(self) -> Size:
-        """Width and height that hold all patches, where the slide's own are not known."""
-        if self._coords is None:
-            return Size(0, 0)
-        width, height = (self._coords.max(axis=0).astype(np.int64) + self._l0_side).clip(0).tolist()
-        return Size(width, height)
 
     def corners(self, index: ArrayLike | slice) -> Index:
         chosen = checked_index(index, self.n, self.what)
@@ -85,10 +80,10 @@ class FeatureGrid(Grid):
         return self._steps(self.corners(index) - self._g_origin)[:, ::-1]
 
     def _steps(self, l0_distance: Index) -> Index:
-        """Steps from the origin to the cell of a corner."""
+        """Return the steps from the origin to the cell of a corner."""
         if self._exact_step is None:
             return l0_distance // self._l0_step
-        # 0.5, since corners are rounded; up, since a patch may have been moved inwards by less than a step
+        # 0.5 because corners are rounded; up because a patch may have been moved inwards by less than a step
         return np.asarray(np.ceil((l0_distance - 0.5) / self._exact_step), np.int64)
 
     def boxes(self, index: ArrayLike | slice) -> Index:
@@ -100,7 +95,7 @@ class FeatureGrid(Grid):
 
 
 def in_pixels(attributes: Mapping[str, Any], mpp: float) -> dict[str, Any]:
-    """STAMP's tile size as the attributes of `FeatureGrid`, for a slide of `mpp` microns per level-0 pixel."""
+    """Return STAMP's tile size as attributes of `FeatureGrid`, for a slide of `mpp` microns per level-0 pixel."""
     microns = number(attributes, "tile_size_um") or number(attributes, "tile_size")
     pixels = number(attributes, "tile_size_px")
     if microns is None:
@@ -110,7 +105,7 @@ def in_pixels(attributes: Mapping[str, Any], mpp: float) -> dict[str, Any]:
 
 
 def _side(attributes: Mapping[str, Any]) -> tuple[float | None, float]:
-    """Side of a patch at level 0, None where it is not stated, and level-0 pixels per pixel read."""
+    """Return the side of a patch at level 0, or None if it is not stated, and level-0 pixels per pixel read."""
     l0_side, size = number(attributes, "patch_size_level0"), number(attributes, "patch_size")
     if l0_side is not None:
         return l0_side, l0_side / size if size else 1.0
@@ -128,7 +123,7 @@ def _side(attributes: Mapping[str, Any]) -> tuple[float | None, float]:
 
 
 def _spacing(coords: NDArray[np.int32]) -> float | None:
-    """The most common step between neighbours of one row or column, else the smallest between any two."""
+    """Return the most common step between neighbours of one row or column, else the smallest between any two."""
     some = coords[:MAX_SPACING_ROWS].astype(np.int64)
     across = np.abs(np.diff(some, axis=0))
     steps = across[(across == 0).any(axis=1)].max(axis=1, initial=0)
@@ -141,9 +136,9 @@ def _spacing(coords: NDArray[np.int32]) -> float | None:
 
 
 def number(attributes: Mapping[str, Any], name: str, *, zero: bool = False, place: int = 0) -> float | None:
-    """An attribute as a number above 0, else None; of several, such as CLAM's (x, y), the one at `place`."""
+    """Return an attribute as a number above 0, else None; of several, such as CLAM's (x, y), the one at `place`."""
     try:
         value = float(np.asarray(attributes[name]).ravel()[place])
-    except (KeyError, IndexError, TypeError, ValueError):  # TRIDENT writes 'None' for what it does not know
+    except (KeyError, IndexError, TypeError, ValueError):  # TRIDENT writes 'None' for unknown values
         return None
     return value if math.isfinite(value) and (value > 0 or (zero and value == 0)) else None

@@ -1,8 +1,8 @@
 """Stored features in HDF5: datasets `features` (n, d) or (1, n, d) and `coords` (n, 2), as CLAM and TRIDENT write them.
 
-STAMP calls the first `feats`, and writes `coords` in microns. HDF5 reads what was never written as zeros, which is an
-error here. It lets one thread of a process in at a time: threads that stream rows stored without a filter read them
-from their places in the file, 1.5 to 3 times as fast.
+STAMP calls the first `feats`, and writes `coords` in microns. HDF5 returns zeros for rows that were never written; here
+they are an error. Only one thread of a process at a time can be inside HDF5, so threads that stream rows stored without
+a filter read them from their places in the file, 1.5 to 3 times as fast.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from keyhole.util.threads import end_reading_first
 from keyhole.util.wording import listed
 
 MAX_ROW_BYTES = 2**26
-"""Bytes of the compressed chunks that one row lies in, decoded, since a read takes and keeps them."""
+"""Decoded bytes of the compressed chunks that hold one row, since a read decodes and keeps all of them."""
 MIN_STREAMED_ROWS = 16
 """Consecutive rows in one read from which finding the places of all rows pays."""
 INDEX_CACHE_BYTES = 2**20
-"""Bytes per open file for HDF5's index, which is long where every row is a chunk of its own."""
+"""Bytes per open file for HDF5's index, which is long if every row is a chunk of its own."""
 MAX_PLACES = 2**22
 """Chunks whose places are kept, 8 bytes each."""
 
@@ -67,11 +67,12 @@ class Hdf5Features(FeatureFile):
                 *lead, self.n, self.d = features.shape
                 self._lead = tuple(slice(0, 1) for _ in lead)
                 self._features = features
-                self._places: StoredRows | Literal[False] | None = None  # not needed yet
-                self.coords = self.coords_um = None
+                self._places: StoredRows | Literal[False] | None = None  # None until they are needed
+                self.coords, self.coords_um, stated = None, None, self._file.attrs
                 if "coords" in self._file and name == "features":
                     self.coords = checked_coords(path, self._stored_coords(), self.n)
-                elif "coords" in self._file and self._in_microns():
+                elif "coords" in self._file and ("tile_size_um" in stated or stated.get("unit") in ("um", b"um")):
+                    # Before version 2, STAMP wrote pixels of a resolution that it does not state.
                     self.coords_um = np.asarray(self._stored_coords(), np.float32)
                     if not np.isfinite(self.coords_um).all():
                         raise ImageError(path, "coords hold NaN or infinity, expected microns. Extract them again.")
@@ -82,7 +83,7 @@ class Hdf5Features(FeatureFile):
             raise
 
     def _dataset(self, name: str, kind: str) -> Any:
-        """The dataset `name` of numbers of a `kind`, opened with a cache for the chunks of one row."""
+        """Return the dataset `name` of numbers of a `kind`, opened with a cache for the chunks of one row."""
         import h5py
 
         if isinstance(self._file.get(name, getlink=True), h5py.ExternalLink):
@@ -121,13 +122,8 @@ class Hdf5Features(FeatureFile):
         check_coords_shape(self.path, dataset.shape[-2:], self.n)
         return dataset[0] if dataset.ndim == 3 else dataset[()]
 
-    def _in_microns(self) -> bool:
-        """Whether STAMP's coordinates are: before version 2 they were in pixels of a resolution that is not stated."""
-        stated = self._file.attrs
-        return "tile_size_um" in stated or ("unit" in stated and stated["unit"] in ("um", b"um"))
-
     def _attributes(self, names: Sequence[str]) -> dict[str, Any]:
-        """These attributes of `coords`, else of `features`, else of the file. Others may be unreadable."""
+        """Return these attributes of `coords`, else of `features`, else of the file. Others may be unreadable."""
         read = self.coords is not None or self.coords_um is not None
         places = [self._file, self._features, *([self._file["coords"]] if read else [])]
         return {name: place.attrs[name] for place in places for name in names if name in place.attrs}
@@ -153,9 +149,9 @@ class Hdf5Features(FeatureFile):
 
 
 def _check_stored(path: Path, name: str, dataset: Any) -> None:
-    """HDF5 reads what was never written as zeros; a writer that was stopped leaves such files."""
+    """Refuse a dataset that was not written completely, since HDF5 would return zeros for the rest."""
     if dataset.is_virtual or dataset.external:
-        raise ImageError(path, f"`{name}` lies in other files. Copy the features into this one.")
+        raise ImageError(path, f"`{name}` is in other files. Copy the features into this one.")
     plan = dataset.id.get_create_plist()
     if dataset.chunks is not None and plan.get_nfilters():
         there = dataset.id.get_num_chunks()
@@ -169,7 +165,7 @@ def _check_stored(path: Path, name: str, dataset: Any) -> None:
 
 
 class StoredRows:
-    """The rows of one open dataset, each of which lies in the file without a gap. Thread-safe."""
+    """The rows of one open dataset, each of which is contiguous in the file. Thread-safe."""
 
     def __init__(self, handle: int, dataset: Any) -> None:
         self._handle, self._dtype = os.dup(handle), dataset.dtype
@@ -188,7 +184,7 @@ class StoredRows:
 
     @classmethod
     def of(cls, file: Any, dataset: Any) -> StoredRows | None:
-        """The places of the rows of an open dataset; None where HDF5 has to read each."""
+        """Find the places of the rows of an open dataset; None if only HDF5 can read them."""
         chunks, plain = dataset.chunks, hasattr(os, "preadv") and sys.byteorder == "little"
         plain = plain and dataset.dtype.str in ("<f2", "<f4", "<f8") and file.driver == "sec2"
         plain = plain and file.userblock_size == 0 and dataset.id.get_create_plist().get_nfilters() == 0
@@ -213,7 +209,7 @@ class StoredRows:
             widen(rows, out)
 
     def _runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Where rows lie that follow each other in the file too: first byte, first row, the row behind the last."""
+        """Yield runs of rows that are consecutive in the file too: first byte, first row, the row after the last."""
         chunks = np.arange(start // self._rows, (stop - 1) // self._rows + 1)
         places = self._places[chunks]
         cuts = np.flatnonzero(np.diff(places) != self._rows * self._row) + 1

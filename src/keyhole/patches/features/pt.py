@@ -30,8 +30,8 @@ MAX_PICKLE_BYTES = 2**26
 class TorchFeatures(FeatureFile):
     """Features in a `.pt` file, of which only tensors are unpickled.
 
-    Rows are read from their place in the file: a memory map would end the process where the file is cut short. Files of
-    torch before 1.6 have no such place and are held in memory.
+    Rows are read from their place in the file: a memory map would end the process if the file is cut short. Files of
+    torch before 1.6 have no such place and are kept in memory.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = (".pt",)
@@ -86,7 +86,7 @@ class TorchFeatures(FeatureFile):
 
 
 def _records(path: Path, size: int) -> list[zipfile.ZipInfo] | None:
-    """Where the storages of a `.pt` file are; None for the form of torch before 1.6, which is not an archive."""
+    """Return the records of storages in a `.pt` file; None for files of torch before 1.6, which are no archives."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return None
@@ -102,7 +102,7 @@ def _records(path: Path, size: int) -> list[zipfile.ZipInfo] | None:
 
 
 def _place(path: Path, records: list[zipfile.ZipInfo], storage: Any) -> int:
-    """The first byte of a storage in the file."""
+    """Return the first byte of a storage in the file."""
     import torch
 
     head = torch.tensor([], dtype=torch.uint8).set_(storage)[:4096].numpy().tobytes()
@@ -119,7 +119,7 @@ def _place(path: Path, records: list[zipfile.ZipInfo], storage: Any) -> int:
 
 
 def _tensors(path: Path, held: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """The tensors features (n, d) and coords (n, 2) or None, and the numbers beside them."""
+    """Return the tensors features (n, d) and coords (n, 2) or None, and the numbers beside them."""
     import torch
 
     found = held if isinstance(held, Mapping) else {"features": held}

@@ -1,4 +1,4 @@
-"""Stored features as a source of patches, behind the same contract as pixels."""
+"""Stored features as a source of patches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from keyhole.config.settings import Config, ModelConfig
 from keyhole.errors import ConfigError, ImageError
-from keyhole.images.geometry import Size
 from keyhole.patches.features.files import UNKNOWN, FeatureFile, Origin, checked_coords, feature_faults
 from keyhole.patches.features.grid import FeatureGrid, in_pixels
 from keyhole.patches.features.hdf5 import Hdf5Features
@@ -45,7 +44,7 @@ class FeaturePatches(PatchSource):
         file: open; see `open_features`.
         name: for messages; default is the file's path.
         mpp: microns per level-0 pixel of the slide, by which coordinates in microns become pixels.
-        learned: which encoder the model learned from, as far as it is known.
+        learned: the encoder that the model learned from, as far as it is known.
     """
 
     grid: FeatureGrid
@@ -76,15 +75,11 @@ class FeaturePatches(PatchSource):
                 self.file.read(start, start + int(last - first), out[place : place + int(last - first)])
         return out
 
-    @property
-    def extent(self) -> Size:
-        return self.l0_size or self.grid.extent
-
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "features": str(self.file.path), "size_known": self.grid.known}
 
     def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
-        """x, y of the centres in level-0 pixels; ConfigError where the file has none."""
+        """Return x, y of the centres in level-0 pixels; ConfigError if the file has none."""
         if self._coords is None:
             needs = "the dataset `coords`, which is missing; use 1d or none, or the .h5 files of the archive"
             if self.file.coords_um is not None:
@@ -104,13 +99,13 @@ class FeaturePatches(PatchSource):
 
 @dataclass(frozen=True)
 class FeatureOpener:
-    """How the features of one file are opened. Calling it opens the file; making it costs nothing.
+    """Opens the features of one file when called; making an opener costs nothing.
 
     Attributes:
         path: the file, .h5 or .pt.
         name: for messages; as the manifest writes it.
         width: values of each feature that the model takes; None takes any.
-        learned: which encoder the model learned from, as far as it is known.
+        learned: the encoder that the model learned from, as far as it is known.
         mpp: microns per level-0 pixel of the slide, if given.
     """
 
@@ -121,7 +116,7 @@ class FeatureOpener:
     mpp: float | None = None
 
     def __call__(self) -> FeaturePatches:
-        """Open the file; ImageError where it is broken, or not of the layout or width expected."""
+        """Open the file; ImageError if it is damaged, or of another layout or width than expected."""
         file, problem = open_features(self.path), ""
         if self.width is not None and file.d != self.width:
             problem = f"features of {file.d} numbers, but the model takes {self.width}."
@@ -135,18 +130,18 @@ class FeatureOpener:
 
 
 def feature_width(path: str | Path) -> int:
-    """The number of values of each feature of a file; no feature is read."""
+    """Return the number of values of each feature of a file, without reading a feature."""
     with closing(open_features(Path(path))) as file:
         return file.d
 
 
 def learned_origin(model: ModelConfig) -> Origin:
-    """The encoder that a model of stored features learned from."""
+    """Return the encoder that a model of stored features learned from."""
     return Origin(model.feature_encoder, model.feature_weights, model.feature_patches)
 
 
 def common_origin(paths: Iterable[str | Path]) -> Origin:
-    """The origin that the first file states; no feature is read. Broken files are reported when they are read."""
+    """Return the first origin that a file states. Damaged files are reported later, when they are read."""
     for path in paths:
         with suppress(ImageError), closing(open_features(Path(path))) as file:
             if file.origin.known:
@@ -155,7 +150,7 @@ def common_origin(paths: Iterable[str | Path]) -> Origin:
 
 
 def check_features_config(config: Config) -> None:
-    """Refuse settings of an encoder, which would do nothing for stored features."""
+    """Refuse settings of an encoder, which have no effect on stored features."""
     for name in ("encoder", "channels", "width", "stages", "pretrained", "weights"):
         value = getattr(config.model, name)
         if value != getattr(ModelConfig(), name):

@@ -1,4 +1,4 @@
-"""One HDF5 file of features for each slide, in the layout of CLAM and TRIDENT, which gets its name once complete."""
+"""Write one HDF5 file of features for each slide, in the layout of CLAM and TRIDENT."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class FeatureWriter:
         self.file.create_dataset(part, (0, width), dtype, maxshape=(None, width), chunks=(rows, width))
 
     def describe(self, source: FilePatches, about: Mapping[str, Any]) -> None:
-        """Write what readers need: about the patches under the names of CLAM and TRIDENT, about the origin ours.
+        """Write the attributes of the patches under the names of CLAM and TRIDENT, and those of the origin, `about`.
 
-        Ours are also `stride`, which CLAM and TRIDENT do not state where it exceeds the size, and `edge`.
+        CLAM and TRIDENT have no `edge`, and no `stride`, which `overlap` cannot express if it exceeds the size.
         """
         grid, image = source.grid, source.image
         coords: dict[str, Any] = {
@@ -85,7 +85,7 @@ class FeatureWriter:
 
 @contextmanager
 def feature_writer(path: Path, dtype: str) -> Iterator[FeatureWriter]:
-    """A writer whose file gets the name `path` when the block ends without an error, after it was read back."""
+    """Open a writer whose file is read back and gets the name `path` when the block ends without an error."""
     import h5py
 
     def check(temporary: Path) -> None:
@@ -105,9 +105,9 @@ def feature_writer(path: Path, dtype: str) -> Iterator[FeatureWriter]:
 
 
 class _Disk(io.FileIO):
-    """The file as HDF5 sees it: writing never fails, since HDF5 does not survive that (2.0 ends the process later).
+    """A file for HDF5 in which writing never fails, since HDF5 does not survive that (2.0 ends the process later).
 
-    What could not be written, as on a full disk or at Ctrl-C, is read back from memory; `check` raises the error.
+    Bytes that could not be written, as on a full disk, are read back from memory, and `check` raises the error.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -157,7 +157,10 @@ class _Disk(io.FileIO):
 
 
 def already_there(path: Path, settings: Mapping[str, Any], image_bytes: int) -> bool:
-    """Whether the file exists, made with the same settings from the same image; ConfigError names what differs."""
+    """Return whether the file exists and was made with the same settings from the same image.
+
+    Raises ConfigError, which names the difference, if it was made in another way.
+    """
     import h5py
 
     if not path.exists():
@@ -173,7 +176,7 @@ def already_there(path: Path, settings: Mapping[str, Any], image_bytes: int) -> 
         raise ConfigError(f"{error} It was there before this run. {advice}") from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: is there already, but not by `keyhole embed`. {advice}") from error
-    now, known = json.loads(json.dumps(settings)), {"patch.edge": "background", **known}  # before it could be chosen
+    now, known = json.loads(json.dumps(settings)), {"patch.edge": "background", **known}  # older files do not state it
     if differing := [name for name in dict.fromkeys([*now, *known]) if now.get(name) != known.get(name)]:
         name = differing[0]
         more = f" ({len(differing)} settings differ)" if len(differing) > 1 else ""
