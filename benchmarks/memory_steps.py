@@ -23,8 +23,7 @@ from keyhole.config.settings import Config, ModelConfig, PatchConfig, SelectConf
 from keyhole.engine import Engine
 from keyhole.engine.device import choose_device, choose_precision
 from keyhole.engine.memory.meter import taken
-from keyhole.engine.memory.pace import fixed_chunk
-from keyhole.engine.memory.plan import make_plan
+from keyhole.engine.memory.plan import fixed_chunk, make_plan
 from keyhole.engine.memory.probe import Workload
 from keyhole.errors import ConfigError, KeyholeError
 from keyhole.nn import build_classifier

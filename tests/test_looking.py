@@ -22,8 +22,8 @@ from keyhole.engine import Engine
 from keyhole.engine.device import Arithmetic
 from keyhole.engine.encoders import Encoders
 from keyhole.engine.fast import FastEncoder
-from keyhole.engine.memory.pace import Pace, unlimited
-from keyhole.engine.memory.plan import Plan
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan, unlimited
 from keyhole.engine.scoring import ChunkScorer, blank_rows
 from keyhole.loading import Chunk
 from keyhole.nn import CrossAttentionPool, IPSClassifier, SmallEncoder

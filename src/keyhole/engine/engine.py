@@ -30,8 +30,8 @@ from keyhole.engine.bags import Bags, fetch_bags, positions
 from keyhole.engine.device import Arithmetic
 from keyhole.engine.encoders import CompileChoice, Encoders, Setting
 from keyhole.engine.memory.bill import MAX_HELD_BYTES
-from keyhole.engine.memory.pace import Pace, cap, unlimited
-from keyhole.engine.memory.plan import Plan
+from keyhole.engine.memory.pace import Pace, cap
+from keyhole.engine.memory.plan import Plan, unlimited
 from keyhole.engine.opening import open_reader
 from keyhole.engine.scoring import ChunkScorer, rows_to_encode, timed
 from keyhole.engine.split import bags_of, split_backward

@@ -19,8 +19,7 @@ from keyhole.data.item import Item
 from keyhole.data.resolution import NOT_KNOWN, Resolution
 from keyhole.engine import Engine, Inference
 from keyhole.engine.device import choose_device, choose_precision
-from keyhole.engine.memory.pace import prediction_plan
-from keyhole.engine.memory.plan import PREDICTING_OPTIONS
+from keyhole.engine.memory.plan import PREDICTING_OPTIONS, prediction_plan
 from keyhole.engine.opening import opener
 from keyhole.errors import ConfigError, ImageLost, KeyholeError, RunError
 from keyhole.images.pillow import image_in_memory

@@ -250,16 +250,13 @@ class IPSClassifier(nn.Module):
         loose, where = _loose(patches, mask), None if position is None else _loose(position, mask)
         if loose.dtype == torch.uint8 and loose.ndim == 4:
             loose = loose.permute(0, 2, 3, 1)
+        if encode is None:
+            encode = self.encode if loose.dtype != torch.uint8 else lambda pixels: self.encode(AsRead(pixels))
         with evaluating(self), tf32(False):
             query = self.pool.folded_query()
 
             def score(rows: slice) -> Tensor:
-                pixels = loose[rows]
-                if encode is not None:
-                    embedding = encode(pixels)
-                else:
-                    embedding = self.encode(prepare(pixels) if pixels.dtype == torch.uint8 else pixels)
-                return self.logits(embedding, None if where is None else where[rows], query)
+                return self.logits(encode(loose[rows]), None if where is None else where[rows], query)
 
             return select_bags(score, (b, n), mask, m, chunk, rule)
 

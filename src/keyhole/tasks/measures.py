@@ -61,7 +61,7 @@ class ClassMeasures:
 
 
 class WeightedClasses:
-    """Rates (r, k) of each class under each weighting; costly ones are computed when asked for."""
+    """Rates (r, k) of each class under each weighting; costly ones are computed when they are first used."""
 
     def __init__(self, of: ClassMeasures, weights: Float[Array, "r n"]) -> None:
         self.of, self.weights = of, weights

@@ -57,16 +57,11 @@ class Task:
     mean: float = 0.0
     std: float = 1.0
 
-    exclusive: ClassVar[bool] = False
-    """True where an image has exactly one of the classes."""
-    threshold: ClassVar[float | None] = None
-    """Probability above which an image is said to be of a class; None where the largest probability decides."""
-    default_metric: ClassVar[str] = "auroc"
-    """The metric that names the best model where the user names none."""
-    takes_positive: ClassVar[bool] = False
-    """True where the user can name a positive class."""
-    class_counts: ClassVar[tuple[float, float]] = (2, np.inf)
-    """The fewest and the most classes."""
+    exclusive: ClassVar[bool] = False  # an image has exactly one of the classes
+    threshold: ClassVar[float | None] = None  # probability above which a class is predicted; None: the largest decides
+    default_metric: ClassVar[str] = "auroc"  # chooses the best model where the user names no metric
+    takes_positive: ClassVar[bool] = False  # the user can name a positive class
+    class_counts: ClassVar[tuple[float, float]] = (2, np.inf)  # the fewest and the most classes
 
     def __init_subclass__(cls, kind: str, **options: Any) -> None:
         super().__init_subclass__(**options)

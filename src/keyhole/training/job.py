@@ -15,8 +15,7 @@ from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest, write_left_out
 from keyhole.engine import Engine
 from keyhole.engine.device import choose_device
-from keyhole.engine.memory.pace import fixed_chunk
-from keyhole.engine.memory.plan import Plan, make_plan
+from keyhole.engine.memory.plan import Plan, fixed_chunk, make_plan
 from keyhole.engine.memory.probe import Workload
 from keyhole.engine.opening import open_reader, settle_edge
 from keyhole.errors import ConfigError

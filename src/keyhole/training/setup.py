@@ -19,8 +19,7 @@ from keyhole.data.manifest import Manifest
 from keyhole.data.resolution import Resolution
 from keyhole.engine import Engine
 from keyhole.engine.device import choose_precision
-from keyhole.engine.memory.pace import fixed_chunk
-from keyhole.engine.memory.plan import CPU_CHUNK
+from keyhole.engine.memory.plan import CPU_CHUNK, fixed_chunk
 from keyhole.engine.opening import opener
 from keyhole.engine.to_device import may_decode
 from keyhole.errors import ConfigError, DataError, ImageError

@@ -76,16 +76,12 @@ def atomic_file(path: str | Path, check: Callable[[Path], None] | None = None) -
             temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished(folders: Iterable[Path], names: re.Pattern[str]) -> int:
-    """Remove and count the unfinished files with these final names that killed processes left."""
-    removed = 0
-    for folder in folders:
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            found = TEMPORARY.fullmatch(path.name)
-            if found is not None and names.fullmatch(found[1]) and path.is_file() and is_abandoned(path):
-                path.unlink(missing_ok=True)
-                removed += 1
-    return removed
+def remove_unfinished(folders: Iterable[Path], names: re.Pattern[str]) -> None:
+    """Remove the unfinished files with these final names that killed processes left."""
+    for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())):
+        found = TEMPORARY.fullmatch(path.name)
+        if found is not None and names.fullmatch(found[1]) and path.is_file() and is_abandoned(path):
+            path.unlink(missing_ok=True)
 
 
 def is_abandoned(path: Path) -> bool:

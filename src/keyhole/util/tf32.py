@@ -34,24 +34,21 @@ def tf32(use: bool) -> Iterator[None]:
     precisions = [place.fp32_precision for place in places]
     try:
         if before is None:
-            _set_each(places[:2], ["tf32" if use else "ieee"] * 2)
+            _set(None, places[:2], ["tf32" if use else "ieee"] * 2)
         else:
-            _set(*wanted)
+            _set(wanted, [], [])
         yield
     finally:
-        if before is not None:
-            _set(*before)
-        _set_each(places, precisions)
+        _set(before, places, precisions)
 
 
-def _set(convolutions: bool, products: str) -> None:
-    if torch.backends.cudnn.allow_tf32 != convolutions:
-        torch.backends.cudnn.allow_tf32 = convolutions
-    if torch.get_float32_matmul_precision() != products:
-        torch.set_float32_matmul_precision(products)
-
-
-def _set_each(places: list[Any], precisions: list[str]) -> None:
+def _set(older: tuple[bool, str] | None, places: list[Any], precisions: list[str]) -> None:
+    """Set what differs, in the older interface and in places of the newer one."""
+    if older is not None:
+        if torch.backends.cudnn.allow_tf32 != older[0]:
+            torch.backends.cudnn.allow_tf32 = older[0]
+        if torch.get_float32_matmul_precision() != older[1]:
+            torch.set_float32_matmul_precision(older[1])
     for place, precision in zip(places, precisions, strict=True):
         if place.fp32_precision != precision:
             place.fp32_precision = precision

@@ -102,14 +102,10 @@ class ReadingThreads:
     def submit(
         self, name: str, function: Callable[[], T], urgent: bool = False, after: ReadTask[Any] | None = None
     ) -> ReadTask[T]:
-        """Queue a function.
+        """Queue a function that reads the file `name`; urgent ones are taken first.
 
-        Args:
-            name: the file, for messages.
-            function: what to do.
-            urgent: take it before all tasks that are not urgent.
-            after: a task that has to end or fail first. This one is then taken before all that are queued: no thread
-                waits in between, and later tasks do not overtake it.
+        With `after`, it waits until that task has ended or failed and is then taken before all that are queued, so that
+        no thread waits in between and later tasks do not overtake it.
         """
         task = ReadTask(name, function, urgent)
         with self.lock:

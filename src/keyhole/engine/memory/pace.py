@@ -10,32 +10,15 @@ from typing import TypeVar
 
 import torch
 
-from keyhole.config.settings import Config, SelectConfig
-from keyhole.engine.encoders import Encoders
-from keyhole.engine.memory.bill import MAX_HELD_BYTES
 from keyhole.engine.memory.meter import give_back, steady_heap
-from keyhole.engine.memory.plan import (
-    CPU_CHUNK,
-    PREDICTING_OPTIONS,
-    SHARED_TILE_BYTES,
-    TRAINING_OPTIONS,
-    OptionNames,
-    Plan,
-    Step,
-    make_plan,
-)
-from keyhole.engine.memory.probe import Workload
+from keyhole.engine.memory.plan import SHARED_TILE_BYTES, TRAINING_OPTIONS, OptionNames, Plan, Step
 from keyhole.errors import ConfigError
 from keyhole.images.tile_cache import TILE_CACHE
-from keyhole.nn.build import patch_shape
-from keyhole.nn.selection import RULES
 from keyhole.util.budget import doubt, explained, memory_text, out_of_memory
 from keyhole.util.platform import peak_memory, resident_memory, restart_peak
 
 T = TypeVar("T")
 
-MAX_PREDICTED_PATCHES = 250_000
-"""Largest image of a plan for predicting, in patches."""
 EPOCHS_TO_SETTLE = 2
 """Epochs after which a process has all that it needs: images decoded once, kernels, caches."""
 
@@ -58,12 +41,9 @@ class Pace:
         self._epochs, self._settled = 0, 0
 
     def run(self, step: Step, work: Callable[[Plan], T], again: Callable[[], None] | None = None) -> T:
-        """Return the result of `work` under the plan; repeat it under smaller plans while memory runs out.
+        """Return the result of `work` under the plan; while memory runs out, repeat it with a smaller `step`.
 
-        Args:
-            step: the pass that becomes smaller; the other one keeps its size.
-            work: must have no effect when it fails, except what `again` undoes.
-            again: called before each repetition.
+        When `work` fails it must have no effect, except what `again` undoes, which is called before each repetition.
         """
         if self._watched and not self._allowed:
             self._watch()
@@ -129,33 +109,6 @@ class Pace:
         gc.collect()  # frees what the failed attempt held
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def prediction_plan(encoders: Encoders, config: Config) -> Plan:
-    """Return the plan of a model that predicts; it is measured only where memory is limited."""
-    memory = config.memory
-    if memory is None and encoders.device.type != "cuda":
-        return unlimited(config.select)
-    work = Workload(
-        patch_shape=patch_shape(config.model, config.patch.size),
-        m=config.select.m,
-        batch_size=config.train.batch,
-        largest_bag=MAX_PREDICTED_PATCHES,
-        chunk=fixed_chunk(config.select),
-        ahead=config.run.ahead,
-        jpeg=config.run.decode == "auto",
-    )
-    return make_plan(encoders, work, memory, options=PREDICTING_OPTIONS)
-
-
-def fixed_chunk(select: SelectConfig) -> int | None:
-    """Return how many patches are encoded at once if the user has fixed it; the `chunk` of "streaming" is another."""
-    return None if RULES[select.rule].own_chunk else select.chunk
-
-
-def unlimited(select: SelectConfig) -> Plan:
-    """Return a plan for callers who know what fits: chunks as configured, and no limit."""
-    return Plan(chunk=fixed_chunk(select) or CPU_CHUNK, hold=MAX_HELD_BYTES)
 
 
 def _warn(text: str) -> None:

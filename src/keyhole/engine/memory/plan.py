@@ -16,11 +16,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from keyhole.config.settings import Config, SelectConfig
 from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.bill import MARGIN, MAX_HELD_BYTES, Bill, power_below, powers
 from keyhole.engine.memory.meter import steady_heap, taken
 from keyhole.engine.memory.probe import FIRST_PATCHES, Probe, Workload
 from keyhole.errors import ConfigError
+from keyhole.nn.build import patch_shape
+from keyhole.nn.selection import RULES
 from keyhole.util.budget import explained, memory_text, out_of_memory
 from keyhole.util.platform import available_memory
 
@@ -46,6 +49,8 @@ FIRST_STEPS_BYTES = 24 * 2**20
 SHARED_TILE_BYTES = 2**25
 """Decoded tiles that are kept for later patches where the user has named a budget: rows of 170 tiles of 256 px in RGB.
 Of wider rows in a grid that is not aligned, some tiles are decoded twice."""
+MAX_PREDICTED_PATCHES = 250_000
+"""Largest image of a plan for predicting, in patches."""
 
 Step = Literal["select", "learn", "both"]
 
@@ -184,6 +189,33 @@ def make_plan(
     return Plan(*sizes, bill.kept if work.learn else 0, budget, source, named, peak, hold, steady, device.type)
 
 
+def prediction_plan(encoders: Encoders, config: Config) -> Plan:
+    """Return the plan of a model that predicts; it is measured only where memory is limited."""
+    memory = config.memory
+    if memory is None and encoders.device.type != "cuda":
+        return unlimited(config.select)
+    work = Workload(
+        patch_shape=patch_shape(config.model, config.patch.size),
+        m=config.select.m,
+        batch_size=config.train.batch,
+        largest_bag=MAX_PREDICTED_PATCHES,
+        chunk=fixed_chunk(config.select),
+        ahead=config.run.ahead,
+        jpeg=config.run.decode == "auto",
+    )
+    return make_plan(encoders, work, memory, options=PREDICTING_OPTIONS)
+
+
+def fixed_chunk(select: SelectConfig) -> int | None:
+    """Return how many patches are encoded at once if the user has fixed it; the `chunk` of "streaming" is another."""
+    return None if RULES[select.rule].own_chunk else select.chunk
+
+
+def unlimited(select: SelectConfig) -> Plan:
+    """Return a plan for callers who know what fits: chunks as configured, and no limit."""
+    return Plan(chunk=fixed_chunk(select) or CPU_CHUNK, hold=MAX_HELD_BYTES)
+
+
 @contextmanager
 def _measuring(cpu: bool) -> Iterator[None]:
     """Let malloc return freed blocks at once inside, on a CPU, so that the measured memory is what is in use."""
@@ -196,15 +228,15 @@ def _measuring(cpu: bool) -> Iterator[None]:
             steady_heap(False)
 
 
-def largest_chunk(device: torch.device, patch_shape: Sequence[int], patches: int | None = None) -> int:
+def largest_chunk(device: torch.device, shape: Sequence[int], patches: int | None = None) -> int:
     """Return how many patches of a shape as read are worth taking at a time, whatever the budget is.
 
     A GPU encodes all rows of a chunk, so it should not be larger than the largest batch, of `patches`, if known.
     """
     if device.type == "cpu":
         return CPU_CHUNK
-    pixels = len(patch_shape) > 1
-    patch_bytes = math.prod(patch_shape) * (1 if pixels else 4)
+    pixels = len(shape) > 1
+    patch_bytes = math.prod(shape) * (1 if pixels else 4)
     most = min(MAX_GPU_CHUNK if pixels else MAX_GPU_FEATURES, power_below(max(2, GPU_CHUNK_BYTES // patch_bytes) + 1))
     return most if patches is None else min(most, 2 * power_below(max(2, patches)))
 
