@@ -108,13 +108,13 @@ def test_batches_hold_their_pixels_in_the_memory_of_those_before() -> None:
 
 @pytest.mark.parametrize("lengths", [range(10, 250, 4), [10, 200, 60, 120, 30, 220] * 8, range(250, 10, -4)], ids=str)
 def test_batches_whose_sizes_vary_take_no_more_memory_than_two_of_the_largest(lengths: Sequence[int]) -> None:
-    memory, taken, most = CacheMemory(), deque[np.ndarray](), 0
+    memory, taken, most = CacheMemory(limit=2 * 10_000), deque[np.ndarray](), 0
     for length in lengths:
-        held = memory.take(length, 2 * 10_000)  # as of a prediction, which does not know its largest batch before
+        held = memory.take(length)  # as of a prediction, which does not know its largest batch before
         assert held is not None
         assert len(held) >= length
         taken.append(held)
-        most = max(most, memory.taken + memory.left)
+        most = max(most, memory.taken + sum(each.nbytes for each in memory.free))
         if len(taken) == 2:
             memory.give(taken.popleft(), reusable=True)
     assert most <= 2 * max(lengths)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -215,6 +216,18 @@ def test_many_batches_with_one_set_of_weights_take_it_over_once(change: Callable
     with Operations() as operations, encoders.inference():
         assert error(encoders.embed(pixels()), plain(encoder, pixels())) < 1e-5
     assert any(name == "_foreach_copy_" for name, _ in operations.seen)
+
+
+def test_weights_of_the_activation_behind_a_folded_norm_are_followed() -> None:
+    norm = BatchNormAct2d(8, act_layer=nn.PReLU)
+    encoder = lived(nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    fast = FastEncoder(encoder)
+    fast(pixels())
+    with torch.no_grad():
+        norm.act.weight.fill_(0.9)
+    fast.refresh()
+    assert fast.folded == 1
+    assert error(fast(pixels()), plain(encoder, pixels())) < 1e-5
 
 
 class Branching(nn.Module):

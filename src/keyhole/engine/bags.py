@@ -1,4 +1,4 @@
-"""The kept patches of a batch: their pixels on the host, and from there on the device, a part at a time.
+"""The kept patches of a batch: their pixels on the host, copied to the device a part at a time.
 
 Letters: b image, m kept, c channels.
 """
@@ -26,7 +26,7 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Bags:
-    """Kept patches of a batch: their pixels stay on the host and come to the device a part at a time.
+    """Kept patches of a batch: their pixels stay on the host and are copied to the device a part at a time.
 
     Attributes:
         position: (b m) or (b m 2), or None where the model has no position code.
@@ -34,8 +34,8 @@ class Bags:
         rows: which images of the batch these are; the others could not be read.
         part: start, stop -> loose patches (stop - start) on the device, in the order of `mask`: pixels as they were
             read, or features (stop - start f). On a GPU the host does not wait for the copy.
-        kept: what each image of the batch really keeps, since a patch may have become unreadable after it was
-            selected; None where the image could not be read.
+        kept: what each image of the batch keeps, without patches that became unreadable after they were selected;
+            None where the image could not be read.
         pixels: as read, for each image of the batch; None where it could not be read, or where they are not held.
     """
 
@@ -64,18 +64,15 @@ def fetch_bags(
     """Fetch the kept patches of a batch, padded to one width; see `Engine.fetch`."""
     device = next(model.parameters()).device
     wanted = [np.empty(0, np.int64) if image is None else image.index.cpu().numpy() for image in kept]
-    held = KeptPixels(batch, wanted, device)
-    if held.nbytes <= hold:
-        held.fetch(together)
+    held = KeptPixels(batch, wanted, device, hold, together)
     found = list(kept)
     for row, image in enumerate(kept):
-        good = held.readable(row)
-        if image is None or row in batch.failed or not good.any():
-            found[row], good[:] = None, False
+        good = held.drop_unreadable(row)
+        if image is None or not good.any():
+            found[row] = None
         elif not good.all():
             rows = torch.from_numpy(good).to(image.index.device)
             found[row] = replace(image, index=image.index[rows], score=image.score[rows])
-        held.keep(row, good)
     rows_in = [row for row, image in enumerate(found) if image is not None]
     width = max((len(held.wanted[row]) for row in rows_in), default=0)
     mask = torch.zeros(len(rows_in), width, dtype=torch.bool)
@@ -100,44 +97,44 @@ def positions(model: IPSClassifier, source: PatchSource, index: Index) -> NDArra
 
 
 class KeptPixels:
-    """The pixels of some patches of each image of a batch, which is open as long as `part` is called.
+    """The pixels of some patches of each image of a batch, which must stay open while `part` is called.
+
+    They stay in host memory if they have at most `hold` bytes; `together` in one block, see `Engine.fetch`.
 
     Attributes:
-        wanted: patches of each image, without those that `keep` has taken out.
-        pixels: of each image (m, *patch_shape), after `fetch`; None where there are none, or before it.
-        nbytes: of all of them.
+        wanted: patches of each image, without those that `drop_unreadable` has removed.
+        pixels: of each image (m, *patch_shape); None where there are none in memory.
     """
 
-    def __init__(self, batch: Batch, wanted: Sequence[Index], device: torch.device) -> None:
+    def __init__(self, batch: Batch, wanted: Sequence[Index], device: torch.device, hold: int, together: bool) -> None:
         self.batch, self.wanted, self.device = batch, list(wanted), device
         self.pixels: list[NDArray[Any] | None] = [None] * len(wanted)
-        self.nbytes = sum(
-            len(index) * math.prod(source.patch_shape) * source.dtype.itemsize
-            for index, source in zip(wanted, batch.sources, strict=True)
-            if source is not None
-        )
         self._whole: Tensor | None = None
+        images = [
+            (len(index), source) for index, source in zip(wanted, batch.sources, strict=True) if source is not None
+        ]
+        if sum(count * math.prod(source.patch_shape) * source.dtype.itemsize for count, source in images) > hold:
+            return
+        if together and images:
+            shape, dtype = images[0][1].patch_shape, images[0][1].dtype
+            self._whole = host_memory((sum(count for count, _ in images), *shape), dtype, device)
+        self.pixels = batch.fetch(self.wanted, None if self._whole is None else self._whole.numpy())
+        if self._whole is not None:
+            # A part is elsewhere, or missing, if its image failed or was read again.
+            at, end = self._whole.data_ptr(), self._whole.data_ptr() + self._whole.nbytes
+            for part in self.pixels:
+                if part is not None and len(part):
+                    at = at + part.nbytes if part.ctypes.data == at else -1
+            self._whole = self._whole if at == end else None
 
-    def fetch(self, together: bool) -> None:
-        """Read all pixels into host memory, where they stay; `together` into one block, see `Engine.fetch`."""
-        sources = [source for source in self.batch.sources if source is not None]
-        if together and sources:
-            count = sum(len(index) for index, it in zip(self.wanted, self.batch.sources, strict=True) if it is not None)
-            self._whole = host_memory((count, *sources[0].patch_shape), sources[0].dtype, self.device)
-        self.pixels = self.batch.fetch(self.wanted, None if self._whole is None else self._whole.numpy())
-        if self._whole is not None and not _fills(self._whole, self.pixels):
-            self._whole = None
-
-    def readable(self, row: int) -> NDArray[np.bool_]:
-        """Return which of the wanted patches of an image could be read so far, bool (m,)."""
-        return ~np.isin(self.wanted[row], list(self.batch.unreadable.get(row, {})))
-
-    def keep(self, row: int, good: NDArray[np.bool_]) -> None:
-        """Remove all other patches of an image; `good` is bool (m,)."""
+    def drop_unreadable(self, row: int) -> NDArray[np.bool_]:
+        """Remove the patches of an image that could not be read so far, or all if it failed; return which are left."""
+        good = ~np.isin(self.wanted[row], list(self.batch.unreadable.get(row, {}))) & (row not in self.batch.failed)
         if not good.all():
             block = self.pixels[row]
             self.pixels[row] = block[good] if block is not None and good.any() else None
             self.wanted[row], self._whole = self.wanted[row][good], None
+        return good
 
     def part(self, start: int, stop: int) -> Tensor | AsRead:
         """Return the loose patches start ... stop of all images on the device, in the order of the images.
@@ -158,7 +155,7 @@ class KeptPixels:
         return as_read(self._joined(cuts) if self._whole is None else self._whole[start:stop], self.device, color)
 
     def _joined(self, cuts: dict[int, slice]) -> Tensor:
-        """Return patches of images one behind the other, from host memory or else from the files."""
+        """Return patches of all images in one tensor, from host memory or else from the files."""
         held = {row: block[cut] for row, cut in cuts.items() if (block := self.pixels[row]) is not None}
         asked = {row: self.wanted[row][cut] for row, cut in cuts.items() if row not in held}
         if asked:
@@ -175,14 +172,3 @@ class KeptPixels:
         whole = host_memory((sum(map(len, blocks)), *blocks[0].shape[1:]), blocks[0].dtype, self.device)
         np.concatenate(blocks, out=whole.numpy())
         return whole
-
-
-def _fills(whole: Tensor, parts: Sequence[NDArray[Any] | None]) -> bool:
-    """Return whether the parts lie in `whole` one behind the other without a gap: none failed or was read twice."""
-    at = whole.data_ptr()
-    for part in parts:
-        if part is not None and len(part):
-            if part.ctypes.data != at:
-                return False
-            at += part.nbytes
-    return at == whole.data_ptr() + whole.nbytes

@@ -16,9 +16,9 @@ def choose_device(name: str, remedy: str = "", option: str = "--run.device") -> 
     """Return the device: `auto` is the first CUDA GPU, else Apple's (`mps`, untested), else the CPU.
 
     Args:
-        name: of the setting `run.device`.
-        remedy: what an error tells the user to do; default is to use another one.
-        option: that the user gave it with, for errors.
+        name: value of the setting `run.device`.
+        remedy: advice at the end of an error; default is to use another device.
+        option: the user's option, for errors.
 
     Raises:
         ConfigError: torch does not know the device, or it is missing, or another process uses it exclusively.
@@ -34,7 +34,7 @@ def choose_device(name: str, remedy: str = "", option: str = "--run.device") -> 
 
 
 def with_index(device: torch.device) -> torch.device:
-    """Return `cuda` with the index of the current one, as tensors have it; to torch the two are not equal."""
+    """Return `cuda` with the index of the current GPU, as tensors have it; torch does not count the two as equal."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -42,9 +42,11 @@ def with_index(device: torch.device) -> torch.device:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Types the encoder computes in: where it scores patches without gradients, and where it learns.
+    """Types the encoder computes in.
 
     Attributes:
+        look: without gradients, where patches are scored.
+        learn: with gradients.
         tf32: on a GPU, float32 is rounded to TF32 in convolutions and matrix products; see `keyhole.util.tf32`.
     """
 
@@ -68,11 +70,11 @@ MIN_BF16_WORK = 10_000_000
 def choose_precision(name: str, encoder: nn.Module, shape: Sequence[int]) -> Arithmetic:
     """Return the arithmetic of `train.precision`: "auto", "float32", "tf32" or "bf16".
 
-    `auto` is bf16 on a GPU that multiplies in it. On a CPU that does, it is bf16 without gradients, if there is enough
-    to do, and float32 with gradients, which are slower in bf16. Networks of depthwise convolutions use float32 there:
-    their filters nearly cancel, and rounded to bf16 other patches are kept. The choice depends on model and machine
-    alone, so that a run can be repeated. `float32` is not rounded to TF32, as torch does to convolutions on a GPU by
-    default; `tf32` is, and is float32 on a CPU. `shape` is that of a patch as it is read.
+    `auto` is bf16 on a GPU with instructions for it. On a CPU with such instructions it is bf16 without gradients, if
+    the encoder is large enough, and float32 with gradients, which are slower in bf16. Networks of depthwise
+    convolutions use float32 there: their filters nearly cancel, and with bf16 other patches are kept. The choice
+    depends on model and machine alone, so that a run can be repeated. On a GPU torch rounds convolutions to TF32 by
+    default; `float32` does not, and `tf32` does. On a CPU both are float32. `shape` is that of a patch as it is read.
     """
     device = next(encoder.parameters()).device
     if name != "auto":
@@ -89,7 +91,7 @@ def choose_precision(name: str, encoder: nn.Module, shape: Sequence[int]) -> Ari
 def has_bf16(device: torch.device) -> bool:
     """Return whether there are instructions for bf16; a CPU without them computes in float32 and converts."""
     if device.type == "cuda":
-        with torch.cuda.device(device):  # it asks the current one
+        with torch.cuda.device(device):  # the next line asks the current GPU
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     older = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # before `get_capabilities`

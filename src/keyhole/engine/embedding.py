@@ -4,7 +4,7 @@
         ...                     # the Rows of an image in order, then its End; then the next image
 
 Patches are encoded as in a prediction. The embeddings of a chunk are yielded after the next chunk has been launched, so
-that the device has work while they are written.
+that the device is busy while they are written.
 
 Letters: k patches, d width.
 """
@@ -61,12 +61,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class End:
-    """The end of an image, of which all patches have been tried.
+    """The end of an image: all its patches have been tried.
 
     Attributes:
         number: of the image in the order of the openers.
         source: its patches, may be closed already; None where the image failed.
-        failed: why it has no embeddings, or not all that can be read.
+        failed: why it failed; it then has no embeddings, or not all.
         unreadable: reason by index of the patches that have no embedding.
     """
 
@@ -81,9 +81,9 @@ class Embedding:
 
     Args:
         engine: of a model as `encoder_alone` makes it.
-        together: images that share chunks; default `TOGETHER` on a GPU. On a CPU 1, since the last bits of an embedding
-            depend on how many patches are encoded with it, and should not depend on other images.
-        whole: encode all rows of a chunk, also those not in use, so that there is one shape. Default on a GPU.
+        together: images that share chunks; default is `TOGETHER` on a GPU and 1 on a CPU, where the last bits of an
+            embedding depend on how many patches are encoded with it.
+        whole: encode all rows of a chunk, also unused ones, so that there is one shape; default on a GPU.
     """
 
     def __init__(self, engine: Engine, together: int | None = None, whole: bool | None = None) -> None:
@@ -118,7 +118,7 @@ class Embedding:
             current = 0
             for chunk, pixels in prefetched(timed(batch.chunks(), engine.timer), engine.stager, engine.pace):
                 used = pixels if self.whole else pixels[: chunk.count]
-                on_host = self._to_host(scorer.embeddings(used, chunk.count), len(pixels))
+                on_host = self._to_host(scorer.encoded(used, chunk.count), len(pixels))
                 parts: list[Rows | End] = []
                 cuts = [0, *(np.flatnonzero(np.diff(chunk.image)) + 1).tolist(), len(chunk.image)]
                 for place in (slice(*cut) for cut in pairwise(cuts)):
@@ -150,7 +150,7 @@ class Embedding:
         return self._buffers[0][:count], copied
 
     def _compile(self, batch: Batch, batches: int) -> None:
-        """Compile the encoder if that pays over all batches, taken to be like the first."""
+        """Compile the encoder if that pays over all batches, assuming that they are like the first."""
         source = next((source for source in batch.sources if source is not None), None)
         if source is None or self.engine.encoders.compiled:
             return

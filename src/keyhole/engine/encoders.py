@@ -1,4 +1,4 @@
-"""The two ways in which a model's encoder runs: without gradients as a fast copy, with gradients as it is.
+"""Runs a model's encoder: without gradients as a fast copy, with gradients as it is.
 
     encoders = Encoders(model, arithmetic)
     with encoders.inference():                       # evaluation mode, current weights
@@ -61,7 +61,6 @@ class Encoders:
 
     Attributes:
         fast: the copy that encodes without gradients.
-        compiled: whether both ways go through `torch.compile`; see `compile`.
     """
 
     def __init__(self, model: IPSClassifier, arithmetic: Arithmetic | None = None) -> None:
@@ -75,9 +74,9 @@ class Encoders:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluate without gradients, with the current weights; afterwards modes are as they were.
+        """Evaluate without gradients, with the current weights; then restore the modes.
 
-        Weights must not change inside: what follows from them alone is computed once.
+        Weights must not change inside, since the query of the pool is computed once.
         """
         outer = self._query
         with evaluating(self.model), tf32(False):
@@ -115,6 +114,7 @@ class Encoders:
 
     @property
     def compiled(self) -> bool:
+        """Whether the encoder goes through `torch.compile`."""
         return self.fast.compiled
 
     def compile(self) -> None:
@@ -133,7 +133,7 @@ class Encoders:
     def choose_compile(self, setting: Setting, patch_shape: Sequence[int], chunk: int, expected: int) -> CompileChoice:
         """Decide whether compiling pays in one run on this machine, and compile if so.
 
-        On a GPU, "auto" measures chunks to estimate how long the run's patches take.
+        On a GPU, "auto" measures one chunk to estimate how long the patches of the run take.
 
         Args:
             setting: `--run.compile`.

@@ -6,8 +6,8 @@
         bags = engine.fetch(batch, kept)             # the kept patches again
         loss = engine.backward(bags, criterion)      # pass 2, as many patches at a time as the plan allows
 
-Both passes see the same pixels, but for JPEG tiles that a GPU decoded in the first: the host, whose decoder differs a
-little, decodes them for the second. Under `run.decode cpu` it decodes them in both.
+Both passes see the same pixels, except for JPEG tiles that a GPU decoded in the first pass: the host, whose decoder
+differs a little, decodes them for the second. Under `run.decode cpu` the host decodes them in both.
 
 Letters: b image, k loose patches, m kept, d width.
 """
@@ -33,7 +33,7 @@ from keyhole.engine.memory.bill import MAX_HELD_BYTES
 from keyhole.engine.memory.pace import Pace, cap
 from keyhole.engine.memory.plan import Plan, unlimited
 from keyhole.engine.opening import open_reader
-from keyhole.engine.scoring import ChunkScorer, rows_to_encode, timed
+from keyhole.engine.scoring import ChunkScorer, timed
 from keyhole.engine.split import bags_of, split_backward
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.loading import Batch, OnError, Opener, Reader
@@ -53,12 +53,12 @@ class Engine:
         plan: how memory is used; default are chunks as configured, and no limit.
         arithmetic: what the encoder computes in; default is the model's precision.
         timer: measures where the time goes.
-        warn: told in one sentence when the plan had to become smaller.
+        warn: called with one sentence when the plan had to become smaller.
 
     Attributes:
         encoders: run the model's encoder in both passes.
-        pace: the plan at work; it is halved when the device runs out of memory.
-        reader: reading threads, started when they are first used; may be set before that.
+        pace: runs work under the plan, and halves it when the device runs out of memory.
+        reader: reading threads, started at the first use; may be set before that.
         stager: copies chunks to the device.
     """
 
@@ -125,8 +125,8 @@ class Engine:
 
         Args:
             batches: openers of each batch.
-            on_error: what becomes of images or patches that cannot be read.
-            hold: bytes of pixels up to which a batch keeps what it streams; default is the plan's.
+            on_error: what happens to images or patches that cannot be read.
+            hold: bytes of pixels up to which a batch keeps all that it streams; default is the plan's.
         """
         hold = self.plan.hold if hold is None else hold
         stream = self.reader.stream(batches, self.plan.chunk, on_error, hold, self.stager.deliver)
@@ -147,14 +147,14 @@ class Engine:
             batch: chunks that are packed across the images.
             keep_logits: keep the logits of all patches.
             on_chunk: called with the number of patches after each chunk; may raise to stop.
-            known: what images keep for which the pass was made before; their patches are not streamed.
+            known: what images keep that were selected before; their patches are not streamed.
             on_image: called with an image's number and a function that returns what it keeps, as soon as its last
-                patch has been scored. Under the rule "streaming", calling that function at once costs time: small
-                images take their steps together.
+                patch has been scored. Under the rule "streaming", calling that function at once costs time, since
+                small images otherwise take their steps together.
 
         Returns:
             What each image keeps, on the host; None where the image could not be read. On a GPU the host waits for
-            that at the end, once for all images.
+            the device once, at the end.
         """
         known = known or {}
         counts = [0 if source is None else len(source) for source in batch.sources]
@@ -193,8 +193,8 @@ class Engine:
             batch: still open.
             kept: of each image, as `select` returns it.
             together: put the pixels of all images into one block, from which they are copied straight to the device.
-                Not for callers that keep the pixels of some images: these would keep the whole block in memory.
-            hold: most bytes of pixels that stay in host memory; beyond that `Bags.part` reads them each time.
+                A caller that keeps the pixels of one image then keeps the whole block in memory.
+            hold: largest number of bytes of pixels that stay in host memory; `Bags.part` reads more each time.
         """
         with self.timer.part("reading"):
             return fetch_bags(self.model, batch, kept, hold, together)
@@ -205,7 +205,7 @@ class Engine:
         Args:
             bags: of at least one image.
             criterion: logits of every task (b o) -> the loss.
-            seed: of what is drawn in the forward pass, such as dropout; the caller's random state stays as it is.
+            seed: of random numbers in the forward pass, such as dropout; the caller's random state stays as it is.
 
         Returns:
             The loss, detached, on the device.
@@ -242,32 +242,19 @@ class Engine:
         for batch in self.stream(batches, on_error):
             kept = self.select(batch, keep_logits=keep_logits, on_chunk=on_chunk)
             bags = self.fetch(batch, kept)
-            logits = {}
-            if bags.rows:
-                with self.encoders.inference():
-                    embedding = torch.cat(list(self._embedded(bags)))
-                    logits = self.pace.run("select", partial(self._classified, bags, embedding))
-            yield Inference(batch, bags, logits)
+            yield Inference(batch, bags, self._classify(bags) if bags.rows else {})
 
-    def _embedded(self, bags: Bags) -> Iterator[Tensor]:
-        """Yield the embeddings of the kept patches, as many at a time as the plan says."""
-        start = 0
-        while start < len(bags):
+    def _classify(self, bags: Bags) -> dict[str, Tensor]:
+        """Return the logits of every task from the kept patches, without gradients."""
+        with self.encoders.inference():
+            scorer = ChunkScorer(self.encoders, self.pace, self.timer)
+            embedding = torch.cat(scorer.encoded(bags.part, len(bags)))
 
-            def encode(plan: Plan, start: int = start) -> Tensor:
-                count = min(plan.chunk, len(bags) - start)
-                pixels = bags.part(start, start + count)
-                whole = rows_to_encode(count, plan.chunk, self.encoders) == plan.chunk
-                with self.timer.part("encoding"):
-                    return self.encoders.embed(pixels, rows=plan.chunk if whole else 0)
+            def classify(_plan: Plan) -> dict[str, Tensor]:
+                padded, mask = bags_of(embedding, bags.mask)
+                return self.model.classify(padded, bags.position, mask)
 
-            embedding = self.pace.run("select", encode)
-            start += len(embedding)
-            yield embedding
-
-    def _classified(self, bags: Bags, embedding: Tensor, _plan: Plan) -> dict[str, Tensor]:
-        padded, mask = bags_of(embedding, bags.mask)
-        return self.model.classify(padded, bags.position, mask)
+            return self.pace.run("select", classify)
 
     def _positions(self, batch: Batch, image: NDArray[np.int64], index: NDArray[np.int64]) -> Tensor | None:
         if self.model.position is None:
@@ -293,7 +280,7 @@ class Inference:
 
 
 def _on_host(kept: Mapping[int, Kept]) -> dict[int, Kept]:
-    """Return what images keep on the host, without those that keep nothing; one copy for all waits for the device."""
+    """Return what images keep on the host, with one copy for all, without images that keep nothing."""
     kept = {number: image for number, image in kept.items() if len(image.index)}
     if not kept:
         return {}

@@ -110,11 +110,8 @@ class FastEncoder:
 
     def refresh(self) -> None:
         """Take over the encoder's weights and running statistics if they have changed, or may have."""
-        if self._copy is not None:
-            if self._copy.moved():
-                self._copy = None  # the next call builds it again
-            else:
-                self._copy.follow(changed_only=not self._stale)
+        if self._copy is not None and not self._copy.follow(changed_only=not self._stale):
+            self._copy = None  # the next call builds it again
         self._stale = False
 
     def _build(self, pixels: Tensor) -> None:
@@ -197,23 +194,23 @@ class FoldedCopy:
             self._eps = torch.cat(eps)
         self.follow()
 
-    def moved(self) -> bool:
-        """Return whether the encoder is on another device than the copy."""
-        return bool(self._sources) and self._sources[0][0][self._sources[0][1]].device != self._device
+    def follow(self, changed_only: bool = False) -> bool:
+        """Copy the encoder's weights; return False if the encoder is on another device than the copy.
 
-    def follow(self, changed_only: bool = False) -> None:
-        """Take over what the encoder holds now; with `changed_only`, unless torch has counted no change."""
+        With `changed_only`, they are copied only if torch has counted a change, or does not count.
+        """
         sources = [held[name] for held, name in self._sources]
-        # Torch does not count the versions of inference tensors.
+        if sources and sources[0].device != self._device:
+            return False
         counted = not any(each.is_inference() for each in sources)
         state = [(each.data_ptr(), each._version) for each in sources] if counted else None
         if changed_only and state is not None and state == self._seen:
-            return
+            return True
         self._seen = state
         with torch.no_grad():
             copy_all([tensor for tensor, _ in self._plain], [held[name] for _, (held, name) in self._plain])
             if not self._layers:
-                return
+                return True
 
             def joined(given: Sequence[Tensor | None], default: Sequence[Tensor]) -> Tensor:
                 return torch.cat([one if each is None else each for each, one in zip(given, default, strict=True)])
@@ -227,6 +224,7 @@ class FoldedCopy:
             for weight, layer, each in zip(self._weights, self._layers, scale.split(self._sizes), strict=True):
                 torch.mul(layer.weight, each.reshape(-1, *[1] * (weight.ndim - 1)), out=weight)
             copy_all(self._biases, bias.split(self._sizes))
+        return True
 
 
 def _places(module: nn.Module) -> dict[str, tuple[dict[str, Tensor], str]]:

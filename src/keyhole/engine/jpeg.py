@@ -1,7 +1,7 @@
 """JPEG streams -> pixels on a device, many at once, by torchvision (nvJPEG on a GPU).
 
-Versions differ in whether they obey the marker that tells RGB from YCbCr, so each is tried on pictures of its own. The
-host decodes what does not come out right.
+Versions differ in whether they obey the marker that tells RGB from YCbCr, so each decoder is first tried on generated
+pictures. The host decodes the kinds that a device decodes wrongly.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from keyhole.images.jpeg import APP0, APP14, SOF0, Colors, adobe_marker, segment
 from keyhole.util.budget import out_of_memory
 
 TRIAL_SIDE, MAX_DIFFERENCE = 256, 8
-"""Side of a trial picture in pixels, as most tiles have, and the most levels by which a device may differ from the
-host, since each upsamples colours in its own way."""
+"""Side of a trial picture in pixels, as most tiles have, and the largest difference from the host's pixels, since
+decoders differ in how they upsample colours."""
 
 TRIED_DECODERS: dict[torch.device, tuple[frozenset[str], str]] = {}
-"""What `decodes` has found, by device."""
+"""Results of `decodes` by device."""
 
 
 class Decoder:
     """Decodes JPEG on one device.
 
-    torchvision writes, on a stream of its own, into memory of the current stream without waiting for the work pending
-    there. So this class calls it on a stream on which nothing is pending; torch may share that stream with others.
+    torchvision writes, on a stream of its own, into memory of the current stream, and does not wait for work pending
+    there. So this class calls it on a stream without pending work; torch may share that stream with others.
     """
 
     def __init__(self, device: torch.device) -> None:
         importlib.import_module("torchvision.io")  # registers the operators, which are called without its warnings
-        self.device = with_index(device)  # torchvision holds one decoder, and replaces it for a device of another name
+        self.device = with_index(device)  # torchvision has one decoder, and replaces it for a device of another name
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._done: torch.cuda.Event | None = None
 
@@ -67,7 +67,7 @@ class Decoder:
 
 
 class Kinds:
-    """The kinds of JPEG that a device decodes: none until `known` is set, after a file with JPEG has asked.
+    """The kinds of JPEG that a device decodes: none until `known` is set, after `in` was used for a file with JPEG.
 
     Trying a decoder takes up to a second and memory of the device, which most images do not need.
     """
@@ -83,12 +83,12 @@ class Kinds:
         return kind in self.known
 
     def __bool__(self) -> bool:
-        """Return whether asking helps: not while the first question has no answer yet, nor where nothing is decoded."""
+        """Return whether to look for JPEG: not while the decoder is to be tried, nor if it decodes nothing."""
         return not self.asked if self.known is None else bool(self.known)
 
 
 def decodes(device: torch.device) -> tuple[frozenset[str], str]:
-    """Return the kinds of JPEG that a device decodes rightly, of "grey", "rgb" and "ycbcr"; and why not others, or "".
+    """Return which of "grey", "rgb" and "ycbcr" a device decodes correctly, and why it does not decode others, or "".
 
     A device is tried once, unless the trial ends with an error, which may be temporary.
 
@@ -129,9 +129,9 @@ def decodes(device: torch.device) -> tuple[frozenset[str], str]:
 
 
 def _trials() -> Iterator[tuple[Colors, str, bytes]]:
-    """Yield kind, name and stream of pictures as tiles are delivered, with all numberings of samples that scanners use.
+    """Yield kind, name and stream of trial pictures, with all numberings of samples that scanners use.
 
-    Decoders that ignore the marker may tell colours by the numbers: Aperio's tiles in RGB have 0, 1, 2.
+    Decoders that ignore the marker may guess the colours from the numbers: Aperio's tiles in RGB have 0, 1, 2.
     """
     yield "grey", "grey", _delivered("grey", 0, b"\1")
     for numbers in (b"RGB", b"\0\1\2", b"\1\2\3"):
@@ -143,7 +143,7 @@ def _trials() -> Iterator[tuple[Colors, str, bytes]]:
 
 
 def _delivered(color: Colors, subsampling: int, numbers: bytes) -> bytes:
-    """Return a trial picture as `Image.jpeg_tiles` gives a tile: an Adobe marker names the colours, nothing else does.
+    """Return a trial picture as `Image.jpeg_tiles` returns a tile: only an Adobe marker names the colours.
 
     Args:
         color: what is stored.

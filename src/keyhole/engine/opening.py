@@ -1,4 +1,4 @@
-"""From settings to what reads patches: openers of images, one rule for their edges, and the reading threads."""
+"""Make what reads patches from the settings: openers of images, one rule for their edges, and the reading threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from keyhole.util.threads import default_threads
 def opener(
     config: Config, store: ImageCache, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)
 ) -> Opener:
-    """Return what a reading thread calls to open the patches of `item` under a configuration's patch settings."""
+    """Return the opener of the patches of `item` under the patch settings; a reading thread calls it."""
     if item.features is not None:
         learned = learned_origin(config.model)
         return FeatureOpener(item.features, item.name, config.model.feature_width, learned, item.mpp)
@@ -56,8 +56,7 @@ def opener(
 def settle_edge(config: Config, items: Sequence[Item], reader: Reader) -> tuple[Config, list[str]]:
     """Return the configuration with one edge rule for all images where `patch.edge` is "auto", and lines for the log.
 
-    The rule is that of the first image that opens; a model keeps it for the images it meets later. Stored features
-    have no edge.
+    The rule is that of the first image that opens; the model keeps it for later images. Stored features have no edge.
     """
     if config.patch.edge != "auto":
         return config, []

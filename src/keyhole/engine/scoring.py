@@ -17,7 +17,7 @@ from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan
 from keyhole.loading import Chunk
-from keyhole.nn.tensors import on_device
+from keyhole.nn.tensors import AsRead, on_device
 from keyhole.util.timing import Timer
 
 T = TypeVar("T")
@@ -30,8 +30,8 @@ class ChunkScorer:
     """Scores the chunks of one batch, inside `Encoders.inference`.
 
     On a CPU, patches of one colour (empty canvas, padding, glass) are encoded once for each colour and image, since
-    what an image keeps must not depend, in its last bits, on other images. On a GPU, whose pixels the host does not
-    read, all are encoded. `color` is that of the batch; `repeated` counts the patches that were not encoded.
+    what an image keeps must not depend, in its last bits, on other images. On a GPU all are encoded, since the host
+    does not read its pixels. `color` is that of the batch; `repeated` counts the patches that were not encoded.
     """
 
     def __init__(self, encoders: Encoders, pace: Pace, timer: Timer, color: NDArray[np.float32] | None = None) -> None:
@@ -42,72 +42,78 @@ class ChunkScorer:
 
     def score(self, chunk: Chunk, pixels: Tensor, position: Tensor | None) -> Tensor:
         """Return the attention logits (count h t) of a chunk; `pixels` are all rows of its buffer, on the device."""
-        if self.device.type != "cpu":
-            image = np.pad(chunk.image, (0, len(pixels) - len(chunk.image)))
-            return self._scored(pixels, self._colors(image), position, chunk.count)
-        pixels = pixels[: chunk.count]
-        blank = blank_rows(chunk.pixels[: chunk.count])
-        if not blank.any():
-            return self._scored(pixels, self._colors(chunk.image), position, chunk.count)
-        embedding = self._distinct(chunk, pixels, blank)
-        with self.timer.part("scoring"):
-            return self.encoders.logits(embedding, position)
+        image, blank = chunk.image, None
+        if self.device.type == "cpu":
+            pixels, blank = pixels[: chunk.count], blank_rows(chunk.pixels[: chunk.count])
+        else:
+            image = np.pad(image, (0, len(pixels) - len(image)))
+        color = None if self.color is None else self.color[on_device(image, self.device)]
 
-    def embeddings(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Return the embeddings of the first `count` loose patches, in tensors (k d) one after the other."""
-        return list(self._parts(pixels, lambda rows, used: self._embed(pixels, None, rows)[:used], count))
-
-    def _distinct(self, chunk: Chunk, pixels: Tensor, blank: NDArray[np.bool_]) -> Tensor:
-        """Return the embeddings of a chunk some of whose patches are of one colour."""
-        keys = {int(row): (int(chunk.image[row]), chunk.pixels[row, 0, 0].tobytes()) for row in blank.nonzero()[0]}
-        first = {key: row for row, key in reversed(keys.items()) if key not in self._known}
-        rows = np.sort(np.concatenate([(~blank).nonzero()[0], np.fromiter(first.values(), np.int64)]))
-        self.repeated += len(pixels) - len(rows)
-        some, color = pixels[torch.from_numpy(rows)], self._colors(chunk.image[rows])
-        parts = list(self._parts(some, lambda part, _: self._embed(some, color, part), len(rows)))
-        found = torch.cat(parts) if parts else next(iter(self._known.values())).new_empty(0)
-        place = {int(row): at for at, row in enumerate(rows)}
-        self._known |= {key: found[place[row]].clone() for key, row in first.items()}
-        known = next(iter(self._known.values()))
-        embedding = known.new_empty(len(pixels), len(known))
-        if parts:
-            embedding[torch.from_numpy(rows)] = found
-        for row, key in keys.items():
-            embedding[row] = self._known[key]
-        return embedding
-
-    def _scored(self, pixels: Tensor, color: Tensor | None, position: Tensor | None, count: int) -> Tensor:
-        def score(rows: slice, used: int) -> Tensor:
-            embedding = self._embed(pixels, color, rows)[:used]
+        def logits(embedding: Tensor, start: int) -> Tensor:
             with self.timer.part("scoring"):
-                where = None if position is None else position[rows.start : rows.start + used]
+                where = None if position is None else position[start : start + len(embedding)]
                 return self.encoders.logits(embedding, where)
 
-        parts = list(self._parts(pixels, score, count))
+        if blank is not None and blank.any():
+            return logits(self._distinct(chunk, pixels, color, blank), 0)
+        parts = self.encoded(pixels, chunk.count, color, logits)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _embed(self, pixels: Tensor, color: Tensor | None, rows: slice) -> Tensor:
-        chunk = self.pace.plan.chunk
-        whole = rows_to_encode(rows.stop - rows.start, chunk, self.encoders) == chunk
-        with self.timer.part("encoding"):
-            return self.encoders.embed(pixels[rows], None if color is None else color[rows], chunk if whole else 0)
+    def encoded(
+        self,
+        patches: Tensor | Callable[[int, int], Tensor | AsRead],
+        count: int,
+        color: Tensor | None = None,
+        then: Callable[[Tensor, int], Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Encode loose patches, as many at a time as the plan says.
 
-    def _parts(self, pixels: Tensor, work: Callable[[slice, int], Tensor], count: int) -> Iterator[Tensor]:
-        """Run `work` over the first `count` rows, as many at a time as the plan says."""
+        Args:
+            patches: on the device, where more than `count` may be encoded; or start, stop -> those of `count`.
+            count: the patches to return, from the first on.
+            color: affine colour change of each patch.
+            then: what to do with the embeddings (k d) of a part, of which the first is that of patch `start`.
+
+        Returns:
+            The embeddings of each part, or what `then` makes of them.
+        """
+        parts: list[Tensor] = []
         start = 0
         while start < count:
 
             def run(plan: Plan, start: int = start) -> Tensor:
                 used = min(plan.chunk, count - start)
-                stop = min(start + rows_to_encode(used, plan.chunk, self.encoders), len(pixels))
-                return work(slice(start, stop), used)
+                stop = start + used
+                if isinstance(patches, Tensor):
+                    stop = min(start + rows_to_encode(used, plan.chunk, self.encoders), len(patches))
+                part = patches[start:stop] if isinstance(patches, Tensor) else patches(start, stop)
+                whole = rows_to_encode(stop - start, plan.chunk, self.encoders) == plan.chunk
+                with self.timer.part("encoding"):
+                    changes = None if color is None else color[start:stop]
+                    embedding = self.encoders.embed(part, changes, plan.chunk if whole else 0)[:used]
+                return embedding if then is None else then(embedding, start)
 
-            part = self.pace.run("select", run)
-            yield part
-            start += len(part)
+            parts.append(self.pace.run("select", run))
+            start += len(parts[-1])
+        return parts
 
-    def _colors(self, image: NDArray[np.int64]) -> Tensor | None:
-        return None if self.color is None else self.color[on_device(image, self.device)]
+    def _distinct(self, chunk: Chunk, pixels: Tensor, color: Tensor | None, blank: NDArray[np.bool_]) -> Tensor:
+        """Return the embeddings of a chunk some of whose patches are of one colour."""
+        keys = {int(row): (int(chunk.image[row]), chunk.pixels[row, 0, 0].tobytes()) for row in blank.nonzero()[0]}
+        first = {key: row for row, key in reversed(keys.items()) if key not in self._known}
+        rows = torch.from_numpy(np.sort(np.concatenate([(~blank).nonzero()[0], np.fromiter(first.values(), np.int64)])))
+        self.repeated += len(pixels) - len(rows)
+        parts = self.encoded(pixels[rows], len(rows), None if color is None else color[rows])
+        found = torch.cat(parts) if parts else next(iter(self._known.values())).new_empty(0)
+        place = {int(row): at for at, row in enumerate(rows.tolist())}
+        self._known |= {key: found[place[row]].clone() for key, row in first.items()}
+        known = next(iter(self._known.values()))
+        embedding = known.new_empty(len(pixels), len(known))
+        if parts:
+            embedding[rows] = found
+        for row, key in keys.items():
+            embedding[row] = self._known[key]
+        return embedding
 
 
 def rows_to_encode(used: int, chunk: int, encoders: Encoders) -> int:

@@ -1,4 +1,4 @@
-"""The gradient step on the kept patches, in chunks that are encoded twice, so that memory does not grow with B or M.
+"""The gradient step on the kept patches, in chunks that are encoded twice, so that memory does not grow with b or m.
 
 Letters: b image, m kept, k loose patches (all kept patches of the batch, without padding), d width.
 
@@ -7,7 +7,7 @@ chunk is encoded again, with gradient and the same random draws:
 
     dL/dw = sum over chunks of (de_chunk/dw)^T dL/de_chunk
 
-This is the gradient of the unsplit step, but for batch norm in training mode, whose statistics are those of a chunk.
+This is the gradient of the unsplit step, except for batch norm in training mode, whose statistics are those of a chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def split_backward(
         model: in the mode it should learn in.
         patches: gives the loose patches, in the order of `mask`; called up to twice for each chunk.
         position: as in `IPSClassifier.forward`.
-        mask: True where there is a patch; each image needs at least one. One on a GPU is copied to the host first.
+        mask: True where there is a patch; each image needs at least one. A mask on a GPU is copied to the host first.
         loss: logits of every task -> a number.
         chunk: patches to encode at once, see `parts`; all by default, with nothing computed twice.
         encode: encodes loose patches with gradients; default `IPSClassifier.encode`.
@@ -55,7 +55,7 @@ def split_backward(
     encode = encode or model.encode
 
     def behind(embedding: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
-        """Pool, heads, loss and their backward, down to where `embedding` comes from."""
+        """Compute the loss from the embeddings, and its gradient."""
         padded, there = bags_of(embedding, mask)
         value = loss(model.classify(padded, position, there))
         value.backward()
@@ -84,7 +84,7 @@ def _twice(
             pixels = patches(*span)
             draws.append(_Draws(pixels.device))
             rows.append(encode(pixels))
-            del pixels  # before the next chunk's are there
+            del pixels  # before those of the next chunk are fetched
     embedding = torch.cat(rows).requires_grad_()
     del rows
     value = behind(embedding)
@@ -103,8 +103,8 @@ def _twice(
 def parts(total: int, chunk: int | None) -> list[tuple[int, int]]:
     """Cut `total` patches into spans (start, stop) of nearly equal length, none longer than `chunk`.
 
-    No span is much shorter than the others, for the statistics of batch norm, nor of one patch, from which batch norm
-    cannot learn: a chunk of 1 counts as 2, and an odd total with a chunk below 3 has a span of 3.
+    Batch norm needs spans of similar length for its statistics, and cannot learn from one patch: a chunk of 1 counts as
+    2, and an odd total with a chunk below 3 has a span of 3.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk (={chunk}) must be at least 1")

@@ -5,12 +5,13 @@
         for chunk, pixels in prefetched(batch.chunks(), stager, pace):
             ...                                   # pixels: all rows of the buffer; `chunk.count` of them are in use
 
-On a GPU copies have a stream of their own and two buffers. The device orders copies and encoder by events; the host
-waits only for the copy of two chunks ago, and a reading thread for the copy from the buffer that it fills again.
+On a GPU copies have a stream of their own and two buffers. The device orders copies and encoder by events. The host
+waits only for the copy of two chunks ago. The thread that plans the reading waits until a buffer has been copied before
+the buffer is filled again.
 
-The device decodes JPEG tiles in one call for a chunk. If it refuses one, the host decodes those of the chunk, and names
+The device decodes the JPEG tiles of a chunk in one call. If it refuses one, the host decodes all of the chunk and names
 what is wrong. Decoders differ in the last bit, more where colours are upsampled, and which tiles the device decodes
-depends on time. On a CPU and under `run.decode cpu` the host decodes all, and both passes see the same pixels.
+depends on timing. On a CPU and under `run.decode cpu` the host decodes all, and both passes see the same pixels.
 """
 
 from __future__ import annotations
@@ -36,33 +37,28 @@ T = TypeVar("T")
 
 
 class Stager:
-    """Puts one chunk after the other on a device; one for a run, since it holds two buffers.
+    """Copies one chunk after the other to a device. A run has one stager, since it holds two buffers.
 
     Args:
         device: of the encoder.
         timer: measures the time of copies and decoding as "copying".
         encoded: whether chunks may bring JPEG, with the decoder tried at once. By default they may on a GPU, whose
             decoder is tried when a file first has JPEG.
-        tell: told the `note`.
 
     Attributes:
-        deliver: for `Reader.stream`: what may come as JPEG; None where nothing may.
-        note: why some or all kinds of JPEG are left to the host, or "".
+        deliver: the argument of `Reader.stream`: what may come as JPEG; None where nothing may.
+        note: why the host decodes some or all kinds of JPEG, or "".
+        tell: called with the `note`, if set.
         refused: chunks whose encoded rows went back to the host.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        timer: Timer = NO_TIMER,
-        encoded: bool | None = None,
-        tell: Callable[[str], None] | None = None,
-    ) -> None:
-        self.device, self.timer, self.tell = device, timer, tell
+    def __init__(self, device: torch.device, timer: Timer = NO_TIMER, encoded: bool | None = None) -> None:
+        self.device, self.timer = device, timer
+        self.tell: Callable[[str], None] | None = None
         self.note, self.refused = "", 0
         self._kinds = Kinds()
-        asks = may_decode(device) if encoded is None else encoded
-        self.deliver: Delivery | None = Delivery(self._kinds) if asks else None
+        may = may_decode(device) if encoded is None else encoded
+        self.deliver: Delivery | None = Delivery(self._kinds) if may else None
         if encoded:
             self._try_decoder()
         self._slots = slots_for(device)
@@ -70,9 +66,9 @@ class Stager:
     def __call__(self, chunk: Chunk, rows: int | None = None) -> Tensor:
         """Return the first `rows` of a chunk's buffer on the device, default all: uint8 (size h w c), float32 (size f).
 
-        Rows from `count` on are zeros. On a GPU, what uses the result must be launched on the current stream before the
-        next call. `chunk` may lose rows, see `Chunk.decode_on_host`. If the device runs out of memory the chunk is as
-        it was, so that fewer rows of it may be tried.
+        Rows from `count` on are zeros. On a GPU, launch the work that uses the result on the current stream before the
+        next call. `chunk` may lose rows, see `Chunk.decode_on_host`. If the device runs out of memory, the chunk does
+        not change, so that the caller can try fewer rows of it.
 
         Raises:
             KeyholeError: a patch that came encoded could not be read, and failures are raised.
@@ -80,13 +76,18 @@ class Stager:
         if self._kinds.asked and self._kinds.known is None:
             self._try_decoder()
         rows = len(chunk.pixels) if rows is None else rows
-        if self._slots is None:
-            return self._on_host(chunk, rows)
-        try:
-            return self._on_device(chunk, rows, self._slots)
-        except BaseException:
-            self._slots.clear()  # a buffer may hold half of a chunk, and its memory may be what is missing
-            raise
+        if self._slots is not None:
+            try:
+                return self._copied(chunk, rows, self._slots)
+            except BaseException:
+                self._slots.clear()  # a buffer may hold half of a chunk, and its memory may be what is missing
+                raise
+        decoded = self._decoded(chunk, rows)
+        with self.timer.part("copying"):
+            pixels = _tensor(chunk, rows)
+            for places, block in decoded:
+                pixels[places] = block
+            return pixels if pixels.dtype == torch.uint8 else pixels.float()
 
     def _try_decoder(self) -> None:
         self._kinds.known, self.note = decodes(self.device)
@@ -97,15 +98,7 @@ class Stager:
         if self.note and self.tell is not None:
             self.tell(self.note)
 
-    def _on_host(self, chunk: Chunk, rows: int) -> Tensor:
-        decoded = self._decoded(chunk, rows)
-        with self.timer.part("copying"):
-            pixels = _tensor(chunk, rows)
-            for places, block in decoded:
-                pixels[places] = block
-            return pixels if pixels.dtype == torch.uint8 else pixels.float()
-
-    def _on_device(self, chunk: Chunk, rows: int, slots: Slots) -> Tensor:
+    def _copied(self, chunk: Chunk, rows: int, slots: Slots) -> Tensor:
         source = _tensor(chunk, rows)
         pixels = slots.next(source)
         with slots.filling(), self.timer.part("copying"):
@@ -124,20 +117,18 @@ class Stager:
         for row, coded in chunk.encoded.items():
             if row < rows:
                 by_view.setdefault(coded.view, []).append(row)
+        found = []
         try:
-            return [
-                (
-                    torch.tensor(places),
-                    _turned(self._decode([chunk.encoded[row].data for row in places], chunk.pixels.shape[-1]), view),
-                )
-                for view, places in by_view.items()
-            ]
+            for view, places in by_view.items():
+                pixels = self._decode([chunk.encoded[row].data for row in places], chunk.pixels.shape[-1])
+                found.append((torch.tensor(places), _turned(pixels, view)))
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
             self.refused += 1
             chunk.decode_on_host()
             return []
+        return found
 
 
 def may_decode(device: torch.device) -> bool:
@@ -153,8 +144,8 @@ def slots_for(device: torch.device) -> Slots | None:
 class Slots:
     """Two buffers on a GPU and the stream that fills them.
 
-    A buffer is filled again two calls later. What reads it is launched by the call between, whose event the copy waits
-    for.
+    A buffer is filled again two calls later. The call between has launched what reads it, and the copy waits for the
+    event of that call.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -195,7 +186,7 @@ class Slots:
         return self._buffers[0]
 
     def copied(self, result: Tensor) -> Callable[[], None]:
-        """Let the current stream wait for `stream`; return what makes the host wait for it."""
+        """Let the current stream wait for `stream`; return a function that makes the host wait for it."""
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(self.stream)
         current = torch.cuda.current_stream(self.device)
@@ -206,11 +197,11 @@ class Slots:
 
 
 def prefetched(chunks: Iterable[Chunk], stage: Callable[..., T], pace: Pace | None = None) -> Iterator[tuple[Chunk, T]]:
-    """Yield chunks and what `stage` (a `Stager`) makes of them, without those that have lost all rows on the way.
+    """Yield chunks and what `stage` (a `Stager`) makes of them; chunks that have lost all rows are left out.
 
-    The next chunk is staged when the consumer asks for it, after launching its work on this one: on a GPU the copy runs
+    The next chunk is staged when the consumer asks for it, after launching its work on this one. On a GPU the copy runs
     beside that work, unless the consumer waits for the device in between. With `pace`, a chunk of more rows than the
-    plan has comes in parts, and staging that runs out of memory makes the plan smaller.
+    plan has comes in parts, and the plan is halved when staging runs out of memory.
     """
     for chunk in chunks:
         if pace is None:

@@ -1,7 +1,7 @@
-"""Patches, read ahead in threads and packed into chunks; what cannot be read is left out, counted and listed.
+"""Reads patches ahead in threads and packs them into chunks; unreadable patches are left out, counted and listed.
 
-In the order of calls: `reader` plans batches, `batch` gives their chunks, `reading` is a task of a thread, `stream` is
-what all share, `buffers` their memory, `chunks` what goes in and comes out.
+In the order of calls: `reader` opens batches and plans their chunks, `batch` yields these, `reading` is one task of a
+thread, `stream` holds what a pass shares, `buffers` is its memory, and `chunks` are its input and output.
 """
 
 from keyhole.loading.batch import Batch as Batch

@@ -1,6 +1,6 @@
-"""The images of one step: their chunks, their kept patches, and what of them could not be read.
+"""The images of one step: their chunks, their kept patches, and which of them could not be read.
 
-Everything here runs on the consumer's thread; the images are open before the consumer gets the batch.
+Everything here runs on the consumer's thread. The images are open before the consumer gets the batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
 
 MIN_TASK_PATCHES = 8
-"""Patches of one task where there are many threads to feed, and of kept patches, which share few tiles."""
+"""Patches of one task where many threads need tasks, and of kept patches, which share few tiles."""
 
 
 class Batch:
@@ -28,12 +28,14 @@ class Batch:
 
     Attributes:
         names: of all images.
-        failed: the error by image; grows during `chunks` and `fetch`. The consumer has to drop patches of such an image
-            that came in earlier chunks.
+        failed: the error by image; grows during `chunks` and `fetch`. The consumer has to drop patches of a failed
+            image that came in earlier chunks.
         unreadable: under "mask", why patches of other images could not be read, by image and patch. Grows during
             `chunks` and `fetch`; an image that fails is removed.
         color: (b c c+1) float32 affine colour change of each image, in both passes; set by the consumer, or None.
         cache: the pixels of all streamed images, if they fit; else None.
+        planned: chunks that are being read.
+        complete: all chunks have been planned.
     """
 
     def __init__(self, stream: Stream, openers: Sequence[Opener]) -> None:
@@ -50,9 +52,9 @@ class Batch:
 
     @property
     def sources(self) -> list[PatchSource | None]:
-        """The open source of each image, until the next batch is asked for; None where an image failed.
+        """The open source of each image, until the consumer asks for the next batch; None where an image failed.
 
-        A file that was lost and found has another source afterwards, with the same patches.
+        A file that was lost and is opened again has another source, with the same patches.
         """
         return [None if slot.handle is None else slot.handle.source for slot in self.slots]
 
@@ -76,7 +78,7 @@ class Batch:
             stream.recycle(keep=1)
             with stream.threads.lock:
                 stream.wait_for(lambda: bool(self.planned) or self.complete or self.closed)
-                if stream.closed and not self.closed:  # what is planned may not be all
+                if stream.closed and not self.closed:  # some chunks may not have been planned
                     raise RuntimeError("the stream was closed while it was read from")
                 if not self.planned:
                     break
@@ -102,12 +104,12 @@ class Batch:
             self.fail(image, ImageError(self.names[image], problem))
 
     def fetch(self, indices: Sequence[ArrayLike | None], block: Array | None = None) -> list[Array | None]:
-        """Return some patches of each image, from the cache or read before everything that is read ahead.
+        """Return some patches of each image, from the cache or from the file, before what is read ahead.
 
         Args:
             indices: one (m,) of patches for each image, in any order, with repeats; ignored where an image failed.
-            block: (sum of m, *patch_shape) of images that have not failed. The result is put there, image by image;
-                where a thread is stuck, it may lie elsewhere. Without it each image gets an array of its own.
+            block: (sum of m, *patch_shape) of images that have not failed. The results are parts of it, image by image,
+                unless a thread is stuck. Without it each image gets an array of its own.
 
         Returns:
             (m, *patch_shape) for each image, None where it failed. Rows of patches in `unreadable` are zeros.
@@ -118,7 +120,16 @@ class Batch:
         if len(indices) != len(self.names):
             raise ValueError(f"{len(indices)} index arrays for {len(self.names)} images")
         if self.closed:
-            raise RuntimeError("the batch is closed; fetch before the next batch is asked for")
+            raise RuntimeError("the batch is closed; fetch before you ask for the next batch")
+        found, reread = self._fetched(indices, block)
+        self._stream.reader.reread_patches += reread
+        self._stream.reader.read_patches += sum(len(rows) for rows in found if rows is not None)
+        return found
+
+    def _fetched(
+        self, indices: Sequence[ArrayLike | None], block: Array | None = None
+    ) -> tuple[list[Array | None], int]:
+        """Return what `fetch` returns, and how many of the patches were read from files."""
         out: list[Array | None] = [None] * len(indices)
         parts: list[tuple[int, Index, list[Reading]]] = []  # image, rows that are not in the cache, their readings
         for slot, wanted in zip(self.slots, indices, strict=True):
@@ -136,7 +147,9 @@ class Batch:
                 cached = self.cache.take(slot.image, index, rows)
             absent = np.flatnonzero(~cached)
             into = np.empty((len(absent), *rows.shape[1:]), rows.dtype) if cached.any() else rows
-            parts.append((slot.image, absent, self._read_now(slot, index[absent], into)))
+            runs = [slice(start, start + MIN_TASK_PATCHES) for start in range(0, len(absent), MIN_TASK_PATCHES)]
+            tasks = [Reading(self._stream, slot, index[absent[run]], into[run], urgent=True) for run in runs]
+            parts.append((slot.image, absent, tasks))
         readings = [reading for *_, part in parts for reading in part]
         self._finish(readings)
         for image, absent, part in parts:
@@ -149,28 +162,23 @@ class Batch:
                 out[image] = np.concatenate([reading.out for reading in part])
         for image in self.failed:
             out[image] = None
-        self._stream.reader.reread_patches += sum(len(reading.index) for reading in readings)
-        self._stream.reader.read_patches += sum(len(rows) for rows in out if rows is not None)
-        return out
+        return out, sum(len(reading.index) for reading in readings)
 
     def close(self) -> None:
-        """Close the sources and drop what is still being read."""
+        """Close the sources and drop the chunks that are still being read."""
         stream = self._stream
         with stream.changing():
             self.closed = True
             written = self.complete and all(planned.finished() for planned in self.planned)
             while self.planned:
-                self.drop(self.planned.popleft())
+                planned = self.planned.popleft()
+                stream.give_buffer(planned.buffer if planned.finished() else None)
             if self.cache is not None:
                 stream.free_cache(self.cache, written)
                 self.cache = None
         for slot in self.slots:
             if slot.handle is not None:
                 stream.drop(slot.handle)
-
-    def drop(self, planned: Planned) -> None:
-        """Give back the buffer of a chunk that the consumer will not see."""
-        self._stream.ring.give(planned.buffer if planned.finished() else None)
 
     def fail(self, image: int, error: BaseException) -> None:
         """Leave an image out, or raise."""
@@ -188,7 +196,7 @@ class Batch:
     def _assembled(self, planned: Planned) -> Chunk:
         """Make the chunk of readings that are done, without failed images and unreadable patches."""
         readings = [reading for reading in planned.readings if reading.slot.image not in self.failed]
-        readable = [reading.readable() for reading in readings]
+        readable = [~np.isin(reading.index, list(reading.task.value().unreadable)) for reading in readings]
         counts = [int(rows.sum()) for rows in readable]
         count, buffer = sum(counts), planned.buffer
         moved = count < planned.rows or any(reading.spoiled for reading in readings)
@@ -217,34 +225,24 @@ class Batch:
         return chunk
 
     def _decode_on_host(self, chunk: Chunk) -> None:
-        """Read as pixels what came as JPEG streams, and remove what cannot be read."""
-        before, rows = chunk.count, np.array(sorted(chunk.encoded), np.int64)
-        parts: list[tuple[Index, list[Reading]]] = []  # rows of one image, their readings
-        for image in np.unique(chunk.image[rows]).tolist():
-            if self.slots[image].handle is not None:
-                own = rows[chunk.image[rows] == image]
-                out = np.empty((len(own), *chunk.pixels.shape[1:]), chunk.pixels.dtype)
-                parts.append((own, self._read_now(self.slots[image], chunk.index[own], out)))
-        self._finish([reading for _, part in parts for reading in part])
-        good = np.array([image not in self.failed for image in chunk.image.tolist()], np.bool_)
-        for own, part in parts:
-            if good[own[0]]:
-                chunk.pixels[own] = np.concatenate([reading.out for reading in part])
-                good[own] = np.concatenate([reading.readable() for reading in part])
-        count = int(good.sum())
-        chunk.pixels[:count] = chunk.pixels[:before][good]
+        """Read as pixels the patches that came as JPEG streams, and remove those that cannot be read."""
+        coded = np.isin(np.arange(chunk.count), list(chunk.encoded))
+        parts = [coded & (chunk.image == image) for image in range(len(self.names))]
+        found, _ = self._fetched([chunk.index[rows] for rows in parts])
+        good = ~np.isin(chunk.image, list(self.failed))
+        for image, (rows, pixels) in enumerate(zip(parts, found, strict=True)):
+            if pixels is not None:
+                chunk.pixels[: chunk.count][rows] = pixels
+                good &= ~(rows & np.isin(chunk.index, list(self.unreadable.get(image, {}))))
+        reader, count = self._stream.reader, int(good.sum())
+        reader.read_patches -= chunk.count - count
+        reader.encoded_patches -= len(chunk.encoded)
+        chunk.pixels[:count] = chunk.pixels[: chunk.count][good]
         chunk.pixels[count:] = 0
         chunk.count, chunk.image, chunk.index, chunk.encoded = count, chunk.image[good], chunk.index[good], {}
-        self._stream.reader.read_patches -= before - count
-        self._stream.reader.encoded_patches -= len(rows)
-
-    def _read_now(self, slot: Slot, index: Index, out: Array) -> list[Reading]:
-        """Read some patches of an image into `out`, in short tasks, before everything that is read ahead."""
-        runs = [slice(start, start + MIN_TASK_PATCHES) for start in range(0, len(index), MIN_TASK_PATCHES)]
-        return [Reading(self._stream, slot, index[run], out[run], urgent=True) for run in runs]
 
     def _finish(self, readings: Sequence[Reading]) -> None:
-        """Wait until all is read; tasks of an image that has failed may go on."""
+        """Wait until all patches are read; tasks of an image that has failed may go on."""
         with self._stream.reader.waiting():
             for reading in readings:
                 image = reading.slot.image

@@ -1,4 +1,4 @@
-"""What a stream is given and gives: openers of images, chunks of patches, and how chunks are cut."""
+"""The input and output of a stream: openers of images and chunks of patches; and how chunks are cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource, View
 
 MIN_CHUNKS_ALONE = 16
-"""Chunks from which on an image shares none with others, so that its results do not depend on them to the last bit."""
+"""Chunks from which on an image shares none with others, so that its results do not depend on theirs in any bit."""
 
 
 class Opener(Protocol):
@@ -25,7 +25,7 @@ class Opener(Protocol):
 
 @dataclass(frozen=True)
 class FetchOnly:
-    """An opener of an image that is opened for `Batch.fetch`, but whose patches are not streamed by `Batch.chunks`."""
+    """Opens an image for `Batch.fetch`, whose patches `Batch.chunks` does not yield."""
 
     opener: Opener
 
@@ -39,9 +39,9 @@ class FetchOnly:
 
 @dataclass(frozen=True)
 class Delivery:
-    """Which patches come as JPEG streams instead of pixels, for a device that decodes the kinds `colors`.
+    """Lets patches come as JPEG streams instead of pixels, for a device that decodes the kinds `colors`.
 
-    Those that a thread starts to read while the consumer waits for pixels, which differ from run to run; or `always`.
+    A thread takes them as streams while the consumer waits for pixels, which differs from run to run; or `always`.
     """
 
     colors: Container[str]
@@ -60,14 +60,14 @@ class Chunk:
     """Patches of the images of one batch, packed to one constant size.
 
     Attributes:
-        pixels: (chunk, *patch_shape); rows from `count` on are zeros. Valid until the next chunk is asked for; not
-            overwritten before the one after that is, and not before `copied` has returned.
+        pixels: (chunk, *patch_shape); rows from `count` on are zeros. Valid until the consumer asks for the next chunk;
+            overwritten after it asks for the one after that, and after `copied` has returned.
         count: rows in use; fewer than the size in the last chunk of a batch and where something was unreadable.
         image: index of the image in the batch, int64 (count,).
         index: index of the patch in the image, int64 (count,).
         encoded: JPEG streams by row, where `Delivery` asks for them; `pixels` of these rows are undefined.
-        copied: set by the consumer that copies the pixels to a device; returns when that is done. Another thread calls
-            it.
+        copied: set by a consumer that copies the pixels to a device; returns when that is done, called on another
+            thread.
         decode: reads the rows of `encoded` as pixels; None where there are none.
     """
 

@@ -1,9 +1,9 @@
 """Chunks of patches, read ahead in parallel and in order, packed across the images of a batch.
 
-A planning thread opens the sources of a batch, cuts their patches into chunks and hands the reading to the threads.
-Host memory is bounded by the ring of buffers, (ahead + 2) chunks and what the tasks in progress hold, and by twice
-`cache_bytes` where a stream caches pixels for `Batch.fetch`. A batch is opened when the last chunk of the one before it
-has a buffer. A lost file is opened and read again by the thread that needs it; reading threads go on.
+A planning thread opens the sources of a batch, cuts their patches into chunks, and submits the reading of these to the
+reading threads. Host memory is bounded by (ahead + 2) buffers of one chunk and what the tasks in progress hold, and by
+twice `cache_bytes` where a stream caches pixels for `Batch.fetch`. A batch is opened when the last chunk of the batch
+before has a buffer. The thread that needs a lost file opens and reads it again; reading threads go on.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Self, TypeVar
 
 import numpy as np
 
+from keyhole.errors import ConfigError
 from keyhole.loading.batch import MIN_TASK_PATCHES, Batch
-from keyhole.loading.buffers import Allocate, Array
-from keyhole.loading.chunks import Delivery, Opener, Segment, pack
+from keyhole.loading.buffers import Allocate
+from keyhole.loading.chunks import Delivery, Opener, pack
 from keyhole.loading.reading import Planned, Reading
 from keyhole.loading.stream import LOST, OnError, SharedReading, Stream
 from keyhole.util.threads import ReadingThreads
@@ -36,12 +37,12 @@ class Reader(SharedReading):
     Args:
         threads: that read and decode; default one per core, at most 16.
         ahead: chunks that are being read or ready, across batches.
-        stall: seconds without a sign of life after which a read is given up with `StalledRead`.
+        stall: seconds without new data after which a read fails with `StalledRead`.
         allocate: makes the buffers of chunks, such as pinned memory for a GPU.
         retries: times that an image is opened and read again after `ImageLost` or `StalledRead`.
-        retry_wait: seconds before the first of them; before each further one four times as long (1, 4, 16).
+        retry_wait: seconds before the first retry; each further wait is four times as long (1, 4, 16).
         on_retry: called before each wait with the image's name and the reason, on the consumer's thread or, for an
-            image that is being opened, on the planning thread. What it raises ends the stream.
+            image that is being opened, on the planning thread. An exception in it ends the stream.
 
     Attributes:
         waited: seconds that the consumer has waited for pixels.
@@ -86,19 +87,19 @@ class Reader(SharedReading):
     ) -> Iterator[Batch]:
         """Yield the batches in order, each with its sources open; leaving the loop in any way closes everything.
 
-        A file that is lost is tried again first (`retries`). If an error remains,
+        A lost file is tried again first (`retries`). If an error remains,
           "raise" ends the stream;
           "skip" leaves the whole image out of its batch;
-          "mask" leaves out the patches that are unreadable, and notes them in `Batch.unreadable`. The whole image is
-            left out only if it cannot be opened (any more), stalls, has changed, or no patch of it is readable.
-            With `retries=0` a lost file fails at once, though other parts of it may be readable.
+          "mask" leaves out the unreadable patches, and lists them in `Batch.unreadable`. The whole image is left out
+            only if it cannot be opened (again), stalls, has changed, or none of its patches is readable. With
+            `retries=0` a lost file fails at once, though other parts of it may be readable.
 
         Args:
-            batches: openers of each batch, `FetchOnly` for images that are not to be streamed; iterated ahead of the
+            batches: openers of each batch, `FetchOnly` for images that are not streamed; iterated ahead of the
                 consumer, on another thread.
             chunk: patches of a chunk.
-            on_error: what an image or patches that cannot be read do.
-            cache_bytes: decoded pixels up to which a batch keeps all that it streams, so that `Batch.fetch` does not
+            on_error: what happens to images and patches that cannot be read.
+            cache_bytes: bytes of pixels up to which a batch keeps all that it streams, so that `Batch.fetch` does not
                 read them again; larger batches keep nothing. Two batches are cached at a time: the consumer's and the
                 next.
             deliver: which patches may come as JPEG streams, in `Chunk.encoded`; by default none.
@@ -109,9 +110,15 @@ class Reader(SharedReading):
         """
         stream = Stream(self, chunk, on_error, cache_bytes, deliver)
         self._streams.add(stream)
-        planner = _Planner(stream, batches)
+        ready: deque[Batch | None] = deque()  # None: no more
+        threading.Thread(target=_plan, args=(stream, batches, ready), name="keyhole-plan", daemon=True).start()
         try:
-            while (batch := planner.next_batch()) is not None:
+            while True:
+                with stream.changing():
+                    stream.wait_for(lambda: bool(ready) and not stream.closed)
+                    batch = ready.popleft()
+                if batch is None:
+                    break
                 yield batch
                 batch.close()
         finally:
@@ -140,105 +147,91 @@ class Reader(SharedReading):
         self.close()
 
 
-class _Planner:
-    """A thread that opens batches in order and has their chunks read, as far ahead as the ring has buffers."""
-
-    def __init__(self, stream: Stream, batches: Iterable[Sequence[Opener]]) -> None:
-        self._stream, self._threads, self._batches = stream, stream.threads, batches
-        ahead = stream.reader.ahead
-        self._run = int(np.clip(stream.chunk * ahead // (2 * self._threads.count), MIN_TASK_PATCHES, MAX_TASK_PATCHES))
-        self._ready: deque[Batch | None] = deque()  # None: no more
-        threading.Thread(target=self._plan, name="keyhole-plan", daemon=True).start()
-
-    def next_batch(self) -> Batch | None:
-        """Wait for the next batch and return it, on the consumer's thread; None at the end."""
-        stream = self._stream
-        with stream.changing():
-            stream.wait_for(lambda: bool(self._ready) and not stream.closed)
-            return self._ready.popleft()
-
-    def _plan(self) -> None:
-        stream = self._stream
-        try:
-            for openers in self._batches:
-                if stream.closed:
-                    return
-                batch = self._opened(openers)
-                with stream.changing():
-                    self._ready.append(batch)
-                self._plan_chunks(batch)
-                with stream.changing():
-                    batch.complete = True
-                    # The ring does not hold back batches that need no buffers.
-                    while len(self._ready) > stream.reader.ahead and not stream.closed:
-                        self._threads.changed.wait()
-            with stream.changing():
-                self._ready.append(None)
-        except BaseException as error:  # noqa: BLE001 - raised again in the consumer, when it gets there
-            with stream.changing():
-                stream.error = error
-
-    def _opened(self, openers: Sequence[Opener]) -> Batch:
-        """Open all images at once, and those that are lost again together."""
-        stream = self._stream
-        batch = Batch(stream, openers)
-        waiting, tries, seconds = batch.slots, 0, 0.0
-        while waiting and not stream.closed:
-            tasks = [self._threads.submit(slot.opener.name, partial(stream.open, slot.opener)) for slot in waiting]
-            lost = []
-            for slot, task in zip(waiting, tasks, strict=True):
-                self._threads.wait(task, stop=lambda: stream.closed)
-                if stream.closed:
-                    return batch
-                if isinstance(task.error, LOST) and tries < stream.reader.retries:
-                    lost.append(slot)
-                    seconds = stream.reader.retry_in(slot.opener.name, task.error, tries)
-                elif task.error is not None:
-                    batch.fail(slot.image, task.error)
-                elif (handle := task.value()) is not None:
-                    stream.put(slot, handle)
-            if lost:
-                self._threads.pause(seconds, lambda: stream.closed)
-                tries += 1
-            waiting = lost
-        return batch
-
-    def _plan_chunks(self, batch: Batch) -> None:
-        stream, streamed = self._stream, batch.lengths()
-
-        def unwanted() -> bool:
-            return stream.closed or batch.closed
-
-        with self._threads.lock:
-            batch.cache = stream.new_cache(streamed, unwanted)
-        lengths = [0 if source is None else len(source) for source in batch.sources]
-        for packed in pack(lengths, stream.chunk):
-            # Chunks are cut as if all images were streamed, so that one that is not changes no other's.
-            segments = [segment for segment in packed if streamed[segment.image]]
-            if not segments:
-                continue
-            assert stream.shape is not None
-            shape, dtype = stream.shape
-            buffer = stream.ring.take((stream.chunk, *shape), dtype, unwanted)
-            if buffer is None:
+def _plan(stream: Stream, batches: Iterable[Sequence[Opener]], ready: deque[Batch | None]) -> None:
+    """Open batches in order and have their chunks read, as far ahead as there are buffers; run on a thread."""
+    try:
+        for openers in batches:
+            if stream.closed:
                 return
-            planned = self._submit(batch, segments, buffer)
+            batch = Batch(stream, openers)
+            _open(stream, batch)
             with stream.changing():
-                if batch.closed:
-                    batch.drop(planned)
-                else:
-                    batch.planned.append(planned)
+                ready.append(batch)
+            _plan_chunks(stream, batch)
+            with stream.changing():
+                batch.complete = True
+                # Buffers do not limit batches that need none.
+                while len(ready) > stream.reader.ahead and not stream.closed:
+                    stream.threads.changed.wait()
+        with stream.changing():
+            ready.append(None)
+    except BaseException as error:  # noqa: BLE001 - raised again in the consumer, when it gets there
+        with stream.changing():
+            stream.error = error
 
-    def _submit(self, batch: Batch, segments: list[Segment], buffer: Array) -> Planned:
-        """Hand the patches of a chunk to the reading threads."""
+
+def _open(stream: Stream, batch: Batch) -> None:
+    """Open all images of a batch at once, then those that are lost again together."""
+    threads, slots, tries, seconds = stream.threads, batch.slots, 0, 0.0
+    while slots and not stream.closed:
+        tasks = [threads.submit(slot.opener.name, partial(stream.open, slot.opener)) for slot in slots]
+        lost = []
+        for slot, task in zip(slots, tasks, strict=True):
+            threads.wait(task, stop=lambda: stream.closed)
+            if stream.closed:
+                return
+            if isinstance(task.error, LOST) and tries < stream.reader.retries:
+                lost.append(slot)
+                seconds = stream.reader.retry_in(slot.opener.name, task.error, tries)
+            elif task.error is not None:
+                batch.fail(slot.image, task.error)
+            elif (handle := task.value()) is not None:
+                slot.handle = handle
+                shape = handle.source.patch_shape, handle.source.dtype
+                stream.shape = stream.shape or shape
+                if shape != stream.shape:
+                    raise ConfigError(
+                        f"{handle.source.name}: patches of {shape[1]} {shape[0]}, but those before are "
+                        f"{stream.shape[1]} {stream.shape[0]}; all images of a run need the same"
+                    )
+        if lost:
+            threads.pause(seconds, lambda: stream.closed)
+            tries += 1
+        slots = lost
+
+
+def _plan_chunks(stream: Stream, batch: Batch) -> None:
+    """Submit the patches of each chunk to the reading threads once there is a buffer for it."""
+    streamed = batch.lengths()
+    run = stream.chunk * stream.reader.ahead // (2 * stream.threads.count)  # patches of a task
+    run = min(max(run, MIN_TASK_PATCHES), MAX_TASK_PATCHES)
+
+    def unwanted() -> bool:
+        return stream.closed or batch.closed
+
+    with stream.threads.lock:
+        batch.cache = stream.new_cache(streamed, unwanted)
+    lengths = [0 if source is None else len(source) for source in batch.sources]
+    for packed in pack(lengths, stream.chunk):
+        # Chunks are cut as if all images were streamed, so that an image that is not streamed changes no other's.
+        segments = [segment for segment in packed if streamed[segment.image]]
+        if not segments:
+            continue
+        buffer = stream.take_buffer(unwanted)
+        if buffer is None:
+            return
         planned, row = Planned(buffer, sum(stop - start for _, start, stop in segments), []), 0
         buffer[planned.rows :] = 0
         for image, start, stop in segments:
             slot = batch.slots[image]
-            for first in range(start, stop, self._run):
-                index = np.arange(first, min(first + self._run, stop), dtype=np.int64)
+            for first in range(start, stop, run):
+                index = np.arange(first, min(first + run, stop), dtype=np.int64)
                 if slot.handle is not None:  # else it has failed meanwhile
                     rows = buffer[row : row + len(index)]
-                    planned.readings.append(Reading(self._stream, slot, index, rows, batch.cache))
+                    planned.readings.append(Reading(stream, slot, index, rows, batch.cache))
                 row += len(index)
-        return planned
+        with stream.changing():
+            if batch.closed:
+                stream.give_buffer(buffer if planned.finished() else None)
+            else:
+                batch.planned.append(planned)

@@ -1,13 +1,11 @@
-"""A task for a reading thread: some patches of one image, on their way into rows of a buffer."""
+"""A task for a reading thread: some patches of one image, which are read into rows of a buffer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from keyhole.loading.buffers import Array, PixelCache
 from keyhole.loading.chunks import Coded, Delivery
@@ -16,7 +14,7 @@ from keyhole.patches.grid import Index
 from keyhole.util.threads import ReadTask, given_up
 
 PATCHES_BETWEEN_LOOKS = 16
-"""Patches that a thread decodes before it looks again whether the consumer waits. With more, it waits for one thread
+"""Patches that a thread decodes before it checks again whether the consumer waits. With more, it waits for one thread
 while others are idle; with fewer, each tile costs the interpreter more."""
 
 
@@ -33,7 +31,7 @@ class Reading:
     Urgent ones are read before everything that is read ahead, and as pixels. Others may come as JPEG streams.
 
     Attributes:
-        out: as given or, once a stuck thread may still write there (`spoiled`), other memory.
+        out: as given, or other memory if a stuck thread may still write there (`spoiled`).
         task: the last try.
     """
 
@@ -49,6 +47,7 @@ class Reading:
         self.stream, self.slot, self.index, self.out = stream, slot, index, out
         self.spoiled = False
         self._cache = cache
+        self._used: OpenSource | None = None  # that the last try has read
         self.task = self._submit("damaged" if stream.on_error == "mask" else "nothing", urgent)
 
     def _submit(self, leave_out: LeaveOut, urgent: bool) -> ReadTask[Outcome]:
@@ -57,9 +56,8 @@ class Reading:
         The first read of an image that is decoded whole decodes it. All others begin when that has ended, so that no
         thread waits for another's decoding: as many images are decoded at once as there are threads.
         """
-        self._used: list[OpenSource] = []
-        deliver = None if urgent else self.stream.deliver
-        job = partial(self._read, self.out, self._used, leave_out, deliver)
+        self._used = None
+        job = partial(self._read, self.out, leave_out, None if urgent else self.stream.deliver)
         threads, name, handle = self.stream.threads, self.slot.opener.name, self.slot.handle
         with threads.lock:
             first = None if handle is None else handle.first  # None: the image has failed meanwhile
@@ -70,32 +68,31 @@ class Reading:
                 handle.first = task
         return task
 
-    def _read(self, out: Array, used: list[OpenSource], leave_out: LeaveOut, deliver: Delivery | None) -> Outcome:
+    def _read(self, out: Array, leave_out: LeaveOut, deliver: Delivery | None) -> Outcome:
         """Read on a thread: pixels, or JPEG streams as soon as the consumer waits for them."""
-        handle = self.slot.handle
-        if handle is None:  # the image has failed meanwhile
-            return Outcome({}, {})
-        used.append(handle)
-
-        def pixels(rows: slice) -> dict[int, str]:
-            missing = handle.read(self.index[rows], out[rows], leave_out)
-            if self._cache is not None:
-                self._cache.put(self.slot.image, self.index[rows], out[rows])
-            return missing
-
         unreadable: dict[int, str] = {}
+        coded: dict[int, Coded] = {}
+        self._used = handle = self.slot.handle
+        if handle is None:  # the image has failed meanwhile
+            return Outcome(unreadable, coded)
         row, count = 0, len(self.index)
         while row < count and not given_up():
-            if deliver is not None and (deliver.always or self.stream.waiting):
-                if coded := handle.encoded(self.index[row:], deliver.colors):
-                    for other in (row + np.flatnonzero(~np.isin(self.index[row:], list(coded)))).tolist():
-                        unreadable |= pixels(slice(other, other + 1))
-                    return Outcome(unreadable, coded)
+            stop = count
+            if coded:
+                stop = row + 1
+            elif deliver is not None and (deliver.always or self.stream.waiting):
+                coded = handle.encoded(self.index[row:], deliver.colors)
                 deliver = None
-            stop = min(count, row + PATCHES_BETWEEN_LOOKS) if deliver is not None and handle.delivers else count
-            unreadable |= pixels(slice(row, stop))
+                continue
+            elif deliver is not None and handle.delivers:
+                stop = min(count, row + PATCHES_BETWEEN_LOOKS)
+            if int(self.index[row]) not in coded:
+                rows = slice(row, stop)
+                unreadable |= handle.read(self.index[rows], out[rows], leave_out)
+                if self._cache is not None:
+                    self._cache.put(self.slot.image, self.index[rows], out[rows])
             row = stop
-        return Outcome(unreadable, {})
+        return Outcome(unreadable, coded)
 
     def complete(self) -> BaseException | None:
         """Wait until all is read and return the error that remains; read a lost file again as often as is allowed.
@@ -107,7 +104,7 @@ class Reading:
         error, tries = self.task.error, 0
         while isinstance(error, LOST) and not stream.closed:
             leave_out: LeaveOut = "damaged" if stream.on_error == "mask" else "nothing"
-            if not self._used or self._used[-1] is slot.handle:  # else another reading has opened the image again
+            if self._used is None or self._used is slot.handle:  # else another reading has opened the image again
                 if tries == reader.retries:
                     break
                 assert slot.handle is not None
@@ -133,17 +130,12 @@ class Reading:
                 slot.worn_out = True
         return error
 
-    def readable(self) -> NDArray[np.bool_]:
-        """Return which patches were read, as pixels or as JPEG streams, bool (k,)."""
-        return ~np.isin(self.index, list(self.task.value().unreadable))
-
     def finished(self) -> bool:
         """Return whether no thread can write into the buffer any more."""
         return self.task.done and not (self.spoiled or self.task.lost)
 
 
-@dataclass
-class Planned:
+class Planned(NamedTuple):
     """A chunk that is being read: its buffer, how many rows of it are used, and the tasks that fill them, in order."""
 
     buffer: Array

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from keyhole.errors import ConfigError, ImageError, ImageLost, StalledRead
-from keyhole.loading.buffers import Allocate, Array, BufferRing, CacheMemory, PixelCache, SpareBuffers
+from keyhole.loading.buffers import Allocate, Array, CacheMemory, Copied, PixelCache, SpareBuffers
 from keyhole.loading.chunks import Chunk, Coded, Delivery, Opener
 from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
@@ -25,14 +25,16 @@ LeaveOut = Literal["nothing", "damaged", "lost"]
 """Patches that a read may leave out: none, damaged ones, or also those that the disk does not deliver."""
 
 LOST = (ImageLost, StalledRead)
-"""Errors that may be over after a while; every other error would come again."""
+"""Errors after which trying again may help; every other error would come again."""
 
 
 class OpenSource:
-    """An open source that several threads read. `close` waits for nobody: the last thread that reads closes it.
+    """An open source that several threads read. `close` does not wait: the last thread that reads closes it.
 
-    `lost` says why the file could not be reached; nobody reads through this source again. `delivers`: some of its
-    patches have come as JPEG streams. `whole`: the read `first` decodes the whole image.
+    Attributes:
+        lost: why the file could not be reached; this source is not read again.
+        delivers: some of its patches have come as JPEG streams.
+        whole: the read `first` decodes the whole image.
     """
 
     def __init__(self, source: PatchSource) -> None:
@@ -69,11 +71,11 @@ class OpenSource:
                         raise
                     out[row] = 0
                     unreadable[int(index[row])] = error.problem
-                beat()  # an error is a sign of life too
+                beat()  # the disk has answered, if only with an error
             return unreadable
 
     def encoded(self, index: Index, colors: Container[str]) -> dict[int, Coded]:
-        """Return the patches that the file stores as JPEG, by patch index; `read` tells what is wrong with others."""
+        """Return the patches that the file stores as JPEG, by patch index; `read` raises what is wrong with others."""
         with self._reading():
             try:
                 found = self.source.encoded(index, colors)
@@ -92,7 +94,7 @@ class OpenSource:
         with self._lock:
             if self.lost is None and self.first is not None and self.first.lost:
                 assert isinstance(self.first.error, StalledRead)
-                self.lost = self.first.error  # a read here would wait for the same decoding
+                self.lost = self.first.error  # this read would wait for the decoding that is stuck
             if self.lost is not None or self._closing:
                 raise ImageLost(self.source.name, "closed" if self.lost is None else self.lost.problem)
             self._readers += 1
@@ -118,7 +120,7 @@ class OpenSource:
 
 
 class Slot:
-    """One image of a batch: its index, its opener, its source (None before it is opened and after it has failed).
+    """One image of a batch: its index, its opener, and its source; None before it is open and after it has failed.
 
     `worn_out` is True when all retries of a read did not help.
     """
@@ -130,7 +132,7 @@ class Slot:
 
 
 class SharedReading:
-    """What all streams of one `Reader` share: threads, spare buffers, retries and counters; see there."""
+    """What the streams of one `Reader` share: threads, spare buffers, retries and counters."""
 
     def __init__(
         self,
@@ -157,7 +159,7 @@ class SharedReading:
             self.waited += time.perf_counter() - start
 
     def retry_in(self, name: str, error: ImageError, tries: int) -> float:
-        """Report that an image will be read again, after `tries` further tries; return in how many seconds."""
+        """Report that an image will be read again after `tries` tries; return the seconds to wait before that."""
         seconds = self.retry_wait * 4.0**tries
         if self.on_retry is not None:
             problem = error.problem.rstrip(".")
@@ -170,10 +172,11 @@ class Stream:
 
     Attributes:
         shape: shape and type of a patch; None before the first image is open.
-        shown: chunks with the consumer, oldest first.
+        shown: chunks that the consumer has, oldest first.
         waiting: True while the consumer waits for pixels.
-        error: what the planning thread failed with.
-        closed: True once nobody consumes any more.
+        error: of the planning thread.
+        closed: True after the end of the pass.
+        buffer_free: notified when a buffer is free, and when `unwanted` of `take_buffer` may have changed.
     """
 
     def __init__(
@@ -184,21 +187,22 @@ class Stream:
         self.reader, self.threads = reader, reader.threads
         self.chunk, self.on_error, self.deliver = chunk, on_error, deliver
         self.shape: tuple[tuple[int, ...], np.dtype[Any]] | None = None
-        self.ring = BufferRing(reader.threads, reader.ahead + 2, reader.spare)
+        self.buffer_free = threading.Condition(reader.threads.lock)
         self.shown: deque[Chunk] = deque()
         self.waiting = False
         self.error: BaseException | None = None
         self.closed = False
-        self._cache_bytes, self._cache_memory = cache_bytes, CacheMemory()
+        self._cache_bytes, self._cache_memory = cache_bytes, CacheMemory(2 * cache_bytes)
+        self._free_buffers = reader.ahead + 2  # this bounds how far a stream reads ahead
         self._opened: set[OpenSource] = set()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Hold the lock inside, then wake all that wait."""
+        """Hold the lock inside, then wake all threads that wait."""
         with self.threads.lock:
             yield
             self.threads.changed.notify_all()
-            self.ring.changed.notify_all()
+            self.buffer_free.notify_all()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Block the consumer, which holds the lock, until `condition()` is true."""
@@ -211,7 +215,7 @@ class Stream:
                 self.threads.changed.wait()
 
     def open(self, opener: Opener) -> OpenSource | None:
-        """Open an image, on a reading thread; return None if nobody wants it any more."""
+        """Open an image, on a reading thread; return None if the stream was closed or the task given up."""
         if self.closed:
             return None
         handle = OpenSource(opener())
@@ -221,17 +225,6 @@ class Stream:
                 return handle
         handle.close()
         return None
-
-    def put(self, slot: Slot, handle: OpenSource) -> None:
-        """Give an image its source; its patches must have the shape of those of the images before."""
-        slot.handle = handle
-        shape = handle.source.patch_shape, handle.source.dtype
-        self.shape = self.shape or shape
-        if shape != self.shape:
-            raise ConfigError(
-                f"{handle.source.name}: patches of {shape[1]} {shape[0]}, but those before are "
-                f"{self.shape[1]} {self.shape[0]}; all images of a run need the same"
-            )
 
     def reopen(self, slot: Slot) -> BaseException | None:
         """Replace a lost source by a new one; return the error if that fails."""
@@ -260,39 +253,61 @@ class Stream:
         handle.close()
 
     def new_cache(self, lengths: Sequence[int], unwanted: Callable[[], bool]) -> PixelCache | None:
-        """Return a cache for all pixels of a batch if they fit; wait while batches before it hold too much for that."""
+        """Return a cache for all pixels of a batch if they fit; wait while earlier batches cache too much for that.
+
+        The caller holds the lock.
+        """
         if self.shape is None:
             return None
         shape, dtype = self.shape
         size = sum(lengths) * math.prod(shape) * dtype.itemsize
         if not 0 < size <= self._cache_bytes:
             return None
-        with self.threads.lock:
-            while not unwanted():
-                if (memory := self._cache_memory.take(size, 2 * self._cache_bytes)) is not None:
-                    return PixelCache(lengths, memory[:size].view(dtype).reshape(-1, *shape), memory)
-                self.threads.changed.wait()
+        while not unwanted():
+            if (memory := self._cache_memory.take(size)) is not None:
+                return PixelCache(lengths, memory[:size].view(dtype).reshape(-1, *shape), memory)
+            self.threads.changed.wait()
         return None
 
     def free_cache(self, cache: PixelCache, written: bool) -> None:
-        """Give the memory of a closed batch to the next; `written` says that all its readings have ended."""
+        """Let the next batch use the memory of a closed one, if all readings of that have ended (`written`)."""
         self._cache_memory.give(cache.memory, written and not (cache.spoiled or self.closed))
         cache.clear()
+
+    def take_buffer(self, unwanted: Callable[[], bool]) -> Array | None:
+        """Wait for a buffer for a chunk, which no copy reads any more; return None once `unwanted()` is true."""
+        assert self.shape is not None
+        shape, dtype = self.shape
+        with self.threads.lock:
+            while not (self._free_buffers or unwanted()):
+                self.buffer_free.wait()
+            if unwanted():
+                return None
+            self._free_buffers -= 1
+        return self.reader.spare.take((self.chunk, *shape), dtype)
+
+    def give_buffer(self, buffer: Array | None, copied: Copied | None = None) -> None:
+        """Take a buffer back; None stands for one that a thread may still write to."""
+        with self.threads.lock:
+            self._free_buffers += 1
+            if buffer is not None:
+                self.reader.spare.give(buffer, copied)
+            self.buffer_free.notify_all()
 
     def recycle(self, keep: int = 0) -> None:
         """Take back the buffers of all chunks but the newest `keep`."""
         while len(self.shown) > keep:
             chunk = self.shown.popleft()
-            self.ring.give(chunk.pixels, chunk.copied)
+            self.give_buffer(chunk.pixels, chunk.copied)
 
     def close(self) -> None:
         """End the planning and close all sources; those that are being read close afterwards."""
-        if sys.is_finalizing():  # a thread may have been stopped while it held the lock, and nothing is left to end
+        if sys.is_finalizing():  # a thread may have been stopped while it held the lock
             return
         with self.changing():
             self.closed = True
             opened, self._opened = self._opened, set()
             self.recycle()
-            self._cache_memory.clear()
+            self._cache_memory.free.clear()
         for handle in opened:
             handle.close()
