@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from keyhole.errors import ImageError
 from keyhole.loading import Batch
 from keyhole.nn import CenterPosition, IPSClassifier, Kept
-from keyhole.nn.tensors import AsRead, as_read, host_memory, on_device, values_of
+from keyhole.nn.tensors import AsRead, as_read, host_memory, on_device, to_device, values_of
+from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
-
-Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,17 @@ def fetch_bags(
             rows = torch.from_numpy(good).to(image.index.device)
             found[row] = replace(image, index=image.index[rows], score=image.score[rows])
     rows_in = [row for row, image in enumerate(found) if image is not None]
-    width = max((len(held.wanted[row]) for row in rows_in), default=0)
-    mask = torch.zeros(len(rows_in), width, dtype=torch.bool)
-    where: NDArray[Any] | None = None
-    for place, row in enumerate(rows_in):
-        mask[place, : len(held.wanted[row])] = True
-        source = batch.sources[row]
-        assert source is not None
-        if model.position is not None:
-            one = positions(model, source, held.wanted[row])
-            where = np.zeros((len(rows_in), width, *one.shape[1:]), one.dtype) if where is None else where
-            where[place, : len(one)] = one
-    position = None if where is None else on_device(where, device)
+    lengths = [len(held.wanted[row]) for row in rows_in]
+    mask = torch.arange(max(lengths, default=0)) < torch.tensor(lengths, dtype=torch.long)[:, None]
+    position = None
+    if model.position is not None and rows_in:
+        sources = batch.sources
+        where = [
+            torch.from_numpy(positions(model, source, held.wanted[row]))
+            for row in rows_in
+            if (source := sources[row]) is not None
+        ]
+        position = to_device(pad_sequence(where, batch_first=True), device)
     return Bags(position, mask, rows_in, held.part, found, held.pixels)
 
 

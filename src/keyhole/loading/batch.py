@@ -120,7 +120,7 @@ class Batch:
         if len(indices) != len(self.names):
             raise ValueError(f"{len(indices)} index arrays for {len(self.names)} images")
         if self.closed:
-            raise RuntimeError("the batch is closed; fetch before you ask for the next batch")
+            raise RuntimeError("the batch is closed; fetch before the next batch")
         found, reread = self._fetched(indices, block)
         self._stream.reader.reread_patches += reread
         self._stream.reader.read_patches += sum(len(rows) for rows in found if rows is not None)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from keyhole.patches.grid import Index
 from keyhole.util.rows import take_rows
 from keyhole.util.threads import ReadingThreads
 
 Array = NDArray[Any]
-Index = NDArray[np.int64]
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
 Copied = Callable[[], None]
 """Returns when a buffer has been copied to a device."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from keyhole.errors import ConfigError
 from keyhole.loading.batch import MIN_TASK_PATCHES, Batch
-from keyhole.loading.buffers import Allocate
+from keyhole.loading.buffers import Allocate, SpareBuffers
 from keyhole.loading.chunks import Delivery, Opener, pack
 from keyhole.loading.reading import Planned, Reading
 from keyhole.loading.stream import LOST, OnError, SharedReading, Stream
@@ -74,7 +74,8 @@ class Reader(SharedReading):
         retry_wait: float = 1.0,
         on_retry: Callable[[str, str], None] | None = None,
     ) -> None:
-        super().__init__(ReadingThreads(threads, stall), ahead, allocate, retries, retry_wait, on_retry)
+        reading = ReadingThreads(threads, stall)
+        super().__init__(reading, ahead, SpareBuffers(reading, ahead + 2, allocate), retries, retry_wait, on_retry)
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 
     def stream(

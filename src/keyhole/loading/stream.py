@@ -9,12 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from keyhole.errors import ConfigError, ImageError, ImageLost, StalledRead
-from keyhole.loading.buffers import Allocate, Array, CacheMemory, Copied, PixelCache, SpareBuffers
+from keyhole.loading.buffers import Array, CacheMemory, Copied, PixelCache, SpareBuffers
 from keyhole.loading.chunks import Chunk, Coded, Delivery, Opener
 from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
@@ -131,23 +132,20 @@ class Slot:
         self.worn_out = False
 
 
+@dataclass(eq=False)
 class SharedReading:
     """What the streams of one `Reader` share: threads, spare buffers, retries and counters."""
 
-    def __init__(
-        self,
-        threads: ReadingThreads,
-        ahead: int,
-        allocate: Allocate,
-        retries: int,
-        retry_wait: float,
-        on_retry: Callable[[str, str], None] | None,
-    ) -> None:
-        self.threads, self.ahead = threads, ahead
-        self.retries, self.retry_wait, self.on_retry = retries, retry_wait, on_retry
-        self.spare = SpareBuffers(threads, ahead + 2, allocate)
-        self.waited = 0.0
-        self.read_patches = self.reread_patches = self.encoded_patches = 0
+    threads: ReadingThreads
+    ahead: int
+    spare: SpareBuffers
+    retries: int
+    retry_wait: float
+    on_retry: Callable[[str, str], None] | None
+    waited: float = 0.0
+    read_patches: int = 0
+    reread_patches: int = 0
+    encoded_patches: int = 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
