@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -112,7 +113,7 @@ def images(folder: Path) -> None:
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{place}.png")
 
 
-def counted(checkout: Path, options: list[str]) -> list[str]:
+def counted(checkout: Path, options: Sequence[str] = ()) -> list[str]:
     """A table of files and functions, as lines of Markdown."""
     environment = os.environ | {"PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--here", *options]
