@@ -20,7 +20,7 @@ FAULTS: tuple[type[Exception], ...] = (
 """What tifffile and Pillow raise on damaged files."""
 
 _LOST_NAMES = (
-    # The file is gone, or the disk or share does not answer; or for a moment: too many open files, an interrupted call.
+    # The file is gone, the disk or share does not answer, or the error may pass: too many open files, interrupted call.
     *("ENOENT", "EIO", "ESTALE", "ENXIO", "ENODEV", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN"),
     *("ENETUNREACH", "ENETRESET", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "ESHUTDOWN", "EREMOTEIO", "ENOLINK"),
     *("ECOMM", "EPROTO", "ENOMEDIUM", "EAGAIN", "EBUSY", "EINTR", "EMFILE", "ENFILE", "EBADFD"),
@@ -30,16 +30,16 @@ LOST = frozenset(getattr(errno, name) for name in _LOST_NAMES if hasattr(errno, 
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:
-    """The message of `error` on one line, at most `limit` characters; its type where it has no message."""
+    """Return the message of `error` on one line of at most `limit` characters; its type if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @contextmanager
 def faults_of(path: Path, what: str) -> Iterator[None]:
-    """Raise ImageError(path, "`what` (reason). Copy it again ...") for whatever a decoder raises inside.
+    """Raise ImageError(path, "`what` (reason). Copy it again ...") for any error that a decoder raises inside.
 
-    A system error because the file cannot be reached becomes ImageLost.
+    A system error that means that the file cannot be reached becomes ImageLost.
     """
     try:
         yield
@@ -61,7 +61,7 @@ def raise_if_lost(path: Path, error: Exception) -> None:
 
 @contextmanager
 def passed_over(path: Path) -> Iterator[None]:
-    """Pass over a part of a file that cannot be decoded; reading it reports why. ImageLost is raised."""
+    """Ignore that a part of a file cannot be decoded, since reading it reports why; raise only ImageLost."""
     try:
         with faults_of(path, "damaged"):
             yield
@@ -86,7 +86,7 @@ def check_reachable(path: Path, problem: str) -> None:
 
 
 def not_one_picture(path: Path, lengths: Mapping[str, int]) -> ImageError:
-    """The error for a file of several pictures: `lengths` of the axes z (depth), t (time) and c (channels) above 1."""
+    """The error for several pictures in one file: `lengths` over 1 of the axes z (depth), t (time), c (channel)."""
     stated = ", ".join(f"{n} channels" if axis == "c" else f"{n} along {axis}" for axis, n in lengths.items())
     problem, other = f"a stack of pictures ({stated}); one", "Duplicate), or a projection of them"
     if set(lengths) == {"c"}:
@@ -95,7 +95,7 @@ def not_one_picture(path: Path, lengths: Mapping[str, int]) -> ImageError:
 
 
 def ends_early(path: Path, there: int, needed: int) -> ImageError:
-    """The error for a file of `there` bytes whose structure needs at least `needed`."""
+    """Return the error for a file of `there` bytes whose structure needs at least `needed`."""
     units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
     sizes = [f"{there / scale:.1f} of {needed / scale:.1f} {unit}" for unit, scale in units if needed >= scale]
     sizes.append(f"{there} of {needed} bytes")

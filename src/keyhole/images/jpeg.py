@@ -1,7 +1,7 @@
 """The structure of a JPEG stream, and the JPEG tiles of a TIFF page: decoded in place, or passed on as streams.
 
 A tile is a JPEG without its tables, which the page stores once; often only the page states whether it is RGB or YCbCr.
-A stream gets the tables and an Adobe marker for the colours, so that every decoder gives the same pixels.
+A stream gets the tables and an Adobe marker for the colours, so that every decoder returns the same pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from keyhole.images.pixels import Pixels
 Coded = bytes | memoryview
 Colors = Literal["grey", "rgb", "ycbcr"]
 COLORS: frozenset[Colors] = frozenset(("grey", "rgb", "ycbcr"))
-"""What the samples of a JPEG may mean."""
+"""Meanings of the samples of a JPEG."""
 
 APP0, APP14, SOF0, SOS, EOI = 0xE0, 0xEE, 0xC0, 0xDA, 0xD9
 _RGB, _YCBCR = 2, 6  # as TIFF numbers colours
@@ -38,7 +38,7 @@ class Frame(NamedTuple):
 
 
 def frame_of(data: Coded) -> tuple[int, Frame | None]:
-    """The frame header of a JPEG, None without one, and the byte behind it."""
+    """Return the byte after the frame header of a JPEG, and the header; 0 and None if there is none."""
     at = 2
     while at + 9 < len(data):
         if data[at] != 0xFF:
@@ -57,13 +57,13 @@ def frame_of(data: Coded) -> tuple[int, Frame | None]:
 
 
 def jpeg_size(data: Coded) -> Size | None:
-    """Width and height of a JPEG; None without a frame header, which the decoder then reports."""
+    """Return width and height of a JPEG; None without a frame header, which the decoder then reports."""
     frame = frame_of(data)[1]
     return None if frame is None else Size(frame.width, frame.height)
 
 
 def why_no_jpeg(head: bytes) -> str:
-    """Why a file that starts as a JPEG is not read, and what to do."""
+    """Say why a file that starts as a JPEG is not read, and what to do."""
     end, frame = frame_of(head)
     if frame is None:
         if b"\xff\xf7" in head[:4096]:
@@ -78,7 +78,7 @@ def why_no_jpeg(head: bytes) -> str:
 
 
 def segments(data: bytes) -> list[tuple[int, bytes]] | None:
-    """The marker segments of a JPEG before its data (SOS), as (marker, all bytes); None where it is damaged."""
+    """Return the marker segments of a JPEG before its data (SOS) as (marker, all bytes); None if it is damaged."""
     found, at = [], 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -93,14 +93,14 @@ def segments(data: bytes) -> list[tuple[int, bytes]] | None:
 
 
 def adobe_marker(color: Colors) -> bytes:
-    """The APP14 segment that names the colours of a JPEG; empty for grey."""
+    """Return the APP14 segment that names the colours of a JPEG; empty for grey."""
     if color == "grey":
         return b""
     return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x00" if color == "rgb" else b"\x01")
 
 
 def stored_colors(pieces: list[tuple[int, bytes]]) -> Colors:
-    """What three samples mean by the segments of the JPEG alone, by libjpeg's rule."""
+    """Return the meaning of three samples by the segments of the JPEG alone, as libjpeg decides it."""
     bodies = dict(reversed(pieces))  # the first of each marker
     if bodies.get(APP0, b"")[4:9] == b"JFIF\0":
         return "ycbcr"
@@ -110,7 +110,7 @@ def stored_colors(pieces: list[tuple[int, bytes]]) -> Colors:
 
 
 class Head(NamedTuple):
-    """A JPEG up to its data: `data` takes the place of the `stored` bytes of a tile; `color` is what samples mean."""
+    """A JPEG up to its data: `data` replaces the `stored` bytes of a tile; `color` is the meaning of the samples."""
 
     stored: bytes
     data: bytes
@@ -118,9 +118,9 @@ class Head(NamedTuple):
 
 
 def merged_head(tables: bytes, tile: bytes, size: Size, samples: int, rgb: bool) -> Head | None:
-    """The header of a tile with the tables of its page and an Adobe marker; None if not plain and of this size.
+    """Return the header of a tile with the tables of its page and an Adobe marker; None if not plain and of this size.
 
-    `rgb`: whether the page states that the samples are red, green and blue.
+    `rgb` tells whether the page states that the samples are red, green and blue.
     """
     shared, own = segments(tables), segments(tile)
     if own is None or (tables and shared is None):
@@ -135,14 +135,14 @@ def merged_head(tables: bytes, tile: bytes, size: Size, samples: int, rgb: bool)
         return None
     color: Colors = "grey" if samples == 1 else "rgb" if rgb else stored_colors(pieces)
     if color == "rgb" and len({body[11 + 3 * sample] for sample in range(3)}) > 1:
-        return None  # red, green and blue of different resolution: not every decoder has that
+        return None  # not every decoder reads red, green and blue of different resolutions
     kept = b"".join(body for marker, body in pieces if marker not in (APP0, APP14))
     stored = tile[: 2 + sum(len(body) for _, body in own)]
     return Head(stored, b"\xff\xd8" + adobe_marker(color) + kept, color)
 
 
 class JpegTiles:
-    """How JPEG tiles of `size` on a tifffile page are decoded and streamed; tifffile decodes where not `plain`."""
+    """Decodes and streams JPEG tiles of `size` on a tifffile page; tifffile decodes those that are not `plain`."""
 
     def __init__(self, page: Any, size: Size, samples: int) -> None:
         photometric = int(page.photometric)
@@ -152,7 +152,7 @@ class JpegTiles:
         self.plain = eight and one and known and not page.extrasamples
         self._size, self._samples = size, samples
         self._tables: bytes = page.jpegtables or b""
-        self._rgb = samples == 3 and photometric == _RGB and not page.is_jfif  # Aperio: colours are what the TIFF says
+        self._rgb = samples == 3 and photometric == _RGB and not page.is_jfif  # in Aperio's files the TIFF states it
         self._options: dict[str, Any] = {"tables": page.jpegtables}
         if samples == 3:
             self._options |= {"outcolorspace": _RGB} | ({"colorspace": _RGB} if self._rgb else {})
@@ -160,10 +160,10 @@ class JpegTiles:
         self._head: Head | None = None
 
     def decode_into(self, data: Coded, out: Pixels) -> bool:
-        """Decode a tile into C-contiguous (h, w, c); False where it is not a sound picture of just the tile's size."""
+        """Decode a tile into C-contiguous (h, w, c); False if it is damaged or has another size."""
         from imagecodecs import jpeg8_decode
 
-        # A JPEG may declare another size and cost as much memory.
+        # A JPEG may declare a huge size and take as much memory.
         if not self._good or bytes(data[: len(self._good)]) != self._good:  # a view would be compared byte by byte
             end, frame = frame_of(data)
             if frame != Frame(8, self._size.height, self._size.width, self._samples):
@@ -172,11 +172,11 @@ class JpegTiles:
         try:
             jpeg8_decode(data, out=out, **self._options)  # type: ignore[arg-type] # takes any buffer, its stub does not
         except FAULTS:
-            return False  # tifffile's decoder is tried next, and reports what is wrong
+            return False  # tifffile decodes next, and reports what is wrong
         return True
 
     def stream(self, data: Coded, colors: Container[str]) -> bytes | None:
-        """A tile as a JPEG of its own; None where it is not plain and whole, or its samples are not of `colors`."""
+        """Return a tile as a complete JPEG; None if it is not plain and whole, or its samples are not of `colors`."""
         if bytes(data[-_PADDING:]).rfind(b"\xff\xd9") < 0:
             return None
         head = self._head

@@ -1,4 +1,4 @@
-"""Whole-slide files through OpenSlide: the makers' formats that nothing faster reads."""
+"""Whole-slide files through OpenSlide: formats of makers that no faster reader reads."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class OpenSlideImage(Image):
     """Every format of OpenSlide: Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, DICOM, Aperio.
 
     `TiffImage` reads plain TIFF, OME-TIFF and Aperio SVS (JPEG) about three times as fast, and its handle survives
-    errors. Parts that were not scanned become white. Where a level's downsample is not a whole number, OpenSlide
-    places a region to the nearest level-0 pixel and blends. `mpp` is the maker's.
+    errors. Parts that were not scanned become white. If a level's downsample is not a whole number, OpenSlide moves a
+    region to the nearest level-0 pixel and blends. `mpp` is the value that the maker states.
     """
 
     priority: ClassVar[int] = 10
@@ -42,7 +42,7 @@ class OpenSlideImage(Image):
         self.path = path
         with faults_of(path, "damaged slide"), path.open("rb") as file:
             head = file.read(64)
-        # libopenslide ends the process where an allocation fails, and keeps the highest eight bits of 16
+        # libopenslide ends the process if an allocation fails, and keeps the highest eight bits of 16
         depth = check_tiles(path) if head[:4] in TIFF_MAGIC else 1
         self._lock = threading.Lock()
         slide = self._open()
@@ -67,7 +67,7 @@ class OpenSlideImage(Image):
 
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
-        if head[:4] in TIFF_MAGIC:  # plain TIFF that TiffImage refuses would come out wrong here
+        if head[:4] in TIFF_MAGIC:  # a plain TIFF that TiffImage refuses would be decoded wrongly here
             return vendor_of(path) is not None
         return bool(head) and path.suffix.lower() in _SUFFIXES
 
@@ -93,7 +93,7 @@ class OpenSlideImage(Image):
         try:
             return self._region(shared, box, level)
         except openslide.OpenSlideError:
-            # The handle is lost, perhaps through another thread's read: try again with one that is not shared.
+            # The handle is lost, perhaps through a read of another thread: try again with one that is not shared.
             own = self._open()
         try:
             pixels = self._region(own, box, level)
@@ -113,26 +113,26 @@ class OpenSlideImage(Image):
             return on_white(np.asarray(region))
 
     def _replace(self, failed: OpenSlide, sound: OpenSlide | None) -> None:
-        """Put a new handle in the place of a failed one, which is closed when the last thread has left it."""
+        """Replace a failed handle, which is closed when no thread uses it any more."""
         with self._lock:
             if self._slide is failed:
                 self._slide = sound if sound is not None else self._open()
 
     def close(self) -> None:
         with self._lock:
-            self._slide = None  # closed when the last thread has left it
+            self._slide = None  # closed when no thread uses it any more
 
 
 @functools.cache
 def _cache() -> OpenSlideCache:
-    """The one cache of the process, so that memory does not grow with the number of open slides."""
+    """Return the only cache of the process, so that memory does not grow with the number of open slides."""
     import openslide
 
     return openslide.OpenSlideCache(CACHE_BYTES)
 
 
 def planes(properties: Mapping[str, str], depth: int) -> str:
-    """A note on a slide of several planes (`depth`, or Zeiss's) or points in time, of which OpenSlide reads one."""
+    """Return a note on a slide of several planes (`depth`, or Zeiss's) or time points, of which OpenSlide reads one."""
     counts = {axis: properties.get(f"zeiss.Information.Image.Size{axis.upper()}", "1") for axis in "zt"}
     counts["z"] = str(depth) if depth > 1 else counts["z"]
     many = [f"{count} along {axis}" for axis, count in counts.items() if count.isdigit() and int(count) > 1]
@@ -140,7 +140,7 @@ def planes(properties: Mapping[str, str], depth: int) -> str:
 
 
 def check_bits(path: Path, properties: Mapping[str, str]) -> None:
-    """Refuse a Zeiss slide of 16 bits a value of which fewer are in use: OpenSlide keeps the highest eight of them."""
+    """Refuse a Zeiss slide that uses fewer than 16 bits of a value, since OpenSlide keeps the highest eight."""
     kind = properties.get("zeiss.Information.Image.PixelType", "").lower()
     bits = properties.get("zeiss.Information.Image.ComponentBitCount", "16")
     if kind == "bgr48" and bits != "16":

@@ -1,7 +1,7 @@
-"""From whatever a file stores to the (h, w, 1 or 3) uint8 of an `Image`: one rule for all readers.
+"""From the values in a file to the (h, w, 1 or 3) uint8 of an `Image`: one rule for all readers.
 
-A camera of 12 bits writes files of 16, which would be nearly black. The bits in use are what a file states, else 16
-where a value uses the highest bit, else what the user states: an image is never scaled by its own range.
+A camera of 12 bits writes files of 16, which would be nearly black. The bits in use are those that the file states,
+else 16 if a value uses the highest bit, else those that the user states. An image is never scaled by its own range.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Pixels = NDArray[np.uint8]
 DEEP = 16
 """Bits of a stored value of which fewer may be in use."""
 MAX_VALUES_SEARCHED = 64 * 2**20
-"""Values that are searched for one that shows that all bits are in use."""
+"""Values that are searched for one that uses the highest bit."""
 
 # EXIF and TIFF orientations 1 ... 8 whose stored pictures are made upright by transposing, then mirroring in x, in y.
 _TRANSPOSED, _MIRRORED_X, _MIRRORED_Y = {5, 6, 7, 8}, {2, 3, 6, 7}, {3, 4, 7, 8}
 
 
 def valid_orientation(value: object) -> int:
-    """`value` if it is one of the eight orientations, else 1: writers put 0 and worse there."""
+    """Return `value` if it is one of the eight orientations, else 1: some writers put other numbers there."""
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
@@ -38,7 +38,7 @@ def upright_size(stored: Size, orientation: int) -> Size:
 
 
 def stored_box(box: Box, upright: Size, orientation: int) -> Box:
-    """Where `box` of the upright picture lies in the stored one."""
+    """Return the place of `box` of the upright picture in the stored one."""
     x = upright.width - box.x - box.width if orientation in _MIRRORED_X else box.x
     y = upright.height - box.y - box.height if orientation in _MIRRORED_Y else box.y
     if orientation in _TRANSPOSED:
@@ -47,7 +47,7 @@ def stored_box(box: Box, upright: Size, orientation: int) -> Box:
 
 
 def make_upright(pixels: Pixels, orientation: int) -> Pixels:
-    """(h, w, c) as stored -> as it is to be seen."""
+    """Turn stored pixels (h, w, c) upright."""
     if orientation in _TRANSPOSED:
         pixels = pixels.swapaxes(0, 1)
     return pixels[:: -1 if orientation in _MIRRORED_Y else 1, :: -1 if orientation in _MIRRORED_X else 1]
@@ -80,7 +80,7 @@ def _table(bits: int) -> Pixels:
 
 
 def on_white(pixels: Pixels, associated: bool = False) -> Pixels:
-    """(h, w, c + 1) with alpha last -> (h, w, c) on white; `associated` colours are already multiplied by alpha."""
+    """Composite (h, w, c + 1), alpha last, onto white; `associated` colours are already multiplied by alpha."""
     color, alpha = pixels[..., :-1], pixels[..., -1:]
     if alpha.size and alpha.min() == 255:
         return color
@@ -91,13 +91,13 @@ def on_white(pixels: Pixels, associated: bool = False) -> Pixels:
 
 
 def straight(pixels: Pixels, alpha: Pixels) -> Pixels:
-    """Colours (h, w, c) that were multiplied by alpha (h, w, 1), as they were before; 0 where alpha is 0."""
+    """Divide colours (h, w, c) by alpha (h, w, 1), which multiplied them; 0 where alpha is 0."""
     share = np.maximum(alpha.astype(np.uint32), 1)
     return np.asarray(np.minimum((pixels.astype(np.uint32) * 255 + share // 2) // share, 255), np.uint8)
 
 
 def bits_of_largest(largest: float | None) -> int | None:
-    """Bits in use by the largest value that a file states: 12 for 4095; None for one that is no camera's white."""
+    """Return the bits in use by the largest value that a file states, 12 for 4095; None if no camera has it."""
     if largest is None or largest != int(largest):
         return None
     bits = int(largest).bit_length()
@@ -105,9 +105,9 @@ def bits_of_largest(largest: float | None) -> int | None:
 
 
 def settled_bits(path: Path, given: int | None, parts: Iterable[NDArray[Any]]) -> int:
-    """Bits in use of a picture of 16 bits that states nothing: those given, else all if a value of `parts` shows it.
+    """Return the bits in use of a 16-bit picture that does not state them: those given, else 16 if a value needs them.
 
-    Raises BitsUnknown where neither states them, and the values do not show it.
+    Raises BitsUnknown if no bits are given and no value of `parts` uses the highest bit.
     """
     if given is not None:
         return given
@@ -124,7 +124,7 @@ def settled_bits(path: Path, given: int | None, parts: Iterable[NDArray[Any]]) -
 
 
 def scaled(values: NDArray[Any], bits: int, colors: int, stored: int = DEEP) -> Pixels:
-    """(h, w, 1 or 3) from (h, w, samples), `bits` of `stored` in use; a sample beyond `colors` is alpha, on white."""
+    """Return (h, w, 1 or 3) of (h, w, samples) with `bits` of `stored` in use; a sample beyond `colors` is alpha."""
     pixels = eight_bit(values[..., :colors], bits)
     if values.shape[-1] == colors:
         return pixels
@@ -133,7 +133,7 @@ def scaled(values: NDArray[Any], bits: int, colors: int, stored: int = DEEP) -> 
 
 
 def alpha_of(alpha: NDArray[Any], bits: int, stored: int) -> Pixels:
-    """Alpha with 8 bits: scaled as the colours are, or from all the bits that are stored where it uses them."""
+    """Return alpha with 8 bits, scaled as the colours are, or from all stored bits if it uses them."""
     return eight_bit(alpha, bits if int(alpha.max(initial=0)) < 2**bits else stored)
 
 

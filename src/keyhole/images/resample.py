@@ -20,7 +20,7 @@ _BAND_BYTES = 32 * 2**20
 
 
 def spans(start: Index, size: int, ratio: float) -> tuple[Index, Index]:
-    """The first level pixel that patches of `size` output pixels from `start` need, and the one behind the last.
+    """Return the first level pixel that patches of `size` output pixels from `start` need, and the one after the last.
 
     `ratio` is level pixels per output pixel; the filter is included.
     """
@@ -30,13 +30,13 @@ def spans(start: Index, size: int, ratio: float) -> tuple[Index, Index]:
 
 
 def inside(low: Index, high: Index, extent: int) -> tuple[Index, Index]:
-    """The part of the spans that lies inside the level, at least one pixel."""
+    """Return the part of the spans inside the level, at least one pixel."""
     low = low.clip(0, extent - 1)
     return low, np.maximum(high.clip(max=extent), low + 1)
 
 
 def surroundings(region: Pixels, corner: tuple[int, int], needed: Box, lv_size: Size) -> Pixels:
-    """The pixels of `needed`, from a `region` that begins at `corner`; outside the image its border is repeated."""
+    """Cut the pixels of `needed` from a `region` that begins at `corner`; outside the image its border is repeated."""
     columns = np.arange(needed.x, needed.x + needed.width).clip(0, lv_size.width - 1) - corner[0]
     lines = np.arange(needed.y, needed.y + needed.height).clip(0, lv_size.height - 1) - corner[1]
     crop = region[lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
@@ -44,14 +44,14 @@ def surroundings(region: Pixels, corner: tuple[int, int], needed: Box, lv_size: 
 
 
 def resample(pixels: Pixels, corner: tuple[float, float], side: float, size: int) -> Pixels:
-    """One patch (size, size, c) from the square of `side` at `corner` (x, y) of `pixels`."""
+    """Resample the square of `side` at `corner` (x, y) of `pixels` to a patch (size, size, c)."""
     picture = PIL.Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
     box = (*corner, corner[0] + side, corner[1] + side)
     return np.asarray(picture.resize((size, size), PIL.Image.Resampling.BICUBIC, box=box)).reshape(size, size, -1)
 
 
 def thumbnail(image: Image, side: int = 512) -> tuple[Pixels, float]:
-    """The image (h, w, c) with its longest side at most `side` pixels, and level-0 pixels per pixel of it."""
+    """Return the image (h, w, c) with its longest side at most `side` pixels, and level-0 pixels per pixel of it."""
     level = max((i for i, level in enumerate(image.levels) if max(level.size) >= side), default=0)
     lv_width, lv_height = image.levels[level].size
     step = max(1, max(lv_width, lv_height) // (2 * side))  # averaged here, the last factor of two by Pillow
@@ -69,7 +69,7 @@ def thumbnail(image: Image, side: int = 512) -> tuple[Pixels, float]:
 
 
 def _averaged(pixels: Pixels, step: int) -> Pixels:
-    """Means of step x step blocks; the blocks at the right and lower border are what is left of them."""
+    """Return the means of step x step blocks; blocks at the right and lower border may be smaller."""
     if step == 1:
         return pixels
     height, width, _ = pixels.shape

@@ -1,4 +1,4 @@
-"""Which microns per pixel are plausible: one rule for those that readers find and those that users give."""
+"""Which microns per pixel are plausible: one rule for values in files and values from users."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Scale(NamedTuple):
 def plausible_scale(
     x: object, y: object, source: str = "the file", limits: tuple[float, float] = (MIN_MPP, MAX_MPP)
 ) -> Scale:
-    """The scale of `x` and `y` microns per pixel, if they are plausible and equal; without a statement, no note.
+    """Return the scale of `x` and `y` microns per pixel, if they are plausible and equal.
 
     Args:
         x, y: numbers or text; None or "" where not stated.
@@ -55,7 +55,7 @@ def plausible_scale(
 
 
 def given_scale(mpp: object) -> float:
-    """Check microns per pixel that a user gives instead of the file's, by the same rule; else ConfigError."""
+    """Return microns per pixel that a user gives instead of the file's; ConfigError if they are not plausible."""
     scale = plausible_scale(mpp, mpp)
     if scale.mpp is None:
         raise ConfigError(
@@ -70,7 +70,7 @@ def same_scale(one: float, other: float) -> bool:
 
 
 def agreed(text: Scale, tag: Scale) -> Scale:
-    """The first of two statements in one file, unless they contradict each other."""
+    """Return the first of two statements in one file, unless they contradict each other."""
     if text.mpp is not None and tag.mpp is not None and not same_scale(text.mpp, tag.mpp):
         return Scale(None, f"the file's description says {text.mpp:.4g}, its resolution tag {tag.mpp:.4g} um per pixel")
     return text if text != Scale() else tag

@@ -1,4 +1,4 @@
-"""TIFF in its variety, read tile by tile: tifffile finds the bytes, imagecodecs decodes them."""
+"""TIFF of nearly all kinds, read tile by tile: tifffile finds the bytes, imagecodecs decodes them."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class TiffImage(TiledImage):
         return found
 
     def _places(self, level: int, numbers: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Where the bytes of segments lie, (offset, count) each; their numbers rise."""
+        """Return (offset, count) of the bytes of segments with rising numbers."""
         wanted = np.asarray(numbers, np.int64)
         found: list[tuple[int, int]] = []
         cuts = np.flatnonzero(np.diff(wanted // BLOCK)) + 1
@@ -137,7 +137,7 @@ class TiffImage(TiledImage):
         return found
 
     def _table(self, level: int, block: int, last: int) -> NDArray[np.int64]:
-        """A block of the tables, (2, up to BLOCK): offsets and counts, at least up to entry `last`."""
+        """Return a block of the tables, (2, up to BLOCK): offsets and counts, at least up to entry `last`."""
         places = TILE_CACHE.get(self._owner, ("places", level, block))
         if places is None:
             page, start = self._pages[level], block * BLOCK
@@ -160,11 +160,11 @@ class TiffImage(TiledImage):
         return data
 
     def _many_bytes(self, places: Sequence[tuple[int, int]]) -> Iterator[Coded]:
-        """Bytes of segments (offset, count), those that lie side by side with one read."""
+        """Yield the bytes of segments (offset, count); segments side by side are read together."""
         for group in _side_by_side(places):
             start, end, together = group[0][0], sum(group[-1]), memoryview(b"")
             if len(group) > 1:
-                with suppress(OSError):  # each is then read by itself, since others may be readable
+                with suppress(OSError):  # each is then read alone, since others may be readable
                     together = memoryview(self._pread(end - start, start))
             for offset, count in group:
                 data = together[offset - start : offset - start + count]
@@ -179,7 +179,7 @@ class TiffImage(TiledImage):
 
 
 def _side_by_side(places: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Cut segments (offset, count) into groups that lie one behind the other in the file."""
+    """Cut segments (offset, count) into groups that follow each other in the file."""
     group = [places[0]]
     for offset, count in places[1:]:
         near = group[-1][1] and 0 <= offset - sum(group[-1]) <= _MAX_GAP_BYTES

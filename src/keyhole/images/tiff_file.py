@@ -1,7 +1,7 @@
-"""Check a TIFF's structure before anything is decoded, and leave the places of its tiles in the file.
+"""Check the structure of a TIFF before anything is decoded, and read the places of its tiles only when needed.
 
-A slide lists 250,000 tiles. tifffile reads the tables of every page into tuples, some 20 MB while such a slide is
-opened; it is shown a file whose long tables have one entry, and a `TileTable` reads the entries that are needed.
+A slide lists 250,000 tiles, and tifffile reads the tables of every page into tuples of some 20 MB. So it gets a file
+whose long tables seem to have one entry, and a `TileTable` reads the entries that are needed.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from keyhole.errors import ImageError
 from keyhole.images.faults import ends_early, faults_of
 from keyhole.images.geometry import Size
 
-# numpy's remarks on the odd numbers of a damaged file, where tifffile computes with them.
+# numpy warns about odd numbers of a damaged file with which tifffile computes.
 warnings.filterwarnings("ignore", module=r"tifffile\.")
 
 MAX_PAGES = 4096
-"""More pages than any slide has."""
+"""No slide has more pages."""
 MAX_SEGMENT_PIXELS = 64 * 2**20
 """Pixels of one tile or strip, which is decoded whole: 200 MB in RGB."""
 MAX_LOADED_ENTRIES = 1024
-"""Entries of a table up to which tifffile reads it, and repairs it."""
+"""Entries of the longest table that tifffile reads and repairs."""
 BLOCK = 1024
 """Entries of a table that are read at a time for a tile."""
 CONVERT = "Convert it to a tiled pyramid: vips tiffsave IN.tif OUT.tif --tile --pyramid --compression jpeg --bigtiff"
 
-_CHECKED_BLOCK = 65536  # entries that are read at a time when a file is opened and all are checked
+_CHECKED_BLOCK = 65536  # entries that are read at a time while a file is opened and all are checked
 TIFF_MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 """First bytes of TIFF and BigTIFF, and the order of their bytes."""
 _JPEG2000_APERIO = (33003, 33005)
-_FOCAL_PLANE = 65424  # Hamamatsu's tag for the place of a page in depth
+_FOCAL_PLANE = 65424  # Hamamatsu's tag for the depth of a page
 _OFFSETS, _COUNTS = (324, 273), (325, 279)  # tags of tables: of tiles, else of strips
 _TYPES = {3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
-_MAX_TAGS = 512  # of a page with shortened tables; no slide has more
+_MAX_TAGS = 512  # of a page whose tables are shortened; no slide has more
 
 Pread = Callable[[int, int], bytes]  # (count, offset) -> bytes of the file; fewer at its end
 
@@ -67,7 +67,7 @@ class TileTable:
 
     @property
     def end(self) -> int:
-        """The byte of the file behind the table."""
+        """The byte of the file after the table."""
         return self.at + self.count * np.dtype(self.dtype or "u1").itemsize if self.values is None else 0
 
 
@@ -94,7 +94,7 @@ class ShortTables:
         file.seek(0)
 
     def _pages(self, head: bytes, link_format: str, start: int) -> list[int]:
-        """Where the pages begin, by following their chain once without decoding a tag."""
+        """Return the bytes at which pages begin, by following their chain without decoding a tag."""
         (offset,) = struct.unpack_from(self._order + link_format, head.ljust(16, b"\0"), start)
         size, seen = self.path.stat().st_size, dict[int, None]()
         while offset:
@@ -120,12 +120,12 @@ class ShortTables:
         return list(seen)
 
     def _number(self, kind: str, offset: int) -> int | None:
-        """A number of the file; None where the file ends before."""
+        """Read a number; None if the file ends before."""
         data = self.pread(struct.calcsize(kind), offset)
         return None if len(data) < struct.calcsize(kind) else int(struct.unpack(self._order + kind, data)[0])
 
     def shorten(self, page: int) -> None:
-        """Shorten the tables of the page that begins at this byte. tifffile reads its entries with one read."""
+        """Shorten the tables of the page that begins at this byte. tifffile reads all its entries with one read."""
         tags, layout = self._number(self._count, page), self._order + self._entry
         first, size = page + struct.calcsize(self._count), struct.calcsize(layout)
         if tags is None or tags > _MAX_TAGS or first in self._shown:
@@ -142,7 +142,7 @@ class ShortTables:
             self._shown[first] = bytes(entries)
 
     def tables(self, page: Any) -> tuple[TileTable, TileTable]:
-        """Offsets and counts of a page's encoded segments, after a check that they and all segments are in the file."""
+        """Return offsets and counts of a page's encoded segments, and check that all of them are in the file."""
         found = []
         for codes, read in ((_OFFSETS, page.dataoffsets), (_COUNTS, page.databytecounts)):
             code = next((code for code in codes if code in page.tags), 0)
@@ -166,7 +166,7 @@ class ShortTables:
         self._file.seek(offset)
         return self._file.read(count)
 
-    # What tifffile needs of a file.
+    # The methods of a file that tifffile calls.
 
     def read(self, size: int | None = -1) -> bytes:
         shown = self._shown.get(self._file.tell())
@@ -187,10 +187,10 @@ class ShortTables:
 
 @contextmanager
 def open_pages(path: Path) -> Iterator[tuple[Any, ShortTables]]:
-    """A tifffile.TiffFile whose chain of pages is sound, and the file with its tables; faults become ImageError."""
+    """Open a tifffile.TiffFile whose chain of pages is sound, and its tables; faults become ImageError."""
     import tifffile
 
-    # Its remarks on odd tags have no handler and would go to stderr; what matters is checked here.
+    # Its warnings about odd tags would go to stderr; what matters is checked here.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     with faults_of(path, "damaged TIFF structure"), path.open("rb") as file:
         short = ShortTables(path, file)
@@ -199,7 +199,7 @@ def open_pages(path: Path) -> Iterator[tuple[Any, ShortTables]]:
 
 
 def vendor_of(path: Path) -> str | None:
-    """The maker of a slide that OpenSlide reads, although it is TIFF underneath. Never raises."""
+    """Return the maker of a slide that OpenSlide reads although it is a TIFF, else None. Never raises."""
     if path.suffix.lower() in (".ndpi", ".bif", ".scn"):
         return path.suffix.lower()
     try:
@@ -227,9 +227,9 @@ def check_segment(path: Path, segment: Size) -> None:
 
 
 def check_tiles(path: Path) -> int:
-    """Refuse a TIFF that would end OpenSlide, and with it the process: tiles of gigabytes, loops, a cut end.
+    """Refuse a TIFF with which OpenSlide would end the process: tiles of gigabytes, loops, a cut end.
 
-    Returns the planes in depth (z) of a Hamamatsu slide, of which OpenSlide reads the one at 0; else 1.
+    Returns the number of planes in depth (z) of a Hamamatsu slide, of which OpenSlide reads the one at 0; else 1.
     """
     planes = {0}
     with open_pages(path) as (tif, short):

@@ -1,4 +1,4 @@
-"""Where a TIFF keeps its pixels: the levels of its pyramid, how each is decoded, its scale and orientation."""
+"""The levels of a TIFF pyramid and how each is decoded, its scale and its orientation."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from keyhole.images.scale import TO_MICRONS, Scale, agreed, plausible_scale
 from keyhole.images.tiff_file import ShortTables, check_segment, open_pages
 
 _JPEG = 7
-_PICTURES = {_JPEG: "JPEG", 34712: "picture", 50001: "picture"}  # segments with a size of their own: JPEG 2000, WebP
+_PICTURES = {_JPEG: "JPEG", 34712: "picture", 50001: "picture"}  # segments that state a size: also JPEG 2000, WebP
 _PLAIN = {1, 2, 3, 4, 5, 8, 32946, 32773, 34925, 50000}  # none, CCITT, LZW, Deflate, PackBits, LZMA, Zstd
 _MICROSCOPE_MPP = 0.05, 20.0
-"""Microns per pixel of a resolution tag that can be a microscope's: any program writes 72 or 300 dpi."""
+"""Microns per pixel that a resolution tag of a microscope can state; other programs write 72 or 300 dpi."""
 _YCBCR = 6
 _COLORS = {0: ("inverted", 1), 1: ("grey", 1), 2: ("rgb", 3), 3: ("palette", 1), 5: ("cmyk", 4), _YCBCR: ("rgb", 3)}
 
@@ -117,7 +117,7 @@ def _picture_size(data: bytes) -> Size:
 
 
 class TiffLayout(NamedTuple):
-    """What an opened TIFF is: levels largest first, microns per pixel, orientation, and what is not read of it."""
+    """Levels, largest first, microns per pixel, orientation, and a note on what is not read."""
 
     levels: tuple[TiffLevel, ...]
     scale: Scale
@@ -126,7 +126,7 @@ class TiffLayout(NamedTuple):
 
 
 def read_layout(path: Path) -> TiffLayout:
-    """Levels, scale and orientation of a TIFF; ImageError for a kind that is not read says how to convert it."""
+    """Read levels, scale and orientation of a TIFF; ImageError with a remedy for a kind that is not read."""
     with open_pages(path) as (tif, short):
         first = main = tif.pages[0]
         stated: int | None = None
@@ -162,7 +162,7 @@ def _size_of(page: Any) -> Size:
 
 
 def _pyramid(tif: Any, short: ShortTables, main: Any) -> list[Any]:
-    """The page `main` and its smaller copies, largest first: its SubIFDs, or else the pages behind it.
+    """Return the page `main` and its smaller copies, largest first: its SubIFDs, or else the pages after it.
 
     Labels, macro pictures and thumbnails have other proportions, or (Aperio) are not tiled.
     """
@@ -185,7 +185,7 @@ def _pyramid(tif: Any, short: ShortTables, main: Any) -> list[Any]:
 
 
 def _color(path: Path, page: Any) -> tuple[str, str | None, int]:
-    """Colour kind, kind of alpha, and how many of the samples matter; refuses what is not a picture of 8 or 16 bits."""
+    """Return the kinds of colour and alpha, and how many samples they take; refuse other than up to 16 bits a value."""
 
     def refuse(what: str) -> ImageError:
         return ImageError(path, f"{what} is not read. Export it as 8-bit RGB or grey TIFF.")
@@ -206,7 +206,7 @@ def _color(path: Path, page: Any) -> tuple[str, str | None, int]:
         raise refuse(f"a page of {samples} channels (photometric {photometric})")
     extra = [int(kind) for kind in page.extrasamples[: samples - colors]]
     if not extra and samples == colors + 1:
-        extra = [2]  # as Pillow takes a fourth sample beside red, green and blue that nobody describes
+        extra = [2]  # Pillow too takes an undescribed sample beside red, green and blue as alpha
     at = next((number for number, kind in enumerate(extra) if kind in (1, 2)), None)
     alpha = None if at is None else "associated" if extra[at] == 1 and color != "palette" else "straight"
     if colors == 1 and samples == 2 and alpha is None:
@@ -219,16 +219,16 @@ def _color(path: Path, page: Any) -> tuple[str, str | None, int]:
 
 
 def _palette(path: Path, page: Any) -> NDArray[np.uint8]:
-    """(2**bits, 3) uint8. Some writers put 8-bit values into the 16-bit table; then all are small."""
+    """Return the palette (2**bits, 3). Some writers put 8-bit values into the 16-bit table; then all are small."""
     table = np.asarray(page.colormap)
     if table.shape != (3, 2**page.bitspersample):
         raise ImageError(path, f"a palette of {table.shape} for {page.bitspersample} bits. Export it again.")
-    # An 8-bit value v is written as 257 v, or as 256 v by Pillow and others: the highest eight bits are v in both.
+    # An 8-bit value v is written as 257 v, or as 256 v by Pillow and others. The highest eight bits are v in both.
     return np.asarray((table >> 8 if table.max() > 255 else table).T, np.uint8)
 
 
 def ome_pixels(description: str) -> ElementTree.Element | None:
-    """The <Pixels> of the first image of OME-XML; None where the XML is not usable."""
+    """Return the <Pixels> of the first image of OME-XML; None if the XML is not usable."""
     if "<!DOCTYPE" in description or "<!ENTITY" in description:
         return None
     try:
@@ -247,14 +247,14 @@ def _check_ome(path: Path, pixels: ElementTree.Element, page: Any) -> None:
 
 
 def _significant_bits(pixels: ElementTree.Element) -> int | None:
-    """SignificantBits; None where they are not fewer than are stored: writers put the bits of the type there."""
+    """Return SignificantBits; None unless they are fewer than the stored bits, which many writers put there."""
     stated = pixels.get("SignificantBits", "")
     in_file = {"bit": 1, "uint8": 8, "uint16": 16}.get(pixels.get("Type", ""), 0)
     return int(stated) if stated.isdigit() and 0 < int(stated) < in_file else None
 
 
 def _ome_scale(pixels: ElementTree.Element) -> Scale:
-    """PhysicalSizeX and Y. Their unit is µm where none is written, by the schema."""
+    """Return the scale by PhysicalSizeX and Y, in µm if no unit is written."""
     sizes: list[float | None] = []
     for axis in ("X", "Y"):
         size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
@@ -268,7 +268,7 @@ def _ome_scale(pixels: ElementTree.Element) -> Scale:
 
 
 def _check_imagej(path: Path, description: str) -> None:
-    """Refuse a stack of ImageJ, whose description counts channels, slices (z) and frames (t), or images alone."""
+    """Refuse a stack of ImageJ. Its description counts channels, slices (z) and frames (t), or only images."""
     counts = {key: int(number) for key, number in re.findall(r"^(\w+)=(\d+)\s*$", description, re.MULTILINE)}
     axes = {"c": "channels", "z": "slices", "t": "frames"}
     many = {axis: counts[key] for axis, key in axes.items() if counts.get(key, 1) > 1}
@@ -279,7 +279,7 @@ def _check_imagej(path: Path, description: str) -> None:
 
 
 def _imagej_scale(description: str, page: Any) -> Scale:
-    """Microns per pixel of a picture that ImageJ calibrated: pixels per `unit` of its description."""
+    """Return the scale that ImageJ writes: the resolution is in pixels per `unit` of the description."""
     x, y = page.tags.valueof(282), page.tags.valueof(283)
     if x is None or y is None or not (x[0] and x[1] and y[0] and y[1]):
         return Scale()
@@ -306,7 +306,7 @@ def _resolution_scale(page: Any) -> Scale:
 
 
 def per_length(unit: object, x: float, y: float) -> Scale:
-    """From pixels per inch (2) or cm (3), but only where that can be a microscope's."""
+    """Return the scale of pixels per inch (2) or cm (3), if it can be that of a microscope."""
     micron = {2: 25400.0, 3: 10000.0}.get(unit) if isinstance(unit, int) else None
     if micron is None or not (x > 0 and y > 0):
         return Scale()

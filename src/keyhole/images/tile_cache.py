@@ -1,4 +1,4 @@
-"""The cache of decoded tiles for all open images together: their number must not decide how much memory they take."""
+"""One cache of decoded tiles for all open images, so that memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ MAX_RECENT_BYTES = 32 * 2**20
 MAX_SHARED_BYTES = 96 * 2**20
 """Bytes of tiles that are kept for the next row of patches: a row of 500 tiles of 256 pixels in RGB."""
 MIN_KEPT_BYTES = 2**20
-"""Decoded bytes from which every tile or chunk is kept."""
+"""Decoded bytes from which every tile is kept."""
 MIN_ALONE_BYTES = 2**24
 """Decoded bytes from which tiles are decoded one after the other in the whole process."""
 
 _SPARED = 8
-"""One of this many tiles beyond the limit replaces the oldest: a row that does not fit would push out all others."""
+"""One of this many tiles beyond the limit replaces the oldest; a row that does not fit would replace all others."""
 _MAX_COUNTED_TILES = 4096
-"""Tiles that are not kept whose remaining uses are counted."""
+"""Tiles whose remaining uses are counted although they are not kept."""
 _PATIENCE = 20.0
-"""Seconds that a thread waits for another's decoding before it decodes by itself: the share of one may stall."""
+"""Seconds that a thread waits while another decodes a tile, whose file may be on a stalled share."""
 _ENTRY_BYTES = 1000
-"""Bytes that an entry costs beside its array."""
+"""Bytes that an entry takes beside its array."""
 
 _Place = tuple[int, Hashable]
 
@@ -36,7 +36,7 @@ _Place = tuple[int, Hashable]
 class TileCache:
     """Arrays by owner and key. Thread-safe.
 
-    Recent arrays are dropped when they have not been used for longest, shared ones after their last use.
+    The least recently used of the recent arrays is dropped first; shared arrays are dropped after their last use.
     """
 
     def __init__(self, limit: int = MAX_RECENT_BYTES, shared_limit: int = MAX_SHARED_BYTES) -> None:
@@ -55,7 +55,7 @@ class TileCache:
         self._alone = threading.Lock()
 
     def owner(self) -> int:
-        """A new number for an open image; ids of objects would be given out again."""
+        """Return a new number for an open image; Python reuses the ids of objects."""
         owner = next(self._numbers)
         self._owners.add(owner)
         return owner
@@ -65,7 +65,7 @@ class TileCache:
             return self._find((owner, key))
 
     def put(self, owner: int, key: Hashable, array: NDArray[Any]) -> None:
-        """Keep a recent array. A view of a larger one would hold more than is counted."""
+        """Keep a recent array, which must not be a view of a larger one."""
         with self._lock:
             self._put((owner, key), array)
 
@@ -86,7 +86,7 @@ class TileCache:
         uses: int = 0,
         total: int = 0,
     ) -> Pixels | None:
-        """The array in the cache, else what `decode` returns, which is kept. Threads that need it meanwhile wait.
+        """Return the array in the cache, else decode and keep it. Other threads that need it meanwhile wait.
 
         `size` is about its bytes. It is dropped after `total` uses, `uses` of them by this call; 0 keeps it as recent.
         """

@@ -1,4 +1,4 @@
-"""OME-Zarr: a folder of chunks, and metadata that tell which arrays are the levels of one picture."""
+"""OME-Zarr: a folder of chunks, and metadata that name the arrays that are the levels of one picture."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ _RGB = ("FF0000", "00FF00", "0000FF")
 class ZarrImage(TiledImage):
     """OME-Zarr 0.4 (zarr v2) and 0.5 (zarr v3), the first series of a bioformats2raw folder, or one zarr array.
 
-    Axes in any order; one time point and plane; one channel or three (red, green, blue); uint8, or uint16, which is
-    scaled to 8 bits. Chunks compressed with Blosc, Zstd, gzip, zlib, LZ4, bz2 or not at all, in shards or not.
+    Axes may be in any order, with one time point, one plane, and one channel or three (red, green, blue). Values are
+    uint8, or uint16, which is scaled to 8 bits. Chunks may be in shards, and compressed with Blosc, Zstd, gzip, zlib,
+    LZ4 or bz2.
 
-    A missing chunk reads as the fill value: zarr leaves empty chunks out. A damaged chunk is an error.
+    A missing chunk has the fill value, since zarr leaves empty chunks out. A damaged chunk is an error.
     """
 
     priority: ClassVar[int] = 20
@@ -91,7 +92,7 @@ class ZarrImage(TiledImage):
         return out
 
     def _tile_values(self, level: int, tile: int, coded: list[bytes | None] | None) -> NDArray[Any]:
-        """The stored values of a tile that lie inside the level, with the axes y, x and, where there is one, c."""
+        """Return the stored values of a tile inside the level, with the axes y, x and, if there is one, c."""
         array, (wide, high), size = self._arrays[level], self._tiles[level], self._stored[level]
         parts = [array.decoded(data) for data in (coded or next(self._coded(level, [tile])))]
         values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self._axes.index("c"))
@@ -101,7 +102,7 @@ class ZarrImage(TiledImage):
 
 
 class Picture(NamedTuple):
-    """Arrays of one picture, largest first; `axes` has a letter for each dimension, `bits` those in use if stated."""
+    """Arrays of one picture, largest first; `axes` has a letter for each dimension, `bits` are in use if stated."""
 
     arrays: tuple[ZarrArray, ...]
     axes: str
@@ -110,12 +111,12 @@ class Picture(NamedTuple):
     bits: int | None = None
 
     def size(self, shape: Sequence[int]) -> Size:
-        """The width and height in a shape of an array or a chunk."""
+        """Return the width and height of an array or a chunk of this shape."""
         return Size(shape[self.axes.index("x")], shape[self.axes.index("y")])
 
 
 def picture_of(path: Path) -> Picture:
-    """The picture in a zarr folder; ImageError for plates, label images, stacks and missing metadata."""
+    """Find the picture in a zarr folder; ImageError for plates, label images, stacks and missing metadata."""
     root = path.absolute()
     node = open_node(root, root)
     if isinstance(node, ZarrArray):
@@ -154,7 +155,7 @@ def picture_of(path: Path) -> Picture:
 
 
 def _ome(node: ZarrArray | ZarrGroup) -> dict[str, Any]:
-    """OME's part of the attributes: under `ome` since 0.5."""
+    """Return OME's part of the attributes, which is under `ome` since 0.5."""
     ome = node.attributes.get("ome", node.attributes)
     return ome if isinstance(ome, dict) else {}
 
@@ -182,7 +183,7 @@ def _channels(path: Path, array: ZarrArray, axes: str) -> int:
 
 
 def _bits(path: Path, count: int, ome: dict[str, Any]) -> int | None:
-    """Bits in use by the largest value that a channel's slider is for: 12 for 4095. Refuses three stains."""
+    """Return the bits in use by the largest value of a channel's slider, 12 for 4095; refuse three stains."""
     channels = (ome.get("omero") or {}).get("channels", [])
     colors = [str(channel.get("color", "")).upper().lstrip("#") for channel in channels]
     if count == len(colors) == 3 and all(colors) and tuple(colors) != _RGB:
@@ -194,7 +195,7 @@ def _bits(path: Path, count: int, ome: dict[str, Any]) -> int | None:
 
 
 def _scale(axes: str, named: list[Any], first: dict[str, Any], dataset: dict[str, Any]) -> Scale:
-    """Microns per pixel of the largest level: its scale times that of all levels, in the units of the axes."""
+    """Return microns per pixel of the largest level: its scale times that of all levels, in the units of the axes."""
     sizes: list[float | None] = []
     for axis in "xy":
         at = axes.index(axis) if axis in axes else -1
@@ -216,7 +217,7 @@ def _scale(axes: str, named: list[Any], first: dict[str, Any], dataset: dict[str
 
 
 def _array_axes(path: Path, array: ZarrArray) -> str:
-    """Axes of an array by itself: as it names them, else by its shape where that leaves no doubt."""
+    """Return the axes of a single array: those that it names, else those of its shape if that leaves no doubt."""
     names = array.dimension_names
     if names and all(isinstance(name, str) and len(name) == 1 for name in names):
         return "".join(names).lower()

@@ -1,7 +1,7 @@
 """Arrays of zarr v2 and v3 in a folder: their metadata, and their chunks, decoded on the calling thread.
 
-The package `zarr` reads through an event loop, which costs more than decoding a chunk of 256 pixels does. No chunk is
-decoded to more than the size that the metadata give it: a file of some kilobytes may declare gigabytes.
+The package `zarr` reads through an event loop, which takes longer than decoding a chunk of 256 pixels. No chunk is
+decoded to more than the size that the metadata state: a file of some kilobytes may declare gigabytes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ZarrGroup(NamedTuple):
 
 
 class ZarrArray:
-    """An array in a folder of the store `root`, from its metadata in the words of v3 or v2.
+    """An array in a folder of the store `root`, from its metadata of v3 or v2.
 
     Raises LookupError, TypeError or ValueError for damaged metadata, UnsupportedCodec for chunks that are not read.
     """
@@ -75,9 +75,9 @@ class ZarrArray:
         self._order, self._read_as, self._codecs = _checked_codecs(codecs, len(self.shape), self.dtype)
 
     def encoded(self, chunk: Sequence[int]) -> bytes | None:
-        """The stored bytes of the chunk at this place along each axis; None where there are none.
+        """Return the stored bytes of the chunk at this place along each axis; None if there are none.
 
-        A missing chunk is the fill value only while the store is there: FileNotFoundError where it is gone.
+        Raises FileNotFoundError if the whole store is gone, since only single chunks may be missing.
         """
         counts = self._in_shard or (1,) * len(chunk)
         place = [str(at // per) for at, per in zip(chunk, counts, strict=True)]
@@ -100,7 +100,7 @@ class ZarrArray:
             return None
 
     def decoded(self, data: bytes | None) -> NDArray[Any]:
-        """The values of a chunk, in the shape of `chunks`; the fill value where there are no bytes."""
+        """Return the values of a chunk, in the shape of `chunks`; the fill value if there are no bytes."""
         if data is None:
             return np.full(self.chunks, self._fill, self.dtype)
         size = math.prod(self.chunks) * self._read_as.itemsize
@@ -121,11 +121,11 @@ class ZarrArray:
 
 
 class UnsupportedCodec(Exception):  # noqa: N818 - the reader makes an ImageError of it
-    """Raised for chunks that are stored in a way that is not read."""
+    """Raised for chunks in a codec that is not read."""
 
 
 def open_node(folder: Path, root: Path) -> ZarrArray | ZarrGroup:
-    """The array or group in a folder; raises as `ZarrArray`, and LookupError where there is none."""
+    """Open the array or group in a folder. Raises as `ZarrArray`, and LookupError if there is none."""
     for name in METADATA:
         if (folder / name).is_file():
             metadata = json.loads((folder / name).read_bytes())
@@ -150,7 +150,7 @@ def child(group: ZarrGroup, name: str, root: Path) -> ZarrArray | ZarrGroup:
 def _checked_codecs(
     codecs: Sequence[Any], ndim: int, dtype: np.dtype[Any]
 ) -> tuple[tuple[int, ...], np.dtype[Any], list[str]]:
-    """How a chunk is encoded: values in an order of axes, of a type, through codecs one after the other."""
+    """Return how a chunk is encoded: the order of its axes, the type of its values, and the codecs in their order."""
     order, names, read_as = tuple(range(ndim)), list[str](), None
     for name, options in map(_named, codecs):
         if name == "transpose" and read_as is None:
@@ -178,7 +178,7 @@ def _v2_codecs(metadata: dict[str, Any], ndim: int, dtype: np.dtype[Any]) -> lis
 
 
 def _named(codec: Any) -> tuple[str, dict[str, Any]]:
-    """Name and configuration of a codec of v3, which may be a name alone."""
+    """Return name and configuration of a codec of v3, which may be a name alone."""
     if isinstance(codec, str):
         return codec, {}
     return str(codec["name"]), codec.get("configuration") or {}
@@ -203,7 +203,7 @@ def _without_sum(data: bytes) -> bytes:
 
 
 def _blosc(data: bytes, most: int) -> bytes:
-    """Decode Blosc, after a look at its header: the decoder reads on in whatever lies behind bytes that were cut."""
+    """Decode Blosc after a check of its header, since the decoder reads beyond bytes that were cut."""
     import imagecodecs
 
     decoded, encoded = int.from_bytes(data[4:8], "little"), int.from_bytes(data[12:16], "little")
@@ -213,7 +213,7 @@ def _blosc(data: bytes, most: int) -> bytes:
 
 
 def _imagecodec(name: str, more: int = 0, **options: Any) -> Callable[[bytes, int], Any]:
-    """A decoder of imagecodecs into memory of the size expected; `more` shows a longer chunk where it is only cut."""
+    """Return a decoder of imagecodecs into memory of the expected size; it would cut a longer chunk without `more`."""
 
     def decode(data: bytes, most: int) -> Any:
         import imagecodecs

@@ -1,1 +1,1 @@
-"""Which part of an image is looked at: tissue, masks and outlines."""
+"""Which part of an image has patches: tissue, masks and outlines."""

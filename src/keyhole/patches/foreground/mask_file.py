@@ -67,7 +67,16 @@ def read_mask(
         raise ImageError(
             path, f"this mask is not a PNG. Expected a PNG or GeoJSON of QuPath ({', '.join(MASK_SUFFIXES)})."
         )
-    return _from_png(path, head, l0_size, longest)
+    size = Size(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
+    _check_size(path, size, l0_size)
+    if head[24:25] == b"\x10" and head[25] in _EIGHT_BITS:
+        raise ImageError(path, "a mask of 16 bits a channel in colour or with transparency. Save it with 8 bits.")
+    with faults_of(path, "this mask is damaged"):
+        with PIL.Image.open(path, formats=("PNG",)) as picture:
+            picture.verify()  # the CRC of every chunk, without decoding
+        with PIL.Image.open(path, formats=("PNG",)) as picture:
+            picture.load()
+            return _shrunk(picture, longest)
 
 
 def _from_outlines(path: Path, l0_size: Size, longest: int, origin: tuple[int, int]) -> NDArray[np.bool_]:
@@ -80,19 +89,6 @@ def _from_outlines(path: Path, l0_size: Size, longest: int, origin: tuple[int, i
     ignored = [region for region in regions if region.name.strip().lower() in IGNORED_CLASSES]
     used = [region for region in regions if region.name.strip().lower() not in IGNORED_CLASSES]
     return rasterize(used, l0_size, shape, touched=True) & ~rasterize(ignored, l0_size, shape)
-
-
-def _from_png(path: Path, head: bytes, l0_size: Size, longest: int) -> NDArray[np.bool_]:
-    size = Size(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
-    _check_size(path, size, l0_size)
-    if head[24:25] == b"\x10" and head[25] in _EIGHT_BITS:
-        raise ImageError(path, "a mask of 16 bits a channel in colour or with transparency. Save it with 8 bits.")
-    with faults_of(path, "this mask is damaged"):
-        with PIL.Image.open(path, formats=("PNG",)) as picture:
-            picture.verify()  # the CRC of every chunk, without decoding
-        with PIL.Image.open(path, formats=("PNG",)) as picture:
-            picture.load()
-            return _shrunk(picture, longest)
 
 
 def _check_size(path: Path, size: Size, l0_size: Size) -> None:

@@ -113,13 +113,16 @@ def fill(
     With `touched`, these are all cells that share area with an outline, and not only those whose centre is inside.
     """
     mask = np.zeros(shape, bool)
+    corner, scale = np.tile(box[:2], 2), np.tile([shape[1] / box[2], shape[0] / box[3]], 2)
     for outline in outlines:
-        place = _around(outline[0], box, shape)  # thousands of small outlines must not each cost the whole grid
-        part = mask[place]
+        outer, *holes = ((edges - corner) * scale for edges in outline)
+        # Thousands of small outlines must not each cost the whole grid.
+        reach = np.floor(outer[:, :2].min(axis=0)) - 1, np.ceil(outer[:, :2].max(axis=0)) + 1
+        (left, top), (right, bottom) = np.clip(reach, 0, shape[::-1]).astype(int).tolist()
+        part = mask[top:bottom, left:right]
         if part.size == 0:
             continue
-        corner = np.tile([place[1].start, place[0].start], 2)
-        outer, *holes = (_onto(edges, box, shape, part.shape, corner) for edges in outline)
+        outer, *holes = (_beside(edges - np.tile([left, top], 2), part.shape) for edges in (outer, *holes))
         covered = _inside(outer, part.shape)
         if touched:
             covered |= _crossed(outer, part.shape)
@@ -130,22 +133,10 @@ def fill(
     return mask
 
 
-def _around(edges: Edges, box: tuple[float, ...], shape: tuple[int, int]) -> tuple[slice, slice]:
-    """Return rows and columns of the cells that an outer ring may cover."""
-    corners, cells = np.stack([edges[:, :2].min(axis=0), edges[:, :2].max(axis=0)]), np.array(shape[::-1])
-    low, high = (corners - box[:2]) * cells / box[2:]
-    (left, top), (right, bottom) = np.clip([np.floor(low) - 1, np.ceil(high) + 1], 0, cells).astype(int).tolist()
-    return slice(top, max(top, bottom)), slice(left, max(left, right))
-
-
-def _onto(
-    edges: Edges, box: tuple[float, ...], shape: tuple[int, int], part: tuple[int, ...], corner: NDArray[np.int64]
-) -> Edges:
-    """Return edges in cells from `corner`, without those above, below and right of the part, which do not change it."""
-    x, y, width, height = box
-    onto: Edges = (edges - np.tile([x, y], 2)) * np.tile([shape[1] / width, shape[0] / height], 2) - corner
-    upper, lower = np.minimum(onto[:, 1], onto[:, 3]), np.maximum(onto[:, 1], onto[:, 3])
-    return onto[(upper < part[0]) & (lower > 0) & (np.minimum(onto[:, 0], onto[:, 2]) < part[1])]
+def _beside(edges: Edges, shape: tuple[int, ...]) -> Edges:
+    """Leave out the edges above, below and right of the cells, which do not change them."""
+    upper, lower = np.minimum(edges[:, 1], edges[:, 3]), np.maximum(edges[:, 1], edges[:, 3])
+    return edges[(upper < shape[0]) & (lower > 0) & (np.minimum(edges[:, 0], edges[:, 2]) < shape[1])]
 
 
 def _inside(edges: Edges, shape: tuple[int, ...]) -> NDArray[np.bool_]:

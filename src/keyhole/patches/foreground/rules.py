@@ -29,7 +29,7 @@ ONE_COLOR = 10
 MIN_CELL_SIDE = 8
 _BAND_BYTES = 32 * 2**20
 _MIN_BAND_ROWS = 1024
-"""A band is narrower than the image rather than lower than this: tiles that it cuts are decoded twice."""
+"""Wide images are cut into narrower bands, not into lower ones: tiles that a band cuts are decoded twice."""
 _PIECE_SIDE = 128
 """Side of the pieces in which a damaged level is read."""
 
@@ -51,7 +51,7 @@ class ForegroundRule:
 class _NonEmpty(ForegroundRule):
     """`non-empty`: pixels that differ within a block, or from the block beside or below it, by over 10 grey values.
 
-    Computed from the least and greatest value, so that a thin stroke is not averaged away.
+    It is computed from the least and greatest value of a block, so that a thin stroke is not averaged away.
     """
 
     has_mask = True
@@ -144,7 +144,7 @@ def _extremes(pixels: Pixels, block: int) -> NDArray[np.uint8]:
     height, width, channels = pixels.shape
     pixels = np.pad(pixels, ((0, -height % block), (0, -width % block), (0, 0)), mode="edge")
     rows, columns = pixels.shape[0] // block, pixels.shape[1] // block
-    # Down, then across: in one step numpy is ten times slower.
+    # First down, then across, since numpy takes ten times as long in one step.
     lines = pixels.reshape(rows, block, columns * block * channels)
     low, high = (
         of(of(lines, axis=1).reshape(rows, columns, block, channels), axis=2)
@@ -165,7 +165,7 @@ def _reduced(
 ) -> tuple[NDArray[np.uint8], Mask]:
     """Apply `reduction` to each block of pixels, a band at a time; blocks at the right and lower border may be smaller.
 
-    Return (rows, cols, k), and (rows, cols) True where a block could not be read.
+    Return (rows, cols, k), and a mask (rows, cols) of the blocks that could not be read.
     """
     width, height = image.levels[level].size
     rows, columns = -(-height // block), -(-width // block)
@@ -192,7 +192,7 @@ def _reduced(
 
 
 def _read(image: Image, box: Box, level: int) -> tuple[Pixels, list[Box]]:
-    """Return the pixels of a box, and the pieces of it that are damaged and therefore background; raise if all are."""
+    """Return the pixels of a box, and its damaged pieces, which become background; raise if all are damaged."""
     try:
         return image.read(box, level), []
     except ImageLost:
