@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from keyhole.errors import RunError
-from keyhole.tasks.bootstrap import bootstrap
 from keyhole.tasks.evaluation import evaluate_task, evaluation_json, format_lines, point_metrics
+from keyhole.tasks.intervals import bootstrap
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.metrics import metric_values
 

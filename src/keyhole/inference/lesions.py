@@ -17,7 +17,7 @@ from keyhole.errors import DataError
 from keyhole.patches.foreground.region_files import read_regions
 from keyhole.patches.foreground.regions import Region, covered, touching
 from keyhole.report.prediction import Prediction, Scores
-from keyhole.tasks.bootstrap import IntervalEstimate, Weights, bootstrap
+from keyhole.tasks.intervals import IntervalEstimate, Weights, bootstrap
 from keyhole.util.files import csv_text
 from keyhole.util.wording import counted
 

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from keyhole.errors import RunError
-from keyhole.tasks.bootstrap import IntervalEstimate, bootstrap, units_of
-from keyhole.tasks.intervals import LEVEL
+from keyhole.tasks.intervals import LEVEL, IntervalEstimate, bootstrap, units_of
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.measures import ECE_BINS, THRESHOLD
 from keyhole.tasks.metrics import closed_intervals, each_metric, metric_notes, metric_values, task_metrics

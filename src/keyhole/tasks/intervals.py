@@ -1,6 +1,7 @@
-"""95 % intervals that hold for few images and at the ends of the scale, where resamples do not vary.
+"""95 % intervals: in closed form where there is one, else by resampling images or whole groups of them.
 
-A model that is right on all 10 images has an accuracy of 1 in every resample; Wilson's interval says [0.72 1].
+The closed forms hold for few images and at the ends of the scale, where resamples do not vary: a model that is right on
+all 10 images has an accuracy of 1 in every resample; Wilson's interval is [0.72 1].
 
 Shares of images (accuracy, recall, precision, specificity): Wilson (1927). F1 is a function of a share, of the right
     among the images that are of the class or called so: J = TP / (TP + FP + FN) and F1 = 2 J / (1 + J).
@@ -18,19 +19,44 @@ Letters: n images, k classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray as Array
+from numpy.typing import NDArray
 
 from keyhole.tasks.measures import ClassMeasures
 
 LEVEL = 0.95
 NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
+MAX_WEIGHTS_TOGETHER = 2_000_000
+"""Weights held at once; bounds memory, not the result."""
+
+Weights = NDArray[np.float64]
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class IntervalEstimate:
+    """A value with its 95 % interval; None where undefined. The note says why, or what the value leaves out."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    note: str | None = None
+    method: str | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"undefined ({self.note})"
+        if self.low is None or self.high is None:
+            return f"{_short(self.value)} (no interval: {self.note})"
+        return f"{_short(self.value)} [{_short(self.low)} {_short(self.high)}]"
 
 
 class Interval(NamedTuple):
@@ -234,3 +260,75 @@ def student(degrees: int) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, (1 + LEVEL) / 2))
+
+
+# By resampling
+
+
+def bootstrap(
+    measure: Callable[[Weights], Mapping[K, Weights]],
+    n: int,
+    groups: Sequence[str | None] | None = None,
+    seed: int = 0,
+    rounds: int = 1000,
+    notes: Mapping[K, str] | None = None,
+) -> dict[K, IntervalEstimate]:
+    """Percentile bootstrap (Efron 1979) of all metrics of `measure` on the same resamples.
+
+    `measure` turns weights (r, n), how often each image counts, into metrics (r,), NaN where undefined. Groups
+    are drawn whole; an image without one (None or empty) is one by itself. A round in which a metric is undefined
+    does not count for it. There is no interval where that is more than half of the rounds, or where all agree.
+
+    >>> values = np.arange(20.0)
+    >>> print(bootstrap(lambda w: {"mean": w @ values / w.sum(axis=1)}, n=20)["mean"])
+    9.500 [6.950 11.9]
+    """
+    notes = notes or {}
+    points = {key: float(values[0]) for key, values in measure(np.ones((1, n))).items()}
+    unit = units_of(n, groups)
+    units, rng, block = int(unit.max()) + 1, np.random.default_rng(seed), max(1, MAX_WEIGHTS_TOGETHER // n)
+    drawn: dict[K, list[Weights]] = {key: [] for key in points}
+    for start in range(0, rounds if units > 1 else 0, block):
+        draws = [rng.integers(0, units, units) for _ in range(start, min(start + block, rounds))]
+        counts = np.stack([np.bincount(draw, minlength=units) for draw in draws]).astype(np.float64)
+        for key, values in measure(counts[:, unit]).items():
+            drawn[key].append(values)
+    what = "image" if groups is None else "group"
+    return {
+        key: _estimate(value, np.concatenate(drawn[key]) if units > 1 else None, what, notes.get(key))
+        for key, value in points.items()
+    }
+
+
+def units_of(n: int, groups: Sequence[str | None] | None) -> NDArray[np.int64]:
+    """Return the number of the unit that each image is drawn with, 0 and up."""
+    if groups is None:
+        return np.arange(n)
+    if len(groups) != n:
+        raise ValueError(f"groups (={len(groups)}) must be as many as images (={n})")
+    number: dict[str | int, int] = {}
+    return np.array([number.setdefault(group or image, len(number)) for image, group in enumerate(groups)], np.int64)
+
+
+def _estimate(value: float, drawn: Weights | None, unit: str, note: str | None) -> IntervalEstimate:
+    if np.isnan(value):
+        return IntervalEstimate(None, note=note or "undefined on these images")
+    if drawn is None:
+        return IntervalEstimate(value, note=_notes(note, f"there is only one {unit}"))
+    defined = drawn[~np.isnan(drawn)]
+    lost = len(drawn) - len(defined)
+    if 2 * lost > len(drawn) or not len(defined):
+        return IntervalEstimate(value, note=_notes(note, f"undefined in {lost} of {len(drawn)} resamples"))
+    low, high = np.percentile(defined, [2.5, 97.5])
+    if high - low <= 1e-12 * max(1.0, abs(value)):
+        return IntervalEstimate(value, note=_notes(note, "all resamples give the same value, so they show no spread"))
+    dropped = f"undefined in {lost} of {len(drawn)} resamples, which do not count" if lost else None
+    return IntervalEstimate(value, float(low), float(high), _notes(note, dropped), "bootstrap")
+
+
+def _notes(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"

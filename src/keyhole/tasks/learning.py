@@ -15,9 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from keyhole.config.auto import SCRATCH_LR, number, settle_learning
 from keyhole.config.settings import Config
-from keyhole.tasks.bootstrap import units_of
 from keyhole.tasks.evaluation import groups_of
-from keyhole.tasks.intervals import ClassIntervals, student
+from keyhole.tasks.intervals import ClassIntervals, student, units_of
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
 from keyhole.tasks.metrics import task_metrics
