@@ -22,6 +22,7 @@ Key: TypeAlias = tuple[str | None, str]
 """Class, or None for the task as a whole, and metric."""
 CLASSED = (Multiclass, Binary, Multilabel)
 EXCLUSIVE = (Multiclass, Binary)
+NO_MIXED_CLASS = "no class that only some of the images have"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,16 @@ def _mean(
     return Metric(name, kinds, mean, note=explain, **more)
 
 
-NO_MIXED_CLASS = "no class that only some of the images have"
+def _mixed(of: ClassMeasures) -> Bool[Array, " k"]:
+    return of.mixed
+
+
+def _needs_spread(of: RegressionMeasures) -> str | None:
+    return "all values are equal" if len(np.unique(of.truth)) < 2 else None
+
+
+def _needs_mixed(of: ClassMeasures) -> str | None:
+    return None if of.mixed.any() else NO_MIXED_CLASS
 
 
 METRICS = (
@@ -126,22 +136,10 @@ METRICS = (
         interval=ClassIntervals.mean_recall,
         chance=lambda of: 1 / int(of.present.sum()),
     ),
-    _mean("balanced_accuracy", (Multilabel,), lambda w: w.balanced_accuracy, lambda of: of.mixed),
-    _mean(
-        "auroc",
-        CLASSED,
-        lambda w: w.auroc,
-        lambda of: of.mixed,
-        interval=ClassIntervals.mean_auroc,
-        chance=lambda _: 0.5,
-    ),
-    Metric(
-        "average_precision",
-        (Binary,),
-        lambda w: w.average_precision[:, 1],
-        note=lambda of: None if of.mixed.any() else NO_MIXED_CLASS,
-    ),
-    _mean("average_precision", (Multiclass, Multilabel), lambda w: w.average_precision, lambda of: of.mixed),
+    _mean("balanced_accuracy", (Multilabel,), lambda w: w.balanced_accuracy, _mixed),
+    _mean("auroc", CLASSED, lambda w: w.auroc, _mixed, interval=ClassIntervals.mean_auroc, chance=lambda _: 0.5),
+    Metric("average_precision", (Binary,), lambda w: w.average_precision[:, 1], note=_needs_mixed),
+    _mean("average_precision", (Multiclass, Multilabel), lambda w: w.average_precision, _mixed),
     _positive("f1", lambda w: w.f1, _needs_images, ClassIntervals.f1),
     _mean("f1", (Multiclass, Multilabel), lambda w: w.f1, lambda of: of.present),
     _positive("precision", lambda w: w.precision, _needs_decisions, ClassIntervals.precision),
@@ -150,12 +148,7 @@ METRICS = (
     Metric("ece", EXCLUSIVE, WeightedClasses.decision_ece, higher_is_better=False),
     Metric("ece", (Multilabel,), lambda w: w.ece.mean(axis=1), higher_is_better=False),
     Metric("mae", (Regression,), lambda w: w.mae, higher_is_better=False),
-    Metric(
-        "r2",
-        (Regression,),
-        lambda w: w.r2,
-        note=lambda of: "all values are equal" if len(np.unique(of.truth)) < 2 else None,
-    ),
+    Metric("r2", (Regression,), lambda w: w.r2, note=_needs_spread),
 )
 """Metrics of a task as a whole.
 
