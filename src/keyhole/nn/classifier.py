@@ -14,7 +14,7 @@ from keyhole.nn.attention import CrossAttentionPool, check_mask
 from keyhole.nn.encoder import PixelEncoder, lone_patch
 from keyhole.nn.position import CenterPosition
 from keyhole.nn.selection import Rule, Selection, evaluating, select_bags
-from keyhole.nn.tensors import AsRead, prepare, values_of
+from keyhole.nn.tensors import AsRead, prepare
 from keyhole.util.tf32 import tf32
 
 
@@ -39,9 +39,10 @@ def encoder_input(patches: Tensor | AsRead) -> tuple[Tensor, Tensor | None]:
 
     There colours are changed before, in float32, so that results do not depend on what is fused.
     """
-    if isinstance(patches, Tensor) or patches.device.type == "cpu":
-        return values_of(patches), None
-    return patches.pixels, patches.color
+    if isinstance(patches, Tensor):
+        return patches, None
+    on_cpu = patches.pixels.device.type == "cpu"
+    return (prepare(patches.pixels, patches.color), None) if on_cpu else (patches.pixels, patches.color)
 
 
 def encoded(encoder: Callable[..., Tensor], pixels: Tensor, color: Tensor | None, dtype: torch.dtype) -> Tensor:

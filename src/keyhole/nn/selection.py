@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from keyhole.nn.streaming import LATE, Best, StreamingRule
+from keyhole.nn.streaming import LATE, Best, StreamingRule, ranked
 from keyhole.nn.tensors import to_device
 
 Rule = Literal["global", "streaming"]
@@ -90,15 +90,6 @@ def explore(kept: Kept, n: int, share: float, generator: torch.Generator, places
     return replace(kept, index=torch.cat([best, chosen]), score=score)
 
 
-def ranked(logits: Float[Tensor, "*b n h t"], mask: Bool[Tensor, "*b n"] | None) -> Best:
-    """Return all patches of an image, or of each of b images, best first; the earlier patch wins a tie."""
-    score = logits.softmax(dim=-3).mean(dim=(-2, -1))
-    if mask is not None:  # a score that underflows to 0 is still better than none
-        score = score.masked_fill(~to_device(mask, score.device), -1.0)
-    score, index = score.sort(descending=True, stable=True)
-    return index, score
-
-
 def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b n"] | None = None) -> Selection:
     """Select from bags of complete logits as `GlobalRule` does, with few operations for all images."""
     b, n = logits.shape[:2]
@@ -106,7 +97,7 @@ def keep_global(logits: Float[Tensor, "b n h t"], m: int, mask: Bool[Tensor, "b 
     score = torch.empty(index.shape, device=logits.device)
     at_once = b if logits.numel() <= MAX_RANKED_TOGETHER else 1
     for rows in (slice(start, start + at_once) for start in range(0, b, at_once)):
-        index[rows], score[rows] = (each[:, :m] for each in ranked(logits[rows], None if mask is None else mask[rows]))
+        index[rows], score[rows] = (each[:, :m] for each in ranked(logits[rows], None if mask is None else ~mask[rows]))
     if mask is None:
         return Selection(index, score, torch.ones_like(index, dtype=torch.bool), logits)
     kept = torch.arange(index.shape[1], device=index.device) < to_device(mask.sum(dim=1, keepdim=True), index.device)
@@ -166,7 +157,7 @@ class GlobalRule:
         for image, (logits, arrived) in ended.items():
             assert logits is not None
             m = self.m if arrived is None else min(self.m, int(arrived.sum()))
-            index, score = (each[:m] for each in ranked(logits, arrived))
+            index, score = (each[:m] for each in ranked(logits, None if arrived is None else ~arrived))
             kept[image] = (index.clone(), score.clone()) if len(logits) > LATE else (index, score)  # a view holds all
         return kept
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +25,15 @@ LATE = 2**14
 Ints = NDArray[np.int64]
 Best: TypeAlias = tuple[Tensor, Tensor]
 """Index and score (m,) of the patches that an image keeps, best first."""
+
+
+def ranked(logits: Float[Tensor, "*b n h t"], missing: Bool[Tensor, "*b n"] | None) -> Best:
+    """Return all patches of an image, or of each of b images, best first; the earlier patch wins a tie."""
+    score = logits.softmax(dim=-3).mean(dim=(-2, -1))
+    if missing is not None:  # a score that underflows to 0 is still better than none
+        score = score.masked_fill(to_device(missing, score.device), -1.0)
+    score, index = score.sort(descending=True, stable=True)
+    return index, score
 
 
 class StreamingRule:
@@ -110,11 +119,8 @@ class StreamingRule:
         self, held: "_Held", rows: Int[Tensor, "b k"], padded: bool
     ) -> tuple[Int[Tensor, "b m"], Float[Tensor, "b m"]]:
         """Return the m best candidates of each image and their scores; the earlier candidate wins a tie."""
-        score = held.logits[rows].softmax(dim=1).mean(dim=(2, 3))
-        if padded:  # a score that underflows to 0 is still better than none
-            score = score.masked_fill(rows == held.padding, -1.0)
-        best = score.sort(dim=1, descending=True, stable=True)
-        return rows.gather(1, best.indices[:, : self.m]), best.values[:, : self.m]
+        place, score = ranked(held.logits[rows], rows == held.padding if padded else None)
+        return rows.gather(1, place[:, : self.m]), score[:, : self.m]
 
     def _finished(self, held: "_Held", rows: Int[Tensor, "b m"], ended: Sequence["_Todo | None"]) -> dict[int, Best]:
         """Return what the ended images keep: a last ranking of their memories."""
