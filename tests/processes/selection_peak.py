@@ -10,6 +10,7 @@ from keyhole.config.settings import ModelConfig, SelectConfig
 from keyhole.engine import Engine
 from keyhole.loading import Reader
 from keyhole.nn import build_classifier
+from keyhole.nn.tensors import values_of
 from keyhole.patches.opener import FileOpener
 from keyhole.tasks.kinds import Task
 
@@ -23,7 +24,7 @@ with Reader(threads=2, ahead=4) as reader:
     for batch in engine.stream([[FileOpener(path, path.name, size)]], hold=0):
         bags = engine.fetch(batch, engine.select(batch))
         with torch.no_grad():
-            model(bags.patches(), bags.position, bags.mask)
+            model(values_of(bags.part(0, 16))[None], bags.position, bags.mask)
 assert reader.read_patches == patches + 16
 assert bags.mask.sum() == 16
 print(memory("VmHWM"))

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from keyhole.errors import ImageError
 from keyhole.loading import Batch
 from keyhole.nn import CenterPosition, IPSClassifier, Kept
-from keyhole.nn.tensors import AsRead, as_read, host_memory, on_device, to_device, values_of
+from keyhole.nn.tensors import AsRead, as_read, host_memory, on_device, to_device
 from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
 
@@ -49,13 +49,6 @@ class Bags:
     def __len__(self) -> int:
         """Return the number of patches."""
         return int(self.mask.sum())
-
-    def patches(self) -> Tensor:
-        """Return all patches on the device, as `IPSClassifier.forward` takes them: (b m c h w), zeros at padding."""
-        loose = values_of(self.part(0, len(self)))
-        whole = loose.new_zeros(*self.mask.shape, *loose.shape[1:])
-        whole[self.mask] = loose
-        return whole
 
 
 def fetch_bags(

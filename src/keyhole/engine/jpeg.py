@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from keyhole.engine.device import with_index
-from keyhole.images.jpeg import APP0, APP14, SOF0, Colors, adobe_marker, segments
+from keyhole.images.geometry import Size
+from keyhole.images.jpeg import SOF0, Colors, merged_head
 from keyhole.util.budget import out_of_memory
 
 TRIAL_SIDE, MAX_DIFFERENCE = 256, 8
@@ -156,16 +157,10 @@ def _delivered(color: Colors, subsampling: int, numbers: bytes) -> bytes:
     file = io.BytesIO()
     PIL.Image.fromarray(planes[..., 0] if color == "grey" else planes).save(file, "JPEG", quality=95, **options)
     data = file.getvalue()
-    pieces = segments(data)
-    assert pieces is not None
-    scan = bytearray(data[2 + sum(len(body) for _, body in pieces) :])
+    head = merged_head(b"", data, Size(TRIAL_SIDE, TRIAL_SIDE), len(numbers), rgb=color == "rgb")
+    assert head is not None
+    start, scan = bytearray(head.data), bytearray(data[len(head.stored) :])
+    frame = start.index(bytes((0xFF, SOF0))) + 10
+    start[frame : frame + 3 * len(numbers) : 3] = numbers
     scan[5 : 5 + 2 * len(numbers) : 2] = numbers
-    kept = bytearray()
-    for marker, body in pieces:
-        if marker == SOF0:
-            frame = bytearray(body)
-            frame[10 : 10 + 3 * len(numbers) : 3] = numbers
-            body = bytes(frame)
-        if marker not in (APP0, APP14):
-            kept += body
-    return b"\xff\xd8" + adobe_marker(color) + bytes(kept + scan)
+    return bytes(start + scan)

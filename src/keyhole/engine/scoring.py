@@ -31,13 +31,12 @@ class ChunkScorer:
 
     On a CPU, patches of one colour (empty canvas, padding, glass) are encoded once for each colour and image, since
     what an image keeps must not depend, in its last bits, on other images. On a GPU all are encoded, since the host
-    does not read its pixels. `color` is that of the batch; `repeated` counts the patches that were not encoded.
+    does not read its pixels. `color` is that of the batch.
     """
 
     def __init__(self, encoders: Encoders, pace: Pace, timer: Timer, color: NDArray[np.float32] | None = None) -> None:
         self.encoders, self.pace, self.timer, self.device = encoders, pace, timer, encoders.device
         self.color = None if color is None else on_device(color, self.device)
-        self.repeated = 0
         self._known: dict[tuple[int, bytes], Tensor] = {}
 
     def score(self, chunk: Chunk, pixels: Tensor, position: Tensor | None) -> Tensor:
@@ -102,7 +101,6 @@ class ChunkScorer:
         keys = {int(row): (int(chunk.image[row]), chunk.pixels[row, 0, 0].tobytes()) for row in blank.nonzero()[0]}
         first = {key: row for row, key in reversed(keys.items()) if key not in self._known}
         rows = torch.from_numpy(np.sort(np.concatenate([(~blank).nonzero()[0], np.fromiter(first.values(), np.int64)])))
-        self.repeated += len(pixels) - len(rows)
         parts = self.encoded(pixels[rows], len(rows), None if color is None else color[rows])
         found = torch.cat(parts) if parts else next(iter(self._known.values())).new_empty(0)
         place = {int(row): at for at, row in enumerate(rows.tolist())}
