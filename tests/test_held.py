@@ -15,40 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_images import picture, write_tiff
 from test_damage import COLUMNS, ROWS, Disk, MakePipe, damage, disk, pipe, read_chunks, whole
-from test_reading import PATIENCE, Opener, Probe, eventually, no_thread_is_left, openers, sources
+from test_reading import PATIENCE, Probe, eventually, no_thread_is_left, openers
 
 from keyhole.loading import Batch, FetchOnly, OnError, Reader
 from keyhole.patches.opener import FileOpener
-from keyhole.patches.sources import FilePatches
 
 __all__ = ["disk", "no_thread_is_left", "pipe", "whole"]  # fixtures that tests here use
 
 PLENTY = 2**24
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.lists(sources(), max_size=4), max_size=4),
-    st.integers(1, 70),
-    st.integers(0, 30_000),
-    st.integers(1, 3),
-    st.integers(0, 99),
-)
-def test_what_is_fetched_does_not_depend_on_what_is_held(
-    batches: list[list[FilePatches]], size: int, hold: int, workers: int, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    with Reader(workers, ahead=2, stall=PATIENCE) as reader:
-        lists = [[Opener(f"{i}", lambda source=source: source) for i, source in enumerate(b)] for b in batches]
-        for sources_, batch in zip(batches, reader.stream(lists, size, cache_bytes=hold), strict=True):
-            for _ in batch.chunks():
-                pass
-            before = reader.reread_patches
-            kept = [rng.integers(0, len(source), rng.integers(0, 20)) for source in sources_]
-            for source, wanted, fetched in zip(sources_, kept, batch.fetch(kept), strict=True):
-                np.testing.assert_array_equal(fetched, source.read(wanted))
-            fits = sum(map(len, sources_)) * 4 * 4 * 3 <= hold
-            assert reader.reread_patches - before == (0 if fits else sum(map(len, kept)))
 
 
 def test_what_is_held_is_fetched_without_the_file(tmp_path: Path) -> None:

@@ -110,16 +110,17 @@ def sources(draw: st.DrawFn) -> FilePatches:
     st.integers(1, 70),
     st.integers(0, 4),
     st.integers(1, 3),
+    st.integers(0, 30_000),
     st.integers(0, 99),
 )
 def test_chunks_are_all_patches_in_order_and_fetch_sees_the_same_pixels(
-    batches: list[list[FilePatches]], size: int, ahead: int, workers: int, seed: int
+    batches: list[list[FilePatches]], size: int, ahead: int, workers: int, hold: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     with Reader(workers, ahead, stall=PATIENCE) as reader:
         lists = [[Opener(f"{i}", lambda source=source: source) for i, source in enumerate(b)] for b in batches]
-        streamed = reader.stream(lists, size)
-        seen = 0
+        streamed = reader.stream(lists, size, cache_bytes=hold)
+        seen = again = 0
         for sources_, batch in zip(batches, streamed, strict=True):
             assert batch.sources == sources_
             pixels, image, index = [], [], []
@@ -143,8 +144,9 @@ def test_chunks_are_all_patches_in_order_and_fetch_sees_the_same_pixels(
             kept = [rng.integers(0, len(source), rng.integers(0, 20)) for source in sources_]
             for source, wanted, fetched in zip(sources_, kept, batch.fetch(kept), strict=True):
                 np.testing.assert_array_equal(fetched, source.read(wanted))
-            seen += len(image) + sum(len(wanted) for wanted in kept)
-        assert reader.read_patches == seen
+            seen += len(image) + sum(map(len, kept))
+            again += 0 if len(image) * 4 * 4 * 3 <= hold else sum(map(len, kept))
+        assert (reader.read_patches, reader.reread_patches) == (seen, again)
 
 
 def test_the_next_batch_is_read_while_this_one_is_learnt_from() -> None:

@@ -23,7 +23,7 @@ from keyhole.util.timing import Timer
 T = TypeVar("T")
 
 CHUNK_PARTS = 8
-"""Numbers of rows in which a chunk that is not full is encoded on a GPU."""
+"""On a GPU a chunk that is not full is encoded in a number of rows that is a multiple of one of these parts."""
 
 
 class ChunkScorer:
@@ -99,7 +99,7 @@ class ChunkScorer:
     def _distinct(self, chunk: Chunk, pixels: Tensor, color: Tensor | None, blank: NDArray[np.bool_]) -> Tensor:
         """Return the embeddings of a chunk some of whose patches are of one colour."""
         keys = {int(row): (int(chunk.image[row]), chunk.pixels[row, 0, 0].tobytes()) for row in blank.nonzero()[0]}
-        first = {key: row for row, key in reversed(keys.items()) if key not in self._known}
+        first = {key: row for row, key in reversed(keys.items()) if key not in self._known}  # row to encode for a key
         rows = torch.from_numpy(np.sort(np.concatenate([(~blank).nonzero()[0], np.fromiter(first.values(), np.int64)])))
         parts = self.encoded(pixels[rows], len(rows), None if color is None else color[rows])
         found = torch.cat(parts) if parts else next(iter(self._known.values())).new_empty(0)
@@ -117,9 +117,9 @@ class ChunkScorer:
 def rows_to_encode(used: int, chunk: int, encoders: Encoders) -> int:
     """Return how many rows of a chunk are encoded, of which only the first are in use.
 
-    On a CPU all: the last bits of a patch's result must not depend on how many others there are. On a GPU a compiled
-    encoder takes the whole chunk if more than half is in use; fewer cost less uncompiled. There are few numbers of
-    rows, so that memory is used again.
+    On a CPU these are all rows, since the last bits of a patch's result must not depend on the number of others. On a
+    GPU a compiled encoder takes the whole chunk if more than half is in use; fewer rows are faster uncompiled. Their
+    number is rounded up, so that memory is used again.
     """
     if encoders.device.type == "cpu" or used >= chunk:
         return chunk
@@ -133,7 +133,7 @@ def blank_rows(pixels: NDArray[np.generic]) -> NDArray[np.bool_]:
     if pixels.ndim < 4:
         return np.zeros(len(pixels), np.bool_)
     first = pixels[:, :1, :1]
-    blank: NDArray[np.bool_] = (pixels[:, :1] == first).all(axis=(1, 2, 3))  # most show it in their first row
+    blank: NDArray[np.bool_] = (pixels[:, :1] == first).all(axis=(1, 2, 3))  # the first row rules out most others
     rows = blank.nonzero()[0]
     blank[rows] = (pixels[rows] == first[rows]).all(axis=(1, 2, 3))
     return blank

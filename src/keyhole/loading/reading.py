@@ -130,10 +130,6 @@ class Reading:
                 slot.worn_out = True
         return error
 
-    def finished(self) -> bool:
-        """Return whether no thread can write into the buffer any more."""
-        return self.task.done and not (self.spoiled or self.task.lost)
-
 
 class Planned(NamedTuple):
     """A chunk that is being read: its buffer, how many rows of it are used, and the tasks that fill them, in order."""
@@ -144,4 +140,4 @@ class Planned(NamedTuple):
 
     def finished(self) -> bool:
         """Return whether no thread can write into the buffer any more."""
-        return all(reading.finished() for reading in self.readings)
+        return all(each.task.done and not (each.spoiled or each.task.lost) for each in self.readings)
