@@ -141,23 +141,14 @@ class Image(ABC):
             beat()
 
     def jpeg_tiling(self, level: int) -> Size | None:
-        """Tell whether `jpeg_tiles` returns the tiles of a level, for a decoder on another device.
-
-        Returns:
-            The size of a tile, or None.
-        """
+        """Return the size of the tiles of a level if `jpeg_tiles` returns them, for a decoder on another device."""
         return None
 
     def jpeg_tiles(self, cells: NDArray[np.int64], level: int, colors: Container[str]) -> list[bytes | None]:
         """Return tiles as JPEG files, which any decoder decodes to the pixels that `read` returns.
 
-        Args:
-            cells: (k, 2) column and row of each tile, in any order.
-            level: one that has a `jpeg_tiling`.
-            colors: what the samples may mean, of "grey", "rgb" and "ycbcr".
-
-        Returns:
-            (k) one file each, None for a tile that is missing, damaged, of other colours, or reaches over the image.
+        `cells` are column and row (k, 2), in any order, and `colors` some of "grey", "rgb" and "ycbcr". None is
+        returned for a tile that is missing, damaged, of other colours, or reaches over the image.
         """
         raise NotImplementedError
 

@@ -58,7 +58,13 @@ def thumbnail(image: Image, side: int = 512) -> tuple[Pixels, float]:
     band = max(1, _BAND_BYTES // (lv_width * image.channels * step)) * step
     bands = []
     for y in range(0, lv_height, band):
-        bands.append(_averaged(image.read(Box(0, y, lv_width, min(band, lv_height - y)), level), step))
+        pixels = image.read(Box(0, y, lv_width, min(band, lv_height - y)), level)
+        if step > 1:  # means of blocks, which may be smaller at the right and lower border
+            rows, columns = np.arange(0, len(pixels), step), np.arange(0, lv_width, step)
+            sums = np.add.reduceat(np.add.reduceat(pixels.astype(np.float32), rows, axis=0), columns, axis=1)
+            counts = np.diff(np.append(rows, len(pixels)))[:, None] * np.diff(np.append(columns, lv_width))[None, :]
+            pixels = np.asarray((sums / counts[:, :, None]).round(), np.uint8)
+        bands.append(pixels)
         beat()
     small = np.concatenate(bands)
     factor = min(1.0, side / max(small.shape[:2]))
@@ -66,14 +72,3 @@ def thumbnail(image: Image, side: int = 512) -> tuple[Pixels, float]:
     picture = PIL.Image.fromarray(small[:, :, 0] if image.channels == 1 else small)
     resized = np.asarray(picture.resize((width, height), PIL.Image.Resampling.BOX), np.uint8)
     return resized.reshape(height, width, image.channels), image.size.width / width
-
-
-def _averaged(pixels: Pixels, step: int) -> Pixels:
-    """Return the means of step x step blocks; blocks at the right and lower border may be smaller."""
-    if step == 1:
-        return pixels
-    height, width, _ = pixels.shape
-    rows, columns = np.arange(0, height, step), np.arange(0, width, step)
-    sums = np.add.reduceat(np.add.reduceat(pixels.astype(np.float32), rows, axis=0), columns, axis=1)
-    counts = np.diff(np.append(rows, height))[:, None] * np.diff(np.append(columns, width))[None, :]
-    return np.asarray((sums / counts[:, :, None]).round(), np.uint8)

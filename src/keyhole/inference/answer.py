@@ -88,14 +88,14 @@ class Answers:
             label={task.name: task.label(p) for task, p in probability.items()},
             kept=KeptPatches(
                 index,
-                source.boxes(index),
+                source.grid.boxes(index),
                 scores.score[index],
                 {task.name: weights[:, queries[task.name]] for task in self.tasks},
             ),
             scores=scores,
             patch=patch,
             model=self.name,
-            unreadable=source.boxes(unreadable) if len(unreadable) else None,
+            unreadable=source.grid.boxes(unreadable) if len(unreadable) else None,
             notes=(*source.doubts(), *self._doubt(item.name, patch)),
         )
 
@@ -104,16 +104,16 @@ class Answers:
         assert kept.logits is not None
         score = kept.logits.softmax(dim=0).mean(dim=1)
         index = torch.arange(len(score)).numpy()
-        rows, columns = source.map_shape
+        rows, columns = source.grid.rows, source.grid.columns
         queries = self.engine.model.queries
         return Scores(
             rows=rows,
             columns=columns,
             index=index,
-            cells=source.cells(index),
+            cells=source.grid.cells(index),
             score=score.mean(dim=1).cpu().numpy(),
             per_task={task.name: score[:, queries[task.name]].cpu().numpy() for task in self.tasks},
-            boxes=source.boxes,
+            boxes=source.grid.boxes,
             arrived=None if kept.arrived is None else kept.arrived.numpy(),
         )
 
@@ -178,7 +178,7 @@ def _kept_pixels(done: Inference, index: NDArray[np.int64], row: int) -> NDArray
 def damage(name: str, source: PatchSource, unreadable: Mapping[int, str], allowed: float) -> KeyholeError | None:
     """Return an error where more patches of an image are unreadable (reasons by index) than the share `allowed`."""
     ledger, index = Ledger(len(source), allowed), list(unreadable)
-    ledger.add(name, source.boxes(index), index, list(unreadable.values()))
+    ledger.add(name, source.grid.boxes(index), index, list(unreadable.values()))
     try:
         ledger.check()
     except KeyholeError as error:

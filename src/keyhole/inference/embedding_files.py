@@ -66,7 +66,7 @@ class EmbeddingFiles:
         with feature_writer(path, self.dtype) as writer:
             for each in chain([first], told):
                 if isinstance(each, Rows):
-                    writer.add(each.embedding(), each.source.boxes(each.index)[:, :2], item.name)
+                    writer.add(each.embedding(), each.source.grid.boxes(each.index)[:, :2], item.name)
                     if self.progress is not None:
                         self.progress.update(patches=len(each.index))
                     continue

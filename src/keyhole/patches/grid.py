@@ -90,6 +90,7 @@ class Grid:
     rows = 1
     size = stride = 0
     level: int | None = None
+    edge: Edge | None = None
     extent = Size(0, 0)
     """Width and height in level-0 pixels that hold all patches; 0 x 0 if their places are unknown."""
 
@@ -105,7 +106,7 @@ class Grid:
         return np.stack([np.zeros_like(chosen), chosen], axis=1)
 
     def boxes(self, index: ArrayLike | slice) -> Index:
-        """Return x, y, width, height of patches in level-0 pixels, int64 (k, 4)."""
+        """Return x, y, width, height of patches in level-0 pixels, int64 (k, 4); all 0 if the places are unknown."""
         return np.zeros((len(checked_index(index, self.n, self.what)), 4), np.int64)
 
 
@@ -241,21 +242,9 @@ class PatchGrid(Grid):
         high = np.ceil((begin + self.size) * per_pixel - 1e-6).astype(np.int64).clip(0, cells)
         return low, np.maximum(high, low + 1)
 
-    def _raster(self, index: ArrayLike | slice) -> Index:
-        """Return positions in the full grid of the patches `index`."""
-        flat = checked_index(index, self.n)
-        return flat if self._kept is None else self._kept[flat].astype(np.int64, copy=False)
-
     def corners(self, index: ArrayLike | slice) -> Index:
-        """Compute where patches begin.
-
-        Args:
-            index: patches, a slice or integers (k,).
-
-        Returns:
-            x, y of the upper left corner in output pixels, int64 (k, 2).
-        """
-        g_row, g_column = np.divmod(self._raster(index), self.columns)
+        """Return x, y of the upper left corners of patches in output pixels, int64 (k, 2)."""
+        g_row, g_column = self.cells(index).T
         return np.stack([self.starts[0][g_column], self.starts[1][g_row]], axis=1)
 
     def cells(self, index: ArrayLike | slice) -> Index:
@@ -267,7 +256,9 @@ class PatchGrid(Grid):
         Returns:
             Row and column, int64 (k, 2).
         """
-        return np.stack(np.divmod(self._raster(index), self.columns), axis=1)
+        flat = checked_index(index, self.n)
+        raster = flat if self._kept is None else self._kept[flat].astype(np.int64, copy=False)
+        return np.stack(np.divmod(raster, self.columns), axis=1)
 
     def boxes(self, index: ArrayLike | slice) -> Index:
         """Compute the boxes of patches.
@@ -310,11 +301,11 @@ class PatchGrid(Grid):
             ImageError: the file is damaged there.
             IndexError: no such patch.
         """
-        raster = self._raster(index)
+        cells = self.cells(index)
         if out is None:
-            out = np.empty((len(raster), self.size, self.size, self.channels), np.uint8)
-        order = np.argsort(raster, kind="stable")
-        g_row, g_column = np.divmod(raster[order], self.columns)
+            out = np.empty((len(cells), self.size, self.size, self.channels), np.uint8)
+        order = np.lexsort((cells[:, 1], cells[:, 0]))  # by row, then by column
+        g_row, g_column = cells[order].T
         x, y = self._read_starts[0][g_column], self._read_starts[1][g_row]
         # The patches after consecutive ones will need their tiles too.
         in_order = index.step in (None, 1) if isinstance(index, slice) else (np.diff(np.asarray(index)) == 1).all()

@@ -67,7 +67,7 @@ class PatchSource(ABC):
 
     Attributes:
         name: for messages; as the manifest writes it.
-        grid: where the patches are; a `Grid(n)` if that is unknown.
+        grid: where the patches are, and so the map of scores; a `Grid(n)` if that is unknown.
         patch_shape: of one patch, (s, s, c) or (d,).
         dtype: of the values.
         scale: level-0 pixels per pixel of a patch.
@@ -103,19 +103,6 @@ class PatchSource(ABC):
         """Close the file, if there is one. Reading afterwards is an error."""
 
     @property
-    def map_shape(self) -> tuple[int, int]:
-        """Rows and columns of the map of scores that `cells` refers to."""
-        return self.grid.rows, self.grid.columns
-
-    def cells(self, index: ArrayLike | slice) -> Index:
-        """Row and column in the map of scores, int64 (k, 2)."""
-        return self.grid.cells(index)
-
-    def boxes(self, index: ArrayLike | slice) -> Index:
-        """x, y, width, height in level-0 pixels, int64 (k, 4); boxes of no size at 0, 0 where the place is unknown."""
-        return self.grid.boxes(index)
-
-    @property
     def extent(self) -> Size:
         """Width and height in level-0 pixels that hold all patches."""
         return self.l0_size or self.grid.extent
@@ -132,7 +119,7 @@ class PatchSource(ABC):
         """Size, step and resolution of the patches, for `Prediction.patch`."""
         grid = self.grid
         sizes = {"size": grid.size, "stride": grid.stride, "level": grid.level} if grid.size else {}
-        return {**sizes, "mpp": self.mpp, "scale": self.scale}
+        return {**sizes, "mpp": self.mpp, "scale": self.scale, **({"edge": grid.edge} if grid.edge else {})}
 
     def doubts(self) -> list[str]:
         """Return what a user should know before trusting predictions for this image."""
@@ -192,9 +179,6 @@ class FilePatches(PatchSource):
         out = np.empty((len(pixels), *self.patch_shape), np.uint8) if out is None else out
         out[...] = pixels
         return out
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "edge": self.grid.edge}
 
     def positions_1d(self, index: ArrayLike | slice) -> Index:
         cells, (_, columns) = self.view.cells(self.grid.cells(index), self.grid.rows, self.grid.columns)

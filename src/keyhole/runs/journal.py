@@ -151,7 +151,7 @@ class Damage:
     def add(self, name: str, source: PatchSource, reasons: Mapping[int, str]) -> None:
         """Add the unreadable patches of an image, with the reason by the index of the patch."""
         index = list(reasons)
-        self.ledger.add(name, source.boxes(index), index, list(reasons.values()))
+        self.ledger.add(name, source.grid.boxes(index), index, list(reasons.values()))
         self._write()
 
     def warn(self, what: str) -> None:

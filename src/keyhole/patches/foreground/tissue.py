@@ -53,10 +53,8 @@ def find_tissue(mean: Cells, spread: NDArray[np.uint8]) -> Mask:
     Made for H&E and for DAB with haematoxylin. It may mistake special stains of pure green or blue (trichrome, Alcian
     blue) for pen, unstained fat for glass, and navy or very pale pens for haematoxylin: give such slides a mask file.
 
-    Args:
-        mean: mean colour (rows, cols, 3) of each cell.
-        spread: mean (rows, cols) of max - min over the channels of the pixels in each cell. Larger than that of the
-            mean colour where colours lie side by side: brown and blue together would make grey.
+    `mean` is the mean colour (rows, cols, 3) of each cell, and `spread` the mean (rows, cols) of max - min over the
+    channels of its pixels, which shows colours side by side: the mean of brown and blue is grey.
     """
     glass = glass_color(mean)
     color = _colors(mean, spread, glass)
