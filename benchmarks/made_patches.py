@@ -51,9 +51,6 @@ class MadePatches(PatchSource):
         rows, columns = np.divmod(checked_index(index, self.n), COLUMNS)
         return np.stack([columns, rows], axis=1) * float(self.patch_shape[0])
 
-    def close(self) -> None:
-        """Do nothing."""
-
 
 @dataclass(frozen=True)
 class OpenMade:

@@ -35,7 +35,13 @@ class _Tile(NamedTuple):
     coded: Any  # from `_coded`; None if the tile was in the cache
 
 
-_here = threading.local()
+class _Scratch(threading.local):
+    """Memory for one tile on each thread, which stays in the processor's cache."""
+
+    tile: Pixels = np.empty((0, 0, 0), np.uint8)
+
+
+_scratch = _Scratch()
 
 
 class TiledImage(Image):
@@ -105,7 +111,11 @@ class TiledImage(Image):
         if self._orientation != 1:
             super().read_boxes(boxes, level, out, uses)
             return
-        with faults_of(self.path, f"damaged at {_around(boxes, self.levels[level].size)} of level {level}"):
+        lv = self.levels[level].size
+        left, top = max(min(box.x for box in boxes), 0), max(min(box.y for box in boxes), 0)
+        right = min(max(box.x + box.width for box in boxes), lv.width)
+        bottom = min(max(box.y + box.height for box in boxes), lv.height)
+        with faults_of(self.path, f"damaged at {(left, top, right - left, bottom - top)} of level {level}"):
             self._scatter(boxes, level, out, uses)
 
     def _scatter(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:
@@ -127,9 +137,10 @@ class TiledImage(Image):
             elif not cached or (pixels := TILE_CACHE.get(self._owner, (level, number))) is None:
                 # As on an aligned grid: the tile is the box of one patch, and is decoded into it.
                 alone = count == len(users) == 1 and boxes[users[0]] == inside and inside[2:] == tile
-                direct = alone and first.flags.c_contiguous
-                room = first if direct else scratch((tile.height, tile.width, self.channels))
-                pixels = self.decode_tile(level, number, coded, room)
+                direct, shape = alone and first.flags.c_contiguous, (tile.height, tile.width, self.channels)
+                if not direct and _scratch.tile.shape != shape:
+                    _scratch.tile = np.empty(shape, np.uint8)
+                pixels = self.decode_tile(level, number, coded, first if direct else _scratch.tile)
                 if pixels is first:
                     continue
             for user in users:
@@ -168,14 +179,6 @@ class TiledImage(Image):
         TILE_CACHE.drop(self._owner)
 
 
-def _around(boxes: Sequence[Box], lv: Size) -> tuple[int, int, int, int]:
-    """Return the box around all boxes, for messages."""
-    left, top = max(min(box.x for box in boxes), 0), max(min(box.y for box in boxes), 0)
-    right = min(max(box.x + box.width for box in boxes), lv.width)
-    bottom = min(max(box.y + box.height for box in boxes), lv.height)
-    return left, top, right - left, bottom - top
-
-
 def _copy(pixels: Pixels | None, tile: Box, box: Box, out: Pixels, background: int) -> None:
     left, top = max(box.x, tile.x), max(box.y, tile.y)
     right = min(box.x + box.width, tile.x + tile.width)
@@ -185,11 +188,3 @@ def _copy(pixels: Pixels | None, tile: Box, box: Box, out: Pixels, background: i
         target[...] = background
     else:
         place(target, pixels[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x])
-
-
-def scratch(shape: tuple[int, int, int]) -> Pixels:
-    """Return memory for one tile, always the same on each thread, so that it stays in the processor's cache."""
-    held: Pixels | None = getattr(_here, "tile", None)
-    if held is None or held.shape != shape:
-        held = _here.tile = np.empty(shape, np.uint8)
-    return held

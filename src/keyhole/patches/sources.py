@@ -62,8 +62,8 @@ class View:
 class PatchSource(ABC):
     """Patches, or stored features, of one image: their values, and where they are on the image.
 
-    A subclass sets `name`, `grid`, `patch_shape` and `dtype` and implements `close` and `read`, which may block and is
-    called from several threads.
+    A subclass sets `name`, `grid`, `patch_shape` and `dtype` and implements `read`, which may block and is called from
+    several threads.
 
     Attributes:
         name: for messages; as the manifest writes it.
@@ -98,8 +98,7 @@ class PatchSource(ABC):
     def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
         """Return patches (k, *patch_shape), written into `out` if given."""
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - an array in memory has no file
         """Close the file, if there is one. Reading afterwards is an error."""
 
     @property
@@ -236,6 +235,3 @@ class TensorPatches(PatchSource):
 
     def positions_2d(self, index: ArrayLike | slice) -> NDArray[np.float64]:
         return super().positions_2d(index) if self._centers is None else self._centers[checked_index(index, len(self))]
-
-    def close(self) -> None:
-        """Do nothing."""
