@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from processes import run_process
 
 from keyhole.cli.check import run as run_check
 from keyhole.config.settings import Config, DataConfig, PatchConfig, SelectConfig
+from keyhole.data.item import Item
 from keyhole.errors import DataError, OutputError
 from keyhole.images import ArrayImage, open_image
 from keyhole.patches.grid import PatchGrid
@@ -29,14 +29,14 @@ from keyhole.report.mask_preview import preview_names
 from keyhole.tools.check import worker as check_worker
 from keyhole.tools.check.look import Failed, Probed, Request, probe_here
 from keyhole.tools.check.run import CheckReport, Finding, check
-from keyhole.tools.check.worker import ImageProbe, serve
+from keyhole.tools.check.worker import ImageProbe, as_line, from_line, serve
 from keyhole.util.wording import problem_and_fix
 
 PATCH = {"size": 32, "stride": None, "level": None, "mpp": None, "foreground": "all"}
 
 
-def request(path: Path, **options: Any) -> Request:
-    return Request(str(path), options.pop("patch", PATCH), **options)
+def request(path: Path, patch: dict[str, Any] | None = None, **options: Any) -> Request:
+    return Request(Item("", path, {}, **options), patch or PATCH)
 
 
 def picture(path: Path, width: int = 100, height: int = 80, mode: str = "RGB", seed: int = 0) -> Path:
@@ -312,11 +312,11 @@ def test_masks_are_looked_at_and_their_faults_name_the_mask(tmp_path: Path, prob
     path, mask = picture(tmp_path / "a.png", 100, 80), tmp_path / "mask.png"
     Image.fromarray(np.pad(np.full((1, 1), 255, np.uint8), 1)[:, :2]).resize((50, 40), 0).save(mask)
     patch = {**PATCH, "size": 20, "foreground": "mask", "min_foreground": 0.01}
-    found = probe.probe(request(path, patch=patch, mask=str(mask)))
+    found = probe.probe(request(path, patch=patch, mask=mask))
     assert isinstance(found, Probed)
     assert 0 < found.patches < 20
     mask.write_bytes(mask.read_bytes()[:-20])
-    found = probe.probe(request(path, patch=patch, mask=str(mask)))
+    found = probe.probe(request(path, patch=patch, mask=mask))
     assert isinstance(found, Failed)
     assert found.trouble == "image"
     assert found.problem.startswith(f"{mask}: this mask is damaged")
@@ -400,8 +400,8 @@ def test_stored_features_are_looked_at_in_the_place_of_images(tmp_path: Path) ->
 
 def test_the_other_process_sees_what_we_see(tmp_path: Path, probe: ImageProbe) -> None:
     path = picture(tmp_path / "a b\nö.png", 90, 70, "L")
-    found = probe.probe(request(path, image_mpp=0.25))
-    assert found == probe_here(request(path, image_mpp=0.25))
+    found = probe.probe(request(path, mpp=0.25))
+    assert found == probe_here(request(path, mpp=0.25))
     assert found == Probed(size=(90, 70), levels=1, mpp=0.25, channels=1, patches=9, level_bytes=6300)  # type: ignore[arg-type]
 
 
@@ -477,19 +477,19 @@ def test_the_answer_wakes_whoever_waits_for_it(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(threading.Condition, "wait", counted)
     paths = [picture(tmp_path / f"{i}.png", seed=i) for i in range(3)]
     answers: list[str] = []
-    serve([json.dumps({"limit": 20, **asdict(request(path))}) for path in paths], answers.append)
-    assert [json.loads(answer)["patches"] for answer in answers if answer] == [12, 12, 12]
+    serve([as_line((20, request(path))) for path in paths], answers.append)
+    assert [from_line(answer).patches for answer in answers if answer] == [12, 12, 12]
     assert woken, "nobody waited"
     assert all(woken), "a wait ran to its timeout although the answer was there"
 
 
 def test_the_process_ends_with_its_input_and_never_imports_torch() -> None:
-    line = json.dumps({"limit": 5, **asdict(request(Path("none.png")))})
-    done = run_process("imported", "torch", "worker", input=f"{{}}\n{line}\n", timeout=60)
-    greeting, answer = map(json.loads, done.stdout.splitlines())
+    line = as_line((5, request(Path("none.png"))))
+    done = run_process("imported", "torch", "worker", input=f"{as_line(None)}\n{line}\n", timeout=60)
+    greeting, answer = map(from_line, done.stdout.splitlines())
     assert done.stderr == "[]\n", "its output is for answers alone"
-    assert greeting == {}
-    assert answer["trouble"] == "image"
+    assert greeting is None
+    assert answer.trouble == "image"
 
 
 def test_a_killed_probe_lets_its_waiter_go(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The columns of a CSV: which describe an image, which only identify it, and which cells mean an unknown label.
 
-A column that identifies (`patient`, `slide_id`, one value per row) is learned only if the user names it.
+A column that identifies images (`patient`, `slide_id`, another value in each row) is learned only if the user names it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GROUPS = (
     *("patient", "person", "subject", "participant", "individual", "donor", "mouse"),
     *("case", "specimen", "block", "slide", "wsi"),
 )
-"""What several images may show, widest first: its images belong in one split."""
+"""Words for what several images may show, widest first; all images of one belong in one split."""
 GROUP_REASON = "names what images belong together"
 _SUFFIX = r"_?(ids?|no|nr|num|number|names?|code|key|uid|uuid|identifier|barcode)"
 _GROUP = re.compile(rf"({'|'.join(GROUPS)})s?({_SUFFIX})?|(\w+_)?({'|'.join(GROUPS)}){_SUFFIX}")
@@ -45,7 +45,7 @@ UNKNOWN_AMONG_NUMBERS = frozenset({"none", "?", "-", ".", "missing", "unknown"})
 def with_columns_read(path: Path, table: DataTable, group: str, asked: Collection[str]) -> DataTable:
     """Add the groups and splits that the columns give, and find the columns that only identify.
 
-    `asked` are the columns that the user named as tasks or that a model predicts; they have no other meaning.
+    `asked` are the columns that the user named as tasks, or that a model predicts: they are labels.
     """
     texts = {name: [row.item.labels[name] for row in table.rows] for name in table.columns if name not in asked}
     table = _with_split(path, table, texts)
@@ -110,7 +110,7 @@ def tasks_among(path: Path, table: DataTable) -> list[str]:
 def column_notes(table: DataTable, tasks: Iterable[str], named: Collection[str]) -> list[str]:
     """Return sentences about words read as unknown labels, the column of groups, and columns that are not learned.
 
-    The columns `tasks` are learned; about those in `named`, which the user named, nothing needs to be said.
+    The columns `tasks` are learned; columns in `named`, which the user named, are not mentioned.
     """
     notes = []
     for name in tasks:
@@ -130,7 +130,7 @@ def column_notes(table: DataTable, tasks: Iterable[str], named: Collection[str])
 
 
 def alike_classes(tasks: Sequence[Task]) -> list[Finding]:
-    """Return a doubt for classes of a task that differ only in case or in the kind of blank."""
+    """Return a warning about classes of a task that differ only in case or in the kind of blank."""
     same: dict[tuple[str, str], list[str]] = defaultdict(list)
     for task in tasks:
         for name in task.classes:
@@ -183,7 +183,7 @@ def _names_group(name: str, texts: Sequence[str]) -> bool:
 
 
 def _identifies(name: str, texts: Sequence[str]) -> str:
-    """Say why a column identifies the image instead of describing it; empty if it may be learned."""
+    """Return why a column identifies the image instead of describing it; an empty text if it may be learned."""
     known = [text for text in texts if text]
     values, plain = set(known), _plain(name)
     # Numbers to predict or sets of labels; `0012` is a name.
@@ -209,7 +209,7 @@ def _counts_rows(texts: Sequence[str]) -> bool:
 
 
 def _divided_patients(name: str, texts: Sequence[str], rows: Sequence[Row]) -> list[Finding]:
-    """Doubt the CSV's own column `group` if it divides the images of one patient."""
+    """Return a warning if the column `group` of a CSV divides the images of one patient."""
     groups = defaultdict(set)
     for text, row in zip(texts, rows, strict=True):
         if text:

@@ -1,4 +1,4 @@
-"""Files that belong to an image by its name: stored features that are read instead of it, and masks."""
+"""Files that belong to an image by name: stored features, which are read instead of it, and masks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from keyhole.images.image import image_suffixes
 from keyhole.util.wording import listed
 
 FEATURE_FOLDERS = ("", "h5_files", "pt_files")
-"""Subfolders in which features are looked for: the folder itself and those of CLAM."""
+"""Subfolders that may hold features: the folder itself, and those of CLAM."""
 MASK_ORDER = (".png", ".geojson")
 
 
 def with_companions(path: Path, table: DataTable, data: DataConfig) -> DataTable:
-    """Add features and masks to every row: its own, else those found by name in the folders of `data`.
+    """Add the features and masks that the folders of `data` hold to every row that does not name its own.
 
-    A file of features that does not exist is still added, so that it is reported as missing.
+    Features that do not exist are added too, so that they are reported as missing.
     """
     features = Companions(data.features, "features", FEATURE_SUFFIXES, FEATURE_FOLDERS) if data.features else None
     masks = Companions(data.masks, "masks", MASK_ORDER) if data.masks else None
@@ -80,9 +80,9 @@ def _check_alike(path: Path, rows: Iterable[Row]) -> None:
 
 
 class Companions:
-    """A folder with files that are named after images, with one of the suffixes in `order`, best first.
+    """A folder of files that are named after images, with the suffixes in `order`, best first.
 
-    `option` is its name in `DataConfig`, for messages.
+    `option` is its name in `DataConfig`.
     """
 
     def __init__(self, folder: Path, option: str, order: tuple[str, ...], subfolders: tuple[str, ...] = ("",)) -> None:
@@ -93,7 +93,7 @@ class Companions:
         self._names = cache(_file_names)
 
     def find(self, item: Item) -> Path | None:
-        """Return the file of an image: by its name in the data, folders included, then by the file's name alone."""
+        """Return the file of an image, by the image's name with its folders, then by its file name alone."""
         written = PurePosixPath(item.name)
         inside = not written.is_absolute() and ".." not in written.parts and len(written.parts) > 1
         for stem in dict.fromkeys([*(_stems(written.as_posix()) if inside else []), *_stems(item.image.name)]):
@@ -106,7 +106,7 @@ class Companions:
 
 
 def _stems(name: str) -> list[str]:
-    """Return `a.ome.tif`, `a.ome` and `a`: the names of an image that a companion may have before its own suffix."""
+    """Return `a.ome.tif`, `a.ome` and `a`: what may come before the suffix of a companion."""
     suffix = PurePosixPath(name).suffix
     # The part after the last dot of a slide's number is not a suffix.
     if suffix.lower() not in image_suffixes() and not (suffix[1:].isalpha() and len(suffix) <= 7):
@@ -123,9 +123,9 @@ def _file_names(folder: Path) -> frozenset[str]:
 
 
 def feature_names(folder: Path, items: Sequence[Item]) -> dict[str, Path]:
-    """Return the file of each image: `a.h5`, `a.svs.h5` where there are several a, else `normal/a.svs.h5`.
+    """Return a file for the features of each image: `a.h5`; `a.svs.h5` if there are several a, or `normal/a.svs.h5`.
 
-    `--data.features` finds them under these names. Upper and lower case count as equal, as on some file systems.
+    `Companions` finds them by these names. Upper and lower case are equal, as on some file systems.
     """
     named: dict[str, str] = {}
     ways: list[Callable[[Item], str]] = [

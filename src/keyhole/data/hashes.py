@@ -1,4 +1,4 @@
-"""Size and SHA-256 of the files of a data set: most damage decodes without an error, and only a hash shows it."""
+"""Size and SHA-256 of the files of a data set: most damage decodes without an error, so that only a hash shows it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER_CONTENT = "other content of the same size"
 
 @dataclass(frozen=True)
 class FileHash:
-    """Size and SHA-256 of a file; of an image that is a folder, of the names and contents of all its files."""
+    """Size and SHA-256 of a file, or of the names and contents of all files of an image that is a folder."""
 
     sha256: str
     bytes: int
@@ -53,7 +53,7 @@ def changed_files(
 ) -> dict[str, str]:
     """Compare files with their recorded size and, where one was recorded, with their SHA-256.
 
-    Files without a record are not compared, nor those that are gone or cannot be read: opening them reports them.
+    Files without a record are not compared, nor files that are missing or unreadable, which opening reports.
     """
     changed: dict[str, str] = {}
     same_size = []

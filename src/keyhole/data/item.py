@@ -1,4 +1,4 @@
-"""One image of a data set, one that was left out, and the rows of a CSV or folder before tasks and splits are known."""
+"""Value objects of a data set: images, rows of a CSV or folder, what is left out, and findings."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Item:
     image: Path
     labels: dict[str, str]  # text per task as written; empty where unknown
     split: str = ""  # empty until the splits are made
-    group: str | None = None  # its images (of a patient, a place) stay in one split; None: the image is its own group
+    group: str | None = None  # such as a patient: its images stay in one split; None if the image is its own group
     mpp: float | None = None  # microns per level-0 pixel from the CSV, which overrides the file
     mask: Path | None = None  # PNG or GeoJSON of the foreground
-    annotation: Path | None = None  # outlines of what is looked for, such as lesions; never read in training
-    features: Path | None = None  # stored features, which are read instead of `image`, which need not exist then
+    annotation: Path | None = None  # outlines of lesions or other objects; never read in training
+    features: Path | None = None  # stored features to read instead of `image`, which then need not exist
 
     def __post_init__(self) -> None:
         if self.features is None and str(self.image).lower().endswith(FEATURE_SUFFIXES):
@@ -49,21 +49,21 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Row:
-    """An item and the place where it was read, for messages: `line 7`, or a path."""
+    """An item and where it was read, for messages: `line 7`, or a path."""
 
     item: Item
     where: str
 
     def but(self, **facts: Any) -> Row:
-        """Return the row with other facts of its item."""
+        """Return the row with some fields of its item replaced."""
         return Row(replace(self.item, **facts), self.where)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that would stop a run (error) or is often a mistake (warning), and what to do about it."""
+    """A fault that would stop a run (error) or a frequent mistake (warning), and what to do about it."""
 
-    name: str  # the image, task or setting that it is about
+    name: str  # of the image, task or setting
     problem: str
     fix: str
     severity: Literal["error", "warning"] = "error"
@@ -85,20 +85,20 @@ def warning(name: str | Sequence[str], problem: str, fix: str) -> Finding:
 class DataTable:
     """The rows of a CSV or a folder, before tasks and splits are known."""
 
-    columns: tuple[str, ...]  # those without a reserved meaning, which may be learned
+    columns: tuple[str, ...]  # that may be learned; those with a reserved meaning are not in it
     rows: list[Row]
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # decisions that a user should know
-    doubts: list[Finding] = field(default_factory=list)  # what is often a mistake
-    written: bool = False  # by keyhole, so every cell means what it says
+    doubts: list[Finding] = field(default_factory=list)  # frequent mistakes
+    written: bool = False  # by keyhole: no cell needs interpretation
     has_group: bool = False  # there is a column `group`
-    grouped_by: str = ""  # the column that the groups were taken from, if it is not `group`
-    identifying: dict[str, str] = field(default_factory=dict)  # columns that say which image it is, and the reason
+    grouped_by: str = ""  # the column of the groups, if it is not `group`
+    identifying: dict[str, str] = field(default_factory=dict)  # columns that are not learned, each with the reason
     missing: dict[str, Counter[str]] = field(default_factory=dict)  # per column, the words read as an unknown label
 
 
 def absolute(path: str | Path) -> Path:
-    """Return the absolute path without `..` and without resolving links, whose own names are what a user knows."""
+    """Return the absolute path without `..`; links are not resolved, since users know the names of links."""
     return Path(os.path.abspath(path))  # noqa: PTH100 - `resolve` would follow links
 
 

@@ -1,7 +1,6 @@
-"""The images below a folder, and why each other file is not one: output of keyhole, system folders, other suffixes.
+"""The images below a folder, and the reason why each other file is not one.
 
-Folders that keyhole wrote are recognised by the files in them. One that also holds images of the user is read, without
-the files of keyhole in it.
+The files in a folder show whether keyhole wrote it. If it also holds images of the user, only these are read.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SYSTEM_FOLDERS: Mapping[str, str] = {
     "network trash folder": "recycle bin of macOS",
     "__pycache__": "system folder of Python",
 }
-"""Folders that operating systems create, in lower case, with what they are. Hidden folders are left out too."""
+"""Folders that systems create, in lower case, with what they are. Hidden folders are left out too."""
 SYSTEM_FILES = frozenset({".ds_store", "thumbs.db", "desktop.ini"})
 _RUN = {"config.yaml", "manifest.csv", "environment.json"}
 _PREDICTION = {"prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz"}
@@ -49,7 +48,7 @@ _FIRST_BYTES = {  # of single files of keyhole
     "keyhole.yaml": b"# Written by keyhole",
 }
 _NOT_A_PICTURE = "written by keyhole"
-"""Reason for a file of `_FIRST_BYTES`, which nobody expects among the images: it is not listed as left out."""
+"""Reason for a file of `_FIRST_BYTES`; it is not listed as left out, since nobody expects it among the images."""
 
 
 def list_images(
@@ -57,9 +56,9 @@ def list_images(
 ) -> tuple[list[Path], list[LeftOut]]:
     """Return the images below a folder in order of name, and every other file with the reason why it is not one.
 
-    If there are no images, files of stored features are taken instead, one per slide. Links are followed, each folder
-    once. The folders in `ignore` (absolute) are left out with their reasons, as are output of keyhole and, with
-    `generated`, images that it generated; `path` itself is always read.
+    Without images, files of stored features are returned, one per slide. Links are followed, each folder once. The
+    absolute paths in `ignore` are left out with their reasons, as are output of keyhole and, with `generated`, images
+    that it generated; `path` itself is always read.
     """
     path = absolute(path)
     images: list[Path] = []
@@ -108,7 +107,7 @@ def expand_images(
 
 
 def system_folder(name: str) -> str:
-    """Say what a folder of this name is if a system created it; empty otherwise."""
+    """Return what a folder of this name is if a system creates it; else an empty text."""
     return "hidden folder" if name.startswith(".") else SYSTEM_FOLDERS.get(name.lower(), "")
 
 
@@ -165,7 +164,7 @@ def _walk(path: Path, ignore: Mapping[Path, str], generated: bool) -> Iterator[t
 
 
 def _why_not(file: Path) -> str:
-    """Say why a file is not read as an image; empty if it is."""
+    """Return why a file is not read as an image; an empty text if it is."""
     suffix = file.suffix.lower()
     try:
         str(file).encode()
@@ -181,7 +180,7 @@ def _why_not(file: Path) -> str:
 
 
 def _one_per_slide(path: Path, stored: list[Path]) -> tuple[list[Path], list[LeftOut]]:
-    """Keep one of the feature files of a slide that differ only in suffix or in CLAM's folder: HDF5 before .pt."""
+    """Keep one of the feature files of each slide that differ only in suffix or in CLAM's folder: HDF5 before .pt."""
     best: dict[Path, Path] = {}
     for file in sorted(stored, key=lambda file: (FEATURE_SUFFIXES.index(file.suffix.lower()), file)):
         inside = [part for part in file.relative_to(path).parts if part not in FEATURE_FOLDERS]
@@ -206,7 +205,7 @@ def _own_files(folder: Path, names: Collection[str]) -> dict[str, str]:
 
 
 def _output_folder(folder: Path, folders: Sequence[str], names: Collection[str], generated: bool) -> str:
-    """Say what a folder with these `folders` and files is if keyhole wrote all of it; empty if it is the user's."""
+    """Return what a folder with these `folders` and files is if keyhole wrote all of it; else an empty text."""
     present = set(names)
     if present >= _RUN:
         return "a run of keyhole"
@@ -228,7 +227,7 @@ def _output_folder(folder: Path, folders: Sequence[str], names: Collection[str],
 
 
 def _is_output(folder: Path, generated: bool) -> bool:
-    """Look into a folder that is not listed yet, without following links."""
+    """Return whether keyhole wrote a folder that is not listed yet; links are not followed."""
     try:
         with os.scandir(folder) as found:
             entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in found}

@@ -38,13 +38,13 @@ Targets = NDArray[Any]  # encoded labels (n, w): float64 for regression, else fl
 
 @dataclass(frozen=True)
 class Manifest:
-    """The images of a run and the tasks that they pose; regression has mean and deviation of the training split."""
+    """The images of a run and their tasks; a regression has the mean and deviation of its training labels."""
 
     items: tuple[Item, ...]
     tasks: tuple[Task, ...]
     left_out: tuple[LeftOut, ...] = ()  # every file and row that is not used
-    notes: tuple[str, ...] = ()  # decisions that a user should know, one sentence each; they include the doubts
-    doubts: tuple[Finding, ...] = ()  # what is often a mistake in the data
+    notes: tuple[str, ...] = ()  # decisions that a user should know, and the doubts; one sentence each
+    doubts: tuple[Finding, ...] = ()  # frequent mistakes
 
     def split(self, name: str) -> tuple[Item, ...]:
         """Return the items of `train`, `val` or `test`."""
@@ -110,7 +110,7 @@ def write_left_out(path: str | Path, left_out: Iterable[tuple[str, str]]) -> Pat
 
 
 def write_csv(path: str | Path, rows: Iterable[Sequence[str]]) -> Path:
-    """Write a CSV of names, which need not be valid text: bytes that are not UTF-8 are written as escapes."""
+    """Write a CSV; bytes of file names that are not UTF-8 become escapes."""
     return write_atomic(path, csv_text(rows).encode("utf-8", "backslashreplace"))
 
 
@@ -169,10 +169,10 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
 def read_for_tasks(
     data: DataConfig, tasks: Sequence[Task], splits: Sequence[str] | None = None, run: bool = False
 ) -> Manifest:
-    """Read labelled images for the tasks of a trained model, to evaluate it on them, of some `splits` alone.
+    """Read labelled images of some `splits` to evaluate a trained model on its tasks.
 
-    Every image without a split is in `test`; a task without a column has no labels. For the manifest of a `run`,
-    `data.root` is the folder that its files were moved to.
+    An image without a split is in `test`; a task without a column has no labels. For the manifest of a `run`,
+    `data.root` is the folder to which its files were moved.
     """
     names = [task.name for task in tasks]
     table, path = read_rows(data, names, [label for task in tasks for label in task.classes])

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 TOLERANCE = 1.2
-"""Largest ratio of two resolutions that count as alike: scanners of one nominal magnification differ by less."""
-MAX_MICROSCOPE_MPP = 20.0  # coarser values are the print resolution of a photograph and do not describe what it shows
+"""Largest ratio of two resolutions that count as equal: scanners of one nominal magnification differ by less."""
+MAX_MICROSCOPE_MPP = 20.0  # coarser values are the print resolution of photographs
 HOW_TO_GIVE = "a column `mpp` in a CSV, or --mpp of predict"
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """Microns per pixel of the patches that a model learned from: the smallest and largest value that images state."""
+    """The smallest and largest microns per pixel of the patches that a model learned from."""
 
     low: float | None = None
     high: float | None = None
@@ -38,7 +38,7 @@ class Resolution:
         return f"{self.low:.3g}" if self.high / self.low < 1.01 else f"{self.low:.3g} to {self.high:.3g}"
 
     def spread(self) -> tuple[str, str] | None:
-        """Return what is wrong and what to do, if the images differ from each other."""
+        """Return the problem and its fix if the images differ from each other."""
         if self.low is None or self.high is None or self.low > MAX_MICROSCOPE_MPP:
             return None
         if self.high / self.low > TOLERANCE:

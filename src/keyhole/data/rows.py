@@ -19,14 +19,14 @@ from keyhole.images.image import folder_suffixes
 from keyhole.util.wording import listed
 
 MISSING_FILE = "no such file"
-SAMPLE_FILES = 16  # number of files that are looked up first, to rule out a folder quickly
+SAMPLE_FILES = 16  # number of files that are tried first, to rule out a folder quickly
 
 
 def read_rows(data: DataConfig, asked: Sequence[str], classes: Sequence[str] = ()) -> tuple[DataTable, Path]:
     """Return the rows of a data set, and its path.
 
-    `asked` are the columns to learn or to compare with, each `name` or `name=kind`; `classes` those that a model knows,
-    which are labels even if `data.missing` has them.
+    `asked` are the columns to learn or to compare with, each `name` or `name=kind`. The `classes` of a model are labels
+    even if `data.missing` has them.
     """
     if data.path is None:
         raise DataError("no data given. Name a folder of classes or a CSV: --data.path PATH.")
@@ -54,7 +54,7 @@ def read_rows(data: DataConfig, asked: Sequence[str], classes: Sequence[str] = (
 def name_and_kind(entry: str, columns: Sequence[str]) -> tuple[str, str]:
     """Split `name=kind`; `kind` is empty for `name`.
 
-    A name may contain `=`, and so may the class of `name=binary:class`: the longest column that fits is meant.
+    A name may contain `=`, as may the class in `name=binary:class`: the longest column that fits is taken.
     """
     fitting = [column for column in columns if entry == column or entry.startswith(f"{column}=")]
     name = max(fitting, key=len, default=entry.partition("=")[0])
@@ -76,7 +76,10 @@ def in_splits(path: Path, table: DataTable, splits: Sequence[str]) -> DataTable:
 def usable_rows(
     path: Path, table: DataTable, names: Sequence[str], data: DataConfig, remedy: str
 ) -> tuple[list[Row], list[LeftOut]]:
-    """Return the rows that have a label and a file, each image once, with the labels of the columns `names` only."""
+    """Return the rows that have a label and a file, each image once, and what is left out.
+
+    Labels are those of the columns `names`; `remedy` ends the error about missing files.
+    """
     rows: list[Row] = []
     left_out = list(table.left_out)
     first: dict[Path, Row] = {}
@@ -142,7 +145,7 @@ def _check_same(path: Path, first: Row, again: Row) -> None:
 
 
 def moved_to(manifest: Path, table: DataTable, root: Path) -> DataTable:
-    """Replace the paths of a run's manifest by those below `root`, which stands for the folder with most of the files.
+    """Replace the paths of a run's manifest by those below `root`, to which its files were moved.
 
     Paths that do not exist there stay.
     """

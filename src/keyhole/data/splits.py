@@ -1,7 +1,7 @@
-"""The split of each image: train is learned from, val chooses the best model, test is not read in training.
+"""The split of each image: a model learns from train, val chooses the best model, and training does not read test.
 
-Groups stay whole, classes keep their proportions, and the result depends only on the seed and the names. (That of
-scikit-learn's StratifiedGroupKFold depends on the order of the rows, and a share of 15 % would need many folds.)
+Groups stay whole, classes keep their proportions, and the result depends only on the seed and the names. (The result of
+scikit-learn's StratifiedGroupKFold depends on the order of the rows, and a share of 15 % needs many folds.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from keyhole.util.wording import listed
 def settle_splits(
     path: Path, rows: Sequence[Row], tasks: Sequence[Task], data: DataConfig, seed: int, grouped_by: str = ""
 ) -> tuple[list[Item], list[str]]:
-    """Return the items with the given splits or with drawn ones, val alone if only that is missing; and notes."""
+    """Return the items with given or drawn splits, and notes; if only val is missing, only val is drawn."""
     items = [row.item for row in rows]
     given = [row for row in rows if row.item.split]
     notes = []
@@ -81,7 +81,7 @@ def _drawn(
 
 
 def give_splits(path: Path | None) -> str:
-    """Say how a user states the split of each image, for a folder or a CSV."""
+    """Return how a user states the split of each image, in a folder or a CSV."""
     return "give folders train, val and test" if path is not None and path.is_dir() else "give a `split` column"
 
 
@@ -104,7 +104,7 @@ def check_training(where: str, items: Sequence[Item], tasks: Sequence[Task]) -> 
 
 
 def leaking_groups(groups: Sequence[str | None], splits: Sequence[str]) -> list[str]:
-    """Return the groups with images in more than one split: training then knows a part of what is held out."""
+    """Return the groups with images in more than one split, so that training sees a part of what is held out."""
     found = defaultdict(set)
     for group, split in zip(groups, splits, strict=True):
         if group is not None:
@@ -114,7 +114,7 @@ def leaking_groups(groups: Sequence[str | None], splits: Sequence[str]) -> list[
 
 @dataclass(frozen=True)
 class Sample:
-    """What splitting needs to know about an image."""
+    """The facts about an image that its split depends on."""
 
     name: str
     group: str | None  # images of one group stay together; None if the image is its own group
@@ -141,7 +141,7 @@ def make_splits(
 
     1. Each stratum gets a quota per split: its share of the stratum, rounded up or down so that the totals of the
        splits come out right. The training split gets at least one image of each stratum.
-    2. Groups, in an order drawn from the seed and their name, go whole to the split that lacks most of what they hold.
+    2. Groups, in a random order from the seed and their names, go whole to the split that lacks most of what they hold.
        A group larger than a whole held-out split goes to training.
     3. Groups move until training has every class and no split is empty.
 

@@ -52,28 +52,6 @@ class Problem(NamedTuple):
     what: str
 
 
-@dataclass
-class Found:
-    """Files by the name of their slide, and the problems found so far."""
-
-    slides: dict[str, Path] = field(default_factory=dict)
-    annotations: dict[str, Path] = field(default_factory=dict)
-    masks: dict[str, Path] = field(default_factory=dict)
-    features: dict[str, Path] = field(default_factory=dict)
-    references: list[Path] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def problem(self, name: str | Path, what: str) -> None:
-        self.problems.append(Problem(str(name), what))
-
-    def add(self, to: dict[str, Path], name: str, path: Path) -> None:
-        if name in to:
-            self.problem(path, f"there is another file of {name}, which is used instead: {to[name]}")
-        else:
-            to[name] = path
-
-
 @dataclass(frozen=True)
 class Camelyon16:
     """What a copy of the data set holds: the slides that can be used, in order of their names, and all problems.
@@ -135,185 +113,211 @@ def read_camelyon16(
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder. Give the one that holds training and testing, or images.")
-    found = find_files(root)
+    found = _Found()
+    found.find_files(root)
     if features is not None:
-        find_features(features, found)
-    labels = _labels(found, reference)
-    slides = _usable(found, labels)
+        found.find_features(features)
+    labels = found.read_labels(reference)
+    slides = found.usable(labels)
     if not slides:
         first = f"; the first problem: {found.problems[0].name}: {found.problems[0].what}" if found.problems else ""
         raise DataError(
             f"{root}: no usable slide of CAMELYON16: expected files such as normal_001.tif, tumor_001.tif, or "
             f"test_001.tif with a reference.csv{first}."
         )
-    slides = [replace(slide, annotation=_annotation(found, slide)) for slide in _with_splits(found, slides, val, seed)]
-    _compare(found, slides, labels)
+    slides = [replace(slide, annotation=found.annotation(slide)) for slide in found.with_splits(slides, val, seed)]
+    found.compare(slides, labels)
     return Camelyon16(tuple(slides), tuple(found.problems), tuple(found.notes))
 
 
-def _labels(found: Found, reference: Path | None) -> dict[str, str]:
-    """Return the label of every slide that a reference names; that of the AWS copy names the training slides too."""
-    labels: dict[str, tuple[str, Path]] = {}
-    for path in found.references if reference is None else [reference]:
-        for name, label in _read_reference(path, found):
-            before, where = labels.setdefault(name, (label, path))
-            if before != label:
-                raise DataError(
-                    f"{path}: {name} is {label}, but {before} in {where}. "
-                    "Keep the right file, or name it with --reference."
-                )
-    if not labels:
-        found.notes.append("no reference.csv with labels, so no test slide can be used; give it with --reference")
-    return {name: label for name, (label, _) in labels.items()}
+@dataclass
+class _Found:
+    """Files by the name of their slide, and the problems found so far; the methods in the order of their calls."""
 
+    slides: dict[str, Path] = field(default_factory=dict)
+    annotations: dict[str, Path] = field(default_factory=dict)
+    masks: dict[str, Path] = field(default_factory=dict)
+    features: dict[str, Path] = field(default_factory=dict)
+    references: list[Path] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-def _read_reference(path: Path, found: Found) -> Iterator[tuple[str, str]]:
-    """Yield (slide, label) of each row: with or without a header, names with or without .tif, labels in any column."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Expected a CSV with rows such as test_001,Tumor,IDC,Macro.")
-    try:
-        rows = list(csv.reader(io.StringIO(path.read_text("utf-8-sig"))))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a CSV in UTF-8. Expected rows such as test_001,Tumor,IDC,Macro.") from error
-    for line, row in enumerate(rows, start=1):
-        name = slide_name(Path(row[0].strip()).stem) if row else None
-        words = {cell.strip().lower() for cell in row[1:]}
-        normal, tumor = bool(words & NORMAL_WORDS), bool(words & TUMOR_WORDS)
-        if name is not None and normal != tumor:
-            yield name, "tumor" if tumor else "normal"
-        elif any(cell.strip() for cell in row) and (name is not None or line > 1):  # else a header, or an empty line
-            found.problem(
-                f"{path}, line {line}", "expected a slide and its label, as test_001,Tumor,IDC,Macro; not used"
-            )
+    def problem(self, name: str | Path, what: str) -> None:
+        self.problems.append(Problem(str(name), what))
 
-
-def _usable(found: Found, labels: Mapping[str, str]) -> list[Item]:
-    files = dict(found.slides)
-    if found.features:
-        for name in sorted(set(files) - set(found.features)):
-            found.problem(name, "a slide without a feature file; not used")
-        files = {name: files.get(name, path.with_name(f"{path.stem}.tif")) for name, path in found.features.items()}
-    usable = []
-    for name, path in sorted(files.items()):
-        prefix = name.partition("_")[0]
-        label = labels.get(name) if prefix == "test" else prefix
-        if name in WITHDRAWN:
-            found.problem(name, f"{WITHDRAWN[name]}; not used")
-        elif label is None:
-            found.problem(name, "a test slide without a row in reference.csv, so its label is not known; not used")
-        elif labels.get(name, label) != label:
-            found.problem(name, f"named {prefix}, but the reference says {labels[name]}; not used")
+    def add(self, to: dict[str, Path], name: str, path: Path) -> None:
+        if name in to:
+            self.problem(path, f"there is another file of {name}, which is used instead: {to[name]}")
         else:
-            mask, features = found.masks.get(name), found.features.get(name)
-            usable.append(Item(name, path, {"label": label}, mask=mask, features=features))
-    return usable
+            to[name] = path
 
-
-def _with_splits(found: Found, slides: list[Item], val: float, seed: int) -> list[Item]:
-    """Take test as published and draw validation from training; with too few slides, all are for training."""
-    training = {slide.name: slide.labels["label"] for slide in slides if not slide.name.startswith("test")}
-    splits = {slide.name: "train" if slide.name in training else "test" for slide in slides}
-    if training and val > 0:
-        samples = [Sample(name, None, label, [("label", label)]) for name, label in training.items()]
-        try:
-            splits |= zip(training, make_splits(samples, {"train": 1 - val, "val": val}, seed), strict=True)
-        except DataError:
-            found.problem("validation", f"{len(training)} training slides are too few to hold some out; none is")
-    return [replace(slide, split=splits[slide.name]) for slide in slides]
-
-
-def _annotation(found: Found, slide: Item) -> Path | None:
-    path = found.annotations.get(slide.name)
-    if path is None:
-        return None
-    try:
-        regions = read_regions(path)
-    except DataError as error:
-        found.problem(slide.name, f"its lesion outlines are not used: {error}")
-        return None
-    if slide.labels["label"] == "normal":
-        found.problem(slide.name, f"a normal slide with lesion outlines, which are not used: {path}")
-        return None
-    if not regions:
-        found.problem(slide.name, f"its file of lesion outlines has none: {path}")
-    return path
-
-
-def _compare(found: Found, slides: list[Item], labels: Mapping[str, str]) -> None:
-    names = {slide.name for slide in slides}
-    known = names | {name for problem in found.problems if (name := slide_name(Path(problem.name).stem))}
-    for name in OFFICIAL:
-        if name not in known:
-            found.problem(name, "missing: an official slide that is not here")
-    for name in sorted(names - set(OFFICIAL)):
-        found.problem(name, "not an official slide; still used")
-    for slide in slides:
-        if slide.labels["label"] == "tumor" and slide.name not in found.annotations:
-            found.problem(slide.name, "a tumor slide without lesion outlines (.xml)")
-    for name in sorted(set(found.annotations) - known):
-        found.problem(found.annotations[name], "lesion outlines without a slide")
-    for name in sorted(set(labels) - known - set(WITHDRAWN)):
-        if name.startswith("test"):  # missing training slides, which the AWS copy's reference names, are reported above
-            found.problem(name, "a row in reference.csv without a slide")
-    trained = {slide.labels["label"] for slide in slides if slide.split == "train"}
-    if len(trained) < 2:
-        found.problem("training", f"slides of {' and '.join(trained) or 'neither class'} only: nothing to tell apart")
-
-
-def _relative(path: Path | None, folder: Path) -> str:
-    if path is None:
-        return ""
-    try:
-        return os.path.relpath(path, folder)
-    except ValueError:  # on another drive
-        return str(path.absolute())
-
-
-def find_files(root: Path) -> Found:
-    """Find slides, outlines, masks and references below a folder. Four bytes of every slide are read."""
-    found = Found()
-    for path in _files(root, found):
-        suffix, folder = path.suffix.lower(), path.parent.name.lower()
-        name = slide_name(path.stem)
-        if path.name.lower() == "reference.csv":
-            found.references.append(path)
-        elif suffix == ".zip" and "annotation" in path.stem.lower():
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    outlines = sum(file.lower().endswith(".xml") for file in archive.namelist())
-            except (OSError, zipfile.BadZipFile) as error:
-                found.problem(path, f"cannot be read as a ZIP archive ({error}). Download it again")
+    def find_files(self, root: Path) -> None:
+        """Find slides, outlines, masks and references below a folder. Four bytes of every slide are read."""
+        for path in self._walk(root):
+            suffix, folder = path.suffix.lower(), path.parent.name.lower()
+            name = slide_name(path.stem)
+            if path.name.lower() == "reference.csv":
+                self.references.append(path)
+            elif suffix == ".zip" and "annotation" in path.stem.lower():
+                try:
+                    with zipfile.ZipFile(path) as archive:
+                        outlines = sum(file.lower().endswith(".xml") for file in archive.namelist())
+                except (OSError, zipfile.BadZipFile) as error:
+                    self.problem(path, f"cannot be read as a ZIP archive ({error}). Download it again")
+                    continue
+                self.notes.append(f"{path}: {outlines} lesion outlines are still zipped; unzip it, and they are found")
+            elif name is None:
                 continue
-            found.notes.append(f"{path}: {outlines} lesion outlines are still zipped; unzip it, and they are found")
-        elif name is None:
-            continue
-        elif suffix in MASK_SUFFIXES and folder in MASK_FOLDERS:
-            found.add(found.masks, name, path)
-        elif suffix == ".xml":
-            found.add(found.annotations, name, path)
-        elif suffix in SLIDE_SUFFIXES and (fault := _fault(path, name)):
-            found.problem(path, fault)
-        elif suffix in SLIDE_SUFFIXES:
-            found.add(found.slides, name, path)
-    return found
+            elif suffix in MASK_SUFFIXES and folder in MASK_FOLDERS:
+                self.add(self.masks, name, path)
+            elif suffix == ".xml":
+                self.add(self.annotations, name, path)
+            elif suffix in SLIDE_SUFFIXES and (fault := _fault(path, name)):
+                self.problem(path, fault)
+            elif suffix in SLIDE_SUFFIXES:
+                self.add(self.slides, name, path)
 
+    def _walk(self, root: Path) -> Iterator[Path]:
+        """Yield the files below a folder in order; links are followed, each folder once."""
+        seen: set[str] = set()
 
-def _files(root: Path, found: Found) -> Iterator[Path]:
-    seen: set[str] = set()
+        def cannot(error: OSError) -> None:
+            self.problem(error.filename, f"a folder that cannot be listed ({error.strerror}); not used")
 
-    def cannot(error: OSError) -> None:
-        found.problem(error.filename, f"a folder that cannot be listed ({error.strerror}); not used")
+        for folder, folders, names in os.walk(root, onerror=cannot, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if name.lower() not in IGNORED_FOLDERS and name[0] != ".")
+            yield from (Path(folder, name) for name in sorted(names) if name[0] != ".")
 
-    for folder, folders, names in os.walk(root, onerror=cannot, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if name.lower() not in IGNORED_FOLDERS and name[0] != ".")
-        yield from (Path(folder, name) for name in sorted(names) if name[0] != ".")
+    def find_features(self, folder: Path) -> None:
+        """Find the feature files of the slides in a folder or in CLAM's subfolders."""
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder. Give the one with the feature files (.h5, .pt) of the slides.")
+        for place in (folder / name for name in FEATURE_FOLDERS):
+            for path in sorted(place.iterdir()) if place.is_dir() else ():
+                name = slide_name(path.stem)
+                if name is None or path.suffix.lower() not in FEATURE_SUFFIXES:
+                    continue
+                if name not in self.features or path.suffix == self.features[name].suffix:  # .h5 goes over .pt
+                    self.add(self.features, name, path)
+            if self.features:
+                return
+        raise DataError(
+            f"{folder}: no feature file of a slide in it. Expected such as tumor_001.h5 or tumor_001.pt, here or in "
+            "h5_files or pt_files."
+        )
+
+    def read_labels(self, reference: Path | None) -> dict[str, str]:
+        """Return the label of every slide that a reference names; the AWS copy also names the training slides."""
+        labels: dict[str, tuple[str, Path]] = {}
+        for path in self.references if reference is None else [reference]:
+            for name, label in self._read_reference(path):
+                before, where = labels.setdefault(name, (label, path))
+                if before != label:
+                    raise DataError(
+                        f"{path}: {name} is {label}, but {before} in {where}. "
+                        "Keep the right file, or name it with --reference."
+                    )
+        if not labels:
+            self.notes.append("no reference.csv with labels, so no test slide can be used; give it with --reference")
+        return {name: label for name, (label, _) in labels.items()}
+
+    def _read_reference(self, path: Path) -> Iterator[tuple[str, str]]:
+        """Yield (slide, label) of each row; a header and `.tif` are optional, and the label may be in any column."""
+        if not path.is_file():
+            raise DataError(f"{path}: no such file. Expected a CSV with rows such as test_001,Tumor,IDC,Macro.")
+        try:
+            rows = list(csv.reader(io.StringIO(path.read_text("utf-8-sig"))))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from error
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path}: not a CSV in UTF-8. Expected rows such as test_001,Tumor,IDC,Macro.") from error
+        for line, row in enumerate(rows, start=1):
+            name = slide_name(Path(row[0].strip()).stem) if row else None
+            words = {cell.strip().lower() for cell in row[1:]}
+            normal, tumor = bool(words & NORMAL_WORDS), bool(words & TUMOR_WORDS)
+            if name is not None and normal != tumor:
+                yield name, "tumor" if tumor else "normal"
+            elif any(cell.strip() for cell in row) and (name is not None or line > 1):  # line 1 may be a header
+                what = "expected a slide and its label, as test_001,Tumor,IDC,Macro; not used"
+                self.problem(f"{path}, line {line}", what)
+
+    def usable(self, labels: Mapping[str, str]) -> list[Item]:
+        """Return the slides with a label in order of name; those without features are not used if there are any."""
+        files = dict(self.slides)
+        if self.features:
+            for name in sorted(set(files) - set(self.features)):
+                self.problem(name, "a slide without a feature file; not used")
+            files = {name: files.get(name, path.with_name(f"{path.stem}.tif")) for name, path in self.features.items()}
+        usable = []
+        for name, path in sorted(files.items()):
+            prefix = name.partition("_")[0]
+            label = labels.get(name) if prefix == "test" else prefix
+            if name in WITHDRAWN:
+                self.problem(name, f"{WITHDRAWN[name]}; not used")
+            elif label is None:
+                self.problem(name, "a test slide without a row in reference.csv, so its label is not known; not used")
+            elif labels.get(name, label) != label:
+                self.problem(name, f"named {prefix}, but the reference says {labels[name]}; not used")
+            else:
+                mask, features = self.masks.get(name), self.features.get(name)
+                usable.append(Item(name, path, {"label": label}, mask=mask, features=features))
+        return usable
+
+    def with_splits(self, slides: list[Item], val: float, seed: int) -> list[Item]:
+        """Take test as published and draw validation from training; with too few slides, all are for training."""
+        training = {slide.name: slide.labels["label"] for slide in slides if not slide.name.startswith("test")}
+        splits = {slide.name: "train" if slide.name in training else "test" for slide in slides}
+        if training and val > 0:
+            samples = [Sample(name, None, label, [("label", label)]) for name, label in training.items()]
+            try:
+                splits |= zip(training, make_splits(samples, {"train": 1 - val, "val": val}, seed), strict=True)
+            except DataError:
+                self.problem("validation", f"{len(training)} training slides are too few to hold some out; none is")
+        return [replace(slide, split=splits[slide.name]) for slide in slides]
+
+    def annotation(self, slide: Item) -> Path | None:
+        """Return the lesion outlines of a slide if they can be read and do not contradict its label."""
+        path = self.annotations.get(slide.name)
+        if path is None:
+            return None
+        try:
+            regions = read_regions(path)
+        except DataError as error:
+            self.problem(slide.name, f"its lesion outlines are not used: {error}")
+            return None
+        if slide.labels["label"] == "normal":
+            self.problem(slide.name, f"a normal slide with lesion outlines, which are not used: {path}")
+            return None
+        if not regions:
+            self.problem(slide.name, f"its file of lesion outlines has none: {path}")
+        return path
+
+    def compare(self, slides: list[Item], labels: Mapping[str, str]) -> None:
+        """Note what differs from the official data set."""
+        names = {slide.name for slide in slides}
+        known = names | {name for problem in self.problems if (name := slide_name(Path(problem.name).stem))}
+        for name in OFFICIAL:
+            if name not in known:
+                self.problem(name, "missing: an official slide that is not here")
+        for name in sorted(names - set(OFFICIAL)):
+            self.problem(name, "not an official slide; still used")
+        for slide in slides:
+            if slide.labels["label"] == "tumor" and slide.name not in self.annotations:
+                self.problem(slide.name, "a tumor slide without lesion outlines (.xml)")
+        for name in sorted(set(self.annotations) - known):
+            self.problem(self.annotations[name], "lesion outlines without a slide")
+        for name in sorted(set(labels) - known - set(WITHDRAWN)):
+            if name.startswith("test"):  # training slides that are missing have been reported above
+                self.problem(name, "a row in reference.csv without a slide")
+        trained = {slide.labels["label"] for slide in slides if slide.split == "train"}
+        if len(trained) < 2:
+            only = " and ".join(trained) or "neither class"
+            self.problem("training", f"slides of {only} only: nothing to tell apart")
 
 
 def slide_name(text: str) -> str | None:
@@ -338,20 +342,10 @@ def _fault(path: Path, name: str) -> str | None:
     return None if start in TIFF_STARTS else "not a TIFF; not used. Download it again"
 
 
-def find_features(folder: Path, found: Found) -> None:
-    """Find the feature files of the slides in a folder or in CLAM's subfolders."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder. Give the one with the feature files (.h5, .pt) of the slides.")
-    for place in (folder / name for name in FEATURE_FOLDERS):
-        for path in sorted(place.iterdir()) if place.is_dir() else ():
-            name = slide_name(path.stem)
-            if name is None or path.suffix.lower() not in FEATURE_SUFFIXES:
-                continue
-            if name not in found.features or path.suffix == found.features[name].suffix:  # .h5 goes over .pt
-                found.add(found.features, name, path)
-        if found.features:
-            return
-    raise DataError(
-        f"{folder}: no feature file of a slide in it. Expected such as tumor_001.h5 or tumor_001.pt, here or in "
-        "h5_files or pt_files."
-    )
+def _relative(path: Path | None, folder: Path) -> str:
+    if path is None:
+        return ""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:  # on another drive
+        return str(path.absolute())

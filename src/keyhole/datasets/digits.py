@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from keyhole.errors import ConfigError, OutputError
+from keyhole.datasets.new_folder import NewFolder
+from keyhole.errors import ConfigError
 from keyhole.images.geometry import Box
-from keyhole.util.files import csv_text, writable_folder, write_atomic
+from keyhole.util.files import write_atomic
 
 Pixels = NDArray[np.uint8]
 
@@ -59,7 +60,7 @@ def make_digits(
     disjoint handwriting samples. The same arguments give the same bytes.
 
     Args:
-        out: the folder, created if needed.
+        out: the folder, created if needed; it must be empty.
         train: number of training images.
         val: number of validation images.
         test: number of test images.
@@ -71,7 +72,7 @@ def make_digits(
 
     Raises:
         ConfigError: an argument is out of its range.
-        OutputError: `out` cannot be written, or holds a data set already.
+        OutputError: `out` holds something, or cannot be written.
 
     Example:
         >>> from pathlib import Path
@@ -85,37 +86,30 @@ def make_digits(
         raise ConfigError(f"side: must be at least {MIN_SIDE} pixels, not {side}, for digits to stay under 1 %.")
     if seed < 0:
         raise ConfigError(f"seed: must be 0 or more, not {seed}.")
-    out = Path(out)
-    manifest = out / "manifest.csv"
-    if manifest.exists():
-        raise OutputError(f"{manifest}: there is a data set already. Choose another folder or delete this one.")
-    writable_folder(out / "images")
-    samples = handwriting()
-    doodles = {split: scribbles(_random(seed, split, "doodles")) for split in _SHARES}
-
-    def write(job: tuple[str, int, int]) -> tuple[str, NDArray[np.int64]]:
-        split, number, label = job
-        name = f"images/{split}-{number:04d}.jpg"
-        page = render(_random(seed, split, "image", number), samples[split][label], doodles[split], side)
-        file = io.BytesIO()
-        Image.fromarray(page.pixels).save(file, "JPEG", quality=QUALITY)
-        write_atomic(out / name, file.getvalue())
-        return name, page.boxes
-
-    jobs = [
-        (split, number, int(label))
+    rows = [
+        (f"images/{split}-{number:04d}.jpg", int(label), split, number)
         for split, count in {"train": train, "val": val, "test": test}.items()
         for number, label in enumerate(_random(seed, split, "labels").permutation(np.resize(np.array(CLASSES), count)))
     ]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        written = list(pool.map(write, jobs))
-    boxes: list[tuple[object, ...]] = [("image", "x", "y", "width", "height", "label")]
-    rows: list[tuple[object, ...]] = [("image", "label", "split")]
-    for (name, found), (split, _, label) in zip(written, jobs, strict=True):
-        boxes += [(name, *box, label) for box in found.tolist()]
-        rows.append((name, label, split))
-    write_atomic(out / "boxes.csv", csv_text(boxes))
-    return write_atomic(manifest, csv_text(rows))
+    with NewFolder(Path(out), "images") as folder, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        samples = handwriting()
+        doodles = {split: scribbles(_random(seed, split, "doodles")) for split in _SHARES}
+
+        def write(row: tuple[str, int, str, int]) -> list[list[int]]:
+            name, label, split, number = row
+            page = render(_random(seed, split, "image", number), samples[split][label], doodles[split], side)
+            file = io.BytesIO()
+            Image.fromarray(page.pixels).save(file, "JPEG", quality=QUALITY)
+            write_atomic(folder.file(name), file.getvalue())
+            return page.boxes.tolist()
+
+        boxes = [
+            (name, *box, label)
+            for (name, label, *_), found in zip(rows, pool.map(write, rows), strict=True)
+            for box in found
+        ]
+        folder.write_csv("boxes.csv", ["image", "x", "y", "width", "height", "label"], boxes)
+        return folder.write_csv("manifest.csv", ["image", "label", "split"], [row[:3] for row in rows])
 
 
 def handwriting(classes: Sequence[int] = CLASSES) -> dict[str, dict[int, NDArray[np.float64]]]:

@@ -5,7 +5,7 @@ tissue. Nothing else depends on the label: the same seed gives the same slide wi
 absorb as much light as filled ones, so that neither a thumbnail nor an amount of tissue or colour shows the class.
 
 Every tile is computed by itself from coarse maps and periodic pictures (`slide_tissue`), and streams into the file
- (`tiff_pyramid`): memory does not grow with the slide.
+(`tiff_pyramid`): memory does not grow with the slide.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.datasets import slide_tissue
+from keyhole.datasets.new_folder import NewFolder
 from keyhole.datasets.slide_tissue import EDGE, MAX_NEST_SHARE, NUCLEI, STROMA, Nests, Number, Texture, Tissue, no_nests
 from keyhole.datasets.tiff_pyramid import TILE, Pixels, write_pyramid
-from keyhole.errors import ConfigError, OutputError
+from keyhole.errors import ConfigError
 from keyhole.images.geometry import Box, Size
-from keyhole.util.files import csv_text, writable_folder, write_atomic
 
 MIN_SIDE, MAX_SIDE = 2048, 200_000  # on a smaller slide a single nest could exceed its share of the tissue
 MPP = 0.5
@@ -158,37 +158,23 @@ def make_slides(out: Path, slides: SlideSet | None = None, progress: Callable[[i
         slides/slide-0000.tif,positive
         slides/slide-0001.tif,negative
     """
-    slides, out = slides or SlideSet(), Path(out)
-    created = not out.exists()
-    if not created and (not out.is_dir() or any(out.iterdir())):
-        what = "is there already and not empty" if out.is_dir() else "is a file, expected a folder"
-        raise OutputError(f"{out}: {what}. Choose another folder or remove what is there.")
-    writable_folder(out / "slides")
+    slides = slides or SlideSet()
     rows: list[Sequence[object]] = []
-    nests: list[Sequence[object]] = [("slide", "x", "y", "width", "height", "pixels")]
-    names = [f"slides/slide-{number:04d}.tif" for number in range(slides.count)]
+    nests: list[Sequence[object]] = []
 
     def scene(number: int) -> Scene:
         return draw_scene(slides.side, (slides.seed, number), positive=slides.has_nests(number))
 
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(scene, 0)
-            for number, name in enumerate(names):
-                now, coming = coming, pool.submit(scene, min(number + 1, slides.count - 1))
-                slide = now.result().write(out / name, slides.mpp, progress=progress)
-                rows.append((name, CLASSES[slide.positive], *slides.split(number)))
-                nests += [(name, *nest) for nest in np.column_stack((slide.nests, slide.nest_pixels)).tolist()]
-        write_atomic(out / "nests.csv", csv_text(nests))
-        header = ("image", "label", "split")[: len(rows[0])]
-        return write_atomic(out / "manifest.csv", csv_text([header, *rows]))
-    except BaseException:
-        for name in (*names, "nests.csv"):
-            (out / name).unlink(missing_ok=True)
-        (out / "slides").rmdir()
-        if created:
-            out.rmdir()
-        raise
+    with NewFolder(Path(out), "slides") as folder, ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(scene, 0)
+        for number in range(slides.count):
+            now, coming = coming, pool.submit(scene, min(number + 1, slides.count - 1))
+            name = f"slides/slide-{number:04d}.tif"
+            slide = now.result().write(folder.file(name), slides.mpp, progress=progress)
+            rows.append((name, CLASSES[slide.positive], *slides.split(number)))
+            nests += [(name, *nest) for nest in np.column_stack((slide.nests, slide.nest_pixels)).tolist()]
+        folder.write_csv("nests.csv", ["slide", "x", "y", "width", "height", "pixels"], nests)
+        return folder.write_csv("manifest.csv", ["image", "label", "split"][: len(rows[0])], rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,1 @@
-"""A prediction, and how it is shown: tables, GeoJSON, contact sheets."""
+"""A prediction, and one file for each way to show it: tables, GeoJSON, contact sheets. None reads the image again."""

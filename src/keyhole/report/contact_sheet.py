@@ -1,6 +1,6 @@
 """A PNG that shows, image by image, what a model predicts and the patches that the prediction rests on.
 
-One row per image: the image with the kept patches outlined, the prediction, and the best of the kept patches enlarged.
+A row has the image with the kept patches outlined, the prediction, and the best of the kept patches enlarged.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from keyhole.util.files import write_atomic
 
 RIGHT, WRONG, NEUTRAL = (22, 128, 61), (200, 30, 38), (37, 84, 176)
 MAX_ROWS = 16
-"""Images on the sheet of an evaluation."""
+"""Largest number of images on the sheet of an evaluation."""
 
 MARGIN, GAP = 32, 28
 IMAGE_SIDE, TEXT_WIDTH = 340, 260
@@ -63,9 +63,9 @@ class SheetEntry:
 
 
 class Examples:
-    """The first few predictions of an evaluation, wrong ones first: at most half are wrong, and no others are held.
+    """The first predictions of an evaluation, at most half of them wrong.
 
-    The task decides which predictions are wrong; a number or several labels never are.
+    The task decides which predictions are wrong; predictions of numbers and of several labels never are.
     """
 
     def __init__(self, task: Task, most: int = MAX_ROWS) -> None:
@@ -74,7 +74,7 @@ class Examples:
         self._others: list[SheetEntry] = []
 
     def wants(self, item: Item, prediction: Prediction) -> bool:
-        """Return whether this prediction is to be shown, as far as is known now; it then needs its pictures."""
+        """Return whether `add` would hold this prediction; it then needs pictures."""
         if self._is_wrong(item, prediction):
             return len(self._wrong) < self.most // 2
         return len(self._wrong) + len(self._others) < self.most
@@ -91,7 +91,7 @@ class Examples:
             self._others.pop()
 
     def entries(self) -> list[SheetEntry]:
-        """Return those to show, in their order."""
+        """Return the entries of the sheet, wrong ones first."""
         return [*self._wrong, *self._others]
 
     def _is_wrong(self, item: Item, prediction: Prediction) -> bool:
@@ -122,7 +122,7 @@ def contact_sheet(
 
 
 def _draw_head(page: Page, title: str, which: str) -> None:
-    """Title, what the colours mean, and headings over the three columns; `which` names one of several tasks."""
+    """Draw the title, the scale of colours, and the headings of the columns; `which` names one of several tasks."""
     bar_width = 120
     least, most = "attention: equal share 1/M", f"{HOTTEST}/M, or all"
     right = WIDTH - MARGIN - text_width(most, 15) - 8
@@ -167,7 +167,7 @@ def _draw_entry(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
 
 
 def _outlined(entry: SheetEntry, hot: NDArray[np.float32]) -> Picture.Image:
-    """The thumbnail at the size of its cell, with a frame around every kept patch, the most attended on top."""
+    """Return the thumbnail at the size of its cell with a frame around every kept patch, the most attended on top."""
     picture = as_picture(entry.pictures.thumbnail)
     zoom = min(IMAGE_SIDE / picture.width, ROW / picture.height)
     size = (max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom)))
@@ -188,7 +188,7 @@ def _outlined(entry: SheetEntry, hot: NDArray[np.float32]) -> Picture.Image:
 
 
 def _draw_words(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
-    """Name, true and predicted label, the likeliest classes as bars, and how many patches were kept."""
+    """Write the name, the true and predicted label, the likeliest classes as bars, and the number of kept patches."""
     prediction, label, left = entry.prediction, entry.prediction.label[task.name], TEXT_LEFT
     page.text((left, top - 2), prediction.name, 18, INK, TEXT_WIDTH, keep_end=True)
     y = top + 36

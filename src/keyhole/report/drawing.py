@@ -1,4 +1,4 @@
-"""What pictures are drawn with: colours, the scale of attention, and text that fits. Pillow and its built-in font."""
+"""Colours, the scale of attention, and text that fits its place, with Pillow and its built-in font."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 INK, GREY, LINE, GROUND, WHITE = (28, 30, 33), (110, 115, 122), (224, 227, 231), (243, 244, 246), (255, 255, 255)
 COLD_TO_HOT: tuple[Color, ...] = ((76, 110, 245), (0, 172, 205), (250, 204, 21), (249, 115, 22), (225, 20, 60))
-"""Colours of attention, see `heat`; they stand out on tissue, on photographs and on grey."""
+"""Colours of attention, see `heat`; they are visible on tissue, on photographs and on grey."""
 HOTTEST = 16
 """A patch gets the hottest colour from this many times its equal share."""
 
@@ -51,10 +51,10 @@ def printable(text: str) -> str:
 
 
 def fitted(text: str, font: Font, width: int, keep_end: bool) -> str:
-    """Return the text; one wider than `width` is cut with an ellipsis at the end, or in the middle (`keep_end`)."""
+    """Return the text; an ellipsis at the end, or in the middle (`keep_end`), replaces what exceeds `width`."""
     if font.getlength(text) <= width:
         return text
-    # The longest that fits, by bisection: with more characters a line only gets longer.
+    # Bisection finds the longest that fits: more characters make a longer line.
     low, high = 0, min(len(text), 500)
     while low < high:
         middle = (low + high + 1) // 2
@@ -71,7 +71,7 @@ def _cut(text: str, characters: int, keep_end: bool) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share in percent; "100 %" and "0 %" only where it is exactly that."""
+    """Return a share in percent; "100 %" and "0 %" are exact."""
     if 0 < share < 0.001:
         return "< 0.1 %"
     if 0.999 < share < 1:
@@ -87,8 +87,7 @@ def as_picture(pixels: NDArray[np.uint8]) -> Picture.Image:
 def heat(weights: NDArray[np.float32], equal: float) -> NDArray[np.float32]:
     """Return how hot weights are, 0 to 1, relative to the weight of each if all were equal.
 
-    A weight of at most `equal` is cold. Each doubling is one step, up to `HOTTEST` times, or to all of the weight where
-    that is less.
+    A weight of at most `equal` is cold. Each doubling is one step, up to `HOTTEST` times `equal` or to a weight of 1.
     """
     most = min(float(HOTTEST), 1 / equal)
     if most <= 1:
@@ -102,8 +101,8 @@ def heat_color(share: float) -> Color:
     """Return the colour of one value of `heat`."""
     place = min(max(share, 0.0), 1.0) * (len(COLD_TO_HOT) - 1)
     low = min(int(place), len(COLD_TO_HOT) - 2)
-    mixed = (round(a + (b - a) * (place - low)) for a, b in zip(COLD_TO_HOT[low], COLD_TO_HOT[low + 1], strict=True))
-    red, green, blue = mixed
+    pairs = zip(COLD_TO_HOT[low], COLD_TO_HOT[low + 1], strict=True)
+    red, green, blue = (round(a + (b - a) * (place - low)) for a, b in pairs)
     return red, green, blue
 
 

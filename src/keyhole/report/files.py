@@ -1,7 +1,7 @@
 """The files of a prediction: JSON, CSV, arrays, and GeoJSON that QuPath opens (File > Import objects).
 
 The GeoJSON follows RFC 7946, except that coordinates are level-0 pixels, x to the right and y down, as in QuPath. They
-are counted from the corner of the bounds that a slide states (`Image.qupath_origin`), to which QuPath crops it.
+start at the corner of the bounds that a slide states (`Image.qupath_origin`), to which QuPath crops it.
 Properties are those that QuPath (0.4 and later) writes itself.
 """
 
@@ -27,14 +27,14 @@ PALETTE = tuple(
 )
 """Colours of classes in index order, repeated where there are more classes."""
 _ROWS = 10_000
-"""Patches whose boxes are computed and written at once."""
+"""Number of patches whose boxes are computed and written at once."""
 
 
 def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Path]:
     """Write prediction.json, kept.csv, kept.geojson and, where there are scores, scores.csv and scores.npz.
 
-    scores.npz holds `index`, `cells`, `score` and `map`, `score.TASK` and `map.TASK` per task, and `arrived` where
-    patches could not be read.
+    scores.npz holds `index`, `cells`, `score` and `map`, `score.TASK` and `map.TASK` per task, and `arrived` if patches
+    could not be read.
 
     Args:
         prediction: What `Predictor.predict` returns.
@@ -82,8 +82,8 @@ def kept_geojson(prediction: Prediction) -> dict[str, Any]:
 
     Patches without a place, such as stored features without coordinates, are left out.
 
-    Every polygon carries its rank (1 is best), its selection score and its attention weight per task as measurements,
-    by which QuPath can filter and colour; the weight also relative to 1/M, the weight of each if all were equal.
+    The measurements of a polygon, by which QuPath can filter and colour, are its rank (1 is best), its selection score,
+    and per task its attention weight, as it is and times M.
     """
     task = prediction.tasks[0]
     label = prediction.label[task.name]
@@ -100,7 +100,7 @@ def kept_geojson(prediction: Prediction) -> dict[str, Any]:
         features.append(
             {
                 "type": "Feature",
-                # From image and place, so that importing the file twice does not duplicate the objects.
+                # One id per image and place, so that importing the file twice does not duplicate objects.
                 "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"keyhole:{prediction.name!a}:{patch['box']}")),
                 "geometry": {"type": "Polygon", "coordinates": [ring]},
                 "properties": {
@@ -130,7 +130,7 @@ def _score_lines(scores: Scores) -> Iterator[str]:
 
 
 def encoded(text: str) -> bytes:
-    """Return UTF-8; a file name need not be valid text, and what cannot be encoded becomes an escape."""
+    """Return the text in UTF-8; bytes of a file name that are not valid text become escapes."""
     return text.encode("utf-8", "backslashreplace")
 
 

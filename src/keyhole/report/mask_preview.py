@@ -1,6 +1,6 @@
 """A PNG that shows what a foreground mask selects: the slide, the outline of the mask, and the patches of the grid.
 
-Patches are outlined where they are large enough to be seen; else the area that they cover is. The rest is faded.
+Each patch is outlined if patches are large enough to be seen, else the area that they cover. The rest is faded.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from keyhole.util.files import file_names, write_atomic
 
 SIDE = 1024
 """Longest side of the picture of the slide."""
-LEAST_WIDTH = 720
-"""Smallest width of the whole picture, so that the caption of a narrow slide can be read."""
+MIN_WIDTH = 720
+"""Smallest width of the whole picture; the caption of a narrow slide needs it."""
 VISIBLE = 7
-"""Patches at least this many pixels of the picture apart are outlined one by one."""
+"""Patches that are at least this many pixels of the picture apart are outlined one by one."""
 MASK, PATCH, WRONG = (0, 150, 60), (30, 90, 220), (200, 30, 38)
 MARGIN, LINE = 16, 26
 FADED = 0.45
-"""Contrast that is left where there is no patch."""
+"""Contrast of the picture where there is no patch."""
 
 Colors = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -65,7 +65,7 @@ def mask_preview(
 
 
 def covered_by(grid: PatchGrid, shape: tuple[int, int], downsample: float) -> Mask:
-    """Pixels of the picture whose middle lies under a patch."""
+    """Return the pixels of the picture whose middle is in a patch."""
     starts = np.zeros((grid.rows + 1, grid.columns + 1), np.int32)  # patches that begin above and left of a cell
     for first in range(0, len(grid), 2**16):
         cells = grid.cells(slice(first, first + 2**16))
@@ -81,7 +81,7 @@ def covered_by(grid: PatchGrid, shape: tuple[int, int], downsample: float) -> Ma
 
 
 def _steps_over(grid: PatchGrid, axis: int, extent: int, downsample: float) -> tuple[Steps, Steps]:
-    """First grid column (axis 0) or row (axis 1) of the patches over each pixel, and the one after the last."""
+    """Return the first grid column (axis 0) or row (axis 1) that covers each pixel, and the one after the last."""
     at = (np.arange(extent) + 0.5) * downsample / grid.scale
     starts = grid.starts[axis]
     low = np.searchsorted(starts + grid.size, at, side="right")
@@ -89,7 +89,7 @@ def _steps_over(grid: PatchGrid, axis: int, extent: int, downsample: float) -> t
 
 
 def _stretched(mask: Mask, shape: tuple[int, int]) -> Mask:
-    """A mask at the picture's resolution, by its nearest cell; a cell smaller than a pixel is not lost."""
+    """Return a mask at the resolution of the picture; a pixel over several cells has any of them."""
     rows, columns = mask.shape
     if rows > shape[0] and columns > shape[1]:
         top, left = (-(-np.arange(side) * cells // side) for side, cells in zip(shape, mask.shape, strict=True))
@@ -101,14 +101,14 @@ def _stretched(mask: Mask, shape: tuple[int, int]) -> Mask:
 
 
 def _outline(mask: Mask) -> Mask:
-    """Pixels of the mask with a neighbour that is not in it."""
+    """Return the pixels of the mask with a neighbour that is not in it."""
     padded = np.pad(mask, 1)
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inner
 
 
 def _with_caption(picture: Picture.Image, lines: Sequence[str], masked: bool, any_left: bool) -> Picture.Image:
-    width = max(picture.width + 2 * MARGIN, LEAST_WIDTH)
+    width = max(picture.width + 2 * MARGIN, MIN_WIDTH)
     height = picture.height + (len(lines) + 1) * LINE + 3 * MARGIN
     page = Picture.new("RGB", (width, height), WHITE)
     page.paste(picture, ((width - picture.width) // 2, MARGIN))
@@ -118,7 +118,7 @@ def _with_caption(picture: Picture.Image, lines: Sequence[str], masked: bool, an
         color = INK if number == 0 else WRONG if number == len(lines) - 1 and not any_left else GREY
         text = printable(line)
         while font.getlength(text) > width - 2 * MARGIN:
-            text = "\N{HORIZONTAL ELLIPSIS}" + text[2:]  # the end of a path says more than its beginning
+            text = "\N{HORIZONTAL ELLIPSIS}" + text[2:]  # the end of a path tells more than its beginning
         draw.text((MARGIN, y), text, fill=color, font=font)
         y += LINE
     for shown, name, color in ((masked, "foreground mask", MASK), (any_left, "patches", PATCH)):

@@ -1,4 +1,4 @@
-"""The pixels that show a prediction, taken from the source that it was made from, while that is open."""
+"""The pixels that show a prediction, read from its own source while that is open."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from keyhole.report.drawing import score_picture
 from keyhole.report.prediction import KeptPatches, Pictures, Prediction, Scores
 
 MAX_PATCHES = 64
-"""Kept patches of an image whose pixels a prediction carries."""
+"""Largest number of kept patches whose pixels a prediction carries."""
 SIDE = 142
 """Largest side of such a patch, in pixels, as on the contact sheet."""
 THUMBNAIL = 680
@@ -28,7 +28,7 @@ SCORES_SIDE = 340
 
 
 def most_attended(kept: KeptPatches) -> NDArray[np.int64]:
-    """Return which of the kept patches are shown: of very many, those with the highest attention of any task."""
+    """Return the places of the kept patches to show: at most `MAX_PATCHES`, by their highest rank in any task."""
     ranks = [np.argsort(np.argsort(-weights, kind="stable")) for weights in kept.attention.values()]
     order = np.argsort(np.min(ranks, axis=0), kind="stable") if ranks else np.arange(len(kept))
     return np.sort(order[:MAX_PATCHES]).astype(np.int64)
@@ -42,20 +42,20 @@ def small_patches(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def pictures_of_file(
     source: FilePatches, prediction: Prediction, place: NDArray[np.int64], patches: Pixels
 ) -> Pictures:
-    """Return what shows a prediction made from a file, still open; patches (k, s, s, c) as the model saw them."""
+    """Return the pictures of a prediction from an open file; patches (k, s, s, c) are as the model saw them."""
     small = small_patches(patches)
     try:
         picture, downsample = thumbnail(source.image, THUMBNAIL)
-    except ImageError:  # its other patches were enough for a prediction
+    except ImageError:  # the patches that could be read were enough for a prediction
         picture, downsample = _scores_picture(prediction)
         return Pictures(picture, downsample, small, place, "damaged image: its scores are shown")
     return Pictures(picture, downsample, small, place)
 
 
 def pictures_of_features(source: FeaturePatches, prediction: Prediction, place: NDArray[np.int64]) -> Pictures:
-    """Return what shows a prediction made from stored features: the slide where it can be read, else the scores.
+    """Return the pictures of a prediction from stored features: of the slide if it can be read, else of the scores.
 
-    A slide is not shown if it has another size than the features state, or ends before their last patch.
+    A slide is not shown if its size is not that which the features state, or if it ends before their last patch.
     """
     boxes = prediction.kept.boxes[place]
     if boxes[:, 2:].any() and prediction.image != source.file.path:
@@ -66,14 +66,14 @@ def pictures_of_features(source: FeaturePatches, prediction: Prediction, place: 
                     note = "stored features: pixels of the slide"
                     return Pictures(picture, downsample, _patches(image, boxes), place, note)
         except ImageError:
-            pass  # the slide is often elsewhere than its features; where it is damaged the scores are shown
+            pass  # the slide is elsewhere, or damaged
     picture, downsample = _scores_picture(prediction)
     nothing = np.empty((0, SIDE, SIDE, 3), np.uint8)
     return Pictures(picture, downsample, nothing, place[:0], "stored features: scores, no pixels")
 
 
 def _is_slide_of(size: Size, source: FeaturePatches) -> bool:
-    """Whether the features can be of a slide of this size: patches at its border may reach over it, but begin on it."""
+    """Return whether the features can be of a slide of this size: all patches begin on it."""
     if source.l0_size is not None:
         return size == source.l0_size
     side = source.scale * source.grid.size
@@ -81,7 +81,7 @@ def _is_slide_of(size: Size, source: FeaturePatches) -> bool:
 
 
 def _patches(image: Image, boxes: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Pixels (k, SIDE, SIDE, c) of level-0 boxes, from the coarsest level that has as many."""
+    """Return pixels (k, SIDE, SIDE, c) of level-0 boxes, from the coarsest level that has as many."""
     out = np.empty((len(boxes), SIDE, SIDE, image.channels), np.uint8)
     for patch, (x, y, width, height) in zip(out, boxes.tolist(), strict=True):
         fine = [i for i, level in enumerate(image.levels) if i == 0 or level.downsample * SIDE <= max(width, height)]
@@ -92,14 +92,14 @@ def _patches(image: Image, boxes: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def _resized(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(h, w, c) to (SIDE, SIDE, c)."""
+    """Return pixels (h, w, c) resized to (SIDE, SIDE, c)."""
     picture = PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     resized: NDArray[np.uint8] = np.asarray(picture.resize((SIDE, SIDE), PIL.Image.Resampling.BICUBIC))
     return resized.reshape(SIDE, SIDE, -1)
 
 
 def _scores_picture(prediction: Prediction) -> tuple[NDArray[np.uint8], float]:
-    """The scores as a picture in place of the image, and level-0 pixels per pixel of it."""
+    """Return a picture of the scores instead of the image, and level-0 pixels per pixel of it."""
     scores, size = prediction.scores, prediction.size
     if scores is None or not prediction.kept.boxes[:, 2:].any():
         values = np.full((1, 1), np.nan, np.float32) if scores is None else _folded(scores)
@@ -108,7 +108,7 @@ def _scores_picture(prediction: Prediction) -> tuple[NDArray[np.uint8], float]:
     step = float(prediction.patch["scale"]) * float(prediction.patch["stride"])
     zoom = max(1, round(SCORES_SIDE / max(scores.rows, scores.columns)))
     picture = score_picture(scores.map(), zoom, 1 / len(scores))
-    # Where the first cell of the map lies on the slide, from a patch whose cell and box are known.
+    # The cell and box of one patch give the place of the map on the slide.
     at = scores.boxes(scores.index[:1])[0, :2] - scores.cells[0, ::-1] * step
     left, top = (round(max(0.0, float(edge) / step * zoom)) for edge in at)
     wanted = [max(1, round(side / step * zoom)) for side in (size.height, size.width)]
@@ -119,7 +119,7 @@ def _scores_picture(prediction: Prediction) -> tuple[NDArray[np.uint8], float]:
 
 
 def _folded(scores: Scores) -> NDArray[np.float32]:
-    """Scores without places, in the order of the file, as rows of a square."""
+    """Return scores without places as a square, row by row in the order of the file."""
     columns = int(np.ceil(np.sqrt(len(scores))))
     values = np.full((-(-len(scores) // columns) * columns), np.nan, np.float32)
     values[: len(scores)] = scores.score

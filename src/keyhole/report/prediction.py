@@ -1,4 +1,4 @@
-"""What a model predicts for one image and what that rests on: the kept patches, and the score of every patch.
+"""What a model predicts for one image, the kept patches behind it, and the score of every patch.
 
 Torch-free. All boxes are (x, y, width, height) in level-0 pixels and may reach over the border of the image.
 
@@ -117,7 +117,7 @@ class Scores:
     def map(self, task: str | None = None) -> NDArray[np.float32]:
         """Return the scores on the full grid.
 
-        Stored features need not lie on one grid: of several in one cell the highest score is shown.
+        Stored features need not be on one grid: a cell with several has the highest of their scores.
 
         Args:
             task: Name of a task; default is the mean over all.
@@ -134,14 +134,14 @@ class Scores:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pictures:
-    """Pixels that show a prediction, taken from its own source while that was open.
+    """Pixels that show a prediction, read from its own source.
 
     Attributes:
         thumbnail: (h, w, c) uint8 of the whole image, c = 1 or 3; a picture of the scores where there is no image.
         downsample: Level-0 pixels per pixel of the thumbnail.
         patches: (k, s, s, c) uint8, kept patches as the model saw them, scaled down where they are large.
         place: (k,) which of the kept patches these are; with very many kept, those with the highest attention.
-        note: What the pixels are where they are not what the model saw; else "".
+        note: What the pixels are, if the model saw others; else "".
     """
 
     thumbnail: NDArray[np.uint8]
@@ -164,21 +164,21 @@ class Prediction:
 
     Attributes:
         name: The image as the user wrote it; `array` or `picture` for pixels in memory.
-        image: The file; the name again where there is none.
-        size: Width and height of level 0 in pixels; of stored features whose slide is unknown, of what holds them all.
+        image: The file; the name if there is none.
+        size: Width and height of level 0 in pixels; for features of an unknown slide, of the area that holds them all.
         tasks: What was predicted.
         probability: By task and class; {"value": x} for regression.
         label: By task; labels of a multilabel task joined by `|`.
         kept: The patches that the prediction was made from.
-        scores: Scores of every patch; None where they were not kept.
+        scores: Scores of every patch; None if they were not kept.
         patch: Geometry of the grid: size and stride in pixels of what was read, level, mpp, scale (level-0 pixels per
             pixel read), and edge, the rule for patches over the border. Stored features have, instead of `edge`,
             `features`, the file, and `size_known`, False where the size is inferred from the coordinates.
         model: Name of the model.
-        origin: Level-0 x, y from which QuPath counts on this image; (0, 0) but for slides that state bounds.
+        origin: Level-0 x, y of the corner of QuPath's coordinates; (0, 0) unless the slide states bounds.
         unreadable: (k, 4) boxes of the patches that could not be read; None if all could.
-        pictures: Pixels that show it; None where they were not asked for.
-        notes: What makes it doubtful, such as another resolution than the model was trained at.
+        pictures: Pixels that show it; None unless requested.
+        notes: Reasons for doubt, such as another resolution than that of the training images.
     """
 
     name: str
@@ -209,7 +209,7 @@ class Prediction:
         """Convert the prediction to what JSON can hold.
 
         Returns:
-            Everything but the score of every patch and the pictures.
+            Everything except the score of every patch and the pictures.
         """
         return {
             "keyhole": VERSION,
@@ -238,5 +238,5 @@ class Prediction:
 
 
 def _plain(value: np.float32) -> float:
-    """The shortest decimal number that is this float32 again, the same in CSV and JSON."""
+    """Return the shortest decimal number that reads back as this float32; CSV and JSON have the same."""
     return float(str(np.float32(value)))

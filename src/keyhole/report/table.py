@@ -1,4 +1,4 @@
-"""predictions.csv, one row per image, what its rows say about learning, and the folder of each image beside it."""
+"""predictions.csv with one row per image, and the folder of each image beside it."""
 
 from __future__ import annotations
 
@@ -27,23 +27,19 @@ from keyhole.util.wording import distinct
 
 @dataclass(frozen=True)
 class TableRow:
-    """One image's row of predictions.csv, and the number of its unreadable patches.
-
-    By task, not written as such: the numbers of `Task.probability`, and how far the attention is from equal.
-    """
+    """The row of one image in predictions.csv, and what judging the table needs."""
 
     header: list[str]
     cells: list[str]
-    unreadable: int
-    probability: dict[str, list[float]] = field(default_factory=dict)
-    uneven: dict[str, float] = field(default_factory=dict)
+    unreadable: int  # number of patches
+    probability: dict[str, list[float]] = field(default_factory=dict)  # by task, the numbers of `Task.probability`
+    uneven: dict[str, float] = field(default_factory=dict)  # by task, how far the attention is from equal
 
 
 def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, folder: str | None = None) -> TableRow:
     """Return the row of a prediction: image, path, width, height, then TASK.predicted and TASK.probability.CLASS.
 
-    The `known` labels add TASK.true, the prediction's own `folder` a column. Numbers are written so that reading them
-    gives the same float64 again.
+    The `known` labels add a column TASK.true, and a `folder` adds a column. A number reads back as the same float64.
     """
     header = ["image", "path", *([] if folder is None else ["folder"]), "width", "height"]
     cells = [prediction.name, str(prediction.image), *([] if folder is None else [folder])]
@@ -67,10 +63,10 @@ def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, fo
 def write_table(rows: Iterable[TableRow], path: str | Path) -> Path:
     """Write predictions.csv from rows of the same tasks, taken one at a time.
 
-    Where patches of any image could not be read, the last column `unreadable` counts them.
+    If patches of any image could not be read, a last column `unreadable` counts them.
     """
     done: list[TableRow] = []
-    with atomic_file(path) as file:  # open from the start, so that a place that cannot be written shows at once
+    with atomic_file(path) as file:  # opened first, so that a place that cannot be written is reported at once
         done += rows
         counted = any(row.unreadable for row in done)
         header = done[0].header if done else ["image", "path", "width", "height"]
@@ -100,7 +96,7 @@ def judge_rows(
 
 
 class AnswerFolder:
-    """Where the predictions of some images are written: an existing folder may hold those of the same images.
+    """The folder for the predictions of some images; it may already hold predictions of the same images.
 
     Raises:
         OutputError: It cannot be written, or holds predictions of other images, or an evaluation.
@@ -134,7 +130,7 @@ class AnswerFolder:
         return table_row(prediction, folder=name)
 
     def finish(self) -> None:
-        """Remove the files of earlier calls that predictions.csv does not name; other files are left."""
+        """Remove the files of earlier calls that predictions.csv does not name; other files stay."""
         for name in self._earlier.keys() - self._written:
             for file in FILES:
                 (self.out / name / file).unlink(missing_ok=True)
@@ -154,7 +150,7 @@ def folder_names(images: Collection[Path]) -> dict[Path, str]:
 
 
 def _earlier(out: Path) -> dict[str, str]:
-    """Which image each folder inside is of, by the name of the folder."""
+    """Return the image of each folder in `out`, by the name of the folder."""
     if not out.is_dir():
         return {}
     found = {}
@@ -169,7 +165,7 @@ def _earlier(out: Path) -> dict[str, str]:
 
 
 def _named(out: Path) -> set[str]:
-    """The images that an earlier predictions.csv names."""
+    """Return the images that an earlier predictions.csv names."""
     try:
         with (out / "predictions.csv").open(newline="", encoding="utf-8", errors="replace") as file:
             return {row["path"] for row in csv.DictReader(file)}
@@ -180,5 +176,5 @@ def _named(out: Path) -> set[str]:
 
 
 def _key(image: str | Path) -> str:
-    """A path as it is written to a CSV; a name need not be valid text."""
+    """Return a path as it is written to a CSV: bytes that are not UTF-8 become escapes."""
     return str(image).encode("utf-8", "backslashreplace").decode()

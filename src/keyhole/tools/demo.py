@@ -12,7 +12,6 @@ import numpy as np
 
 from keyhole.config.file import resolve
 from keyhole.config.settings import Config
-from keyhole.errors import OutputError
 from keyhole.inference.evaluate import Evaluation, evaluate
 from keyhole.inference.predictor import Predictor, load
 from keyhole.training.loop import train_config
@@ -35,10 +34,10 @@ def free_folder(name: str = "demo") -> Path:
 def demo(out: str | Path = "demo", seed: int = 0) -> Evaluation:
     """Write images, train, evaluate on 200 unseen images, and draw the patches that were kept, in a new folder."""
     from keyhole.datasets.digits import CLASSES, make_digits
+    from keyhole.datasets.new_folder import check_new
 
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out}: is there already. Remove it, or choose another folder with --out.")
+    check_new(out)
     start = time.monotonic()
     print(f"writing images of digits hidden among strokes to {out / 'images'}", flush=True)
     make_digits(out / "images", train=240, val=40, seed=seed)

@@ -35,24 +35,24 @@ from keyhole.util.timing import PARTS
 from keyhole.util.wording import counted
 
 MIN_FLOOR_RUNS, FLOOR_SECONDS = 5, 1.0
-"""The encoder's rate is the median of as many runs over a chunk as fit into the time, and of this many at least."""
+"""The encoder's rate is the median of as many runs over a chunk as fit into the time, but of at least this many."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The result of a measurement; `first_step` includes what it builds, `epoch` and `run` are estimates in seconds."""
+    """The result of a measurement."""
 
-    data: str
-    chosen: dict[str, str]
+    data: str  # what was measured, in words
+    chosen: dict[str, str]  # what the run chose, in words: device, compiling, threads, chunks
     floor: float  # patches/s of the encoder alone
     patches_per_s: float
     images_per_s: float
-    first_step: float
-    step: float  # mean seconds of the others
-    steps: int
-    epoch: float
-    run: float
-    epochs: str
+    first_step: float  # seconds, with what it builds, compiles and allocates
+    step: float  # mean seconds of the measured steps
+    steps: int  # number of measured steps
+    epoch: float  # estimated seconds
+    run: float  # estimated seconds
+    epochs: str  # both estimates, in words
     seconds: dict[str, float]  # by part, including `other`
     shares: dict[str, float]  # parts overlap on a GPU, so the sum may be more than 1
     advice: str
@@ -83,11 +83,11 @@ def speed(
 
     Args:
         config: of the training. Without `data.path`, images are written to a folder that is removed afterwards.
-        run: its weights are used, and its images if `data.path` is not given.
-        recipe: of the configuration; decides which kind of images is written.
+        run: a run whose weights are used, and its images if `data.path` is not given.
+        recipe: name of the recipe, which decides which kind of images is written.
         steps: number of steps to measure.
-        seconds: time after which no further step begins, when one has been measured.
-        say: called with what is being done.
+        seconds: time after which no further step begins, once one has been measured.
+        say: called with a message before each part.
     """
     with tempfile.TemporaryDirectory(prefix="keyhole-bench-") as scratch:
         config, data = measured_data(config, run, recipe, Path(scratch), steps, say)
@@ -149,7 +149,7 @@ def _compile(job: Job, config: Config, data: Data) -> str:
 
 
 class _Enough(Exception):  # noqa: N818 - an event, not an error
-    """There are enough steps."""
+    """Enough steps have been measured."""
 
 
 class _Clocked(Loop):
@@ -181,7 +181,7 @@ class _Clocked(Loop):
             raise Interrupted("stopped; nothing was changed", self.interrupt.signal) from stop
 
     def learn(self) -> dict[str, float]:
-        self.before = dict.fromkeys(PARTS, 0.0)  # an epoch's shares begin at nothing
+        self.before = dict.fromkeys(PARTS, 0.0)  # the timer starts at 0 in each epoch
         return super().learn()
 
     def after_step(self, patches: int) -> None:
@@ -205,42 +205,43 @@ class _Clocked(Loop):
 
 
 class _Floor(NamedTuple):
-    """The encoder alone: patches/s, that with colors changed as a share of it, and the share of one-colored patches."""
+    """The speed of the encoder alone."""
 
-    rate: float
-    colored: float
-    blank: float
+    rate: float  # patches/s
+    colored: float  # rate with colors changed first, as a share of `rate`
+    blank: float  # share of patches of one color
 
 
 def _floor(job: Job) -> _Floor:
     """Measure the encoder over one full chunk of real patches that is on the device already."""
     pixels = _chunk(job)
     blank = float(blank_rows(pixels.cpu().numpy()).mean())
-    plain = _seconds(job, pixels, None)
-    if pixels.dtype != torch.uint8 or not job.config.augment.color:
-        return _Floor(len(pixels) / plain, 1.0, blank)
-    channels = pixels.shape[-1]
-    color = torch.eye(channels, channels + 1, device=job.device).expand(len(pixels), -1, -1)
-    return _Floor(len(pixels) / plain, plain / _seconds(job, pixels, color), blank)
+    plain, colored = _seconds(job, pixels, None), 1.0
+    if pixels.dtype == torch.uint8 and job.config.augment.color:
+        channels = pixels.shape[-1]
+        color = torch.eye(channels, channels + 1, device=job.device).expand(len(pixels), -1, -1)
+        colored = plain / _seconds(job, pixels, color)
+    return _Floor(len(pixels) / plain, colored, blank)
 
 
 def _seconds(job: Job, pixels: Tensor, color: Tensor | None) -> float:
     """Return the median seconds of encoding these patches once."""
-    times: list[float] = []
     encoders = job.engine.encoders
-    cuda = job.device.type == "cuda"
+
+    def now() -> float:
+        if job.device.type == "cuda":
+            torch.cuda.synchronize(job.device)
+        return time.perf_counter()
+
+    times: list[float] = []
     with encoders.inference():
         for _ in range(2):  # builds, compiles, warms up
             encoders.embed(pixels, color)
-        begun = time.perf_counter()
-        while len(times) < MIN_FLOOR_RUNS or time.perf_counter() - begun < FLOOR_SECONDS:
-            if cuda:
-                torch.cuda.synchronize(job.device)
-            start = time.perf_counter()
+        began = now()
+        while len(times) < MIN_FLOOR_RUNS or time.perf_counter() - began < FLOOR_SECONDS:
+            start = now()
             encoders.embed(pixels, color)
-            if cuda:
-                torch.cuda.synchronize(job.device)
-            times.append(time.perf_counter() - start)
+            times.append(now() - start)
     return sorted(times)[len(times) // 2]
 
 

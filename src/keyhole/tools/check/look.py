@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from keyhole.data.item import Item
 from keyhole.errors import BitsUnknown, ConfigError, ImageError, OutputError
 from keyhole.images.geometry import Size
 from keyhole.util.wording import problem_and_fix
@@ -57,29 +58,24 @@ class Failed:
     largest: int | None = None  # largest value of an image for which only the bits in use are unknown
 
 
-@dataclass(frozen=True)
-class Request:
-    """An image or file of features to open, in types that JSON holds."""
+class Request(NamedTuple):
+    """An image or file of features to open."""
 
-    path: str
-    patch: dict[str, Any]  # the patch settings of `FileOpener`
-    image_mpp: float | None = None  # overrides the file's own
-    mask: str | None = None
-    features: bool = False  # `path` holds stored features
-    name: str = ""  # for the preview
-    preview: str | None = None  # PNG to write of the foreground and the grid
+    item: Item
+    patch: dict[str, Any]  # the fields of `PatchConfig`
+    preview: Path | None = None  # PNG to write of the foreground and the grid
 
 
 def probe_here(request: Request) -> Probed | Failed:
     """Open one image in this process and read its first and last patch."""
-    path = Path(request.path)
+    path = request.item.source
     try:
-        return _probe_features(path, request.name) if request.features else _probe_image(path, request)
+        return _probe_image(request) if request.item.features is None else _probe_features(request.item)
     except BitsUnknown as error:
         return Failed(error.problem, "image", largest=error.largest)
     except ImageError as error:
         problem, fix = problem_and_fix(error.problem)
-        return Failed(problem if error.path == request.path else f"{error.path}: {problem}", "image", fix=fix)
+        return Failed(problem if error.path == str(path) else f"{error.path}: {problem}", "image", fix=fix)
     except ConfigError as error:
         problem, fix = problem_and_fix(str(error).removeprefix(f"{path}: "))
         return Failed(problem, "settings", fix=fix)
@@ -89,14 +85,14 @@ def probe_here(request: Request) -> Probed | Failed:
         return Failed(f"{type(error).__name__}: {' '.join(str(error).split())}", "unexpected")
 
 
-def _probe_image(path: Path, request: Request) -> Probed | Failed:
+def _probe_image(request: Request) -> Probed | Failed:
     from keyhole.images.image import open_image
     from keyhole.patches.grid import NoPatches
     from keyhole.patches.image_cache import decoded_bytes
     from keyhole.patches.opener import FileOpener
 
-    mask = None if request.mask is None else Path(request.mask)
-    opener = FileOpener(path=path, name=request.path, image_mpp=request.image_mpp, mask=mask, **request.patch)
+    item, path = request.item, request.item.image
+    opener = FileOpener(path, str(path), mask=item.mask, image_mpp=item.mpp, **request.patch)
     began = time.perf_counter()
     with open_image(path, opener.bits) as image:
         file_mpp, problem = image.mpp, ""
@@ -107,7 +103,7 @@ def _probe_image(path: Path, request: Request) -> Probed | Failed:
         opening = time.perf_counter() - began
         if request.preview is not None:
             try:
-                _preview(opener, image, grid, request, Path(request.preview))
+                _preview(opener, image, grid, item.name or str(path), request.preview)
             except ImageError as error:  # at a level that a run does not read
                 problem, _ = problem_and_fix(error.problem)
         if grid is None:
@@ -132,11 +128,11 @@ def _probe_image(path: Path, request: Request) -> Probed | Failed:
         )
 
 
-def _probe_features(path: Path, name: str) -> Probed:
+def _probe_features(item: Item) -> Probed:
     from keyhole.patches.features import FeatureOpener
 
     began = time.perf_counter()
-    source = FeatureOpener(path, name)()
+    source = FeatureOpener(item.source, item.name)()
     try:
         image, patch = _seconds(time.perf_counter() - began, source.read, len(source))
         probed = Probed(Size(0, 0), 1, None, source.patch_shape[0], len(source), level_bytes=0)
@@ -175,7 +171,7 @@ def _values(image: Image, grid: PatchGrid) -> tuple[int, int]:
     return darkest, brightest
 
 
-def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, request: Request, path: Path) -> None:
+def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, name: str, path: Path) -> None:
     from keyhole.patches.foreground.rules import FOREGROUND_RULES
     from keyhole.report.mask_preview import mask_preview
 
@@ -186,5 +182,5 @@ def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, request: 
     patches = f"patches of {full.size} px{step} at {at}; foreground {opener.foreground}"
     if FOREGROUND_RULES[opener.foreground].uses_share:
         patches += f", at least {100 * opener.min_foreground:.3g} % of a patch"
-    caption = [request.name or request.path, f"{image.size.width:,} x {image.size.height:,} pixels, {mpp}", patches]
+    caption = [name, f"{image.size.width:,} x {image.size.height:,} pixels, {mpp}", patches]
     mask_preview(image, full, grid, opener.foreground_mask(), caption, path)

@@ -13,7 +13,7 @@ from typing import Any
 from keyhole.config.file import configuration
 from keyhole.config.settings import Config
 from keyhole.data.companions import unused_masks
-from keyhole.data.item import SPLITS, Finding, Item, LeftOut, warning
+from keyhole.data.item import SPLITS, Finding, LeftOut, warning
 from keyhole.data.listing import PREVIEW_LIST, listed_previews
 from keyhole.data.manifest import Manifest, read_manifest, write_csv
 from keyhole.data.rows import MISSING_FILE
@@ -141,7 +141,11 @@ def check(
     manifest = _read(config, labels)
     findings, left_out = _missing(manifest, config)
     findings += manifest.doubts
-    requests = _requests(manifest.items, config, folder)
+    pictures = preview_names([item.name for item in manifest.items])
+    requests = [
+        Request(item, config.patch.model_dump(), folder and folder / picture)
+        for item, picture in zip(manifest.items, pictures, strict=True)
+    ]
     doubts = {doubt.line() for doubt in manifest.doubts}
     notes = [note for note in manifest.notes if note not in doubts]
     notes += unused_masks(manifest.items, config.patch.foreground)
@@ -150,7 +154,8 @@ def check(
     probed: dict[str, Probed] = {}
     unknown_bits: dict[str, int] = {}
     with closing(probe_all(requests, config.run.stall, config.run.threads)) as results:
-        for done, (item, request, result) in enumerate(zip(manifest.items, requests, results, strict=True), start=1):
+        for done, (request, result) in enumerate(zip(requests, results, strict=True), start=1):
+            item = request.item
             if isinstance(result, Probed):
                 probed[item.name] = result
             elif result.trouble == "output":
@@ -158,7 +163,7 @@ def check(
             elif result.largest is not None:
                 unknown_bits[item.name] = result.largest
             else:
-                findings.append(_finding(item, request, result, config))
+                findings.append(_finding(request, result, config))
             if progress is not None:
                 progress(done, len(requests))
     good = [item for item in manifest.items if item.name in probed]
@@ -211,20 +216,10 @@ def _missing(manifest: Manifest, config: Config) -> tuple[list[Finding], list[Le
     return [Finding(left.name, left.reason, fix) for left in gone], [x for x in manifest.left_out if x not in gone]
 
 
-def _requests(items: Sequence[Item], config: Config, previews: Path | None) -> list[Request]:
-    requests = []
-    for item, picture in zip(items, preview_names([item.name for item in items]), strict=True):
-        mask = None if item.mask is None else str(item.mask)
-        preview = None if previews is None else str(previews / picture)
-        features = item.features is not None
-        patch = config.patch.model_dump()
-        requests.append(Request(str(item.source), patch, item.mpp, mask, features, item.name, preview))
-    return requests
-
-
 def _list_previews(folder: Path, requests: Sequence[Request]) -> list[str]:
     """Remove the previews of an earlier check and list those of this one; return a note about the removed ones."""
-    rows = [(request.name, Path(str(request.preview)).name) for request in requests if not request.features]
+    images = [request for request in requests if request.item.features is None]
+    rows = [(request.item.name, request.preview.name) for request in images if request.preview is not None]
     pictures = {picture for _, picture in rows}
     earlier = {name for name in listed_previews(folder) if Path(name).name == name and name.endswith(".png")}
     for name in sorted(pictures - earlier):
@@ -242,16 +237,16 @@ def _list_previews(folder: Path, requests: Sequence[Request]) -> list[str]:
     return [said] if removed else []
 
 
-def _finding(item: Item, request: Request, failed: Failed, config: Config) -> Finding:
-    problem, fix = failed.problem, failed.fix
+def _finding(request: Request, failed: Failed, config: Config) -> Finding:
+    name, problem, fix = request.item.name, failed.problem, failed.fix
     if failed.previewed:
         problem = f"{problem}; see {request.preview}"
         fix = "Choose another --patch.foreground (`all` takes every patch), or a lower --patch.min-foreground."
     if config.data.on_bad_image == "skip" and failed.trouble in ("image", "settings", "stalled"):
-        return Finding(item.name, problem, "It will be left out, as --data.on-bad-image skip says.", "warning")
+        return Finding(name, problem, "It will be left out, as --data.on-bad-image skip says.", "warning")
     if fix and failed.trouble in ("image", "settings"):
         fix = f"{fix.rstrip('.')}. {SKIP}"
-    return Finding(item.name, problem, fix or FIXES[failed.trouble])
+    return Finding(name, problem, fix or FIXES[failed.trouble])
 
 
 def _spreads(probed: Sequence[Probed]) -> dict[str, Spread]:

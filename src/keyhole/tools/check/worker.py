@@ -1,16 +1,18 @@
 """Open images in another process, which a broken file may crash or block.
 
-`ImageProbe` is the parent's end. `main` is the other end: it answers each JSON line with one JSON line, and sends empty
-lines while data arrive, since a gigapixel image may take minutes to read. torch is not imported here.
+`ImageProbe` is the parent's end. `main` is the other end: it answers each line, a pickled `Request`, with a pickled
+`Probed` or `Failed`, and sends empty lines while data arrive: a gigapixel image may take minutes to read. torch is not
+imported here.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import faulthandler
-import json
 import math
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -19,12 +21,11 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from keyhole.errors import KeyholeError
-from keyhole.images.geometry import Size
 from keyhole.tools.check.look import Failed, Probed, Request, probe_here
 
 MAX_PROCESSES = 4  # each may hold a tile or a thumbnail of gigapixels in memory
@@ -79,12 +80,10 @@ class ImageProbe:
             return Failed("not looked at any more", "stalled")
         if self._process is None:
             self._start()
-        reply, stalled = self._ask(json.dumps({"limit": self.stall, **asdict(request)}), self.stall)
+        reply, stalled = self._ask(as_line((self.stall, request)), self.stall)
         if reply:
-            answer = json.loads(reply)
-            if "problem" in answer:
-                return Failed(**answer)
-            return Probed(**{**answer, "size": Size(*answer["size"])})
+            found: Probed | Failed = from_line(reply)
+            return found
         code = self._end()
         if stalled:
             return Failed(f"no data for {self.stall:g} s", "stalled")
@@ -117,7 +116,7 @@ class ImageProbe:
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": path},
         )
-        greeting, _ = self._ask("{}", START_SECONDS)
+        greeting, _ = self._ask(as_line(None), START_SECONDS)
         if not greeting:
             code = self._end()
             raise KeyholeError(f"the process that opens images did not start (exit code {code}){self._last_words()}")
@@ -172,6 +171,15 @@ class ImageProbe:
         return f", saying: {said[-1][:160]}" if said else ""
 
 
+def as_line(value: object) -> str:
+    """Return a pickled value as text in one line."""
+    return base64.b64encode(pickle.dumps(value)).decode("ascii")
+
+
+def from_line(line: str) -> Any:
+    return pickle.loads(base64.b64decode(line))  # noqa: S301 - written by the process at the other end of the pipe
+
+
 def main() -> None:
     """Answer requests until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent ends this one
@@ -186,17 +194,17 @@ def main() -> None:
 
 
 def serve(lines: Iterable[str], answer: Callable[[str], None]) -> None:
-    """Answer each request line with one JSON line, and with empty lines while a long read makes progress."""
+    """Answer each line (limit in seconds, request) with one line, and with empty lines while a long read progresses."""
     from keyhole.util.threads import ReadingThreads
 
     threads = ReadingThreads(1, stall=math.inf)
     for line in lines:
-        asked = json.loads(line)
-        if not asked:
-            answer("{}")
+        asked: tuple[float, Request] | None = from_line(line)
+        if asked is None:
+            answer(line.strip())
             continue
-        limit = asked.pop("limit")
-        task = threads.submit(asked["path"], partial(probe_here, Request(**asked)))
+        limit, request = asked
+        task = threads.submit(str(request.item.source), partial(probe_here, request))
         last = None
         while not task.done:
             if task.since != last:
@@ -207,7 +215,7 @@ def serve(lines: Iterable[str], answer: Callable[[str], None]) -> None:
                 last = task.since
             threads.wait(task, seconds=BEAT_SECONDS)
         faulthandler.cancel_dump_traceback_later()
-        answer(json.dumps(asdict(task.value())))
+        answer(as_line(task.value()))
     threads.close()
 
 
