@@ -148,7 +148,7 @@ IDLE = dict.fromkeys((*PARTS, "other"), 0.0)
         ({"encoding": 0.9, "learning": 0.1}, Facts(), "The encoder is the limit, as it should be"),
         ({"encoding": 0.8, "learning": 0.2}, Facts(encoding_rate=0.5), "at 50% of the rate it has alone"),
         ({"encoding": 0.8}, Facts(encoding_rate=0.4, colored_rate=0.5), "at 50% of its rate where colours are changed"),
-        ({"encoding": 0.9}, Facts(cuda=True, blank=0.4), "40% of what it looks at is of one colour"),
+        ({"encoding": 0.9}, Facts(cuda=True, blank=0.4), "40% of what it encodes is of one colour"),
         ({"encoding": 0.97, "reading": 0.6}, Facts(cuda=True), "as it should be"),
         ({"encoding": 0.4, "reading": 0.6}, Facts(threads=2, cores=8), "--run.threads (now 2)"),
         ({"encoding": 0.4, "reading": 0.6}, Facts(threads=2, cores=2), "--data.cache"),

@@ -279,7 +279,7 @@ def test_previews_of_an_earlier_call_are_removed_and_a_file_of_the_user_is_never
     assert (tmp_path / "photos" / "b.png").read_bytes() == b"a photograph"
 
 
-def test_previews_have_safe_names_of_which_no_two_are_alike() -> None:
+def test_previews_have_safe_and_distinct_names() -> None:
     names = ["a/b.svs", "a_b.svs", "A/B.svs", "../../etc/passwd", "ö\n.png", "x" * 500 + "1", "x" * 500 + "2", "", "/"]
     found = preview_names(names)
     assert len({name.lower() for name in found}) == len(names)
@@ -308,7 +308,7 @@ def test_the_command_makes_previews_by_default_only_where_there_is_a_foreground(
     assert len(list((tmp_path / "other").glob("*.png"))) == 2
 
 
-def test_masks_are_looked_at_and_their_faults_name_the_mask(tmp_path: Path, probe: ImageProbe) -> None:
+def test_masks_are_checked_and_their_faults_name_the_mask(tmp_path: Path, probe: ImageProbe) -> None:
     path, mask = picture(tmp_path / "a.png", 100, 80), tmp_path / "mask.png"
     Image.fromarray(np.pad(np.full((1, 1), 255, np.uint8), 1)[:, :2]).resize((50, 40), 0).save(mask)
     patch = {**PATCH, "size": 20, "foreground": "mask", "min_foreground": 0.01}
@@ -346,7 +346,7 @@ def test_resolutions_of_csv_and_file_that_differ_are_named(tmp_path: Path) -> No
     assert not {"0.tif", "1.tif"} & set(findings)
 
 
-def test_a_resolution_that_is_not_believed_is_a_warning_and_an_error_where_it_is_needed(tmp_path: Path) -> None:
+def test_an_implausible_resolution_is_a_warning_and_an_error_where_it_is_needed(tmp_path: Path) -> None:
     for number in range(2):
         tifffile.imwrite(
             tmp_path / f"{number}.tif",
@@ -373,7 +373,7 @@ def test_a_resolution_that_is_not_believed_is_a_warning_and_an_error_where_it_is
     assert "--patch.mpp none" in wrong.fix
 
 
-def test_stored_features_are_looked_at_in_the_place_of_images(tmp_path: Path) -> None:
+def test_stored_features_are_checked_instead_of_images(tmp_path: Path) -> None:
     for number, width in enumerate([8, 8, 6]):
         with h5py.File(tmp_path / f"{number}.h5", "w") as file:
             file["features"] = np.random.default_rng(number).random((5 + number, width), np.float32)
@@ -398,7 +398,7 @@ def test_stored_features_are_looked_at_in_the_place_of_images(tmp_path: Path) ->
 # The process that may die
 
 
-def test_the_other_process_sees_what_we_see(tmp_path: Path, probe: ImageProbe) -> None:
+def test_the_other_process_returns_the_same_result(tmp_path: Path, probe: ImageProbe) -> None:
     path = picture(tmp_path / "a b\nö.png", 90, 70, "L")
     found = probe.probe(request(path, mpp=0.25))
     assert found == probe_here(request(path, mpp=0.25))
@@ -429,9 +429,7 @@ def test_an_image_that_kills_the_process_or_stalls_is_named_and_the_next_one_is_
         probe.close()
 
 
-def test_an_image_that_takes_long_but_gives_data_is_not_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_image_that_still_gives_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = picture(tmp_path / "bad.png")
     with_reader(tmp_path, monkeypatch, "[(time.sleep(0.5), pool.beat()) for _ in range(9)]")
     probe = ImageProbe(stall=3)
@@ -464,7 +462,7 @@ def test_the_known_hostile_files_are_findings(name: str, shared: Path, tmp_path:
     assert [finding.name for finding in report.findings if finding.severity == "error"] == [name]
 
 
-def test_the_answer_wakes_whoever_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_wakes_the_thread_that_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     woken: list[bool] = []
     wait = threading.Condition.wait
 
@@ -492,7 +490,7 @@ def test_the_process_ends_with_its_input_and_never_imports_torch() -> None:
     assert answer.trouble == "image"
 
 
-def test_a_killed_probe_lets_its_waiter_go(tmp_path: Path) -> None:
+def test_a_killed_probe_ends_the_call_that_waits_for_it(tmp_path: Path) -> None:
     probe = ImageProbe(stall=60)
     assert isinstance(probe.probe(request(picture(tmp_path / "good.png"))), Probed)
     assert probe.pid is not None
@@ -568,7 +566,7 @@ def test_features_of_one_patch_a_slide_are_few_for_a_batch_norm(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["folder", "CSV", "folder of folders"])
-def test_images_without_labels_are_looked_at_and_previewed(
+def test_images_without_labels_are_checked_and_previewed(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inside = "new/" if kind == "folder of folders" else ""
@@ -584,8 +582,8 @@ def test_images_without_labels_are_looked_at_and_previewed(
     said = capsys.readouterr().out
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
     assert "3 images can be used" in last_line(said)
-    assert ("labels were not looked at" in said) == bool(inside)
-    assert ("warning: all images: no labels, so only the images were looked at" in said) == (not inside)
+    assert ("labels were not checked" in said) == bool(inside)
+    assert ("warning: all images: no labels, so only the images were checked" in said) == (not inside)
     (path / inside / "0.png" if kind != "CSV" else tmp_path / "data/0.png").write_bytes(b"")
     assert run_check(line) == 1
 

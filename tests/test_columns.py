@@ -61,7 +61,7 @@ def test_patients_and_the_like_are_groups_and_never_classes(name: str, tmp_path:
     assert "--data.group" in notes[0]
 
 
-def test_of_several_the_widest_is_the_group_and_a_column_group_goes_over_all(tmp_path: Path) -> None:
+def test_the_widest_of_several_groups_is_taken_unless_there_is_a_column_group(tmp_path: Path) -> None:
     slide = [f"S{i // 2}" for i in range(N)]
     manifest = read(table(tmp_path, {"slide_id": slide, "patient": PATIENT, "label": LABEL}))
     assert [item.group for item in manifest.items] == PATIENT
@@ -106,7 +106,7 @@ IDENTIFIERS = {
 
 
 @pytest.mark.parametrize("name", IDENTIFIERS)
-def test_columns_that_identify_are_left_out_and_named_or_refused_where_nothing_else_is_there(
+def test_identifying_columns_are_left_out_and_named_or_refused_if_there_are_no_others(
     name: str, tmp_path: Path
 ) -> None:
     columns = {name: IDENTIFIERS[name], "label": LABEL}

@@ -34,7 +34,7 @@ def test_a_second_demo_does_not_lose_the_first(tmp_path: Path, monkeypatch: pyte
     assert free_folder() == Path("demo-2")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("precious")
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="exists and is not empty"):
         demo(tmp_path / "mine")
     assert (tmp_path / "mine" / "file").read_text() == "precious"
 

@@ -162,7 +162,7 @@ def test_a_thumbnail_and_grey_values_do_not_tell_the_class_but_the_digits_do() -
 
 def test_a_data_set_is_never_overwritten(written: Path) -> None:
     before = written.read_bytes()
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="exists and is not empty"):
         make_digits(written.parent, train=1, val=0, test=0)
     assert written.read_bytes() == before
 

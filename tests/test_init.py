@@ -56,7 +56,7 @@ def test_slides_of_which_some_do_not_say_their_resolution_are_told(
     Image.new("RGB", (2048, 2048), "white").save(out.parent / "unknown.png")
     other.write_text(f"{other.read_text()}unknown.png,,positive\n")
     assert init(other, out.parent / "more.yaml").patch.mpp is None
-    assert "patch.mpp is none, since not all say it" in capsys.readouterr().out
+    assert "patch.mpp stays none: not all state it" in capsys.readouterr().out
 
 
 def test_masks_are_proposed_where_all_images_have_one_and_told_where_they_are_not_used(

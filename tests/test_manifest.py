@@ -196,7 +196,7 @@ def test_missing_files_end_the_run_or_are_left_out_as_the_user_said(tmp_path: Pa
     )
 
 
-def test_a_val_split_is_made_out_of_training_where_it_is_lacking(tmp_path: Path) -> None:
+def test_a_missing_val_split_is_drawn_from_training(tmp_path: Path) -> None:
     rows = [f"{i}.png,{'ab'[i % 2]},{'test' if i < 4 else 'train'}" for i in range(24)]
     manifest = read(write(tmp_path / "l.csv", table("image,grade,split", *rows), 24))
     assert Counter(item.split for item in manifest.items) == {"train": 17, "val": 3, "test": 4}
@@ -416,7 +416,7 @@ def test_whatever_a_csv_holds_it_is_read_or_refused_in_one_line(tmp_path: Path, 
         assert manifest.split("train")
 
 
-def test_data_that_are_not_there_or_no_data_are_refused(tmp_path: Path) -> None:
+def test_missing_data_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     touch(tmp_path, "flat/0.png", "flat/1.png", "one/a/0.png", "one/a/1.png")
     os.mkfifo(tmp_path / "pipe")

@@ -167,7 +167,7 @@ def test_a_set_of_dim_pictures_is_refused_checked_and_learned_from_with_its_bits
     assert "largest value 4,095 of 65,535" in out
     assert "--patch.bits 12" in out
     assert main(["check", str(data), *options, "--patch.bits", "16"]) == 0
-    assert "images: nearly black: no pixel looked at is above" in capsys.readouterr().out
+    assert "images: nearly black: no pixel that was read is above" in capsys.readouterr().out
     assert main(["check", str(data), *options, "--patch.bits", "12"]) == 0
     assert "warning: 8 images: nearly black" not in capsys.readouterr().out
     tiny = [*options, "--model.width", "4", "--model.heads", "1", "--train.epochs", "1", "--out", str(tmp_path / "run")]
@@ -193,8 +193,8 @@ def test_check_warns_of_pictures_of_one_value_nearly_black_ones_and_further_page
     write_tiff(tmp_path / "b" / "pages.tif", np.stack([picture(seed=k) for k in range(3)]), photometric="rgb")
     assert main(["check", str(tmp_path), "--patch.size", "32", "--select.m", "3", "--run.threads", "1"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "a/flat.tif: every pixel looked at has one value" in out
-    assert "a/dark.tif: nearly black: no pixel looked at is above 6 of 255" in out
+    assert "a/flat.tif: all pixels that were read have one value" in out
+    assert "a/dark.tif: nearly black: no pixel that was read is above 6 of 255" in out
     assert "b/pages.tif: of 3 pages the first is read" in out
 
 

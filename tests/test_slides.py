@@ -22,7 +22,8 @@ from sklearn.preprocessing import StandardScaler
 from keyhole.config.settings import DataConfig
 from keyhole.data.manifest import read_manifest
 from keyhole.datasets import tiff_pyramid
-from keyhole.datasets.slide_tissue import REACH, no_nests
+from keyhole.datasets.slide_nests import NO_NESTS
+from keyhole.datasets.slide_tissue import REACH
 from keyhole.datasets.slides import (
     MAX_NEST_SHARE,
     MAX_SIDE,
@@ -228,10 +229,10 @@ def test_a_slide_can_be_all_tissue(tmp_path: Path) -> None:
 
 
 def test_a_nest_is_three_hollow_nuclei_drawn_whole_across_tiles() -> None:
-    """Where a nest lies on the border of tiles, both sides show it."""
+    """Both tiles show a nest on their border."""
     scene = draw_scene(6144, 0, tissue=1.0, positive=True)
     plain = draw_scene(6144, 0, tissue=1.0)
-    tiles = {tile: nests for tile, nests in scene.nests_of.items() if len(nests) == 1}
+    tiles = {tile: nests for tile, nests in scene.nests.by_tile.items() if len(nests) == 1}
     split = [nest for nest in range(len(scene.nests.boxes)) if sum(nests == [nest] for nests in tiles.values()) == 2]
     assert split
     for nest in split[:3]:
@@ -306,7 +307,7 @@ def test_neither_thumbnail_nor_colour_nor_amount_of_tissue_tells_the_class_but_t
         scene = draw_scene(SIDE, (11, number), positive=True)
         nuclei = scene.nests.nuclei.reshape(-1, 2)
         if not labels[number]:
-            scene = dataclasses.replace(scene, nests=no_nests(), nests_of={})
+            scene = dataclasses.replace(scene, nests=NO_NESTS)
         path = scene.write(tmp_path / f"{number}.tif", threads=1).path
         with open_image(path) as image:
             small, _ = thumbnail(image, 512)

@@ -192,7 +192,12 @@ def _identifies(name: str, texts: Sequence[str]) -> str:
     )
     if len(known) > 2 and len(values) == len(known) and not quantity:
         return "differs in every row"
-    if len(known) >= MIN_COUNTING_ROWS and _counts_rows(known):
+    numbers = all(looks_like_number(text) and "," not in text for text in known)
+    if (
+        numbers
+        and len(known) >= MIN_COUNTING_ROWS
+        and all(after - before == 1 for before, after in pairwise(map(float, known)))
+    ):
         return "numbers the rows"
     if _IDENTIFIER.fullmatch(plain):
         return "identifies the row"
@@ -200,12 +205,6 @@ def _identifies(name: str, texts: Sequence[str]) -> str:
     if len(values) > many and (_ENDS_IN_ID.fullmatch(plain) or not quantity):
         return f"has {len(values)} values in {len(known)} rows"
     return ""
-
-
-def _counts_rows(texts: Sequence[str]) -> bool:
-    if not all(looks_like_number(text) and "," not in text for text in texts):
-        return False
-    return all(after - before == 1 for before, after in pairwise(map(float, texts)))
 
 
 def _divided_patients(name: str, texts: Sequence[str], rows: Sequence[Row]) -> list[Finding]:

@@ -120,7 +120,7 @@ def _find_layout(path: Path, places: Sequence[Sequence[str]]) -> tuple[int | Non
     if any(sub for name in splits for sub in tree[name]):
         if len(splits) == 1 and others:
             raise DataError(
-                f"{path}: the folder {splits[0]} is named like a split and holds folders, but it stands beside "
+                f"{path}: the folder {splits[0]} is named like a split and holds folders, but it is beside "
                 f"{listed(others)}. Put all class folders into {splits[0]}, or rename it if it is a class."
             )
         bare = [f"{tree[name]['']} in {name}" for name in splits if tree[name][""]]

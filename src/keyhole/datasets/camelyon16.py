@@ -1,4 +1,4 @@
-"""CAMELYON16: the published tree on disk -> a manifest, and what is missing, duplicate or contradictory in it.
+"""CAMELYON16: the manifest of a copy on disk, and what is missing, duplicate or contradictory in the copy.
 
 159 normal, 111 tumor and 129 test slides, 160 files of lesion outlines (Litjens et al., GigaScience 2018).
 """
@@ -54,9 +54,9 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Camelyon16:
-    """What a copy of the data set holds: the slides that can be used, in order of their names, and all problems.
+    """The slides of a copy that can be used, in order of their names, and all problems.
 
-    The label is `normal` or `tumor`. Of a slide with features only, `image` is the path that it would have.
+    The label is `normal` or `tumor`. A slide that has only features has the `image` path where it would be.
     """
 
     slides: tuple[Item, ...]
@@ -277,7 +277,7 @@ class _Found:
             try:
                 splits |= zip(training, make_splits(samples, {"train": 1 - val, "val": val}, seed), strict=True)
             except DataError:
-                self.problem("validation", f"{len(training)} training slides are too few to hold some out; none is")
+                self.problem("validation", f"all {len(training)} training slides train: too few to hold some out")
         return [replace(slide, split=splits[slide.name]) for slide in slides]
 
     def annotation(self, slide: Item) -> Path | None:

@@ -1,7 +1,7 @@
-"""Generated images of handwritten digits hidden among strokes and clutter, to try training on.
+"""Generated images of handwritten digits that are hidden among strokes and clutter, to try training on.
 
-Every image holds copies of one digit, the class, on under 1 % of its area. Doodles are drawn and enlarged like the
-digits, which are scikit-learn's: neither a thumbnail nor an amount of ink shows the class.
+An image holds copies of one digit, its class, on less than 1 % of its area. The clutter is drawn and enlarged like the
+digits, which are those of scikit-learn: neither a thumbnail nor the amount of ink shows the class.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ QUALITY = 90
 SCALE = (3.6, 4.2)  # pixels of the image per pixel of an 8 x 8 source
 MAX_TURN = 12.0  # degrees: a digit keeps its meaning
 DIGIT_INK = (3.3, 5.3)
-"""A doodle gets strokes until the mean of its 8 x 8 source exceeds a value in here; handwriting has 4.9 +- 0.5."""
+"""Range of the mean of a doodle's 8 x 8 source, after which it gets no more strokes; handwriting has 4.9 +- 0.5."""
 MARGIN = 6
 _DOODLES = {"line": 0.3, "strokes": 0.2, "arcs": 0.3, "dots": 0.1, "blob": 0.1}  # probabilities
 _PURPOSES = ("image", "labels", "doodles")
 _SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.75), "test": (0.75, 1.0)}
-"""Part of the handwriting samples, by their index, that each split draws from."""
+"""The part of the handwriting samples, by index, that each split draws from."""
 
 
 class Rendered(NamedTuple):
-    """An image: grey pixels (side, side), and the boxes of its digits (k, 4) as x, y, width, height."""
+    """Grey pixels (side, side) of an image, and the boxes (k, 4) of its digits: x, y, width, height."""
 
     pixels: Pixels
     boxes: NDArray[np.int64]
@@ -126,7 +126,7 @@ def handwriting(classes: Sequence[int] = CLASSES) -> dict[str, dict[int, NDArray
 
 
 def scribbles(rng: np.random.Generator, count: int = 1000) -> NDArray[np.float64]:
-    """Draw sources of clutter (count, 8, 8), 0 ... 16, like the digits: 32 x 32 bitmaps counted down to 8 x 8."""
+    """Draw sources of clutter (count, 8, 8), 0 ... 16, from 32 x 32 bitmaps, as the digits were made."""
     return np.stack([_doodle(rng) for _ in range(count)])
 
 
@@ -139,7 +139,7 @@ def render(
     clutter: tuple[int, int] = CLUTTER,
     strokes: tuple[int, int] = STROKES,
 ) -> Rendered:
-    """Hide a digit, of `samples` (n, 8, 8), 0 ... 16, among `doodles` (n, 8, 8) and strokes that do not touch it."""
+    """Hide digits of `samples` (n, 8, 8), 0 ... 16, among strokes and `doodles` (n, 8, 8); no two of them overlap."""
     copies = min(_between(rng, COPIES), len(samples))
     digits: list[Pixels] = []
     while not digits or sum(stamp.size for stamp in digits) >= MAX_DIGIT_SHARE * side * side:
@@ -191,7 +191,7 @@ def _doodle(rng: np.random.Generator) -> NDArray[np.float64]:
             x, y = to_x, to_y
         elif shape == "strokes":
             pen.line((to_x, to_y, *rng.integers(2, 30, 2).tolist()), fill=1, width=width)
-        elif shape == "arcs":  # all open to one side: together they must not close to a zero
+        elif shape == "arcs":  # all open to one side: together they must not look like a zero
             left, top, right, bottom = rng.integers((0, 0, 18, 18), (14, 14, 32, 32)).tolist()
             start = opening + _between(rng, (-30, 30))
             pen.arc((left, top, right, bottom), start, start + _between(rng, (90, 200)), fill=1, width=width)
@@ -232,7 +232,7 @@ def _on_paper(rng: np.random.Generator, ink: Pixels) -> Pixels:
     across, down = (np.interp(np.linspace(0, 5, side), range(6), rng.uniform(104, 116, 6)) for _ in range(2))
     page = Image.fromarray(np.add.outer(down.astype(np.uint8), across.astype(np.uint8)))
     page.paste(int(rng.integers(40, 80)), mask=Image.fromarray(ink))
-    # The page lies in 40 ... 232 and the grain in -3 ... 3, so adding them as bytes does not wrap around.
+    # The page has values 40 ... 232 and the grain -3 ... 3, so that their sum as bytes does not wrap around.
     return np.asarray(page) + _GRAIN[rng.integers(0, 256, (side, side), dtype=np.uint8)]
 
 
@@ -246,6 +246,6 @@ def _between(rng: np.random.Generator, ends: tuple[int, int]) -> int:
 
 _STEP = np.clip((np.arange(256) / 255 - 0.25) / 0.4, 0, 1)
 _EDGE = np.round(255 * _STEP**2 * (3 - 2 * _STEP)).astype(np.uint8)
-"""Ink by smoothed coverage: a soft step, so that an enlarged digit has sharp edges like a pen's."""
+"""Ink by smoothed coverage: a soft step gives an enlarged digit the sharp edges of a pen."""
 _GRAIN = np.clip(np.round(np.random.default_rng(0).normal(0, 1, 256)), -3, 3).astype(np.int8).view(np.uint8)
 """Grain of the paper by a random byte."""

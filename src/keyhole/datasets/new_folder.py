@@ -13,7 +13,7 @@ from keyhole.util.files import csv_text, writable_folder, write_atomic
 def check_new(out: Path) -> None:
     """Refuse a path that exists, unless it is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "is there already and not empty" if out.is_dir() else "is a file, expected a folder"
+        what = "exists and is not empty" if out.is_dir() else "is a file, expected a folder"
         raise OutputError(f"{out}: {what}. Choose another folder or remove what is there.")
 
 

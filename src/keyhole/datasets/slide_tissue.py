@@ -1,8 +1,8 @@
-"""What a generated slide shows: periodic pictures of its texture, and coarse maps of its tissue, fat and nests.
+"""What a generated slide shows: periodic pictures of its texture, and coarse maps of its tissue and fat.
 
 By the law of Beer and Lambert, exp(-(E e + H h)) of the light passes, where E and H are the amounts of eosin and
 hematoxylin, and e and h what each absorbs of red, green and blue (Ruifrok and Johnston, 2001). Amounts add and light
-multiplies: a picture of the stroma times one of the nuclei, with another period, is a picture of both.
+multiplies, so the product of a picture of stroma and one of nuclei, with another period, shows both.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.datasets.tiff_pyramid import TILE, Pixels
-from keyhole.errors import ConfigError
-from keyhole.images.geometry import Box
 
 Values = NDArray[np.float32]
 Number = TypeVar("Number", bound=np.generic)
@@ -33,9 +31,6 @@ _FULL = 2.5  # amount of a dye at the value 255
 CELLS = 192  # cells along each side of a map
 EDGE = 64  # pixels around an edge of tissue within which it is rough; further inside, everything is tissue
 TISSUE = (0.3, 0.6)
-NEST_SHARE, MAX_NEST_SHARE = 0.0009, 0.001  # shares of the tissue's pixels that nests take up
-MAX_TRIES = 2000  # batches of 256 places that are tried; the largest slide needs about 500
-GAP = 8  # free pixels between two nests
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +47,7 @@ class Texture:
 
 
 def make_texture(rng: np.random.Generator) -> Texture:
-    """Draw the stains and nuclei of one slide; all slides share the patterns of stroma and fat."""
+    """Draw the stains and nuclei of a slide; all slides share the patterns of stroma and fat."""
     light = rng.uniform(0.955, 0.96) * 255
     # What an amount of 1 of a dye absorbs of red, green and blue on this slide
     eosin, hematoxylin = (
@@ -153,7 +148,7 @@ def _nuclei(rng: np.random.Generator, absorbed: float) -> tuple[Pixels, Pixels, 
     along, beside = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
     radius = np.sqrt((along / long) ** 2 + (beside / short) ** 2)  # 1 at the edge of the nucleus
     strength = rng.uniform(0.85, 1.15, (len(cx), 1, 1)).astype(np.float32)
-    # Blurred and pale against crisp and dark: a few strided convolutions see the difference, means of 4 x 4 pixels not.
+    # Filled nuclei are blurred and pale, hollow ones crisp and dark: strided convolutions see it, 4 x 4 means do not.
     filled = 0.6 * strength * _step((1.3 - radius) / 0.7)
     rim = strength * _step((1.12 - radius) / 0.24) * _step((radius - 0.54) / 0.2)
     hollow = _as_much_light(rim, filled, absorbed) * rim
@@ -194,7 +189,7 @@ def _as_much_light(rim: Values, filled: Values, absorbed: float) -> float:
 class Tissue:
     """The maps of one slide, each (193, 193) from its upper left to its lower right corner.
 
-    `inside` and `fat` are roughly the number of pixels that a place lies inside an edge; negative is outside.
+    `inside` and `fat` are roughly the distance from an edge in pixels, negative outside.
     """
 
     side: int
@@ -259,81 +254,3 @@ def make_tissue(rng: np.random.Generator, side: int, tissue: float | None = None
 
 def _noise(rng: np.random.Generator, scale: float) -> Values:
     return smooth_noise(rng, 2 * CELLS, scale)[: CELLS + 1, : CELLS + 1]
-
-
-@dataclass(frozen=True, eq=False)
-class Nests:
-    """The nests of a slide, in level-0 pixels."""
-
-    boxes: NDArray[np.int64]  # x, y, width, height (k, 4)
-    nuclei: NDArray[np.float64]  # centres (k, 3, 2)
-    pixels: NDArray[np.int64]  # number of pixels (k,) that differ from a slide without the nest
-
-    def by_tile(self) -> dict[tuple[int, int], list[int]]:
-        """Return the indices of the nests by (column, row) of the tiles that they touch."""
-        found: dict[tuple[int, int], list[int]] = {}
-        for number, (x, y, width, height) in enumerate(self.boxes.tolist()):
-            for row in range(y // TILE, (y + height - 1) // TILE + 1):
-                for column in range(x // TILE, (x + width - 1) // TILE + 1):
-                    found.setdefault((column, row), []).append(number)
-        return found
-
-
-def no_nests() -> Nests:
-    return Nests(np.empty((0, 4), np.int64), np.empty((0, 3, 2)), np.empty(0, np.int64))
-
-
-def place_nests(rng: np.random.Generator, tissue: Tissue, texture: Texture, shift: tuple[int, int]) -> Nests:
-    """Place nests at random sites of `texture`, deep in tissue, away from fat and each other, up to their share.
-
-    `shift` is x and y of the slide's corner in the picture of the nuclei.
-    """
-    budget = NEST_SHARE * tissue.share * tissue.side**2
-    found: list[tuple[Box, NDArray[np.float64], int]] = []
-    used = 0
-    taken: dict[tuple[int, int], list[Box]] = {}
-    for _ in range(MAX_TRIES):
-        for site in _candidates(rng, tissue, texture, shift):
-            x, y = map(int, np.floor(site.min(axis=0)) - REACH)
-            right, below = map(int, np.floor(site.max(axis=0)) + REACH + 1)
-            box = Box(x, y, right - x, below - y)
-            covered = int(nest_mask(site, box).sum())
-            if used + covered > budget and found:
-                boxes, nuclei, pixels = zip(*found, strict=True)
-                return Nests(np.array(boxes, np.int64), np.stack(nuclei), np.array(pixels, np.int64))
-            cells = {(cx // TILE, cy // TILE) for cx in (x - GAP, right + GAP) for cy in (y - GAP, below + GAP)}
-            if any(_near(box, other) for cell in cells for other in taken.get(cell, ())):
-                continue
-            for cell in cells:
-                taken.setdefault(cell, []).append(box)
-            found.append((box, site, covered))
-            used += covered
-    raise ConfigError(f"side, tissue: {tissue.side} px and {tissue.share:.0%} have no place for nests; ask for more.")
-
-
-def nest_mask(nuclei: NDArray[np.float64], box: Box) -> NDArray[np.bool_]:
-    """Return the pixels (height, width) of a box that belong to a nucleus; `nuclei` are their centres (..., 2)."""
-    x, y = np.arange(box.x, box.x + box.width), np.arange(box.y, box.y + box.height)
-    mask = np.zeros((box.height, box.width), bool)
-    for cx, cy in nuclei.reshape(-1, 2):
-        mask |= (x[None, :] - cx) ** 2 + (y[:, None] - cy) ** 2 < REACH**2
-    return mask
-
-
-def _candidates(
-    rng: np.random.Generator, tissue: Tissue, texture: Texture, shift: tuple[int, int]
-) -> NDArray[np.float64]:
-    """Draw up to 256 sites (k, 3, 2) in level-0 pixels, deep in tissue."""
-    periods = rng.integers(0, -(-tissue.side // NUCLEI) + 1, (256, 1, 2))
-    sites = texture.sites[rng.integers(len(texture.sites), size=256)] + periods * NUCLEI - np.array(shift)
-    x, y = sites.mean(axis=1).T
-    within = (sites > 2 * REACH).all(axis=(1, 2)) & (sites < tissue.side - 2 * REACH).all(axis=(1, 2))
-    sites, x, y = sites[within], x[within], y[within]
-    deep = (tissue.at(tissue.inside, x, y) > 1.5 * EDGE) & (tissue.at(tissue.fat, x, y) < -1.5 * EDGE)
-    return np.asarray(sites[deep])
-
-
-def _near(one: Box, other: Box) -> bool:
-    beside = one.x + one.width + GAP <= other.x or other.x + other.width + GAP <= one.x
-    above = one.y + one.height + GAP <= other.y or other.y + other.height + GAP <= one.y
-    return not (beside or above)

@@ -1,11 +1,11 @@
 """Generated slides: labelled pyramidal TIFF files of stained tissue on glass, of any side up to 200,000 pixels.
 
-A positive slide holds small nests of three nuclei that are hollow instead of filled, together under 0.1 % of its
-tissue. Nothing else depends on the label: the same seed gives the same slide with and without nests, and hollow nuclei
-absorb as much light as filled ones, so that neither a thumbnail nor an amount of tissue or colour shows the class.
+A positive slide holds small nests of three hollow nuclei, on less than 0.1 % of its tissue. Nothing else depends on the
+label: one seed gives the same slide with and without nests, and hollow nuclei absorb as much light as filled ones, so
+that neither a thumbnail nor the amount of tissue or colour shows the class.
 
-Every tile is computed by itself from coarse maps and periodic pictures (`slide_tissue`), and streams into the file
-(`tiff_pyramid`): memory does not grow with the slide.
+Every tile is computed by itself from coarse maps and periodic pictures (`slide_tissue`, `slide_nests`), and streams
+into the file (`tiff_pyramid`): memory does not grow with the slide.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from keyhole.datasets import slide_tissue
 from keyhole.datasets.new_folder import NewFolder
-from keyhole.datasets.slide_tissue import EDGE, MAX_NEST_SHARE, NUCLEI, STROMA, Nests, Number, Texture, Tissue, no_nests
+from keyhole.datasets.slide_nests import MAX_NEST_SHARE, NO_NESTS, Nests, place_nests
+from keyhole.datasets.slide_tissue import EDGE, NUCLEI, STROMA, Number, Texture, Tissue, make_texture, make_tissue
 from keyhole.datasets.tiff_pyramid import TILE, Pixels, write_pyramid
 from keyhole.errors import ConfigError
 from keyhole.images.geometry import Box, Size
@@ -187,7 +187,6 @@ class Scene:
     nuclei_at: tuple[int, int]
     fat_at: tuple[int, int]
     nests: Nests
-    nests_of: dict[tuple[int, int], list[int]]  # indices by tile
 
     def tile(self, column: int, row: int) -> Pixels | None:
         """Return the pixels (256, 256, 3) of a level-0 tile, or None if it is only glass."""
@@ -218,15 +217,15 @@ class Scene:
     def _nuclei(self, column: int, row: int) -> Pixels:
         """Return the light that passes the nuclei; those of nests are hollow."""
         filled = _piece(self.texture.nuclei, self.nuclei_at, column, row)
-        nests = self.nests_of.get((column, row))
-        if nests is None:
+        touched = self.nests.by_tile.get((column, row))
+        if touched is None:
             return filled
         hollow = _piece(self.texture.hollow, self.nuclei_at, column, row)
-        nest = slide_tissue.nest_mask(self.nests.nuclei[nests], Box(column * TILE, row * TILE, TILE, TILE))
+        nest = self.nests.mask(touched, Box(column * TILE, row * TILE, TILE, TILE))
         return np.where(nest[:, :, None], hollow, filled)
 
     def _cover(self, map_: NDArray[np.float32], column: int, row: int) -> NDArray[np.uint16]:
-        """Return the share 0 ... 256 (256, 256, 1) of each pixel that lies inside an edge, which is rough."""
+        """Return the share 0 ... 256 (256, 256, 1) of each pixel that is inside an edge, which is rough."""
         rough = _piece(self.texture.rough, self.fat_at, column, row)
         inside = self.tissue.over_tile(map_, column, row) + _ROUGH * rough
         return (np.clip(inside / 3 + 0.5, 0, 1) * 256).astype(np.uint16)[:, :, None]
@@ -239,18 +238,18 @@ def _piece(picture: NDArray[Number], at: tuple[int, int], column: int, row: int)
 
 
 def draw_scene(side: int, seed: int | Sequence[int], *, tissue: float | None = None, positive: bool = False) -> Scene:
-    """Draw everything random about a slide. Nests have a random stream of their own; nothing else depends on them."""
+    """Draw everything random about a slide. Nests use another random stream, so that nothing else depends on them."""
     _check_slide(side, seed, tissue)
     entropy = [seed] if isinstance(seed, int) else list(seed)
     rng, nest_rng = (np.random.default_rng([*entropy, purpose]) for purpose in (0, 1))
-    texture = slide_tissue.make_texture(rng)
-    where = slide_tissue.make_tissue(rng, side, tissue)
+    texture = make_texture(rng)
+    where = make_tissue(rng, side, tissue)
     stroma_at, nuclei_at, fat_at = (
         (int(x), int(y)) for x, y in (rng.integers(0, period, 2) for period in (STROMA, NUCLEI, STROMA))
     )
-    nests = slide_tissue.place_nests(nest_rng, where, texture, nuclei_at) if positive else no_nests()
+    nests = place_nests(nest_rng, where, texture, nuclei_at) if positive else NO_NESTS
     assert nests.pixels.sum() < MAX_NEST_SHARE * where.share * side * side, "nests cover more than 0.1 % of the tissue"
-    return Scene(where, texture, stroma_at, nuclei_at, fat_at, nests, nests.by_tile())
+    return Scene(where, texture, stroma_at, nuclei_at, fat_at, nests)
 
 
 def _blend(

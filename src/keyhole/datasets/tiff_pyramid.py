@@ -1,7 +1,7 @@
 """Write a pyramidal JPEG TIFF of any size in constant memory, from a function that renders its tiles.
 
-Level 0 goes straight into the file; each smaller level waits in a temporary file. Memory holds one row of tiles of
-each. tifffile would store the background again in every tile, and needs each level complete before the next one.
+Level 0 goes straight into the file, each smaller level first into a temporary one. Memory holds one row of tiles per
+level. tifffile would store the background in every tile, and write a level only after the one before.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class _Level:
         return -(-self.size.width // TILE), -(-self.size.height // TILE)
 
     def put_row(self, tiles: Iterable[Encoded]) -> None:
-        """Write one row of tiles; the level above gets its row when four strips, or the last ones, are there."""
+        """Write one row of tiles; after four strips, or the last ones, the level above writes its row."""
         columns, rows = self.grid
         strip = np.empty((TILE // FACTOR, columns * TILE // FACTOR, 3), np.uint8), [False] * columns
         for column, (data, small) in enumerate(tiles):

@@ -1,4 +1,4 @@
-"""The main job once, from start to end, on generated images, by the code of `keyhole train` and `keyhole evaluate`."""
+"""A whole run on generated images, by the code of `keyhole train` and `keyhole evaluate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from keyhole.inference.predictor import Predictor, load
 from keyhole.training.loop import train_config
 
 SAMPLE = 20
-"""Unseen images whose best patches are compared with the places of the digits."""
+"""Number of unseen images whose best patches are compared with the places of the digits."""
 
 
 def demo_config(out: Path, seed: int) -> Config:
@@ -47,7 +47,7 @@ def demo(out: str | Path = "demo", seed: int = 0) -> Evaluation:
     hits, kept = hits_on_digits(load(run.path), out / "images" / "boxes.csv")
     metrics = found.metrics[0]
     print(f"{time.monotonic() - start:.0f} s in all; {metrics.n} unseen images; guessing gives {1 / len(CLASSES):.2f}")
-    print(f"of the {kept} patches with the most attention in {SAMPLE} unseen images, {hits} lie on a digit")
+    print(f"of the {kept} patches with the most attention in {SAMPLE} unseen images, {hits} are on a digit")
     print(f"accuracy {metrics.overall['accuracy']}")
     print(f"contact sheet: {found.path / 'contact_sheet.png'}")
     print(f"run folder: {run.path}")

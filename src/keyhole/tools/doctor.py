@@ -1,4 +1,4 @@
-"""Tests of this machine: every reader on images written for it, and a training run of a few seconds."""
+"""Tests of this machine: every reader on generated images, and a training run of a few seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIONAL = {
     "wandb": "curves in Weights & Biases with --run.log wandb; pip install wandb",
 }
 SIDE = 96
-"""Pixels of a test image's side."""
+"""Side of a test image in pixels."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ Writer = Callable[[Path, Pixels], None]
 
 def _formats() -> Iterator[tuple[str, str, Writer, float]]:
     """Yield name, suffix, writer and largest mean difference of every format."""
+    import tifffile
+
     yield "colour", "png", _pillow, 0.0
     yield "colour", "bmp", _pillow, 0.0
     yield "colour", "webp", partial(_pillow, lossless=True), 0.0
@@ -108,13 +110,13 @@ def _formats() -> Iterator[tuple[str, str, Writer, float]]:
     yield "grey", "png", lambda path, pixels: _pillow(path, pixels[:, :, 0]), 0.0
     tile: dict[str, Any] = {"tile": (32, 32), "photometric": "rgb"}
     deflate = tile | {"compression": "deflate"}
-    yield "strips", "tif", partial(_tiff, photometric="rgb", rowsperstrip=16), 0.0
+    yield "strips", "tif", partial(tifffile.imwrite, photometric="rgb", rowsperstrip=16), 0.0
     for compression in ("lzw", "deflate", "zstd"):
-        yield f"tiles {compression}", "tif", partial(_tiff, **tile, compression=compression), 0.0
-    yield "tiles jpeg", "tif", partial(_tiff, **tile, compression="jpeg", compressionargs={"level": 95}), 6.0
-    yield "tiles jpeg2000", "tif", partial(_tiff, **tile, compression="jpeg2000"), 4.0
-    yield "big", "tif", partial(_tiff, **tile, bigtiff=True), 0.0
-    yield "OME", "ome.tif", partial(_tiff, **tile), 0.0
+        yield f"tiles {compression}", "tif", partial(tifffile.imwrite, **tile, compression=compression), 0.0
+    yield "tiles jpeg", "tif", partial(tifffile.imwrite, **tile, compression="jpeg", compressionargs={"level": 95}), 6.0
+    yield "tiles jpeg2000", "tif", partial(tifffile.imwrite, **tile, compression="jpeg2000"), 4.0
+    yield "big", "tif", partial(tifffile.imwrite, **tile, bigtiff=True), 0.0
+    yield "OME", "ome.tif", partial(tifffile.imwrite, **tile), 0.0
     yield "pyramid", "tif", partial(_pyramid, subifds=1, **deflate), 0.0
 
 
@@ -122,12 +124,6 @@ def _pillow(path: Path, pixels: Pixels, **options: Any) -> None:
     from PIL import Image
 
     Image.fromarray(pixels).save(path, **options)
-
-
-def _tiff(path: Path, pixels: Pixels, **options: Any) -> None:
-    import tifffile
-
-    tifffile.imwrite(path, pixels, **options)
 
 
 def _pyramid(path: Path, pixels: Pixels, subifds: int = 0, **options: Any) -> None:
@@ -199,7 +195,7 @@ def training(folder: Path) -> Diagnosis:
         try:
             with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
                 train_config(training_config(folder))
-        except Interrupted as stop:  # the folder of its run is removed: there is nothing to resume
+        except Interrupted as stop:  # its run folder is removed, so that nothing can be resumed
             raise Interrupted("interrupted", stop.signal_number) from stop
         return f"{time.monotonic() - start:.1f} s"
 

@@ -1,16 +1,16 @@
-"""A configuration for a data set, from what can be measured on it: the logic of `keyhole init`."""
+"""`keyhole init`: a configuration that suits a data set."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Literal, cast
+from typing import Any
 
-from keyhole.config.settings import Bits, Config
+from keyhole.config.settings import Config
 from keyhole.data.item import SPLITS
 from keyhole.data.manifest import Manifest, read_manifest
 from keyhole.errors import BitsUnknown, ConfigError, DataError, ImageError
@@ -18,28 +18,27 @@ from keyhole.images import open_image
 from keyhole.images.geometry import Size
 from keyhole.images.pixels import DEEP
 from keyhole.loading import Reader
-from keyhole.patches.edge import Edge
 from keyhole.patches.grid import NoPatches
 from keyhole.patches.opener import FileOpener
 
 SAMPLE = 100
-"""Images opened to measure sizes."""
+"""Largest number of images that are opened to measure sizes."""
 COUNTED = 10
-"""Images whose patches are counted where a foreground has to be found first."""
+"""Number of images whose patches are counted if there is a foreground."""
 SLIDE_MPP = 0.5
-"""Microns per pixel to read microscopy at: 20x shows nuclei, with a quarter of the patches of 40x."""
+"""Microns per pixel for microscopy: 20x shows nuclei, with a quarter of the patches of 40x."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the images and labels say."""
+    """Facts about the images and labels."""
 
     manifest: Manifest  # as training would read it
     sizes: tuple[Size, ...]  # level-0 sizes of the images opened
     mpp: tuple[float | None, ...]  # microns per pixel of each, from the CSV or the file
     grey: bool  # all images are
     pyramids: bool  # all images have more than one level
-    largest: int | None = None  # value in 16-bit images that do not state how many bits they use
+    largest: int | None = None  # largest value of 16-bit images whose used bits are unknown
 
 
 @dataclass(frozen=True)
@@ -82,69 +81,77 @@ def measure(config: Config) -> Measured:
                 pyramids.append(len(image.levels) > 1)
                 mpp.append(item.mpp if item.mpp is not None else image.mpp)
     if not sizes:
-        raise DataError(f"{config.data.path}: none of the images opened can be read; keyhole check says why")
+        raise DataError(f"{config.data.path}: none of the opened images can be read. keyhole check gives the reasons.")
     return Measured(manifest, tuple(sizes), tuple(mpp), all(grey), all(pyramids), max(largest, default=None))
 
 
+class _Choices:
+    """Values of settings, with the reasons for some of them by the setting's name."""
+
+    def __init__(self) -> None:
+        self.values: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        self.reasons: dict[str, str] = {}
+
+    def add(self, name: str, value: object, reason: str = "") -> None:
+        section, field = name.split(".")
+        self.values[section][field] = value
+        if reason:
+            self.reasons[name] = reason
+
+
 def propose(config: Config, measured: Measured) -> Proposal:
-    """Return `config` with values that suit the data, by rough rules: the run fits on small machines and learns."""
-    reasons: dict[str, str] = {}
-    mpp = _common_mpp(measured, reasons)
+    """Return `config` with values that suit the data, by rough rules for a run that learns on a small machine."""
+    choices = _Choices()
+    _choose_patches(choices, config, measured)
+    _choose_training(choices, config, measured.manifest)
+    return Proposal(config.replace(**choices.values), choices.reasons, tuple(_summary(measured)))
+
+
+def _choose_patches(choices: _Choices, config: Config, measured: Measured) -> None:
+    mpp, why = _common_mpp(measured)
+    choices.add("patch.mpp", mpp, why)
     sides = [  # shorter side of each image in pixels, at the scale to be read
         min(size) * (own / mpp if mpp is not None and own is not None else 1.0)
         for size, own in zip(measured.sizes, measured.mpp, strict=True)
     ]
     shorter, aspect = median(sides), median(max(size) / min(size) for size in measured.sizes)
     size = max(1, min(max(32, min(224, round(shorter / 16 / 16) * 16)), int(min(sides))))
-    bits = config.patch.bits
-    if measured.largest is not None and bits is None:
-        bits = cast(Bits, max(8, measured.largest.bit_length()))
-        reasons["patch.bits"] = (
-            f"the largest value of the 16-bit images opened is {measured.largest:,}; see the camera's"
-        )
-    reasons["patch.size"] = f"about a sixteenth of the median shorter side, {shorter:,.0f} px, from 32 to 224"
+    why = f"about a sixteenth of the median shorter side, {shorter:,.0f} px, from 32 to 224"
+    choices.add("patch.size", size, why)
+    if measured.largest is not None and config.patch.bits is None:
+        why = f"the largest value of the 16-bit images opened is {measured.largest:,}; see the camera's"
+        choices.add("patch.bits", max(8, measured.largest.bit_length()), why)
     patches = -(-shorter // size) * -(-shorter * aspect // size)
-    m = _kept(patches)
-    reasons["select.m"] = f"about an eighth of the {patches:,.0f} patches of a typical image, from 4 to 256"
-    edge: Edge = "background" if measured.pyramids else "shift"
-    reasons["patch.edge"] = (
-        "the images have several levels, as slides do, and their border is glass"
-        if measured.pyramids
-        else "photographs show something up to their border, and filling draws an untrained model"
-    )
-    foreground: Literal["all", "tissue", "mask"] = "all"
+    why = f"about an eighth of the {patches:,.0f} patches of a typical image, from 4 to 256"
+    choices.add("select.m", _kept(patches), why)
+    if measured.pyramids:
+        why = "the images have several levels, as slides do, and their border is glass"
+        choices.add("patch.edge", "background", why)
+    else:
+        why = "photographs show something up to their border, and filling draws an untrained model"
+        choices.add("patch.edge", "shift", why)
     if all(item.mask is not None for item in measured.manifest.items):
-        foreground = "mask"
-        reasons["patch.foreground"] = "all images have a mask"
+        choices.add("patch.foreground", "mask", "all images have a mask")
     elif measured.pyramids and None not in measured.mpp:
-        foreground = "tissue"
-        reasons["patch.foreground"] = "slides are mostly glass"
-    if measured.grey:
-        reasons["model.channels"] = "all images are grey"
+        choices.add("patch.foreground", "tissue", "slides are mostly glass")
+    else:
+        choices.add("patch.foreground", "all")
+    choices.add("model.channels", 1 if measured.grey else 3, "all images are grey" if measured.grey else "")
 
-    training = measured.manifest.split("train")
-    batch = max(1, min(config.train.batch, len(training) // 4))
-    reasons["train.batch"] = f"{len(training)} images to learn from"
-    epochs = max(10, min(100, round(3000 * batch / max(1, len(training)))))
-    reasons["train.epochs"] = f"about 3,000 steps, from 10 to 100 epochs; {len(training)} images, {batch} a step"
-    imbalance = _imbalance(measured.manifest)
-    if imbalance >= 2:
-        reasons["train.balance"] = f"the largest class has {imbalance:.1f} times the images of the smallest"
-    return Proposal(
-        config.replace(
-            patch={"size": size, "mpp": mpp, "bits": bits, "foreground": foreground, "edge": edge},
-            model={"channels": 1 if measured.grey else 3},
-            select={"m": m},
-            train={
-                "epochs": epochs,
-                "batch": batch,
-                "warmup": max(1.0, epochs / 10),
-                "balance": "loss" if imbalance >= 2 else "none",
-            },
-        ),
-        reasons,
-        tuple(_summary(measured)),
-    )
+
+def _choose_training(choices: _Choices, config: Config, manifest: Manifest) -> None:
+    count = len(manifest.split("train"))
+    batch = max(1, min(config.train.batch, count // 4))
+    choices.add("train.batch", batch, f"{count} images to learn from")
+    epochs = max(10, min(100, round(3000 * batch / max(1, count))))
+    why = f"about 3,000 steps, from 10 to 100 epochs; {count} images, {batch} a step"
+    choices.add("train.epochs", epochs, why)
+    choices.add("train.warmup", max(1.0, epochs / 10))
+    if (imbalance := _imbalance(manifest)) >= 2:
+        why = f"the largest class has {imbalance:.1f} times the images of the smallest"
+        choices.add("train.balance", "loss", why)
+    else:
+        choices.add("train.balance", "none")
 
 
 def with_counted_patches(proposal: Proposal, measured: Measured, stall: float) -> Proposal:
@@ -172,28 +179,30 @@ def _count(opener: FileOpener) -> int:
 
 
 def _kept(patches: float) -> int:
-    """Return an eighth of the patches, down to a power of two, from 4 to 256 but not more than there are."""
+    """Return an eighth of the patches, rounded down to a power of two, from 4 to 256 but at most all patches."""
     eighth = 1 << max(0, round(patches / 8).bit_length() - 1)
     return max(min(4, int(patches)), min(256, eighth, int(patches)), 1)
 
 
-def _common_mpp(measured: Measured, reasons: dict[str, str]) -> float | None:
-    """Return the microns per pixel to read all images at, if all state theirs: the same, or coarser where enough."""
+def _common_mpp(measured: Measured) -> tuple[float | None, str]:
+    """Return the microns per pixel to read all images at, if all state theirs, and the reason.
+
+    The coarsest of all, or `SLIDE_MPP` if that is coarser.
+    """
     known = [mpp for mpp in measured.mpp if mpp is not None]
     if len(known) < len(measured.sizes):
-        return None
+        return None, ""
     if max(known) / min(known) > 1.1:
-        reasons["patch.mpp"] = f"the images differ, from {min(known):.3g} to {max(known):.3g}; never enlarged"
+        why = f"the images differ, from {min(known):.3g} to {max(known):.3g}; never enlarged"
     elif median(known) < 0.8 * SLIDE_MPP:
-        reasons["patch.mpp"] = f"the images have {median(known):.3g}, which costs time and memory; lower it for detail"
+        why = f"the images have {median(known):.3g}, which costs time and memory; lower it for detail"
     else:
-        reasons["patch.mpp"] = "what the images have; later ones of another resolution are resampled to it"
-        return round(max(known), 4)
-    return round(max(SLIDE_MPP, *known), 4)
+        return round(max(known), 4), "what the images have; later ones of another resolution are resampled to it"
+    return round(max(SLIDE_MPP, *known), 4), why
 
 
 def _imbalance(manifest: Manifest) -> float:
-    """Return the size of the largest training class over that of the smallest, of the worst task."""
+    """Return the largest ratio in any task of the largest to the smallest training class."""
     worst = 1.0
     for task in manifest.tasks:
         if task.exclusive:
@@ -217,7 +226,7 @@ def _summary(measured: Measured) -> list[str]:
         said = f"{len(scales)} of the {len(measured.sizes)} images opened say it"
         lines.append(f"microns per pixel: {_span(scales)} ({said})")
         if len(scales) < len(measured.sizes):
-            lines.append("patch.mpp is none, since not all say it: a column `mpp` makes all of them one resolution")
+            lines.append("patch.mpp stays none: not all state it. With a column `mpp` all are read at one resolution")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Says in one sentence what limits a run, and what to do about it."""
+"""One sentence about what limits the speed of a run, and what to do about it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from keyhole.util.threads import reading_cores
 
 MAX_HIDDEN_SHARE, MAX_LEARNING_SHARE = 0.15, 1 / 3
-"""Shares of the time up to which a part other than the encoder is not the limit; some learning is needed."""
+"""Shares of the time up to which a part is not the limit; learning needs more than the others."""
 MIN_OWN_RATE = 0.75
-"""Share of its rate alone: below it the encoder is slowed down by something else."""
+"""Share of its rate alone below which something else slows the encoder down."""
 MIN_BLANK_SHARE = 0.2
-"""Share of patches of one color from which leaving them out is worth a sentence."""
+"""Least share of patches of one color for the advice to leave them out."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Facts:
 
 
 def advice(shares: Mapping[str, float], facts: Facts) -> str:
-    """Return the sentence for the shares of the time that the parts took; `other` is the rest."""
+    """Return the sentence, from the share of the time of each part; `other` is the rest."""
     limits = {
         name: share
         for name, share in shares.items()
@@ -49,7 +49,7 @@ def advice(shares: Mapping[str, float], facts: Facts) -> str:
 def _of_encoder(facts: Facts) -> str:
     if facts.blank >= MIN_BLANK_SHARE:
         return (
-            f"and {facts.blank:.0%} of what it looks at is of one colour: "
+            f"and {facts.blank:.0%} of what it encodes is of one colour: "
             "--patch.foreground non-empty (on slides: tissue) leaves such patches out"
         )
     if facts.colored_rate < MIN_OWN_RATE:

@@ -1,4 +1,4 @@
-"""The images of a measurement: some of the user's, or generated ones, as costly to read as those of the recipe."""
+"""The images of a measurement: some of the user's, or generated ones that cost as much to read as those of a recipe."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from keyhole.training.setup import cache_limit
 from keyhole.util.platform import available_memory
 
 DIFFERENT_FILES = 4
-"""Files that are written, and then linked under as many names as needed: more would cost the same to read."""
+"""Number of files that are written, then linked under as many names as needed: more would cost the same to read."""
 JPEG_QUALITY = 90
-"""As cameras and scanners write."""
+"""The quality of cameras and scanners."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Kind:
     what: Literal["photographs", "slides", "features"]
     size: Size  # pixels of an image, or numbers and rows of a file of features
     grey: bool = False
-    images: int = 1000  # to train on in the published data; whether compiling pays depends on it
+    images: int = 1000  # training images of the published data; whether compiling pays depends on it
 
     def describe(self) -> str:
         if self.what == "features":
@@ -59,18 +59,18 @@ PHOTOGRAPHS, SLIDES = Kind("photographs", Size(2048, 1536)), Kind("slides", Size
 
 
 class Data(NamedTuple):
-    """The images that are measured, in words, and the numbers of all training and validation images."""
+    """The images of a measurement in words, and the numbers of all training and validation images."""
 
     told: str
     train: int
     val: int
-    share: float  # training images for each one that is measured
+    share: float  # training images per measured image
 
 
 def measured_data(
     config: Config, run: Run | None, recipe: str | None, scratch: Path, steps: int, say: Callable[[str], None]
 ) -> tuple[Config, Data]:
-    """Return the configuration with a CSV of as many training images as needed."""
+    """Return the configuration with a CSV of the training images to measure."""
     wanted = (1 + steps) * config.train.batch
     if run is None and config.data.path is None:
         kind = kind_of(recipe, config)
@@ -93,7 +93,7 @@ def measured_data(
         manifest = read_manifest(data, config.train.seed)
         val = len(manifest.split("val"))
     train, some = len(manifest.split("train")), _some(manifest, wanted, config.train.seed)
-    # as large a share of them stays decoded in memory as of all images
+    # the share of images that stays decoded in memory is that of the whole run
     limit = cache_limit(config, choose_device(config.run.device))
     data = data.replace(
         path=replace(manifest, items=some).write(scratch / "some.csv"),
@@ -160,7 +160,7 @@ def write_images(kind: Kind, folder: Path, count: int) -> Path:
 
 
 def _photograph(path: Path, kind: Kind, seed: int) -> None:
-    """Write soft shapes and grain, with as many bytes per pixel as a photograph of that quality (about 0.3)."""
+    """Write soft shapes and grain, with the bytes per pixel of a photograph (about 0.3)."""
     from PIL import Image
 
     draw = np.random.default_rng([seed, 1])

@@ -293,7 +293,7 @@ def _summary(full: Config, data: Data, compiled: str, found: _Clocked, alone: _F
             "computing": f"{device}, in {job.engine.encoders.arithmetic}",
             "encoder": compiled,
             "reading": f"{facts.threads} threads on {facts.cores} cores{in_memory}",
-            "at a time": f"{plan.chunk:,} patches looked at; {config.train.batch} images a step, learned from {learn}",
+            "at a time": f"{plan.chunk:,} patches encoded; {config.train.batch} images a step, learned from {learn}",
         },
         floor=alone.rate,
         patches_per_s=found.patches / found.seconds,

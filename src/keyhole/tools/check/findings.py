@@ -18,13 +18,13 @@ from keyhole.patches.features import Origin
 from keyhole.tools.check.look import MAX_DARK_VALUE, Probed
 from keyhole.util.wording import listed
 
-MAX_IMBALANCE = 10  # ratio of the largest to the smallest class from which on a warning is given
+MAX_IMBALANCE = 10  # least ratio of the largest to the smallest class for a warning
 MIN_STEP_PATCHES = 16
-"""Patches of a step below which the statistics of batch norm are mostly noise (Wu and He 2018, Group Normalization)."""
+"""With fewer patches in a step the statistics of batch norm are mostly noise (Wu and He 2018, Group Normalization)."""
 WITHOUT_BATCH_NORM = ("vit", "deit", "swin", "convnext", "beit", "eva", "mixer", "dino")
-"""Beginnings of the names of timm's encoders with layer norm."""
+"""How the names of timm's encoders with layer norm begin."""
 MAX_MPP_DIFFERENCE = 0.05
-"""Share by which the resolutions in the CSV and in the file may differ through rounding and calibration."""
+"""Relative difference of the resolutions in CSV and file that rounding and calibration explain."""
 ALL_IMAGES = "all images"
 
 
@@ -42,7 +42,7 @@ def count_classes(manifest: Manifest) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def about_labels(manifest: Manifest, config: Config) -> Iterator[Finding]:
-    """Yield findings about missing or rare classes and groups in several splits, of images that can be opened."""
+    """Yield findings about missing or rare classes, and groups in several splits; all images can be opened."""
     for task, classes in count_classes(manifest).items():
         train = {name: count["train"] for name, count in classes.items()}
         largest, smallest = max(train, key=lambda name: train[name]), min(train, key=lambda name: train[name])
@@ -135,17 +135,17 @@ def _about_values(probed: Mapping[str, Probed]) -> Iterator[Finding]:
     dark = [name for name, image in probed.items() if image.darkest < image.brightest < MAX_DARK_VALUE]
     if flat:
         fix = "Look at it: there is nothing to learn from. Export it again, or leave it out."
-        yield warning(flat, "every pixel looked at has one value", fix)
+        yield warning(flat, "all pixels that were read have one value", fix)
     if dark:
         brightest = max(probed[name].brightest for name in dark)
         fix = "If its values use fewer bits than the file holds, say how many: --patch.bits; else export it brighter."
-        yield warning(dark, f"nearly black: no pixel looked at is above {brightest} of 255", fix)
+        yield warning(dark, f"nearly black: no pixel that was read is above {brightest} of 255", fix)
     for note, names in _grouped({name: image.note for name, image in probed.items()}).items():
         yield warning(names, note, "Save what else you want as files of their own.")
 
 
 def _grouped(notes: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return the names of each note that is not empty."""
+    """Return the names by note, without empty notes."""
     names = defaultdict(list)
     for name, note in notes.items():
         if note:
@@ -170,11 +170,11 @@ def _about_features(probed: Mapping[str, Probed]) -> Iterator[Finding]:
         yield Finding(ALL_IMAGES, problem, fix)
         return
     for doubt, names in _grouped({name: origin.doubt(first) for name, origin in origins.items()}).items():
-        yield warning(names, doubt, "This may be intended: training says the same and goes on.")
+        yield warning(names, doubt, "This may be intended: training gives the same warning and continues.")
 
 
 def about_content(items: Sequence[Item], manifest: Manifest, config: Config) -> Iterator[Finding]:
-    """Yield findings about files with equal bytes: worst if they are in two splits or have two labels."""
+    """Yield findings about files with equal bytes, in particular in two splits or with two labels."""
     by_size = defaultdict(list)
     for item in items:
         try:

@@ -1,4 +1,4 @@
-"""What `keyhole check` finds in one image, or why it cannot be used; a process of its own runs this (`worker`).
+"""What `keyhole check` finds in one image, or why it cannot be used; `worker` runs this in another process.
 
 torch is not imported here.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from keyhole.patches.grid import PatchGrid
     from keyhole.patches.opener import FileOpener
 
-MAX_DARK_VALUE = 16  # a picture whose brightest value, of 255, is below is nearly black
+MAX_DARK_VALUE = 16  # a picture whose brightest value, of 255, is lower is nearly black
 TIMED_PATCHES = 4
 Trouble = Literal["image", "settings", "died", "stalled", "unexpected", "output"]
 
@@ -36,13 +36,13 @@ class Probed:
     channels: int  # 1 or 3; the width of stored features
     patches: int  # after the foreground mask
     level_bytes: int  # of the decoded pixels at the level that is read
-    file_mpp: float | None = None  # as the file states it, whatever the CSV states
-    mpp_note: str = ""  # an implausible resolution that the file states
-    preview_problem: str = ""  # why there is no preview although one was asked for
-    note: str = ""  # what of the file is not read
+    file_mpp: float | None = None  # as the file states it, even if the CSV overrides it
+    mpp_note: str = ""  # about an implausible resolution in the file
+    preview_problem: str = ""  # why the requested preview is missing
+    note: str = ""  # which parts of the file are not read
     darkest: int = field(default=0, compare=False)  # values of the patches that were read
     brightest: int = field(default=255, compare=False)
-    image_seconds: float = field(default=0.0, compare=False)  # to open and decode what all patches share
+    image_seconds: float = field(default=0.0, compare=False)  # to open the file and decode what all patches share
     patch_seconds: float = field(default=0.0, compare=False)
     origin: dict[str, str | None] = field(default_factory=dict)  # of stored features, the fields of `Origin`
 
@@ -53,8 +53,8 @@ class Failed:
 
     problem: str  # one line without the name of the image
     trouble: Trouble
-    previewed: bool = False  # the preview was still made
-    fix: str = ""  # if the error said it
+    previewed: bool = False  # there is a preview nevertheless
+    fix: str = ""  # if the error names one
     largest: int | None = None  # largest value of an image for which only the bits in use are unknown
 
 
@@ -104,7 +104,7 @@ def _probe_image(request: Request) -> Probed | Failed:
         if request.preview is not None:
             try:
                 _preview(opener, image, grid, item.name or str(path), request.preview)
-            except ImageError as error:  # at a level that a run does not read
+            except ImageError as error:  # damage at a level that a run does not read
                 problem, _ = problem_and_fix(error.problem)
         if grid is None:
             return Failed(nothing[0], "settings", request.preview is not None and not problem, nothing[1])
@@ -142,7 +142,7 @@ def _probe_features(item: Item) -> Probed:
 
 
 def _seconds(opening: float, read: Callable[[Sequence[int]], object], length: int) -> tuple[float, float]:
-    """Read the first and last patch and then a few again; return the seconds of the image and of a patch."""
+    """Read the first and last patch, then the first few; return the seconds of the image and of a patch."""
     began = time.perf_counter()
     read([0, length - 1])
     first = time.perf_counter()
@@ -153,7 +153,7 @@ def _seconds(opening: float, read: Callable[[Sequence[int]], object], length: in
 
 
 def _values(image: Image, grid: PatchGrid) -> tuple[int, int]:
-    """Return the smallest and largest value of up to nine patches; one is enough if it is neither dark nor uniform."""
+    """Return the smallest and largest value of up to nine patches, of one if that is neither dark nor uniform."""
     level = image.levels[grid.level]
     darkest, brightest = 255, 0
     for patch in sorted({round(k * (len(grid) - 1) / 8) for k in range(9)}):

@@ -60,11 +60,11 @@ class CheckReport:
     findings: tuple[Finding, ...]  # errors first
     left_out: tuple[LeftOut, ...]  # files and rows that are not used
     notes: tuple[str, ...]  # decisions, such as drawn splits
-    memory: str  # whether decoded images would stay in memory, and why; empty for stored features
-    previews: str | None = None  # folder with a picture per image of the foreground mask and the patches
-    work: Work | None = None  # what a run has to do with these images
+    memory: str  # says whether decoded images would stay in memory; empty for stored features
+    previews: str | None = None  # folder with a preview of each image
+    work: Work | None = None  # of a run over these images
     reading: tuple[float, float] | None = None  # mean seconds of an image and of a patch on one thread
-    time: str = ""  # how long a run will take, if it is worth a line
+    time: str = ""  # estimated duration of a run, in words; empty for a short one
 
     @property
     def ok(self) -> bool:
@@ -134,7 +134,7 @@ def check(
         >>> report.ok, report.images, report.spreads["patches"].max
         (True, 8, 8)
         >>> report.findings[-1].problem.partition(":")[0]
-        'every pixel looked at has one value'
+        'all pixels that were read have one value'
     """
     config = configuration(data, settings)
     folder = None if previews is None else writable_folder(previews)
@@ -191,24 +191,24 @@ def check(
 
 
 def _read(config: Config, labels: bool) -> Manifest:
-    """Read the data as training does, or as `predict` and `embed` do where there are no labels."""
+    """Read the data as training does or, without labels, as `embed` does."""
     data = config.data.replace(on_bad_image="skip")
     if labels and not without_labels(data):
         return read_manifest(data, config.train.seed)
     assert data.path is not None
     items, left_out = items_to_embed(data.path, data.root, data.masks, "skip")
-    doubt = warning("all images", "no labels, so only the images were looked at", f"To train on them: {LABELS}")
+    doubt = warning("all images", "no labels, so only the images were checked", f"To train on them: {LABELS}")
     return Manifest(
         items=tuple(replace(item, split="test") for item in items),
         tasks=(),
         left_out=tuple(LeftOut(name, reason) for name, reason in left_out.items()),
-        notes=() if labels else ("labels were not looked at",),
+        notes=() if labels else ("labels were not checked",),
         doubts=(doubt,) if labels else (),
     )
 
 
 def _missing(manifest: Manifest, config: Config) -> tuple[list[Finding], list[LeftOut]]:
-    """Turn missing files of a CSV into findings, unless the user said to leave them out."""
+    """Return findings about missing files, unless the user leaves them out, and what else is left out."""
     if config.data.on_bad_image == "skip":
         return [], list(manifest.left_out)
     gone = [left for left in manifest.left_out if left.reason.startswith((MISSING_FILE, "not a regular file"))]
@@ -217,7 +217,7 @@ def _missing(manifest: Manifest, config: Config) -> tuple[list[Finding], list[Le
 
 
 def _list_previews(folder: Path, requests: Sequence[Request]) -> list[str]:
-    """Remove the previews of an earlier check and list those of this one; return a note about the removed ones."""
+    """Remove the previews of an earlier check and list the new ones; return a note about those removed for good."""
     images = [request for request in requests if request.item.features is None]
     rows = [(request.item.name, request.preview.name) for request in images if request.preview is not None]
     pictures = {picture for _, picture in rows}

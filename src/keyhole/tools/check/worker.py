@@ -77,7 +77,7 @@ class ImageProbe:
     def probe(self, request: Request) -> Probed | Failed:
         """Open an image, read its first and last patch, and draw a preview if the request names one."""
         if self._killed:
-            return Failed("not looked at any more", "stalled")
+            return Failed("not checked any more", "stalled")
         if self._process is None:
             self._start()
         reply, stalled = self._ask(as_line((self.stall, request)), self.stall)
