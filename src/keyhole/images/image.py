@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from keyhole.errors import ConfigError, ImageError, ImageLost
 from keyhole.images.faults import one_line, raise_if_lost
 from keyhole.images.geometry import Box, Level, Size, runs_of
 from keyhole.images.pixels import Pixels as Pixels
-from keyhole.images.pixels import place
+from keyhole.images.pixels import place, settled_bits
 from keyhole.util.threads import beat
 from keyhole.util.wording import from_to
 
@@ -73,6 +73,7 @@ class Image(ABC):
     background: int = 255
     qupath_origin: tuple[int, int] = (0, 0)
     held_pixels: int = 0
+    _says_bits: bool = True
 
     @classmethod
     @abstractmethod
@@ -87,11 +88,17 @@ class Image(ABC):
     def _read(self, box: Box, level: int) -> Pixels:
         """Return pixels (h, w, c) uint8 of a box that lies wholly inside the level."""
 
-    def settle_bits(self, given: int | None) -> None:  # noqa: B027 - most formats have 8 bits a value
+    def settle_bits(self, given: int | None) -> None:
         """Decide how many bits of a stored value are in use (`given` by the user, or None) before anything is read.
 
         Raises BitsUnknown if neither the user nor the file states it, and the values do not show it.
         """
+        if not self._says_bits:
+            self.bits = settled_bits(self.path, given, self._values())
+
+    def _values(self) -> Iterable[NDArray[Any]]:
+        """Return the colours as they are stored, in parts; only asked for if the file does not state its bits."""
+        return ()
 
     def read(self, box: Box | tuple[int, int, int, int], level: int = 0) -> Pixels:
         """Read the pixels of a box. Those outside the image have the value `background`.

@@ -16,7 +16,7 @@ from keyhole.images.faults import faults_of, one_line
 from keyhole.images.geometry import Box, Level, Size
 from keyhole.images.image import ArrayImage, Image, Pixels
 from keyhole.images.jpeg import why_no_jpeg
-from keyhole.images.pixels import DEEP, make_upright, on_white, scaled, settled_bits, upright_size, valid_orientation
+from keyhole.images.pixels import DEEP, make_upright, on_white, scaled, upright_size, valid_orientation
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -83,7 +83,8 @@ class PillowImage(Image):
         self.size = upright_size(size, self._orientation)
         self.levels = (Level(self.size, 1.0),)
         self.channels = self._stored.colors if self._stored is not None else 1 if picture.mode in _GREY else 3
-        self.bits = 8 if self._stored is None else self._stored.bits
+        if self._stored is not None:
+            self.bits, self._says_bits = self._stored.bits, self._stored.says_bits
         self._lock = threading.Lock()
         self._pixels: Pixels | None = None
         self._damage: str | None = None
@@ -118,10 +119,6 @@ class PillowImage(Image):
             f"Convert it to a tiled pyramid: vips tiffsave {self.path.name} {self.path.stem}.tif "
             "--tile --pyramid --compression jpeg --bigtiff",
         )
-
-    def settle_bits(self, given: int | None) -> None:
-        if self._stored is not None and not self._stored.says_bits:
-            self.bits = settled_bits(self.path, given, self._values())
 
     def _values(self) -> Iterator[NDArray[Any]]:
         assert self._stored is not None

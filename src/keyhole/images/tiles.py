@@ -20,7 +20,7 @@ from keyhole.errors import ImageError
 from keyhole.images.faults import faults_of, passed_over
 from keyhole.images.geometry import Box, Level, Size, downsample_of
 from keyhole.images.image import Image, Uses
-from keyhole.images.pixels import Pixels, make_upright, place, settled_bits, stored_box, upright_size
+from keyhole.images.pixels import Pixels, make_upright, place, stored_box, upright_size
 from keyhole.images.tile_cache import MIN_KEPT_BYTES, TILE_CACHE
 
 
@@ -88,10 +88,6 @@ class TiledImage(Image):
     @abstractmethod
     def _stored_values(self, tile: int) -> Iterable[NDArray[Any]]:
         """Return the colours of a tile of level 0 as they are stored, before they are scaled to 8 bits."""
-
-    def settle_bits(self, given: int | None) -> None:
-        if not self._says_bits:
-            self.bits = settled_bits(self.path, given, self._values())
 
     def _values(self) -> Iterator[NDArray[Any]]:
         """Yield the stored values of level 0, tile by tile from the middle on; damaged ones are left out."""
