@@ -148,14 +148,23 @@ class Image(ABC):
             beat()
 
     def jpeg_tiling(self, level: int) -> Size | None:
-        """Return the size of the tiles of a level if `jpeg_tiles` returns them, for a decoder on another device."""
+        """Tell whether `jpeg_tiles` returns the tiles of a level, for a decoder on another device.
+
+        Returns:
+            The size of a tile, or None.
+        """
         return None
 
     def jpeg_tiles(self, cells: NDArray[np.int64], level: int, colors: Container[str]) -> list[bytes | None]:
         """Return tiles as JPEG files, which any decoder decodes to the pixels that `read` returns.
 
-        `cells` are column and row (k, 2), in any order, and `colors` some of "grey", "rgb" and "ycbcr". None is
-        returned for a tile that is missing, damaged, of other colours, or reaches over the image.
+        Args:
+            cells: (k, 2) column and row of each tile, in any order.
+            level: one that has a `jpeg_tiling`.
+            colors: accepted meanings of the samples, of "grey", "rgb" and "ycbcr".
+
+        Returns:
+            (k) files; None for a tile that is missing, damaged, of other colours, or reaches over the image.
         """
         raise NotImplementedError
 

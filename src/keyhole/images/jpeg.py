@@ -22,12 +22,8 @@ APP0, APP14, SOF0, SOS, EOI = 0xE0, 0xEE, 0xC0, 0xDA, 0xD9
 _RGB, _YCBCR = 2, 6  # as TIFF numbers colours
 _PADDING = 16
 """Bytes that may follow the end of a JPEG in its tile."""
-_NOT_FRAMES = (0xC4, 0xC8, 0xCC)
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers
 _FRAME_KINDS = {0xC3: "lossless", 0xC7: "lossless", 0xC9: "arithmetic", 0xCA: "arithmetic", 0xCB: "lossless"}
-
-
-def is_frame(marker: int) -> bool:
-    return 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES
 
 
 class Frame(NamedTuple):
@@ -48,18 +44,12 @@ def frame_of(data: Coded) -> tuple[int, Frame | None]:
             at += 1
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
             at += 2
-        elif is_frame(marker):
+        elif marker in _FRAMES:
             height, width = (int.from_bytes(data[at + place : at + place + 2], "big") for place in (5, 7))
             return at + 10, Frame(data[at + 4], height, width, data[at + 9])
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return 0, None
-
-
-def jpeg_size(data: Coded) -> Size | None:
-    """Return width and height of a JPEG; None without a frame header, which the decoder then reports."""
-    frame = frame_of(data)[1]
-    return None if frame is None else Size(frame.width, frame.height)
 
 
 def why_no_jpeg(head: bytes) -> str:
@@ -126,7 +116,7 @@ def merged_head(tables: bytes, tile: bytes, size: Size, samples: int, rgb: bool)
     if own is None or (tables and shared is None):
         return None
     pieces = [*(shared or []), *own]
-    frames = [body for marker, body in pieces if is_frame(marker)]
+    frames = [body for marker, body in pieces if marker in _FRAMES]
     if len(frames) != 1 or frames[0][1] != SOF0:
         return None
     body = frames[0]  # marker, length, bits, height, width, samples (10 bytes), and three bytes for each

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from keyhole.errors import ImageError
 from keyhole.images.faults import not_one_picture
 from keyhole.images.geometry import Size, same_shape
-from keyhole.images.jpeg import JpegTiles, jpeg_size
+from keyhole.images.jpeg import JpegTiles, frame_of
 from keyhole.images.pixels import (
     DEEP,
     Pixels,
@@ -79,9 +79,11 @@ class TiffLevel:
         Raises ImageError for one that is a picture by itself and declares a much larger size than the page does.
         """
         if self.coded:
-            size = jpeg_size(data) if self.coded == "JPEG" else _picture_size(data)
+            # the decoder reports a JPEG without a frame header
+            size = frame_of(data)[1] if self.coded == "JPEG" else _picture_size(data)
             most = max(4 * self.segment.width * self.segment.height, 2**16)
             if size is not None and size.width * size.height > most:
+                size = Size(size.width, size.height)
                 problem = f"a tile of {tuple(self.segment)} pixels holds a picture of {tuple(size)}."
                 raise ImageError(self.path, f"{problem} Export it again.")
         values: NDArray[Any] = self._decode(data, number, **self._options)[0][0]
@@ -132,15 +134,17 @@ def read_layout(path: Path) -> TiffLayout:
         stated: int | None = None
         ome = ome_pixels(first.description) if first.is_ome else None
         if ome is not None:
-            _check_ome(path, ome, first)
             data = ome.find("{*}TiffData")
-            main, stated = tif.pages[int(data.get("IFD", "0")) if data is not None else 0], _significant_bits(ome)
-            scale = agreed(_ome_scale(ome), _resolution_scale(main))
+            main = tif.pages[int(data.get("IFD", "0")) if data is not None else 0]
+            scale, stated = _read_ome(path, ome, first)
+            scale = agreed(scale, _resolution_scale(main))
         elif main.is_imagej:
-            _check_imagej(path, main.description)
-            scale = _imagej_scale(main.description, main)
+            scale = _read_imagej(path, main)
         else:
-            scale = agreed(_aperio_scale(main.description), _resolution_scale(main))
+            text = main.description if main.description.startswith("Aperio") else ""
+            found = re.search(r"\|\s*MPP\s*=\s*([^|]*)", text)
+            um = found[1].strip().replace(",", ".") if found is not None else None  # as OpenSlide reads it
+            scale = agreed(plausible_scale(um, um, "its description"), _resolution_scale(main))
         if stated is None and main.bitspersample == DEEP and (largest := main.tags.valueof(281)) is not None:
             stated = bits_of_largest(float(np.max(largest)))
         pages = _pyramid(tif, short, main)
@@ -237,65 +241,51 @@ def ome_pixels(description: str) -> ElementTree.Element | None:
         return None
 
 
-def _check_ome(path: Path, pixels: ElementTree.Element, page: Any) -> None:
-    """Refuse an OME-TIFF whose first image is a stack of channels, planes or time points."""
+def _read_ome(path: Path, pixels: ElementTree.Element, page: Any) -> tuple[Scale, int | None]:
+    """Return scale and significant bits that OME-XML states; refuse a stack of channels, planes or time points."""
     lengths = {axis: int(pixels.get(f"Size{axis.upper()}", "1")) for axis in "czt"}
     if lengths["c"] <= page.samplesperpixel:
         del lengths["c"]
     if many := {axis: length for axis, length in lengths.items() if length > 1}:
         raise not_one_picture(path, many)
-
-
-def _significant_bits(pixels: ElementTree.Element) -> int | None:
-    """Return SignificantBits; None unless they are fewer than the stored bits, which many writers put there."""
     stated = pixels.get("SignificantBits", "")
     in_file = {"bit": 1, "uint8": 8, "uint16": 16}.get(pixels.get("Type", ""), 0)
-    return int(stated) if stated.isdigit() and 0 < int(stated) < in_file else None
-
-
-def _ome_scale(pixels: ElementTree.Element) -> Scale:
-    """Return the scale by PhysicalSizeX and Y, in µm if no unit is written."""
+    bits = int(stated) if stated.isdigit() and 0 < int(stated) < in_file else None  # many writers put the stored bits
     sizes: list[float | None] = []
     for axis in ("X", "Y"):
         size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
         if size is not None and unit not in TO_MICRONS:
-            return Scale(None, f"its OME-XML gives the size of a pixel in {unit!r}, which is not a unit of length")
+            problem = f"its OME-XML gives the size of a pixel in {unit!r}, which is not a unit of length"
+            return Scale(None, problem), bits
         try:
             sizes.append(None if size is None else float(size) * TO_MICRONS[unit])
         except ValueError:
-            return Scale(None, f"its OME-XML gives {size!r:.20} as the size of a pixel")
-    return plausible_scale(sizes[0], sizes[1], "its OME-XML")
+            return Scale(None, f"its OME-XML gives {size!r:.20} as the size of a pixel"), bits
+    return plausible_scale(sizes[0], sizes[1], "its OME-XML"), bits
 
 
-def _check_imagej(path: Path, description: str) -> None:
-    """Refuse a stack of ImageJ. Its description counts channels, slices (z) and frames (t), or only images."""
-    counts = {key: int(number) for key, number in re.findall(r"^(\w+)=(\d+)\s*$", description, re.MULTILINE)}
+def _read_imagej(path: Path, page: Any) -> Scale:
+    """Return the scale that ImageJ states, pixels per `unit` of its description; refuse a stack.
+
+    The description counts channels, slices (z) and frames (t), or only images.
+    """
+    counts = {key: int(number) for key, number in re.findall(r"^(\w+)=(\d+)\s*$", page.description, re.MULTILINE)}
     axes = {"c": "channels", "z": "slices", "t": "frames"}
     many = {axis: counts[key] for axis, key in axes.items() if counts.get(key, 1) > 1}
     if not many and counts.get("images", 1) > 1:
         many = {"z": counts["images"]}
     if many:
         raise not_one_picture(path, many)
-
-
-def _imagej_scale(description: str, page: Any) -> Scale:
-    """Return the scale that ImageJ writes: the resolution is in pixels per `unit` of the description."""
     x, y = page.tags.valueof(282), page.tags.valueof(283)
     if x is None or y is None or not (x[0] and x[1] and y[0] and y[1]):
         return Scale()
-    stated = reversed(re.findall(r"^(y?unit)=(.*)$", description, re.MULTILINE))
+    stated = reversed(re.findall(r"^(y?unit)=(.*)$", page.description, re.MULTILINE))
     units = {name: unit.strip().replace("\\u00B5", "µ") for name, unit in stated}
     unit = units.get("unit", "")
     micron_x, micron_y = TO_MICRONS.get(unit), TO_MICRONS.get(units.get("yunit", unit))
     if micron_x is None or micron_y is None:
         return _resolution_scale(page)  # inches and cm are in the resolution tags too; pixels are no length
     return plausible_scale(micron_x * x[1] / x[0], micron_y * y[1] / y[0], "its ImageJ description")
-
-
-def _aperio_scale(description: str) -> Scale:
-    found = re.search(r"\|\s*MPP\s*=\s*([^|]*)", description) if description.startswith("Aperio") else None
-    um = found[1].strip().replace(",", ".") if found is not None else None  # as OpenSlide reads it
-    return plausible_scale(um, um, "its description")
 
 
 def _resolution_scale(page: Any) -> Scale:

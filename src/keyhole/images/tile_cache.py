@@ -97,7 +97,10 @@ class TileCache:
                     break
             if found is not None:
                 if place in self._shared:
-                    self._use(place, uses)
+                    self._uses_left[place] -= uses
+                    if self._uses_left[place] <= 0:
+                        self._forget(place)
+                        del self._uses_left[place]
                 return found
             self._decoding.add(place)
         pixels, alone = None, False
@@ -158,12 +161,6 @@ class TileCache:
         self._shared[place] = pixels
         self._shared_bytes += size
         self.bytes += size
-
-    def _use(self, place: _Place, uses: int) -> None:
-        self._uses_left[place] -= uses
-        if self._uses_left[place] <= 0:
-            self._forget(place)
-            del self._uses_left[place]
 
     def _forget(self, place: _Place) -> None:
         size = self._shared.pop(place).nbytes + _ENTRY_BYTES

@@ -243,7 +243,14 @@ class PatchGrid(Grid):
         return low, np.maximum(high, low + 1)
 
     def corners(self, index: ArrayLike | slice) -> Index:
-        """Return x, y of the upper left corners of patches in output pixels, int64 (k, 2)."""
+        """Compute where patches begin.
+
+        Args:
+            index: patches, a slice or integers (k,).
+
+        Returns:
+            x, y of the upper left corner in output pixels, int64 (k, 2).
+        """
         g_row, g_column = self.cells(index).T
         return np.stack([self.starts[0][g_column], self.starts[1][g_row]], axis=1)
 

@@ -37,7 +37,7 @@ class FileOpener:
     >>> import PIL.Image
     >>> PIL.Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save("black.png")
     >>> source = FileOpener(Path("black.png"), "black.png", size=32)()
-    >>> len(source), source.read([5]).shape, source.boxes([5]).tolist()
+    >>> len(source), source.read([5]).shape, source.grid.boxes([5]).tolist()
     (6, (1, 32, 32, 3), [[64, 32, 32, 32]])
     """
 

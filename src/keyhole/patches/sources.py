@@ -92,7 +92,7 @@ class PatchSource(ABC):
     whole_bytes: int = 0
 
     def __len__(self) -> int:
-        return len(self.grid)
+        return self.grid.n
 
     @abstractmethod
     def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
