@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_reading import PATIENCE, Opener, Probe, no_thread_is_left
+from test_reading import PATIENCE, Opener, Probe, drain, no_thread_is_left
 
 from keyhole.errors import ImageError
 from keyhole.loading import Reader
@@ -80,8 +80,7 @@ def test_what_is_held_is_copied_once() -> None:
     opener = Opener("held", lambda: TensorPatches(PIXELS))
     with Reader(1, stall=PATIENCE) as reader:
         for batch in reader.stream([[opener]], 16, cache_bytes=PIXELS.nbytes):
-            for _ in batch.chunks():
-                pass
+            drain(batch)
             with taking(PIXELS.nbytes + 4 * ROW):
                 (rows,) = batch.fetch([INDEX])
             np.testing.assert_array_equal(rows, PIXELS[INDEX])
@@ -96,8 +95,7 @@ def test_batches_hold_their_pixels_in_the_memory_of_those_before() -> None:
         for probe, batch in zip(
             probes, reader.stream([[p.opener()] for p in probes], 4, cache_bytes=most), strict=True
         ):
-            for _ in batch.chunks():
-                pass
+            drain(batch)
             assert batch.cache is not None
             places.add(batch.cache.memory.ctypes.data)
             wanted = np.arange(len(probe))[::-1]
@@ -128,8 +126,7 @@ def test_memory_that_a_stuck_thread_may_write_to_is_not_used_again() -> None:
     kept = []
     with Reader(1, stall=PATIENCE) as reader:
         for probe, batch in zip(good, reader.stream(lists, 4, "skip", cache_bytes=20 * 16), strict=True):
-            for _ in batch.chunks():
-                pass
+            drain(batch)
             assert isinstance(batch.failed[1], ImageError)
             assert batch.cache is not None
             assert not any(np.shares_memory(batch.cache.memory, before) for before in kept)

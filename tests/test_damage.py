@@ -96,6 +96,7 @@ def read_chunks(batch: Batch) -> Seen:
     view=st.builds(View, st.booleans(), st.booleans(), st.integers(0, 3)),
     chunk=st.integers(1, 40),
     threads=st.integers(1, 3),
+    hold=st.sampled_from([0, 2**24]),
 )
 def test_exactly_the_patches_that_touch_a_damaged_tile_are_unreadable(
     whole: dict[str, Path],
@@ -107,6 +108,7 @@ def test_exactly_the_patches_that_touch_a_damaged_tile_are_unreadable(
     view: View,
     chunk: int,
     threads: int,
+    hold: int,
 ) -> None:
     bad = damage(tmp_path_factory.mktemp("damaged") / "bad.tif", whole[name], tiles)
     sound, damaged = (FileOpener(path, path.name, size, stride, view=view) for path in (whole[name], bad))
@@ -114,7 +116,7 @@ def test_exactly_the_patches_that_touch_a_damaged_tile_are_unreadable(
     expected = before.read(slice(None))
     missing = touching(before.grid.boxes(slice(None)), tiles)
     with Reader(threads, ahead=2, stall=PATIENCE) as reader:
-        for batch in reader.stream([[damaged, sound], [sound]], chunk, "mask"):
+        for batch in reader.stream([[damaged, sound], [sound]], chunk, "mask", cache_bytes=hold):
             seen = read_chunks(batch)
             where = [0] if len(batch.names) == 2 else []
             for image in range(len(batch.names)):
@@ -135,6 +137,7 @@ def test_exactly_the_patches_that_touch_a_damaged_tile_are_unreadable(
                     zeroed = expected.copy()
                     zeroed[sorted(batch.unreadable.get(image, {}))] = 0
                     np.testing.assert_array_equal(rows[::-1], zeroed)
+            assert hold == 0 or reader.reread_patches == 0
     before.close()
 
 

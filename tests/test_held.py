@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import weakref
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from make_images import picture, write_tiff
-from test_damage import COLUMNS, ROWS, Disk, MakePipe, damage, disk, pipe, read_chunks, whole
-from test_reading import PATIENCE, Probe, eventually, no_thread_is_left, openers
+from test_damage import Disk, MakePipe, disk, pipe, read_chunks, whole
+from test_reading import PATIENCE, Probe, drain, eventually, no_thread_is_left, openers
 
 from keyhole.loading import Batch, FetchOnly, OnError, Reader
 from keyhole.patches.opener import FileOpener
@@ -34,11 +31,9 @@ def test_what_is_held_is_fetched_without_the_file(tmp_path: Path) -> None:
             expected.append(source.read(slice(None)))
     with Reader(2, stall=PATIENCE) as reader:
         stream = reader.stream(lists, 16, cache_bytes=PLENTY)
-        for _ in next(stream).chunks():
-            pass
+        drain(next(stream))
         batch = next(stream)
-        for _ in batch.chunks():
-            pass
+        drain(batch)
         for path in files:
             os.truncate(path, 0)
         kept = [np.array([5, 0, 5, len(pixels) - 1]) for pixels in expected]
@@ -63,8 +58,7 @@ def test_images_that_were_not_streamed_are_read_and_the_others_are_not() -> None
     with Reader(1, stall=PATIENCE) as reader:
         stream = reader.stream([[FetchOnly(first.opener()), second.opener()]], 4, cache_bytes=PLENTY)
         batch = next(stream)
-        for _ in batch.chunks():
-            pass
+        drain(batch)
         rows = batch.fetch([[3, 1], [0, 2]])
         np.testing.assert_array_equal(rows[0], first.array[[3, 1]])
         np.testing.assert_array_equal(rows[1], second.array[[0, 2]])
@@ -78,8 +72,7 @@ def test_two_batches_are_held_at_most_and_each_goes_with_its_batch() -> None:
         stream = reader.stream([openers(probe) for probe in probes], 4, cache_bytes=probes[0].array.nbytes)
         for number, probe in enumerate(probes):
             batch = next(stream)
-            for _ in batch.chunks():
-                pass
+            drain(batch)
             held = weakref.ref(batch.cache)
             assert batch.cache is not None
             if number + 1 < len(probes):
@@ -94,33 +87,6 @@ def test_two_batches_are_held_at_most_and_each_goes_with_its_batch() -> None:
             next(stream)
         assert not any(before.cache for before in closed)
     assert eventually(lambda: held() is None)
-
-
-@settings(max_examples=8, deadline=None)
-@given(
-    st.lists(st.integers(0, ROWS * COLUMNS - 1), max_size=4, unique=True), st.integers(20, 50), st.sampled_from([1, 9])
-)
-def test_unreadable_patches_and_failed_images_are_the_same_with_and_without(
-    whole: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, tiles: Sequence[int], size: int, chunk: int
-) -> None:
-    bad = damage(tmp_path_factory.mktemp("damaged") / "bad.tif", whole["deflate"], tiles)
-    lists = [[FileOpener(path, path.name, size) for path in (bad, whole["jpeg"])]]
-    lengths, found = [], []
-    for opener in lists[0]:
-        with closing(opener()) as source:
-            lengths.append(len(source))
-    for hold in (0, PLENTY):
-        with Reader(2, ahead=2, stall=PATIENCE) as reader:
-            for batch in reader.stream(lists, chunk, "mask", cache_bytes=hold):
-                read_chunks(batch)
-                rows = batch.fetch([np.arange(length)[::-2] for length in lengths])
-                found.append((batch.unreadable, list(batch.failed), rows))
-            assert hold == 0 or reader.reread_patches == 0
-    assert found[0][:2] == found[1][:2]
-    for without, with_ in zip(found[0][2], found[1][2], strict=True):
-        assert (without is None) == (with_ is None)
-        if without is not None and with_ is not None:
-            np.testing.assert_array_equal(without, with_)
 
 
 @pytest.mark.parametrize("on_error", ["raise", "mask"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from on_device import GPU, no_waiting
 from test_copies import ROW, taking
-from test_reading import PATIENCE, Opener, no_thread_is_left
+from test_reading import PATIENCE, Opener, drain, no_thread_is_left
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,8 +68,7 @@ def looked(reader: Reader, sources: Sequence[TensorPatches], hold: int = HOLD) -
     stream = reader.stream([[Opener(one.name, lambda one=one: one) for one in sources]], 16, "mask", hold)
     batch = next(stream)
     batch.stream_of_the_test = stream  # type: ignore[attr-defined]
-    for _ in batch.chunks():
-        pass
+    drain(batch)
     return batch
 
 

@@ -18,7 +18,7 @@ from processes import run_process
 from keyhole.errors import ConfigError, ImageError, StalledRead
 from keyhole.images import ArrayImage, Box
 from keyhole.images.pixels import Pixels
-from keyhole.loading import OnError, Reader
+from keyhole.loading import Batch, OnError, Reader
 from keyhole.loading.chunks import is_alone
 from keyhole.patches.grid import PatchGrid
 from keyhole.patches.sources import FilePatches, PatchSource, TensorPatches, View
@@ -80,8 +80,13 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 def read_all(reader: Reader, lists: Sequence[Sequence[Opener]], on_error: OnError = "raise") -> None:
     for batch in reader.stream(lists, 16, on_error):
-        for _ in batch.chunks():
-            pass
+        drain(batch)
+
+
+def drain(batch: Batch) -> None:
+    """Read all chunks of a batch."""
+    for _ in batch.chunks():
+        pass
 
 
 def threads() -> set[threading.Thread]:
@@ -154,8 +159,7 @@ def test_the_next_batch_is_read_while_this_one_is_learnt_from() -> None:
     with Reader(1, ahead=2, stall=PATIENCE) as reader:
         stream = reader.stream([openers(first), openers(second)], 2)
         batch = next(stream)
-        for _ in batch.chunks():
-            pass
+        drain(batch)
         assert second.was_read.wait(PATIENCE)
         assert not first.was_closed.is_set()
         assert batch.fetch([[4]])[0] is not None
@@ -171,8 +175,7 @@ def test_no_more_is_read_ahead_than_the_buffers_hold() -> None:
     probes = [Probe(f"{i}", n=64) for i in range(6)]
     with Reader(2, ahead=3, stall=PATIENCE, allocate=allocate) as reader:
         for batch in reader.stream([openers(*probes[:3]), openers(*probes[3:])], 8):
-            for _ in batch.chunks():
-                pass
+            drain(batch)
     assert set(made) == {(8, 2, 2)}
     assert len(made) <= 3 + 2
 
@@ -464,9 +467,8 @@ def test_buffers_serve_the_next_stream_and_go_with_the_reader_and_not_when_garba
         with Reader(threads=2, ahead=3, allocate=allocate) as reader:
             for size, most in ((8, 5), (8, 5), (8, 5), (4, 10), (4, 10)):
                 for batch in reader.stream([[Probe(f"p{number}", 40).opener() for number in range(2)]], size):
-                    for _chunk in batch.chunks():
-                        pass
-                del batch, _chunk
+                    drain(batch)
+                del batch
                 assert len(made) <= most
                 assert living() <= 5, "buffers of another size stay when nobody wants them"
             assert living() == 5
@@ -488,8 +490,7 @@ def test_one_chunk_after_another_is_read_ahead_while_the_consumer_is_busy_with_a
     with Reader(2, ahead=ahead, stall=PATIENCE) as reader:
         stream = reader.stream([openers(first), openers(second)], size)
         batch = next(stream)
-        for _ in batch.chunks():
-            pass
+        drain(batch)
         # Every buffer but that of the last chunk, which the consumer may still be looking at.
         assert eventually(lambda: sorted(seen) == list(range((ahead + 1) * size)))
         assert not first.was_closed.is_set()
