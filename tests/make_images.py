@@ -1,4 +1,4 @@
-"""Writes the small test images: one picture through every lossless way to store it, and files broken in every way.
+"""The small test images: one picture through every lossless way to store it, and files broken in every way.
 
 Tests import the functions; `python tests/make_images.py FOLDER` writes all of it to look at, some kilobytes each.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 import PIL.Image
 import tifffile
 from numpy.typing import NDArray
+
+from keyhole.images import open_image
 
 WIDTH, HEIGHT = 144, 96
 """Of level 0. Divisible by 4, so that OpenSlide's downsamples are whole numbers."""
@@ -80,6 +83,29 @@ _TIFFS: dict[str, dict[str, Any]] = {
     "planes": {"tile": (32, 32), "planarconfig": "separate", "compression": "deflate"},
     "planes-strips": {"rowsperstrip": 11, "planarconfig": "separate"},
 }
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, depth: int, color: int, rows: bytes | None = b"", before: bytes = b"") -> bytes:
+    """A PNG that declares a size and a kind, whatever it holds.
+
+    Args:
+        color: 0 for grey, 2 for colour.
+        rows: a byte for the filter and the pixels of each row; None leaves the pixels out.
+        before: chunks in front of the pixels.
+    """
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    pixels = b"" if rows is None else png_chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + header + before + pixels + png_chunk(b"IEND", b"")
+
+
+def whole(path: Path, level: int = 0) -> NDArray[np.uint8]:
+    """All pixels of an image."""
+    with open_image(path) as image:
+        return image.read((0, 0, *image.levels[level].size), level)
 
 
 def write_tiffs(folder: Path) -> dict[str, Stored]:

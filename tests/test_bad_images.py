@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ import PIL.Image
 import pytest
 import tifffile
 from make_dicom import write_dicom
-from make_images import picture, write_broken, write_pictures, write_pyramids, write_tiff, write_tiffs
+from make_images import picture, png, write_broken, write_pictures, write_pyramids, write_tiff, write_tiffs
 from processes import run_process
 
 from keyhole.errors import ConfigError, ImageError
@@ -106,22 +104,12 @@ def test_a_file_that_loses_its_end_after_opening(tmp_path: Path) -> None:
             image.read((112, 64, 32, 32))
 
 
-def png_of_size(path: Path, width: int, height: int) -> Path:
-    """A PNG that declares a size and holds nothing: opening must not need more than its header."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
-    return path
-
-
 @pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (60_000, 60_000)])
 def test_pictures_over_the_limit_are_refused_with_the_way_to_convert_them(
     tmp_path: Path, width: int, height: int
 ) -> None:
-    message = refusal(png_of_size(tmp_path / "huge scan.png", width, height))
+    (tmp_path / "huge scan.png").write_bytes(png(width, height, 8, 2))
+    message = refusal(tmp_path / "huge scan.png")
     assert f"{width * height:,} pixels" in message
     assert f"{PIL.Image.MAX_IMAGE_PIXELS:,}" in message
     assert "vips tiffsave" in message

@@ -6,14 +6,13 @@ import json
 import os
 import pickle
 import shutil
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Said, Say, csv_rows, settings, small_files
+from make_images import png
 from PIL import Image
 from processes import run_process
 from safetensors.torch import save_file
@@ -47,16 +46,6 @@ FOUND_LATER = ("truncated.png", "flipped.png")
 """Their headers are whole, so that only decoding shows what is wrong."""
 
 
-def huge_png(width: int, height: int) -> bytes:
-    """A PNG of some bytes that declares any size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
 @pytest.fixture(scope="module")
 def faulty(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a file for each of FAULTS."""
@@ -73,7 +62,7 @@ def faulty(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.mkfifo(folder / "pipe.png")
     Image.new("RGB", (8, 8)).save(folder / "small.png")
     Image.new("RGB", (64, 64), "white").save(folder / "white.png")
-    (folder / "huge.png").write_bytes(huge_png(30_000, 30_000))
+    (folder / "huge.png").write_bytes(png(30_000, 30_000, 8, 2))
     return folder
 
 

@@ -326,17 +326,16 @@ def test_masks_are_checked_and_their_faults_name_the_mask(tmp_path: Path, probe:
     assert "--data.masks" in found.fix
 
 
+def scanned(path: Path, seed: int, x: int, y: int) -> None:
+    """A TIFF of `x` and `y` pixels a centimetre."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (80, 100, 3), np.uint8)
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(32, 32), resolution=(x, y), resolutionunit=3)
+
+
 def test_resolutions_of_csv_and_file_that_differ_are_named(tmp_path: Path) -> None:
     rows = []
-    for number, (mpp, x, y) in enumerate([("", 20000, 20000), ("0.51", 20000, 20000), ("0.6", 20000, 20000)]):
-        tifffile.imwrite(
-            tmp_path / f"{number}.tif",
-            np.random.default_rng(number).integers(0, 255, (80, 100, 3), np.uint8),
-            photometric="rgb",
-            tile=(32, 32),
-            resolution=(x, y),
-            resolutionunit=3,
-        )
+    for number, mpp in enumerate(["", "0.51", "0.6"]):
+        scanned(tmp_path / f"{number}.tif", number, 20000, 20000)
         rows.append(f"{number}.tif,{'ab'[number % 2]},train,{mpp}")
     path = tmp_path / "labels.csv"
     path.write_text("image,grade,split,mpp\n" + "\n".join(rows) + "\n")
@@ -348,14 +347,7 @@ def test_resolutions_of_csv_and_file_that_differ_are_named(tmp_path: Path) -> No
 
 def test_an_implausible_resolution_is_a_warning_and_an_error_where_it_is_needed(tmp_path: Path) -> None:
     for number in range(2):
-        tifffile.imwrite(
-            tmp_path / f"{number}.tif",
-            np.random.default_rng(number).integers(0, 255, (80, 100, 3), np.uint8),
-            photometric="rgb",
-            tile=(32, 32),
-            resolution=(20000, 40000),
-            resolutionunit=3,
-        )
+        scanned(tmp_path / f"{number}.tif", number, 20000, 40000)
     path = tmp_path / "labels.csv"
     path.write_text("image,grade\n0.tif,a\n1.tif,b\n")
     whole = config(path, val=0.0, test=0.0)

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Say
+from data_sets import read
 from PIL import Image
 
 from keyhole.config.settings import DataConfig
-from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
+from keyhole.data.manifest import Manifest, read_for_tasks
 from keyhole.errors import ConfigError, DataError
 from keyhole.tasks.kinds import Task
 
@@ -27,10 +28,6 @@ def table(folder: Path, columns: dict[str, Sequence[object]], delimiter: str = "
     rows = [["image", *columns]] + [[f"{i}.png", *(str(cells[i]) for cells in columns.values())] for i in range(N)]
     path.write_text("\n".join(delimiter.join(row) for row in rows) + "\n")
     return path
-
-
-def read(path: Path, **settings: object) -> Manifest:
-    return read_manifest(DataConfig(path=path, **settings))  # type: ignore[arg-type]
 
 
 LABEL = ["cat", "dog"] * (N // 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from on_device import DRY, GPU
+from torch import nn
 
 from keyhole.engine import device
 from keyhole.engine.device import Arithmetic, choose_device, choose_precision
@@ -16,35 +17,23 @@ MIXED = Arithmetic(torch.bfloat16, torch.float32)
 PATCH = (64, 64, 3)
 
 
-@pytest.fixture
-def instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU that multiplies in bf16."""
-    monkeypatch.setattr(device, "has_bf16", lambda _: True)
-
-
-@pytest.mark.usefixtures("instructions")
-def test_auto_looks_in_bf16_and_learns_in_float32_on_a_cpu_where_there_is_much_to_multiply() -> None:
-    assert choose_precision("auto", TimmEncoder("resnet18", stages=2), PATCH) == MIXED
-    assert choose_precision("auto", SmallEncoder(3), PATCH) == EXACT  # converting would cost more
-
-
-@pytest.mark.usefixtures("instructions")
-def test_auto_looks_at_networks_of_depthwise_convolutions_in_float32_on_a_cpu() -> None:
-    encoder = TimmEncoder("tf_efficientnet_lite0")
-    assert choose_precision("auto", encoder, PATCH) == EXACT
+@pytest.mark.parametrize(
+    ("encoder", "has_bf16", "auto"),
+    [
+        (TimmEncoder("resnet18", stages=2), True, MIXED),
+        (TimmEncoder("resnet18", stages=2), False, EXACT),
+        (SmallEncoder(3), True, EXACT),  # has little to multiply: converting would cost more
+        (TimmEncoder("tf_efficientnet_lite0"), True, EXACT),  # depthwise convolutions
+    ],
+    ids=["resnet18", "without instructions", "small", "lite0"],
+)
+def test_auto_looks_in_bf16_on_a_cpu_where_that_is_faster_and_a_precision_that_is_named_is_taken(
+    monkeypatch: pytest.MonkeyPatch, encoder: nn.Module, has_bf16: bool, auto: Arithmetic
+) -> None:
+    monkeypatch.setattr(device, "has_bf16", lambda _: has_bf16)
+    assert choose_precision("auto", encoder, PATCH) == auto
+    assert choose_precision("float32", encoder, PATCH) == EXACT
     assert choose_precision("bf16", encoder, PATCH) == Arithmetic(torch.bfloat16, torch.bfloat16)
-
-
-def test_without_instructions_for_bf16_auto_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "has_bf16", lambda _: False)
-    encoder = TimmEncoder("resnet18", stages=2)
-    assert choose_precision("auto", encoder, PATCH) == EXACT
-    assert choose_precision("bf16", encoder, PATCH) == Arithmetic(torch.bfloat16, torch.bfloat16)
-
-
-@pytest.mark.usefixtures("instructions")
-def test_what_is_asked_for_is_taken() -> None:
-    assert choose_precision("float32", TimmEncoder("resnet18", stages=2), PATCH) == EXACT
 
 
 @pytest.mark.parametrize(

@@ -120,14 +120,19 @@ def test_a_download_that_fails_says_which_file_to_fetch(
     assert not (out / "config.yaml").exists()
 
 
+def cached(hub: Path) -> Path:
+    """Where the cache has the weights of resnet10t."""
+    place = hub / "models--timm--resnet10t.c3_in1k"
+    for folder in ("refs", "snapshots/abc"):
+        (place / folder).mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    return place / "snapshots" / "abc" / "model.safetensors"
+
+
 def test_weights_in_the_cache_need_no_network(hub: Path, capfd: Say) -> None:
     state = TimmEncoder("resnet10t").body.state_dict()
-    place = hub / "models--timm--resnet10t.c3_in1k"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text("abc")
-    (place / "snapshots" / "abc").mkdir(parents=True)
     rest = {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
-    save_file(state | rest, place / "snapshots" / "abc" / "model.safetensors")
+    save_file(state | rest, cached(hub))
     taken = TimmEncoder("resnet10t", pretrained=True).body.state_dict()
     assert all(torch.equal(taken[name], tensor) for name, tensor in state.items())
     cut = TimmEncoder("resnet10t", pretrained=True, stages=1, channels=1).body.state_dict()
@@ -136,11 +141,7 @@ def test_weights_in_the_cache_need_no_network(hub: Path, capfd: Say) -> None:
 
 
 def test_weights_in_the_cache_that_are_damaged_are_one_line(hub: Path) -> None:
-    place = hub / "models--timm--resnet10t.c3_in1k"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text("abc")
-    (place / "snapshots" / "abc").mkdir(parents=True)
-    (place / "snapshots" / "abc" / "model.safetensors").write_bytes(b"not weights")
+    cached(hub).write_bytes(b"not weights")
     with pytest.raises(ConfigError, match=r"model\.encoder resnet10t: its pretrained weights cannot be"):
         TimmEncoder("resnet10t", pretrained=True)
 

@@ -22,6 +22,7 @@ from make_images import (
     Stored,
     picture,
     squeeze,
+    whole,
     write_many_tiles,
     write_pictures,
     write_pyramids,
@@ -186,11 +187,6 @@ def test_orientation_behind_the_pixels_of_a_png_is_obeyed(tmp_path: Path) -> Non
     with open_image(tmp_path / "a.png") as image:
         assert image.size == (96, 144)
         np.testing.assert_array_equal(image.read((0, 0, *image.size)), np.rot90(picture(), -1))
-
-
-def whole(path: Path) -> NDArray[np.uint8]:
-    with open_image(path) as image:
-        return image.read((0, 0, *image.size))
 
 
 def test_sixteen_bits_become_eight_rounded_to_nearest(tmp_path: Path) -> None:

@@ -9,20 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Say, csv_rows
+from data_sets import left, read, touch
 from PIL import Image
 
 from keyhole.config.settings import DataConfig
 from keyhole.data.listing import expand_images
-from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
+from keyhole.data.manifest import read_for_tasks
 from keyhole.errors import DataError
 from keyhole.tasks.kinds import Task
-
-
-def touch(folder: Path, *names: str) -> None:
-    """Files that stand for images where nobody looks into them."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(name.encode())
 
 
 def pictures(folder: Path, count: int = 6) -> Path:
@@ -35,14 +29,6 @@ def pictures(folder: Path, count: int = 6) -> Path:
             pixels[8:40, 8:40, number] = 220
             Image.fromarray(pixels).save(folder / label / f"{i}.png")
     return folder
-
-
-def read(path: Path, **settings: object) -> Manifest:
-    return read_manifest(DataConfig(path=path, **settings))  # type: ignore[arg-type]
-
-
-def left(manifest: Manifest) -> dict[str, str]:
-    return {item.name: item.reason for item in manifest.left_out}
 
 
 def each(*folders: str, images: int = 3) -> list[str]:

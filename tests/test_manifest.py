@@ -11,22 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import csv_rows
+from data_sets import left, read, touch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keyhole.config.settings import DataConfig
 from keyhole.data.hashes import hash_files
 from keyhole.data.listing import expand_images
-from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
+from keyhole.data.manifest import read_for_tasks, read_manifest
 from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, StalledRead
 from keyhole.tasks.kinds import Task
-
-
-def touch(folder: Path, *names: str) -> None:
-    """Files that stand for images: the manifest never looks into them."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(name.encode())
 
 
 def write(path: Path, text: str, images: int = 12) -> Path:
@@ -41,14 +35,6 @@ def table(header: str, *rows: str) -> str:
 
 
 TWELVE = table("image,grade", *(f"{i}.png,{'ab'[i % 2]}" for i in range(12)))
-
-
-def read(path: Path, **settings: object) -> Manifest:
-    return read_manifest(DataConfig(path=path, **settings))  # type: ignore[arg-type]
-
-
-def left(manifest: Manifest) -> dict[str, str]:
-    return {item.name: item.reason for item in manifest.left_out}
 
 
 def test_the_positive_class_is_named_also_where_column_or_class_hold_an_equals_sign(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import PIL.Image
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from make_images import png
 from numpy.typing import NDArray
 
 from keyhole.errors import ImageError, ImageLost
@@ -87,17 +86,7 @@ def test_bands_do_not_change_a_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(read_mask(path, SIZE, 64), whole)
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def header(width: int, height: int, depth: int = 1, color: int = 0) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
-
-
-def whole_png() -> bytes:
-    data = zlib.compress((b"\0" + b"\xff" * 8) * 40)
-    return header(60, 40) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+WHOLE = png(60, 40, 1, 0, (b"\0" + b"\xff" * 8) * 40)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +94,15 @@ def whole_png() -> bytes:
     [
         (b"", "not a PNG. Expected a PNG or GeoJSON"),
         (b"\xff\xd8\xff\xe0 a photograph, whatever it is named", "not a PNG"),
-        (whole_png()[:20], "not a PNG"),
-        (whole_png()[:-30], "this mask is damaged"),
-        (whole_png().replace(b"IDAT", b"IDAX"), "this mask is damaged"),
-        (header(60_000, 40_000) + chunk(b"IEND", b""), "60,000 x 40,000 pixels are too many for a mask"),
-        (header(60, 50) + chunk(b"IEND", b""), "60 x 50 pixels has other proportions than its image of 600 x 400"),
-        (header(40, 60) + chunk(b"IEND", b""), "seems to be turned"),
-        (header(60, 0) + chunk(b"IEND", b""), "no pixels"),
-        (header(60, 40, 16, 2) + chunk(b"IEND", b""), "16 bits a channel"),
+        (WHOLE[:20], "not a PNG"),
+        (WHOLE[:-30], "this mask is damaged"),
+        (WHOLE.replace(b"IDAT", b"IDAX"), "this mask is damaged"),
+        (WHOLE[:-25] + bytes([WHOLE[-25] ^ 1]) + WHOLE[-24:], "damaged"),  # its sum shows one flipped bit
+        (png(60_000, 40_000, 1, 0, None), "60,000 x 40,000 pixels are too many for a mask"),
+        (png(60, 50, 1, 0, None), "60 x 50 pixels has other proportions than its image of 600 x 400"),
+        (png(40, 60, 1, 0, None), "seems to be turned"),
+        (png(60, 0, 1, 0, None), "no pixels"),
+        (png(60, 40, 16, 2, None), "16 bits a channel"),
     ],
 )
 def test_a_file_that_is_no_mask_is_one_line_with_its_name(content: bytes, said: str, tmp_path: Path) -> None:
@@ -122,14 +112,6 @@ def test_a_file_that_is_no_mask_is_one_line_with_its_name(content: bytes, said: 
         read_mask(path, SIZE)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
-
-
-def test_a_flipped_bit_in_a_png_is_found_by_its_sum(tmp_path: Path) -> None:
-    data = bytearray(whole_png())
-    data[-25] ^= 1
-    (tmp_path / "mask.png").write_bytes(data)
-    with pytest.raises(ImageError, match="damaged"):
-        read_mask(tmp_path / "mask.png", SIZE)
 
 
 def test_a_mask_that_is_gone_may_come_back(tmp_path: Path) -> None:
@@ -196,21 +178,10 @@ def test_an_annotation_far_smaller_than_a_cell_keeps_the_patch_it_is_in(
     assert len(grid) <= 4
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("not json", "not JSON"),
-        ('{"type": "FeatureCollection", "features": 3}', "expected GeoJSON"),
-        (
-            json.dumps({"type": "Feature", "geometry": {"type": "Blob", "coordinates": []}, "properties": {}}),
-            "expected a Polygon or MultiPolygon with its coordinates, got Blob",
-        ),
-    ],
-)
-def test_damaged_outlines_are_one_line_with_the_files_name(content: str, said: str, tmp_path: Path) -> None:
+def test_damaged_outlines_are_one_line_with_the_files_name(tmp_path: Path) -> None:
     path = tmp_path / "mask.geojson"
-    path.write_text(content)
-    with pytest.raises(ImageError, match=said) as caught:
+    path.write_text("not json")
+    with pytest.raises(ImageError, match="not JSON") as caught:
         read_mask(path, SIZE)
     assert str(caught.value).count(str(path)) == 1
     assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from make_images import picture, squeeze, write_tiff
+from make_images import picture, png, png_chunk, squeeze, whole, write_tiff
 from make_zarr import write_multiscale
 from numpy.typing import NDArray
 
@@ -23,11 +22,6 @@ from keyhole.images.openslide import check_bits, planes
 from keyhole.images.pixels import eight_bit
 from keyhole.images.scale import given_scale
 from keyhole.images.tiff_file import check_tiles
-
-
-def whole(path: Path) -> NDArray[np.uint8]:
-    with open_image(path) as image:
-        return image.read((0, 0, *image.size))
 
 
 @pytest.mark.parametrize("bits", range(1, 17))
@@ -220,17 +214,6 @@ def test_a_makers_slide_of_sixteen_bits_is_refused_and_what_it_says_of_planes_is
 # --- transparency, and JPEGs that are refused -----------------------------------------------------------------------
 
 
-def png_grey(depth: int, key: int, row: bytes) -> bytes:
-    """A PNG of 8 x 1 grey pixels of `depth` bits, of which the value `key` is transparent."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 1, depth, 0, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", struct.pack(">H", key)) + pixels + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(
     ("depth", "key", "row", "expected"),
     [(1, 0, b"\x0f", [255] * 8), (2, 1, b"\x1b\xe4", [0, 255, 170, 255, 255, 170, 255, 0]),
@@ -240,7 +223,7 @@ def png_grey(depth: int, key: int, row: bytes) -> bytes:
 def test_the_transparent_value_of_a_png_is_white(
     tmp_path: Path, depth: int, key: int, row: bytes, expected: list[int]
 ) -> None:
-    (tmp_path / "a.png").write_bytes(png_grey(depth, key, row))
+    (tmp_path / "a.png").write_bytes(png(8, 1, depth, 0, b"\0" + row, png_chunk(b"tRNS", struct.pack(">H", key))))
     with open_image(tmp_path / "a.png") as image:
         assert image.channels == 1
         assert image.read((0, 0, 8, 1)).ravel().tolist() == expected

@@ -173,6 +173,16 @@ def test_an_image_is_predicted_the_same_alone_and_among_others(predictor: Predic
         assert close(prediction, predictor.predict(path), 1e-6)
 
 
+@pytest.mark.parametrize(("chunk", "threads"), [(3, 1), (7, 4), (64, 2)])
+def test_a_prediction_depends_neither_on_the_chunk_nor_on_the_threads(
+    predictor: Predictor, images: list[Path], chunk: int, threads: int
+) -> None:
+    config = predictor.config.replace(select={"chunk": chunk}, run={"threads": threads})
+    other = Predictor(predictor.model, config, predictor.tasks)
+    for one, wanted in zip(other.predict_many(images), predictor.predict_many(images), strict=True):
+        assert close(one, wanted, 1e-5)
+
+
 def test_evaluate_says_of_an_image_what_predict_says(predictor: Predictor, toy_run: Path, tmp_path: Path) -> None:
     evaluate(toy_run, split="val", out=tmp_path)
     table = csv_rows(tmp_path / "predictions.csv")

@@ -7,7 +7,7 @@ import os
 import pty
 import re
 import subprocess
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -120,12 +120,9 @@ def test_updates_of_several_threads_are_all_counted() -> None:
         for _ in range(1000):
             progress.update(images=1, patches=2, waited=0.5)
 
-    with progress:
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with progress, ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for _ in range(4)]:
+            done.result()
     assert (progress.images, progress.patches, progress.waited) == (4000, 8000, 2000.0)
 
 

@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_toy
+from processes import TIMEOUT, kill, wait_for
 from safetensors.torch import load_file
 
 from keyhole.runs.checkpoint import read_info
@@ -26,7 +26,6 @@ FLAGS = (
     "--patch.size 16 --model.width 8 --model.heads 2 --select.m 4 --select.chunk 16 --train.epochs 4 --train.batch 2 "
     "--train.lr 0.003 --train.explore 2 --run.threads 2 --run.save-minutes 0.00001"
 ).split()
-TIMEOUT = 120
 
 
 def keyhole(*arguments: object) -> subprocess.Popen[str]:
@@ -46,23 +45,8 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    """Until the run is there; fails where the process ends first."""
-    end = time.monotonic() + TIMEOUT
-    while not reached():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "the run did not get there"
-        time.sleep(0.002)
-
-
 def step(run: Path) -> int:
     return int(read_info(run / "last.safetensors")["step"]) if run.exists() else -1
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate(timeout=TIMEOUT)
-    assert process.returncode == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from make_images import picture, write_tiff
@@ -16,6 +18,7 @@ from test_reading import PATIENCE, Opener, Probe, eventually, no_thread_is_left,
 from torch import Tensor
 
 from keyhole.config.settings import RunConfig
+from keyhole.engine.opening import open_reader
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.loading import Delivery, Reader
 from keyhole.loading.chunks import Chunk, Coded
@@ -42,14 +45,16 @@ def test_on_a_cpu_the_buffer_itself_is_what_is_encoded() -> None:
             assert counts == [4, 4, 1]
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_features_become_float32(dtype: type) -> None:
-    features = np.random.default_rng(0).normal(size=(5, 7)).astype(dtype)
-    with Reader(1, stall=PATIENCE) as reader:
-        for batch in reader.stream([[Opener("a", lambda: TensorPatches(features))]], 5):
-            for _, tensor in prefetched(batch.chunks(), Stager(CPU)):
+def test_features_of_any_kind_arrive_as_float32(dtype: type, device: torch.device) -> None:
+    features = np.random.default_rng(0).normal(size=(50, 7)).astype(dtype)
+    with open_reader(RunConfig(), device) as reader:
+        for batch in reader.stream([[Opener("a", lambda: TensorPatches(features))]], 16):
+            for chunk, tensor in prefetched(batch.chunks(), Stager(device)):
                 assert tensor.dtype == torch.float32
-                np.testing.assert_array_equal(tensor, features.astype(np.float32))
+                expected = features[chunk.index].astype(np.float32)
+                np.testing.assert_array_equal(tensor.cpu()[: chunk.count], expected)
 
 
 def test_a_buffer_is_not_filled_again_before_its_copy_is_done() -> None:
@@ -102,10 +107,6 @@ def test_the_next_stream_waits_for_copies_of_the_last() -> None:
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_what_came_encoded_is_turned_on_the_device_as_the_reader_turns_it(device: torch.device) -> None:
     pytest.importorskip("torchvision")
-    import io
-
-    import PIL.Image
-
     pixels, streams = [], []
     for seed in range(16):
         data = io.BytesIO()
@@ -131,6 +132,15 @@ def test_what_came_encoded_is_turned_on_the_device_as_the_reader_turns_it(device
 # On a GPU.
 
 
+@pytest.fixture
+def decoding() -> tuple[Stager, Delivery]:
+    """A stager with a decoder on the GPU, and what delivers every tile to it."""
+    stager = Stager(GPU, encoded=True)
+    if stager.deliver is None:
+        pytest.skip(f"no decoder on the device: {stager.note}")
+    return stager, Delivery(stager.deliver.colors, always=True)
+
+
 def on_gpu(pixels: Tensor) -> Tensor:
     """Work that takes the device far longer than copying does, and its result: a sum for each patch."""
     for _ in range(20):
@@ -140,8 +150,6 @@ def on_gpu(pixels: Tensor) -> Tensor:
 
 @pytest.mark.cuda
 def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind() -> None:
-    from keyhole.engine.opening import open_reader
-
     device = GPU
     arrays = [np.random.default_rng(n).integers(0, 256, (700, 64, 64, 3), dtype=np.uint8) for n in range(3)]
     stager, sums, places = Stager(device), [], []
@@ -161,29 +169,11 @@ def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind() -> 
 
 
 @pytest.mark.cuda
-def test_features_of_any_kind_arrive_as_float32_on_a_gpu() -> None:
-    from keyhole.engine.opening import open_reader
-
-    device = GPU
-    for dtype in (np.float16, np.float32):
-        features = np.random.default_rng(0).normal(size=(50, 7)).astype(dtype)
-        with open_reader(RunConfig(), device) as reader:
-            for batch in reader.stream([[Opener("a", lambda: TensorPatches(features))]], 16):  # noqa: B023
-                for chunk, tensor in prefetched(batch.chunks(), Stager(device)):
-                    assert tensor.dtype == torch.float32
-                    expected = features[chunk.index].astype(np.float32)
-                    np.testing.assert_array_equal(tensor.cpu()[: chunk.count], expected)
-
-
-@pytest.mark.cuda
 @pytest.mark.parametrize("kind", ["rgb", "4:4:4", "4:2:0"])
-def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kind: str) -> None:
-    from keyhole.engine.opening import open_reader
-
-    device = GPU
-    stager = Stager(device, encoded=True)
-    if stager.deliver is None:
-        pytest.skip(f"no decoder on the device: {stager.note}")
+def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(
+    decoding: tuple[Stager, Delivery], tmp_path: Path, kind: str
+) -> None:
+    stager, deliver = decoding
     options: dict[str, Any] = {"subsampling": (1, 1) if kind == "4:4:4" else (2, 2)}
     if kind == "rgb":
         options = {"compressionargs": {"outcolorspace": "rgb"}}
@@ -192,12 +182,11 @@ def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kin
     with closing(opener()) as source:
         expected = source.read(slice(None)).astype(int)
     found = np.zeros_like(expected)
-    with open_reader(RunConfig(), device) as reader:
-        deliver = Delivery(stager.deliver.colors, always=True)
+    with open_reader(RunConfig(), GPU) as reader:
         for batch in reader.stream([[opener]], 48, deliver=deliver):
             for chunk, pixels in prefetched(batch.chunks(), stager):
                 found[chunk.index] = pixels.cpu().numpy()[: chunk.count]
-        delivered = (kind if kind == "rgb" else "ycbcr") in stager.deliver.colors
+        delivered = (kind if kind == "rgb" else "ycbcr") in deliver.colors
         assert reader.encoded_patches == (len(expected) if delivered else 0)
     # At edges of colour decoders differ where a JPEG holds less colour than brightness: libjpeg interpolates it, and
     # nvJPEG, as torchvision calls it, repeats it. That alone is a mean of 8.5 levels in this picture. Brightness agrees.
@@ -208,15 +197,10 @@ def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(tmp_path: Path, kin
 
 
 @pytest.mark.cuda
-def test_a_gpu_that_waits_for_patches_decodes_some_of_them(tmp_path: Path) -> None:
-    from keyhole.engine.opening import open_reader
-
-    device = GPU
-    stager = Stager(device, encoded=True)
-    if stager.deliver is None:
-        pytest.skip(f"no decoder on the device: {stager.note}")
+def test_a_gpu_that_waits_for_patches_decodes_some_of_them(decoding: tuple[Stager, Delivery], tmp_path: Path) -> None:
+    stager, _ = decoding
     path = write_tiff(tmp_path / "tiles.tif", picture(3, 2048, 2048), tile=(64, 64), compression="jpeg")
-    with open_reader(RunConfig(), device) as reader:
+    with open_reader(RunConfig(), GPU) as reader:
         for batch in reader.stream([[FileOpener(path, "tiles", 64)]] * 3, 64, deliver=stager.deliver):
             assert sum(chunk.count for chunk, _ in prefetched(batch.chunks(), stager)) == 32 * 32
         assert reader.encoded_patches > 0
@@ -224,19 +208,13 @@ def test_a_gpu_that_waits_for_patches_decodes_some_of_them(tmp_path: Path) -> No
 
 
 @pytest.mark.cuda
-def test_a_tile_that_the_gpu_refuses_is_named_by_the_host(tmp_path: Path) -> None:
+def test_a_tile_that_the_gpu_refuses_is_named_by_the_host(decoding: tuple[Stager, Delivery], tmp_path: Path) -> None:
     from test_encoded import break_quietly
 
-    from keyhole.engine.opening import open_reader
-
-    device = GPU
-    stager = Stager(device, encoded=True)
-    if stager.deliver is None:
-        pytest.skip(f"no decoder on the device: {stager.note}")
+    stager, deliver = decoding
     whole = write_tiff(tmp_path / "whole.tif", picture(3, 256, 256), tile=(64, 64), compression="jpeg")
     bad = FileOpener(break_quietly(tmp_path / "bad.tif", whole, [5]), "bad", 64)
-    with open_reader(RunConfig(), device) as reader:
-        deliver = Delivery(stager.deliver.colors, always=True)
+    with open_reader(RunConfig(), GPU) as reader:
         for batch in reader.stream([[bad]], 8, "mask", deliver=deliver):
             seen = [index for chunk, _ in prefetched(batch.chunks(), stager) for index in chunk.index.tolist()]
             assert len(seen) == 16 or (set(batch.unreadable[0]) == {5} and len(seen) == 15)

@@ -3,9 +3,7 @@ pass loses at most one image."""
 
 from __future__ import annotations
 
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 import tifffile
 import torch
 from conftest import settings
-from processes import command, environment
+from processes import command, environment, kill, wait_for
 from safetensors.torch import load_file
 
 import keyhole
@@ -123,20 +121,6 @@ def start(run: Path, data: Path, *flags: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def wait_for(process: subprocess.Popen[str], reached: Any) -> None:
-    end = time.monotonic() + 120
-    while not reached():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "the run did not get there"
-        time.sleep(0.001)
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_killed_selection_does_again_only_the_image_it_was_at_and_ends_the_same(tmp_path: Path) -> None:

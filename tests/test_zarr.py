@@ -15,9 +15,8 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_images import picture, pyramid, write_pyramids
+from make_images import picture, pyramid, whole, write_pyramids
 from make_zarr import ORDERS, scale_step, write_array, write_multiscale
-from numpy.typing import NDArray
 from processes import run_process
 from test_bad_images import damaged, outcome, refusal
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
@@ -27,11 +26,6 @@ from keyhole.images import Box, Image, open_image
 from keyhole.images.zarr import ZarrImage
 
 LEVELS = pyramid(picture())
-
-
-def whole(path: Path, level: int = 0) -> NDArray[np.uint8]:
-    with open_image(path) as image:
-        return image.read((0, 0, *image.levels[level].size), level)
 
 
 def failure(image: Image, box: Box) -> ImageError:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+TIMEOUT = 120
+"""Seconds until a test gives up on a process."""
 
 
 def command(name: str, *arguments: object) -> list[str]:
@@ -28,3 +33,18 @@ def run_process(name: str, *arguments: object, **options: Any) -> subprocess.Com
     done = subprocess.run(command(name, *arguments), **settings)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    """Wait until something is true of a process; fail where it ends first."""
+    end = time.monotonic() + TIMEOUT
+    while not reached():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "the process did not get there"
+        time.sleep(0.001)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate(timeout=TIMEOUT)
+    assert process.returncode == -signal.SIGKILL
