@@ -197,7 +197,7 @@ class Ours(Epochs):
         for number, batch in enumerate(job.engine.stream(batches, hold=0)):
             colors = stack_colors(draws[number * size : (number + 1) * size])
             assert colors is not None
-            for chunk, pixels in prefetched(batch.chunks(), job.engine.stager):
+            for chunk, pixels in prefetched(batch.chunks(), job.engine.stager, job.engine.pace):
                 image = torch.from_numpy(chunk.image[: chunk.count])
                 prepare(pixels[: chunk.count], torch.from_numpy(colors)[image].to(job.device))
         job.state.epoch += 1

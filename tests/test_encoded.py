@@ -26,6 +26,8 @@ from test_reading import PATIENCE, Opener, eventually, no_thread_is_left
 from keyhole.config.settings import ModelConfig, SelectConfig
 from keyhole.engine import Engine
 from keyhole.engine.jpeg import TRIED_DECODERS, Decoder, decodes
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.errors import ImageError
 from keyhole.images.jpeg import COLORS, segments, stored_colors
@@ -41,6 +43,8 @@ pytest.importorskip("torchvision", reason="torchvision decodes JPEG for devices"
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 
 CPU = torch.device("cpu")
+WHOLE = Pace(Plan(chunk=2**20))
+"""Chunks come in one part."""
 TILE, WIDTH, HEIGHT = 32, 200, 136
 COLUMNS, ROWS, WHOLE = 7, 5, 6 * 4
 """Tiles of the files, and how many of them lie wholly inside."""
@@ -210,12 +214,12 @@ def staged(batch: Batch, stager: Stager) -> tuple[dict[tuple[int, int], np.ndarr
     seen: dict[tuple[int, int], np.ndarray] = {}
     encoded = 0
 
-    def stage(chunk: Any) -> torch.Tensor:
+    def stage(chunk: Any, rows: int) -> torch.Tensor:
         nonlocal encoded
         encoded += len(chunk.encoded)
-        return stager(chunk)
+        return stager(chunk, rows)
 
-    for chunk, pixels in prefetched(batch.chunks(), stage):
+    for chunk, pixels in prefetched(batch.chunks(), stage, WHOLE):
         assert len(pixels) == len(chunk.pixels)
         assert not pixels[chunk.count :].any()
         assert len(chunk.image) == len(chunk.index) == chunk.count
@@ -315,7 +319,7 @@ def test_a_chunk_of_damaged_tiles_alone_is_not_shown(files: dict[str, Path], tmp
     stager = Stager(CPU, encoded=True)
     with Reader(2, stall=PATIENCE) as reader:
         for batch in reader.stream([[bad]], 3, "mask", deliver=always(stager)):
-            counts = [chunk.count for chunk, _ in prefetched(batch.chunks(), stager)]
+            counts = [chunk.count for chunk, _ in prefetched(batch.chunks(), stager, WHOLE)]
             assert sum(counts) == ROWS * COLUMNS - 3
             assert 0 not in counts
             assert set(batch.unreadable[0]) == {0, 1, 2}

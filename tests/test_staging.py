@@ -18,6 +18,8 @@ from test_reading import PATIENCE, Opener, Probe, eventually, no_thread_is_left,
 from torch import Tensor
 
 from keyhole.config.settings import RunConfig
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
 from keyhole.engine.opening import open_reader
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.loading import Delivery, Reader
@@ -28,6 +30,8 @@ from keyhole.patches.sources import TensorPatches, View
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 
 CPU = torch.device("cpu")
+IN_ONE_PART = Pace(Plan(chunk=2**20))
+"""Chunks come in one part."""
 DEVICES = [CPU, pytest.param(GPU, marks=pytest.mark.cuda)]
 
 
@@ -36,7 +40,7 @@ def test_on_a_cpu_the_buffer_itself_is_what_is_encoded() -> None:
     with Reader(1, stall=PATIENCE) as reader:
         for batch in reader.stream([[Opener("a", lambda: TensorPatches(pixels))]], 4):
             counts = []
-            for chunk, tensor in prefetched(batch.chunks(), Stager(CPU)):
+            for chunk, tensor in prefetched(batch.chunks(), Stager(CPU), IN_ONE_PART):
                 assert tensor.data_ptr() == chunk.pixels.ctypes.data
                 assert (tensor.dtype, tensor.shape) == (torch.uint8, (4, 4, 4, 3))
                 np.testing.assert_array_equal(tensor[: chunk.count], pixels[chunk.index])
@@ -51,7 +55,7 @@ def test_features_of_any_kind_arrive_as_float32(dtype: type, device: torch.devic
     features = np.random.default_rng(0).normal(size=(50, 7)).astype(dtype)
     with open_reader(RunConfig(), device) as reader:
         for batch in reader.stream([[Opener("a", lambda: TensorPatches(features))]], 16):
-            for chunk, tensor in prefetched(batch.chunks(), Stager(device)):
+            for chunk, tensor in prefetched(batch.chunks(), Stager(device), IN_ONE_PART):
                 assert tensor.dtype == torch.float32
                 expected = features[chunk.index].astype(np.float32)
                 np.testing.assert_array_equal(tensor.cpu()[: chunk.count], expected)
@@ -157,7 +161,7 @@ def test_every_chunk_arrives_whole_and_in_order_while_the_device_is_behind() -> 
         for _ in range(3):
             lists = [[Opener(str(n), lambda array=array: TensorPatches(array))] for n, array in enumerate(arrays)]
             for number, batch in enumerate(reader.stream(lists, 128)):
-                for chunk, pixels in prefetched(batch.chunks(), stager):
+                for chunk, pixels in prefetched(batch.chunks(), stager, IN_ONE_PART):
                     assert pixels.shape == (128, 64, 64, 3)
                     places.append(pixels.data_ptr())
                     sums.append((number, chunk.index, on_gpu(pixels)))
@@ -184,7 +188,7 @@ def test_tiles_decoded_on_a_gpu_are_nearly_those_of_the_host(
     found = np.zeros_like(expected)
     with open_reader(RunConfig(), GPU) as reader:
         for batch in reader.stream([[opener]], 48, deliver=deliver):
-            for chunk, pixels in prefetched(batch.chunks(), stager):
+            for chunk, pixels in prefetched(batch.chunks(), stager, IN_ONE_PART):
                 found[chunk.index] = pixels.cpu().numpy()[: chunk.count]
         delivered = (kind if kind == "rgb" else "ycbcr") in deliver.colors
         assert reader.encoded_patches == (len(expected) if delivered else 0)
@@ -202,7 +206,7 @@ def test_a_gpu_that_waits_for_patches_decodes_some_of_them(decoding: tuple[Stage
     path = write_tiff(tmp_path / "tiles.tif", picture(3, 2048, 2048), tile=(64, 64), compression="jpeg")
     with open_reader(RunConfig(), GPU) as reader:
         for batch in reader.stream([[FileOpener(path, "tiles", 64)]] * 3, 64, deliver=stager.deliver):
-            assert sum(chunk.count for chunk, _ in prefetched(batch.chunks(), stager)) == 32 * 32
+            assert sum(chunk.count for chunk, _ in prefetched(batch.chunks(), stager, IN_ONE_PART)) == 32 * 32
         assert reader.encoded_patches > 0
     assert not stager.refused
 
@@ -216,6 +220,6 @@ def test_a_tile_that_the_gpu_refuses_is_named_by_the_host(decoding: tuple[Stager
     bad = FileOpener(break_quietly(tmp_path / "bad.tif", whole, [5]), "bad", 64)
     with open_reader(RunConfig(), GPU) as reader:
         for batch in reader.stream([[bad]], 8, "mask", deliver=deliver):
-            seen = [index for chunk, _ in prefetched(batch.chunks(), stager) for index in chunk.index.tolist()]
+            seen = [index for chunk, _ in prefetched(batch.chunks(), stager, IN_ONE_PART) for index in chunk.index.tolist()]
             assert len(seen) == 16 or (set(batch.unreadable[0]) == {5} and len(seen) == 15)
             assert (stager.refused > 0) == (len(seen) == 15)

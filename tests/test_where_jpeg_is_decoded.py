@@ -20,6 +20,8 @@ from keyhole.config.settings import Decode, ModelConfig, RunConfig
 from keyhole.engine import Engine
 from keyhole.engine import to_device as staging
 from keyhole.engine.jpeg import Decoder
+from keyhole.engine.memory.pace import Pace
+from keyhole.engine.memory.plan import Plan
 from keyhole.engine.to_device import Stager, prefetched
 from keyhole.errors import ConfigError
 from keyhole.inference.embed import embed
@@ -62,7 +64,7 @@ def test_the_pixels_looked_at_are_those_learned_from(files: dict[str, Path], dev
     with Reader(2, stall=PATIENCE) as reader:
         for batch in reader.stream([[opener]] * 2, 16, deliver=stager.deliver):
             looked: dict[int, np.ndarray] = {}
-            for chunk, pixels in prefetched(batch.chunks(), stager):
+            for chunk, pixels in prefetched(batch.chunks(), stager, Pace(Plan(chunk=2**20))):
                 looked |= zip(chunk.index.tolist(), pixels.cpu().numpy().copy(), strict=False)
             (learned,) = batch.fetch([np.arange(ROWS * COLUMNS)])
             np.testing.assert_array_equal(np.stack([looked[index] for index in range(ROWS * COLUMNS)]), learned)

@@ -196,19 +196,14 @@ class Slots:
         return done.synchronize
 
 
-def prefetched(chunks: Iterable[Chunk], stage: Callable[..., T], pace: Pace | None = None) -> Iterator[tuple[Chunk, T]]:
+def prefetched(chunks: Iterable[Chunk], stage: Callable[[Chunk, int], T], pace: Pace) -> Iterator[tuple[Chunk, T]]:
     """Yield chunks and what `stage` (a `Stager`) makes of them; chunks that have lost all rows are left out.
 
     The next chunk is staged when the consumer asks for it, after launching its work on this one. On a GPU the copy runs
-    beside that work, unless the consumer waits for the device in between. With `pace`, a chunk of more rows than the
-    plan has comes in parts, and the plan is halved when staging runs out of memory.
+    beside that work, unless the consumer waits for the device in between. A chunk of more rows than the plan has comes
+    in parts, and the plan is halved when staging runs out of memory.
     """
     for chunk in chunks:
-        if pace is None:
-            staged = stage(chunk)
-            if chunk.count:
-                yield chunk, staged
-            continue
         rest = chunk
         while rest.count:
             part, staged, behind = pace.run("select", partial(_first, rest, stage))
@@ -240,7 +235,7 @@ def _turned(pixels: Tensor, view: View) -> Tensor:
 
 
 def _without(size: int, rows: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of 0 ... size - 1 in which none of `rows` (sorted) lies."""
+    """Yield the ranges of 0 ... size - 1 between `rows` (sorted)."""
     start = 0
     for row in [*rows, size]:
         if row > start:
