@@ -43,7 +43,7 @@ pytest.importorskip("torchvision", reason="torchvision decodes JPEG for devices"
 __all__ = ["no_thread_is_left"]  # a fixture that every test here uses
 
 CPU = torch.device("cpu")
-WHOLE = Pace(Plan(chunk=2**20))
+IN_ONE_PART = Pace(Plan(chunk=2**20))
 """Chunks come in one part."""
 TILE, WIDTH, HEIGHT = 32, 200, 136
 COLUMNS, ROWS, WHOLE = 7, 5, 6 * 4
@@ -219,7 +219,7 @@ def staged(batch: Batch, stager: Stager) -> tuple[dict[tuple[int, int], np.ndarr
         encoded += len(chunk.encoded)
         return stager(chunk, rows)
 
-    for chunk, pixels in prefetched(batch.chunks(), stage, WHOLE):
+    for chunk, pixels in prefetched(batch.chunks(), stage, IN_ONE_PART):
         assert len(pixels) == len(chunk.pixels)
         assert not pixels[chunk.count :].any()
         assert len(chunk.image) == len(chunk.index) == chunk.count
@@ -319,7 +319,7 @@ def test_a_chunk_of_damaged_tiles_alone_is_not_shown(files: dict[str, Path], tmp
     stager = Stager(CPU, encoded=True)
     with Reader(2, stall=PATIENCE) as reader:
         for batch in reader.stream([[bad]], 3, "mask", deliver=always(stager)):
-            counts = [chunk.count for chunk, _ in prefetched(batch.chunks(), stager, WHOLE)]
+            counts = [chunk.count for chunk, _ in prefetched(batch.chunks(), stager, IN_ONE_PART)]
             assert sum(counts) == ROWS * COLUMNS - 3
             assert 0 not in counts
             assert set(batch.unreadable[0]) == {0, 1, 2}

@@ -220,6 +220,8 @@ def test_a_tile_that_the_gpu_refuses_is_named_by_the_host(decoding: tuple[Stager
     bad = FileOpener(break_quietly(tmp_path / "bad.tif", whole, [5]), "bad", 64)
     with open_reader(RunConfig(), GPU) as reader:
         for batch in reader.stream([[bad]], 8, "mask", deliver=deliver):
-            seen = [index for chunk, _ in prefetched(batch.chunks(), stager, IN_ONE_PART) for index in chunk.index.tolist()]
+            seen = [
+                index for chunk, _ in prefetched(batch.chunks(), stager, IN_ONE_PART) for index in chunk.index.tolist()
+            ]
             assert len(seen) == 16 or (set(batch.unreadable[0]) == {5} and len(seen) == 15)
             assert (stager.refused > 0) == (len(seen) == 15)
