@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -29,7 +31,7 @@ from keyhole.report.mask_preview import preview_names
 from keyhole.tools.check import worker as check_worker
 from keyhole.tools.check.look import Failed, Probed, Request, probe_here
 from keyhole.tools.check.run import CheckReport, Finding, check
-from keyhole.tools.check.worker import ImageProbe, as_line, from_line, serve
+from keyhole.tools.check.worker import ImageProbe, serve
 from keyhole.util.wording import problem_and_fix
 
 PATCH = {"size": 32, "stride": None, "level": None, "mpp": None, "foreground": "all"}
@@ -466,20 +468,22 @@ def test_an_answer_wakes_the_thread_that_waits_for_it(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(threading.Condition, "wait", counted)
     paths = [picture(tmp_path / f"{i}.png", seed=i) for i in range(3)]
-    answers: list[str] = []
-    serve([as_line((20, request(path))) for path in paths], answers.append)
-    assert [from_line(answer).patches for answer in answers if answer] == [12, 12, 12]
+    answers: list[Any] = []
+    serve([(20, request(path)) for path in paths], answers.append)
+    assert [answer.patches for answer in answers if answer] == [12, 12, 12]
     assert woken, "nobody waited"
     assert all(woken), "a wait ran to its timeout although the answer was there"
 
 
 def test_the_process_ends_with_its_input_and_never_imports_torch() -> None:
-    line = as_line((5, request(Path("none.png"))))
-    done = run_process("imported", "torch", "worker", input=f"{as_line(None)}\n{line}\n", timeout=60)
-    greeting, answer = map(from_line, done.stdout.splitlines())
-    assert done.stderr == "[]\n", "its output is for answers alone"
-    assert greeting is None
+    messages = pickle.dumps(None) + pickle.dumps((5, request(Path("none.png"))))
+    done: Any = run_process("imported", "torch", "worker", input=messages, text=False, timeout=60)
+    assert done.stderr == b"[]\n", "its output is for answers alone"
+    output = io.BytesIO(done.stdout)
+    greeting, answer = pickle.load(output), pickle.load(output)  # noqa: S301
+    assert greeting == "ready"
     assert answer.trouble == "image"
+    assert not output.read()
 
 
 def test_a_killed_probe_ends_the_call_that_waits_for_it(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ FILES = ("mask", "annotation", "features")
 RESERVED = ("image", "name", "split", "group", "mpp", *FILES, "sha256", "bytes")
 """Columns with a fixed meaning, in upper or lower case; every other column is a task."""
 CLAM_COLUMNS = {"slide_id": "image", "case_id": "group"}
-"""Columns of CLAM's lists of labels and the columns that they stand for: they name a slide's features, not its file."""
+"""Columns of CLAM's lists of labels, and what they are read as: they name the features of a slide, not its file."""
 DELIMITERS = ",;\t"
 MAX_CSV_BYTES = 1 << 30  # a million rows take a tenth of this
 
@@ -106,7 +106,7 @@ def _text(path: Path) -> str:
 def _parse(path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """Return the header, and (line number, stripped fields) of every row that is not blank."""
     first = next(line for line in text.splitlines() if line.strip())
-    # The delimiter that separates a column `image`, else the one that gives most fields: names may hold the others.
+    # Take the delimiter that separates a column `image`, else that with most fields: names may hold the others.
     headers = {mark: [name.strip().strip('"').strip().lower() for name in first.split(mark)] for mark in DELIMITERS}
     delimiter = max(
         DELIMITERS, key=lambda mark: (not {"image", "slide_id"}.isdisjoint(headers[mark]), len(headers[mark]))

@@ -1,6 +1,6 @@
 """A folder of classes -> rows: which of its folders are classes, and which are splits.
 
-Folders that nearly follow a layout are refused: a model would learn the names of splits or folds as classes.
+Layouts that are nearly right are refused: a model would learn the names of splits or folds as classes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def split_named(name: str) -> str:
 def read_folder(path: Path, ignore: Mapping[Path, str] | None = None) -> DataTable:
     """Read `path/CLASS/**/image`, `path/SPLIT/CLASS/**/image` or `path/CLASS/SPLIT/**/image`.
 
-    `ignore` are folders in it that hold something else, such as masks, each with what it holds.
+    `ignore` names folders in it that hold something else, such as masks, and says what.
     """
     path = absolute(path)
     files, left_out = list_images(path, ignore, generated=True)
@@ -108,7 +108,7 @@ def _place(folders: Sequence[str], split_at: int | None) -> tuple[str, str] | st
 def _find_layout(path: Path, places: Sequence[Sequence[str]]) -> tuple[int | None, list[str]]:
     """Return the depth of the split folders, and notes: 0 for `SPLIT/CLASS/image`, 1 for `CLASS/SPLIT/image`, or None.
 
-    Images may lie deeper. `places` are the names of the folders that each image is in, outermost first.
+    `places` has the names of the folders that each image is in, outermost first; there may be more folders.
     """
     # Number of images by the names of the first and the second folder; the second is empty for images in the first
     tree: dict[str, Counter[str]] = defaultdict(Counter)
@@ -148,7 +148,7 @@ def _find_layout(path: Path, places: Sequence[Sequence[str]]) -> tuple[int | Non
             f"{path}: {listed(tree)} are named like folds, not like classes. Give a CSV with the columns image, "
             f"label and split, or one fold alone: {path / next(iter(tree))}"
         )
-    # Folders of the same names in all classes may be the classes that were meant.
+    # If all classes hold folders of the same names, these may be the classes that the user means.
     common = set.intersection(*(set(subs) - {""} for subs in tree.values())) if len(tree) > 1 else set()
     note = (
         f"the classes are {listed(tree)}; the folders {listed(sorted(common))} in each of them are not classes "

@@ -44,7 +44,7 @@ class Resolution:
         if self.high / self.low > TOLERANCE:
             return f"images differ in resolution, {self} um per pixel", f"Read all at one: --patch.mpp {self.high:.3g}."
         if self.unknown:
-            problem = f"{self.unknown} images do not say their resolution; the others have {self} um per pixel"
+            problem = f"{self.unknown} images do not state their resolution; the others have {self} um per pixel"
             return problem, "Give it in a column `mpp`."
         return None
 

@@ -14,7 +14,7 @@ def check_new(out: Path) -> None:
     """Refuse a path that exists, unless it is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "exists and is not empty" if out.is_dir() else "is a file, expected a folder"
-        raise OutputError(f"{out}: {what}. Choose another folder or remove what is there.")
+        raise OutputError(f"{out}: {what}. Choose another folder (--out), or remove what is there.")
 
 
 class NewFolder:

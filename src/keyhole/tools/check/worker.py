@@ -1,13 +1,11 @@
 """Open images in another process, which a broken file may crash or block.
 
-`ImageProbe` is the parent's end. `main` is the other end: it answers each line, a pickled `Request`, with a pickled
-`Probed` or `Failed`, and sends empty lines while data arrive: a gigapixel image may take minutes to read. torch is not
-imported here.
+`ImageProbe` is the parent's end. `main` is the other end: it answers each pickled `Request` with `Probed` or `Failed`,
+and sends None while data arrive, since a gigapixel image may take minutes to read. torch is not imported here.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import faulthandler
 import math
@@ -19,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,8 @@ from keyhole.tools.check.look import Failed, Probed, Request, probe_here
 
 MAX_PROCESSES = 4  # each may hold a tile or a thumbnail of gigapixels in memory
 START_SECONDS = 120.0  # limit for the process to start: importing from a cold network disk is slow
-BEAT_SECONDS = 1.0  # longest time between two empty lines
+BEAT_SECONDS = 1.0  # longest time between two answers of None
+Message = tuple[float, Request] | None  # seconds without data that end a read, and what to read; or a greeting
 
 
 def probe_all(requests: Sequence[Request], stall: float, threads: int | None) -> Generator[Probed | Failed]:
@@ -65,7 +64,7 @@ class ImageProbe:
 
     def __init__(self, stall: float) -> None:
         self.stall = stall
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._killed = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the probe
 
@@ -80,9 +79,8 @@ class ImageProbe:
             return Failed("not checked any more", "stalled")
         if self._process is None:
             self._start()
-        reply, stalled = self._ask(as_line((self.stall, request)), self.stall)
-        if reply:
-            found: Probed | Failed = from_line(reply)
+        found, stalled = self._ask((self.stall, request), self.stall)
+        if isinstance(found, Probed | Failed):
             return found
         code = self._end()
         if stalled:
@@ -113,16 +111,15 @@ class ImageProbe:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            encoding="utf-8",
             env={**os.environ, "PYTHONPATH": path},
         )
-        greeting, _ = self._ask(as_line(None), START_SECONDS)
-        if not greeting:
+        greeting, _ = self._ask(None, START_SECONDS)
+        if greeting is None:
             code = self._end()
             raise KeyholeError(f"the process that opens images did not start (exit code {code}){self._last_words()}")
 
-    def _ask(self, line: str, seconds: float) -> tuple[str, bool]:
-        """Return the answer, empty if the process ended, and True if it was killed after `seconds` without a line."""
+    def _ask(self, message: Message, seconds: float) -> tuple[Any, bool]:
+        """Return the answer, None if the process ended, and True if it was killed after `seconds` of silence."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -133,21 +130,21 @@ class ImageProbe:
             late.set()
             process.kill()
 
+        reply = None
         try:
-            process.stdin.write(line + "\n")
+            pickle.dump(message, process.stdin)
             process.stdin.flush()
-            reply = "\n"
-            while reply == "\n":
+            while reply is None:
                 timer = threading.Timer(seconds, end)
                 timer.daemon = True
                 timer.start()
                 try:
-                    reply = process.stdout.readline()
+                    reply = pickle.load(process.stdout)  # noqa: S301 - from our own process
                 finally:
                     timer.cancel()
-        except BrokenPipeError:
-            reply = ""
-        return (reply if reply.endswith("\n") else ""), late.is_set()
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+            pass  # the process has ended
+        return reply, late.is_set()
 
     def _end(self) -> int:
         process, self._process = self._process, None
@@ -171,39 +168,34 @@ class ImageProbe:
         return f", saying: {said[-1][:160]}" if said else ""
 
 
-def as_line(value: object) -> str:
-    """Return a pickled value as text in one line."""
-    return base64.b64encode(pickle.dumps(value)).decode("ascii")
-
-
-def from_line(line: str) -> Any:
-    return pickle.loads(base64.b64decode(line))  # noqa: S301 - written by the process at the other end of the pipe
-
-
 def main() -> None:
     """Answer requests until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent ends this one
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a decoder prints must not be read as an answer
 
-    def answer(reply: str) -> None:
-        answers.write(reply + "\n")
+    def requests() -> Iterator[Message]:
+        with contextlib.suppress(EOFError):
+            while True:
+                yield pickle.load(sys.stdin.buffer)  # noqa: S301 - from the parent
+
+    def answer(reply: object) -> None:
+        pickle.dump(reply, answers)
         answers.flush()
 
-    serve(sys.stdin, answer)
+    serve(requests(), answer)
 
 
-def serve(lines: Iterable[str], answer: Callable[[str], None]) -> None:
-    """Answer each line (limit in seconds, request) with one line, and with empty lines while a long read progresses."""
+def serve(messages: Iterable[Message], answer: Callable[[object], None]) -> None:
+    """Answer each message once; before that, answer None from time to time while a long read progresses."""
     from keyhole.util.threads import ReadingThreads
 
     threads = ReadingThreads(1, stall=math.inf)
-    for line in lines:
-        asked: tuple[float, Request] | None = from_line(line)
-        if asked is None:
-            answer(line.strip())
+    for message in messages:
+        if message is None:
+            answer("ready")
             continue
-        limit, request = asked
+        limit, request = message
         task = threads.submit(str(request.item.source), partial(probe_here, request))
         last = None
         while not task.done:
@@ -211,11 +203,11 @@ def serve(lines: Iterable[str], answer: Callable[[str], None]) -> None:
                 # If the parent is killed, nothing else ends a read that hangs.
                 faulthandler.dump_traceback_later(limit + 60, exit=True)
                 if last is not None:
-                    answer("")
+                    answer(None)
                 last = task.since
             threads.wait(task, seconds=BEAT_SECONDS)
         faulthandler.cancel_dump_traceback_later()
-        answer(as_line(task.value()))
+        answer(task.value())
     threads.close()
 
 
