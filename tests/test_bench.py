@@ -14,8 +14,8 @@ from keyhole.config.file import recipes, resolve
 from keyhole.config.settings import Config
 from keyhole.data.manifest import read_manifest
 from keyhole.images.geometry import Size
-from keyhole.tools.bench.advice import Facts, advice
 from keyhole.tools.bench.images import DIFFERENT_FILES, Kind, kind_of, write_images
+from keyhole.tools.bench.result import Facts, advice
 from keyhole.util.timing import PARTS
 
 

@@ -25,7 +25,7 @@ from keyhole.data.rows import in_splits, moved_to, name_and_kind, read_rows, usa
 from keyhole.data.splits import check_training, settle_splits
 from keyhole.errors import ConfigError, DataError
 from keyhole.tasks.kinds import Task, check_label, infer_task, positive_note
-from keyhole.util.files import csv_text, write_atomic
+from keyhole.util.files import csv_text, encoded, write_atomic
 from keyhole.util.wording import listed, nearest
 
 RELATIVE_PATHS = (
@@ -106,12 +106,7 @@ class Manifest:
 
 def write_left_out(path: str | Path, left_out: Iterable[tuple[str, str]]) -> Path:
     """Write a CSV of what is not used, from (name, reason)."""
-    return write_csv(path, [["name", "reason"], *left_out])
-
-
-def write_csv(path: str | Path, rows: Iterable[Sequence[str]]) -> Path:
-    """Write a CSV; bytes of file names that are not UTF-8 become escapes."""
-    return write_atomic(path, csv_text(rows).encode("utf-8", "backslashreplace"))
+    return write_atomic(path, encoded(csv_text([["name", "reason"], *left_out])))
 
 
 def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:

@@ -17,7 +17,7 @@ import numpy as np
 
 from keyhole.errors import OutputError
 from keyhole.report.prediction import BOX, Prediction, Scores
-from keyhole.util.files import atomic_file, csv_text, writable_folder, write_atomic
+from keyhole.util.files import atomic_file, csv_text, encoded, writable_folder, write_atomic
 
 FILES = ("prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz")
 """What `write_prediction` writes."""
@@ -127,11 +127,6 @@ def _score_lines(scores: Scores) -> Iterator[str]:
         whole = np.column_stack([index, scores.cells[some], scores.boxes(index)]).tolist()
         values = [[f"{value:.9g}" for value in column[some].tolist()] for column in columns]
         yield "".join(",".join([*map(str, row), *numbers]) + "\n" for row, *numbers in zip(whole, *values, strict=True))
-
-
-def encoded(text: str) -> bytes:
-    """Return the text in UTF-8; bytes of a file name that are not valid text become escapes."""
-    return text.encode("utf-8", "backslashreplace")
 
 
 def _json(data: Any, indent: int | None = None) -> str:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from keyhole.data.item import Item
 from keyhole.errors import OutputError
-from keyhole.report.files import FILES, encoded, write_prediction
+from keyhole.report.files import FILES, write_prediction
 from keyhole.report.prediction import Prediction
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.learning import Learning, judge_task, unevenness
-from keyhole.util.files import atomic_file, csv_text, remove_unfinished, writable_folder
+from keyhole.util.files import atomic_file, csv_text, encoded, remove_unfinished, writable_folder
 from keyhole.util.wording import distinct
 
 
@@ -177,4 +177,4 @@ def _named(out: Path) -> set[str]:
 
 def _key(image: str | Path) -> str:
     """Return a path as it is written to a CSV: bytes that are not UTF-8 become escapes."""
-    return str(image).encode("utf-8", "backslashreplace").decode()
+    return encoded(str(image)).decode()

@@ -128,3 +128,8 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
+
+
+def encoded(text: str) -> bytes:
+    """Return the text in UTF-8; bytes of a file name that are not valid text become escapes."""
+    return text.encode("utf-8", "backslashreplace")

@@ -5,14 +5,12 @@ The steps are those of `keyhole train`, on some of the training images and in a 
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +21,8 @@ from keyhole.engine.scoring import blank_rows
 from keyhole.errors import DataError, Interrupted
 from keyhole.runs.checkpoint import load_weights, read_tensors
 from keyhole.runs.run import Run
-from keyhole.tools.bench.advice import Facts, advice
 from keyhole.tools.bench.images import Data, measured_data
+from keyhole.tools.bench.result import Facts, Speed, advice
 from keyhole.training.duration import about, spoken
 from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job, start_job
@@ -36,44 +34,6 @@ from keyhole.util.wording import counted
 
 MIN_FLOOR_RUNS, FLOOR_SECONDS = 5, 1.0
 """The encoder's rate is the median of as many runs over a chunk as fit into the time, but of at least this many."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The result of a measurement."""
-
-    data: str  # what was measured, in words
-    chosen: dict[str, str]  # what the run chose, in words: device, compiling, threads, chunks
-    floor: float  # patches/s of the encoder alone
-    patches_per_s: float
-    images_per_s: float
-    first_step: float  # seconds, with what it builds, compiles and allocates
-    step: float  # mean seconds of the measured steps
-    steps: int  # number of measured steps
-    epoch: float  # estimated seconds
-    run: float  # estimated seconds
-    epochs: str  # both estimates, in words
-    seconds: dict[str, float]  # by part, including `other`
-    shares: dict[str, float]  # parts overlap on a GPU, so the sum may be more than 1
-    advice: str
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"of_floor": self.patches_per_s / self.floor}
-
-    def lines(self) -> list[str]:
-        """Return a table to print."""
-        reached = f"{self.patches_per_s:,.0f} patches/s, {self.patches_per_s / self.floor:.0%} of the encoder's"
-        rows = [
-            ("data", self.data),
-            *self.chosen.items(),
-            ("encoder alone", f"{self.floor:,.0f} patches/s"),
-            ("reached", f"{reached}; {self.images_per_s:,.3g} images/s"),
-            ("first step", f"{self.first_step:.2f} s; {self.steps} after the warm-up took {self.step:.2f} s each"),
-            ("an epoch", self.epochs),
-            *((name, f"{self.seconds[name]:8.2f} s  {self.shares[name]:4.0%}") for name in self.seconds),
-        ]
-        width = max(len(name) for name, _ in rows)
-        return [*(f"{name:{width}}  {value}" for name, value in rows), self.advice]
 
 
 def speed(

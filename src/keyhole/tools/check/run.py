@@ -15,7 +15,7 @@ from keyhole.config.settings import Config
 from keyhole.data.companions import unused_masks
 from keyhole.data.item import SPLITS, Finding, LeftOut, warning
 from keyhole.data.listing import PREVIEW_LIST, listed_previews
-from keyhole.data.manifest import Manifest, read_manifest, write_csv
+from keyhole.data.manifest import Manifest, read_manifest
 from keyhole.data.rows import MISSING_FILE
 from keyhole.data.unlabelled import items_to_embed, without_labels
 from keyhole.errors import OutputError
@@ -25,7 +25,7 @@ from keyhole.tools.check.findings import about_bits, about_content, about_images
 from keyhole.tools.check.look import Failed, Probed, Request, Trouble
 from keyhole.tools.check.worker import probe_all
 from keyhole.training.duration import Work
-from keyhole.util.files import writable_folder
+from keyhole.util.files import csv_text, encoded, writable_folder, write_atomic
 from keyhole.util.wording import counted
 
 LABELS = "one folder per class with its images in it, or a CSV with the columns image and label."
@@ -231,7 +231,7 @@ def _list_previews(folder: Path, requests: Sequence[Request]) -> list[str]:
     if listed_previews(folder):
         (folder / PREVIEW_LIST).unlink()
     if rows:
-        write_csv(folder / PREVIEW_LIST, [("image", "preview"), *rows])
+        write_atomic(folder / PREVIEW_LIST, encoded(csv_text([("image", "preview"), *rows])))
     removed = len(present - pictures)
     said = f"{folder}: removed {counted(removed, 'earlier preview')} of images that are not checked now"
     return [said] if removed else []

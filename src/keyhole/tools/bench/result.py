@@ -1,9 +1,10 @@
-"""One sentence about what limits the speed of a run, and what to do about it."""
+"""The result of a measurement, and one sentence about what limits the speed and what to do about it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from keyhole.util.threads import reading_cores
 
@@ -13,6 +14,44 @@ MIN_OWN_RATE = 0.75
 """Share of its rate alone below which something else slows the encoder down."""
 MIN_BLANK_SHARE = 0.2
 """Least share of patches of one color for the advice to leave them out."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The result of a measurement."""
+
+    data: str  # what was measured, in words
+    chosen: dict[str, str]  # what the run chose, in words: device, compiling, threads, chunks
+    floor: float  # patches/s of the encoder alone
+    patches_per_s: float
+    images_per_s: float
+    first_step: float  # seconds, with what it builds, compiles and allocates
+    step: float  # mean seconds of the measured steps
+    steps: int  # number of measured steps
+    epoch: float  # estimated seconds
+    run: float  # estimated seconds
+    epochs: str  # both estimates, in words
+    seconds: dict[str, float]  # by part, including `other`
+    shares: dict[str, float]  # parts overlap on a GPU, so the sum may be more than 1
+    advice: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"of_floor": self.patches_per_s / self.floor}
+
+    def lines(self) -> list[str]:
+        """Return a table to print."""
+        reached = f"{self.patches_per_s:,.0f} patches/s, {self.patches_per_s / self.floor:.0%} of the encoder's"
+        rows = [
+            ("data", self.data),
+            *self.chosen.items(),
+            ("encoder alone", f"{self.floor:,.0f} patches/s"),
+            ("reached", f"{reached}; {self.images_per_s:,.3g} images/s"),
+            ("first step", f"{self.first_step:.2f} s; {self.steps} after the warm-up took {self.step:.2f} s each"),
+            ("an epoch", self.epochs),
+            *((name, f"{self.seconds[name]:8.2f} s  {self.shares[name]:4.0%}") for name in self.seconds),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return [*(f"{name:{width}}  {value}" for name, value in rows), self.advice]
 
 
 @dataclass(frozen=True)
