@@ -44,19 +44,15 @@ class FeatureWriter:
             hint = "Store them as float32: --dtype float32." if finite else "The encoder or its weights are damaged."
             raise KeyholeError(f"{name}: the feature of the patch at {x},{y} is not finite in {self.dtype}. {hint}")
         if self.n == 0:
-            width = features.shape[1]
-            self._create("features", width, self.dtype)
-            self._create("coords", 2, "int64")
+            for part, width, dtype in (("features", features.shape[1], self.dtype), ("coords", 2, "int64")):
+                chunk = max(1, CHUNK_BYTES // (width * np.dtype(dtype).itemsize)), width
+                self.file.create_dataset(part, (0, width), dtype, maxshape=(None, width), chunks=chunk)
         start, self.n = self.n, self.n + len(rows)
         for part, values in (("features", rows), ("coords", corners)):
             dataset = self.file[part]
             dataset.resize(self.n, axis=0)
             dataset[start:] = values
         self.check()
-
-    def _create(self, part: str, width: int, dtype: str) -> None:
-        rows = max(1, CHUNK_BYTES // (width * np.dtype(dtype).itemsize))
-        self.file.create_dataset(part, (0, width), dtype, maxshape=(None, width), chunks=(rows, width))
 
     def describe(self, source: FilePatches, about: Mapping[str, Any]) -> None:
         """Write the attributes of the patches under the names of CLAM and TRIDENT, and those of the origin, `about`.
