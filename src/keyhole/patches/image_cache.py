@@ -130,14 +130,16 @@ class ImageCache:
         `level` is the level to read, or a function that returns it for the image. A damaged file is not kept, so that
         its other parts can be read.
         """
+        if self.image is not None:
+            return copy.copy(self.image)
         if not self.keep or path in self._damaged:
-            return self._file(path, bits)
+            return open_image(path, bits)
         with self._lock_of(path):
             resident = self._resident[path]
             known = next(iter(resident.values()), None)
             wanted = level if isinstance(level, int) else None if known is None else level(known)
             if wanted not in resident:
-                with self._file(path, bits) as image:
+                with open_image(path, bits) as image:
                     wanted = level if isinstance(level, int) else level(image)
                     try:
                         resident[wanted] = ResidentImage(image, wanted, bits)
@@ -145,7 +147,7 @@ class ImageCache:
                         raise
                     except ImageError:
                         self._damaged.add(path)
-                        return self._file(path, bits)
+                        return open_image(path, bits)
             return copy.copy(resident[wanted])
 
     def foreground(
@@ -158,12 +160,9 @@ class ImageCache:
         key = path, rule, mask
         with self._lock_of(path):
             if key not in self.masks:
-                with self._file(path, bits) as image:
+                with open_image(path, bits) if self.image is None else copy.copy(self.image) as image:
                     self.masks[key] = FOREGROUND_RULES[rule].mask(image, mask)
             return self.masks[key]
-
-    def _file(self, path: Path, bits: int | None) -> Image:
-        return open_image(path, bits) if self.image is None else copy.copy(self.image)
 
     def _lock_of(self, path: Path) -> threading.Lock:
         """Return the lock of one image: it is read once, and a file that hangs blocks only those that need it."""
