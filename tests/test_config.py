@@ -12,8 +12,7 @@ import yaml
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from keyhole.config.amounts import Bytes, Portion
-from keyhole.config.base import Contradiction, Settings
+from keyhole.config.base import Bytes, Contradiction, Portion, Settings
 from keyhole.config.file import (
     dump_config,
     leaves,

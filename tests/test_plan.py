@@ -21,7 +21,7 @@ from PIL import Image
 from processes import run_process
 from torch import nn
 
-from keyhole.config.amounts import parse_memory
+from keyhole.config.base import parse_memory
 from keyhole.config.settings import Config, ModelConfig
 from keyhole.engine import split_backward
 from keyhole.engine.encoders import Encoders

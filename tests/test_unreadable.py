@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyhole.config.amounts import parse_share
+from keyhole.config.base import parse_share
 from keyhole.config.settings import Config
 from keyhole.errors import ConfigError, KeyholeError
 from keyhole.loading.unreadable import COLUMNS, Ledger, TooMuchUnreadable

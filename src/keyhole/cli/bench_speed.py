@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
-
-import tyro
+from typing import TYPE_CHECKING, ClassVar
 
 from keyhole.cli.options import ConfigOptions, parse, print_config, read
 from keyhole.config.file import given_values, recipes
@@ -32,6 +30,7 @@ class SpeedOptions(ConfigOptions):
         "keyhole bench speed runs/one",
         "keyhole bench speed traffic --data signs.csv --run.threads 4",
     )
+    POSITIONAL: ClassVar = {"source": "RUN-OR-RECIPE"}
     ESSENTIAL: ClassVar = (
         *("recipe", "config", "memory", "steps", "seconds", "json", "data.path", "patch.size", "model.encoder"),
         *("select.m", "train.batch", "train.precision", "run.device", "run.compile", "run.threads", "print-config"),
@@ -41,14 +40,14 @@ class SpeedOptions(ConfigOptions):
         *("model.weights", "model.pretrained", "run.log", "run.save-minutes"),
     )
 
-    source: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN-OR-RECIPE")] = None
+    source: Path | None = None
     """Run folder of `keyhole train`, name of a recipe, or YAML file with settings. Of a run the weights and the images
     are used; else images are written for the measurement, unless --data PATH (the same as --data.path) names some."""
     steps: Positive = 10
     """Steps to measure, after the first one."""
     seconds: PositiveFloat = 60.0
     """No further step is begun after so many seconds; one is measured at least."""
-    json_: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    json_: bool = False
     """Print one JSON object."""
 
 

@@ -7,9 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, TextIO
-
-import tyro
+from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from keyhole.cli.options import DataOptions, print_config, read
 
@@ -33,6 +31,7 @@ class CheckOptions(DataOptions):
         "keyhole check photos --patch.size 100",
         "keyhole check slides.csv --patch.mpp 0.5 --patch.foreground tissue",
     )
+    METAVARS: ClassVar = {**DataOptions.METAVARS, "json": "FILE", "previews": "DIR"}
     ESSENTIAL: ClassVar = (
         *("json", "previews", "deep", "no-labels", "recipe", "config", "data.tasks", "data.root", "data.features"),
         *("data.masks", "data.on-bad-image", "patch.size", "patch.mpp", "patch.foreground", "select.m", "print-config"),
@@ -42,14 +41,14 @@ class CheckOptions(DataOptions):
         *("train.lr", "train.encoder-lr", "train.weight-decay", "train.final-lr", "train.clip", "train.patience"),
     )
 
-    json_: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    json_: Path | None = None
     """Write the report as JSON to a file, or `-` for standard output."""
-    previews: Annotated[str, tyro.conf.arg(metavar="DIR")] = "auto"
+    previews: str = "auto"
     """Folder for a PNG per image with its foreground mask and patches; `auto` is keyhole-check where patch.foreground
     is not `all`, `none` makes none."""
-    deep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    deep: bool = False
     """Also compare the contents of files of equal size, to find the same image twice under two names."""
-    no_labels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    no_labels: bool = False
     """Look at the images alone, whatever their folders or the CSV's columns say: for images to predict or embed."""
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
-
-import tyro
+from typing import ClassVar
 
 from keyhole.cli.options import Options, print_options, read
 from keyhole.config.settings import NotNegative, Rate
@@ -20,7 +18,9 @@ class Camelyon16Options(Options):
     Nothing is downloaded or changed; a copy of some of the slides is fine.
     """
 
-    root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")]
+    POSITIONAL: ClassVar = {"root": "ROOT"}
+
+    root: Path
     """Folder that holds training and testing, or images."""
     out: Path = Path("camelyon16.csv")
     """CSV to write; paths in it are relative to its folder. A file that says something else is not overwritten."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-import tyro
 from annotated_types import Interval
 
 from keyhole.cli.options import Options, print_options, read
@@ -19,7 +18,9 @@ class SlidesOptions(Options):
     Writes manifest.csv, which `keyhole train` takes, and nests.csv, which says where the nests are.
     """
 
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    POSITIONAL: ClassVar = {"out": "OUT"}
+
+    out: Path
     """Folder to write to; created if it is not there, and must be empty."""
     count: Positive = 100
     """Slides to write, those of `val` and `test` included."""

@@ -1,12 +1,14 @@
 """From the words of a command line to checked options, which tyro makes from the fields of a model.
 
-The docstring of the model is the description, and the texts under its fields are the help. Four class variables say
-what is shown:
+The docstring of the model is the description, and the texts under its fields are the help. Class variables say what is
+shown:
 
-    EXAMPLES   command lines
-    ESSENTIAL  options that `--help` shows; without it, `--help` shows all
-    IDLE       options, or sections with a dot at the end, that the verb accepts but does not use: never shown
-    TEXTS      help of settings that mean something else here
+    EXAMPLES    command lines
+    POSITIONAL  arguments that are given without their name, each with the word that stands for it
+    METAVARS    the word for the value of an option, where it is not that of its type
+    ESSENTIAL   options that `--help` shows; without it, `--help` shows all
+    IDLE        options, or sections with a dot at the end, that the verb accepts but does not use: never shown
+    TEXTS       help of settings that mean something else here
 """
 
 from __future__ import annotations
@@ -32,34 +34,39 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from keyhole.config.amounts import Bytes, Portion
-from keyhole.config.base import Contradiction, Settings, explain
+from keyhole.config.base import Bytes, Contradiction, Portion, Settings, explain
+from keyhole.config.inference import InferenceSettings
 from keyhole.config.settings import Config, Location
 from keyhole.errors import ConfigError
 from keyhole.util.wording import nearest
 
-HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+HELP, HELP_ALL, PRINT = ("-h", "--help"), "--help-all", "print-config"
+SHARED = {name.replace("_", "-") for name in InferenceSettings.model_fields}
 
 
 class Options(Settings):
     """The options of a verb."""
 
     EXAMPLES: ClassVar[Sequence[str]] = ()
+    POSITIONAL: ClassVar[Mapping[str, str]] = {}
+    METAVARS: ClassVar[Mapping[str, str]] = {}
     ESSENTIAL: ClassVar[Sequence[str]] = ()
     IDLE: ClassVar[Sequence[str]] = ()
     TEXTS: ClassVar[Mapping[str, str]] = {}
 
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    print_config: bool = False
     """Print the settings that result, as YAML, and end."""
 
 
 class ConfigOptions(Options):
     """The options of a verb that takes all settings: where they come from, and each of them."""
 
-    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    METAVARS: ClassVar = {"recipe": "NAME", "config": "FILE"}
+
+    recipe: str | None = None
     """Settings that come with keyhole, under --config and flags: small, demo, slides, traffic, megapixel-mnist,
     camelyon16, camelyon16-features."""
-    config: Annotated[Location | None, tyro.conf.arg(metavar="FILE")] = None
+    config: Location | None = None
     """YAML file with settings, such as `keyhole init` writes; flags go over it."""
     settings: Config = Field(default_factory=Config)
 
@@ -67,7 +74,9 @@ class ConfigOptions(Options):
 class DataOptions(ConfigOptions):
     """The options of a verb that works on data."""
 
-    source: Annotated[Location | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
+    POSITIONAL: ClassVar = {"source": "DATA"}
+
+    source: Location | None = None
     """Folder of classes, or CSV with `image` and one column per task; the same as --data.path."""
 
     def check_data(self, verb: str) -> None:
@@ -119,13 +128,7 @@ class Flag(NamedTuple):
     name: str  # without dashes
     path: tuple[str, ...]  # names of the fields that lead to its value
     info: FieldInfo
-
-    @property
-    def positional(self) -> str:
-        """The name of a positional argument; empty for other options."""
-        if tyro.conf.Positional not in self.info.metadata:
-            return ""
-        return str(next(each.metavar for each in self.info.metadata if hasattr(each, "metavar")))
+    positional: str  # the word for a positional argument; empty for other options
 
     @property
     def many(self) -> bool:
@@ -133,20 +136,21 @@ class Flag(NamedTuple):
 
     @property
     def pair(self) -> str:
-        """The name that turns a switch off, if there is one."""
-        if self.info.annotation is not bool or tyro.conf.FlagCreatePairsOff in self.info.metadata:
-            return ""
+        """The name that turns a switch off: only settings in a section have one."""
         section, _, name = self.name.rpartition(".")
-        return f"{section}.no-{name}" if section else f"no-{name}"
+        return f"{section}.no-{name}" if section and self.info.annotation is bool else ""
 
 
 def flags_of(kind: type[Settings], path: tuple[str, ...] = (), prefix: str = "") -> Iterator[Flag]:
-    """Yield every option of a model: positional ones, those outside of sections, then section by section."""
-    fields = kind.model_fields.items()
-    own = [Flag(f"{prefix}{name.rstrip('_')}".replace("_", "-"), (*path, name), info) for name, info in fields]
+    """Yield every option of a model: positional ones, its own, those of other verbs too, then section by section."""
+    words = kind.POSITIONAL if issubclass(kind, Options) else {}
+    own = [
+        Flag(f"{prefix}{name.rstrip('_')}".replace("_", "-"), (*path, name), info, words.get(name, ""))
+        for name, info in kind.model_fields.items()
+    ]
     yield from sorted(
         (flag for flag in own if _section(flag.info) is None),
-        key=lambda flag: (not flag.positional, flag.name == "print-config"),
+        key=lambda flag: (not flag.positional, flag.name == PRINT, flag.name in SHARED),
     )
     for flag in own:
         if (section := _section(flag.info)) is not None:
@@ -248,11 +252,7 @@ def _run_tyro(
     """Return the given options by name, and the words that are not options."""
     flags = [flag for flag in flags_of(kind) if argv != ["--help"] or not _among(flag.name, kind.IDLE)]
     essential = () if everything else kind.ESSENTIAL
-    fields = [
-        _field(flag, kind.TEXTS.get(flag.name, flag.info.description or ""))
-        for flag in flags
-        if flag.positional or not essential or flag.name in essential
-    ]
+    fields = [_field(flag, kind) for flag in flags if flag.positional or not essential or flag.name in essential]
     if kind.ESSENTIAL:
         switch: Any = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
         fields.append(StructFieldSpec(HELP_ALL[2:], switch, NOT_GIVEN, f"Show all {len(flags)} options."))
@@ -279,11 +279,13 @@ def _among(name: str, chosen: Sequence[str]) -> bool:
     return any(name == each or (each.endswith(".") and name.startswith(each)) for each in chosen)
 
 
-def _field(flag: Flag, text: str) -> StructFieldSpec:
-    hint = _default(flag.info.default)
+def _field(flag: Flag, options: type[Options]) -> StructFieldSpec:
+    metavar = flag.positional or options.METAVARS.get(flag.name)
+    shown = tyro.conf.arg(help_behavior_hint=_default(flag.info.default), metavar=metavar)
+    text = options.TEXTS.get(flag.name, flag.info.description or "")
     kind: Any = flag.info.annotation
     if kind is bool:
-        kind = Annotated[bool, tyro.conf.arg(help_behavior_hint=hint), *flag.info.metadata]
+        kind = Annotated[bool, shown] if flag.pair else Annotated[bool, shown, tyro.conf.FlagCreatePairsOff]
     else:
         words: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
             nargs="*" if flag.many else 1,
@@ -292,7 +294,8 @@ def _field(flag: Flag, text: str) -> StructFieldSpec:
             is_instance=lambda value: True,
             str_from_instance=lambda value: [str(value)],
         )
-        kind = Annotated[object, words, tyro.conf.arg(help_behavior_hint=hint), *flag.info.metadata]
+        kind = Annotated[object, words, shown]
+        kind = Annotated[kind, tyro.conf.Positional] if flag.positional else kind
     return StructFieldSpec(flag.name, kind, NOT_GIVEN, " ".join(text.split()))
 
 

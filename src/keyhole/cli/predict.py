@@ -6,13 +6,11 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
-
-import tyro
+from typing import TYPE_CHECKING, ClassVar
 
 from keyhole.cli.options import Options, print_options, read
-from keyhole.config.amounts import ONE_PERCENT, Memory, Share
-from keyhole.config.settings import Bits, Decode, Device, Number
+from keyhole.config.inference import InferenceSettings
+from keyhole.config.settings import Bits, Number
 from keyhole.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from keyhole.report.table import TableRow
 
 
-class PredictOptions(Options):
+class PredictOptions(Options, InferenceSettings):
     """Labels of images by a run's best model, the patches they rest on, and the score of every patch.
 
     Writes predictions.csv with one row per image, and a folder per image, which its row names: prediction.json,
@@ -30,30 +28,20 @@ class PredictOptions(Options):
     """
 
     EXAMPLES: ClassVar = ("keyhole predict runs/one new/*.png --out answers",)
+    POSITIONAL: ClassVar = {"run": "RUN", "images": "IMAGES"}
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    run: Path
     """Run folder of `keyhole train`, or the folder of a model."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = ()
+    images: tuple[Path, ...] = ()
     """Image files, folders of them, or CSVs with a column image and, where known, mpp, mask and features."""
     out: Path | None = None
     """Folder to write to; created if it is not there."""
-    device: Device = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:1`."""
-    decode: Decode = "auto"
-    """Where JPEG tiles of slides are decoded: `auto` lets a GPU take part, which changes results a little from run to
-    run; `cpu` does not."""
     mpp: Number | None = None
     """Microns per pixel of the full resolution, where the files do not say it or are wrong; a CSV says it per image."""
     masks: Path | None = None
     """Folder of masks by the images' names, for a model of `patch.foreground mask`."""
     bits: Bits | None = None
     """Bits in use of 16-bit images that do not state them; default is what the model learned with."""
-    memory: Memory = None
-    """Budget such as `5GB`, of the device or, on CPU, of the process; `auto` is what is free."""
-    unreadable: Share = ONE_PERCENT
-    """Share of an image's patches that may be unreadable."""
-    on_bad_image: Literal["fail", "skip"] = "fail"
-    """What an unreadable image does: end the prediction, or be left out, counted and listed."""
 
 
 def run(argv: list[str]) -> int:

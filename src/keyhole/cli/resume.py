@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-import tyro
 from pydantic import Field
 
 from keyhole.cli.options import Options, print_config, read
@@ -18,7 +17,7 @@ class ResumeTrain(Settings):
 
     epochs: Positive | None = None
     """Epochs that the run has in all from now on; default as before. More make a finished run learn on: the rate then
-    follows the schedule of so many epochs."""
+    follows the schedule of that number of epochs."""
 
 
 class ResumeOptions(Options):
@@ -28,8 +27,9 @@ class ResumeOptions(Options):
     """
 
     EXAMPLES: ClassVar = ("keyhole resume runs/one",)
+    POSITIONAL: ClassVar = {"run": "RUN"}
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    run: Path
     """Run folder of `keyhole train`."""
     train: ResumeTrain = Field(default_factory=ResumeTrain)
     root: Path | None = None

@@ -12,8 +12,7 @@ from typing import Annotated, Literal, Self
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, model_validator
 
-from keyhole.config.amounts import ONE_PERCENT, Memory, Share
-from keyhole.config.base import Contradiction, Settings
+from keyhole.config.base import ONE_PERCENT, Contradiction, Memory, Settings, Share
 
 
 # The text of a ValueError below says what was expected.

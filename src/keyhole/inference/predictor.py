@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 from numpy.typing import NDArray
 
-from keyhole.config.amounts import Bytes
+from keyhole.config.base import Bytes
 from keyhole.config.settings import Config, Decode
 from keyhole.data.companions import masks_in
 from keyhole.data.item import Item
