@@ -39,17 +39,12 @@ class Hooks:
         self._estimate: Estimate | None = None
         self._progress: Progress | None = None
 
-    def tell(self, line: str) -> None:
-        """Say and log a line."""
-        self.job.log(line)
-        say(line)
-
     def estimate(self) -> None:
         """Say how long the rest of the run takes, if there is any."""
         if self.job.state.epoch < self.job.config.train.epochs and not self.job.state.stopped:
             self._estimate, line = estimate(self.job)
             if line is not None:
-                self.tell(line)
+                self.job.tell([line])
 
     @contextmanager
     def progress(self, epoch: Epoch) -> Iterator[None]:
@@ -133,7 +128,7 @@ class Hooks:
         say(f"  {shown}{best}")
         state.end_epoch(row)
         if state.stopped:
-            self.tell(f"stopped early: no better {state.metric} for {state.waiting} epochs")
+            job.tell([f"stopped early: no better {state.metric} for {state.waiting} epochs"])
         job.save()
         (job.run.path / "validation.jsonl").unlink(missing_ok=True)
         self.job.engine.pace.after_epoch()
@@ -149,7 +144,7 @@ class Hooks:
         if job.state.left_out:
             say(f"left out {counted(len(job.state.left_out))} after a failure; see left_out.csv")
         if (unread := job.damage.summary()) is not None:
-            self.tell(unread)
+            job.tell([unread])
 
     @contextmanager
     def stopping(self, choice: Choice) -> Iterator[None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ from keyhole.training.score import choose_metric
 from keyhole.training.setup import Images, absolute, new_engine, new_model, new_optimizer, scan, targets, with_features
 from keyhole.util.budget import memory_text
 from keyhole.util.files import file_size, write_atomic
-from keyhole.util.progress import say as tell
+from keyhole.util.progress import say
 from keyhole.util.version import VERSION
 from keyhole.util.wording import counted
 
@@ -68,11 +69,14 @@ class Job:
         patches = sum(images.counts.values())
         self.damage = Damage(self.run.path / "unreadable.csv", patches, config.unreadable, state.epoch)
         self.learning = True
-        engine.plan, engine.stager.tell, engine.pace.warn = Plan.from_json(state.plan), self.log, self._warn
+        engine.plan, engine.stager.tell = Plan.from_json(state.plan), self.log
+        engine.pace.warn = lambda text: self.tell([f"warning: {text}"])
 
-    def _warn(self, text: str) -> None:
-        tell(f"warning: {text}")
-        self.log(f"warning: {text}")
+    def tell(self, lines: Iterable[str], say: Callable[[str], None] = say) -> None:
+        """Say and log lines."""
+        for line in lines:
+            say(line)
+            self.log(line)
 
     def save(self) -> None:
         """Write the state, from which `keyhole resume` continues.
@@ -86,28 +90,28 @@ class Job:
         save_state(self.run.path / "last.safetensors", self.model, self.optimizer, self.state.to_json())
 
     def end_learning(self) -> None:
-        """Free what only learning needs; the state is saved already and not saved again."""
+        """Free what only learning needs. The state has been saved, and is not saved again."""
         self.learning = False
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
 
     def usable(self, item: Item) -> bool:
-        """Return whether an image has not failed in an earlier epoch."""
+        """Return True unless an image failed in an earlier epoch."""
         failed = self.state.left_out.get(item.name)
         return failed is None or failed[0] >= self.state.epoch
 
     def leave_out(self, name: str, reason: str) -> None:
-        """List an image that could not be read; from the next epoch on it is not used."""
+        """List an image that cannot be read; the next epochs do not use it."""
         if name not in self.state.left_out:
             self.state.left_out[name] = (self.state.epoch, reason)
             self.log(f"left out: {reason}")
             add_left_out(self.run, {name: reason})
 
     def note_unreadable(self, items: Sequence[Item], batch: Batch) -> None:
-        """List what could not be read of a batch.
+        """List the images and patches of a batch that cannot be read.
 
         Raises:
-            TooMuchUnreadable: more than `--unreadable` of the patches of this epoch.
+            TooMuchUnreadable: they are more than `--unreadable` of the patches of this epoch.
         """
         self.damage.begin(self.state.epoch)
         for row, item in enumerate(items):
@@ -131,7 +135,7 @@ class Job:
 
 
 def add_left_out(run: Run, reasons: Mapping[str, str]) -> None:
-    """Add to the run's left_out.csv what is not in it yet."""
+    """Add images to the run's left_out.csv, unless they are in it."""
     path = run.path / "left_out.csv"
     known = {row["name"]: row["reason"] for row in read_rows(path, RESTORE_OR_DELETE, ("name", "reason"))}
     write_left_out(path, ({**reasons, **known}).items())
@@ -154,11 +158,10 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     manifest = read_manifest(config.data, config.train.seed)
     config, notes = with_features(config, manifest)
     config, settled = settle_learning(config, features=config.model.feature_width is not None)
-    notes += settled
     if config.model.pretrained:
         check_pretrained(config.model.encoder)  # before every image is opened
-    reader = open_reader(config.run, device)
-    try:
+    with ExitStack() as undo:
+        reader = undo.enter_context(open_reader(config.run, device))
         config, border = settle_edge(config, manifest.items, reader)
         images, manifest, lines = scan(config, manifest, reader, device)
         engine = new_engine(config, new_model(config, manifest.tasks, device), reader)
@@ -174,18 +177,11 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
         )
         hashes, hashed = _hashes(config, manifest)
         lock = create_folder(config, manifest, hashes, engine.model, optimizer, state, device)
-    except BaseException:
-        reader.close()
-        raise
-    job = Job(lock, config, manifest, images, engine, optimizer, state)
-    try:
-        told = *notes, *border, *lines, *hashed, *undefined
-        for line in (*manifest.notes, *told, *_overview(job), *_compile(job)):
-            say(line)
-            job.log(line)
-    except BaseException:
-        job.close()
-        raise
+        undo.callback(lock.release)
+        job = Job(lock, config, manifest, images, engine, optimizer, state)
+        told = *manifest.notes, *notes, *settled, *border, *lines, *hashed, *undefined
+        job.tell((*told, *_overview(job), *_compile(job)), say)
+        undo.pop_all()
     return job
 
 
@@ -209,7 +205,7 @@ def _plan(config: Config, images: Images, engine: Engine, optimizer: torch.optim
 
 
 def _hashes(config: Config, manifest: Manifest) -> tuple[dict[str, FileHash], list[str]]:
-    """Return hashes for the manifest, or sizes alone of very much data, since reading it all takes hours."""
+    """Return hashes for the manifest; above `data.hash_gb` only sizes, since reading all files takes hours."""
     sizes = {item.name: file_size(item.source) for item in manifest.items}
     total = sum(sizes.values())
     if total <= config.data.hash_gb * 1e9:
@@ -230,9 +226,9 @@ def _overview(job: Job) -> list[str]:
 
 
 def _compile(job: Job) -> list[str]:
-    """Compile the encoder if that pays in the rest of the run; return what was chosen and why.
+    """Compile the encoder if that saves time in the rest of the run; return what was chosen and why.
 
-    Stored features have no encoder: then there is no line, unless compiling was asked for.
+    Stored features have no encoder and get no line, unless the user asked for compiling.
     """
     left = max(1, job.config.train.epochs - job.state.epoch)
     items = (item for split in ("train", "val") for item in job.manifest.split(split))
@@ -244,44 +240,36 @@ def _compile(job: Job) -> list[str]:
     return [f"encoder {job.engine.encoders.describe(choice, shape)}"]
 
 
-def open_job(run: Run, say: Callable[[str], None], root: Path | None = None, epochs: int | None = None) -> Job:
+def open_job(run: Run, root: Path | None = None, epochs: int | None = None) -> Job:
     """Load a run as it was when its last state was saved; see `resume`.
 
     Raises:
         ConfigError: it has done more epochs than `epochs`.
         RunError: another process is working on it, the state or a file of the run is damaged, or an image changed.
     """
-    lock = RunLock(run.path)
-    try:
+    with ExitStack() as undo:
+        lock = RunLock(run.path)
+        undo.callback(lock.release)
         sweep(run.path, say)
         sweep_beside(run.path, say)
-        return _open_job(run, lock, say, root, epochs)
-    except BaseException:
-        lock.release()
-        raise
-
-
-def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | None, epochs: int | None) -> Job:
-    state = read_state(run)
-    checked = check_files(run, state)
-    longer = "" if epochs is None else more_epochs(state, epochs)
-    config = sealed_config(state).replace(out=run.path)
-    device = choose_device(config.run.device, "A run keeps its device: resume it where there is one.")
-    path = run.path / "manifest.csv"
-    written = config.data.replace(path=path, root=root)
-    if root is not None:  # the manifest names every file; these folders may have moved too
-        written = written.replace(features=None, masks=None)
-    manifest = read_for_tasks(written, [Task.from_json(task) for task in state.tasks], ("train", "val"), run=True)
-    remedy = "Put the old files back, or train again into another folder."
-    checked += check_images(run.path, manifest.items, config.run, remedy, others=("test",))
-    reader = open_reader(config.run, device)
-    try:
+        state = read_state(run)
+        checked = check_files(run, state)
+        longer = "" if epochs is None else more_epochs(state, epochs)
+        config = sealed_config(state).replace(out=run.path)
+        device = choose_device(config.run.device, "A run keeps its device: resume it where there is one.")
+        written = config.data.replace(path=run.path / "manifest.csv", root=root)
+        if root is not None:  # the manifest names every file; these folders may have moved too
+            written = written.replace(features=None, masks=None)
+        manifest = read_for_tasks(written, [Task.from_json(task) for task in state.tasks], ("train", "val"), run=True)
+        remedy = "Put the old files back, or train again into another folder."
+        checked += check_images(run.path, manifest.items, config.run, remedy, others=("test",))
+        reader = undo.enter_context(open_reader(config.run, device))
         engine = new_engine(config, new_model(config, manifest.tasks, device, fresh=False), reader)
         optimizer = new_optimizer(config, engine.model)
         load_state(run.path / "last.safetensors", engine.model, optimizer, RESTORE_OR_RETRAIN)
         images, manifest, lines = scan(config, manifest, reader, device)
-        reasons = {name: reason for name, (_, reason) in state.left_out.items()}
-        add_left_out(run, {left.name: left.reason for left in manifest.left_out} | reasons)
+        failed = {name: reason for name, (_, reason) in state.left_out.items()}
+        add_left_out(run, {left.name: left.reason for left in manifest.left_out} | failed)
         if (before := Plan.from_json(state.plan).device) not in ("", device.type):
             plan = _plan(config, images, engine, optimizer)
             state.plan = plan.to_json()
@@ -290,19 +278,15 @@ def _open_job(run: Run, lock: RunLock, say: Callable[[str], None], root: Path | 
         if longer:
             checked += [longer, *_go_on_longer(job)]
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"
-        for text in (f"{line} (keyhole {VERSION})", *checked, *lines, *_compile(job)):
-            say(text)
-            job.log(text)
-    except BaseException:
-        reader.close()
-        raise
+        job.tell((f"{line} (keyhole {VERSION})", *checked, *lines, *_compile(job)))
+        undo.pop_all()
     return job
 
 
 def _go_on_longer(job: Job) -> list[str]:
-    """Drop the predictions of the best model so far, then save another number of epochs.
+    """Delete the predictions of the best model so far, then save the new number of epochs.
 
-    In this order a kill at any moment leaves a run that can be resumed, with the old number or the new.
+    A process that is killed at any point of this order leaves a run that resumes with the old or the new number.
     """
     said = []
     if answers := sorted((job.run.path / "predictions").glob("*.csv")):

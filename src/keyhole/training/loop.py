@@ -91,7 +91,7 @@ def resume(path: str | Path, root: str | Path | None = None, epochs: int | None 
         3
     """
     moved = None if root is None else Path(root)
-    with Interrupt() as interrupt, closing(open_job(find_run(path), say, moved, epochs)) as job:
+    with Interrupt() as interrupt, closing(open_job(find_run(path), moved, epochs)) as job:
         return Loop(job, interrupt).run()
 
 
