@@ -1,4 +1,4 @@
-"""Settings given as `auto` that follow from the encoder: settled and written down when a run is created."""
+"""Replace settings given as `auto` by numbers that depend on the encoder, when a run is created."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from keyhole.config.settings import Auto, Config
 from keyhole.errors import ConfigError
 
 SCRATCH_LR, PRETRAINED_LR = 1e-3, 3e-4
-"""Peak rates of encoders that start from random weights, and of all others."""
+"""Peak learning rates of encoders that start from random weights, and of all others."""
 
 
 def _automatic(config: Config, features: bool) -> tuple[dict[str, float], str]:
-    """Return what `lr` and `explore` become where they are `auto`, and why: scores from random weights mean nothing."""
+    """Return the numbers for `lr` and `explore` that are `auto`, and the reason. Random weights give random scores."""
     model, train = config.model, config.train
     if features or model.pretrained or model.weights is not None:
         start = f"the encoder starts from {'pretrained' if model.pretrained else 'given'} weights"
@@ -36,14 +36,14 @@ def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
 
 
 def auto_reasons(config: Config) -> dict[str, str]:
-    """Return what `auto` becomes in a configuration for images, by the setting's name."""
+    """Return the value and the reason of each `auto` in a configuration for images, by the setting's name."""
     changes, why = _automatic(config, features=False)
     of = {"lr": "", "explore": f" of {config.train.epochs} epochs"}
     return {f"train.{name}": f"{value:g}{of[name]}, since {why}" for name, value in changes.items()}
 
 
 def number(value: float | Auto, name: str) -> float:
-    """Return a setting that is settled."""
+    """Return a setting as a number; ConfigError if it is still `auto`."""
     if isinstance(value, str):
         raise ConfigError(f"{name} is still auto here: give a number, or settle it with keyhole.config.auto")
     return value

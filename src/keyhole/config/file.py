@@ -21,11 +21,11 @@ from keyhole.errors import ConfigError
 from keyhole.util.wording import nearest
 
 MAX_BYTES = 1_000_000
-"""A configuration is a few kilobytes; a larger file is something else."""
+"""Maximum size of a configuration file, which has a few kilobytes."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, in which duplicate keys and aliases (which let a small file grow without limit) are errors."""
+    """Reads safe YAML; duplicate keys and aliases, with which a small file can grow without limit, are errors."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -46,7 +46,7 @@ class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads."""
 
 
-# YAML 1.1 reads 1e-3 as text, 12:30 and 010 as other numbers and 2025-01-01 as a date, which no user means.
+# YAML 1.1 reads 1e-3 as text, 12:30 and 010 as other numbers and 2025-01-01 as a date; users expect otherwise.
 _NUMBERS = {
     "int": r"[-+]?(0|[1-9]\d*)",
     "float": r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
@@ -92,7 +92,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def _checked(text: str, source: str) -> dict[str, Any]:
-    """Return the values of a YAML text, each checked by itself: another source may resolve a contradiction."""
+    """Return the values of a YAML text and check each alone, since another source may resolve a contradiction."""
     values = _parse(text, source)
     try:
         for name, value in values.items():
@@ -128,7 +128,7 @@ def recipes() -> dict[str, str]:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """Return the values that a recipe gives; the error for an unknown name gives the nearest."""
+    """Return the values that a recipe gives; the error for an unknown name suggests the nearest."""
     names = recipes()
     if name not in names:
         raise ConfigError(
@@ -138,7 +138,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values in which each source goes over those before it."""
+    """Return nested values in which each source overrides those before it."""
     found: dict[str, Any] = {}
     for source in sources:
         for name, value in source.items():
@@ -159,9 +159,10 @@ def resolve(recipe: str | None = None, config_path: str | Path | None = None) ->
 
 
 def configuration(data: str | Path | Mapping[str, Any] | Config, settings: Mapping[str, Any]) -> Config:
-    """Return the configuration that a function of the API is called with.
+    """Return the configuration from the arguments of `keyhole.train`.
 
-    `settings` are sections over `data`; unless `data` is a whole Config, also `recipe` and `config` under it.
+    `settings` are sections that override those of `data`, and, unless `data` is a whole Config, `recipe` and `config`,
+    which all others override.
     """
     given = dict(settings)
     recipe, file = given.pop("recipe", None), given.pop("config", None)
@@ -175,7 +176,7 @@ def configuration(data: str | Path | Mapping[str, Any] | Config, settings: Mappi
 
 
 def leaves(config: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted name and value of every setting."""
+    """Yield the dotted name and the value of every setting."""
     for name, value in config:
         if isinstance(value, Settings):
             yield from leaves(value, f"{prefix}{name}.")
@@ -186,7 +187,7 @@ def leaves(config: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def dump_config(config: Config, comments: bool = False, notes: Mapping[str, str] | None = None) -> str:
     """Return YAML that `load_config` reads back to an equal configuration.
 
-    With `comments`, the help of each option stands above it, and the further reasons in `notes` by dotted name.
+    With `comments`, a comment above each option gives its help, and its reason from `notes` (by dotted name).
     """
     lines: list[str] = []
 

@@ -1,8 +1,8 @@
-"""Weights and training state as safetensors, written atomically and read back before the old file is replaced.
+"""Weights and training state as safetensors, written atomically and read back before they replace the old file.
 
 No pickle is ever read. The header of the weights holds the description of the model; `model.json` is a copy for people.
-safetensors has no checksum. The header therefore holds two SHA-256, of the description and of the description with all
-tensors; both are compared on loading.
+safetensors has no checksum, so the header also holds two SHA-256, one of the description and one of the description
+with all tensors. Loading compares both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DIGEST, INFO_DIGEST = "keyhole.sha256", "keyhole.info_sha256"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Write tensors with a JSON description, atomically; if the disk gives back other bytes, the old file stays."""
+    """Write tensors with a JSON description, atomically; if the disk returns other bytes, the old file stays."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(info)
     data = save(plain, {"keyhole": text, INFO_DIGEST: _digest(text, {}), DIGEST: _digest(text, plain)})
@@ -37,14 +37,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
     def check(temporary: Path) -> None:
         with temporary.open("rb") as file:
             if hashlib.file_digest(file, "sha256").digest() != digest:
-                raise OutputError(f"{path}: the disk gave back other bytes than were written. Check the disk.")
+                raise OutputError(f"{path}: the disk returns other bytes than were written. Check the disk.")
 
     with atomic_file(path, check) as file:
         file.write(data)
 
 
 def read_tensors(path: Path, remedy: str = "Copy it again.") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors on the CPU and their description, both checked; `remedy` ends the message of an error."""
+    """Return tensors on the CPU and their description, and check both; `remedy` ends the message of an error."""
     info = read_info(path, remedy)
     with _opened(path, remedy=remedy) as file:
         header = file.metadata() or {}
@@ -55,7 +55,7 @@ def read_tensors(path: Path, remedy: str = "Copy it again.") -> tuple[dict[str, 
 
 
 def read_info(path: Path, remedy: str = "Copy it again.") -> dict[str, Any]:
-    """Return the description alone, checked, without reading the tensors."""
+    """Return the description and check it, without reading the tensors."""
     with _opened(path, "np", remedy) as file:  # torch would open the file twice
         header: dict[str, str] = file.metadata() or {}
     text = header.get("keyhole")
@@ -95,14 +95,14 @@ def _opened(path: Path, framework: str = "pt", remedy: str = "Copy it again.") -
 
 
 def save_model(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
-    """Write `model.safetensors` and `model.json`, which together are all that prediction needs."""
+    """Write `model.safetensors`, which is all that prediction needs, and `model.json`."""
     folder.mkdir(exist_ok=True)
     write_tensors(folder / "model.safetensors", model.state_dict(), info)
     write_atomic(folder / "model.json", json.dumps(info, indent=2) + "\n")
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> None:
-    """Write everything that a run needs to continue as if it had not stopped."""
+    """Write everything that a run needs to continue."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for number, entry in optimizer.state_dict()["state"].items():
         for name, tensor in entry.items():
@@ -113,7 +113,7 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, p
 def load_state(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, remedy: str = "Copy it again."
 ) -> dict[str, Any]:
-    """Load a state into model and optimizer; return the progress that was stored with it."""
+    """Load a state into model and optimizer; return the progress that the file describes."""
     tensors, progress = read_tensors(path, remedy)
     weights: dict[str, Tensor] = {}
     entries: dict[int, dict[str, Tensor]] = {}
@@ -134,7 +134,7 @@ def load_state(
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Load every weight of the model; a missing or further weight, or one of another shape, is a RunError."""
+    """Load all weights of the model; RunError for a missing or unknown weight, or one of another shape."""
     problems = misfits(model.state_dict(), weights)
     if problems:
         raise RunError(f"{path}: the weights do not fit the model: {'; '.join(problems[:4])} ({len(problems)} in all)")
@@ -181,7 +181,7 @@ def model_file(folder: Path) -> Path:
 
 
 def _encoder_hint(file: Path, info: Mapping[str, Any]) -> str:
-    """Return the settings of a keyhole model's encoder, as a sentence that ends an error."""
+    """Return a sentence with the settings of a keyhole model's encoder, for the end of a message."""
     model = info.get("model")
     if not isinstance(model, Mapping):
         return ""

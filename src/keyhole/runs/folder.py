@@ -1,4 +1,4 @@
-"""Create a run folder, and remove what a killed process left in it or beside it."""
+"""Create a run folder, and remove unfinished files that a killed process left in it or beside it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from keyhole.util.budget import memory_text
 from keyhole.util.files import TEMPORARY, is_abandoned, umask, writable_folder, write_atomic
 
 FIRST = {"config.yaml", "manifest.csv", "left_out.csv", "environment.json", "last.safetensors", NAME}
-"""Files of a new run folder."""
+"""Names of the files in a new run folder."""
 
 
 def create_folder(
@@ -37,7 +37,7 @@ def create_folder(
     state: State,
     device: torch.device,
 ) -> RunLock:
-    """Create a run folder and return its lock; it gets its name last, so that every run folder can be resumed."""
+    """Create a run folder, which gets its name last so that every run folder can be resumed; return its lock."""
     assert config.out is not None
     out = config.out
     writable_folder(out.parent)
@@ -45,7 +45,7 @@ def create_folder(
     lock: RunLock | None = None
     try:
         lock = RunLock(folder)
-        # without `out`: as a --config it makes another run, not this one again
+        # without `out`, so that the file as a --config makes another run
         state.config = dump_config(config.replace(out=None))
         write_atomic(folder / "config.yaml", state.config)
         state.manifest = file_digest(manifest.write(folder / "manifest.csv", hashes))
@@ -70,9 +70,9 @@ def create_folder(
 
 
 def sweep(run: Path, say: Callable[[str], None]) -> None:
-    """Remove what killed processes left in a run folder that this process owns, and say so.
+    """Remove unfinished files of killed processes from a run folder that this process owns, and say so.
 
-    Files that another process is writing, which only predictions can be, stay.
+    Other processes may write predictions at the same time; their files stay.
     """
     now = time.time()
     found = [path for folder in (run, run / "best") for path in _temporary(folder)]

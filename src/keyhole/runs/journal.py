@@ -1,7 +1,7 @@
-"""What a run writes between two states: finished passes, validated batches, and the patches that could not be read.
+"""Files that a run writes between two saved states: kept patches, validated batches and unreadable patches.
 
-A run that is killed within a batch of large slides repeats the pass of one image only. A journal of another step than
-that of the saved state is ignored.
+With them, a run that is killed within a batch of large slides repeats the pass over one image only. A journal of
+another step than that of the saved state is ignored.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from keyhole.util.progress import say
 MIN_JOURNAL_PATCHES = 100_000
 """A batch with at least this many patches has a journal."""
 WRITE_SECONDS = 10.0
-"""Seconds between two writes, so that small images cost nothing."""
+"""Minimum number of seconds between two writes, so that small images cost nothing."""
 LISTED_AGAIN = "Delete it: the next epochs list again what they cannot read."
 
 
 class SelectionJournal:
-    """The kept patches of those images of the current batch whose passes are finished, in a file of the run folder."""
+    """Stores the kept patches of the current batch, image by image, in a file of the run folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,11 +40,11 @@ class SelectionJournal:
         self._kept: dict[int, Kept] = {}
 
     def begin(self, step: int, names: Sequence[str]) -> dict[int, Kept]:
-        """Start with a batch; return what a killed run kept of its images, by their index in the batch."""
+        """Start a batch; return the kept patches that a killed process stored, by the image's index in the batch."""
         self.step, self.names, self._kept = step, list(names), {}
         self._written = time.monotonic()
         if self.path.is_file():
-            tensors, info = read_tensors(self.path, "Delete it: the images of one batch are then looked at again.")
+            tensors, info = read_tensors(self.path, "Delete it: the images of one batch are then scored again.")
             if info.get("step") == step and info.get("names") == self.names:
                 try:
                     self._kept = {
@@ -58,7 +58,7 @@ class SelectionJournal:
         return dict(self._kept)
 
     def add(self, row: int, kept: Kept) -> None:
-        """Add what an image keeps; it is written from time to time."""
+        """Add the kept patches of an image; the file is written from time to time."""
         self._kept[row] = kept
         if time.monotonic() - self._written >= WRITE_SECONDS:
             self.flush()
@@ -75,7 +75,7 @@ class SelectionJournal:
         self._written = time.monotonic()
 
     def end(self) -> None:
-        """Delete the journal, since the model has learned from the batch."""
+        """Delete the journal after the model has learned from the batch."""
         self._kept = {}
         self.path.unlink(missing_ok=True)
 
@@ -85,13 +85,13 @@ def _digest(text: bytes) -> bytes:
 
 
 class RowJournal:
-    """Rows of JSON appended to a file; each is on the disk when `add` returns. Rows about anything else are dropped."""
+    """Appends rows of JSON to a file; each is on the disk when `add` returns. Ignores rows of another `about`."""
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path, self.about = path, dict(about)
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the rows written before; an incomplete last row, which a kill or a full disk leaves, is removed."""
+        """Return the rows written before; remove an incomplete last row, which a kill or a full disk leaves."""
         if not self.path.is_file():
             return []
         data = self.path.read_bytes()
@@ -121,12 +121,12 @@ class RowJournal:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Free space, then resume.") from error
 
     def end(self) -> None:
-        """Delete the file; its results are kept elsewhere."""
+        """Delete the file after its results were written elsewhere."""
         self.path.unlink(missing_ok=True)
 
 
 class Damage:
-    """The ledgers of all epochs; of the `total` patches of each epoch, counted from 0, a share may be unreadable.
+    """Lists the unreadable patches of all epochs, and ends the run if they exceed a share of an epoch's `total`.
 
     A resumed run counts its epoch again from the start, since the files may have been repaired.
     """
@@ -138,24 +138,24 @@ class Damage:
         self._told = False
 
     def begin(self, epoch: int) -> None:
-        """Start the count of another epoch."""
+        """Start to count for an epoch, unless it is the current one."""
         if epoch != self.epoch:
             self._earlier += self._rows()
             self.epoch, self.ledger = epoch, Ledger(self.total, self.share)
 
     def lose(self, name: str, patches: int, reason: str) -> None:
-        """Add an image of which nothing can be read."""
+        """Add an image that cannot be read at all."""
         self.ledger.lose(name, patches, reason)
         self._write()
 
     def add(self, name: str, source: PatchSource, reasons: Mapping[int, str]) -> None:
-        """Add the unreadable patches of an image, with the reason by the index of the patch."""
+        """Add the unreadable patches of an image; `reasons` are by patch."""
         index = list(reasons)
         self.ledger.add(name, source.grid.boxes(index), index, list(reasons.values()))
         self._write()
 
     def warn(self, what: str) -> None:
-        """Warn of the first unreadable patches, unless they end the run; further ones are only listed."""
+        """Warn about the first unreadable patches, unless they end the run; the file alone lists further ones."""
         if not self._told and not self.ledger.is_too_much():
             self._told = True
             say(f"warning: {what.rstrip('.')}. What cannot be read is left out and listed in {self.path.name}")

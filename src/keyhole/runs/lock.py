@@ -1,12 +1,12 @@
-"""One process at a time may write a run folder: the file `lock` in it says which.
+"""One process at a time may write a run folder; the file `lock` in it names the process.
 
-Two things guard the folder, because neither is enough alone:
+Two mechanisms guard the folder, since neither is enough alone:
 
-- `flock`: the kernel releases it when the process ends; on some shared file systems it holds on one host only.
-- the content of the file (host, process, start time) and its modification time, which the holder renews. A process on
-  this machine is dead when it is gone, any other when it did not renew the file for `DEAD` seconds.
+- `flock`: the kernel releases it when the process ends; on some shared file systems it works on one host only.
+- the content of the file (host, process, start time) and its modification time, which the holder renews. A process of
+  this machine is dead if it does not exist, any other if it has not renewed the file for `DEAD` seconds.
 
-Nothing here waits for a lock: a folder in use is refused.
+A folder in use is refused; nothing waits for a lock.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Holder:
 
     token: str  # random, so that no two locks are equal
     host: str
-    kernel: str  # id of the machine's boot; `flock` is reliable between processes of one kernel
+    kernel: str  # boot id of the machine; `flock` is reliable between processes of one kernel
     space: str  # process namespace, within which the pid is valid
     pid: int
     born: str  # start of the process by the kernel's clock, empty if unknown
@@ -70,7 +70,7 @@ class Holder:
         return holder if isinstance(holder.pid, int) else None
 
     def ended(self, seen_from: Holder) -> bool:
-        """True if the process `seen_from` can see that this one has ended."""
+        """Return True if the process `seen_from` can see that this one has ended."""
         return (self.kernel, self.space) == (seen_from.kernel, seen_from.space) and has_ended(self.pid, self.born)
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Holder:
 
 
 class RunLock:
-    """The right to write a run folder, held until `release`; RunError if another process holds it."""
+    """Holds the right to write a run folder until `release`; RunError if another process holds it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.holder = folder, Holder.this()
@@ -132,7 +132,7 @@ class RunLock:
         named, other = Holder.read(text), False
         if not created:
             same = named is not None and named.kernel == self.holder.kernel
-            # a file that names no process: its writer was killed before it wrote
+            # the writer of a file that names no process was killed before it wrote
             dead = (alone is True and (named is None or same)) or (named is not None and named.ended(self.holder))
             if not dead and self._age() < DEAD:
                 raise self._refusal(named)
@@ -143,14 +143,14 @@ class RunLock:
             os.write(self._file, json.dumps(asdict(self.holder)).encode() + b"\n")
             os.fsync(self._file)
         except OSError:
-            self.path.unlink(missing_ok=True)  # it would name no process
+            self.path.unlink(missing_ok=True)  # it does not name this process
             raise
         if other and not (named is None and alone is True):
             time.sleep(SETTLE)
             self.check()
 
     def _open(self) -> tuple[bool, bool | None]:
-        """Open the file; return whether it is new, and whether `flock` says that no other process has it."""
+        """Open the file; return whether it is new, and whether `flock` reports that no other process holds it."""
         while True:
             try:
                 self._file, created = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
@@ -168,7 +168,7 @@ class RunLock:
             os.close(self._file)
 
     def _age(self) -> float:
-        """Return the seconds since the last heartbeat, by the clock of the file system: those of hosts differ."""
+        """Return the seconds since the last heartbeat by the clock of the file system, since clocks of hosts differ."""
         with tempfile.TemporaryFile(dir=self.folder) as now:
             now.write(b" ")
             now.flush()
@@ -200,7 +200,7 @@ class RunLock:
             self.close_file()
 
     def close_file(self) -> None:
-        """Close the file, also in a forked child, which would otherwise hold the lock after its parent."""
+        """Close the file. A forked child must do so too, or it would hold the lock after its parent has ended."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -218,7 +218,7 @@ after_fork(_close_in_child)
 
 
 def is_held(folder: Path) -> bool:
-    """True if a living process holds the lock of a folder, or if this process may not open it."""
+    """Return True if a running process holds the lock of a folder, or if this process may not open the lock."""
     try:
         RunLock(folder).release()
     except (RunError, OutputError):

@@ -39,7 +39,7 @@ PACKAGES = (
     *("keyhole", "torch", "timm", "numpy", "pillow", "tifffile", "imagecodecs", "zarr", "h5py"),
     *("openslide-python", "openslide-bin", "safetensors", "scikit-learn", "pydantic", "tyro"),
 )
-"""Packages that the figures of a run may depend on."""
+"""Packages that may change the results of a run."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def find_run(path: str | Path) -> Run:
 
 
 def check_new(out: Path) -> None:
-    """Check, before any work is done, that the run folder does not exist and can be created."""
+    """Check that the run folder does not exist and can be created."""
     if out.exists() or out.is_symlink():
         hint = f"; keyhole resume {out} goes on with it" if (out / "last.safetensors").is_file() else ""
         raise RunError(f"{out}: the run folder exists. Choose another --out{hint}.")
@@ -135,7 +135,7 @@ def environment(device: str) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    versions["torch"] = torch.__version__  # with the build, which the package's version does not name
+    versions["torch"] = torch.__version__  # also names the build
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -162,7 +162,7 @@ def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_rows(path: Path, remedy: str = "Restore it from a copy.", columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Return the rows of a CSV with certain columns that the run wrote; no rows if there is no such file."""
+    """Return the rows of a CSV of the run, which must have `columns`; no rows if there is no such file."""
     if not path.is_file():
         return []
     try:
@@ -177,7 +177,7 @@ def read_rows(path: Path, remedy: str = "Restore it from a copy.", columns: Sequ
 
 
 class Log:
-    """Lines with the time, appended to log.txt."""
+    """Appends lines with the time to log.txt."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,6 +1,7 @@
-"""The state of a run, and checks that the run's files are those that it wrote, by comparing them with the state.
+"""The state of a run, and checks that its files have not changed since the run wrote them.
 
-Without the checks, a run resumed with other settings, images or another best model would silently end elsewhere.
+Without the checks, a run that is resumed with other settings, images or another best model would give other results
+without a warning.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ RESTORE_OR_DELETE = "Restore it from a copy, or delete it: it then lists what fa
 
 @dataclass
 class State:
-    """How far a run is; saved with every state, so that nothing else needs to be remembered."""
+    """The progress of a run and all else that resuming needs besides the tensors."""
 
     epoch: int = 0  # epochs finished
     batch: int = 0  # batches done in the current epoch
     step: int = 0  # optimizer steps done
-    steps_per_epoch: int = 1  # fixed at the start, so that the schedule does not move when an image is left out
+    steps_per_epoch: int = 1  # fixed at the start, so that leaving out an image does not change the schedule
     loss_sum: float = 0.0  # this, the next and `patches` count the current epoch
     loss_count: int = 0
     patches: int = 0
@@ -47,7 +48,7 @@ class State:
     waiting: int = 0  # epochs since the best one
     stopped: bool = False  # early stopping has ended the training
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)  # by image: epoch it failed in, and reason
-    plan: dict[str, Any] = field(default_factory=dict)  # use of memory; another one may change the last bits
+    plan: dict[str, Any] = field(default_factory=dict)  # memory plan; another one may change the last bits
     tasks: list[dict[str, Any]] = field(default_factory=list)  # as resolved at the start
     history: list[dict[str, float | None]] = field(default_factory=list)  # the rows of metrics.csv
     run: str = ""  # identifies the run; its best model carries the same
@@ -68,18 +69,18 @@ class State:
         self.loss_count += images
 
     def advance(self, patches: int) -> None:
-        """Count a step, for which `patches` patches were read."""
+        """Count a step and the patches that it read."""
         self.step, self.batch, self.patches = self.step + 1, self.batch + 1, self.patches + patches
 
     def end_epoch(self, row: Mapping[str, float | None]) -> None:
-        """Count an epoch as finished, with its row of metrics.csv."""
+        """Count a finished epoch, and keep its row of metrics.csv."""
         plain = {name: value if isinstance(value, int | None) else float(value) for name, value in row.items()}
         self.history.append(plain)
         self.epoch, self.batch, self.loss_sum, self.loss_count, self.patches = self.epoch + 1, 0, 0.0, 0, 0
 
     @classmethod
     def from_json(cls, data: dict[str, Any], path: Path) -> State:
-        """Return the state that a file holds; `path` is its name for messages."""
+        """Return the state from the description of the file `path`."""
         try:
             best = data["best"]
             left_out = {name: (int(epoch), reason) for name, (epoch, reason) in data["left_out"].items()}
@@ -97,15 +98,15 @@ def file_digest(path: Path) -> str:
 
 
 def read_state(run: Run) -> State:
-    """Return the state that was saved last, without its tensors."""
+    """Return the saved state, without its tensors."""
     last = run.path / "last.safetensors"
     return State.from_json(read_info(last, RESTORE_OR_RETRAIN), last)
 
 
 def check_files(run: Run, state: State) -> list[str]:
-    """Compare the files of a run with its state, and write missing files again where the state has their content.
+    """Compare the files of a run with its state, and write missing files again if the state has their content.
 
-    Returns one line for each file written again. RunError for a changed file says what to restore or to delete.
+    Returns a line for each file written again. For a changed file, RunError says what to restore or to delete.
     """
     check_manifest(run.path / "manifest.csv", state.manifest)
     said = [_check_config(run.path / "config.yaml", state), _check_metrics(run.path / "metrics.csv", state)]
@@ -115,14 +116,14 @@ def check_files(run: Run, state: State) -> list[str]:
 
 
 def sealed_config(state: State) -> Config:
-    """Return the settings of a run that its state holds."""
+    """Return the settings of a run from its state."""
     return parse_config(state.config, "the run's state")
 
 
 def more_epochs(state: State, epochs: int) -> str:
-    """Change the number of epochs in a state, which the caller saves; return one line, empty for the same number.
+    """Change the number of epochs in a state, which the caller saves; return a line, empty for the same number.
 
-    A run that early stopping ended continues.
+    A run that stopped early continues.
     """
     config = sealed_config(state)
     if epochs == config.train.epochs:
@@ -141,10 +142,10 @@ def more_epochs(state: State, epochs: int) -> str:
 def check_images(
     run: Path, items: Sequence[Item], config: RunConfig, remedy: str, others: Sequence[str] = ()
 ) -> list[str]:
-    """Compare the files of images with manifest.csv of a run folder; each is read to its end.
+    """Compare image files with manifest.csv of a run folder by SHA-256, those of the splits `others` by size.
 
-    Files of the splits `others` are compared by size. Images that the run could not read (unreadable.csv, left_out.csv)
-    may have changed. Returns warnings; RunError names changed files and ends with `remedy`.
+    Images that the run could not read (unreadable.csv, left_out.csv) may have changed. Returns warnings. RunError names
+    changed files and ends with `remedy`.
     """
     manifest = run / "manifest.csv"
     rows = read_rows(manifest, RESTORE_OR_RETRAIN, ("image", "name", "sha256", "bytes", "split"))
@@ -178,7 +179,7 @@ def check_images(
 
 
 def check_own_manifest(run: Path) -> None:
-    """Raise RunError if the best model or the manifest.csv in a run folder is another run's."""
+    """Raise RunError if the best model or manifest.csv in a run folder belongs to another run."""
     state = read_state(Run(run)) if (run / "last.safetensors").is_file() else None
     path = model_file(run)
     info = read_info(path, RESTORE_OR_RETRAIN)
@@ -219,7 +220,7 @@ def _check_config(path: Path, state: State) -> str:
 
 
 def _check_metrics(path: Path, state: State) -> str:
-    """Check metrics.csv; one row more is right, since a kill may come between the row and the state of an epoch."""
+    """Check metrics.csv; it may have one more row, if the process was killed before it saved the state of the epoch."""
     if not path.is_file():
         if not state.history:
             return ""
@@ -239,7 +240,7 @@ def _filled(row: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_best(folder: Path, state: State) -> str:
-    """Check the best model; that of the next epoch is right, since a kill may come before the state of an epoch."""
+    """Check the best model; it may be of the next epoch, if the process was killed before it saved the state."""
     path = folder / "model.safetensors"
     if not path.is_file():
         raise RunError(f"{path}: missing. {RESTORE_OR_RETRAIN}")

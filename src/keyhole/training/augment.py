@@ -25,7 +25,7 @@ class Draw:
 
     Attributes:
         view: flips and quarter turns.
-        offset: shift of the patch grid in output pixels, both 0 or negative: no pixel is left out.
+        offset: shift of the patch grid in output pixels, 0 or negative, so that the grid covers the whole image.
         color: (c c+1) affine change of the channels, or None.
     """
 
@@ -66,6 +66,6 @@ def color_matrix(factors: np.ndarray[tuple[int], np.dtype[np.float64]], channels
 
 
 def stack_colors(draws: list[Draw]) -> NDArray[np.float32] | None:
-    """Return the colour changes (b c c+1) of a batch, or None where colours stay."""
+    """Return the colour changes (b c c+1) of a batch, or None without any."""
     colors = [each.color for each in draws if each.color is not None]
     return torch.stack(colors).numpy() if colors else None

@@ -1,20 +1,20 @@
-"""The time that an epoch and a run will take, from what single pieces of the work cost. Torch-free."""
+"""Estimate the time of an epoch and of a run from measured costs. Does not import torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 MIN_TOLD_SECONDS = 5.0
-"""Shorter runs are not estimated aloud."""
+"""No estimate is shown for shorter runs."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has to do.
+    """The amount of work of a run.
 
     Attributes:
         m: patches kept of an image.
-        blind: epochs in which the kept patches are drawn at random, so that none is scored.
+        blind: epochs that draw the kept patches at random and score none.
         resident: decoded images stay in memory after the first epoch.
     """
 
@@ -33,13 +33,13 @@ class Costs:
     """Measured seconds.
 
     Attributes:
-        image: to open an image and decode what belongs to all of it, on one thread.
-        patch: to read a patch, on one thread.
-        encode: to score a patch.
-        learn: to learn from a kept patch.
-        threads: that read at the same time.
-        overlap: reading takes no time from encoding, as beside a GPU.
-        save: to write the state at the end of an epoch.
+        image: seconds to open an image, on one thread.
+        patch: seconds to read a patch, on one thread.
+        encode: seconds to score a patch.
+        learn: seconds to learn from a kept patch.
+        threads: number of reading threads.
+        overlap: reading and encoding run at the same time, as with a GPU.
+        save: seconds to save the state at the end of an epoch.
     """
 
     image: float
@@ -53,7 +53,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of the parts of a run; `first` says that no decoded image is in memory yet. Epochs count from 0."""
+    """Seconds of the parts of a run. Epochs count from 0; `first` means that no decoded image is in memory yet."""
 
     work: Work
     costs: Costs
@@ -61,7 +61,7 @@ class Estimate:
     def training(self, epoch: int, first: bool = False) -> float:
         """Return the seconds of the training images of an epoch."""
         work, kept = self.work, min(self.work.m * self.work.train_images, self.work.train_patches)
-        share = min(1.0, max(0.0, epoch + 1 - work.blind))  # of the epoch in which patches are scored
+        share = min(1.0, max(0.0, epoch + 1 - work.blind))  # share of the epoch that scores patches
         patches = share * work.train_patches + (1 - share) * kept
         return self._pass(work.train_images, patches, share * work.train_patches, first) + kept * self.costs.learn
 
@@ -75,7 +75,7 @@ class Estimate:
         return self._inference(work.train_images + work.val_images, work.train_patches + work.val_patches)
 
     def epoch(self) -> float:
-        """Return the seconds of an epoch in which all patches are scored and what stays in memory is there."""
+        """Return the seconds of an epoch that scores all patches, with decoded images in memory."""
         return self.training(self.work.epochs + round(self.work.blind) + 1) + self.validation() + self.costs.save
 
     def run(self, start: int = 0) -> float:
@@ -84,9 +84,9 @@ class Estimate:
         return sum(each) + max(0, self.work.epochs - start) * self.costs.save + self.predicting()
 
     def after(self, epoch: int, now: float, first: bool = False) -> float:
-        """Return the seconds of what follows the training images of an epoch, if these take `now` seconds.
+        """Return the seconds from the end of an epoch's training images on, if these images take `now` seconds.
 
-        All but writing the state is scaled by how far off the estimate of these images was.
+        The ratio of `now` to its estimate scales everything but saving.
         """
         expected = self.training(epoch, first)
         scale = now / expected if expected else 1.0
@@ -95,7 +95,7 @@ class Estimate:
         return scale * rest + max(0, self.work.epochs - epoch) * self.costs.save
 
     def line(self, how: str, start: int = 0) -> str | None:
-        """Return what users are told before the epoch `start`, and how it was estimated; None for short runs."""
+        """Return the line for users before the epoch `start`, which ends with `how` it was estimated; None if short."""
         seconds, left = self.run(start), self.work.epochs - start
         if seconds < MIN_TOLD_SECONDS:
             return None

@@ -1,8 +1,8 @@
-"""The training images of an epoch as they are read, and the patches of each that are kept for learning.
+"""Read the training images of an epoch, and choose the patches that each keeps for learning.
 
-In the first half of `train.explore` all patches are drawn at random, and attention is held uniform (its key projection
-stays at zero), so that only the drawn patches are read. In the second half attention learns too, and the random share
-falls to 0. Otherwise scores that mean nothing yet could settle on patches that tell nothing.
+`train.explore` keeps scores of an untrained model from choosing patches. In its first half all kept patches are drawn
+at random and attention stays uniform (its key projection stays at zero), so that only these patches are read. In its
+second half attention learns too, and the random share falls to 0.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from keyhole.training.job import Job
 class Choice:
     """Chooses the patches that the images of each training batch keep.
 
-    What large images keep is written to a journal, so that a run that is killed within a batch does not encode them
-    again.
+    A journal holds what large images keep, so that a resumed run does not encode them again.
 
     Attributes:
         seen_before: patches of the last batch that a killed process had encoded.
@@ -40,12 +39,12 @@ class Choice:
         self._chunk = job.engine.plan.chunk
 
     def known(self, step: int, items: Sequence[Item]) -> dict[int, Kept]:
-        """Return what images of a batch keep, as far as the journal says."""
+        """Return what the images of a batch keep according to the journal, by their index in the batch."""
         self._chunk = self.job.engine.plan.chunk
         return self.journal.begin(step, [item.name for item in items])
 
     def is_blind(self, step: int) -> bool:
-        """Return whether all patches are drawn at random, so that none needs a score."""
+        """Return True if all kept patches are drawn at random, so that none needs a score."""
         return self._explored > 0 and self._done(step) < 0.5
 
     def select(self, items: Sequence[Item], batch: Batch, on_chunk: Callable[[int], None]) -> list[Kept | None]:
@@ -57,8 +56,8 @@ class Choice:
         self.seen_before = sum(len(source) for row in known if (source := batch.sources[row]) is not None)
         kept: list[Kept | None]
         if blind:
-            for _ in batch.chunks():  # there are none, but images that cannot be opened show
-                raise AssertionError("patches were streamed that are not needed")
+            for _ in batch.chunks():  # without patches to score this only reports images that cannot be opened
+                raise AssertionError("no patch needs a score")
             kept = [Kept(torch.empty(0, dtype=torch.long), torch.empty(0))] * len(batch.sources)
             share, places = 1.0, job.config.select.m
         else:
@@ -79,17 +78,13 @@ class Choice:
             for image, source in zip(kept, batch.sources, strict=True)
         ]
 
-    def end(self) -> None:
-        """Forget what the batch keeps: it has been learned from."""
-        self.journal.end()
-
     def _done(self, step: int) -> float:
-        """Return the share of the exploration that is done."""
+        """Return the finished share of the exploration."""
         return step / self.job.state.steps_per_epoch / self._explored if self._explored else 1.0
 
 
 class Epoch:
-    """Iterates over the batches of an epoch, from the one that the state is at: the images and what is read of them.
+    """Iterates over the remaining batches of an epoch: the images, and the patches that are read of them.
 
     Raises:
         DataError: every training image has failed.
@@ -103,7 +98,7 @@ class Epoch:
         self._counted = job.engine.reader.read_patches
 
     def __len__(self) -> int:
-        """Return the number of images that are still to come."""
+        """Return the number of images in the remaining batches."""
         return sum(map(len, self.batches))
 
     def __iter__(self) -> Iterator[tuple[list[Item], Batch]]:
@@ -127,13 +122,13 @@ class Epoch:
             yield items, batch
 
     def patches(self) -> int:
-        """Return the patches that were read or known since the last call."""
+        """Return the number of patches read since the last call, or known from the journal."""
         before, self._counted = self._counted, self.job.engine.reader.read_patches
         return self._counted - before + self.choice.seen_before
 
 
 def epoch_items(job: Job) -> list[Item]:
-    """Return the training images in the epoch's order, without those that failed in an earlier epoch."""
+    """Return the training images in the order of the epoch, without those that failed in an earlier one."""
     usable = [item for item in job.manifest.split("train") if job.usable(item)]
     if not usable:
         raise DataError(f"{job.run.path}: every training image has failed; see left_out.csv")

@@ -1,4 +1,4 @@
-"""The optimizer's step, taken only where loss and gradient are finite; the host waits for the device once."""
+"""An optimizer step that is skipped if the loss or the gradient is not finite; the host waits for the device once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[float]:
-    """Take the optimizer's step where all figures (loss, norm of the gradient) are finite; return the figures.
+    """Take the optimizer's step if all figures (loss, norm of the gradient) are finite; return the figures.
 
-    A fused optimizer checks them on the device and skips the step there, as it does for mixed precision; the host waits
-    once, behind the step. Other optimizers take their step after the host has checked.
+    A fused optimizer checks them on the device and skips the step there, as in mixed precision, so that the host waits
+    once, after the step. For other optimizers the host checks before the step.
     """
     fused = optimizer.param_groups[0].get("fused")
     if fused:
@@ -34,7 +34,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[fl
 def optimizer_step(
     optimizer: torch.optim.Optimizer, weights: Iterable[Tensor], loss: Tensor, rate: float, clip: float
 ) -> tuple[float, float]:
-    """Clip the gradient and take the optimizer's step where loss and gradient are finite; return loss and norm.
+    """Clip the gradient and take the optimizer's step if loss and gradient are finite; return loss and norm.
 
     Args:
         optimizer: each of its groups' `factor` multiplies the rate.

@@ -1,4 +1,4 @@
-"""What happens around the steps, epochs and end of a run: progress, saving, the best model, metrics and signals."""
+"""Progress, saving, the best model, metrics and signals: everything around the steps of a run."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Hooks:
         self.job, self.interrupt = job, interrupt
         self._saved = time.monotonic()
         self._first_epoch = job.state.epoch
-        self._undefined = False  # the user was told that the metric is undefined
+        self._undefined = False  # True once the user knows that the metric is undefined
         self._estimate: Estimate | None = None
         self._progress: Progress | None = None
 
     def estimate(self) -> None:
-        """Say how long the rest of the run takes, if there is any."""
+        """Estimate and say how long the remaining epochs take."""
         if self.job.state.epoch < self.job.config.train.epochs and not self.job.state.stopped:
             self._estimate, line = estimate(self.job)
             if line is not None:
@@ -51,7 +51,7 @@ class Hooks:
         """Show the progress of an epoch inside."""
         state, device, expected = self.job.state, self.job.device, self._estimate
         self.job.engine.timer.reset()
-        share = epoch.images / max(1, len(epoch))  # of the time of the images that are still to come
+        share = epoch.images / max(1, len(epoch))  # time of all images over that of the remaining ones
 
         def after(seconds: float) -> float:
             assert expected is not None
@@ -80,7 +80,7 @@ class Hooks:
         self.job.engine.pace.after_pass()
 
     def save(self, patches: int) -> None:
-        """Save the state if the last time was long ago, or if the step has encoded many patches."""
+        """Save the state if the last save was long ago, or if the step encoded many patches."""
         if patches >= MIN_JOURNAL_PATCHES or time.monotonic() - self._saved >= 60 * self.job.config.run.save_minutes:
             self.job.save()
             self._saved = time.monotonic()
@@ -98,7 +98,7 @@ class Hooks:
         }
 
     def end_epoch(self, row: dict[str, float]) -> None:
-        """Keep the best model, write the metrics and the state; in this order, so that a kill loses no best model."""
+        """Keep the best model, then write metrics and state; in this order a killed process loses no best model."""
         job, state, config = self.job, self.job.state, self.job.config
         job.lock.check()
         loss = row.get("val.loss", math.nan)
@@ -135,7 +135,7 @@ class Hooks:
         self._saved = time.monotonic()
 
     def end(self) -> None:
-        """Log the peak of memory and what the run has learned, and say what could not be read."""
+        """Log the peak memory and whether the model has learned, and say what could not be read."""
         job = self.job
         if job.device.type == "cpu" and (peak := peak_memory()):
             job.log(f"peak memory {memory_text(peak)}, predicted {memory_text(job.engine.plan.peak)}")
@@ -157,7 +157,7 @@ class Hooks:
         try:
             yield
         except StopRequested as stop:
-            if job.learning:  # otherwise the state is that of the last epoch's end, and the model is the best one
+            if job.learning:  # otherwise the state is saved, and the model has the weights of the best epoch
                 job.save()
             choice.journal.flush()
             job.log("stopped by a signal; the state is saved")
@@ -170,5 +170,5 @@ class Hooks:
         except Exception as error:
             job.log(f"error: {error}")
             raise
-        if interrupt.signal is not None:  # after the last moment at which there was something to stop
+        if interrupt.signal is not None:  # it came after the last check
             raise Interrupted(f"stopped; the run is complete: {job.run.path}", interrupt.signal)

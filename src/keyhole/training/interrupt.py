@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the signals of clusters, as a request that the loop meets between two steps."""
+"""Ctrl-C, SIGTERM and the signals of clusters: the loop checks for them between two steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from keyhole.util.platform import signal_numbers
 
 
 class StopRequested(Exception):  # noqa: N818 - an event, not an error
-    """A signal came; raised where work can be dropped without loss."""
+    """A signal came. Raised only where stopping loses no work."""
 
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -19,10 +19,10 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class Interrupt:
-    """Catches the signals of `NAMES` while it is entered; a second SIGINT stops at once.
+    """Context manager that catches the signals of `NAMES`; a second SIGINT stops at once.
 
-    An ignored SIGHUP stays ignored, as under `nohup`. Signals reach the main thread only: elsewhere nothing is
-    caught.
+    An ignored SIGHUP stays ignored, as under `nohup`. Outside the main thread, where Python allows no handlers, it
+    catches nothing.
     """
 
     def __init__(self) -> None:

@@ -1,51 +1,17 @@
-"""TensorBoard and Weights & Biases, only when asked for with `--run.log`."""
+"""TensorBoard and Weights & Biases, which `--run.log` turns on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from keyhole.errors import ConfigError
 
-
-class Logger(Protocol):
-    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class TensorBoardLogger:
-    """Writes event files into RUN/tensorboard."""
-
-    def __init__(self, run: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(run / "tensorboard"))
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbLogger:
-    """Sends metrics to Weights & Biases, under the account its own tool is logged in with."""
-
-    def __init__(self, run: Path) -> None:
-        import wandb
-
-        self._run: Any = wandb.init(project="keyhole", name=run.name, dir=str(run), id=run.name, resume="allow")
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+Send = Callable[[Mapping[str, float], int], None]
+"""Sends the metrics of an epoch."""
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -56,17 +22,37 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def open_loggers(names: Sequence[str], run: Path) -> Iterator[Callable[[Mapping[str, float], int], None]]:
-    """Open the loggers that were asked for; inside, a function sends them the metrics of an epoch."""
-    kinds: dict[str, Callable[[Path], Logger]] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
-    loggers = [kinds[name](run) for name in names]
+def open_loggers(names: Sequence[str], run: Path) -> Iterator[Send]:
+    """Open loggers; the function that this yields sends them the metrics of an epoch."""
+    kinds = {"tensorboard": _tensorboard, "wandb": _wandb}
+    with ExitStack() as stack:
+        senders = [kinds[name](run, stack) for name in names]
 
-    def log_row(row: Mapping[str, float], epoch: int) -> None:
-        for logger in loggers:
-            logger.log(row, epoch)
+        def log_row(row: Mapping[str, float], epoch: int) -> None:
+            for send in senders:
+                send(row, epoch)
 
-    try:
         yield log_row
-    finally:
-        for logger in loggers:
-            logger.close()
+
+
+def _tensorboard(run: Path, stack: ExitStack) -> Send:
+    """Write event files into RUN/tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(str(run / "tensorboard"))
+    stack.callback(writer.close)
+
+    def send(row: Mapping[str, float], epoch: int) -> None:
+        for name, value in row.items():
+            writer.add_scalar(name, value, epoch)
+
+    return send
+
+
+def _wandb(run: Path, stack: ExitStack) -> Send:
+    """Send metrics to Weights & Biases, under the account that its own tool is logged in with."""
+    import wandb
+
+    session: Any = wandb.init(project="keyhole", name=run.name, dir=str(run), id=run.name, resume="allow")
+    stack.callback(session.finish)
+    return lambda row, epoch: session.log(dict(row), step=epoch)

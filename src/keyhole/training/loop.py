@@ -1,7 +1,7 @@
-"""The training loop: for each batch select, learn from what was kept, step; for each epoch validate and save.
+"""The training loop: for each batch select, fetch, backward and step; for each epoch validate and save.
 
-Everything random is drawn from (seed, epoch, image) or (seed, step), never from what was drawn before. A run that is
-resumed from any saved state therefore ends with the same weights as one that was not stopped, to the bit on CPU.
+All random numbers depend on (seed, epoch, image) or (seed, step) alone. A run that is resumed from any saved state
+therefore ends with the same weights as one that was not stopped, to the bit on CPU.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def train(data: str | Path | Mapping[str, Any] | Config, out: str | Path | None 
         The run: `path`, `metrics`, `best`, `predictor()`.
 
     Raises:
-        KeyholeError: a setting, the data or the output is not as it must be; one clear line.
+        KeyholeError: a setting, the data or the output folder is invalid; the message is one line.
 
     Example:
         >>> run = keyhole.train("photos", "runs/new", patch={"size": 16}, model={"width": 8}, train={"epochs": 1})
@@ -61,7 +61,7 @@ def train(data: str | Path | Mapping[str, Any] | Config, out: str | Path | None 
 
 
 def train_config(config: Config) -> Run:
-    """Train as a configuration says; see `train`."""
+    """Train with a configuration; see `train`."""
     if config.out is None:
         name = config.data.path.resolve().stem if config.data.path is not None else "run"
         config = config.replace(out=Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -70,20 +70,20 @@ def train_config(config: Config) -> Run:
 
 
 def resume(path: str | Path, root: str | Path | None = None, epochs: int | None = None) -> Run:
-    """Continue a run that was stopped, killed or interrupted; it ends as it would have without that.
+    """Continue a run that was stopped, killed or interrupted, with the same result as an uninterrupted run.
 
     Args:
         path: the run folder.
         root: folder that the images were moved to; they are found there by relative path, size and SHA-256.
-        epochs: number of epochs of the run in all, so that a finished run learns more; default as before. The learning
-            rate follows the schedule of that number from there on.
+        epochs: total number of epochs of the run; default as before. A larger number continues a finished run. From
+            now on the learning rate follows the schedule of that number.
 
     Returns:
         The run, as for `train`.
 
     Raises:
-        RunError: not a run folder, in use by another process, or a file of it or an image changed.
-        ConfigError: it has done more epochs than `epochs`.
+        RunError: `path` is not a run folder or is in use by another process, or one of its files or images changed.
+        ConfigError: the run has done more epochs than `epochs`.
 
     Example:
         >>> run = keyhole.resume("runs/one", epochs=3)
@@ -96,7 +96,7 @@ def resume(path: str | Path, root: str | Path | None = None, epochs: int | None 
 
 
 class Loop:
-    """Takes a job from its state to the end."""
+    """Trains a job from its saved state to the end."""
 
     def __init__(self, job: Job, interrupt: Interrupt) -> None:
         self.job, self.engine, self.interrupt = job, job.engine, interrupt
@@ -118,14 +118,14 @@ class Loop:
                 row["seconds"] = round(time.monotonic() - started, 2)
                 self.end_epoch(row)
                 log_row(row, state.epoch)
-            self.choice.end()  # a kill after saving the state leaves these files
+            self.choice.journal.end()  # a process that is killed after saving the state leaves these files
             (job.run.path / "validation.jsonl").unlink(missing_ok=True)
             predict_splits(job, self.interrupt)
             self.hooks.end()
         return job.run
 
     def learn(self) -> dict[str, float]:
-        """One epoch over the training images, from the batch the state is at."""
+        """Train on the remaining batches of an epoch; return its figures."""
         job, state, engine = self.job, self.job.state, self.engine
         epoch = Epoch(job, self.choice)
         with self.hooks.progress(epoch):
@@ -140,15 +140,15 @@ class Loop:
                 state.advance(epoch.patches())
                 self.hooks.progressed(len(items))
                 self.after_step(sum(job.images.counts[item.name] for item in items))
-                self.choice.end()
+                self.choice.journal.end()
                 self.interrupt.check()
         return self.hooks.row()
 
     def step(self, items: list[Item], bags: Bags) -> float:
-        """Take one step on the kept patches of some images; return the loss.
+        """Take an optimizer step on the kept patches of some images; return the loss.
 
         Raises:
-            NonFiniteLoss: the loss or the gradient is NaN or infinite; the weights are as they were.
+            NonFiniteLoss: the loss or the gradient is NaN or infinite; the weights are unchanged.
         """
         job, config = self.job, self.job.config
         labels = targets(job.manifest, items)
@@ -171,7 +171,7 @@ class Loop:
         return value
 
     def after_step(self, patches: int) -> None:
-        """Save the state if the step took long or encoded many patches."""
+        """Save the state if the last save was long ago or the step encoded many patches."""
         self.hooks.save(patches)
 
     def end_epoch(self, row: dict[str, float]) -> None:

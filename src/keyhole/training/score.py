@@ -15,12 +15,12 @@ from keyhole.util.wording import listed
 
 
 def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | None) -> tuple[str, list[str]]:
-    """Resolve `--train.metric` to `loss`, `METRIC` or `TASK.METRIC`, and say where that differs.
+    """Resolve `--train.metric` to `loss`, `METRIC` or `TASK.METRIC`; return it and lines for the log.
 
-    `auto` is `auroc` where all tasks have classes and it is defined for each, `mae` for a single regression task, else
-    `loss`: figures of different kinds have no common mean. The name is empty without a validation split (`val`: its
-    encoded labels): then the last epoch is the best. Tasks whose labels do not define the metric are left out of the
-    mean; without any other task the name is `loss`.
+    `auto` is `auroc` if all tasks have classes and define it, `mae` for a single regression task, else `loss`, since
+    figures of different kinds have no common mean. `val` are the encoded labels of the validation split; without one
+    the name is empty, and the last epoch is the best. The mean leaves out tasks whose labels do not define the metric;
+    if there is no other task, the name is `loss`.
 
     Raises:
         ConfigError: no task has such a metric.
@@ -61,7 +61,7 @@ def choose_metric(name: str, tasks: Sequence[Task], val: Mapping[str, Tensor] | 
 
 
 def metric_value(name: str, row: Mapping[str, float], tasks: Sequence[Task]) -> float:
-    """Return the figure in a row of metrics.csv; the mean over the tasks that define it, unless the name has a task."""
+    """Return a metric from a row of metrics.csv; without a task in its name, the mean over the tasks that define it."""
     if name == "loss" or f"val.{name}" in row:
         return row.get(f"val.{name}", math.nan)
     values = [row.get(f"val.{task.name}.{name}", math.nan) for task in tasks]
@@ -70,7 +70,7 @@ def metric_value(name: str, row: Mapping[str, float], tasks: Sequence[Task]) -> 
 
 
 def is_better(name: str, value: float, loss: float, best: tuple[float, float] | None) -> bool:
-    """Return whether (value, loss) beats the best pair; the lower loss decides between equal and undefined values.
+    """Return True if (value, loss) beats the best pair; the lower loss decides between equal or undefined values.
 
     An epoch in which the metric is undefined (NaN) never beats one in which it is defined.
     """

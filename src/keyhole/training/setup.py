@@ -1,4 +1,4 @@
-"""From a configuration to what the loop needs: images, labels, model, optimizer, learning rate."""
+"""Make what the loop needs from a configuration: images, labels, model, engine and optimizer."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def absolute(config: Config) -> Config:
 
 
 def with_features(config: Config, manifest: Manifest) -> tuple[Config, list[str]]:
-    """Return the configuration for the data, and lines: stored features give their width and are not augmented.
+    """Return the configuration for the data, and lines for the log: features set their width and are not augmented.
 
     Raises:
-        ConfigError: an encoder is set for stored features, or their origin for images.
+        ConfigError: an encoder is set for stored features, or a feature setting for images.
         ImageError: the first file cannot be read.
     """
     first = next((item.features for item in manifest.items if item.features is not None), None)
@@ -81,10 +81,10 @@ class Images:
     Attributes:
         counts: patches of each image of the training and validation splits, by name.
         patch_shape: of one patch, such as (s, s, c), or (f,) of stored features.
-        held_bytes: of decoded images that stay in memory.
-        open_bytes: of pictures decoded whole, as many as are open or being decoded at a time.
-        resolution: of the training images' patches; goes into the model.
-        jpeg: whether a GPU may be given patches as JPEG.
+        held_bytes: bytes of decoded images that stay in memory.
+        open_bytes: bytes of the pictures decoded whole that are open at the same time.
+        resolution: of the training images' patches; part of the model.
+        jpeg: a GPU may decode patches from JPEG.
     """
 
     config: Config
@@ -97,21 +97,21 @@ class Images:
     jpeg: bool
 
     def opener(self, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)) -> Opener:
-        """Return what a reading thread calls to get the patches of `item`."""
+        """Return the function with which a reading thread opens the patches of `item`."""
         return opener(self.config, self.store, item, view, offset)
 
 
 def scan(
     config: Config, manifest: Manifest, reader: Reader, device: torch.device
 ) -> tuple[Images, Manifest, list[str]]:
-    """Open every image of the training and validation splits once; the test split is not touched.
+    """Open every image of the training and validation splits once; no image of the test split is opened.
 
     Returns:
         The images, the manifest without those that cannot be opened, and lines for the log.
 
     Raises:
         ImageError: an image cannot be opened, unless `--data.on-bad-image skip`.
-        DataError: none is left.
+        DataError: no training image can be opened.
     """
     probe = ImageCache()
     counts: dict[str, int] = {}
@@ -157,7 +157,7 @@ def scan(
         lines.append(f"left out {counted(len(bad))} that cannot be read; see left_out.csv")
     resolution = Resolution.of(mpp)
     lines += [f"warning: {'. '.join(spread)}"] if (spread := resolution.spread()) else []
-    # Pictures that a reader decodes whole: each thread decodes one, and those of a batch and ahead of it are open.
+    # Pictures decoded whole: each thread decodes one; those of the batch and of the chunks read ahead are open.
     pictures.sort(reverse=True)
     decoded = sum(pictures[: reader.threads.count])
     ahead = -(-(config.run.ahead + 2) * (fixed_chunk(config.select) or CPU_CHUNK) // patches[len(patches) // 2])
@@ -168,7 +168,7 @@ def scan(
 
 
 def cache_limit(config: Config, device: torch.device) -> float | None:
-    """Return the GB of decoded images that may stay: on a CPU a quarter of the budget, within which they are."""
+    """Return the GB of decoded images that may stay in memory: on a CPU with a budget, a quarter of it."""
     budget = config.memory
     if config.data.cache is not None or budget is None or device.type != "cpu":
         return config.data.cache
@@ -181,16 +181,12 @@ def targets(manifest: Manifest, items: Sequence[Item]) -> dict[str, Tensor]:
 
 
 def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh: bool = True) -> IPSClassifier:
-    """Build the model on its device; the caller's random state is left as it was.
+    """Build the model on its device; the caller's random state does not change.
 
-    Args:
-        config: of the run.
-        tasks: one query and head each.
-        device: where it goes.
-        fresh: start from the encoder's pretrained or given weights; off when weights are loaded afterwards.
+    `fresh` starts from the encoder's pretrained or given weights; it is off if weights are loaded afterwards.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.train.seed)  # not those of the GPUs, which would not be put back
+        torch.default_generator.manual_seed(config.train.seed)  # the state of the GPUs would not be restored
         model = build_classifier(config.model, tasks, config.patch.size, pretrained=None if fresh else False)
     if fresh and number(config.train.explore, "train.explore"):
         torch.nn.init.zeros_(model.pool.key_proj.weight)  # attention starts uniform
@@ -200,7 +196,7 @@ def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh
 
 
 def new_engine(config: Config, model: IPSClassifier, reader: Reader) -> Engine:
-    """Build the engine of a run, which is still to be planned."""
+    """Build the engine of a run, without its memory plan."""
     shape = patch_shape(config.model, config.patch.size)
     arithmetic = choose_precision(config.train.precision, model.encoder, shape)
     timer = Timer(next(model.parameters()).device)
@@ -210,9 +206,9 @@ def new_engine(config: Config, model: IPSClassifier, reader: Reader) -> Engine:
 
 
 def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
-    """Build AdamW: no decay on norms and biases, the encoder at its own rate, frozen weights left out.
+    """Build AdamW for the weights that are not frozen: no decay on norms and biases, the encoder at its own rate.
 
-    On a GPU it is fused: a few kernels instead of dozens, and it can skip a step without the host, see `finite.py`.
+    On a GPU it is fused: it runs few kernels and can skip a step without the host, see `finite.py`.
     """
     groups: list[dict[str, Any]] = []
     learned = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]

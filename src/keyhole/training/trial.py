@@ -1,6 +1,6 @@
-"""What pieces of a run cost on this machine: a few chunks are read, scored and learned from before it starts.
+"""Estimate the time of a run: read, score and learn from a few chunks before it starts.
 
-Weights, statistics and random state are left as they were.
+Weights, statistics and random state do not change.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from keyhole.util.tf32 import tf32
 from keyhole.util.threads import default_threads
 
 MIN_SECONDS = 0.3
-"""A shorter run of a piece is repeated, since the first builds kernels."""
+"""A measurement that takes less is repeated, since the first one builds kernels."""
 MAX_TRIAL_BYTES = 16_000_000
-"""Most bytes of the state that are written to time it."""
+"""Maximum number of bytes written to time saving."""
 FEW_LEARNED, MAX_LEARNED = 16, 256
-"""Patches learned from at first, since with large encoders on a CPU these take seconds; and where they are fast, so
-that what a step takes beside its patches is not counted for every few."""
+"""Patches of the first timed step, which takes seconds with a large encoder on a CPU, and of a second one after a fast
+first, in which the constant time of a step counts less."""
 
 
 def estimate(job: Job) -> tuple[Estimate | None, str | None]:
-    """Return the estimate, None where a trial failed, and the line for users, None where it is not worth one."""
+    """Return the estimate (None if a trial failed) and a line for users (None for a short run)."""
     config, counts = job.config, job.images.counts
     try:
         costs, how = _measured(job)
@@ -66,18 +66,18 @@ def estimate(job: Job) -> tuple[Estimate | None, str | None]:
 
 
 def blind_epochs(config: Config) -> float:
-    """Epochs in which patches are drawn and not scored: the first half of exploring."""
+    """Return the number of epochs that draw patches at random: the first half of exploring."""
     return number(config.train.explore, "train.explore") / 2
 
 
 def forecast(config: Config, work: Work, reading: tuple[float, float], feature_width: int | None) -> str | None:
-    """Measure the model of a configuration on noise, and say how long a run takes; None where it is not worth a line.
+    """Measure the model of a configuration on noise, and say how long a run takes; None for a short run.
 
     Args:
-        config: of the planned run; nothing is downloaded for it.
-        work: of the data.
-        reading: seconds of an image and of a patch, on one thread.
-        feature_width: of stored features, or None.
+        config: configuration of the planned run; this downloads no weights.
+        work: work of the planned run.
+        reading: seconds to open an image and to read a patch, on one thread.
+        feature_width: width of stored features, or None for images.
     """
     try:
         config, _ = settle_learning(config, features=feature_width is not None)
@@ -104,7 +104,7 @@ def forecast(config: Config, work: Work, reading: tuple[float, float], feature_w
 
 
 class _Piece(NamedTuple):
-    """Some patches of an image, the seconds of reading image and patch, and positions."""
+    """Some patches of an image with their positions, and the seconds to open the image and to read a patch."""
 
     image: float
     patch: float
@@ -128,23 +128,23 @@ def _measured(job: Job) -> tuple[Costs, str]:
 
 
 def _saving(run: Path) -> float:
-    """Estimate the seconds to write the state from writing a part of it to a nameless file; 0 where that fails."""
+    """Estimate the seconds to save the state by writing a part of its size to a temporary file; 0 if that fails."""
     size = (run / "last.safetensors").stat().st_size
     part = bytes(min(size, MAX_TRIAL_BYTES))
     began = time.perf_counter()
-    with suppress(OSError), tempfile.TemporaryFile(dir=run) as file:  # the next save says what is wrong
+    with suppress(OSError), tempfile.TemporaryFile(dir=run) as file:  # the next save reports it
         file.write(part)
         file.flush()
         os.fsync(file.fileno())
         file.seek(0)
-        for data in (part, file.read()):  # what is written is read back and compared
+        for data in (part, file.read()):  # saving reads the file back and compares it
             hashlib.sha256(data).digest()
         return (time.perf_counter() - began) * size / len(part)
     return 0.0
 
 
 def _read(opener: Opener, job: Job) -> _Piece:
-    """Read patches twice: what the first time takes longer belongs to the whole image."""
+    """Read patches twice; the additional time of the first read is the time to open the image."""
     began = time.perf_counter()
     source = opener()
     try:
@@ -166,14 +166,14 @@ def _read(opener: Opener, job: Job) -> _Piece:
 def _model_seconds(
     engine: Engine, pixels: NDArray[Any], where: Tensor | None, step: int, color: bool
 ) -> tuple[float, float]:
-    """Measure the seconds of a patch that is scored, and of one that is learned from.
+    """Return the seconds to score a patch and to learn from one; the model does not change.
 
     Args:
-        engine: of the model, which is left as it was.
+        engine: engine of the model.
         pixels: (k h w c) uint8, or (k f) features, as read.
-        where: positions (k) or (k 2), where the model has a position code.
-        step: patches that a run learns from at once.
-        color: whether training changes colours.
+        where: positions (k) or (k 2), if the model has a position code.
+        step: number of patches in a gradient step.
+        color: training changes colours.
     """
     model, encoders, device = engine.model, engine.encoders, engine.device
     colors = None

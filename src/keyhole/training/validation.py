@@ -1,6 +1,6 @@
-"""Validation after each epoch, and at the end a prediction for every image of the training and validation splits.
+"""Validate after each epoch; after the last one, predict every image of the training and validation splits.
 
-Results of images with very many patches are journaled, so that a run that is killed does not read them again.
+A journal holds the results of images with very many patches, so that a resumed run does not read them again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from keyhole.util.files import write_atomic
 
 
 def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return loss and metrics on the validation split; the test split is not touched.
+    """Return loss and metrics on the validation split; nothing of the test split is read.
 
     Raises:
         DataError: no validation image can be read.
-        TooMuchUnreadable: more of this epoch's patches than allowed.
+        TooMuchUnreadable: more of this epoch's patches are unreadable than allowed.
     """
     items = [item for item in job.manifest.split("val") if job.usable(item)]
     if not items:
@@ -69,7 +69,7 @@ def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]
 
 
 def _batches(job: Job, items: Sequence[Item]) -> list[list[Item]]:
-    """Return the batches: small images together, one of very many patches alone."""
+    """Return batches of images; an image with very many patches is a batch alone."""
     found: list[list[Item]] = []
     full = True
     for item in items:
@@ -82,11 +82,11 @@ def _batches(job: Job, items: Sequence[Item]) -> list[list[Item]]:
 
 
 def predict_splits(job: Job, interrupt: Interrupt) -> None:
-    """Write the best model's predictions for the training and validation images; the job's model becomes that one."""
+    """Predict the training and validation images with the best model, whose weights go into the job's model."""
     job.end_learning()
     predictor = load(job.run.path, decode=job.config.run.decode, engine=job.engine)
     predictor.config = predictor.config.replace(unreadable="100%")
-    predictor.silent = True  # the log of the run has them
+    predictor.silent = True  # training has warned already
     folder = job.run.path / "predictions"
     folder.mkdir(exist_ok=True)
     for split in ("train", "val"):
@@ -116,7 +116,7 @@ def predict_splits(job: Job, interrupt: Interrupt) -> None:
 def write_learning(job: Job, split: str, rows: Sequence[tuple[Item, TableRow]]) -> None:
     """Write learning.json: whether the best model is better than guessing on the images of a split.
 
-    The validation split decides, unless its labels cannot, as where they are of one class; then training does.
+    The validation split decides. If its labels do not allow that, such as labels of one class, the training split does.
     """
     rows = [(item, row) for item, row in rows if row.probability]
     if not rows:
