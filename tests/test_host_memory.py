@@ -1,14 +1,16 @@
-"""Host memory: what an open image costs, and that opening ever more images leaks nothing. Each in its own process."""
+"""Host memory does not grow with the number of open images, patches or epochs. Each is measured in a process of its own."""
 
 from __future__ import annotations
 
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+import tifffile
 from make_images import picture, pyramid, write_many_tiles, write_tiff
 from make_zarr import write_multiscale
 from processes import run_process
@@ -118,3 +120,51 @@ def test_a_closed_image_keeps_nothing(folder: Path) -> None:
         image.read((0, 0, 64, 64))
         assert TILE_CACHE.bytes > before
     assert TILE_CACHE.bytes == before
+
+
+# Patches and epochs
+
+
+TILE = PATCH = 32
+COLUMNS, ROWS = 500, 500
+HEADS, TASKS = 8, 1
+ALLOWED_BESIDE_LOGITS = 60 * 10**6
+
+
+def write_patches(path: Path, columns: int, rows: int) -> int:
+    """A tiled TIFF of so many patches, written tile by tile; returns the number of patches."""
+    rng = np.random.default_rng(0)
+    some = [
+        zlib.compress(np.kron(rng.integers(0, 256, (4, 4, 3), np.uint8), np.ones((8, 8, 1), np.uint8)).tobytes())
+        for _ in range(50)
+    ]
+    width, height = columns * PATCH, rows * PATCH
+    tiles = (some[i % len(some)] for i in range(columns * rows))
+    options = {"tile": (TILE, TILE), "photometric": "rgb", "compression": "zlib"}
+    tifffile.imwrite(path, tiles, shape=(height, width, 3), dtype=np.uint8, **options)
+    return columns * rows
+
+
+def test_a_selection_over_250_times_the_patches_takes_no_more_memory_but_for_the_logits(tmp_path: Path) -> None:
+    few = write_patches(tmp_path / "few.tif", 40, 25)
+    many = write_patches(tmp_path / "many.tif", COLUMNS, ROWS)
+    assert (few, many) == (1000, 250_000)
+    small, large = (
+        int(run_process("selection_peak", tmp_path / name, patches, PATCH, HEADS, TASKS).stdout)
+        for name, patches in (("few.tif", few), ("many.tif", many))
+    )
+    logits = 4 * HEADS * TASKS * many
+    assert large - small < ALLOWED_BESIDE_LOGITS + logits, (small, large)
+
+
+def test_epochs_over_200_files_take_no_more_memory_one_after_the_other(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(200):
+        place = tmp_path / "data" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (256, 256, 3), np.uint8)
+        tifffile.imwrite(place / f"{number}.tif", pixels, tile=(64, 64), photometric="rgb", compression="zlib")
+    done = run_process("epochs_memory", tmp_path / "data", tmp_path / "run")
+    resident = [int(word) for word in done.stdout.splitlines()[-1].split()]
+    assert len(resident) == 6
+    assert max(resident[2:]) - resident[1] < 20 * 2**20, resident

@@ -175,8 +175,9 @@ def test_an_image_is_predicted_the_same_alone_and_among_others(predictor: Predic
 
 @pytest.mark.parametrize(("chunk", "threads"), [(3, 1), (7, 4), (64, 2)])
 def test_a_prediction_depends_neither_on_the_chunk_nor_on_the_threads(
-    predictor: Predictor, images: list[Path], chunk: int, threads: int
+    images: list[Path], chunk: int, threads: int
 ) -> None:
+    predictor = random_predictor(PatchConfig(size=16), SelectConfig(m=6, chunk=16))
     config = predictor.config.replace(select={"chunk": chunk}, run={"threads": threads})
     other = Predictor(predictor.model, config, predictor.tasks)
     for one, wanted in zip(other.predict_many(images), predictor.predict_many(images), strict=True):

@@ -1,4 +1,4 @@
-"""Law of `run.decode cpu`: the reading threads decode every tile, so that both passes see the same pixels."""
+"""Where JPEG is decoded: on the device when a file has it, and by the reading threads where `run.decode` is cpu."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 import torch
 from conftest import Say, settings
 from on_device import GPU
-from test_encoded import COLUMNS, ROWS, TILE, files
+from test_encoded import COLUMNS, ROWS, TILE, always, files
 from test_reading import PATIENCE, no_thread_is_left
 
 import keyhole
 from keyhole.config.settings import Decode, ModelConfig, RunConfig
 from keyhole.engine import Engine
 from keyhole.engine import to_device as staging
-from keyhole.engine.jpeg import Decoder
+from keyhole.engine.jpeg import Decoder, decodes
 from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan
 from keyhole.engine.to_device import Stager, prefetched
@@ -123,3 +123,50 @@ def test_a_gpu_takes_part_unless_it_is_told_not_to() -> None:
 def test_another_word_is_refused(toy_run: Path) -> None:
     with pytest.raises(ConfigError, match="decode gpu: expected auto or cpu"):
         keyhole.load(toy_run, decode="gpu")  # type: ignore[arg-type]
+
+
+# A device's decoder is made and tried when a file has JPEG for it, and not before
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """The CPU may decode what comes as JPEG, as a GPU may; every trial of its decoder is noted."""
+    tried: list[torch.device] = []
+
+    def note(device: torch.device) -> tuple[frozenset[str], str]:
+        tried.append(device)
+        return decodes(device)
+
+    monkeypatch.setattr(staging, "may_decode", lambda _device: True)
+    monkeypatch.setattr(staging, "decodes", note)
+    return tried
+
+
+def test_images_without_jpeg_need_no_decoder(toy: Path, tmp_path: Path, trials: list[torch.device]) -> None:
+    keyhole.train(toy, tmp_path / "run", **settings(train={"epochs": 1}))
+    assert trials == []
+
+
+def test_the_first_jpeg_asks_for_the_decoder_and_those_behind_it_come_encoded(
+    files: dict[str, Path], trials: list[torch.device]
+) -> None:
+    stager = Stager(CPU)
+    pace, chunk = Pace(Plan(8), print), 8
+    unaligned = FileOpener(files["4:2:0"], "unaligned", TILE, offset=(5, 0))
+    with Reader(1, ahead=1, stall=PATIENCE) as reader:
+        for batch in reader.stream([[unaligned]], chunk, deliver=always(stager)):
+            assert not [part for part, _ in prefetched(batch.chunks(), stager, pace) if part.encoded]
+        assert trials == []
+        seen, encoded = [], []
+        for batch in reader.stream([[FileOpener(files["4:2:0"], "aligned", TILE)]] * 2, chunk, deliver=always(stager)):
+            for part, _ in prefetched(batch.chunks(), stager, pace):
+                seen += part.index.tolist()
+                encoded.append(len(part.encoded))
+        assert trials == [CPU]
+        assert encoded[0] == 0, "nothing was known before"
+        assert encoded[-2] > 0
+        assert sorted(seen) == sorted([*range(ROWS * COLUMNS)] * 2)
+        stager = Stager(CPU)
+        for batch in reader.stream([[FileOpener(files["4:2:0"], "host", TILE)]], chunk):
+            list(prefetched(batch.chunks(), stager, pace))
+        assert trials == [CPU], "nothing may come as JPEG, so nothing asks"
