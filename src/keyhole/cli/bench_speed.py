@@ -46,7 +46,7 @@ class SpeedOptions(ConfigOptions):
     steps: Positive = 10
     """Steps to measure, after the first one."""
     seconds: PositiveFloat = 60.0
-    """No further step is begun after so many seconds; one is measured at least."""
+    """Seconds after which no further step starts; at least one is measured."""
     json_: bool = False
     """Print one JSON object."""
 

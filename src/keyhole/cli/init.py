@@ -14,7 +14,7 @@ from keyhole.errors import OutputError
 class InitOptions(DataOptions):
     """Measure a data set and write a configuration for it, with the reason beside every value.
 
-    Values come from the data, but --recipe, --config and flags go over them. Never overwrites a file.
+    Values come from the data, but --recipe, --config and flags override them. Never overwrites a file.
     """
 
     EXAMPLES: ClassVar = ("keyhole init photos", "keyhole init slides.csv --patch.mpp 0.25 --out slides.yaml")

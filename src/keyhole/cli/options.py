@@ -35,13 +35,13 @@ from tyro.constructors import (
 )
 
 from keyhole.config.base import Bytes, Contradiction, Portion, Settings, explain
-from keyhole.config.inference import InferenceSettings
 from keyhole.config.settings import Config, Location
 from keyhole.errors import ConfigError
 from keyhole.util.wording import nearest
 
 HELP, HELP_ALL, PRINT = ("-h", "--help"), "--help-all", "print-config"
-SHARED = {name.replace("_", "-") for name in InferenceSettings.model_fields}
+SHARED = ("device", "decode", "memory", "unreadable", "on-bad-image")
+"""Options of `InferenceSettings`, which several verbs have: the help shows them last."""
 
 
 class Options(Settings):
@@ -67,7 +67,7 @@ class ConfigOptions(Options):
     """Settings that come with keyhole, under --config and flags: small, demo, slides, traffic, megapixel-mnist,
     camelyon16, camelyon16-features."""
     config: Location | None = None
-    """YAML file with settings, such as `keyhole init` writes; flags go over it."""
+    """YAML file with settings, such as `keyhole init` writes; flags override it."""
     settings: Config = Field(default_factory=Config)
 
 

@@ -59,7 +59,7 @@ class EmbedSettings(InferenceSettings):
     """Folder for the files; created if it is not there."""
     run: Path | None = None
     """Run, or folder of a model, whose encoder embeds: gives the encoder, its weights and the patch settings; given
-    patch settings go over it."""
+    patch settings override them."""
     encoder: Encoder = "resnet50"
     """Any timm name, or `small`."""
     pretrained: Switch = False

@@ -75,22 +75,22 @@ class DataConfig(Settings):
     """Column whose images stay in one split, such as `patient`; `auto` takes `group`, else a column that is called like
     patients, cases or slides; `none` takes no column."""
     missing: tuple[str, ...] = ("nan", "NA", "N/A", "#N/A", "<NA>", "null", "None")
-    """Words in label cells of a CSV that mean unknown, as an empty cell does. They count in any case, but a word in
-    mixed case only as written, so that `none` may be a class. Leave a word out of the list to learn it as a class."""
+    """Words in label cells of a CSV that mean unknown, like an empty cell. They match in any case, but a word in mixed
+    case only as written, so that `none` may be a class. Remove a word from the list to learn it as a class."""
     val: Rate = 0.15
     """Share of the images held out to choose the best model, where no `split` is given."""
     test: Rate = 0.15
-    """Share of the images never looked at in training, where no `split` is given."""
+    """Share of the images that training never opens, where no `split` is given."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What an unreadable image does: end the run, or be left out, counted and listed."""
     features: Location | None = None
     """Folder of feature files (.h5, .pt), one an image by its name without suffix, as CLAM, TRIDENT and `keyhole embed`
-    write them; they are read in the images' place."""
+    write them; they are read instead of the images."""
     masks: Location | None = None
     """Folder of masks (.png, .geojson), one an image by its name without suffix, for `patch.foreground mask`; a
-    column `mask` of the CSV goes over it."""
+    column `mask` of the CSV overrides it."""
     hash_gb: NotNegativeFloat = 50.0
-    """GB of files up to which the manifest holds their SHA-256; the files of larger data are told by their size."""
+    """GB of files up to which the manifest holds their SHA-256; larger data are compared by file size."""
     cache: NotNegativeFloat | None = None
     """GB of decoded pixels that may stay in memory; default is a quarter of the memory free at the start, 0 never."""
 
@@ -108,7 +108,7 @@ class PatchConfig(Settings):
     """How an image becomes patches."""
 
     size: Positive = 224
-    """Side of a patch in pixels, at the level or microns per pixel asked for."""
+    """Side of a patch in pixels, at the chosen level or microns per pixel."""
     stride: Positive | None = None
     """Step between patches in pixels; default is the size, smaller overlaps."""
     level: NotNegative | None = None
@@ -162,7 +162,7 @@ class ModelConfig(Settings):
     weights: Location | None = None
     """Weights for the encoder: a run, whose best model's encoder is taken, or a safetensors file."""
     freeze: Switch = False
-    """Keep the encoder as it is; only attention and heads learn."""
+    """Do not train the encoder; only attention and heads learn."""
     heads: Positive = 8
     """Attention heads. The paper uses 8."""
     hidden: Positive | None = None
@@ -192,7 +192,7 @@ class SelectConfig(Settings):
     m: Positive = 32
     """Patches kept per image (M). Memory and time of the learning pass grow with it."""
     chunk: Positive | None = None
-    """Patches looked at per step of the pass without gradients (I); default is what `--memory` allows. Part of the
+    """Patches scored at once in the pass without gradients (I); default is what `--memory` allows. Part of the
     method under `streaming`, where it must be given; under `global` the result does not depend on it."""
     rule: Literal["global", "streaming"] = "global"
     """`global` does not depend on order or chunk size; `streaming` is the published rule."""
@@ -242,7 +242,7 @@ class TrainConfig(Settings):
     defined); `auto` is `auroc` where all tasks have classes, `mae` for one regression task, else `loss`, also where
     kinds are mixed."""
     patience: NotNegative = 0
-    """Stop after so many epochs without a better validation metric; 0 never stops early."""
+    """Stop after this number of epochs without a better validation metric; 0 never stops early."""
     seed: NotNegative = 0
     """Same seed, same run (on CPU, to the bit)."""
 
@@ -285,13 +285,13 @@ class RunConfig(Settings):
     ahead: Positive = 4
     """Chunks read ahead of the device; host memory grows with it."""
     stall: PositiveFloat = 120.0
-    """Seconds a single read may take before it is given up and tried again."""
+    """Seconds that a single read may take; then it is tried again."""
     retries: NotNegative = 3
-    """Times a file that cannot be reached or stalls is tried again, after 1, 4, 16 ... seconds."""
+    """Number of further tries for a file that cannot be reached or stalls, after 1, 4, 16 ... seconds."""
     save_minutes: PositiveFloat = 5.0
-    """The state is saved at the end of each epoch, and at the first step after so many minutes."""
+    """Minutes after which the next step saves the state; the end of each epoch saves it too."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Loggers to send metrics to. None unless asked for."""
+    """Loggers to send metrics to; default none."""
 
 
 class Config(Settings):

@@ -1,4 +1,4 @@
-"""Both passes over a batch of images -> a `Prediction` of each.
+"""Make a `Prediction` of each image from the result of both passes over a batch.
 
 Letters: n patches, m kept, h heads, t queries.
 """
@@ -34,14 +34,14 @@ from keyhole.util.progress import say
 
 @dataclass
 class Answers:
-    """Turns batches after both passes, still open and with the logits of all patches, into predictions.
+    """Makes predictions from open batches after both passes, with the logits of all patches.
 
     Attributes:
-        engine: Of the model.
-        tasks, name: What it predicts, and what predictions call it.
-        resolution: At which it was trained.
-        told: Doubts about features that the user has been warned about.
-        silent: Warn about no doubt.
+        engine: Engine of the model.
+        tasks, name: Tasks of the model, and its name in predictions.
+        resolution: Resolution of the training images.
+        told: Doubts about features of which the user has been warned.
+        silent: Do not warn.
     """
 
     engine: Engine
@@ -65,8 +65,7 @@ class Answers:
         assert kept.logits is not None
         assert source is not None
         scores = self._scores(kept, source)
-        # A score is a share of all patches under every rule, also under "streaming", which ranks by shares of the
-        # patches that it holds at the end.
+        # Under every rule a score is a share of all patches. "streaming" ranks by shares of the patches that it holds.
         found = kept.index.cpu().numpy()
         best = np.argsort(-scores.score[found], kind="stable")
         index = found[best]
@@ -100,7 +99,7 @@ class Answers:
         )
 
     def _scores(self, kept: Kept, source: PatchSource) -> Scores:
-        """Share of each patch in the attention over all n patches, per task: softmax over n, mean over heads."""
+        """Return the share of each patch in the attention over all n patches: softmax over n, mean over heads."""
         assert kept.logits is not None
         score = kept.logits.softmax(dim=0).mean(dim=1)
         index = torch.arange(len(score)).numpy()
@@ -118,7 +117,7 @@ class Answers:
         )
 
     def _slide(self, item: Item, source: PatchSource) -> tuple[Size, tuple[int, int]]:
-        """Size of the image and QuPath's origin on it, of stored features that do not state them those of the slide."""
+        """Return the size of the image and its QuPath origin, from the slide if stored features do not state them."""
         stated, origin = source.l0_size, source.qupath_origin
         if stated is not None and origin is not None:
             return stated, origin
@@ -133,7 +132,7 @@ class Answers:
         return source.extent, origin or (0, 0)
 
     def _doubt(self, name: str, patch: Mapping[str, Any]) -> list[str]:
-        """What is doubtful about the resolution; files of features need not state it."""
+        """Return doubts about the resolution, which files of features need not state."""
         mpp = patch["mpp"]
         doubt = self.resolution.doubt(mpp) if mpp is not None or "features" not in patch else ""
         self.unlike += bool(doubt)
@@ -142,9 +141,9 @@ class Answers:
         return [doubt] if doubt else []
 
     def with_pictures(self, done: Inference, prediction: Prediction, row: int) -> Prediction:
-        """Return the prediction with the pixels that show it; unchanged where its source cannot be read any more."""
+        """Return the prediction with pictures; unchanged if its source cannot be read any more."""
         source, place = done.batch.sources[row], most_attended(prediction.kept)
-        with suppress(ImageError):  # a share that hangs now; the prediction itself is complete
+        with suppress(ImageError):  # such as a network share that hangs; the prediction is complete without
             if isinstance(source, FeaturePatches):
                 draw = partial(pictures_of_features, source, prediction, place)
             else:
@@ -157,14 +156,14 @@ class Answers:
         return prediction
 
     def finish(self, images: int) -> None:
-        """Warn how many of the images have another resolution."""
+        """Warn of the number of images with another resolution."""
         if self.unlike > 1 and not self.silent:
             told = f"{self.unlike} of {images} images have another resolution than the model learned at"
             say(f"warning: {told} ({self.resolution} um per pixel), or none")
 
 
 def _kept_pixels(done: Inference, index: NDArray[np.int64], row: int) -> NDArray[np.uint8] | None:
-    """Pixels of kept patches: those that the model saw, or read from the same source where they are not held."""
+    """Return the pixels of kept patches from memory, or else read them from the same source."""
     held, kept = done.bags.pixels[row], done.bags.kept[row]
     if held is not None and kept is not None:
         found = kept.index.cpu().numpy()
@@ -176,7 +175,7 @@ def _kept_pixels(done: Inference, index: NDArray[np.int64], row: int) -> NDArray
 
 
 def damage(name: str, source: PatchSource, unreadable: Mapping[int, str], allowed: float) -> KeyholeError | None:
-    """Return an error where more patches of an image are unreadable (reasons by index) than the share `allowed`."""
+    """Return an error if more patches of an image are unreadable (reasons by index) than the share `allowed`."""
     ledger, index = Ledger(len(source), allowed), list(unreadable)
     ledger.add(name, source.grid.boxes(index), index, list(unreadable.values()))
     try:

@@ -1,6 +1,6 @@
-"""Images -> stored features: every patch through an encoder once, one HDF5 file for each image.
+"""Store features: encode every patch of every image once, and write one HDF5 file for each image.
 
-The same call goes on where it was stopped: a file is complete or absent, and complete ones are not made again.
+The same call continues after a stop: a file is complete or absent, and complete files are not written again.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ ENCODER = ("encoder", "channels", "width", "stages")
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a call of `embed` has done.
+    """Result of `embed`.
 
     Attributes:
         path: Folder with the files and left_out.csv.
-        files: By image name, those that exist now.
-        made: How many of them were made by this call.
-        left_out: Images without features, and why.
-        unreadable: By image name, the number of patches that could not be read and are not in its file.
-        unfinished: Files of runs that were killed.
+        files: Existing files by image name.
+        made: Number of files that this call wrote.
+        left_out: Images without features, with the reason.
+        unreadable: Number of unreadable patches by image name; they are not in its file.
+        unfinished: Unfinished files of runs that were killed.
     """
 
     path: Path

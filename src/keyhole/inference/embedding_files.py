@@ -1,4 +1,4 @@
-"""Embeddings -> files of features: one per image, with the settings that it was made with."""
+"""Write the embeddings of each image to a file of features, together with their settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from keyhole.util.progress import Progress
 
 @dataclass(frozen=True)
 class EmbeddingFiles:
-    """Embeds images and writes their files, whose settings are those of `settings_of`."""
+    """Embeds images and writes their files, with `settings` from `settings_of`."""
 
     config: Config
     engine: Engine
@@ -42,7 +42,7 @@ class EmbeddingFiles:
         """Yield each image with the number of its unreadable patches, or the error for which it has no features."""
         with closing(self.engine):
             reader, embed = self.engine.reader, Embedding(self.engine)
-            # A store keeps the masks of its images, hence one for each.
+            # A cache keeps the masks of its images, so each image has its own.
             openers = [opener(self.config, ImageCache(), item) for item in items]
             waited = reader.waited
             for number, told in groupby(embed(openers), key=lambda each: each.number):
@@ -94,7 +94,7 @@ class _Left(Exception):  # noqa: N818 - ends the writing of one file, and goes n
 
 
 def settings_of(config: Config, encoder: nn.Module, dtype: str, precision: str) -> dict[str, Any]:
-    """Return everything that features depend on except the image."""
+    """Return all settings that features depend on, besides the image."""
     model, patch = config.model, config.patch
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
@@ -119,7 +119,7 @@ def settings_of(config: Config, encoder: nn.Module, dtype: str, precision: str) 
 
 
 def unfinished_files(files: Sequence[Path]) -> tuple[Path, ...]:
-    """Return what killed processes have left of these files."""
+    """Return unfinished copies of these files, which killed processes left."""
     known = {f".{file.name}" for file in files}
     folders = sorted({file.parent for file in files if file.parent.is_dir()})
     return tuple(left for folder in folders for left in sorted(folder.glob(".*.h5.????????")) if left.stem in known)
@@ -130,7 +130,7 @@ def own_settings(item: Item) -> dict[str, Any]:
 
 
 def image_bytes(item: Item) -> int:
-    """Return the size of the image file; 0 where that cannot be read, which shows when the image is opened."""
+    """Return the size of the image file; 0 if it cannot be read, which opening the image reports."""
     try:
         return file_size(item.image)
     except OSError:

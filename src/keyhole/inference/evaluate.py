@@ -1,4 +1,4 @@
-"""How good a run's best model is on images it was not trained on: metrics with intervals, one row per image."""
+"""Evaluate a run's best model on images that it was not trained on: metrics with intervals, one row per image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from keyhole.util.wording import counted
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Where an evaluation was written, and what it found.
+    """Result of `evaluate`.
 
     Attributes:
         path: Folder with metrics.json, predictions.csv, confusion_TASK.csv, left_out.csv, contact_sheet.png, and
@@ -41,8 +41,8 @@ class Evaluation:
             the files under `confusion_files`.
         metrics: One per task.
         left_out: Images that could not be read, with the reason.
-        notes: What a reader of the figures should know.
-        lesions: How much of the attention lies in annotated lesions; None where no image has an annotation.
+        notes: Remarks that readers of the figures should know.
+        lesions: Share of the attention in annotated lesions; None if no image has an annotation.
         warnings: Evidence against the model, such as that it is no better than guessing.
     """
 
@@ -113,12 +113,12 @@ def evaluate(
     keeps_test = asked.data is None and asked.out is None and asked.split == "test" and not begun
     if keeps_test:
         writable_folder(asked.run / "predictions")
-    for item in manifest.items:  # before hours are spent on predicting
+    for item in manifest.items:  # a mistake shows before hours of predicting
         if asked.on_bad_image == "fail" and item.annotation is not None:
             read_regions(item.annotation)
     found = _Predictions(tasks[0], manifest)
     write_table(_rows(asked, predictor, found), folder / "predictions.csv")
-    if keeps_test:  # those of train and val are written at the end of training, by the model that the run ended with
+    if keeps_test:  # training writes those of train and val
         write_atomic(asked.run / "predictions" / "test.csv", (folder / "predictions.csv").read_bytes())
     notes += [f"{count} of {len(found.rows)} images: {text}" for text, count in found.doubts.items()]
     items = [item for item, _ in found.rows]
@@ -128,7 +128,7 @@ def evaluate(
     learning = judge_rows(tasks, targets, found.rows, f"the {len(items)} {asked.split} images")
     of = {item.name: item.group for item in items}
     lesions = lesion_means(found.judged, of, names) if found.judged else None
-    config = None  # the settings of a run, used for advice alone; the folder of a model does not have them
+    config = None  # only for advice; the folder of a model does not have one
     with suppress(KeyholeError):
         config = load_config(path) if (path := asked.run / "config.yaml").is_file() else None
     confusions = _write_confusions(folder, metrics)
@@ -190,7 +190,7 @@ def _rows(asked: EvaluateSettings, predictor: Predictor, found: _Predictions) ->
 
 
 class _Predictions:
-    """What an evaluation keeps of its predictions, each image being predicted once."""
+    """The parts of its predictions that an evaluation keeps."""
 
     def __init__(self, task: Task, manifest: Manifest) -> None:
         self.manifest, self.examples = manifest, Examples(task)
@@ -204,7 +204,7 @@ class _Predictions:
 
 
 def _write_confusions(folder: Path, metrics: Sequence[TaskMetrics]) -> dict[str, str]:
-    """Write a table for each task whose confusion is one; return their names by task."""
+    """Write the confusion table of each task with exclusive classes; return the files' names by task."""
     names = file_names([result.task.name for result in metrics], "task")
     written = {}
     for name, result in zip(names, metrics, strict=True):

@@ -1,7 +1,7 @@
-"""Where an evaluation is written, and notes on the data and the run behind it.
+"""The folder of an evaluation, and notes on its data and its run.
 
-`metrics.json` states the run, the data and the split of the results in a folder. Until it is written, `unfinished.json`
-does, so that the same command finds its folder again after the process was killed.
+`metrics.json` states the run, the data and the split of the results in a folder. Until an evaluation is complete,
+`unfinished.json` states them, so that the same command finds its folder again after a kill.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from keyhole.runs.seal import read_state, sealed_config
 from keyhole.util.files import file_names, file_size, remove_unfinished, writable_folder, write_atomic
 
 OPTIONAL_FILES = ("confusion_*.csv", "lesions.csv", "contact_sheet.png")
-"""Files that not every evaluation writes; those of an earlier call are removed."""
+"""Files that not every evaluation writes; `finish` removes those of an earlier call."""
 UNFINISHED = "unfinished.json"
 NAMES = re.compile(
     r"confusion_.*\.csv|(lesions|predictions|left_out)\.csv|contact_sheet\.png|(metrics|unfinished)\.json"
@@ -35,7 +35,7 @@ NAMES = re.compile(
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a run, other data than the run's own (or None), and a split."""
+    """The run, the data (None for the run's own) and the split of an evaluation."""
 
     run: Path
     data: Path | None
@@ -47,7 +47,7 @@ class Subject:
 
     @property
     def folder(self) -> Path:
-        """The default folder for the results; other data never have the folder of a split."""
+        """The default folder for the results; that of other data never has the name of a split."""
         parent = self.run / "evaluation"
         if self.data is None:
             return parent / self.split
@@ -57,9 +57,9 @@ class Subject:
         return next(folder for folder in free if not folder.exists() or self.is_in(folder))
 
     def is_in(self, folder: Path) -> bool:
-        """Return whether the results in a folder are of this subject.
+        """Return True if the results in a folder are of this subject.
 
-        Results inside the run's own folder are the run's, also after it was moved or copied.
+        Results inside the run's folder belong to the run, also after it was moved or copied.
         """
         held, wanted = _subject_in(folder), self.to_json()
         own = absolute(self.run) / "evaluation"
@@ -75,7 +75,7 @@ class Subject:
 
 
 def open_folder(subject: Subject, out: str | Path | None) -> tuple[Path, list[str]]:
-    """Return the writable folder for the results, and a note where it replaces earlier ones."""
+    """Return the folder for the results, made writable, and a note if they replace earlier ones."""
     folder = subject.folder if out is None else Path(out)
     notes: list[str] = []
     earlier = [path for name in ("metrics.json", "predictions.csv") if (path := folder / name).exists()]
@@ -97,7 +97,7 @@ def open_folder(subject: Subject, out: str | Path | None) -> tuple[Path, list[st
 
 
 def finish(folder: Path, written: Collection[str]) -> None:
-    """Remove what an earlier evaluation left in the folder and this one did not write."""
+    """Remove files of an earlier evaluation that this one did not write."""
     for pattern in OPTIONAL_FILES:
         for path in folder.glob(pattern):
             if path.name not in written:
@@ -106,7 +106,7 @@ def finish(folder: Path, written: Collection[str]) -> None:
 
 
 def _subject_in(folder: Path) -> dict[str, Any] | None:
-    """What the results in a folder are of; None where that is unknown."""
+    """Return run, data and split of the results in a folder; None if unknown."""
     for file in (UNFINISHED, "metrics.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             held = json.loads((folder / file).read_text())
@@ -115,7 +115,7 @@ def _subject_in(folder: Path) -> dict[str, Any] | None:
 
 
 def unfinished(run: Path) -> str:
-    """Return a sentence where a run is not finished; "" where it is, or where the folder is a model without its run."""
+    """Return a sentence if a run is not finished; "" if it is, or if the folder is a model without its run."""
     if not (run / "last.safetensors").is_file():
         return ""
     try:
@@ -132,10 +132,9 @@ def unfinished(run: Path) -> str:
 
 
 def seen_in_training(run: Path, items: Sequence[Item]) -> str:
-    """Return a sentence where evaluated images were used to train or to choose the model; else "".
+    """Return a sentence if evaluated images were used to train or to choose the model; else "".
 
-    Images are compared by SHA-256, whatever their path and name; where the manifest has only sizes (`data.hash_gb`), by
-    path.
+    Images are compared by SHA-256, or by path if the manifest has only sizes (`data.hash_gb`).
     """
     manifest = run / "manifest.csv"
     if not manifest.is_file():

@@ -1,6 +1,6 @@
-"""How much of what a prediction rests on lies in outlined lesions: prediction, regions -> shares -> means, a table.
+"""Compare predictions with outlined lesions: the shares of attention and of kept patches inside, their means, a table.
 
-A lesion is whatever the annotation outlines. Annotations are never used in training, only to judge the attention.
+A lesion is any region that the annotation outlines. Annotations only judge the attention; training never uses them.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from keyhole.util.files import csv_text
 from keyhole.util.wording import counted
 
 _BLOCK = 50_000
-"""Patches whose boxes are held at once."""
+"""Number of patches compared at once."""
 _BOUNDS = ("looked_at", "area", "most_attention", "most_kept")
-"""Values that need the scores of all patches."""
+"""Fields of `LesionShare` that need the scores of all patches."""
 
 
 @dataclass(frozen=True)
 class LesionShare:
-    """One image's prediction against its annotation.
+    """Comparison of the prediction of an image with its annotation.
 
     Attributes:
-        regions: Number of outlines; without any, the shares say nothing about the model.
-        attention: By task, the attention of each kept patch times the share of its area in lesions, summed: 1 where
-            all attention lies inside.
+        regions: Number of outlines; without any, the shares have no meaning.
+        attention: By task, the sum over kept patches of their attention times the share of their area in lesions: 1 if
+            all attention is inside.
         kept: Share of the kept patches that touch a lesion.
-        looked_at: Share of all patches that touch one, the expected value of `kept` for a random choice; None, as the
-            fields below, where the scores of all patches were not kept.
-        area: Share of the area of all patches that lies in lesions, the value of `attention` if it were uniform.
-        most_attention: The largest value that `attention` can have: all of it on the patch that lies most in lesions.
-        most_kept: The largest value that `kept` can have: fewer patches may touch a lesion than are kept.
+        looked_at: Share of all patches that touch one, the expected value of `kept` for a random choice. This and the
+            fields below are None if the prediction has no scores.
+        area: Share of the area of all patches in lesions, the value of `attention` if it were uniform.
+        most_attention: Maximum of `attention`: all of it on the patch with the largest share in lesions.
+        most_kept: Maximum of `kept`: fewer patches may touch a lesion than are kept.
     """
 
     regions: int
@@ -57,9 +57,9 @@ class Lesions:
     """Means over the images with at least one outlined lesion.
 
     Attributes:
-        images: How many these are.
+        images: Number of these images.
         empty: Names of images whose annotation outlines nothing; they do not count.
-        left_out: By name, why an annotation could not be used; these images do not count.
+        left_out: By name, the reason why an annotation cannot be used; these images do not count.
         attention: By task, mean of `LesionShare.attention`.
         kept, looked_at, area, most_attention, most_kept: Means of those of `LesionShare`.
     """
@@ -112,11 +112,11 @@ def _bounds(chance: IntervalEstimate, most: IntervalEstimate) -> str:
 
 
 Judged = LesionShare | str
-"""A share, or why there is none."""
+"""A share, or the reason why there is none."""
 
 
 def judge(prediction: Prediction, annotation: Path, on_bad: Literal["fail", "skip"] = "fail") -> Judged:
-    """Return the share of a prediction in the regions of an annotation file, or with "skip" why it is unknown."""
+    """Compare a prediction with an annotation file; with "skip", a reason replaces the error of a damaged file."""
     if not prediction.kept.boxes[:, 2:].all():
         return "stored features without coordinates, so it is not known where on the slide they are from"
     try:
@@ -130,7 +130,7 @@ def judge(prediction: Prediction, annotation: Path, on_bad: Literal["fail", "ski
 def lesion_share(prediction: Prediction, regions: Sequence[Region]) -> LesionShare:
     """Compare a prediction with the regions of the same image in level-0 pixels.
 
-    The area of a patch is its whole box, also where it reaches over the border of the image.
+    The area of a patch is that of its whole box, including parts outside of the image.
     """
     kept = prediction.kept
     inside = covered(regions, kept.boxes)
@@ -149,7 +149,7 @@ def lesion_share(prediction: Prediction, regions: Sequence[Region]) -> LesionSha
 
 
 def _of_all(scores: Scores, regions: Sequence[Region]) -> tuple[int, float, float]:
-    """How many patches touch a region, the share of their area inside, and the largest share of one patch."""
+    """Return the number of patches that touch a region, the share of all area inside, and the largest of a patch."""
     touched, inside, most = 0, 0.0, 0.0
     for start in range(0, len(scores), _BLOCK):
         boxes = scores.boxes(scores.index[start : start + _BLOCK])
@@ -164,7 +164,7 @@ def _of_all(scores: Scores, regions: Sequence[Region]) -> tuple[int, float, floa
 def lesion_means(
     judged: Mapping[str, Judged], groups: Mapping[str, str | None], tasks: Sequence[str], seed: int = 0
 ) -> Lesions:
-    """Return means with 95 % bootstrap intervals over images, or over groups where there are any."""
+    """Return means with 95 % bootstrap intervals over images, or over groups if there are any."""
     used = {name: share for name, share in judged.items() if isinstance(share, LesionShare) and share.regions}
     columns: dict[tuple[str, str], NDArray[np.float64]] = {
         ("attention", task): np.array([share.attention[task] for share in used.values()]) for task in tasks

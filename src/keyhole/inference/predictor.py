@@ -1,4 +1,4 @@
-"""A trained model: from an image file to a `Prediction`, all of it from one selection pass."""
+"""Predict images with a trained model: one selection pass gives a `Prediction` with all that shows it."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from keyhole.util.progress import Progress, say
 from keyhole.util.version import VERSION
 
 SECTIONS = ("patch", "model", "select")
-"""Sections of the configuration that a model carries with it."""
+"""Sections of the configuration that a model file holds."""
 
 
 def describe(config: Config, tasks: Sequence[Task], **about: Any) -> dict[str, Any]:
-    """Return what must be known about a model besides its weights; goes into model.json."""
+    """Return the description of a model without its weights, for model.json."""
     plain: dict[str, Any] = {name: getattr(config, name).model_dump() for name in SECTIONS}
     # The weights are in the file, so nothing is downloaded or read from elsewhere.
     plain["model"] |= {"pretrained": False, "weights": None}
@@ -70,7 +70,7 @@ def load(
         memory: Budget such as `5GB`, of the device or, on a CPU, of the process; `auto` is what is free.
         unreadable: Share of an image's patches that may be unreadable, such as `1%`.
         decode: `auto` lets a GPU decode JPEG tiles of slides too, `cpu` does not; see `RunConfig.decode`.
-        engine: Of the same settings, into whose model the weights are loaded; default is a new one.
+        engine: Engine with the same settings, whose model gets the weights; default is a new one.
 
     Returns:
         A predictor, in evaluation mode.
@@ -117,12 +117,12 @@ class Predictor:
     """Predicts images with one model.
 
     Args:
-        model: On its device.
-        config: With the model's patch, model and select sections.
-        tasks: What it predicts, in the order of its queries.
-        name: What predictions call it.
-        resolution: At which it was trained, where that is known.
-        engine: Of the model; default is one that computes in the model's precision.
+        model: The classifier, on its device.
+        config: Configuration with the model's sections `patch`, `model` and `select`.
+        tasks: Tasks of the model, in the order of its queries.
+        name: Name of the model in predictions.
+        resolution: Resolution of the training images, if known.
+        engine: Engine of the model; default is one that computes in the model's precision.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Predictor:
         self.engine = engine or Engine(model, config.select, config.run, warn=_warn)
         self.device, self.resolution = self.engine.device, resolution
         self._free: list[Engine] | None = None  # engines that no call uses; None before the first call
-        self.silent = False  # about doubts, where the user has been warned before
+        self.silent = False  # True: no warnings about doubts, which the user knows already
         self._told: set[str] = set()
 
     def predict(
@@ -155,7 +155,7 @@ class Predictor:
                 (h, w, 3), (h, w, 1) or (h, w), or a picture of Pillow.
             mpp: Microns per level-0 pixel, 0.02 ... 100, where the file does not state it or is wrong.
             mask: PNG or GeoJSON of the foreground, for a model of `patch.foreground mask`.
-            pictures: Whether the prediction carries a small picture of the image and of its kept patches.
+            pictures: Add a small picture of the image and of its kept patches to the prediction.
 
         Returns:
             Label, probabilities, kept patches and the score of every patch.
@@ -177,7 +177,7 @@ class Predictor:
         images = None
         if isinstance(image, str | Path):
             item = _item(image)
-            if not item.source.exists():  # the reader would wait for a share that may come back
+            if not item.source.exists():  # the reader would wait, as for a network share
                 raise ImageLost(item.source, "no such file. Check the path.")
         else:
             picture = image_in_memory(image)
@@ -193,12 +193,12 @@ class Predictor:
         left_out: Callable[[str, str], None] | None = None,
         masks: str | Path | None = None,
     ) -> Iterator[Prediction]:
-        """Predict many images, which share batches and are read ahead.
+        """Predict many images in batches that are read ahead.
 
         Args:
             paths: Image files, or files of stored features.
-            on_bad_image: "fail" raises at the first that cannot be read, "skip" leaves it out. An image may have a few
-                unreadable patches (`Config.unreadable`); they are in `Prediction.unreadable`.
+            on_bad_image: "fail" raises at the first image that cannot be read, "skip" leaves it out. An image may have
+                a few unreadable patches (`Config.unreadable`), which `Prediction.unreadable` lists.
             left_out: Called with the name and the reason of each image skipped.
             masks: Folder of masks by the images' names, for a model of `patch.foreground mask`.
 
@@ -233,13 +233,13 @@ class Predictor:
         """Predict rows of a manifest, in their order.
 
         Args:
-            items: What to predict.
-            engine: Of the model, planned by the caller; default is the predictor's own.
-            images: Opens the images.
+            items: Rows to predict.
+            engine: Engine of the model with a plan; default is the predictor's own.
+            images: Cache that opens the images.
             left_out: Called with each image that cannot be read and its error; default is to raise the error.
             on_chunk: Called with the number of patches after each chunk; may raise to stop.
-            description: Of the progress line; None shows no progress.
-            pictures: Returns whether a prediction is to carry pictures; default none does.
+            description: Text of the progress line; None shows no progress.
+            pictures: Returns True for a prediction that gets pictures; default is none.
 
         Yields:
             Each image with its prediction.
@@ -299,7 +299,7 @@ class Predictor:
 
     @contextmanager
     def _lent(self) -> Iterator[Engine]:
-        """Lend an engine that no other call uses. A model is measured once, and only where that matters."""
+        """Lend an engine that no other call uses at the same time; the first call plans the memory."""
         if self._free is None:
             self.engine.pace.options = PREDICTING_OPTIONS
             self.engine.plan = prediction_plan(self.engine.encoders, self.config)
@@ -313,7 +313,7 @@ class Predictor:
             self._free.append(engine)
 
     def _compile(self, engine: Engine, done: Inference, batches: int) -> None:
-        """Compile the encoder after the first batch where that saves time over the others, if they are like it."""
+        """Compile the encoder after the first batch if that saves time on the others, taken to be alike."""
         source = next((source for source in done.batch.sources if source is not None), None)
         expected = batches * sum(len(each) for each in done.batch.sources if each is not None)
         if source is not None and (choice := engine.choose_compile("auto", source.patch_shape, expected)).compile:
