@@ -8,6 +8,7 @@ second half attention learns too, and the random share falls to 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -61,13 +62,7 @@ class Choice:
             kept = [Kept(torch.empty(0, dtype=torch.long), torch.empty(0))] * len(batch.sources)
             share, places = 1.0, job.config.select.m
         else:
-
-            def note(row: int, finish: Callable[[], Kept]) -> None:
-                source = batch.sources[row]  # the last bits of a small image depend on its neighbours' chunks
-                if source is not None and is_alone(len(source), self._chunk):
-                    self.journal.add(row, finish())
-
-            kept = job.engine.select(batch, on_chunk=on_chunk, known=known, on_image=note)
+            kept = job.engine.select(batch, on_chunk=on_chunk, known=known, on_image=partial(self._note, batch))
             share, places = min(1.0, max(0.0, 2 * (1 - self._done(step)))), None
         if share == 0:
             return kept
@@ -77,6 +72,12 @@ class Choice:
             None if image is None or source is None else explore(image, len(source), share, generator, places=places)
             for image, source in zip(kept, batch.sources, strict=True)
         ]
+
+    def _note(self, batch: Batch, row: int, finish: Callable[[], Kept]) -> None:
+        """Add a large image to the journal; the last bits of a small one depend on the images that share its chunk."""
+        source = batch.sources[row]
+        if source is not None and is_alone(len(source), self._chunk):
+            self.journal.add(row, finish())
 
     def _done(self, step: int) -> float:
         """Return the finished share of the exploration."""

@@ -70,9 +70,6 @@ class Hooks:
         assert self._progress is not None
         self._progress.update(patches=patches, timer=self.job.engine.timer)
 
-    def before_learning(self) -> None:
-        self.job.engine.pace.after_pass()
-
     def progressed(self, images: int) -> None:
         """Show that a step on some images is done."""
         assert self._progress is not None

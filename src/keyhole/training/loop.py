@@ -134,7 +134,7 @@ class Loop:
                 bags = engine.fetch(batch, kept, together=True)
                 job.note_unreadable(items, batch)
                 if bags.rows:
-                    self.hooks.before_learning()
+                    engine.pace.after_pass()  # returns the memory of pass 1
                     loss = self.step([items[row] for row in bags.rows], bags)  # pass 2, and the optimizer's step
                     state.add_loss(loss, len(bags.rows))
                 state.advance(epoch.patches())
