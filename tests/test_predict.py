@@ -177,11 +177,19 @@ def test_an_image_is_predicted_the_same_alone_and_among_others(predictor: Predic
 def test_a_prediction_depends_neither_on_the_chunk_nor_on_the_threads(
     images: list[Path], chunk: int, threads: int
 ) -> None:
-    predictor = random_predictor(PatchConfig(size=16), SelectConfig(m=6, chunk=16))
+    predictor = random_predictor(PatchConfig(size=16), SelectConfig(m=8, chunk=16), heads=4)
+    with torch.no_grad():
+        predictor.model.pool.query.mul_(8)
     config = predictor.config.replace(select={"chunk": chunk}, run={"threads": threads})
     other = Predictor(predictor.model, config, predictor.tasks)
     for one, wanted in zip(other.predict_many(images), predictor.predict_many(images), strict=True):
         assert close(one, wanted, 1e-5)
+    published = [
+        Predictor(predictor.model, each.replace(select={"rule": "streaming"}), predictor.tasks)
+        for each in (predictor.config, config)
+    ]
+    kept = [[each.kept.index.tolist() for each in rule.predict_many(images)] for rule in published]
+    assert kept[0] != kept[1], "the published rule depends on the chunk, or this model could not tell"
 
 
 def test_evaluate_says_of_an_image_what_predict_says(predictor: Predictor, toy_run: Path, tmp_path: Path) -> None:
