@@ -94,7 +94,7 @@ class Engine:
         self.pace = Pace(plan, self.pace.warn, self.pace.options)
 
     def limit(self) -> AbstractContextManager[None]:
-        """Keep the process within the plan's budget inside."""
+        """Return a context in which the process keeps the budget of the plan."""
         return cap(self.plan, self.device)
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class Engine:
         return twin
 
     def weights_changed(self) -> None:
-        """Let the next pass without gradients use the weights that the model then has; `backward` does so itself."""
+        """Tell the engine that the model's weights have changed; not needed after `backward`."""
         self.encoders.fast.weights_changed()
 
     def choose_compile(self, setting: Setting, patch_shape: Sequence[int], expected: int) -> CompileChoice:
@@ -149,8 +149,8 @@ class Engine:
             on_chunk: called with the number of patches after each chunk; may raise to stop.
             known: what images keep that were selected before; their patches are not streamed.
             on_image: called with an image's number and a function that returns what it keeps, as soon as its last
-                patch has been scored. Under the rule "streaming", calling that function at once costs time, since
-                small images otherwise take their steps together.
+                patch has been scored. Under the rule "streaming" it is faster not to call that function before the
+                batch ends: small images are then ranked together.
 
         Returns:
             What each image keeps, on the host; None where the image could not be read. On a GPU the host waits for
@@ -194,7 +194,7 @@ class Engine:
             kept: of each image, as `select` returns it.
             together: put the pixels of all images into one block, from which they are copied straight to the device.
                 A caller that keeps the pixels of one image then keeps the whole block in memory.
-            hold: largest number of bytes of pixels that stay in host memory; `Bags.part` reads more each time.
+            hold: bytes of pixels that stay in host memory; `Bags.part` reads all others from the files at each call.
         """
         with self.timer.part("reading"):
             return fetch_bags(self.model, batch, kept, hold, together)

@@ -118,7 +118,7 @@ class Loop:
                 row["seconds"] = round(time.monotonic() - started, 2)
                 self.end_epoch(row)
                 log_row(row, state.epoch)
-            self.choice.journal.end()  # a process that is killed after saving the state leaves these files
+            self.choice.journal.end()  # a killed process may have left it and the next file
             (job.run.path / "validation.jsonl").unlink(missing_ok=True)
             predict_splits(job, self.interrupt)
             self.hooks.end()
