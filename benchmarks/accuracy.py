@@ -38,8 +38,8 @@ from accuracy_runs import (
     made,
     shortened,
 )
+from canvases import MNIST
 from machine import write_result
-from megapixel_mnist import has_mnist
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def table(wanted: list[Training]) -> list[str]:
 
 def described(study: Study) -> str:
     counts = ", ".join(f"{count:,} {split}" for split, count in study.counts.items())
-    source = "" if study.name == "demo" or has_mnist() else "; scikit-learn's digits in MNIST's place"
+    source = "" if study.name == "demo" or MNIST.is_dir() else "; scikit-learn's digits in MNIST's place"
     return f"{study.about}; {counts} images{source}"
 
 

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from canvases import write_canvases
 from digit_encoder import write_encoder
 from machine import cores
-from megapixel_mnist import write_canvases
 
 from keyhole.datasets.digits import make_digits
 
@@ -172,7 +172,7 @@ def write_images(training: Training) -> None:
         train, val, test = (training.study.counts[split] for split in ("train", "val", "test"))
         make_digits(training.data.parent, train=train, val=val, test=test, seed=training.seed)
     else:
-        write_canvases(training.data.parent, training.study.counts)
+        write_canvases(training.data.parent, noise_pen="thick", **training.study.counts)
 
 
 def make(training: Training, threads: int, device: str) -> str:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megapixel_mnist import SIDE, Digits, draw_noise, source_digits
+from canvases import digits as split_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from keyhole.datasets.megapixel_mnist import thick_stroke
+from keyhole.datasets.mnist import SIDE, Digits
 from keyhole.nn import SmallEncoder
 from keyhole.util.files import atomic_file
 
@@ -32,8 +34,8 @@ def write_encoder(path: Path, width: int, steps: int, seed: int = 0) -> None:
     from safetensors.torch import save
 
     rng = np.random.default_rng(seed)
-    digits = source_digits()["train"]
-    noise = np.stack([draw_noise(rng) for _ in range(2000)])
+    digits = split_digits()["train"]
+    noise = np.stack([thick_stroke(rng) for _ in range(2000)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = SmallEncoder(1, width)

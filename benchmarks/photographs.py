@@ -181,7 +181,7 @@ class Ours(Epochs):
                 },
                 "patch": {"size": patch, "stride": patch},
                 "model": {"pretrained": False, "stages": options.stages},
-                "train": {"batch": options.batch},
+                "train": {"batch": options.batch, "watch": "val"},
                 "run": {"device": options.device, "compile": options.compile},
             },
             recipe="traffic",

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from canvases import digits as split_digits
 from einops import rearrange
-from megapixel_mnist import draw_canvas, source_digits
 from selection_settings import Setting
 from torch import Tensor, nn
 
+from keyhole.datasets.megapixel_mnist import MegapixelMnist
 from keyhole.nn import CrossAttentionPool, FeatureProjector, IndexPosition, IPSClassifier, TimmEncoder
 from keyhole.tasks.kinds import Task
 
@@ -125,10 +126,11 @@ def make_inputs(setting: Setting, device: torch.device, seed: int = 0) -> Inputs
 def canvases(setting: Setting, seed: int) -> Tensor:
     """Patches (b n h w 1) of drawn Megapixel MNIST canvases, in raster order."""
     rows = math.isqrt(setting.n)
-    digits = source_digits()["test"]
+    size, digits = rows * setting.size, split_digits()["test"]
+    data = MegapixelMnist(size, noise_pen="thick", seed=seed)
+    patterns = data.patterns("test")
     drawn = [
-        torch.from_numpy(draw_canvas(np.random.default_rng([seed, image]), digits, rows * setting.size)[0])
-        for image in range(setting.b)
+        torch.from_numpy(data.canvas("test", image, digits, patterns).rows(0, size, size)) for image in range(setting.b)
     ]
     return rearrange(drawn, "b (r h) (q w) -> b (r q) h w 1", h=setting.size, w=setting.size)
 

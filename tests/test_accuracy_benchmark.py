@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from keyhole.cli.options import read
@@ -15,48 +14,8 @@ from keyhole.cli.train import TrainOptions
 Benchmark = Callable[[str], Any]
 
 
-def test_labels_of_a_canvas_follow_from_where_its_digits_are(benchmark: Benchmark) -> None:
-    mnist = benchmark("megapixel_mnist")
-    # a digit is a square of one grey below that of any line, so that it can be found again
-    pixels = np.broadcast_to(100 + np.arange(10, dtype=np.uint8)[:, None, None], (10, 28, 28))
-    digits = mnist.Digits(pixels, np.arange(10))
-    whole = 28 * 28
-    for seed in range(5):
-        canvas, (majority, largest, top, present) = mnist.draw_canvas(np.random.default_rng(seed), digits, 1500)
-        found = {digit: np.argwhere(canvas == 100 + digit) for digit in range(10)}
-        # noise is drawn smoothly: single pixels of a line's edge may have a digit's grey, a whole square never has
-        shown = {digit: len(places) // whole for digit, places in found.items()}
-        assert sorted(shown.values()) == [0] * 7 + [1, 1, 3], "five digits, none covered by another or by noise"
-        assert shown[majority] == 3
-        assert largest == max(digit for digit, count in shown.items() if count)
-        assert present == "|".join(str(digit) for digit, count in shown.items() if count)
-        assert top == first_from_above(canvas, [digit for digit, count in shown.items() if count])
-
-
-def first_from_above(canvas: np.ndarray, digits: list[int]) -> int:
-    """The digit whose full-width row comes first."""
-    rows = {digit: int(np.argmax((canvas == 100 + digit).sum(axis=1) >= 28)) for digit in digits}
-    return min(rows, key=lambda digit: rows[digit])
-
-
-def test_the_same_seed_gives_the_same_canvases(
-    benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mnist = benchmark("megapixel_mnist")
-    monkeypatch.setattr(mnist, "MNIST", tmp_path / "none")  # the digits that the package carries are there everywhere
-    written = [mnist.write_canvases(tmp_path / name, {"train": 2, "test": 1}, 500) for name in ("one", "two")]
-    assert written[0].read_text() == written[1].read_text()
-    names = sorted(path.name for path in (tmp_path / "one" / "images").iterdir())
-    assert len(names) == 3
-    for name in names:
-        one, two = ((tmp_path / folder / "images" / name).read_bytes() for folder in ("one", "two"))
-        assert one == two
-
-
-def test_splits_share_no_handwriting(benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    mnist = benchmark("megapixel_mnist")
-    monkeypatch.setattr(mnist, "MNIST", tmp_path / "none")
-    digits = mnist.source_digits()
+def test_splits_share_no_handwriting(benchmark: Benchmark, tmp_path: Path) -> None:
+    digits = benchmark("canvases").digits(tmp_path / "none")
     seen = {split: {each.tobytes() for each in part.pixels} for split, part in digits.items()}
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["val"]

@@ -18,7 +18,7 @@ from conftest import Say
 from PIL import Image
 from processes import run_process
 
-from keyhole.cli.main import VERBS, main
+from keyhole.cli.main import VERBS, main, module_of
 from keyhole.cli.options import flags_of
 from keyhole.config.file import leaves, load_config, recipes
 from keyhole.config.settings import Config
@@ -100,7 +100,7 @@ def test_help_of_train_shows_what_matters_and_help_all_every_option(say: Say) ->
 
 @pytest.mark.parametrize("verb", ["train", "check", "init", "embed", "bench speed"])
 def test_what_a_verb_calls_essential_or_idle_are_options_it_takes(verb: str, say: Say) -> None:
-    module = import_module(f"keyhole.cli.{verb.replace(' ', '_')}")
+    module = import_module(module_of(verb))
     (kind,) = [
         each
         for each in vars(module).values()
@@ -296,7 +296,7 @@ def test_default_is_under_recipe_is_under_file_is_under_flags(say: Say) -> None:
     Path("c.yaml").write_text("select: {m: 7, chunk: 8}\nrun: {ahead: 9}\n")
     words = ["train", "data", "--select.m", "5", "--config", "c.yaml", "--recipe", "traffic"]
     config = printed(say, *words)
-    assert config["select"] == {"m": 5, "chunk": 8, "rule": "streaming"}  # flag, file, recipe
+    assert config["select"] == {"m": 5, "chunk": 8, "rule": "streaming", "order": "shuffled"}  # flag, file, recipe
     assert (config["run"]["ahead"], config["run"]["stall"]) == (9, 120.0)  # file, default
     assert config["data"]["path"] == "data"
     assert printed(say, "train", "--select.m", "32", "--recipe", "traffic")["select"]["m"] == 32  # a default as a flag

@@ -18,7 +18,7 @@ import yaml
 from conftest import write_toy
 from safetensors import safe_open
 
-from keyhole.cli.main import VERBS
+from keyhole.cli.main import VERBS, module_of
 from keyhole.cli.options import Options, flags_of, parse
 from keyhole.config.file import leaves, recipes
 from keyhole.config.settings import Config
@@ -26,7 +26,6 @@ from keyhole.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-ACTIONS = [verb.replace(" ", "_") for verb in VERBS]
 GROUPS = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
 PERFORMANCE = ROOT / "docs" / "performance.md"
 LONG = '"epochs": 30'  # what a reader should type, and a test has no time for
@@ -184,7 +183,7 @@ def command_lines(text: str) -> Iterator[tuple[str, bool]]:
 
 def options_of(verb: str) -> type[Options]:
     """The model that a verb's options make."""
-    module = import_module(f"keyhole.cli.{verb}")
+    module = import_module(module_of(verb))
     (kind,) = (
         found
         for name, found in vars(module).items()
@@ -200,8 +199,8 @@ def wrong_with(line: str, typed: bool) -> str | None:
     if verb == "VERB" or verb.startswith("--"):
         return None
     if verb in GROUPS and words and words[0] != "KIND" and not words[0].startswith("-"):
-        verb, words = f"{verb}_{words[0]}", words[1:]
-    if verb not in (*GROUPS, *ACTIONS):
+        verb, words = f"{verb} {words[0]}", words[1:]
+    if verb not in (*GROUPS, *VERBS):
         return f"no verb {verb}"
     if "--help" in words or verb in GROUPS:
         return None
@@ -240,7 +239,7 @@ def test_a_command_line_that_would_not_work_is_found() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_every_option_that_is_named_by_itself_exists_for_some_verb(document: Path) -> None:
     known = {
-        f"--{flag}" for verb in ACTIONS for each in flags_of(options_of(verb)) for flag in (each.name, each.pair)
+        f"--{flag}" for verb in VERBS for each in flags_of(options_of(verb)) for flag in (each.name, each.pair)
     } | {
         "--help",
         "--help-all",
@@ -271,7 +270,7 @@ def test_every_recipe_is_in_the_list_of_recipes() -> None:
 
 def test_the_command_line_page_names_every_verb() -> None:
     text = (ROOT / "docs" / "command-line.md").read_text()
-    assert not [verb for verb in ACTIONS if f"### `keyhole {verb.replace('_', ' ', 1)}" not in text]
+    assert not [verb for verb in VERBS if f"### `keyhole {verb}" not in text]
 
 
 def test_the_changelog_has_the_version_of_the_package() -> None:

@@ -32,7 +32,6 @@ MODULES = (
     "on_gpu.harness",
     "on_gpu.result",
     "machine",
-    "published_canvases",
     "repeated_slide",
 )
 ONLY_ON_A_GPU = {"slides.reserved", "slides.allocated", "slides.ratio"}
@@ -288,27 +287,6 @@ def test_a_repeated_slide_has_all_its_patches_and_hands_them_over_as_jpeg(bench:
     assert encoded is not None
     assert all(encoded)
     source.close()
-
-
-def test_canvases_of_the_published_construction_show_what_their_labels_say(bench: Any) -> None:
-    """Each digit is a square of the value of its class, so that the canvas can be read."""
-    module = bench.published_canvases
-    labels = np.repeat(np.arange(10), 20)
-    digits = module.Digits(np.uint8(np.broadcast_to(labels[:, None, None] + 1, (200, 28, 28))), labels)
-    patterns = module.draw_patterns(np.random.default_rng(0))
-    assert patterns.shape == (50, 28, 28)
-    assert patterns[patterns > 0].min() >= 204, "values are 0.8 to 1"
-    assert (patterns > 0).sum(axis=(1, 2)).max() <= 2 * module.POINTS
-    for seed in range(5):
-        canvas, said = module.draw_canvas(np.random.default_rng(seed), digits, patterns, 400)
-        shown = {int(value) - 1: (canvas == value).sum() // 28**2 for value in np.unique(canvas) if 0 < value <= 10}
-        assert sum(shown.values()) == 5, "none covers another"
-        assert shown[said[0]] == 3
-        assert said[1] == max(shown)
-        first = next(value for value in canvas.ravel() if 0 < value <= 10)
-        assert said[2] == first - 1, "the first digit from above"
-        assert said[3] == "|".join(map(str, sorted(shown)))
-        assert set(np.unique(canvas)) <= {0, *range(1, 11), *np.unique(patterns)}, "noise is of the split's patterns"
 
 
 def test_what_a_gpu_is_asked_for_is_valid(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, csv_rows, settings, small_files, write_toy
+from conftest import SMALL, Say, csv_rows, settings, small_files, write_toy
 from safetensors.torch import load_file, save_file
 
 import keyhole
@@ -19,6 +20,7 @@ from keyhole.config.settings import AugmentConfig, Config, TrainConfig
 from keyhole.errors import ImageError, NonFiniteLoss, OutputError
 from keyhole.inference.evaluate import evaluate
 from keyhole.runs.checkpoint import write_tensors
+from keyhole.runs.run import find_run
 from keyhole.training.augment import color_matrix, draw
 from keyhole.training.schedule import learning_rate
 from keyhole.training.setup import new_model, new_optimizer
@@ -198,6 +200,42 @@ def test_the_rate_warms_up_and_falls_to_its_end() -> None:
     assert all(a < b for a, b in pairwise(rates[: peak + 1]))
     assert all(a > b for a, b in pairwise(rates[peak:]))
     assert learning_rate(config, 50, 5) == pytest.approx(0.01)
+
+
+def test_the_rate_is_the_published_one() -> None:
+    """lr s / W while s < W, then lr (q + 0.001 (1 - q)) with q = (1 + cos(pi (s - W) / (S - W))) / 2."""
+    config = Config(train=TrainConfig(epochs=150, lr=3e-4, warmup=10, final_lr=0.001))
+    steps = 47
+    w, total = 10 * steps, 150 * steps
+    for s in (1, 2, w - 1, w, w + 1, total // 2, total - 1, total):
+        q = (1 + math.cos(math.pi * (s - w) / (total - w))) / 2
+        expected = 3e-4 * s / w if s < w else 3e-4 * (q + 0.001 * (1 - q))
+        assert learning_rate(config, s - 1, steps) == pytest.approx(expected, rel=1e-12)
+
+
+def test_everything_decays_where_all_is_asked_for(toy_run: Path) -> None:
+    config = load_config(toy_run / "config.yaml").replace(train={"decay": "all"})
+    model = new_model(config, keyhole.load(toy_run).tasks, torch.device("cpu"))
+    groups = new_optimizer(config, model).param_groups
+    assert {group["weight_decay"] for group in groups} == {config.train.weight_decay}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_the_test_split_can_be_watched_and_then_chooses_nothing(toy: Path, tmp_path: Path, say: Say) -> None:
+    words = "--patch.size 16 --model.width 8 --model.heads 2 --select.m 4 --train.warmup 0 --run.threads 2".split()
+    code, out, err = say("train", toy, *words, "--train.epochs", "3", "--train.watch", "test", "--out", "run")
+    assert code == 0, err
+    run = find_run(tmp_path / "run")
+    assert run.best["epoch"] == 3
+    assert all(0 <= row["test.label.auroc"] <= 1 and "val.loss" not in row for row in run.metrics)
+    assert "the last epoch is kept" in out + err
+    assert "test loss" in out + err
+    code, out, err = say("train", toy, *words, "--train.watch", "test", "--train.patience", "2", "--out", "other")
+    assert code == 2
+    assert "train.patience (=2) would choose by the test split" in err
+    code, out, err = say("train", toy, *words, "--data.test", "0", "--train.watch", "test", "--out", "other")
+    assert code == 2
+    assert f"train.watch test: {toy} has no test images" in err
 
 
 def test_norms_and_biases_are_not_decayed_and_the_encoder_has_its_rate(toy_run: Path) -> None:

@@ -7,8 +7,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from megapixel_mnist import MNIST
-from published_canvases import write_published
+from canvases import MNIST, write_canvases
 
 from keyhole.config.file import resolve
 from keyhole.config.settings import Config
@@ -59,7 +58,7 @@ class Timed(Loop):
 
     def accuracy(self, row: dict[str, float], task: str) -> float:
         return next(
-            (row[key] for key in (f"val.{task}.accuracy", f"val.{task}.exact_match") if key in row), float("nan")
+            (row[key] for key in (f"test.{task}.accuracy", f"test.{task}.exact_match") if key in row), float("nan")
         )
 
 
@@ -77,7 +76,8 @@ def digits(bench: Bench) -> None:
 def train_some(bench: Bench) -> None:
     """An epoch on a few canvases: what it compiles lies in torch's cache on disk afterwards."""
     count, folder = 16 if bench.dry else 64, bench.scratch / "few-canvases"
-    manifest = write_published(folder, {"train": count}, 200 if bench.dry else SIDE, mnist=bench.mnist or MNIST)
+    size = 300 if bench.dry else SIDE
+    manifest = write_canvases(folder, bench.mnist or MNIST, size=size, train=count, test=1)
     config = settings(bench, manifest)
     config = config.replace(out=folder / "run", train={"epochs": 1, "warmup": 0})
     start = time.monotonic()
@@ -89,7 +89,7 @@ def settings(bench: Bench, manifest: Path) -> Config:
     """The recipe `megapixel-mnist` with the epochs of the run that it is compared with."""
     kinds = [f"{task}={'multilabel' if task == 'multi' else 'multiclass'}" for task in TASKS]
     changed: dict[str, dict[str, object]] = {
-        "data": {"path": str(manifest), "tasks": kinds, "val": 0.0, "test": 0.0},
+        "data": {"path": str(manifest), "tasks": kinds},
         "train": {"epochs": 2 if bench.dry else EPOCHS, "warmup": 1 if bench.dry else WARMUP},
         "run": {"device": str(bench.device), "compile": "off" if bench.dry else "on"},
     }

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megapixel_mnist import MNIST
+from canvases import MNIST, write_canvases
 from photographs import write_scenes
-from published_canvases import write_published
 
 from on_gpu.bench import Bench
 from on_gpu.slides import write_slide
@@ -30,8 +29,5 @@ def write_photographs(bench: Bench) -> tuple[Path, str, int]:
 
 def write_digits(bench: Bench) -> Path:
     """The manifest of the published construction, 5,000 canvases to learn from and 1,000 to measure on."""
-    folder = bench.scratch / "canvases"
-    if (folder / "manifest.csv").exists():
-        return folder / "manifest.csv"
-    counts = {"train": 60, "val": 4} if bench.dry else {"train": 5000, "val": 1000}
-    return write_published(folder, counts, 200 if bench.dry else SIDE, mnist=bench.mnist or MNIST)
+    sizes = {"size": 300, "train": 60, "test": 4} if bench.dry else {"size": SIDE, "train": 5000, "test": 1000}
+    return write_canvases(bench.scratch / "canvases", bench.mnist or MNIST, **sizes)

@@ -28,6 +28,7 @@ VERBS = {
     "embed": "every patch of every image through an encoder once, into files of features to train on",
     "predict": "labels of images, and what they rest on",
     "data slides": "write labelled slides of generated tissue, of any size, to try keyhole on",
+    "data megapixel-mnist": "draw canvases with handwritten digits among noise, as published, of any size",
     "data camelyon16": "make a manifest of the published CAMELYON16 tree, and say what is missing in it",
     "bench speed": "measure training steps beside the encoder alone, and where the time goes",
     "doctor": "try every reader and one training step on this machine",
@@ -67,10 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explain(error)
 
 
+def module_of(verb: str) -> str:
+    """Return the module that runs a verb."""
+    return f"keyhole.cli.{verb.replace(' ', '_').replace('-', '_')}"
+
+
 def _dispatch(arguments: list[str]) -> int:
     for count in (1, 2):
         if " ".join(arguments[:count]) in VERBS:
-            code: int = import_module(f"keyhole.cli.{'_'.join(arguments[:count])}").run(arguments[count:])
+            code: int = import_module(module_of(" ".join(arguments[:count]))).run(arguments[count:])
             return code
     first = arguments[0] if arguments else ""
     if first in ("--version", "-V"):

@@ -12,8 +12,8 @@ SCRATCH_LR, PRETRAINED_LR = 1e-3, 3e-4
 def _automatic(config: Config, features: bool) -> tuple[dict[str, float], str]:
     """Return the numbers for `lr` and `explore` that are `auto`, and the reason. Random weights give random scores."""
     model, train = config.model, config.train
-    if features or model.pretrained or model.weights is not None:
-        start = f"the encoder starts from {'pretrained' if model.pretrained else 'given'} weights"
+    if features or model.learned_before:
+        start = f"the encoder starts from {'pretrained' if model.imagenet else 'given'} weights"
         found, why = {"lr": PRETRAINED_LR, "explore": 0.0}, "the data are stored features" if features else start
     else:
         found = {"lr": SCRATCH_LR, "explore": round(train.epochs / 2, 1)}

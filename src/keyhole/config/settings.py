@@ -55,6 +55,8 @@ Channels = Annotated[Literal[1, 3], BeforeValidator(_not_bool)]
 Auto = Literal["auto"]
 Bits = Annotated[Literal[8, 9, 10, 11, 12, 13, 14, 15, 16], BeforeValidator(_not_bool)]
 """Bits in use of a value that is stored in 16."""
+PACKAGED = ("lite0",)
+"""Encoders whose ImageNet weights are installed with keyhole."""
 FIXED_CHUNK_RULES = ("streaming",)
 """Selection rules whose result depends on how many patches are scored at a time."""
 Decode = Literal["auto", "cpu"]
@@ -138,8 +140,8 @@ class ModelConfig(Settings):
     """Encoder, attention pool and position code."""
 
     encoder: Encoder = "small"
-    """`small` (ours, fast on small machines) or any timm name, such as `resnet18` or `tf_efficientnet_lite0`. Stored
-    features need none: they are projected to `dim`."""
+    """`lite0` (EfficientNet-Lite0 with ImageNet weights, installed with keyhole), `small` (ours, from random weights,
+    for small machines) or any timm name, such as `resnet18`. Stored features need none: they are projected to `dim`."""
     dim: Positive = 512
     """Width that stored features are projected to (LayerNorm, Linear, BatchNorm, ReLU), as published for CAMELYON16."""
     feature_width: Positive | None = None
@@ -158,7 +160,7 @@ class ModelConfig(Settings):
     """Keep only the first stages of a timm encoder (the paper's Megapixel MNIST uses 2 of ResNet-18); for `small`,
     halvings after the first convolution, default 2."""
     pretrained: Switch = False
-    """Download timm's pretrained weights. Off: nothing is downloaded without being asked for."""
+    """Download timm's pretrained weights. Off: nothing is downloaded without being asked for; `lite0` has its own."""
     weights: Location | None = None
     """Weights for the encoder: a run, whose best model's encoder is taken, or a safetensors file."""
     freeze: Switch = False
@@ -173,6 +175,16 @@ class ModelConfig(Settings):
     """Dropout of attention weights, as in the paper."""
     position: Literal["none", "1d", "2d"] = "none"
     """Position code: none, sinusoidal over the patch index (as published), or over patch coordinates."""
+
+    @property
+    def imagenet(self) -> bool:
+        """Whether the encoder starts from ImageNet weights: timm's, or those of a package."""
+        return self.weights is None and (self.pretrained or self.encoder in PACKAGED)
+
+    @property
+    def learned_before(self) -> bool:
+        """Whether the encoder starts from weights that were learned before, not from random ones."""
+        return self.imagenet or self.weights is not None
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> Self:
@@ -196,6 +208,14 @@ class SelectConfig(Settings):
     method under `streaming`, where it must be given; under `global` the result does not depend on it."""
     rule: Literal["global", "streaming"] = "global"
     """`global` does not depend on order or chunk size; `streaming` is the published rule."""
+    order: Literal["file", "shuffled"] = "file"
+    """Order in which `streaming` sees the patches. `shuffled` is the published one, anew for each training step and
+    alike for its images; files that are not decoded into memory are then read slowly."""
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether patches are looked at in a random order; `global` does not depend on it."""
+        return self.order == "shuffled" and self.rule in FIXED_CHUNK_RULES
 
     @model_validator(mode="after")
     def _streaming_has_a_chunk(self) -> Self:
@@ -220,7 +240,9 @@ class TrainConfig(Settings):
     encoder_lr: NotNegativeFloat = 1.0
     """The encoder's rate as a multiple of `lr`; below 1 spares pretrained weights."""
     weight_decay: NotNegativeFloat = 0.1
-    """AdamW's decay, on matrices only (not on norms and biases)."""
+    """AdamW's decay."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What decays: `matrices`, or `all` weights, norms and biases too, as in the published code."""
     warmup: NotNegativeFloat = 1.0
     """Epochs of linear warm-up; selection is near random at first, so large first steps hurt."""
     final_lr: Fraction = 0.001
@@ -241,10 +263,26 @@ class TrainConfig(Settings):
     """Validation metric that names the best model: `loss`, `TASK.METRIC` or `METRIC` (mean over the tasks where it is
     defined); `auto` is `auroc` where all tasks have classes, `mae` for one regression task, else `loss`, also where
     kinds are mixed."""
+    watch: Literal["val", "test"] = "val"
+    """Split whose metrics are computed after each epoch. `val` names the best model. `test` names none: the last epoch
+    is the model, as in the published code."""
     patience: NotNegative = 0
     """Stop after this number of epochs without a better validation metric; 0 never stops early."""
     seed: NotNegative = 0
     """Same seed, same run (on CPU, to the bit)."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that a run opens."""
+        return ("train", "val") if self.watch == "val" else ("train", "val", "test")
+
+    @model_validator(mode="after")
+    def _chooses_on_val(self) -> Self:
+        if self.watch == "test" and self.patience:
+            raise Contradiction(
+                f"train.patience (={self.patience}) would choose by the test split (train.watch test): drop one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warms_up(self) -> Self:

@@ -36,7 +36,7 @@ from keyhole.engine.opening import open_reader
 from keyhole.engine.scoring import ChunkScorer, timed
 from keyhole.engine.split import bags_of, split_backward
 from keyhole.engine.to_device import Stager, prefetched
-from keyhole.loading import Batch, OnError, Opener, Reader
+from keyhole.loading import Batch, OnError, Opener, Reader, Shuffled
 from keyhole.nn import IPSClassifier, Kept, Selector
 from keyhole.nn.tensors import on_device
 from keyhole.util.tf32 import tf32
@@ -239,6 +239,8 @@ class Engine:
             batches: openers of each batch.
             on_error, keep_logits, on_chunk: as in `stream` and `select`.
         """
+        if self.settings.shuffles:  # alike for all, so that a result depends on no other image
+            batches = [[Shuffled(opener, (0,)) for opener in openers] for openers in batches]
         for batch in self.stream(batches, on_error):
             kept = self.select(batch, keep_logits=keep_logits, on_chunk=on_chunk)
             bags = self.fetch(batch, kept)

@@ -205,13 +205,13 @@ def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
 
 def _encoder(config: Config, device: torch.device) -> IPSClassifier:
     model = config.model
-    if not model.pretrained and model.weights is None:
+    if not model.learned_before:
         raise ConfigError(
             f"encoder {model.encoder}: where are its weights? Give --weights FILE (safetensors), or --pretrained to "
             "download timm's"
         )
     try:
-        encoder = build_encoder(model, model.pretrained)
+        encoder = build_encoder(model)
         if model.weights is not None:
             load_encoder(encoder, model.weights)
     except ValueError as error:

@@ -9,5 +9,6 @@ from keyhole.loading.chunks import Chunk as Chunk
 from keyhole.loading.chunks import Delivery as Delivery
 from keyhole.loading.chunks import FetchOnly as FetchOnly
 from keyhole.loading.chunks import Opener as Opener
+from keyhole.loading.chunks import Shuffled as Shuffled
 from keyhole.loading.reader import Reader as Reader
 from keyhole.loading.stream import OnError as OnError

@@ -110,10 +110,10 @@ class PixelCache:
         self._confirmed: list[NDArray[np.bool_]] = [np.zeros(length, np.bool_) for length in lengths]
 
     def put(self, image: int, index: Index, pixels: Array) -> None:
-        """Store consecutive patches; called on reading threads, each with its own patches."""
+        """Store patches; called on reading threads, each with its own patches."""
         rows = self._pixels[image]
-        if rows is not None and len(index):
-            rows[int(index[0]) : int(index[0]) + len(index)] = pixels
+        if rows is not None:
+            rows[index] = pixels
 
     def confirm(self, image: int, index: Index) -> None:
         """Let `take` return these patches from now on."""

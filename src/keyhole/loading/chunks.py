@@ -6,6 +6,8 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from keyhole.loading.buffers import Array, Copied
 from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource, View
@@ -35,6 +37,25 @@ class FetchOnly:
 
     def __call__(self) -> PatchSource:
         return self.opener()
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Opens an image whose patches come in a random order: the same order for equal seeds and as many patches."""
+
+    opener: Opener
+    seed: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.opener.name
+
+    def __call__(self) -> PatchSource:
+        return self.opener()
+
+    def order(self, count: int) -> Index:
+        """Return the indices of `count` patches in the order in which they come."""
+        return np.random.default_rng([*self.seed, count]).permutation(count)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from keyhole.errors import ConfigError
 from keyhole.loading.batch import MIN_TASK_PATCHES, Batch
 from keyhole.loading.buffers import Allocate, SpareBuffers
-from keyhole.loading.chunks import Delivery, Opener, pack
+from keyhole.loading.chunks import Delivery, Opener, Shuffled, pack
 from keyhole.loading.reading import Planned, Reading
 from keyhole.loading.stream import LOST, OnError, SharedReading, Stream
 from keyhole.util.threads import ReadingThreads
@@ -213,6 +213,9 @@ def _plan_chunks(stream: Stream, batch: Batch) -> None:
     with stream.threads.lock:
         batch.cache = stream.new_cache(streamed, unwanted)
     lengths = [0 if source is None else len(source) for source in batch.sources]
+    orders = {
+        slot.image: slot.opener.order(lengths[slot.image]) for slot in batch.slots if isinstance(slot.opener, Shuffled)
+    }
     for packed in pack(lengths, stream.chunk):
         # Chunks are cut as if all images were streamed, so that an image that is not streamed changes no other's.
         segments = [segment for segment in packed if streamed[segment.image]]
@@ -227,6 +230,7 @@ def _plan_chunks(stream: Stream, batch: Batch) -> None:
             slot = batch.slots[image]
             for first in range(start, stop, run):
                 index = np.arange(first, min(first + run, stop), dtype=np.int64)
+                index = orders[image][index] if image in orders else index
                 if slot.handle is not None:  # else it has failed meanwhile
                     rows = buffer[row : row + len(index)]
                     planned.readings.append(Reading(stream, slot, index, rows, batch.cache))

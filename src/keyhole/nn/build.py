@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from keyhole.config.settings import ModelConfig
+from keyhole.config.settings import PACKAGED, ModelConfig
 from keyhole.errors import ConfigError
 from keyhole.nn.attention import CrossAttentionPool
 from keyhole.nn.classifier import IPSClassifier
 from keyhole.nn.encoder import FeatureProjector, SmallEncoder, TimmEncoder
+from keyhole.nn.packaged import Lite0Encoder, lite0_weights
 from keyhole.nn.position import CenterPosition, IndexPosition
+from keyhole.nn.weights import check_pretrained
 from keyhole.tasks.kinds import Task
 
 
@@ -18,36 +20,37 @@ def build_classifier(
     model: ModelConfig,
     tasks: Sequence[Task],
     patch_size: int,
-    pretrained: bool | None = None,
+    pretrained: bool = True,
 ) -> IPSClassifier:
     """Build the classifier of a configuration, with fresh weights.
 
-    Args:
-        model: encoder, pool and position code; with `feature_width` the encoder is a projector of stored features.
-        tasks: each gets one query and one linear head.
-        patch_size: side of a patch in pixels; the unit of the 2-D position code.
-        pretrained: overrides `model.pretrained`; False when weights are loaded afterwards.
+        Args:
+            model: encoder, pool and position code; with `feature_width` the encoder is a projector of stored features.
+            tasks: each gets one query and one linear head.
+            patch_size: side of a patch in pixels; the unit of the 2-D position code.
+            pretrained: load the ImageNet weights that the settings ask for; off when others are loaded afterwards.
 
-    Returns:
-        The classifier, in training mode.
+        Returns:
+            The classifier, in training mode.
 
-    Raises:
-        ConfigError: timm does not know the encoder, or the widths do not fit.
+        Raises:
+            ConfigError: timm does not know the encoder, or the widths do not fit.
 
-    Example:
-        >>> from keyhole.config.settings import ModelConfig
-        >>> from keyhole.tasks.kinds import Task
-        >>> tasks = [Task("tumor", "binary", ("no", "yes"))]
-        >>> model = build_classifier(ModelConfig(width=8, heads=2), tasks, patch_size=32)
-        >>> model(torch.rand(2, 5, 3, 32, 32))["tumor"].shape
-        torch.Size([2, 1])
+        Example:
+            >>> from keyhole.config.settings import ModelConfig
+            >>> from keyhole.nn.weights import check_pretrained
+    from keyhole.tasks.kinds import Task
+            >>> tasks = [Task("tumor", "binary", ("no", "yes"))]
+            >>> model = build_classifier(ModelConfig(width=8, heads=2), tasks, patch_size=32)
+            >>> model(torch.rand(2, 5, 3, 32, 32))["tumor"].shape
+            torch.Size([2, 1])
     """
     try:
         encoder: nn.Module
         if model.feature_width is not None:
             encoder, dim = FeatureProjector(model.feature_width, model.dim), model.dim
         else:
-            encoder = build_encoder(model, model.pretrained if pretrained is None else pretrained)
+            encoder = build_encoder(model, pretrained)
             dim = embedding_width(encoder, model, patch_size)
         pool = CrossAttentionPool(
             dim,
@@ -95,8 +98,19 @@ def embedding_width(encoder: nn.Module, model: ModelConfig, patch_size: int) -> 
     return int(embedding.shape[1])
 
 
-def build_encoder(model: ModelConfig, pretrained: bool) -> SmallEncoder | TimmEncoder:
-    """Build the encoder `small` of this package, or timm's of any other name."""
+def check_imagenet(model: ModelConfig) -> None:
+    """Raise ConfigError unless the ImageNet weights that the settings ask for, if any, are within reach."""
+    if model.imagenet and model.encoder in PACKAGED:
+        lite0_weights()
+    elif model.imagenet:
+        check_pretrained(model.encoder)
+
+
+def build_encoder(model: ModelConfig, pretrained: bool = True) -> SmallEncoder | TimmEncoder:
+    """Build the encoder `small` or `lite0` of this package, or timm's of any other name."""
+    pretrained = pretrained and model.imagenet
     if model.encoder == "small":
         return SmallEncoder(model.channels, model.width, stages=model.stages or 2)
+    if model.encoder == "lite0":
+        return Lite0Encoder(model.channels, pretrained, model.stages)
     return TimmEncoder(model.encoder, model.channels, pretrained, model.stages)

@@ -177,14 +177,14 @@ def what_to_try(learning: Learning, config: Config | None) -> list[str]:
     model, train, found = config.model, config.train, []
     lr = number(train.lr, "train.lr")
     if learning.learned is False:
-        if model.feature_width is None and not model.pretrained and model.weights is None:
+        if model.feature_width is None and not model.learned_before:
             if not train.explore:
                 found.append(
                     f"--train.explore {max(1, train.epochs // 2)}, so that the encoder learns before it selects"
                 )
             if lr < SCRATCH_LR:
                 found.append(f"--train.lr {SCRATCH_LR:g}, a rate for encoders that start from random weights")
-            found.append("pretrained weights: --model.encoder resnet18 --model.pretrained, or --model.weights FILE")
+            found.append("pretrained weights: --model.encoder lite0, or --model.weights FILE")
         else:
             found.append(f"another rate than --train.lr {lr:g}, such as {lr / 3:.1g} or {lr * 3:.1g}")
         found.append(f"more epochs: --train.epochs {max(2 * train.epochs, 30)}")

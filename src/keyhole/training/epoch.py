@@ -16,7 +16,7 @@ import torch
 from keyhole.config.auto import number
 from keyhole.data.item import Item
 from keyhole.errors import DataError
-from keyhole.loading import Batch, FetchOnly, Opener
+from keyhole.loading import Batch, FetchOnly, Opener, Shuffled
 from keyhole.loading.chunks import is_alone
 from keyhole.nn import Kept, explore
 from keyhole.runs.journal import SelectionJournal
@@ -116,6 +116,8 @@ class Epoch:
         known = self.choice.known(state.step, self.batches[0]) if self.batches else ()
         for step, wanted in enumerate(openers, start=state.step):
             for row in range(len(wanted)):
+                if config.select.shuffles:
+                    wanted[row] = Shuffled(wanted[row], (seed, step))
                 if self.choice.is_blind(step) or (step == state.step and row in known):
                     wanted[row] = FetchOnly(wanted[row])
         for items, changes, batch in zip(self.batches, draws, job.engine.stream(openers, "mask"), strict=True):

@@ -111,10 +111,16 @@ class Hooks:
             state.waiting += 1
         state.stopped = bool(config.train.patience) and bool(state.metric) and state.waiting >= config.train.patience
         write_rows(job.run.path / "metrics.csv", [*state.history, row])
-        figures = ", ".join(f"{name} {figure:.4g}" for name, figure in row.items() if name.startswith(("train", "val")))
+        figures = ", ".join(
+            f"{name} {figure:.4g}" for name, figure in row.items() if name.startswith(("train", "val", "test"))
+        )
         best = " (best so far)" if state.best_epoch == state.epoch + 1 else ""
         job.log(f"epoch {state.epoch + 1}: {figures}{best}")
         shown = f"validation loss {loss:.4f}" if math.isfinite(loss) else "no validation split"
+        if config.train.watch == "test":
+            named = {task.name: task.default_metric for task in job.tasks}
+            watched = [f"{name} {metric} {row[f'test.{name}.{metric}']:.4f}" for name, metric in named.items()]
+            shown = ", ".join([f"test loss {row['test.loss']:.4f}", *watched])
         if math.isfinite(value) and state.metric != "loss":
             shown += f", {state.metric} {value:.4f}"
         elif state.metric not in ("", "loss") and not self._undefined:

@@ -21,7 +21,7 @@ from keyhole.engine.memory.probe import Workload
 from keyhole.engine.opening import open_reader, settle_edge
 from keyhole.errors import ConfigError
 from keyhole.loading import Batch
-from keyhole.nn.weights import check_pretrained
+from keyhole.nn.build import check_imagenet
 from keyhole.runs.checkpoint import load_state, save_state
 from keyhole.runs.folder import create_folder, sweep, sweep_beside
 from keyhole.runs.journal import Damage
@@ -158,8 +158,7 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
     manifest = read_manifest(config.data, config.train.seed)
     config, notes = with_features(config, manifest)
     config, settled = settle_learning(config, features=config.model.feature_width is not None)
-    if config.model.pretrained:
-        check_pretrained(config.model.encoder)  # before every image is opened
+    check_imagenet(config.model)  # before every image is opened
     with ExitStack() as undo:
         reader = undo.enter_context(open_reader(config.run, device))
         config, border = settle_edge(config, manifest.items, reader)
@@ -167,7 +166,9 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
         engine = new_engine(config, new_model(config, manifest.tasks, device), reader)
         optimizer = new_optimizer(config, engine.model)
         engine.plan = _plan(config, images, engine, optimizer)
-        val = manifest.split("val")
+        val = manifest.split("val") if config.train.watch == "val" else []
+        if config.train.watch == "test" and not manifest.split("test"):
+            raise ConfigError(f"train.watch test: {config.data.path} has no test images. Give some, or leave it out.")
         metric, undefined = choose_metric(config.train.metric, manifest.tasks, targets(manifest, val) if val else None)
         state = State(
             steps_per_epoch=-(-len(manifest.split("train")) // config.train.batch),
@@ -231,7 +232,7 @@ def _compile(job: Job) -> list[str]:
     Stored features have no encoder and get no line, unless the user asked for compiling.
     """
     left = max(1, job.config.train.epochs - job.state.epoch)
-    items = (item for split in ("train", "val") for item in job.manifest.split(split))
+    items = (item for split in job.config.train.splits for item in job.manifest.split(split))
     expected = left * sum(job.images.counts[item.name] for item in items)
     shape = job.images.patch_shape
     choice = job.engine.choose_compile(job.config.run.compile, shape, expected)
@@ -260,9 +261,13 @@ def open_job(run: Run, root: Path | None = None, epochs: int | None = None) -> J
         written = config.data.replace(path=run.path / "manifest.csv", root=root)
         if root is not None:  # the manifest names every file; these folders may have moved too
             written = written.replace(features=None, masks=None)
-        manifest = read_for_tasks(written, [Task.from_json(task) for task in state.tasks], ("train", "val"), run=True)
+        manifest = read_for_tasks(
+            written, [Task.from_json(task) for task in state.tasks], config.train.splits, run=True
+        )
         remedy = "Put the old files back, or train again into another folder."
-        checked += check_images(run.path, manifest.items, config.run, remedy, others=("test",))
+        checked += check_images(
+            run.path, manifest.items, config.run, remedy, others=() if "test" in config.train.splits else ("test",)
+        )
         reader = undo.enter_context(open_reader(config.run, device))
         engine = new_engine(config, new_model(config, manifest.tasks, device, fresh=False), reader)
         optimizer = new_optimizer(config, engine.model)

@@ -104,7 +104,7 @@ class Images:
 def scan(
     config: Config, manifest: Manifest, reader: Reader, device: torch.device
 ) -> tuple[Images, Manifest, list[str]]:
-    """Open every image of the training and validation splits once; no image of the test split is opened.
+    """Open every image of the splits that are used once; one of the test split only if it is watched.
 
     Returns:
         The images, the manifest without those that cannot be opened, and lines for the log.
@@ -122,7 +122,7 @@ def scan(
     pictures: list[int] = []
     mpp: list[float | None] = []
     jpeg = False
-    for item in (*manifest.split("train"), *manifest.split("val")):
+    for item in (item for split in config.train.splits for item in manifest.split(split)):
         try:
             source = reader.run(item.name, opener(config, probe, item))
         except (ImageError, ConfigError) as error:
@@ -187,7 +187,7 @@ def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)  # the state of the GPUs would not be restored
-        model = build_classifier(config.model, tasks, config.patch.size, pretrained=None if fresh else False)
+        model = build_classifier(config.model, tasks, config.patch.size, pretrained=fresh)
     if fresh and number(config.train.explore, "train.explore"):
         torch.nn.init.zeros_(model.pool.key_proj.weight)  # attention starts uniform
     if fresh and config.model.weights is not None:
@@ -206,7 +206,7 @@ def new_engine(config: Config, model: IPSClassifier, reader: Reader) -> Engine:
 
 
 def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
-    """Build AdamW for the weights that are not frozen: no decay on norms and biases, the encoder at its own rate.
+    """Build AdamW for the weights that are not frozen: decay as `train.decay` says, the encoder at its own rate.
 
     On a GPU it is fused: it runs few kernels and can skip a step without the host, see `finite.py`.
     """
@@ -214,8 +214,8 @@ def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
     learned = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     for of_encoder, factor in ((True, config.train.encoder_lr), (False, 1.0)):
         part = [weight for name, weight in learned if name.startswith("encoder.") == of_encoder]
-        for decay, matrices in ((config.train.weight_decay, True), (0.0, False)):
-            if chosen := [weight for weight in part if (weight.ndim > 1) == matrices]:
+        for decay, decayed in ((config.train.weight_decay, True), (0.0, False)):
+            if chosen := [weight for weight in part if (weight.ndim > 1 or config.train.decay == "all") == decayed]:
                 groups.append({"params": chosen, "weight_decay": decay, "factor": factor})
     fused = True if next(model.parameters()).device.type == "cuda" else None
     return torch.optim.AdamW(groups, lr=number(config.train.lr, "train.lr"), fused=fused)

@@ -58,7 +58,7 @@ def estimate(job: Job) -> tuple[Estimate | None, str | None]:
         if not isinstance(error, KeyholeError) and not out_of_memory(error):
             raise
         return None, f"time: not estimated, since a trial failed ({' '.join(str(error).split())})"
-    train, val = ([counts[item.name] for item in job.manifest.split(split)] for split in ("train", "val"))
+    train, val = ([counts[item.name] for item in job.manifest.split(split)] for split in ("train", config.train.watch))
     sizes = len(train), sum(train), len(val), sum(val)
     work = Work(*sizes, config.select.m, config.train.epochs, blind_epochs(config), job.images.held_bytes > 0)
     found = Estimate(work, costs)
@@ -82,9 +82,12 @@ def forecast(config: Config, work: Work, reading: tuple[float, float], feature_w
     try:
         config, _ = settle_learning(config, features=feature_width is not None)
         device = choose_device(config.run.device)
-        settings = config.model.replace(pretrained=False, feature_width=feature_width)
+        settings = config.model.replace(feature_width=feature_width)
         shape = patch_shape(settings, config.patch.size)
-        model = build_classifier(settings, [Task("label", "binary", ("no", "yes"))], config.patch.size).to(device)
+        model = build_classifier(
+            settings, [Task("label", "binary", ("no", "yes"))], config.patch.size, pretrained=False
+        )
+        model = model.to(device)
         engine = Engine(model, arithmetic=choose_precision(config.train.precision, model.encoder, shape))
         for count in (4, 64):  # 64 only where 4 are fast
             noise = np.random.default_rng(0).integers(0, 256, (count, *shape))

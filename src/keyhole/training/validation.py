@@ -27,13 +27,14 @@ from keyhole.util.files import write_atomic
 
 
 def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return loss and metrics on the validation split; nothing of the test split is read.
+    """Return loss and metrics on the split that `train.watch` names.
 
     Raises:
-        DataError: no validation image can be read.
+        DataError: none of its images can be read.
         TooMuchUnreadable: more of this epoch's patches are unreadable than allowed.
     """
-    items = [item for item in job.manifest.split("val") if job.usable(item)]
+    split = job.config.train.watch
+    items = [item for item in job.manifest.split(split) if job.usable(item)]
     if not items:
         return {}
     journal = RowJournal(job.run.path / "validation.jsonl", {"epoch": job.state.epoch})
@@ -55,16 +56,16 @@ def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]
     rows = [done[tuple(item.name for item in each)] for each in batches]
     seen = [each[place] for each, row in zip(batches, rows, strict=True) for place in row["seen"]]
     if not seen:
-        raise DataError(f"{job.run.path}: every validation image has failed; see left_out.csv and unreadable.csv")
+        raise DataError(f"{job.run.path}: every image of the {split} split has failed; see left_out.csv and unreadable.csv")
     joined = {
         task.name: torch.tensor([values for row in rows if row["seen"] for values in row["logits"][task.name]])
         for task in job.tasks
     }
     labels = targets(job.manifest, seen)
-    row = {"val.loss": total_loss(job.tasks, joined, labels, {k: v.cpu() for k, v in weights.items()}).item()}
+    row = {f"{split}.loss": total_loss(job.tasks, joined, labels, {k: v.cpu() for k, v in weights.items()}).item()}
     for task in job.tasks:
         metrics = point_metrics(task, labels[task.name].numpy(), task.probability(joined[task.name].numpy()))
-        row |= {f"val.{task.name}.{name}": value for name, value in metrics.items()}
+        row |= {f"{split}.{task.name}.{name}": value for name, value in metrics.items()}
     return row
 
 
