@@ -24,12 +24,14 @@ class MegapixelMnistOptions(Options):
         "keyhole data megapixel-mnist canvases --download --size 750 --train 2000 --test 500 --noise 12",
     )
 
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder to write to; created if it is not there."""
+    POSITIONAL: ClassVar = {"out": "OUT"}
+
+    out: Path
+    """Folder to write to; created if it is not there, and must be empty."""
     mnist: Path | None = None
     """Folder of MNIST's four files, such as train-images-idx3-ubyte.gz."""
     download: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Download MNIST's files (11 MB) into OUT/mnist, or into the folder of --mnist; they are checked."""
+    """Download MNIST's files (11 MB) into the folder of --mnist, default `mnist` beside OUT; they are checked."""
     size: Annotated[Positive, Interval(ge=280, le=200_000)] = 1500
     """Width and height of a canvas in pixels; the paper has 1500, and up to 10,000."""
     train: NotNegative = 5000
@@ -58,7 +60,7 @@ def run(argv: list[str]) -> int:
     from keyhole.datasets.mnist import download_mnist, mnist_splits
     from keyhole.util.progress import Progress
 
-    folder = options.mnist or options.out / "mnist"
+    folder = options.mnist or options.out.parent / "mnist"
     data = MegapixelMnist(**options.model_dump(exclude={"out", "mnist", "download", "print_config"}))
     if options.download:
         download_mnist(folder)

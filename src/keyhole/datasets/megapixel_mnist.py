@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from keyhole.datasets.mnist import SIDE, Digits, Pixels
-from keyhole.errors import ConfigError, OutputError
-from keyhole.util.files import atomic_file, csv_text, writable_folder, write_atomic
+from keyhole.datasets.new_folder import NewFolder
+from keyhole.errors import ConfigError
+from keyhole.util.files import atomic_file
 
 Pen = Literal["thin", "thick"]
 COPIES, OTHERS = 3, 2
@@ -157,7 +158,7 @@ def make_megapixel_mnist(
     upper corner x, y of each digit in pixels.
 
     Args:
-        out: the folder, created if needed.
+        out: the folder, created if needed; it must be empty.
         data: what to draw.
         digits: that the canvases of each split show, as `mnist_splits` reads them.
         written: called after each canvas, on any thread.
@@ -166,44 +167,41 @@ def make_megapixel_mnist(
         Path of `manifest.csv`.
 
     Raises:
-        OutputError: `out` cannot be written, or holds a data set already.
+        OutputError: `out` holds something, or cannot be written.
     """
-    manifest = out / "manifest.csv"
-    if manifest.exists():
-        raise OutputError(f"{manifest}: there is a data set already. Choose another folder or delete this one.")
     counts = {split: count for split in SPLITS if (count := getattr(data, split))}
-    sources = {split: (digits[split], data.patterns(split)) for split in counts}
-    writable_folder(out / "images")
+    jobs = [(f"images/{split}-{place:05d}.tif", split, place) for split in counts for place in range(counts[split])]
+    patterns = {split: data.patterns(split) for split in counts}
+    with NewFolder(out, "images") as folder, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
 
-    def write(job: tuple[str, int]) -> tuple[str, Canvas]:
-        split, number = job
-        canvas, name = data.canvas(split, number, *sources[split]), f"images/{split}-{number:05d}.tif"
-        with atomic_file(out / name) as file:
-            tifffile.imwrite(
-                file,
-                _tiles(canvas, data.size),
-                shape=(data.size, data.size),
-                dtype=np.uint8,
-                tile=(TILE, TILE),
-                compression="zlib",
-                photometric="minisblack",
-                metadata=None,
-                software=False,
-                maxworkers=1,
-            )
-        written()
-        return name, canvas
+        def write(job: tuple[str, str, int]) -> Canvas:
+            name, split, number = job
+            canvas = data.canvas(split, number, digits[split], patterns[split])
+            with atomic_file(folder.file(name)) as file:
+                tifffile.imwrite(
+                    file,
+                    _tiles(canvas, data.size),
+                    shape=(data.size, data.size),
+                    dtype=np.uint8,
+                    tile=(TILE, TILE),
+                    compression="zlib",
+                    photometric="minisblack",
+                    metadata=None,
+                    software=False,
+                    maxworkers=1,
+                )
+            written()
+            return canvas
 
-    jobs = [(split, number) for split, count in counts.items() for number in range(count)]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(write, jobs))
-    rows: list[Sequence[object]] = [("image", "split", "majority", "max", "top", "multi")]
-    rows += [(name, split, *canvas.tasks()) for (name, canvas), (split, _) in zip(found, jobs, strict=True)]
-    places: list[Sequence[object]] = [("image", "digit", "x", "y")]
-    for name, canvas in found:
-        places += [(name, digit, *corner) for digit, corner in zip(canvas.labels, canvas.places.tolist(), strict=True)]
-    write_atomic(out / "digits.csv", csv_text(places))
-    return write_atomic(manifest, csv_text(rows))
+        drawn = dict(zip(jobs, pool.map(write, jobs), strict=True))
+        corners = [
+            (name, digit, *corner)
+            for (name, *_), canvas in drawn.items()
+            for digit, corner in zip(canvas.labels, canvas.places.tolist(), strict=True)
+        ]
+        folder.write_csv("digits.csv", ("image", "digit", "x", "y"), corners)
+        rows = [(name, split, *canvas.tasks()) for (name, split, _), canvas in drawn.items()]
+        return folder.write_csv("manifest.csv", ("image", "split", "majority", "max", "top", "multi"), rows)
 
 
 def _tiles(canvas: Canvas, size: int) -> Iterator[Pixels]:

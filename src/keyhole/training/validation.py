@@ -56,7 +56,9 @@ def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]
     rows = [done[tuple(item.name for item in each)] for each in batches]
     seen = [each[place] for each, row in zip(batches, rows, strict=True) for place in row["seen"]]
     if not seen:
-        raise DataError(f"{job.run.path}: every image of the {split} split has failed; see left_out.csv and unreadable.csv")
+        raise DataError(
+            f"{job.run.path}: every image of the {split} split has failed; see left_out.csv and unreadable.csv"
+        )
     joined = {
         task.name: torch.tensor([values for row in rows if row["seen"] for values in row["logits"][task.name]])
         for task in job.tasks
