@@ -24,26 +24,25 @@ def build_classifier(
 ) -> IPSClassifier:
     """Build the classifier of a configuration, with fresh weights.
 
-        Args:
-            model: encoder, pool and position code; with `feature_width` the encoder is a projector of stored features.
-            tasks: each gets one query and one linear head.
-            patch_size: side of a patch in pixels; the unit of the 2-D position code.
-            pretrained: load the ImageNet weights that the settings ask for; off when others are loaded afterwards.
+    Args:
+        model: encoder, pool and position code; with `feature_width` the encoder is a projector of stored features.
+        tasks: each gets one query and one linear head.
+        patch_size: side of a patch in pixels; the unit of the 2-D position code.
+        pretrained: load the ImageNet weights that the settings ask for; off when others are loaded afterwards.
 
-        Returns:
-            The classifier, in training mode.
+    Returns:
+        The classifier, in training mode.
 
-        Raises:
-            ConfigError: timm does not know the encoder, or the widths do not fit.
+    Raises:
+        ConfigError: timm does not know the encoder, or the widths do not fit.
 
-        Example:
-            >>> from keyhole.config.settings import ModelConfig
-            >>> from keyhole.nn.weights import check_pretrained
-    from keyhole.tasks.kinds import Task
-            >>> tasks = [Task("tumor", "binary", ("no", "yes"))]
-            >>> model = build_classifier(ModelConfig(width=8, heads=2), tasks, patch_size=32)
-            >>> model(torch.rand(2, 5, 3, 32, 32))["tumor"].shape
-            torch.Size([2, 1])
+    Example:
+        >>> from keyhole.config.settings import ModelConfig
+        >>> from keyhole.tasks.kinds import Task
+        >>> tasks = [Task("tumor", "binary", ("no", "yes"))]
+        >>> model = build_classifier(ModelConfig(width=8, heads=2), tasks, patch_size=32)
+        >>> model(torch.rand(2, 5, 3, 32, 32))["tumor"].shape
+        torch.Size([2, 1])
     """
     try:
         encoder: nn.Module
