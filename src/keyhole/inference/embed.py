@@ -207,8 +207,8 @@ def _encoder(config: Config, device: torch.device) -> IPSClassifier:
     model = config.model
     if not model.learned_before:
         raise ConfigError(
-            f"encoder {model.encoder}: where are its weights? Give --weights FILE (safetensors), or --pretrained to "
-            "download timm's"
+            f"encoder {model.encoder}: where are its weights? Give --weights FILE (safetensors), --pretrained to "
+            "download timm's, or --encoder lite0, whose weights are installed"
         )
     try:
         encoder = build_encoder(model)
