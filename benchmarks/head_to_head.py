@@ -101,7 +101,7 @@ def train_keyhole(config: Config, run: Path) -> None:
 
 
 def train_published(config: Config, run: Path) -> None:
-    """The published procedure: see PAPER's settings in the recipe, all of which `config` has."""
+    """The published procedure, with the settings of `config`."""
     run.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(config.data, config.train.seed)
     train, test = (load(manifest, split, config.patch.size) for split in ("train", "test"))

@@ -22,7 +22,7 @@ from machine import write_result
 from PIL import Image
 
 CHILD = Path(__file__).parent / "host_memory_run.py"
-TIMM = ["--recipe", "traffic", "--model.no-pretrained", "--train.warmup", "1"]
+TIMM = ["--recipe", "traffic", "--model.no-pretrained", "--train.warmup", "1", "--train.watch", "val"]
 RUNS = {
     "small, 64 px": ["--recipe", "small", "--train.explore", "1", "--train.warmup", "1"],
     "small, 96 px": ["--patch.size", "96", "--train.warmup", "1"],

@@ -192,7 +192,7 @@ def training_batch(
         "patch": {"size": SIDE, "stride": SIDE, "edge": "drop"},
         "model": {"pretrained": False},
         "run": {"device": "cpu", "threads": 1, "compile": "off"},
-        "train": {"metric": "auto"},
+        "train": {"metric": "auto", "watch": "val"},
     }
     if rule is not None:
         sections["select"] = {"rule": rule}

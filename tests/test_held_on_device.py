@@ -70,7 +70,7 @@ def test_while_a_run_predicts_it_holds_one_model_and_nothing_to_learn_with(
 
 
 def test_a_run_predicts_with_the_best_weights_though_its_model_has_learned_on(toy: Path, tmp_path: Path) -> None:
-    run = keyhole.train(toy, tmp_path / "run", **settings(train={"epochs": 3, "lr": 0.03}))
+    run = keyhole.train(toy, tmp_path / "run", **settings(train={"epochs": 3, "lr": 0.3}))
     assert run.best["epoch"] < 3
     table = csv_rows(run.path / "predictions" / "val.csv")
     found = list(keyhole.load(run.path).predict_many([row["path"] for row in table]))

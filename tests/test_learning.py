@@ -97,7 +97,7 @@ def test_what_to_try_fits_the_settings() -> None:
     fresh = "; ".join(what_to_try(nothing, Config(train=TrainConfig(lr=1e-4, explore=0))))
     assert "--train.explore" in fresh
     assert "--train.lr 0.001" in fresh
-    assert "--model.pretrained" in fresh
+    assert "--model.encoder lite0" in fresh
     assert "--select.m 64" in fresh
     assert "--train.lr" not in "; ".join(what_to_try(nothing, Config())), "the default already is that rate"
     told = Config(model=ModelConfig(encoder="resnet18", pretrained=True), train=TrainConfig(lr=1e-3))
