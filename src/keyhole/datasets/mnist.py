@@ -17,7 +17,7 @@ from keyhole.util.files import writable_folder, write_atomic
 Pixels = NDArray[np.uint8]
 Part = Literal["train", "t10k"]
 SIDE = 28
-"""Of a digit, in pixels."""
+"""Side of a digit, in pixels."""
 VAL = 5000
 """The last of the training digits, which are for validation alone where there is any."""
 URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -30,7 +30,7 @@ MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-"""Of the unpacked files."""
+"""Checksums of the unpacked files."""
 
 
 class Digits(NamedTuple):
