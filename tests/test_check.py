@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from keyhole.report.mask_preview import preview_names
 from keyhole.tools.check import worker as check_worker
 from keyhole.tools.check.look import Failed, Probed, Request, probe_here
 from keyhole.tools.check.run import CheckReport, Finding, check
-from keyhole.tools.check.worker import ImageProbe, serve
+from keyhole.tools.check.worker import ANSWERS, MESSAGES, ImageProbe, as_line, from_line, serve
 from keyhole.util.wording import problem_and_fix
 
 PATCH = {"size": 32, "stride": None, "level": None, "mpp": None, "foreground": "all"}
@@ -438,6 +437,9 @@ def with_reader(folder: Path, monkeypatch: pytest.MonkeyPatch, action: str) -> N
     (folder / "site").mkdir()
     (folder / "site/sitecustomize.py").write_text(
         "import os, sys, time, keyhole.images.image as image, keyhole.util.threads as pool\n"
+        "def write(pipe, data):\n"
+        "    try: os.write(pipe, data)\n"
+        "    except OSError: pass\n"
         "opened = image.open_image\n"
         "def open_image(path, bits=None):\n"
         f"    if str(path).endswith('bad.png'): {action}\n"
@@ -476,14 +478,51 @@ def test_an_answer_wakes_the_thread_that_waits_for_it(tmp_path: Path, monkeypatc
 
 
 def test_the_process_ends_with_its_input_and_never_imports_torch() -> None:
-    messages = pickle.dumps(None) + pickle.dumps((5, request(Path("none.png"))))
+    messages = as_line(MESSAGES, None) + as_line(MESSAGES, (5, request(Path("none.png"))))
     done: Any = run_process("imported", "torch", "worker", input=messages, text=False, timeout=60)
     assert done.stderr == b"[]\n", "its output is for answers alone"
-    output = io.BytesIO(done.stdout)
-    greeting, answer = pickle.load(output), pickle.load(output)  # noqa: S301
+    greeting, answer = (from_line(ANSWERS, line) for line in done.stdout.splitlines(keepends=True))
     assert greeting == "ready"
     assert answer.trouble == "image"
-    assert not output.read()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"cos\nsystem\n(S'touch taken-over'\ntR.",
+        b'{"problem": 5, "trouble": "image"}\n',
+        b"{" * 10**5 + b"\n",
+        b"9" * 10**7,
+    ],
+    ids=["a pickle", "other types", "depth", "length"],
+)
+def test_an_image_that_takes_over_the_process_cannot_harm_the_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    """A file's decoder writes to each open pipe, as code that a hostile file brings could."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "said").write_bytes(said)
+    script = "data = open('said', 'rb').read(); [write(pipe, data) for pipe in range(3, 10)]; os._exit(3)"
+    with_reader(tmp_path, monkeypatch, script)
+    good, bad = picture(tmp_path / "good.png"), picture(tmp_path / "bad.png")
+    probe = ImageProbe(stall=20)
+    try:
+        failed = probe.probe(request(bad))
+        assert isinstance(failed, Failed)
+        assert failed.trouble == "died"
+        assert isinstance(probe.probe(request(good)), Probed)
+    finally:
+        probe.close()
+    assert not (tmp_path / "taken-over").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_names_that_are_not_text_go_through(tmp_path: Path, probe: ImageProbe) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes(picture(tmp_path / "a.png").read_bytes())
+    assert isinstance(probe.probe(request(path)), Probed)
+    path.write_bytes(b"")
+    assert probe.probe(request(path)) == probe_here(request(path))
 
 
 def test_a_killed_probe_ends_the_call_that_waits_for_it(tmp_path: Path) -> None:

@@ -1,27 +1,30 @@
 """Open images in another process, which a broken file may crash or block.
 
-`ImageProbe` is the parent's end. `main` is the other end: it answers each pickled `Request` with `Probed` or `Failed`,
-and sends None while data arrive, since a gigapixel image may take minutes to read. torch is not imported here.
+`ImageProbe` is the parent's end. `main` is the other end: it answers each `Request` with `Probed` or `Failed`, and
+sends None while data arrive, since a gigapixel image may take minutes to read. Both send lines of JSON, whose types are
+checked: a hostile file that takes over the process must not run code in the parent. torch is not imported here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import math
 import os
-import pickle
 import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from keyhole.errors import KeyholeError
 from keyhole.tools.check.look import Failed, Probed, Request, probe_here
@@ -29,7 +32,10 @@ from keyhole.tools.check.look import Failed, Probed, Request, probe_here
 MAX_PROCESSES = 4  # each may hold a tile or a thumbnail of gigapixels in memory
 START_SECONDS = 120.0  # limit for the process to start: importing from a cold network disk is slow
 BEAT_SECONDS = 1.0  # longest time between two answers of None
+MAX_ANSWER_BYTES = 1 << 20
 Message = tuple[float, Request] | None  # seconds without data that end a read, and what to read; or a greeting
+MESSAGES: TypeAdapter[Any] = TypeAdapter(Message)
+ANSWERS: TypeAdapter[Any] = TypeAdapter(Probed | Failed | str | None)  # a string answers a greeting
 
 
 def probe_all(requests: Sequence[Request], stall: float, threads: int | None) -> Generator[Probed | Failed]:
@@ -132,18 +138,19 @@ class ImageProbe:
 
         reply = None
         try:
-            pickle.dump(message, process.stdin)
+            process.stdin.write(as_line(MESSAGES, message))
             process.stdin.flush()
             while reply is None:
                 timer = threading.Timer(seconds, end)
                 timer.daemon = True
                 timer.start()
                 try:
-                    reply = pickle.load(process.stdout)  # noqa: S301 - from our own process
+                    line = process.stdout.readline(MAX_ANSWER_BYTES)
                 finally:
                     timer.cancel()
-        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
-            pass  # the process has ended
+                reply = from_line(ANSWERS, line)
+        except (BrokenPipeError, ValueError, RecursionError):
+            pass  # the process has ended, or sends something else than answers and is ended
         return reply, late.is_set()
 
     def _end(self) -> int:
@@ -168,22 +175,29 @@ class ImageProbe:
         return f", saying: {said[-1][:160]}" if said else ""
 
 
+def as_line(kind: TypeAdapter[Any], value: object) -> bytes:
+    """Return a value as one line of JSON."""
+    return json.dumps(kind.dump_python(value, mode="json")).encode() + b"\n"
+
+
+def from_line(kind: TypeAdapter[Any], line: bytes) -> Any:
+    """Return the value of a whole line; ValueError if it is cut, not JSON or not of the `kind`."""
+    if not line.endswith(b"\n"):
+        raise ValueError("the line is cut")
+    return kind.validate_python(json.loads(line))
+
+
 def main() -> None:
     """Answer requests until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent ends this one
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a decoder prints must not be read as an answer
 
-    def requests() -> Iterator[Message]:
-        with contextlib.suppress(EOFError):
-            while True:
-                yield pickle.load(sys.stdin.buffer)  # noqa: S301 - from the parent
-
     def answer(reply: object) -> None:
-        pickle.dump(reply, answers)
+        answers.write(as_line(ANSWERS, reply))
         answers.flush()
 
-    serve(requests(), answer)
+    serve((from_line(MESSAGES, line) for line in sys.stdin.buffer), answer)
 
 
 def serve(messages: Iterable[Message], answer: Callable[[object], None]) -> None:
