@@ -76,9 +76,13 @@ def test_signals_of_clusters_save_and_the_run_ends_the_same(
     number: signal.Signals,
 ) -> None:
     run = copy(toy_run, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "validate_epoch", interrupting(loop.validate_epoch, number))
-        assert main(["resume", str(run), "--train.epochs", "4"]) == 128 + number
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup, which ignores SIGHUP
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "validate_epoch", interrupting(loop.validate_epoch, number))
+            assert main(["resume", str(run), "--train.epochs", "4"]) == 128 + number
+    finally:
+        signal.signal(number, before)
     assert f"keyhole resume {run}" in capsys.readouterr().err
     assert len(read_rows(run / "metrics.csv")) == 2
     assert main(["resume", str(run)]) == 0
