@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from keyhole.config.file import load_config
 from keyhole.config.inference import EvaluateSettings
@@ -19,9 +21,11 @@ from keyhole.errors import DataError, KeyholeError, RunError
 from keyhole.inference.evaluation_folder import Subject, finish, open_folder, seen_in_training, unfinished
 from keyhole.inference.lesions import Judged, Lesions, judge, lesion_means, lesion_table
 from keyhole.inference.predictor import Predictor, load
+from keyhole.inference.thresholds import TaskPoints, operating_points
 from keyhole.patches.foreground.region_files import read_regions
 from keyhole.report.contact_sheet import Examples, contact_sheet
-from keyhole.report.table import TableRow, judge_rows, table_row, write_table
+from keyhole.report.read_table import Answers
+from keyhole.report.table import TableRow, judge_rows, labelled_row, write_table
 from keyhole.runs.seal import check_images, check_own_manifest
 from keyhole.tasks.evaluation import TaskMetrics, evaluate_task, evaluation_json, format_lines
 from keyhole.tasks.kinds import Task
@@ -43,6 +47,7 @@ class Evaluation:
         left_out: Images that could not be read, with the reason.
         notes: Remarks that readers of the figures should know.
         lesions: Share of the attention in annotated lesions; None if no image has an annotation.
+        operating_points: By task, thresholds chosen on the validation split, and what they reach here.
         warnings: Evidence against the model, such as that it is no better than guessing.
     """
 
@@ -52,10 +57,14 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     lesions: Lesions | None = None
     warnings: tuple[str, ...] = ()
+    operating_points: Mapping[str, TaskPoints] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Return the figures, as `accuracy 0.935 [0.900 0.965]`, and where the files are."""
         lines = [*self.notes, *format_lines(self.metrics)]
+        lines += [
+            line for name, found in self.operating_points.items() for line in found.lines(name, len(self.metrics))
+        ]
         if self.lesions is not None:
             lines += self.lesions.lines()
         if self.left_out:
@@ -121,12 +130,14 @@ def evaluate(
     if keeps_test:  # training writes those of train and val
         write_atomic(asked.run / "predictions" / "test.csv", (folder / "predictions.csv").read_bytes())
     notes += [f"{count} of {len(found.rows)} images: {text}" for text, count in found.doubts.items()]
-    items = [item for item, _ in found.rows]
-    targets, groups = manifest.targets(items), [item.group for item in items]
-    said = {task: [row.probability[task.name] for _, row in found.rows] for task in tasks}
-    metrics = tuple(evaluate_task(task, targets[task.name], said[task], groups) for task in tasks)
-    learning = judge_rows(tasks, targets, found.rows, f"the {len(items)} {asked.split} images")
-    of = {item.name: item.group for item in items}
+    answers = found.answers(tasks)
+    targets = answers.targets
+    metrics = tuple(
+        evaluate_task(task, targets[task.name], answers.probability[task.name], answers.groups) for task in tasks
+    )
+    points = operating_points(asked.run, answers, asked.split if asked.data is None else None)
+    learning = judge_rows(tasks, targets, found.rows, f"the {len(answers)} {asked.split} images")
+    of = {item.name: item.group for item, _ in found.rows}
     lesions = lesion_means(found.judged, of, names) if found.judged else None
     config = None  # only for advice; the folder of a model does not have one
     with suppress(KeyholeError):
@@ -136,6 +147,7 @@ def evaluate(
     about |= {"notes": notes, "left_out": found.left_out}
     about |= {} if lesions is None else {"lesions": lesions.to_json()}
     about |= {"confusion_files": confusions, "learning": learning.to_json(config)}
+    about |= {"operating_points": {task: found_points.to_json() for task, found_points in points.items()}}
     text = json.dumps(evaluation_json(metrics, **about), indent=2, allow_nan=False)
     write_atomic(folder / "metrics.json", text + "\n")
     write_left_out(folder / "left_out.csv", found.left_out.items())
@@ -148,7 +160,9 @@ def evaluate(
         contact_sheet(shown, folder / "contact_sheet.png", title)
         written.append("contact_sheet.png")
     finish(folder, written)
-    return Evaluation(folder, metrics, found.left_out, (*replaced, *notes), lesions, tuple(learning.lines(config)))
+    return Evaluation(
+        folder, metrics, found.left_out, (*replaced, *notes), lesions, tuple(learning.lines(config)), points
+    )
 
 
 def _manifest(asked: EvaluateSettings, predictor: Predictor) -> Manifest:
@@ -181,7 +195,7 @@ def _rows(asked: EvaluateSettings, predictor: Predictor, found: _Predictions) ->
         found.doubts.update(prediction.notes)
         if item.annotation is not None:
             found.judged[item.name] = judge(prediction, item.annotation, asked.on_bad_image)
-        row = table_row(prediction, item.labels)
+        row = labelled_row(prediction, item, found.grouped)
         found.rows.append((item, row))
         yield row
     if not found.rows:
@@ -198,6 +212,20 @@ class _Predictions:
         self.judged: dict[str, Judged] = {}
         self.rows: list[tuple[Item, TableRow]] = []
         self.doubts: Counter[str] = Counter()
+        self.grouped = any(item.group for item in manifest.items)
+
+    def answers(self, tasks: Sequence[Task]) -> Answers:
+        """Return what predictions.csv holds."""
+        items, rows = [item for item, _ in self.rows], [row for _, row in self.rows]
+        return Answers(
+            tuple(tasks),
+            tuple(item.name for item in items),
+            tuple(str(item.image) for item in items),
+            tuple(item.group for item in items) if self.grouped else None,
+            {task.name: tuple(item.labels.get(task.name, "") for item in items) for task in tasks},
+            self.manifest.targets(items),
+            {task.name: np.array([row.probability[task.name] for row in rows]) for task in tasks},
+        )
 
     def leave_out(self, item: Item, error: KeyholeError) -> None:
         self.left_out[item.name] = str(error)

@@ -36,28 +36,45 @@ class TableRow:
     uneven: dict[str, float] = field(default_factory=dict)  # by task, how far the attention is from equal
 
 
-def table_row(prediction: Prediction, known: Mapping[str, str] | None = None, folder: str | None = None) -> TableRow:
+def table_row(
+    prediction: Prediction,
+    known: Mapping[str, str] | None = None,
+    folder: str | None = None,
+    group: str | None = None,
+) -> TableRow:
     """Return the row of a prediction: image, path, width, height, then TASK.predicted and TASK.probability.CLASS.
 
-    The `known` labels add a column TASK.true, and a `folder` adds a column. A number reads back as the same float64.
+    The `known` labels add a column TASK.true; a `folder` and a `group` add columns. A number reads back as the same
+    float64.
     """
-    header = ["image", "path", *([] if folder is None else ["folder"]), "width", "height"]
-    cells = [prediction.name, str(prediction.image), *([] if folder is None else [folder])]
-    cells += map(str, prediction.size)
+    more = {name: cell for name, cell in (("folder", folder), ("group", group)) if cell is not None}
+    cells = [prediction.name, str(prediction.image), *more.values(), *map(str, prediction.size)]
     for task in prediction.tasks:
-        header += [] if known is None else [f"{task.name}.true"]
         cells += [] if known is None else [known.get(task.name, "")]
-        header += [f"{task.name}.predicted", *(f"{task.name}.probability.{name}" for name in task.classes)]
         said = prediction.probability[task.name]
         cells += [task.table_cell(prediction.label[task.name], said)]
         cells += [repr(said[name]) for name in task.classes]
     return TableRow(
-        distinct(header),
+        table_header(prediction.tasks, known is not None, tuple(more)),
         cells,
         0 if prediction.unreadable is None else len(prediction.unreadable),
         {task: list(said.values()) for task, said in prediction.probability.items()},
         unevenness(prediction.kept.attention),
     )
+
+
+def table_header(tasks: Sequence[Task], known: bool, more: Sequence[str] = ()) -> list[str]:
+    """Return the columns of predictions.csv, with TASK.true where labels are `known`, and with `more` columns."""
+    header = ["image", "path", *more, "width", "height"]
+    for task in tasks:
+        header += [f"{task.name}.true"] if known else []
+        header += [f"{task.name}.predicted", *(f"{task.name}.probability.{name}" for name in task.classes)]
+    return distinct(header)
+
+
+def labelled_row(prediction: Prediction, item: Item, grouped: bool) -> TableRow:
+    """Return the row of a prediction with the labels of its image, and with its group where images are `grouped`."""
+    return table_row(prediction, item.labels, group=(item.group or "") if grouped else None)
 
 
 def write_table(rows: Iterable[TableRow], path: str | Path) -> Path:

@@ -17,7 +17,7 @@ from keyhole.data.item import Item
 from keyhole.errors import DataError
 from keyhole.inference.predictor import load
 from keyhole.nn import total_loss
-from keyhole.report.table import TableRow, judge_rows, table_row, write_table
+from keyhole.report.table import TableRow, judge_rows, labelled_row, write_table
 from keyhole.runs.journal import MIN_JOURNAL_PATCHES, RowJournal
 from keyhole.tasks.evaluation import point_metrics
 from keyhole.training.interrupt import Interrupt
@@ -96,6 +96,7 @@ def predict_splits(job: Job, interrupt: Interrupt) -> None:
         items = [item for item in job.manifest.split(split) if item.name not in job.state.left_out]
         if not items or (folder / f"{split}.csv").is_file():
             continue
+        grouped = any(item.group for item in items)
         journal = RowJournal(folder / f".{split}.jsonl", {"epoch": job.state.best_epoch})
         done = {each["row"]["cells"][0]: TableRow(**each["row"]) for each in journal.read()}
         found = predictor.predict_items(
@@ -107,7 +108,7 @@ def predict_splits(job: Job, interrupt: Interrupt) -> None:
             description=f"predicting {split}",
         )
         for item, prediction in found:
-            done[item.name] = table_row(prediction)
+            done[item.name] = labelled_row(prediction, item, grouped)
             if job.images.counts[item.name] >= MIN_JOURNAL_PATCHES:
                 journal.add({"row": dataclasses.asdict(done[item.name])})
         rows = [(item, done[item.name]) for item in items if item.name in done]
