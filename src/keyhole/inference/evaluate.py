@@ -24,7 +24,7 @@ from keyhole.inference.predictor import Predictor, load
 from keyhole.inference.thresholds import TaskPoints, operating_points
 from keyhole.patches.foreground.region_files import read_regions
 from keyhole.report.contact_sheet import Examples, contact_sheet
-from keyhole.report.read_table import Answers
+from keyhole.report.read_table import PredictionTable
 from keyhole.report.table import TableRow, judge_rows, labelled_row, write_table
 from keyhole.runs.seal import check_images, check_own_manifest
 from keyhole.tasks.evaluation import TaskMetrics, evaluate_task, evaluation_json, format_lines
@@ -214,10 +214,10 @@ class _Predictions:
         self.doubts: Counter[str] = Counter()
         self.grouped = any(item.group for item in manifest.items)
 
-    def answers(self, tasks: Sequence[Task]) -> Answers:
+    def answers(self, tasks: Sequence[Task]) -> PredictionTable:
         """Return what predictions.csv holds."""
         items, rows = [item for item, _ in self.rows], [row for _, row in self.rows]
-        return Answers(
+        return PredictionTable(
             tuple(tasks),
             tuple(item.name for item in items),
             tuple(str(item.image) for item in items),

@@ -8,7 +8,7 @@ from typing import Any
 
 from keyhole.config.file import load_config
 from keyhole.errors import KeyholeError
-from keyhole.report.read_table import Answers, read_table
+from keyhole.report.read_table import PredictionTable, read_table
 from keyhole.tasks.evaluation import groups_of
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
@@ -51,7 +51,7 @@ class TaskPoints:
         return {"note": self.note, "points": [point.to_json() for point in self.points]}
 
 
-def operating_points(run: Path, answers: Answers, split: str | None) -> dict[str, TaskPoints]:
+def operating_points(run: Path, answers: PredictionTable, split: str | None) -> dict[str, TaskPoints]:
     """Return the operating points of every task on evaluated images.
 
     Args:
@@ -63,7 +63,7 @@ def operating_points(run: Path, answers: Answers, split: str | None) -> dict[str
     return {task.name: _of_task(task, answers, chosen_on, reason, split) for task in answers.tasks}
 
 
-def validation_answers(run: Path, tasks: tuple[Task, ...]) -> tuple[Answers | None, str]:
+def validation_answers(run: Path, tasks: tuple[Task, ...]) -> tuple[PredictionTable | None, str]:
     """Return the predictions for the validation split of a run, or None and the reason why there are none."""
     path = run / "predictions" / "val.csv"
     if path.is_file():
@@ -82,7 +82,9 @@ def validation_answers(run: Path, tasks: tuple[Task, ...]) -> tuple[Answers | No
     return None, "the run has no predictions for a validation split: it is not finished, or has no such split"
 
 
-def _of_task(task: Task, answers: Answers, chosen_on: Answers | None, reason: str, split: str | None) -> TaskPoints:
+def _of_task(
+    task: Task, answers: PredictionTable, chosen_on: PredictionTable | None, reason: str, split: str | None
+) -> TaskPoints:
     measured = answers.measures(task)
     if task.threshold is None or isinstance(measured, RegressionMeasures):
         what = "the class with the largest probability is predicted" if task.classes else "a number is predicted"

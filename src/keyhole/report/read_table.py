@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class PredictionTable:
     """The predictions of n labelled images.
 
     Attributes:
@@ -58,13 +58,13 @@ class Answers:
         """Return the predicted label of each image."""
         return [task.label(probability) for probability in self.probability[task.name]]
 
-    def at(self, places: Sequence[int]) -> Answers:
+    def at(self, places: Sequence[int]) -> PredictionTable:
         """Return the answers for some of the images, in the given order."""
 
         def some(values: Sequence[str]) -> tuple[str, ...]:
             return tuple(values[place] for place in places)
 
-        return Answers(
+        return PredictionTable(
             self.tasks,
             some(self.images),
             some(self.files),
@@ -75,7 +75,7 @@ class Answers:
         )
 
 
-def read_table(path: Path, tasks: Sequence[Task], remedy: str) -> Answers:
+def read_table(path: Path, tasks: Sequence[Task], remedy: str) -> PredictionTable:
     """Return the answers of a table that `labelled_row` filled.
 
     Args:
@@ -106,7 +106,7 @@ def read_table(path: Path, tasks: Sequence[Task], remedy: str) -> Answers:
     except (ValueError, DataError) as error:
         raise RunError(f"{path}: damaged ({error}). {remedy}") from error
     groups = tuple(row.get("group") or None for row in rows)
-    return Answers(
+    return PredictionTable(
         tuple(tasks),
         tuple(row["image"] for row in rows),
         tuple(row["path"] for row in rows),
