@@ -1,0 +1,277 @@
+"""How many of ten runs from random weights leave chance, and when: variants of training on three generated data sets.
+
+    python benchmarks/leaving_chance.py [FOLDER] [--data demo slides canvases] [--variants published init ...]
+        [--seeds 0 1 ...] [--epochs N] [--quick]
+
+Variants are those of `leaving_chance.yaml`. Every run has a folder below FOLDER; runs that are done are skipped, those
+that were stopped go on. After the last run the results are recorded (see `results.py`), and the table of all recorded
+runs becomes the dated Markdown file beside this one.
+
+A run has left chance if the 95 % interval of the metric on the test images lies above that of guessing at the end.
+The epoch of leaving is the first from which on the same holds on the split that training watches, until the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from canvases import write_canvases
+from machine import write_result
+from result import Figure, Result, of_run
+from results import main as write_results
+from results import recorded, shown
+from training import sections, train_and_evaluate
+
+import keyhole
+from keyhole.config.file import given_values, merged
+from keyhole.config.settings import Config
+from keyhole.datasets.digits import make_digits
+from keyhole.datasets.slides import SlideSet, make_slides
+from keyhole.tasks.intervals import NORMAL, newcombe, wilson
+
+VARIANTS = Path(__file__).with_suffix(".yaml")
+THEME = "leaving chance: "
+"""What the names of these data sets begin with among all results."""
+QUICK = {"train": 80, "val": 20, "test": 20}
+LEFT, EPOCH = "left chance", "epoch of leaving"
+HEAD = (
+    *("variant", "left chance", "seeds that did not", "epoch of leaving", "{figure}, mean ± sd", "lowest"),
+    *("minutes a run", "hardware"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set, and what all variants have in common on it.
+
+    Attributes:
+        name: Of the folder, the option and the table.
+        about: What the images are, for the reader.
+        counts: Images of each split.
+        write: Writes the images into a folder, with the counts as arguments; returns the manifest.
+        recipe: Its recipe, and what is changed of it for this size.
+        task, metric, chance: The figure that is judged, and what guessing gives.
+    """
+
+    name: str
+    about: str
+    counts: Mapping[str, int]
+    write: Callable[..., Path]
+    recipe: str
+    changes: Mapping[str, Any]
+    task: str
+    metric: str
+    chance: float
+
+    @property
+    def figure(self) -> str:
+        """The name of the figure among those of a result."""
+        return f"{self.task}.{self.metric}"
+
+    def lower(self, value: float, images: int) -> float:
+        """Return the lower limit of the 95 % interval of a share, or of an AUROC with classes of one size."""
+        limits = (
+            newcombe(value, images / 2, images / 2, NORMAL) if self.metric == "auroc" else wilson(value, images, NORMAL)
+        )
+        return limits[0]
+
+
+def write_slides(folder: Path, *, train: int, val: int, test: int) -> Path:
+    return make_slides(folder, SlideSet(count=train + val + test, val=val, test=test, side=2048))
+
+
+def write_small_canvases(folder: Path, **counts: int) -> Path:
+    return write_canvases(folder, size=400, noise=4, **counts)
+
+
+SETTINGS = {
+    each.name: each
+    for each in (
+        Setting(
+            "demo",
+            "the images of `keyhole demo`: copies of one digit among strokes, 1536 px",
+            {"train": 240, "val": 40, "test": 200},
+            make_digits,
+            "demo",
+            {},
+            "label",
+            "accuracy",
+            0.2,
+        ),
+        Setting(
+            "slides",
+            "generated slides of 2048 px, with nests of three nuclei under 0.1 % of the tissue or without",
+            {"train": 60, "val": 40, "test": 80},
+            write_slides,
+            "slides",
+            {},
+            "label",
+            "auroc",
+            0.5,
+        ),
+        Setting(
+            "canvases",
+            "Megapixel MNIST as published, reduced to 400 px and 4 strokes of noise; judged by the task `majority`",
+            {"train": 1000, "val": 200, "test": 250},
+            write_small_canvases,
+            "megapixel-mnist",
+            {
+                "data.tasks": ["majority=multiclass", "max=multiclass", "top=multiclass", "multi=multilabel"],
+                "model.encoder": "small",
+                "model.width": 16,
+                "model.stages": 2,
+                "select.m": 10,
+                "select.chunk": 10,
+                "train.epochs": 40,
+                "train.warmup": 5,
+            },
+            "majority",
+            "accuracy",
+            0.1,
+        ),
+    )
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    variants: dict[str, dict[str, Any]] = yaml.safe_load(VARIANTS.read_text())
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/leaving_chance"))
+    parser.add_argument("--data", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
+    parser.add_argument("--epochs", type=int, help="stretch the schedules to it; named in the results")
+    parser.add_argument("--quick", action="store_true", help="two epochs on few images; nothing is recorded")
+    options = parser.parse_args()
+    epochs = 2 if options.quick else options.epochs
+    for seed in options.seeds:
+        for setting in (SETTINGS[name] for name in options.data):
+            counts = QUICK if options.quick else setting.counts
+            folder = options.folder / "-".join([setting.name, *map(str, counts.values())])
+            manifest = folder / "images" / "manifest.csv"
+            if not manifest.exists():
+                setting.write(manifest.parent, **counts)
+            for variant in options.variants:
+                name = variant if epochs is None else f"{variant}, {epochs} epochs"
+                config = base(manifest, setting.name, tuple(variants[variant].items()), epochs)
+                run = folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}"
+                train_and_evaluate(config.replace(train={"seed": seed}), run)
+                found = judged(run, setting, name)
+                found.write(run)
+                print(
+                    setting.name,
+                    name,
+                    seed,
+                    *(f"{key} {each.value:.4g}" for key, each in found.metrics.items()),
+                    flush=True,
+                )
+    if not options.quick:
+        write_results([str(options.folder)])
+        print(write_result("leaving_chance", "Runs from random weights that leave chance", report(recorded())))
+
+
+@cache
+def base(manifest: Path, name: str, variant: tuple[tuple[str, Any], ...], epochs: int | None) -> Config:
+    """Return the configuration of a variant on a data set, for any seed; its schedule is stretched to `epochs`."""
+    setting, given = SETTINGS[name], dict(variant)
+    start, changes = given.pop("from"), sections(setting.changes)
+    data = {"data": {"path": str(manifest), **changes.get("data", {})}, "run": {"device": "cpu"}}
+    wanted = merged(data, sections(given))
+    if start == "init":
+        config = from_init(Config().replace(**wanted)).replace(**wanted)
+    else:
+        config = Config().replace(**merged(given_values(setting.recipe), changes, wanted))
+    if epochs is None:
+        return config
+    train = config.train
+    lengths = {name: value for name in ("warmup", "explore") if (value := getattr(train, name)) != "auto"}
+    stretched = {name: value * epochs / train.epochs for name, value in lengths.items()}
+    return config.replace(train={"epochs": epochs, **stretched})
+
+
+def from_init(asked: Config) -> Config:
+    """Return what `keyhole init` writes for the data of a configuration."""
+    from keyhole.tools.init import measure, propose, with_counted_patches
+
+    measured = measure(asked)
+    return with_counted_patches(propose(asked, measured), measured, asked.run.stall).config
+
+
+def judged(run: Path, setting: Setting, recipe: str) -> Result:
+    """Return the result of a run, with whether and when it left chance."""
+    data = f"{THEME}{setting.name}"
+    found = of_run(run, data=data, kind="generated", recipe=recipe, metrics=[setting.metric])
+    low = found.metrics[setting.figure].low
+    left = low is not None and low > setting.chance
+    epoch = epoch_of_leaving(run, setting) if left else None
+    also = {LEFT: Figure(float(left))} | ({} if epoch is None else {EPOCH: Figure(float(epoch))})
+    return replace(found, metrics={**found.metrics, **also})
+
+
+def epoch_of_leaving(run: Path, setting: Setting) -> int | None:
+    """Return the first epoch from which on the watched figure lies above chance; None if the last one does not."""
+    watch = keyhole.Run(run).config.train.watch
+    with (run / "manifest.csv").open(newline="") as file:
+        images = sum(row["split"] == watch for row in csv.DictReader(file))
+    values = [row[f"{watch}.{setting.figure}"] for row in keyhole.Run(run).metrics]
+    above = [setting.lower(value, images) > setting.chance for value in values]
+    late = next((number for number, each in enumerate(reversed(above)) if not each), len(above))
+    return len(above) - late + 1 if late else None
+
+
+def report(results: Sequence[Result]) -> list[str]:
+    """Return the lines of the dated file: a table for each data set, a row for each variant."""
+    lines = [
+        "Encoder `small` from random weights; the variants are those of `benchmarks/leaving_chance.yaml`.",
+        "A run has left chance if the 95 % interval of its figure on the test images lies above guessing at the end. "
+        "The epoch of leaving is the first from which on the same holds, until the end, on the split that training "
+        "watches: `val`, under `published` `test`. Median over the runs that left.",
+    ]
+    for setting in SETTINGS.values():
+        rows = defaultdict(list)
+        for result in results:
+            if result.data == f"{THEME}{setting.name}":
+                rows[result.recipe, result.hardware].append(result)
+        if rows:
+            counts = ", ".join(f"{count} {split}" for split, count in setting.counts.items())
+            lines += [
+                "",
+                f"## {setting.name}",
+                "",
+                f"Data: {setting.about}; {counts}. Guessing: {setting.chance:.2f}.",
+                "",
+            ]
+            lines += ["| " + " | ".join(HEAD).format(figure=setting.figure) + " |", "|" + "---|" * len(HEAD)]
+            lines += ["| " + " | ".join(cells(runs, setting)) + " |" for _, runs in sorted(rows.items())]
+    return lines
+
+
+def cells(runs: Sequence[Result], setting: Setting) -> list[str]:
+    """Return the cells of a variant from its runs, which differ in their seeds."""
+    left = [run for run in runs if run.metrics[LEFT].value]
+    epochs = [run.metrics[EPOCH].value for run in runs if EPOCH in run.metrics]
+    figures = [run.metrics[setting.figure] for run in runs]
+    return [
+        runs[0].recipe,
+        f"{len(left)} of {len(runs)}",
+        ", ".join(str(run.seed) for run in runs if run not in left) or "-",
+        f"{statistics.median(epochs):g} of {runs[0].epochs}" if epochs else "-",
+        shown(figures),
+        f"{min(figure.value for figure in figures):.3f}",
+        f"{statistics.median(run.epochs * run.epoch_seconds for run in runs) / 60:.1f}",
+        runs[0].hardware,
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Runs of `keyhole train` and `keyhole evaluate` in processes of their own: skipped if done, else begun or resumed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from keyhole.config.file import dump_config
+from keyhole.config.settings import Config
+from keyhole.util.files import write_atomic
+
+
+def train_and_evaluate(config: Config, run: Path) -> None:
+    """Train and evaluate a run as far as that is not done; its log is beside it.
+
+    Ends the process if a command fails, or if the run was begun with other settings: delete it, or name it otherwise.
+    """
+    file, log = (run.parent / f"{run.name}.{suffix}" for suffix in ("yaml", "log"))
+    config, changed = config.replace(out=None), []
+    if file.exists() and run.exists():
+        changed = different(yaml.safe_load(file.read_text()), config)
+    if changed:
+        sys.exit(f"{run}: begun with another {', '.join(changed)}. Delete it, or give these settings another name.")
+    if not run.exists():
+        run.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, dump_config(config))
+    if (run / "evaluation" / "test" / "metrics.json").exists():
+        return
+    new = ("train", "--config", file, "--out", run)
+    for words in (("resume", run) if run.exists() else new, ("evaluate", run)):
+        print(time.strftime("%H:%M:%S"), f"{run.name}: keyhole {words[0]}", file=sys.stderr, flush=True)
+        with log.open("a") as out:
+            command = [sys.executable, "-m", "keyhole", *map(str, words)]
+            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            sys.exit(f"{run}: keyhole {words[0]} ended with {done.returncode}; see {log}")
+
+
+def different(old: Mapping[str, Any], config: Config) -> list[str]:
+    """Return the settings that differ from those of a file, which may be older: what it lacks was at its default.
+
+    >>> different({"train": {"epochs": 3}}, Config().replace(train={"epochs": 4}, select={"m": 5}))
+    ['select.m', 'train.epochs']
+    """
+    new, plain = (dict(_flat(yaml.safe_load(dump_config(each)))) for each in (config, Config()))
+    before = dict(_flat(old))
+    return sorted(name for name, value in new.items() if before.get(name, plain[name]) != value)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def sections(dotted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return settings such as `train.lr` as sections; the error for an unknown one is keyhole's.
+
+    >>> sections({"train.lr": 0.001, "train.epochs": 3, "select.m": 5})
+    {'train': {'lr': 0.001, 'epochs': 3}, 'select': {'m': 5}}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in dotted.items():
+        section, _, field = name.partition(".")
+        found.setdefault(section, {})[field] = value
+    return found
