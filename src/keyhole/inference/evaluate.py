@@ -18,12 +18,20 @@ from keyhole.config.settings import DataConfig
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
 from keyhole.errors import DataError, KeyholeError, RunError
-from keyhole.inference.evaluation_folder import Subject, finish, open_folder, seen_in_training, unfinished
+from keyhole.inference.evaluation_folder import (
+    Subject,
+    empty_scores,
+    finish,
+    open_folder,
+    seen_in_training,
+    unfinished,
+)
 from keyhole.inference.lesions import Judged, Lesions, judge, lesion_means, lesion_table
 from keyhole.inference.predictor import Predictor, load
 from keyhole.inference.thresholds import TaskPoints, operating_points
 from keyhole.patches.foreground.region_files import read_regions
 from keyhole.report.contact_sheet import Examples, contact_sheet
+from keyhole.report.files import write_scores
 from keyhole.report.read_table import PredictionTable
 from keyhole.report.table import TableRow, judge_rows, labelled_row, write_table
 from keyhole.runs.seal import check_images, check_own_manifest
@@ -42,7 +50,8 @@ class Evaluation:
     Attributes:
         path: Folder with metrics.json, predictions.csv, confusion_TASK.csv, left_out.csv, contact_sheet.png, and
             lesions.csv where images are annotated. TASK is the task's name as a file can have it; metrics.json lists
-            the files under `confusion_files`.
+            the files under `confusion_files`. scores/ROW.npz holds the score of every patch of the image in that row
+            of predictions.csv, the first being 1; `keyhole view` shows them.
         metrics: One per task.
         left_out: Images that could not be read, with the reason.
         notes: Remarks that readers of the figures should know.
@@ -125,7 +134,7 @@ def evaluate(
     for item in manifest.items:  # a mistake shows before hours of predicting
         if asked.on_bad_image == "fail" and item.annotation is not None:
             read_regions(item.annotation)
-    found = _Predictions(tasks[0], manifest)
+    found = _Predictions(tasks[0], manifest, empty_scores(folder))
     write_table(_rows(asked, predictor, found), folder / "predictions.csv")
     if keeps_test:  # training writes those of train and val
         write_atomic(asked.run / "predictions" / "test.csv", (folder / "predictions.csv").read_bytes())
@@ -197,6 +206,7 @@ def _rows(asked: EvaluateSettings, predictor: Predictor, found: _Predictions) ->
             found.judged[item.name] = judge(prediction, item.annotation, asked.on_bad_image)
         row = labelled_row(prediction, item, found.grouped)
         found.rows.append((item, row))
+        write_scores(prediction, found.scores / f"{len(found.rows)}.npz")
         yield row
     if not found.rows:
         where, first = asked.data or asked.run, next(iter(found.left_out.values()))
@@ -206,8 +216,8 @@ def _rows(asked: EvaluateSettings, predictor: Predictor, found: _Predictions) ->
 class _Predictions:
     """The parts of its predictions that an evaluation keeps."""
 
-    def __init__(self, task: Task, manifest: Manifest) -> None:
-        self.manifest, self.examples = manifest, Examples(task)
+    def __init__(self, task: Task, manifest: Manifest, scores: Path) -> None:
+        self.manifest, self.examples, self.scores = manifest, Examples(task), scores
         self.left_out = {left.name: left.reason for left in manifest.left_out}
         self.judged: dict[str, Judged] = {}
         self.rows: list[tuple[Item, TableRow]] = []

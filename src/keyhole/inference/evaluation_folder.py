@@ -30,7 +30,9 @@ UNFINISHED = "unfinished.json"
 NAMES = re.compile(
     r"confusion_.*\.csv|(lesions|predictions|left_out)\.csv|contact_sheet\.png|(metrics|unfinished)\.json"
 )
-"""Names of all files that an evaluation writes."""
+"""Names of all files that an evaluation writes beside the scores."""
+SCORES = re.compile(r"\d+\.npz")
+"""Names of the files of scores, by the row of predictions.csv."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,16 @@ def open_folder(subject: Subject, out: str | Path | None) -> tuple[Path, list[st
         hint = " Results can go anywhere: --out DIR" if out is None else ""
         raise OutputError(f"{error}{hint}") from error
     return folder, notes
+
+
+def empty_scores(folder: Path) -> Path:
+    """Return the folder for the scores of every patch, without those of an earlier evaluation."""
+    scores = writable_folder(folder / "scores")
+    for path in scores.iterdir():
+        if SCORES.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    remove_unfinished([scores], SCORES)
+    return scores
 
 
 def finish(folder: Path, written: Collection[str]) -> None:

@@ -33,8 +33,7 @@ _ROWS = 10_000
 def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Path]:
     """Write prediction.json, kept.csv, kept.geojson and, where there are scores, scores.csv and scores.npz.
 
-    scores.npz holds `index`, `cells`, `score` and `map`, `score.TASK` and `map.TASK` per task, and `arrived` if patches
-    could not be read.
+    See `write_scores` for scores.npz.
 
     Args:
         prediction: What `Predictor.predict` returns.
@@ -63,18 +62,36 @@ def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Pa
         with atomic_file(paths["scores.csv"]) as file:
             for line in _score_lines(scores):
                 file.write(encoded(line))
-        with atomic_file(paths["scores.npz"]) as file:
-            arrays: dict[str, Any] = {
-                "index": scores.index,
-                "cells": scores.cells,
-                "score": scores.score,
-                "map": scores.map(),
-            }
-            arrays |= {} if scores.arrived is None else {"arrived": scores.arrived}
-            for task, score in scores.per_task.items():
-                arrays |= {f"score.{task}": score, f"map.{task}": scores.map(task)}
-            np.savez_compressed(file, **arrays)
+        write_scores(prediction, paths["scores.npz"])
     return paths
+
+
+def write_scores(prediction: Prediction, path: str | Path) -> Path:
+    """Write the score of every patch of a prediction that has them, with all that shows them without the model.
+
+    The NumPy archive holds, for n patches, `index` (n), `cells` (n, 2), `boxes` (n, 4), `score` (n) and `map` (rows,
+    columns), `score.TASK` and `map.TASK` per task, `arrived` (n) if patches could not be read, and in `prediction` the
+    bytes of prediction.json.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    scores = prediction.scores
+    assert scores is not None
+    arrays: dict[str, Any] = {
+        "index": scores.index,
+        "cells": scores.cells,
+        "boxes": scores.boxes(scores.index).astype(np.int32),
+        "score": scores.score,
+        "map": scores.map(),
+        "prediction": np.frombuffer(encoded(_json(prediction.to_json())), np.uint8),
+    }
+    arrays |= {} if scores.arrived is None else {"arrived": scores.arrived}
+    for task, score in scores.per_task.items():
+        arrays |= {f"score.{task}": score, f"map.{task}": scores.map(task)}
+    with atomic_file(path) as file:
+        np.savez_compressed(file, **arrays)
+    return Path(path)
 
 
 def kept_geojson(prediction: Prediction) -> dict[str, Any]:
