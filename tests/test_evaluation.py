@@ -276,3 +276,25 @@ def test_a_damaged_manifest_is_one_line(own_run: Path, tmp_path: Path) -> None:
     (own_run / "manifest.csv").write_text("\n".join([text[0], ",".join(cells), *text[2:]]) + "\n")
     with pytest.raises(DataError, match=r"manifest\.csv: damaged"):
         keyhole.evaluate(own_run, table(tmp_path / "d.csv", images_of(own_run, "val")))
+
+
+def test_an_evaluation_keeps_the_scores_of_its_own_rows_alone(own_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "scores").mkdir(parents=True)
+    (out / "scores" / "999.npz").write_bytes(b"of an earlier evaluation")
+    keyhole.evaluate(own_run, out=out, device="cpu")
+    rows = csv_rows(out / "predictions.csv")
+    assert {path.name for path in (out / "scores").iterdir()} == {f"{number}.npz" for number, _ in enumerate(rows, 1)}
+    for number, row in enumerate(rows, 1):
+        with np.load(out / "scores" / f"{number}.npz", allow_pickle=False) as stored:
+            told = json.loads(bytes(stored["prediction"]))
+            assert told["name"] == row["image"]
+            said = told["tasks"]["label"]["probability"]
+            assert {name: repr(value) for name, value in said.items()} == {
+                name: row[f"label.probability.{name}"] for name in said
+            }
+            kept = {patch["index"]: patch for patch in told["kept"]["patches"]}
+            place = {int(index): number for number, index in enumerate(stored["index"])}
+            for index, patch in kept.items():
+                assert stored["boxes"][place[index]].tolist() == patch["box"]
+                assert stored["score"][place[index]] == np.float32(patch["score"])

@@ -126,7 +126,7 @@ def test_scores_are_the_same_in_csv_and_npz_and_the_best_is_kept_first(
     paths = write_prediction(prediction, tmp_path_factory.mktemp("out"))
     with np.load(paths["scores.npz"], allow_pickle=False) as arrays:
         stored = dict(arrays)
-    assert set(stored) == {"index", "cells", "score", "map", "score.digit", "map.digit"}
+    assert set(stored) == {"index", "cells", "score", "map", "score.digit", "map.digit", "boxes", "prediction"}
     assert (stored["map"].shape, stored["map"].dtype) == ((5, COLUMNS), np.float32)
     rows = csv_rows(paths["scores.csv"])
     assert len(rows) == len(scores) == np.isfinite(stored["map"]).sum()
