@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -97,8 +96,6 @@ def main() -> None:
     known = [factor.letter for factor in factors]
     if unknown := set(options.only or known) - set(known):
         sys.exit(f"--only {' '.join(sorted(unknown))}: not one of {', '.join(known)}")
-    if not (options.no_write or find_spec("matplotlib")):
-        sys.exit("the plots need matplotlib, which is not installed: pip install '.[bench]', or give --no-write")
     found: dict[Factor, list[Point]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for factor in factors:

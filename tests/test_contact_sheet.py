@@ -18,6 +18,7 @@ from keyhole.report import contact_sheet as sheet
 from keyhole.report import drawing
 from keyhole.report.contact_sheet import SheetEntry, contact_sheet
 from keyhole.report.prediction import KeptPatches, Pictures, Prediction
+from keyhole.report.score_layer import ScoreScale, opaque
 from keyhole.tasks.kinds import Task
 
 LONG = "adenocarcinoma of the descending colon, poorly differentiated, with " + "W" * 900
@@ -111,7 +112,7 @@ def test_frames_are_where_the_boxes_are_and_the_hottest_is_the_most_attended(tmp
     cell = pixels[sheet.HEAD + sheet.GAP :][: sheet.ROW, sheet.MARGIN :][:, : sheet.IMAGE_SIDE]
     zoom = sheet.IMAGE_SIDE / SIZE.width
     top = (sheet.ROW - SIZE.height * zoom) / 2
-    y, x = np.nonzero((cell == drawing.COLD_TO_HOT[-1]).all(axis=-1))
+    y, x = np.nonzero((cell == drawing.ATTENTION_COLORS[-1]).all(axis=-1))
     left, upper, side, _ = BOXES[1]
     assert (x.min(), x.max() + 1) == pytest.approx((left * zoom, (left + side) * zoom), abs=1.5)
     assert (y.min(), y.max() + 1) == pytest.approx((top + upper * zoom, top + (upper + side) * zoom), abs=1.5)
@@ -192,12 +193,12 @@ def test_shares_are_never_rounded_to_all_or_nothing() -> None:
 
 
 def test_scores_are_a_picture_where_there_is_no_image(tmp_path: Path) -> None:
-    scores = np.array([[0.0, 0.25, np.nan], [1.0, 0.0625, 0.0]], np.float32)
-    picture = drawing.score_picture(scores, 5, equal=0.25)
-    assert picture.shape == (10, 15, 3)
+    scores = np.array([[0.0, 0.25, np.nan], [1.0, 0.5, 0.0]], np.float32)
+    picture = opaque(ScoreScale(4, 4.0).heat(scores)).repeat(5, axis=0).repeat(5, axis=1)
     cells = picture[2::5, 2::5]
-    assert tuple(cells[1, 0]) == drawing.COLD_TO_HOT[-1]
-    assert tuple(cells[0, 0]) == tuple(cells[1, 2]) == drawing.COLD_TO_HOT[0]
+    assert tuple(cells[1, 0]) == drawing.SCORE_COLORS[-1]
+    assert tuple(cells[0, 0]) == tuple(cells[0, 1]) == tuple(cells[1, 2]) == drawing.SCORE_COLORS[0]
+    assert tuple(cells[1, 1]) == drawing.color_at(drawing.SCORE_COLORS, 0.5)
     assert tuple(cells[0, 2]) == drawing.LINE
     nothing = np.empty((0, 8, 8, 3), np.uint8)
     bare = with_pictures(
@@ -212,18 +213,18 @@ def test_patches_without_a_place_are_not_outlined(tmp_path: Path) -> None:
     kept = replace(placed.prediction.kept, boxes=np.zeros((4, 4), np.int64))
     nowhere = replace(placed, prediction=replace(placed.prediction, kept=kept))
     here = slice(sheet.MARGIN, sheet.MARGIN + sheet.IMAGE_SIDE)
-    assert count(drawn([placed], tmp_path)[sheet.HEAD :, here], drawing.COLD_TO_HOT[-1]) > 0
-    assert count(drawn([nowhere], tmp_path)[sheet.HEAD :, here], drawing.COLD_TO_HOT[-1]) == 0
+    assert count(drawn([placed], tmp_path)[sheet.HEAD :, here], drawing.ATTENTION_COLORS[-1]) > 0
+    assert count(drawn([nowhere], tmp_path)[sheet.HEAD :, here], drawing.ATTENTION_COLORS[-1]) == 0
 
 
 @pytest.mark.parametrize("m", [1, 4, 100])
 def test_a_model_that_attends_to_all_patches_alike_does_not_look_certain(tmp_path: Path, m: int) -> None:
     pixels = drawn([entry(attention=(1 / m,) * m, patches=min(m, 8))], tmp_path)[sheet.HEAD :]
-    assert count(pixels, drawing.COLD_TO_HOT[0]) > 0
-    for color in drawing.COLD_TO_HOT[2:]:
+    assert count(pixels, drawing.ATTENTION_COLORS[0]) > 0
+    for color in drawing.ATTENTION_COLORS[2:]:
         assert count(pixels, color) == 0
-    map_of_scores = drawing.score_picture(np.full((4, 5), 1 / 20, np.float32), 3, equal=1 / 20)
-    assert (map_of_scores == drawing.COLD_TO_HOT[0]).all()
+    even = np.full((4, 5), 1 / 20, np.float32)
+    assert (opaque(ScoreScale.of(even.ravel()).heat(even)) == drawing.SCORE_COLORS[0]).all()
 
 
 def test_colours_say_how_many_times_its_equal_share_a_patch_gets() -> None:

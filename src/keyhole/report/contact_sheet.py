@@ -13,28 +13,31 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Picture
-from PIL import ImageDraw
 
 from keyhole.data.item import Item
 from keyhole.report.drawing import (
+    ATTENTION_COLORS,
     GREY,
     GROUND,
     HOTTEST,
     INK,
     LINE,
-    WHITE,
+    NEUTRAL,
+    RIGHT,
+    WRONG,
+    Frames,
     Page,
     as_picture,
+    color_at,
     heat,
-    heat_color,
     percent,
     text_width,
+    times,
 )
-from keyhole.report.prediction import Pictures, Prediction
+from keyhole.report.predicted import Pictures, Predicted, pictures_of
 from keyhole.tasks.kinds import Task
 from keyhole.util.files import write_atomic
 
-RIGHT, WRONG, NEUTRAL = (22, 128, 61), (200, 30, 38), (37, 84, 176)
 MAX_ROWS = 16
 """Largest number of images on the sheet of an evaluation."""
 
@@ -51,15 +54,13 @@ WIDTH = PATCHES_LEFT + PER_LINE * PATCH_SIDE + (PER_LINE - 1) * PATCH_GAP + MARG
 class SheetEntry:
     """One row: a prediction with pictures, the label as in the CSV, and the number of patches, if known."""
 
-    prediction: Prediction
+    prediction: Predicted
     truth: str | None = None
     patch_count: int | None = None
 
     @property
     def pictures(self) -> Pictures:
-        if self.prediction.pictures is None:
-            raise ValueError(f"{self.prediction.name}: the prediction carries no pictures; predict with pictures=True")
-        return self.prediction.pictures
+        return pictures_of(self.prediction)
 
 
 class Examples:
@@ -73,13 +74,13 @@ class Examples:
         self._wrong: list[SheetEntry] = []
         self._others: list[SheetEntry] = []
 
-    def wants(self, item: Item, prediction: Prediction) -> bool:
+    def wants(self, item: Item, prediction: Predicted) -> bool:
         """Return whether `add` would hold this prediction; it then needs pictures."""
         if self._is_wrong(item, prediction):
             return len(self._wrong) < self.most // 2
         return len(self._wrong) + len(self._others) < self.most
 
-    def add(self, item: Item, prediction: Prediction) -> None:
+    def add(self, item: Item, prediction: Predicted) -> None:
         """Hold a prediction if it carries pictures."""
         if prediction.pictures is None:
             return
@@ -94,7 +95,7 @@ class Examples:
         """Return the entries of the sheet, wrong ones first."""
         return [*self._wrong, *self._others]
 
-    def _is_wrong(self, item: Item, prediction: Prediction) -> bool:
+    def _is_wrong(self, item: Item, prediction: Predicted) -> bool:
         truth, label = item.labels.get(self.task.name), prediction.label[self.task.name]
         return self.task.exclusive and self.task.is_right(truth, label) is False
 
@@ -125,20 +126,19 @@ def _draw_head(page: Page, title: str, which: str) -> None:
     """Draw the title, the scale of colours, and the headings of the columns; `which` names one of several tasks."""
     bar_width = 120
     least, most = "attention: equal share 1/M", f"{HOTTEST}/M, or all"
-    right = WIDTH - MARGIN - text_width(most, 15) - 8
+    right = WIDTH - MARGIN - text_width(most, 14) - 8
     bar_left = right - bar_width
-    left = bar_left - text_width(least, 15) - 8
-    page.text((left, 24), least, 15, GREY, bar_left - left)
-    for x in range(bar_width):
-        page.draw.line([(bar_left + x, 27), (bar_left + x, 39)], fill=heat_color(x / (bar_width - 1)))
-    page.text((WIDTH - MARGIN - 1, 24), most, 15, GREY, WIDTH - MARGIN - right, align_right=True)
-    page.text((MARGIN, 20), title, 22, INK, left - MARGIN - GAP)
+    left = bar_left - text_width(least, 14) - 8
+    page.text((left, 24), least, 14, GREY, bar_left - left)
+    page.ramp((bar_left, 26), (bar_width, 14), ATTENTION_COLORS)
+    page.text((WIDTH - MARGIN - 1, 24), most, 14, GREY, WIDTH - MARGIN - right, align="r")
+    page.text((MARGIN, 20), title, 20, INK, left - MARGIN - GAP)
     for left, width, heading in (
         (MARGIN, IMAGE_SIDE, "image with the kept patches"),
         (TEXT_LEFT, TEXT_WIDTH, f"what the model says{which}"),
         (PATCHES_LEFT, WIDTH, "kept patches with the highest attention: its share, and times 1/M"),
     ):
-        page.text((left, HEAD - 27), heading, 15, GREY, width)
+        page.text((left, HEAD - 27), heading, 14, GREY, width)
 
 
 def _draw_entry(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
@@ -156,14 +156,9 @@ def _draw_entry(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
         i = int(pictures.place[carried])
         x = PATCHES_LEFT + cell % PER_LINE * (PATCH_SIDE + PATCH_GAP)
         y = top + cell // PER_LINE * (PATCH_SIDE + CAPTION + PATCH_GAP)
-        side = PATCH_SIDE - 8
-        patch = as_picture(pictures.patches[carried]).resize((side, side), Picture.Resampling.BICUBIC)
-        page.draw.rectangle([x, y, x + PATCH_SIDE - 1, y + PATCH_SIDE - 1], fill=heat_color(float(hot[i])))
-        page.draw.rectangle([x + 3, y + 3, x + PATCH_SIDE - 4, y + PATCH_SIDE - 4], fill=WHITE)
-        page.picture.paste(patch, (x + 4, y + 4))
-        times = float(attention[i]) * len(attention)
-        share = f"{percent(float(attention[i]))}  ({f'{times:.2g}' if times < 10 else f'{times:,.0f}'} x)"
-        page.text((x + 1, y + PATCH_SIDE + 3), share, 14, GREY, PATCH_SIDE)
+        page.patch((x, y), PATCH_SIDE, pictures.patches[carried], color_at(ATTENTION_COLORS, float(hot[i])))
+        share = f"{percent(float(attention[i]))}  ({times(float(attention[i]) * len(attention))})"
+        page.text((x + 1, y + PATCH_SIDE + 3), share, 13, GREY, PATCH_SIDE)
 
 
 def _outlined(entry: SheetEntry, hot: NDArray[np.float32]) -> Picture.Image:
@@ -172,18 +167,8 @@ def _outlined(entry: SheetEntry, hot: NDArray[np.float32]) -> Picture.Image:
     zoom = min(IMAGE_SIDE / picture.width, ROW / picture.height)
     size = (max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom)))
     picture = picture.resize(size, Picture.Resampling.LANCZOS if zoom < 1 else Picture.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
-    scale = zoom / entry.pictures.downsample
-    for i in np.argsort(hot, kind="stable"):
-        if not entry.prediction.kept.boxes[i, 2:].any():
-            continue  # features without coordinates
-        x, y, width, height = (entry.prediction.kept.boxes[i] * scale).tolist()
-        # A frame that the border of the image would hide is moved onto it.
-        left, top = min(max(x, 0), size[0] - 2), min(max(y, 0), size[1] - 2)
-        right, bottom = max(min(x + width, size[0]) - 1, left + 1), max(min(y + height, size[1]) - 1, top + 1)
-        line = 2 + round(float(hot[i]))
-        draw.rectangle([left - 1, top - 1, right + 1, bottom + 1], outline=WHITE, width=1)
-        draw.rectangle([left, top, right, bottom], outline=heat_color(float(hot[i])), width=line)
+    placed = entry.prediction.kept.boxes[:, 2:].any(axis=1)  # features may have no coordinates
+    Frames(picture).add(entry.prediction.kept.boxes[placed] * (zoom / entry.pictures.downsample), hot[placed])
     return picture
 
 
@@ -204,7 +189,7 @@ def _draw_words(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
     said = prediction.probability[task.name] if task.classes else {}
     for name in sorted(said, key=lambda name: -said[name])[:4]:
         page.text((left, y), name, 15, INK, TEXT_WIDTH - 70)
-        page.text((left + TEXT_WIDTH, y), percent(said[name]), 15, GREY, 66, align_right=True)
+        page.text((left + TEXT_WIDTH, y), percent(said[name]), 15, GREY, 66, align="r")
         page.draw.rectangle([left, y + 22, left + TEXT_WIDTH - 1, y + 26], fill=GROUND)
         if said[name] * TEXT_WIDTH >= 1:
             shade = color if name in task.split(label) else GREY

@@ -14,17 +14,15 @@ from keyhole.images.pixels import Pixels
 from keyhole.images.resample import thumbnail
 from keyhole.patches.features import FeaturePatches
 from keyhole.patches.sources import FilePatches
-from keyhole.report.drawing import score_picture
-from keyhole.report.prediction import KeptPatches, Pictures, Prediction, Scores
+from keyhole.report.predicted import KeptPatches, Pictures, Predicted
+from keyhole.report.score_layer import ScoreScale, folded, opaque, score_raster
 
 MAX_PATCHES = 64
 """Largest number of kept patches whose pixels a prediction carries."""
 SIDE = 142
 """Largest side of such a patch, in pixels, as on the contact sheet."""
-THUMBNAIL = 680
+THUMBNAIL = 1024
 """Longest side of the picture of the whole image."""
-SCORES_SIDE = 340
-"""Longest side of a picture of scores, approximately."""
 
 
 def most_attended(kept: KeptPatches) -> NDArray[np.int64]:
@@ -39,20 +37,17 @@ def small_patches(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.array(pixels) if pixels.shape[1] <= SIDE else np.stack([_resized(patch) for patch in pixels])
 
 
-def pictures_of_file(
-    source: FilePatches, prediction: Prediction, place: NDArray[np.int64], patches: Pixels
-) -> Pictures:
+def pictures_of_file(source: FilePatches, prediction: Predicted, place: NDArray[np.int64], patches: Pixels) -> Pictures:
     """Return the pictures of a prediction from an open file; patches (k, s, s, c) are as the model saw them."""
     small = small_patches(patches)
     try:
         picture, downsample = thumbnail(source.image, THUMBNAIL)
     except ImageError:  # the patches that could be read were enough for a prediction
-        picture, downsample = _scores_picture(prediction)
-        return Pictures(picture, downsample, small, place, "damaged image: its scores are shown")
+        return _of_scores(prediction, small, place, "damaged image: its scores are shown")
     return Pictures(picture, downsample, small, place)
 
 
-def pictures_of_features(source: FeaturePatches, prediction: Prediction, place: NDArray[np.int64]) -> Pictures:
+def pictures_of_features(source: FeaturePatches, prediction: Predicted, place: NDArray[np.int64]) -> Pictures:
     """Return the pictures of a prediction from stored features: of the slide if it can be read, else of the scores.
 
     A slide is not shown if its size is not that which the features state, or if it ends before their last patch.
@@ -67,9 +62,8 @@ def pictures_of_features(source: FeaturePatches, prediction: Prediction, place: 
                     return Pictures(picture, downsample, _patches(image, boxes), place, note)
         except ImageError:
             pass  # the slide is elsewhere, or damaged
-    picture, downsample = _scores_picture(prediction)
     nothing = np.empty((0, SIDE, SIDE, 3), np.uint8)
-    return Pictures(picture, downsample, nothing, place[:0], "stored features: scores, no pixels")
+    return _of_scores(prediction, nothing, place[:0], "stored features: scores, no pixels")
 
 
 def _is_slide_of(size: Size, source: FeaturePatches) -> bool:
@@ -98,29 +92,17 @@ def _resized(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return resized.reshape(SIDE, SIDE, -1)
 
 
-def _scores_picture(prediction: Prediction) -> tuple[NDArray[np.uint8], float]:
-    """Return a picture of the scores instead of the image, and level-0 pixels per pixel of it."""
-    scores, size = prediction.scores, prediction.size
-    if scores is None or not prediction.kept.boxes[:, 2:].any():
-        values = np.full((1, 1), np.nan, np.float32) if scores is None else _folded(scores)
-        equal = 1.0 if scores is None else 1 / len(scores)
-        return score_picture(values, max(1, SCORES_SIDE // max(values.shape)), equal), 1.0
-    step = float(prediction.patch["scale"]) * float(prediction.patch["stride"])
-    zoom = max(1, round(SCORES_SIDE / max(scores.rows, scores.columns)))
-    picture = score_picture(scores.map(), zoom, 1 / len(scores))
-    # The cell and box of one patch give the place of the map on the slide.
-    at = scores.boxes(scores.index[:1])[0, :2] - scores.cells[0, ::-1] * step
-    left, top = (round(max(0.0, float(edge) / step * zoom)) for edge in at)
-    wanted = [max(1, round(side / step * zoom)) for side in (size.height, size.width)]
-    height, width = max(wanted[0], top + picture.shape[0]), max(wanted[1], left + picture.shape[1])
-    grown = np.full((height, width, 3), 255, np.uint8)
-    grown[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return grown, step / zoom
-
-
-def _folded(scores: Scores) -> NDArray[np.float32]:
-    """Return scores without places as a square, row by row in the order of the file."""
-    columns = int(np.ceil(np.sqrt(len(scores))))
-    values = np.full((-(-len(scores) // columns) * columns), np.nan, np.float32)
-    values[: len(scores)] = scores.score
-    return values.reshape(-1, columns)
+def _of_scores(prediction: Predicted, patches: NDArray[np.uint8], place: NDArray[np.int64], note: str) -> Pictures:
+    """Return pictures with the scores instead of the image: at their places if they have any, else row by row."""
+    scores = prediction.scores
+    assert scores is not None, "a prediction that was just made has the score of every patch"
+    scale = ScoreScale.of(scores.score)
+    if not prediction.kept.boxes[:, 2:].any():
+        values = folded(scores.score)
+        zoom = max(1, THUMBNAIL // max(values.shape))
+        picture = opaque(scale.heat(values.repeat(zoom, axis=0).repeat(zoom, axis=1)))
+        return Pictures(picture, 1.0, patches, place, note, of_scores=True)
+    downsample = max(prediction.size) / THUMBNAIL
+    shape = tuple(max(1, round(side / downsample)) for side in (prediction.size.height, prediction.size.width))
+    picture = opaque(scale.heat(score_raster(scores, None, (shape[0], shape[1]), downsample)))
+    return Pictures(picture, downsample, patches, place, note, of_scores=True)
