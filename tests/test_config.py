@@ -152,7 +152,7 @@ def test_every_recipe_is_valid_and_says_what_it_is(name: str) -> None:
 
 def test_published_recipes_have_the_settings_of_the_paper() -> None:
     traffic, mnist = resolve("traffic"), resolve("megapixel-mnist")
-    assert (traffic.patch.size, traffic.patch.stride, traffic.select.m, traffic.select.chunk) == (100, 100, 10, 32)
+    assert (traffic.patch.size, traffic.patch.stride, traffic.select.m, traffic.select.chunk) == (100, None, 10, 32)
     assert (traffic.model.encoder, traffic.model.stages, traffic.model.hidden) == ("resnet18", None, 2048)
     assert (traffic.train.lr, traffic.train.weight_decay, traffic.train.epochs, traffic.train.warmup) == (
         3e-4,

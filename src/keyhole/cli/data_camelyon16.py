@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from keyhole.cli.options import Options, print_options, read
 from keyhole.config.settings import NotNegative, Rate
-from keyhole.errors import DataError, OutputError
+from keyhole.errors import OutputError
 
 
 class Camelyon16Options(Options):
@@ -45,11 +45,7 @@ def run(argv: list[str]) -> int:
 
     out = options.out
     found = read_camelyon16(options.root, options.val, options.seed, options.features, options.reference)
-    try:
-        table = found.manifest(out.absolute().parent).encode()
-    except UnicodeEncodeError as error:
-        what = "the name of a folder is not valid text, so that no CSV can hold it"
-        raise DataError(f"{str(options.root)!a}: {what}. Rename it, or link to it by another name.") from error
+    table = found.manifest(out.absolute().parent).encode()
     writable_folder(out.absolute().parent)
     if out.exists() and (not out.is_file() or out.read_bytes() != table):
         raise OutputError(f"{out}: is there already and says something else. Delete it, or choose another --out.")

@@ -30,6 +30,7 @@ VERBS = {
     "data slides": "write labelled slides of generated tissue, of any size, to try keyhole on",
     "data megapixel-mnist": "draw canvases with handwritten digits among noise, as published, of any size",
     "data camelyon16": "make a manifest of the published CAMELYON16 tree, and say what is missing in it",
+    "data traffic-signs": "make a manifest of Swedish Traffic Signs for the published task",
     "bench speed": "measure training steps beside the encoder alone, and where the time goes",
     "doctor": "try every reader and one training step on this machine",
 }

@@ -21,7 +21,7 @@ from keyhole.data.item import FEATURE_SUFFIXES, Item
 from keyhole.data.splits import Sample, make_splits
 from keyhole.errors import DataError
 from keyhole.patches.foreground.region_files import read_regions
-from keyhole.util.files import csv_text
+from keyhole.util.files import csv_text, relative_path
 from keyhole.util.wording import listed
 
 NUMBERS = {"normal": range(1, 161), "tumor": range(1, 112), "test": range(1, 131)}
@@ -68,7 +68,10 @@ class Camelyon16:
         optional = [name for name in ("mask", "features") if any(getattr(slide, name) for slide in self.slides)]
         rows = [["image", "label", "split", "annotation", *optional]]
         for slide in self.slides:
-            image, *files = (_relative(getattr(slide, name), folder) for name in ("image", "annotation", *optional))
+            image, *files = (
+                relative_path(path, folder) if (path := getattr(slide, name)) else ""
+                for name in ("image", "annotation", *optional)
+            )
             rows.append([image, slide.labels["label"], slide.split, *files])
         return csv_text(rows)
 
@@ -340,12 +343,3 @@ def _fault(path: Path, name: str) -> str | None:
     if not start:
         return "an empty file; not used. Download it again"
     return None if start in TIFF_STARTS else "not a TIFF; not used. Download it again"
-
-
-def _relative(path: Path | None, folder: Path) -> str:
-    if path is None:
-        return ""
-    try:
-        return os.path.relpath(path, folder)
-    except ValueError:  # on another drive
-        return str(path.absolute())

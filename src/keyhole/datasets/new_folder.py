@@ -18,7 +18,7 @@ def check_new(out: Path) -> None:
 
 
 class NewFolder:
-    """A context that creates `out` and `out/inside`; on an error it removes them and the files that it named.
+    """A context that creates `out` and the folders `inside`; on an error it removes them and the files that it named.
 
     Write the manifest last: a folder without one holds no data set.
 
@@ -28,20 +28,22 @@ class NewFolder:
     'image,label\\nimages/a.txt,vowel\\n'
     """
 
-    def __init__(self, out: Path, inside: str) -> None:
+    def __init__(self, out: Path, *inside: str) -> None:
         check_new(out)
-        self.out, self.inside, self._created = out, out / inside, not out.exists()
+        self.out, self.inside, self._created = out, [out / name for name in inside], not out.exists()
         self._files: list[Path] = []
 
     def __enter__(self) -> Self:
-        writable_folder(self.inside)
+        for path in self.inside:
+            writable_folder(path)
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is not None:
             for file in self._files:
                 file.unlink(missing_ok=True)
-            self.inside.rmdir()
+            for path in self.inside:
+                path.rmdir()
             if self._created:
                 self.out.rmdir()
 

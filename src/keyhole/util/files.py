@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from keyhole.errors import OutputError
+from keyhole.errors import DataError, OutputError
 from keyhole.util.platform import lock_file, sync_folder
 from keyhole.util.wording import distinct
 
@@ -117,6 +117,25 @@ def file_names(texts: Sequence[str], fallback: str) -> list[str]:
     """
     plain = (re.sub("[^A-Za-z0-9.-]", "_", text).strip("._")[-MAX_NAME_LENGTH:] or fallback for text in texts)
     return distinct(plain, "{}-{}", str.lower)
+
+
+def relative_path(path: Path, folder: Path) -> str:
+    """Return a path as a CSV in `folder` names it; it is absolute where it is on another drive.
+
+    Raises:
+        DataError: the name of a folder is not valid text.
+
+    >>> relative_path(Path("scans/a.png"), Path("tables"))
+    '../scans/a.png'
+    """
+    try:
+        found = os.path.relpath(path, folder)
+    except ValueError:  # on another drive
+        found = str(path.absolute())
+    if found.encode(errors="replace") != encoded(found):
+        what = "the name of a folder is not valid text, so that no CSV can hold it"
+        raise DataError(f"{str(path)!a}: {what}. Rename it, or link to it by another name.")
+    return found
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:
