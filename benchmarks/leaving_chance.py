@@ -78,6 +78,11 @@ class Setting:
         """The name of the figure among those of a result."""
         return f"{self.task}.{self.metric}"
 
+    def images(self, folder: Path, counts: Mapping[str, int]) -> Path:
+        """Return the manifest of so many images in a folder below `folder`; they are drawn if they are not there."""
+        manifest = folder / "-".join([self.name, *map(str, counts.values())]) / "images" / "manifest.csv"
+        return manifest if manifest.exists() else self.write(manifest.parent, **counts)
+
     def lower(self, value: float, images: int) -> float:
         """Return the lower limit of the 95 % interval of a share, or of an AUROC with classes of one size."""
         limits = (
@@ -156,15 +161,11 @@ def main() -> None:
     epochs = 2 if options.quick else options.epochs
     for seed in options.seeds:
         for setting in (SETTINGS[name] for name in options.data):
-            counts = QUICK if options.quick else setting.counts
-            folder = options.folder / "-".join([setting.name, *map(str, counts.values())])
-            manifest = folder / "images" / "manifest.csv"
-            if not manifest.exists():
-                setting.write(manifest.parent, **counts)
+            manifest = setting.images(options.folder, QUICK if options.quick else setting.counts)
             for variant in options.variants:
                 name = variant if epochs is None else f"{variant}, {epochs} epochs"
                 config = base(manifest, setting.name, tuple(variants[variant].items()), epochs)
-                run = folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}"
+                run = manifest.parent.parent / f"{slug(name)}-{seed}"
                 train_and_evaluate(config.replace(train={"seed": seed}), run)
                 found = judged(run, setting, name)
                 found.write(run)
@@ -178,6 +179,11 @@ def main() -> None:
     if not options.quick:
         write_results([str(options.folder)])
         print(write_result("leaving_chance", "Runs from random weights that leave chance", report(recorded())))
+
+
+def slug(name: str) -> str:
+    """Return a name as a folder can have it."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @cache

@@ -218,7 +218,7 @@ def finish(
         lines += table(factor, points)
     result = write_result("scaling", "Cost of a step", lines, options.device)
     print(result)
-    print(draw(found, Path(__file__).parents[1] / "docs" / "plots", hardware(options.device), result.stem[-10:]))
+    print(draw(found, hardware(options.device), result.stem[-10:]))
 
 
 if __name__ == "__main__":

@@ -6,37 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plotting import COLORS, GREY, PLOTS, panels, save
+
 if TYPE_CHECKING:
     from scaling import Factor, Point
 
-STEP, LEARNING, PROPORTIONAL = "#0b5394", "#b45f06", "#8a8a8a"
+STEP, LEARNING, PROPORTIONAL = *COLORS[:2], GREY
 
 
-def draw(found: Mapping[Factor, Sequence[Point]], folder: Path, hardware: str, date: str) -> Path:
-    """Writes `scaling_HARDWARE.svg`; the same figures give the same file."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt
-
-    mpl.rcParams.update({"font.size": 11, "svg.hashsalt": "keyhole", "axes.spines.top": False})
-    mpl.rcParams.update({"axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 12})
-    columns = min(3, len(found))
-    rows = -(-len(found) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.5 * rows + 0.6), squeeze=False)
-    for axis in axes.flat[len(found) :]:
-        axis.axis("off")
-    for axis, (factor, points) in zip(axes.flat, found.items(), strict=False):
+def draw(found: Mapping[Factor, Sequence[Point]], hardware: str, date: str) -> Path:
+    """Write `scaling_HARDWARE.svg` into the documents' plots."""
+    figure, axes = panels(len(found), 3)
+    for axis, (factor, points) in zip(axes, found.items(), strict=True):
         panel(axis, factor, points)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=11)
-    figure.suptitle(f"Time of a training step, one factor at a time ({hardware}, {date})", fontsize=13)
-    figure.tight_layout(rect=(0, 0.06, 1, 0.99))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"scaling_{hardware}.svg"
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    return path
+    title = f"Time of a training step, one factor at a time ({hardware}, {date})"
+    return save(figure, title, PLOTS / f"scaling_{hardware}.svg")
 
 
 def panel(axis: Any, factor: Factor, points: Sequence[Point]) -> None:
@@ -60,4 +44,3 @@ def panel(axis: Any, factor: Factor, points: Sequence[Point]) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_title({"patch": "patch side (dotted: pixels)", "threads": "threads"}.get(factor.letter, factor.letter))
-    axis.grid(color="#e0e0e0", linewidth=0.6)
