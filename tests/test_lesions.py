@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import PIL.Image as Picture
 import pytest
 from conftest import csv_rows
 
 from keyhole.errors import DataError
 from keyhole.images.geometry import Size
 from keyhole.inference.lesions import LesionShare, judge, lesion_means, lesion_share, lesion_table
+from keyhole.patches.foreground.annotations import MarkedPixels, Outlines, check_annotation, read_annotation
 from keyhole.patches.foreground.regions import Region
 from keyhole.report.prediction import KeptPatches, Prediction, Scores
 from keyhole.tasks.kinds import Task
@@ -52,7 +54,7 @@ def test_attention_counts_by_the_area_of_a_patch_inside_and_touching_by_any_of_i
     # the lesion is patch 0 whole, and the left half of patch 1
     regions = [square(0, 0, 16), Region((np.array([[16, 0], [24, 0], [24, 16], [16, 16]], np.float64),))]
 
-    share = lesion_share(prediction([0, 1, 50, 51], [0.4, 0.2, 0.2, 0.2], [0.0, 0.0, 0.5, 0.5]), regions)
+    share = lesion_share(prediction([0, 1, 50, 51], [0.4, 0.2, 0.2, 0.2], [0.0, 0.0, 0.5, 0.5]), Outlines(regions))
 
     assert share.attention == pytest.approx({"label": 0.4 + 0.2 / 2, "grade": 0})
     assert share.kept == 0.5
@@ -64,16 +66,16 @@ def test_attention_counts_by_the_area_of_a_patch_inside_and_touching_by_any_of_i
 
 
 def test_a_lesion_smaller_than_a_patch_can_hold_only_part_of_the_attention() -> None:
-    share = lesion_share(prediction([0, 50], [1.0, 0.0], [0.5, 0.5]), [square(0, 0, 8)])
+    share = lesion_share(prediction([0, 50], [1.0, 0.0], [0.5, 0.5]), Outlines([square(0, 0, 8)]))
     assert share.most_attention == pytest.approx(0.25)
     assert share.attention["label"] == pytest.approx(0.25), "a perfect model reaches the most"
     assert share.area == pytest.approx(0.0025)
-    nothing = lesion_share(prediction([0], [1.0], [1.0]), [square(1000, 1000, 8)])
+    nothing = lesion_share(prediction([0], [1.0], [1.0]), Outlines([square(1000, 1000, 8)]))
     assert (nothing.most_attention, nothing.most_kept, nothing.area) == (0, 0, 0)
 
 
 def test_without_scores_it_is_not_known_what_was_looked_at() -> None:
-    share = lesion_share(prediction([0], [1.0], [1.0], scores=False), [square(0, 0, 16)])
+    share = lesion_share(prediction([0], [1.0], [1.0], scores=False), Outlines([square(0, 0, 16)]))
     assert share.looked_at is None
     means = lesion_means({"a": share, "b": share}, {}, ["label"])
     assert means.looked_at.value is None
@@ -110,7 +112,7 @@ def test_means_are_over_images_with_a_lesion_and_what_does_not_count_is_listed()
         "label attention in lesions 0.400 [0.200 0.600]; by chance 0.040, at most 0.900; mean of 2 annotated images",
         "grade attention in lesions 0.500 [0.000 1.000]; by chance 0.040, at most 0.900; mean of 2 annotated images",
         "kept patches that touch a lesion 0.600 [0.500 0.700]; by chance 0.200, at most 0.750",
-        "1 annotation outlines nothing and does not count; see lesions.csv",
+        "1 annotation marks nothing and does not count; see lesions.csv",
         "1 annotation cannot be used and does not count; see lesions.csv",
     ]
     assert json.loads(json.dumps(means.to_json(), allow_nan=False))["images"] == 2
@@ -135,6 +137,45 @@ def test_no_lesion_at_all_is_said_and_not_zero() -> None:
     means = lesion_means({"a": LesionShare(0, {"label": 0.0}, 0.0, 0.0)}, {}, ["label"])
     assert means.attention["label"].value is None
     assert "undefined (no image has an annotated lesion)" in means.lines()[0]
+
+
+def test_a_mask_says_what_its_outlines_say(tmp_path: Path) -> None:
+    """Any resolution; patches over the border included."""
+    squares = [(16, 32, 16), (96, 0, 48), (150, 150, 10)]
+    outlines = Outlines([square(*each) for each in squares])
+    mask = np.zeros((160, 160), np.uint8)
+    for x, y, side in squares:
+        mask[y : y + side, x : x + side] = 255
+    every = boxes(np.arange(100)) + np.array([5, 3, 9, 0])
+    for cell in (1, 2):
+        Picture.fromarray(mask[::cell, ::cell]).save(tmp_path / "mask.png")
+        marked = read_annotation(tmp_path / "mask.png", Size(160, 160))
+
+        assert len(marked) == len(outlines) == 3
+        np.testing.assert_allclose(marked.covered(every), outlines.covered(every), atol=0.05)
+        np.testing.assert_array_equal(marked.touching(every), outlines.touching(every))
+        assert lesion_share(prediction([0, 21], [0.5, 0.5], [0.0, 1.0]), marked).kept == 0.5
+
+
+def test_the_area_of_a_mask_is_exact_between_its_cells() -> None:
+    marked = MarkedPixels(np.array([[True, False], [False, False]]), Size(20, 40))
+
+    np.testing.assert_allclose(marked.covered([[5, 10, 10, 20], [-10, -20, 20, 40], [12, 0, 5, 5]]), [0.25, 0.25, 0])
+    assert marked.touching([[9.9, 19.9, 5, 5], [10, 0, 5, 5], [30, 0, 5, 5]]).tolist() == [True, False, False]
+    assert not len(MarkedPixels(np.zeros((3, 4), bool), Size(4, 3)))
+
+
+def test_a_mask_of_other_proportions_or_damaged_is_refused_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    Picture.fromarray(np.zeros((30, 40), np.uint8)).save(path)
+    check_annotation(path)
+    with pytest.raises(DataError, match=r"mask\.png: this mask of 40 x 30 pixels has other proportions.* turned"):
+        read_annotation(path, Size(600, 800))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"mask\.png: this mask is damaged"):
+        check_annotation(path)
+    with pytest.raises(DataError, match="are read from"):
+        check_annotation(tmp_path / "mask.gif")
 
 
 # --- keyhole evaluate ------------------------------------------------------------------------------------------------
@@ -177,6 +218,23 @@ def test_all_attention_lies_in_a_lesion_that_is_everywhere(toy_run: Path, annota
     assert any(line.startswith("attention in lesions 1.000 [1.000 1.000]") for line in evaluation.lines())
     rows = csv_rows(tmp_path / "out" / "lesions.csv")
     assert [row["regions"] for row in rows] == ["16"] * 4 + ["0"]
+
+
+def test_masks_are_read_from_the_column_annotation(toy_run: Path, annotated: Path, tmp_path: Path) -> None:
+    from keyhole.inference.evaluate import evaluate
+
+    everywhere, corner = np.full((32, 32), 255, np.uint8), np.zeros((64, 64), np.uint8)
+    corner[:20, :10] = 1  # of the 16 patches, two
+    for number, mask in enumerate([everywhere, corner]):
+        Picture.fromarray(mask).save(tmp_path / f"{number}.png")
+    text = annotated.read_text()
+    annotated.write_text(text.replace("0.geojson", "0.png").replace("1.geojson", "1.png"))
+
+    evaluate(toy_run, annotated, out=tmp_path / "out")
+
+    rows = csv_rows(tmp_path / "out" / "lesions.csv")
+    assert [row["regions"] for row in rows] == ["1", "1", "16", "16", "0"]
+    assert [float(row["looked_at_touching"]) for row in rows[:3]] == [1, 2 / 16, 1]
 
 
 def test_a_broken_annotation_ends_it_at_once_or_is_left_out_and_listed(

@@ -12,8 +12,8 @@ from keyhole.errors import DataError
 class EvaluateOptions(Options, EvaluateSettings):
     """Metrics of a run's best model with 95 % intervals, and one CSV row per image.
 
-    Where the data have a column `annotation` (GeoJSON of QuPath, XML of ASAP), also how much of the attention lies in
-    what it outlines.
+    Where the data have a column `annotation` (GeoJSON of QuPath, XML of ASAP, a PNG mask), also how much of the
+    attention lies in what it marks.
     """
 
     EXAMPLES: ClassVar = ("keyhole evaluate runs/one", "keyhole evaluate runs/one --data other.csv --out elsewhere")

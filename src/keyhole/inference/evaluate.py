@@ -29,7 +29,7 @@ from keyhole.inference.evaluation_folder import (
 from keyhole.inference.lesions import Judged, Lesions, judge, lesion_means, lesion_table
 from keyhole.inference.predictor import Predictor, load
 from keyhole.inference.thresholds import TaskPoints, operating_points
-from keyhole.patches.foreground.region_files import read_regions
+from keyhole.patches.foreground.annotations import check_annotation
 from keyhole.report.contact_sheet import Examples, contact_sheet
 from keyhole.report.files import write_scores
 from keyhole.report.read_table import PredictionTable
@@ -133,7 +133,7 @@ def evaluate(
         writable_folder(asked.run / "predictions")
     for item in manifest.items:  # a mistake shows before hours of predicting
         if asked.on_bad_image == "fail" and item.annotation is not None:
-            read_regions(item.annotation)
+            check_annotation(item.annotation)
     found = _Predictions(tasks[0], manifest, empty_scores(folder))
     write_table(_rows(asked, predictor, found), folder / "predictions.csv")
     if keeps_test:  # training writes those of train and val

@@ -1,6 +1,7 @@
-"""Compare predictions with outlined lesions: the shares of attention and of kept patches inside, their means, a table.
+"""Compare predictions with marked lesions: the shares of attention and of kept patches inside, their means, a table.
 
-A lesion is any region that the annotation outlines. Annotations only judge the attention; training never uses them.
+A lesion is any region that the annotation outlines or masks. Annotations only judge the attention; training never uses
+them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import DataError
-from keyhole.patches.foreground.region_files import read_regions
-from keyhole.patches.foreground.regions import Region, covered, touching
+from keyhole.patches.foreground.annotations import Annotation, read_annotation
 from keyhole.report.prediction import Prediction, Scores
 from keyhole.tasks.intervals import IntervalEstimate, Weights, bootstrap
 from keyhole.util.files import csv_text
@@ -32,7 +32,7 @@ class LesionShare:
     """Comparison of the prediction of an image with its annotation.
 
     Attributes:
-        regions: Number of outlines; without any, the shares have no meaning.
+        regions: Number of outlines, or of connected areas of a mask; without any, the shares have no meaning.
         attention: By task, the sum over kept patches of their attention times the share of their area in lesions: 1 if
             all attention is inside.
         kept: Share of the kept patches that touch a lesion.
@@ -54,11 +54,11 @@ class LesionShare:
 
 @dataclass(frozen=True)
 class Lesions:
-    """Means over the images with at least one outlined lesion.
+    """Means over the images with at least one marked lesion.
 
     Attributes:
         images: Number of these images.
-        empty: Names of images whose annotation outlines nothing; they do not count.
+        empty: Names of images whose annotation marks nothing; they do not count.
         left_out: By name, the reason why an annotation cannot be used; these images do not count.
         attention: By task, mean of `LesionShare.attention`.
         kept, looked_at, area, most_attention, most_kept: Means of those of `LesionShare`.
@@ -97,7 +97,7 @@ class Lesions:
         ]
         lines.append(f"kept patches that touch a lesion {self.kept}; {_bounds(self.looked_at, self.most_kept)}")
         if self.empty:
-            said = "annotation outlines nothing and does not", "annotations outline nothing and do not"
+            said = "annotation marks nothing and does not", "annotations mark nothing and do not"
             lines.append(f"{counted(len(self.empty), *said)} count; see lesions.csv")
         if self.left_out:
             said = "annotation cannot be used and does not", "annotations cannot be used and do not"
@@ -120,43 +120,43 @@ def judge(prediction: Prediction, annotation: Path, on_bad: Literal["fail", "ski
     if not prediction.kept.boxes[:, 2:].all():
         return "stored features without coordinates, so it is not known where on the slide they are from"
     try:
-        return lesion_share(prediction, read_regions(annotation, prediction.origin))
+        return lesion_share(prediction, read_annotation(annotation, prediction.size, prediction.origin))
     except DataError as error:
         if on_bad == "fail":
             raise DataError(f"{error} Or leave such annotations out: --on-bad-image skip.") from error
         return str(error)
 
 
-def lesion_share(prediction: Prediction, regions: Sequence[Region]) -> LesionShare:
-    """Compare a prediction with the regions of the same image in level-0 pixels.
+def lesion_share(prediction: Prediction, marked: Annotation) -> LesionShare:
+    """Compare a prediction with the annotation of the same image.
 
     The area of a patch is that of its whole box, including parts outside of the image.
     """
     kept = prediction.kept
-    inside = covered(regions, kept.boxes)
+    inside = marked.covered(kept.boxes)
     share = LesionShare(
-        regions=len(regions),
+        regions=len(marked),
         attention={task: float(weights.astype(np.float64) @ inside) for task, weights in kept.attention.items()},
-        kept=float(touching(regions, kept.boxes).mean()),
+        kept=float(marked.touching(kept.boxes).mean()),
     )
     if prediction.scores is None:
         return share
-    touched, area, most = _of_all(prediction.scores, regions)
+    touched, area, most = _of_all(prediction.scores, marked)
     n = len(prediction.scores)
     return replace(
         share, looked_at=touched / n, area=area, most_attention=most, most_kept=min(1.0, touched / len(kept))
     )
 
 
-def _of_all(scores: Scores, regions: Sequence[Region]) -> tuple[int, float, float]:
-    """Return the number of patches that touch a region, the share of all area inside, and the largest of a patch."""
+def _of_all(scores: Scores, marked: Annotation) -> tuple[int, float, float]:
+    """Return the number of patches that touch a lesion, the share of all area inside, and the largest of a patch."""
     touched, inside, most = 0, 0.0, 0.0
     for start in range(0, len(scores), _BLOCK):
         boxes = scores.boxes(scores.index[start : start + _BLOCK])
-        near = boxes[touching(regions, boxes)]
+        near = boxes[marked.touching(boxes)]
         touched += len(near)
         if len(near):
-            shares = covered(regions, near)
+            shares = marked.covered(near)
             inside, most = inside + float(shares.sum()), max(most, float(shares.max()))
     return touched, inside / len(scores), most
 
@@ -209,6 +209,6 @@ def lesion_table(judged: Mapping[str, Judged], tasks: Sequence[str]) -> str:
             rows.append([name, "", *("" for _ in (*tasks, *shares)), share])
             continue
         values = [*(share.attention[task] for task in tasks), share.kept, *(getattr(share, name) for name in _BOUNDS)]
-        problem = "" if share.regions else "the annotation outlines nothing"
+        problem = "" if share.regions else "the annotation marks nothing"
         rows.append([name, share.regions, *("" if v is None else f"{v:.6f}" for v in values), problem])
     return csv_text(rows)

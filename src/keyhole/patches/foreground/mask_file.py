@@ -59,24 +59,29 @@ def read_mask(
     np.int64(4)
     """
     path = Path(path)
+    if path.suffix.lower() in GEOJSON_SUFFIXES:
+        with faults_of(path, "this mask cannot be read"):
+            path.open("rb").close()
+        return _from_outlines(path, l0_size, longest, origin)
+    check_png(path, l0_size)
+    with faults_of(path, "this mask is damaged"), PIL.Image.open(path, formats=("PNG",)) as picture:
+        picture.load()
+        return _shrunk(picture, longest)
+
+
+def check_png(path: Path, l0_size: Size | None = None) -> None:
+    """Raise ImageError if a file is not a whole PNG of a mask, or not of the proportions of its image where given."""
     with faults_of(path, "this mask cannot be read"), path.open("rb") as file:
         head = file.read(26)
-    if path.suffix.lower() in GEOJSON_SUFFIXES:
-        return _from_outlines(path, l0_size, longest, origin)
     if not head.startswith(_SIGNATURE) or len(head) < 26:
         raise ImageError(
             path, f"this mask is not a PNG. Expected a PNG or GeoJSON of QuPath ({', '.join(MASK_SUFFIXES)})."
         )
-    size = Size(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
-    _check_size(path, size, l0_size)
+    _check_size(path, Size(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")), l0_size)
     if head[24:25] == b"\x10" and head[25] in _EIGHT_BITS:
         raise ImageError(path, "a mask of 16 bits a channel in colour or with transparency. Save it with 8 bits.")
-    with faults_of(path, "this mask is damaged"):
-        with PIL.Image.open(path, formats=("PNG",)) as picture:
-            picture.verify()  # the CRC of every chunk, without decoding
-        with PIL.Image.open(path, formats=("PNG",)) as picture:
-            picture.load()
-            return _shrunk(picture, longest)
+    with faults_of(path, "this mask is damaged"), PIL.Image.open(path, formats=("PNG",)) as picture:
+        picture.verify()  # the CRC of every chunk, without decoding
 
 
 def _from_outlines(path: Path, l0_size: Size, longest: int, origin: tuple[int, int]) -> NDArray[np.bool_]:
@@ -91,7 +96,7 @@ def _from_outlines(path: Path, l0_size: Size, longest: int, origin: tuple[int, i
     return rasterize(used, l0_size, shape, touched=True) & ~rasterize(ignored, l0_size, shape)
 
 
-def _check_size(path: Path, size: Size, l0_size: Size) -> None:
+def _check_size(path: Path, size: Size, l0_size: Size | None) -> None:
     if size.width * size.height > MAX_PNG_PIXELS:
         raise ImageError(
             path,
@@ -100,7 +105,7 @@ def _check_size(path: Path, size: Size, l0_size: Size) -> None:
         )
     if min(size) < 1:
         raise ImageError(path, "this mask is damaged: its header says that it has no pixels. Save it again.")
-    if not _same_shape(size, l0_size):
+    if l0_size is not None and not _same_shape(size, l0_size):
         turned = " It seems to be turned." if _same_shape(Size(*reversed(size)), l0_size) else ""
         raise ImageError(
             path,
