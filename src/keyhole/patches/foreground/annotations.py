@@ -106,10 +106,10 @@ class MarkedPixels:
         return np.asarray(inside / (width * height * self._scale.prod())).clip(0, 1)
 
     def touching(self, boxes: ArrayLike) -> NDArray[np.bool_]:
-        x, y, right, bottom = self._edges(boxes)
-        x, y, right, bottom = (edge.astype(np.int64) for edge in (x, y, np.ceil(right), np.ceil(bottom)))
-        total = self._total
-        return np.asarray(total[bottom, right] - total[bottom, x] - total[y, right] + total[y, x] > 0)
+        edges, total = self._edges(boxes), self._total
+        left, top = (np.floor(edge).astype(np.int64) for edge in edges[:2])
+        right, bottom = (np.ceil(edge).astype(np.int64) for edge in edges[2:])
+        return np.asarray(total[bottom, right] - total[bottom, left] - total[top, right] + total[top, left] > 0)
 
     @property
     def _scale(self) -> NDArray[np.float64]:

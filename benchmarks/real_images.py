@@ -1,0 +1,276 @@
+"""Ways to classify large images, compared on a real data set: IPS, the whole image made smaller, random patches.
+
+    python benchmarks/real_images.py FOLDER EXAMPLE MANIFEST [--arms ips16 resized ...] [--seeds 0 1 2] [--images N]
+
+EXAMPLE is a folder of `examples/`, whose `recipe.yaml` every arm changes, and MANIFEST what its `prepare.py` wrote.
+Each arm and seed has a folder with `result.json`, which `results.py` collects; one that has it is not run again, and
+one that was stopped goes on. `--images` cuts the training images, labels and groups in proportion.
+
+The whole image is made so small that it costs the time of IPS with M = 16: N patches that are encoded and 16 that are
+learned from, in patches learned from, have as many pixels as it has. Frozen arms learn from features that `keyhole
+embed` stores once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import result
+from numpy.typing import NDArray
+from real_data import image_pixels, mean_features, patch_counts, write_drawn, write_part, write_resized
+
+from keyhole.config.file import dump_config, resolve
+from keyhole.config.settings import Config, DataConfig
+from keyhole.data.manifest import Manifest, read_manifest
+from keyhole.tasks.evaluation import evaluate_task, point_metrics
+from keyhole.tasks.kinds import Task
+from keyhole.util.files import write_atomic
+from keyhole.util.platform import peak_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+METRICS = {"potholes": "auroc", "retinopathy": "auroc", "circuit_boards": "average_precision"}
+"""What is compared, by example."""
+M = 16
+"""Patches of the random arms, and those that set the cost of the resized image."""
+COST_OF_LEARNING = 5
+"""Patches that are encoded in the time in which one is learned from; measured with lite0 at 128 px on two cores."""
+FROZEN = {"epochs": 30, "batch": 8}
+DRAWS = 5
+"""Random patches of a training image are drawn so often; there are fewer epochs for it."""
+ARMS = {
+    "mean": "mean over all patches, frozen encoder, logistic regression",
+    "random": f"{M} random patches, frozen encoder, attention",
+    "attention": "all patches, frozen encoder, attention",
+    "resized": f"whole image resized to the cost of IPS, M = {M}",
+    "random-trained": f"{M} random patches, end to end, uniform attention",
+    "ips4": "IPS, M = 4, end to end",
+    "ips16": "IPS, M = 16, end to end",
+    "all": "all patches, end to end, attention",
+    "scratch": "IPS, M = 16, encoder small from random weights",
+}
+"""What tables call the arms, in their order."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="for features, resized images and runs")
+    parser.add_argument("example", choices=METRICS)
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if arm not in ("all", "scratch")]
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--images", type=int, help="to learn from; default all")
+    parser.add_argument("--val", type=int, help="to choose the best epoch by; default a third of --images")
+    parser.add_argument("--test", type=int, help="default all")
+    parser.add_argument("--epochs", type=int, help="of arms that train the encoder; default those of the recipe")
+    options = parser.parse_args(arguments)
+    comparison = Comparison.of(options)
+    for seed in options.seeds:
+        for arm in options.arms:
+            found = comparison.run(arm, seed)
+            figures = {
+                name: [round(value, 3) for value in figure if value is not None]
+                for name, figure in found.metrics.items()
+            }
+            print(f"{arm} {seed}: {figures}; {found.epoch_seconds} s an epoch, {found.peak_gb} GB", flush=True)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The arms on one part of a data set.
+
+    Attributes:
+        folder: Of this part.
+        example: Name in `METRICS`.
+        base: The recipe, on this part.
+    """
+
+    folder: Path
+    example: str
+    base: Config
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Comparison:
+        base = resolve(config_path=ROOT / "examples" / options.example / "recipe.yaml")
+        if options.epochs is not None:
+            base = base.replace(train={"epochs": options.epochs, "warmup": min(1, options.epochs)})
+        val = options.val or (None if options.images is None else -(-options.images // 3))
+        counts = {"train": options.images, "val": val, "test": options.test}
+        folder = options.folder.resolve() / "-".join(
+            [options.example, *(f"{name}{n}" for name, n in counts.items() if n)]
+        )
+        path = folder / "images.csv"
+        if not path.exists():
+            write_part(options.manifest, counts, path)
+        return cls(folder, options.example, base.replace(data={"path": path}))
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.base.data)
+
+    @cached_property
+    def stored(self) -> Manifest:
+        """The images as features of all patches."""
+        folder, patch = self.folder / "features", self.base.patch
+        if not (folder / "seconds.json").exists():
+            began = time.monotonic()
+            keyhole(
+                "embed",
+                self.path,
+                "--encoder=lite0",
+                f"--patch.size={patch.size}",
+                "--precision=auto",
+                f"--patch.foreground={patch.foreground}",
+                "--dtype=float16",
+                f"--out={folder}",
+            )
+            write_atomic(folder / "seconds.json", json.dumps(time.monotonic() - began))
+        return read_manifest(DataConfig(path=self.path, features=folder))
+
+    @property
+    def path(self) -> Path:
+        assert self.base.data.path is not None
+        return self.base.data.path
+
+    def run(self, arm: str, seed: int) -> result.Result:
+        """Return the result of an arm, which is run if it has none."""
+        folder = self.folder / f"{arm}-e{self.base.train.epochs}-{seed}"
+        if (folder / result.NAME).exists():
+            return result.read(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        train = len(self.manifest.split("train"))
+        about: dict[str, Any] = {
+            "data": f"{self.example}, {train} training images",
+            "kind": "real",
+            "recipe": ARMS[arm],
+        }
+        if arm == "mean":
+            found = self.mean(about, seed)
+        else:
+            found = self.train(self.settings(arm, seed, folder), folder / "run", about, kept=arm in ("ips4", "ips16"))
+        found.write(folder)
+        return found
+
+    def settings(self, arm: str, seed: int, folder: Path) -> Config:
+        """The configuration of an arm that is a run of keyhole."""
+        base = self.base.replace(train={"seed": seed})
+        epochs = base.train.epochs
+        match arm:
+            case "ips4" | "ips16":
+                return base.replace(select={"m": int(arm.removeprefix("ips"))})
+            case "scratch":
+                return base.replace(model={"encoder": "small"}, train={"lr": "auto", "encoder_lr": 1.0})
+            case "all":
+                return base.replace(select={"m": 2 * max(self.counts)}, memory="8GB")
+            case "random-trained":  # attention stays uniform, so that of all in random order the first are kept
+                select = {"m": M, "chunk": 64, "rule": "streaming", "order": "shuffled"}
+                return base.replace(select=select, train={"explore": 2.0 * epochs})
+            case "resized":
+                side = self.side()
+                path = write_resized(self.path, side, self.folder / f"resized-{side}")
+                patch = {"size": side, "foreground": "all"}
+                return base.replace(data={"path": path}, patch=patch, select={"m": 1}, augment={"shift": False})
+            case "attention":
+                return self.frozen(self.path, seed, FROZEN["epochs"], self.folder / "features")
+            case "random":
+                path = write_drawn(self.path, self.stored, M, DRAWS, seed, folder / "drawn")
+                return self.frozen(path, seed, FROZEN["epochs"] // DRAWS)
+        raise ValueError(arm)
+
+    def frozen(self, path: Path, seed: int, epochs: int, features: Path | None = None) -> Config:
+        """Attention over all stored features of an image."""
+        return Config().replace(
+            data={"path": path, "features": features},
+            select={"m": max(self.counts)},
+            train={"epochs": epochs, "batch": FROZEN["batch"], "seed": seed, "metric": self.base.train.metric},
+        )
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Patches of each image."""
+        return patch_counts(self.stored.items)
+
+    def side(self) -> int:
+        """Side of the resized image: a multiple of 32."""
+        patches = M + np.median(self.counts) / COST_OF_LEARNING
+        side = min(self.base.patch.size * patches**0.5, image_pixels(self.path) ** 0.5)
+        return max(32, int(side / 32 + 0.5) * 32)
+
+    def train(self, config: Config, run: Path, about: dict[str, Any], kept: bool) -> result.Result:
+        """Train or go on, in a process of its own, whose peak memory is that of the arm; then evaluate."""
+        if run.exists():
+            keyhole("resume", run)
+        else:
+            settings = write_atomic(run.with_name("settings.yaml"), dump_config(config))
+            keyhole("train", "--config", settings, "--out", run)
+        if not (run / "evaluation" / "test" / "metrics.json").exists():
+            keyhole("evaluate", run)
+        also = {}
+        if kept:
+            lesions = json.loads((run / "evaluation" / "test" / "metrics.json").read_text()).get("lesions", {})
+            names = {"kept patches on a defect": "", "of all patches": "_by_chance"}
+            also = {
+                name: result.figure(lesions[f"kept_touching_a_lesion{end}"]) for name, end in names.items() if lesions
+            }
+        return result.of_run(run, **about, metrics=[METRICS[self.example]], also=also)
+
+    def mean(self, about: dict[str, Any], seed: int) -> result.Result:
+        """Logistic regression on the mean feature; its penalty is chosen on the validation images."""
+        stored, metric = self.stored, METRICS[self.example]
+        parts = {split: stored.split(split) for split in ("train", "val", "test")}
+        x = {split: mean_features(items) for split, items in parts.items()}
+        y = {split: stored.targets(items) for split, items in parts.items()}
+        began, metrics = time.monotonic(), {}
+        for task in stored.tasks:
+            best = max(
+                (regression(task, x, y["train"][task.name], penalty) for penalty in 10.0 ** np.arange(-5, 2)),
+                key=lambda said: point_metrics(task, y["val"][task.name], said["val"])[metric],
+            )
+            groups = [item.group for item in parts["test"]]
+            overall = evaluate_task(task, y["test"][task.name], best["test"], groups).overall[metric]
+            metrics[f"{task.name}.{metric}"] = result.Figure(overall.value or float("nan"), overall.low, overall.high)
+        seconds = time.monotonic() - began
+        return result.Result(
+            **about,
+            seed=seed,
+            metrics=metrics,
+            epochs=1,
+            epoch_seconds=round(seconds, 2),
+            peak_gb=round(peak_memory() / 1e9, 3),
+        )
+
+
+def regression(
+    task: Task, x: dict[str, NDArray[np.float32]], y: NDArray[Any], penalty: float
+) -> dict[str, NDArray[np.float64]]:
+    """Return the probabilities by split of a logistic regression of each output, with a penalty C."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    logits: dict[str, list[NDArray[np.float64]]] = {split: [] for split in x}
+    for column in y.T:
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=1000)).fit(x["train"], column)
+        for split, rows in x.items():
+            logits[split].append(model.decision_function(rows))
+    return {split: task.probability(np.stack(each, axis=1)) for split, each in logits.items()}
+
+
+def keyhole(*words: object) -> None:
+    """Run a command of keyhole in a process of its own."""
+    subprocess.run([sys.executable, "-m", "keyhole", *map(str, words)], check=True)
+
+
+if __name__ == "__main__":
+    main()
