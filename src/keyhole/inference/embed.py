@@ -21,7 +21,7 @@ from keyhole.engine import Engine
 from keyhole.engine.device import choose_device, choose_precision
 from keyhole.engine.embedding import encoder_alone
 from keyhole.engine.memory.meter import steady_heap
-from keyhole.engine.memory.plan import CPU_CHUNK, OptionNames, Plan, make_plan
+from keyhole.engine.memory.plan import OptionNames, Plan, cpu_chunk, make_plan
 from keyhole.engine.memory.probe import Workload
 from keyhole.engine.opening import open_reader, settle_edge
 from keyhole.errors import ConfigError, DataError, KeyholeError, RunError
@@ -164,7 +164,7 @@ def _engine(config: Config) -> Engine:
     engine = Engine(
         network,
         run=config.run,
-        plan=Plan(chunk=config.select.chunk or CPU_CHUNK),
+        plan=Plan(chunk=config.select.chunk or cpu_chunk(shape)),
         arithmetic=choose_precision(config.train.precision, network.encoder, shape),
         warn=lambda text: say(f"warning: {text}"),
     )
@@ -176,15 +176,16 @@ def _plan(config: Config, engine: Engine) -> None:
     """Plan the memory, where there is a budget."""
     if config.memory is None and engine.device.type != "cuda":
         return
+    shape = patch_shape(config.model, config.patch.size)
     work = Workload(
-        patch_shape=patch_shape(config.model, config.patch.size),
+        patch_shape=shape,
         m=1,
         batch_size=1,
         largest_bag=1,
         chunk=config.select.chunk,
         ahead=config.run.ahead,
         jpeg=config.run.decode == "auto",
-        host_buffers=2 * 4 * engine.model.pool.dim * (config.select.chunk or CPU_CHUNK),
+        host_buffers=2 * 4 * engine.model.pool.dim * (config.select.chunk or cpu_chunk(shape)),
     )
     engine.plan = make_plan(engine.encoders, work, config.memory, options=_OPTIONS)
 

@@ -19,7 +19,7 @@ from keyhole.data.manifest import Manifest
 from keyhole.data.resolution import Resolution
 from keyhole.engine import Engine
 from keyhole.engine.device import choose_precision
-from keyhole.engine.memory.plan import CPU_CHUNK, fixed_chunk
+from keyhole.engine.memory.plan import cpu_chunk, fixed_chunk
 from keyhole.engine.opening import opener
 from keyhole.engine.to_device import may_decode
 from keyhole.errors import ConfigError, DataError, ImageError
@@ -160,7 +160,7 @@ def scan(
     # Pictures decoded whole: each thread decodes one; those of the batch and of the chunks read ahead are open.
     pictures.sort(reverse=True)
     decoded = sum(pictures[: reader.threads.count])
-    ahead = -(-(config.run.ahead + 2) * (fixed_chunk(config.select) or CPU_CHUNK) // patches[len(patches) // 2])
+    ahead = -(-(config.run.ahead + 2) * (fixed_chunk(config.select) or cpu_chunk(shape)) // patches[len(patches) // 2])
     opened = round(DECODING * decoded) + (decoded if keep else sum(pictures[: config.train.batch + ahead]))
     store = ImageCache(keep=keep, masks=probe.masks)
     images = Images(config, store, counts, shape, total if keep else 0, opened, resolution, jpeg and not keep)
