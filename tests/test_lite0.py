@@ -13,7 +13,10 @@ from sklearn.datasets import load_sample_image
 
 import keyhole
 from keyhole.cli.main import main
+from keyhole.config.settings import ModelConfig
+from keyhole.nn.build import build_classifier
 from keyhole.nn.packaged import FILE, PACKAGE, Lite0Encoder, lite0_weights
+from keyhole.tasks.kinds import Task
 
 MODULE = PACKAGE.replace("-", "_")
 DAISY = 985
@@ -42,6 +45,23 @@ def test_grey_patches_are_embedded_as_their_copies_in_three_colours() -> None:
     with torch.no_grad():
         grey, color = Lite0Encoder(1).eval()(patches), Lite0Encoder(3).eval()(patches.expand(-1, 3, -1, -1))
     torch.testing.assert_close(grey, color, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch_norm", "equal"), [("auto", True), ("frozen", True), ("learned", False)])
+def test_with_frozen_batch_norm_training_sees_a_patch_as_selection_does(batch_norm: str, equal: bool) -> None:
+    model = build_classifier(
+        ModelConfig(encoder="lite0", batch_norm=batch_norm), [Task("a", "binary", ("no", "yes"))], patch_size=32
+    )
+    encoder, patches = model.encoder, torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    norm = next(part for part in encoder.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    before = norm.running_mean.clone()
+    model.train()
+    learning = encoder(patches)
+    assert norm.weight.requires_grad
+    assert torch.equal(norm.running_mean, before) is equal
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(learning, encoder(patches), atol=1e-5) is equal
 
 
 def test_a_run_starts_from_them_and_its_model_needs_the_package_no_more(

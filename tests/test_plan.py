@@ -237,6 +237,11 @@ def test_chunks_on_a_gpu_hold_as_many_bytes_as_its_decoder_wants(
         assert largest_chunk(torch.device("cpu"), shape, patches=5) == 64
 
 
+def test_chunks_on_a_cpu_hold_more_of_small_patches() -> None:
+    sizes = {(16, 16, 3): 512, (50, 50, 1): 256, (128, 128, 3): 64, (1024, 1024, 3): 64, (2048,): 64}
+    assert {shape: largest_chunk(torch.device("cpu"), shape) for shape in sizes} == sizes
+
+
 def test_a_split_step_stays_within_one_budget_whatever_m_and_b_are() -> None:
     for m, batch in ((16, 4), (64, 4), (64, 16), (256, 16)):
         bill = bill_of(m, batch)

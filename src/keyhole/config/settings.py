@@ -165,6 +165,9 @@ class ModelConfig(Settings):
     """Weights for the encoder: a run, whose best model's encoder is taken, or a safetensors file."""
     freeze: Switch = False
     """Do not train the encoder; only attention and heads learn."""
+    batch_norm: Literal["auto", "learned", "frozen"] = "auto"
+    """Statistics of the encoder's batch norms: `learned` from the kept patches of each step, or `frozen` as they are at
+    the start. `auto` freezes those of ImageNet weights: both passes then see a patch alike."""
     heads: Positive = 8
     """Attention heads. The paper uses 8."""
     hidden: Positive | None = None
@@ -185,6 +188,11 @@ class ModelConfig(Settings):
     def learned_before(self) -> bool:
         """Whether the encoder starts from weights that were learned before, not from random ones."""
         return self.imagenet or self.weights is not None
+
+    @property
+    def freezes_norm(self) -> bool:
+        """Whether the encoder's batch norms keep their statistics."""
+        return self.batch_norm == "frozen" or (self.batch_norm == "auto" and self.imagenet)
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> Self:

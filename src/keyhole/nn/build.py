@@ -9,7 +9,7 @@ from keyhole.config.settings import PACKAGED, ModelConfig
 from keyhole.errors import ConfigError
 from keyhole.nn.attention import CrossAttentionPool
 from keyhole.nn.classifier import IPSClassifier
-from keyhole.nn.encoder import FeatureProjector, SmallEncoder, TimmEncoder
+from keyhole.nn.encoder import FeatureProjector, PixelEncoder, SmallEncoder, TimmEncoder
 from keyhole.nn.packaged import Lite0Encoder, lite0_weights
 from keyhole.nn.position import CenterPosition, IndexPosition
 from keyhole.nn.weights import check_pretrained
@@ -66,6 +66,8 @@ def build_classifier(
             position = CenterPosition(dim, unit=float(patch_size))
     except ValueError as error:
         raise ConfigError(f"--model: {error}") from error
+    if isinstance(encoder, PixelEncoder):
+        encoder.frozen_norm = model.freezes_norm
     if model.freeze:
         encoder.requires_grad_(False)
     return IPSClassifier(encoder, pool, {task.name: nn.Linear(dim, task.outputs) for task in tasks}, position)

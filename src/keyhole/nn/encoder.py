@@ -29,11 +29,13 @@ class PixelEncoder(nn.Module, ABC):
     Attributes:
         dim: width d of the embeddings.
         scale, shift: (1 c 1 1), not saved with the weights.
+        frozen_norm: batch norms keep their statistics in training too, so that both passes compute the same function.
     """
 
     dim: int
     scale: Tensor
     shift: Tensor
+    frozen_norm: bool = False
 
     def normalize_by(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
         """Subtract `mean` from the values and divide them by `std` before `embed`."""
@@ -47,6 +49,15 @@ class PixelEncoder(nn.Module, ABC):
             came = tuple(patches.shape)
             raise ValueError(f"patches must be (k c h w) with c = {channels}, the encoder's `channels`, not {came}")
         return self.embed(torch.addcmul(self.shift, patches, self.scale))
+
+    def train(self, mode: bool = True) -> "PixelEncoder":
+        """Set training mode; with `frozen_norm` not for batch norms, whose weights learn all the same."""
+        super().train(mode)
+        if self.frozen_norm:
+            for part in self.modules():
+                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    part.eval()
+        return self
 
     @abstractmethod
     def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:

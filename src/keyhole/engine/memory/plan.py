@@ -223,8 +223,8 @@ def unlimited(select: SelectConfig, shape: Sequence[int] = ()) -> Plan:
 
 def cpu_chunk(shape: Sequence[int]) -> int:
     """Return how many patches of a shape as read are encoded at a time on a CPU."""
-    fitting = CPU_CHUNK_PIXELS // math.prod(shape[:2]) if len(shape) > 1 else CPU_CHUNK
-    return min(MAX_CPU_CHUNK, max(CPU_CHUNK, power_below(fitting + 1)))
+    fitting = CPU_CHUNK_PIXELS // math.prod(shape[:2]) if len(shape) > 1 else 0
+    return min(MAX_CPU_CHUNK, power_below(max(CPU_CHUNK, fitting) + 1))
 
 
 @contextmanager

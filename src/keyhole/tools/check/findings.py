@@ -104,7 +104,7 @@ def about_images(items: Sequence[Item], probed: Mapping[str, Probed], config: Co
 def _about_batch_norm(items: Sequence[Item], probed: Mapping[str, Probed], config: Config) -> Iterator[Finding]:
     features = any(item.features is not None for item in items)
     learns = sum(item.split == "train" for item in items)
-    without = config.model.freeze or config.model.encoder.startswith(WITHOUT_BATCH_NORM)
+    without = config.model.freeze or config.model.freezes_norm or config.model.encoder.startswith(WITHOUT_BATCH_NORM)
     if not learns or (without and not features):
         return
     kept = min(config.select.m, round(median(image.patches for image in probed.values())))
