@@ -293,7 +293,7 @@ def test_probing_leaves_everything_as_it_was(position: str, freeze: bool) -> Non
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes, random = [part.training for part in model.modules()], torch.get_rng_state()
     plan = plan_for(model)
-    assert (plan.chunk, plan.split, plan.kept) == (64, None, 16)
+    assert (plan.chunk, plan.split, plan.kept) == (512, None, 16)
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert modes == [part.training for part in model.modules()]
     assert torch.equal(random, torch.get_rng_state())
@@ -305,7 +305,7 @@ def test_probing_leaves_everything_as_it_was(position: str, freeze: bool) -> Non
 def test_where_the_system_keeps_no_peak_tensors_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keyhole.engine.memory.meter.has_peak", lambda: False)
     plan = plan_for(model_of(), m=50)
-    assert (plan.chunk, plan.split, plan.kept) == (64, None, 100)
+    assert (plan.chunk, plan.split, plan.kept) == (512, None, 100)
     assert plan.peak > 0
 
 
