@@ -179,8 +179,10 @@ class Comparison:
             case "resized":
                 side = self.side()
                 path = write_resized(self.path, side, self.folder / f"resized-{side}")
-                patch = {"size": side, "foreground": "all"}
-                return base.replace(data={"path": path}, patch=patch, select={"m": 1}, augment={"shift": False})
+                patch, train = {"size": side, "foreground": "all"}, {"explore": 2.0 * epochs}  # of one patch no scores
+                return base.replace(
+                    data={"path": path}, patch=patch, select={"m": 1, "chunk": 4}, train=train, augment={"shift": False}
+                )
             case "attention":
                 return self.frozen(self.path, seed, FROZEN["epochs"], self.folder / "features")
             case "random":
