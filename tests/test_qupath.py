@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from keyhole.inference.lesions import LesionShare, judge
 from keyhole.inference.predictor import Predictor
 from keyhole.patches.foreground.region_files import read_regions
 from keyhole.report.files import write_prediction
-from keyhole.report.prediction import Prediction
+from keyhole.report.geojson import TILES_AT_ONCE, tile_lines
+from keyhole.report.prediction import Prediction, Scores
 
 ORIGIN = 96, 64
 """Corner of the bounds of the Leica slide, which are half its width and height."""
@@ -138,3 +140,42 @@ def test_features_carry_the_origin_of_their_slide(slide: Path, tmp_path: Path) -
         assert source.grid.qupath_origin == ORIGIN
     finally:
         source.close()
+
+
+def test_every_patch_is_a_tile_where_qupath_shows_it(prediction: Prediction, tmp_path: Path) -> None:
+    files = write_prediction(prediction, tmp_path, tiles=True)
+    read = json.loads(files["tiles.geojson"].read_text())
+    scores, tiles = prediction.scores, read["features"]
+    assert scores is not None
+    assert read["type"] == "FeatureCollection"
+    assert {tile["properties"]["objectType"] for tile in tiles} == {"tile"}
+    np.testing.assert_array_equal(corners(files["tiles.geojson"]), scores.boxes(scores.index)[:, :2] - ORIGIN)
+    measured = [tile["properties"]["measurements"] for tile in tiles]
+    for name, score in (
+        ("score times N", scores.score),
+        *((f"score {k} times N", v) for k, v in scores.per_task.items()),
+    ):
+        np.testing.assert_allclose([each[name] for each in measured], score * len(scores), rtol=1e-5)
+    ids = [tile["id"] for tile in tiles]
+    ids += [each["id"] for each in json.loads(files["kept.geojson"].read_text())["features"]]
+    assert len(set(ids)) == len(scores) + len(prediction.kept), "no tile is taken for a kept patch"
+    again = write_prediction(prediction, tmp_path / "again", tiles=True)["tiles.geojson"]
+    assert again.read_bytes() == files["tiles.geojson"].read_bytes(), "imported again, objects are the same"
+
+
+def test_tiles_are_written_as_they_come(prediction: Prediction) -> None:
+    asked = 0
+
+    def counted(index: NDArray[np.int64]) -> NDArray[np.int64]:
+        nonlocal asked
+        asked += len(index)
+        return np.tile(np.array([0, 0, 32, 32]), (len(index), 1))
+
+    n = 3 * TILES_AT_ONCE
+    score = np.full(n, 1 / n, np.float32)
+    scores = Scores(1, n, np.arange(n), np.zeros((n, 2), np.int64), score, {"color": score}, counted)
+    lines = tile_lines(replace(prediction, scores=scores))
+    for _ in range(5):
+        next(lines)
+    assert asked == TILES_AT_ONCE
+    assert sum("score times N" in line for line in lines) == n - 4

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from keyhole.cli.options import Options, print_options, read
 from keyhole.config.inference import InferenceSettings
-from keyhole.config.settings import Bits, Number
+from keyhole.config.settings import Bits, Number, Positive, Switch
 from keyhole.errors import ConfigError, DataError
+from keyhole.util.wording import listed
 
 if TYPE_CHECKING:
     from keyhole.data.item import Item
@@ -24,10 +25,13 @@ class PredictOptions(Options, InferenceSettings):
     """Labels of images by a run's best model, the patches they rest on, and the score of every patch.
 
     Writes predictions.csv with one row per image, and a folder per image, which its row names: prediction.json,
-    kept.csv, scores.csv, scores.npz, and kept.geojson, which QuPath opens.
+    kept.csv, scores.csv, scores.npz, and kept.geojson, which QuPath opens; on request pictures and tiles.geojson.
     """
 
-    EXAMPLES: ClassVar = ("keyhole predict runs/one new/*.png --out answers",)
+    EXAMPLES: ClassVar = (
+        "keyhole predict runs/one new/*.png --out answers",
+        "keyhole predict runs/one new/*.png --out answers --overlay --save-patches 8 --tiles",
+    )
     POSITIONAL: ClassVar = {"run": "RUN", "images": "IMAGES"}
 
     run: Path
@@ -42,6 +46,13 @@ class PredictOptions(Options, InferenceSettings):
     """Folder of masks by the images' names, for a model of `patch.foreground mask`."""
     bits: Bits | None = None
     """Bits in use of 16-bit images that do not state them; default is what the model learned with."""
+    overlay: Switch = False
+    """Also draw, per task, the image with the score of every patch and the kept patches outlined (overlay_TASK.png),
+    and a contact sheet of the kept patches (kept_TASK.png)."""
+    save_patches: Positive | None = None
+    """Also write the kept patches of the highest scores, so many at most, as the model saw them: patches/*.png."""
+    tiles: Switch = False
+    """Also write tiles.geojson, every patch as a tile with its score, which QuPath colours as a map."""
 
 
 def run(argv: list[str]) -> int:
@@ -67,7 +78,10 @@ def run(argv: list[str]) -> int:
     predictor = load(options.run, options.device, options.memory, options.unreadable, options.decode)
     if options.bits is not None:
         predictor.config = predictor.config.replace(patch={"bits": options.bits})
-    answers = AnswerFolder(options.out, [item.image for item in items])
+    predictor.whole_patches = options.save_patches or 0
+    drawn = options.overlay or options.save_patches is not None
+    images = [item.image for item in items]
+    answers = AnswerFolder(options.out, images, overlay=options.overlay, tiles=options.tiles)
     if answers.replaced:
         print(f"{options.out}: replaces earlier answers for {answers.replaced} of these images", file=sys.stderr)
 
@@ -76,16 +90,21 @@ def run(argv: list[str]) -> int:
 
     def rows() -> Iterator[TableRow]:
         """Write and show predictions one by one; none is kept, since each has the score of every patch."""
-        done = 0
-        for _, prediction in predictor.predict_items(items, left_out=tell if options.on_bad_image == "skip" else None):
+        done, without = 0, []
+        skip = tell if options.on_bad_image == "skip" else None
+        for _, prediction in predictor.predict_items(items, left_out=skip, pictures=lambda *_: drawn):
             row = answers.write(prediction)
             with contextlib.suppress(OSError):  # a closed pipe does not stop the files
                 print(_line(prediction), flush=True)
             done += 1
+            if options.save_patches and (prediction.pictures is None or not len(prediction.pictures.whole)):
+                without.append(prediction.name)
             yield row
         write_left_out(answers.out / "left_out.csv", skipped.items())
         for name, reason in skipped.items():
             print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+        if without:
+            print(f"no patches saved, since there are no pixels of: {listed(without)}", file=sys.stderr)
         if not done:
             raise DataError(f"none of the {len(items)} images can be predicted; see {answers.out / 'left_out.csv'}")
 

@@ -42,6 +42,7 @@ class Answers:
         resolution: Resolution of the training images.
         told: Doubts about features of which the user has been warned.
         silent: Do not warn.
+        whole: Number of kept patches that pictures hold in full.
     """
 
     engine: Engine
@@ -50,6 +51,7 @@ class Answers:
     resolution: Resolution
     told: set[str]
     silent: bool
+    whole: int = 0
     unlike: int = 0
 
     def warn_about_features(self, done: Inference) -> None:
@@ -141,19 +143,22 @@ class Answers:
         return [doubt] if doubt else []
 
     def with_pictures(self, done: Inference, prediction: Prediction, row: int) -> Prediction:
-        """Return the prediction with pictures; unchanged if its source cannot be read any more."""
+        """Return the prediction with pictures; unchanged, with a warning, if its source cannot be read any more."""
         source, place = done.batch.sources[row], most_attended(prediction.kept)
-        with suppress(ImageError):  # such as a network share that hangs; the prediction is complete without
+        first = np.arange(min(self.whole, len(prediction.kept)))
+        try:
             if isinstance(source, FeaturePatches):
-                draw = partial(pictures_of_features, source, prediction, place)
+                draw = partial(pictures_of_features, source, prediction, place, first)
             else:
                 assert isinstance(source, FilePatches)
-                pixels = _kept_pixels(done, prediction.kept.index[place], row)
-                if pixels is None:
-                    return prediction
-                draw = partial(pictures_of_file, source, prediction, place, pixels)
+                wanted = np.union1d(place, first)
+                pixels = _kept_pixels(done, prediction.kept.index[wanted], row)
+                each = pixels[np.searchsorted(wanted, place)]
+                draw = partial(pictures_of_file, source, prediction, place, each, pixels[: len(first)])
             return replace(prediction, pictures=self.engine.reader.run(prediction.name, draw))
-        return prediction
+        except ImageError as error:  # such as a network share that hangs; the prediction is complete without
+            say(f"warning: {prediction.name} is shown without pictures: {error}")
+            return prediction
 
     def finish(self, images: int) -> None:
         """Warn of the number of images with another resolution."""
@@ -162,16 +167,19 @@ class Answers:
             say(f"warning: {told} ({self.resolution} um per pixel), or none")
 
 
-def _kept_pixels(done: Inference, index: NDArray[np.int64], row: int) -> NDArray[np.uint8] | None:
-    """Return the pixels of kept patches from memory, or else read them from the same source."""
-    held, kept = done.bags.pixels[row], done.bags.kept[row]
+def _kept_pixels(done: Inference, index: NDArray[np.int64], row: int) -> NDArray[np.uint8]:
+    """Return the pixels of kept patches from memory, or else read them from the same source; ImageError if lost."""
+    held, kept, batch = done.bags.pixels[row], done.bags.kept[row], done.batch
     if held is not None and kept is not None:
         found = kept.index.cpu().numpy()
         order = np.argsort(found)
         return held[order[np.searchsorted(found, index, sorter=order)]]
-    wanted = [np.empty(0, np.int64)] * len(done.batch.names)
+    wanted = [np.empty(0, np.int64)] * len(batch.names)
     wanted[row] = index
-    return done.batch.fetch(wanted)[row]
+    pixels = batch.fetch(wanted)[row]
+    if pixels is None:
+        raise ImageError(batch.names[row], "its kept patches cannot be read again")
+    return pixels
 
 
 def damage(name: str, source: PatchSource, unreadable: Mapping[int, str], allowed: float) -> KeyholeError | None:

@@ -139,6 +139,7 @@ class Predictor:
         self.device, self.resolution = self.engine.device, resolution
         self._free: list[Engine] | None = None  # engines that no call uses; None before the first call
         self.silent = False  # True: no warnings about doubts, which the user knows already
+        self.whole_patches = 0  # number of kept patches, best first, that the pictures of a prediction hold in full
         self._told: set[str] = set()
 
     def predict(
@@ -260,7 +261,9 @@ class Predictor:
         with self._lent() if engine is None else nullcontext(engine) as engine, shown as progress:
             reader, images = engine.reader, images or ImageCache()
             openers = [[opener(self.config, images, item) for item in each] for each in batches]
-            answers = Answers(engine, self.tasks, self.name, self.resolution, self._told, self.silent)
+            answers = Answers(
+                engine, self.tasks, self.name, self.resolution, self._told, self.silent, self.whole_patches
+            )
             waited = reader.waited
 
             def count(patches: int) -> None:

@@ -99,7 +99,7 @@ def attention_legend(m: int) -> Legend:
     low, high = f"1/M = {percent(1 / m)}", percent(most / m) + (" or more" if most < m else "")
     ticks = ((0, low), (0.5, percent(most**0.5 / m)), (1, high)) if m > 1 else ((0, "100 %"),)
     text = (
-        f"Frames: attention weight, the share of a kept patch in the answer, 100 % in all M = {m:,}. "
+        f"Frames: attention weight, the share of a kept patch in the answer; the M = {m:,} kept patches sum to 100 %. "
         "Numbers: rank by this weight."
     )
     return Legend(ATTENTION_COLORS, ticks, text)

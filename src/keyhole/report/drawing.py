@@ -246,7 +246,7 @@ class Frames:
             wide, high = plate.tolist()
             left, top, right, bottom = boxes[i].tolist()
             x, y = left + 2 * self.width, top + 2 * self.width
-            if right - left < wide + 4 * self.width or bottom - top < high + 4 * self.width:
+            if right - left < 4 * wide or bottom - top < 4 * high:
                 middle = np.array([(left + right) / 2, (top + bottom) / 2])
                 reach = (np.array([right - left, bottom - top]) + plate) / 2 + 4
                 steps = np.array([(1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)])
@@ -258,7 +258,9 @@ class Frames:
                 if not free.any():
                     continue
                 x, y = corners[free.argmax()].tolist()
-                self.draw.line([x + wide / 2, y + high / 2, *middle.tolist()], fill=INK, width=max(1, size // 9))
+                begin = corners[free.argmax()] + plate / 2
+                end = np.clip(begin, boxes[i, :2], boxes[i, 2:])
+                self.draw.line([*begin.tolist(), *end.tolist()], fill=INK, width=max(1, size // 9))
                 taken = np.concatenate([taken, [[x, y, x + wide, y + high]]])
             self.draw.rectangle([x, y, x + wide, y + high], fill=WHITE, outline=INK)
             self.draw.text((x + wide / 2, y + high / 2), str(rank), fill=INK, font=font(size), anchor="mm")

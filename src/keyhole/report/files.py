@@ -1,43 +1,49 @@
-"""The files of a prediction: JSON, CSV, arrays, and GeoJSON that QuPath opens (File > Import objects).
-
-The GeoJSON follows RFC 7946, except that coordinates are level-0 pixels, x to the right and y down, as in QuPath. They
-start at the corner of the bounds that a slide states (`Image.qupath_origin`), to which QuPath crops it.
-Properties are those that QuPath (0.4 and later) writes itself.
-"""
+"""The files of a prediction: JSON, CSV, arrays, GeoJSON for QuPath, and pictures."""
 
 from __future__ import annotations
 
+import io
 import json
-import uuid
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image as Picture
 
 from keyhole.errors import OutputError
+from keyhole.report.drawing import as_picture
+from keyhole.report.geojson import kept_geojson, tile_lines
+from keyhole.report.kept_sheet import kept_sheet
+from keyhole.report.overlay import overlay as draw_overlay
 from keyhole.report.prediction import BOX, Prediction, Scores
-from keyhole.util.files import atomic_file, csv_text, encoded, writable_folder, write_atomic
+from keyhole.util.files import atomic_file, csv_text, encoded, file_names, writable_folder, write_atomic
 
-FILES = ("prediction.json", "kept.csv", "kept.geojson", "scores.csv", "scores.npz")
-"""What `write_prediction` writes."""
-PALETTE = tuple(
-    tuple(bytes.fromhex(color))
-    for color in ["1f77b4", "d62728", "2ca02c", "ff7f0e", "9467bd", "17becf", "e377c2", "8c564b", "bcbd22", "7f7f7f"]
+PATCHES = "patches"
+"""Folder of the kept patches' pixels."""
+OWN = re.compile(
+    r"prediction\.json|kept\.(csv|geojson)|scores\.(csv|npz)|tiles\.geojson|(overlay|kept)_.*\.png"
+    r"|\d+_x-?\d+_y-?\d+\.png"
 )
-"""Colours of classes in index order, repeated where there are more classes."""
+"""Names of the files that `write_prediction` writes."""
 _ROWS = 10_000
 """Number of patches whose boxes are computed and written at once."""
 
 
-def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Path]:
-    """Write prediction.json, kept.csv, kept.geojson and, where there are scores, scores.csv and scores.npz.
+def write_prediction(
+    prediction: Prediction, folder: str | Path, *, overlay: bool = False, tiles: bool = False
+) -> dict[str, Path]:
+    """Write a prediction into a folder, from which files of an earlier prediction are removed.
 
-    See `write_scores` for scores.npz.
+    Always prediction.json, kept.csv and kept.geojson; scores.csv and scores.npz (see `write_scores`) where there are
+    scores; patches/RANK_xX_yY.png for each patch of `Pictures.whole`.
 
     Args:
         prediction: What `Predictor.predict` returns.
         folder: Created where it does not exist.
+        overlay: Also draw overlay_TASK.png and kept_TASK.png per task, if the prediction carries pictures.
+        tiles: Also write tiles.geojson, every patch as a tile with its scores; see `tile_lines`.
 
     Returns:
         The paths by file name.
@@ -58,12 +64,42 @@ def write_prediction(prediction: Prediction, folder: str | Path) -> dict[str, Pa
         }.items()
     }
     if (scores := prediction.scores) is not None:
-        paths |= {name: folder / name for name in ("scores.csv", "scores.npz")}
-        with atomic_file(paths["scores.csv"]) as file:
-            for line in _score_lines(scores):
-                file.write(encoded(line))
-        write_scores(prediction, paths["scores.npz"])
+        streams = {"scores.csv": _score_lines(scores)} | ({"tiles.geojson": tile_lines(prediction)} if tiles else {})
+        for name, lines in streams.items():
+            paths[name] = folder / name
+            with atomic_file(paths[name]) as file:
+                for line in lines:
+                    file.write(encoded(line))
+        paths["scores.npz"] = write_scores(prediction, folder / "scores.npz")
+    if overlay and prediction.pictures is not None:
+        names = file_names([task.name for task in prediction.tasks], "task")
+        for task, name in zip(prediction.tasks, names, strict=True):
+            paths |= _write_png(folder, f"overlay_{name}.png", draw_overlay(prediction, task))
+            paths |= _write_png(folder, f"kept_{name}.png", kept_sheet(prediction, task))
+    if prediction.pictures is not None and len(prediction.pictures.whole):
+        writable_folder(folder / PATCHES)
+        for rank, pixels in enumerate(prediction.pictures.whole, start=1):
+            x, y = kept.boxes[rank - 1, :2].tolist()
+            paths |= _write_png(folder, f"{PATCHES}/{rank:03}_x{x}_y{y}.png", as_picture(pixels))
+    remove_files(folder, set(paths.values()))
     return paths
+
+
+def remove_files(folder: Path, kept: Collection[Path] = ()) -> None:
+    """Remove what `write_prediction` wrote into a folder, but for some paths; other files stay."""
+    for place in (folder / PATCHES, folder):
+        if place.is_dir():
+            for path in place.iterdir():
+                if OWN.fullmatch(path.name) and path not in kept:
+                    path.unlink(missing_ok=True)
+            if not any(place.iterdir()):
+                place.rmdir()
+
+
+def _write_png(folder: Path, name: str, picture: Picture.Image) -> dict[str, Path]:
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return {name: write_atomic(folder / name, data.getvalue())}
 
 
 def write_scores(prediction: Prediction, path: str | Path) -> Path:
@@ -92,47 +128,6 @@ def write_scores(prediction: Prediction, path: str | Path) -> Path:
     with atomic_file(path) as file:
         np.savez_compressed(file, **arrays)
     return Path(path)
-
-
-def kept_geojson(prediction: Prediction) -> dict[str, Any]:
-    """Return a FeatureCollection with one polygon per kept patch, best first, classified as the first task's label.
-
-    Patches without a place, such as stored features without coordinates, are left out.
-
-    The measurements of a polygon, by which QuPath can filter and colour, are its rank (1 is best), its selection score,
-    and per task its attention weight, as it is and times M.
-    """
-    task = prediction.tasks[0]
-    label = prediction.label[task.name]
-    color = PALETTE[task.classes.index(label) % len(PALETTE)] if label in task.classes else PALETTE[0]
-    said = {f"predicted {task.name}": prediction.label[task.name] for task in prediction.tasks}
-    features, m = [], len(prediction.kept)
-    for rank, patch in enumerate(prediction.kept.rows(), start=1):
-        x, y, width, height = patch["box"]
-        if not width * height:
-            continue
-        x, y = x - prediction.origin[0], y - prediction.origin[1]
-        # Exterior rings turn counter-clockwise in the axes of the RFC and end where they begin.
-        ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
-        features.append(
-            {
-                "type": "Feature",
-                # One id per image and place, so that importing the file twice does not duplicate objects.
-                "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"keyhole:{prediction.name!a}:{patch['box']}")),
-                "geometry": {"type": "Polygon", "coordinates": [ring]},
-                "properties": {
-                    "objectType": "annotation",
-                    "name": f"kept {rank}",
-                    "classification": {"name": (label or "none") if task.classes else task.name, "color": list(color)},
-                    "isLocked": True,
-                    "measurements": {"rank": rank, "selection score": patch["score"]}
-                    | {f"attention {task}": weight for task, weight in patch["attention"].items()}
-                    | {f"attention {task} times 1/M": weight * m for task, weight in patch["attention"].items()},
-                    "metadata": said,
-                },
-            }
-        )
-    return {"type": "FeatureCollection", "features": features}
 
 
 def _score_lines(scores: Scores) -> Iterator[str]:

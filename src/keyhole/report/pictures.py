@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
@@ -34,36 +36,43 @@ def most_attended(kept: KeptPatches) -> NDArray[np.int64]:
 
 def small_patches(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return patches (k, s, s, c) scaled down to sides of at most `SIDE` pixels."""
-    return np.array(pixels) if pixels.shape[1] <= SIDE else np.stack([_resized(patch) for patch in pixels])
+    return np.array(pixels) if pixels.shape[1] <= SIDE else np.stack([_resized(patch, SIDE) for patch in pixels])
 
 
-def pictures_of_file(source: FilePatches, prediction: Predicted, place: NDArray[np.int64], patches: Pixels) -> Pictures:
+def pictures_of_file(
+    source: FilePatches, prediction: Predicted, place: NDArray[np.int64], patches: Pixels, whole: Pixels
+) -> Pictures:
     """Return the pictures of a prediction from an open file; patches (k, s, s, c) are as the model saw them."""
-    small = small_patches(patches)
+    small, whole = small_patches(patches), whole.copy()
     try:
         picture, downsample = thumbnail(source.image, THUMBNAIL)
     except ImageError:  # the patches that could be read were enough for a prediction
-        return _of_scores(prediction, small, place, "damaged image: its scores are shown")
-    return Pictures(picture, downsample, small, place)
+        return replace(
+            _of_scores(prediction, "damaged image: its scores are shown"), patches=small, place=place, whole=whole
+        )
+    return Pictures(picture, downsample, small, place, whole=whole)
 
 
-def pictures_of_features(source: FeaturePatches, prediction: Predicted, place: NDArray[np.int64]) -> Pictures:
+def pictures_of_features(
+    source: FeaturePatches, prediction: Predicted, place: NDArray[np.int64], first: NDArray[np.int64]
+) -> Pictures:
     """Return the pictures of a prediction from stored features: of the slide if it can be read, else of the scores.
 
-    A slide is not shown if its size is not that which the features state, or if it ends before their last patch.
+    A slide is not shown if its size is not that which the features state, or if it ends before their last patch. The
+    `first` kept patches are read at the resolution of the features, if that is known.
     """
-    boxes = prediction.kept.boxes[place]
-    if boxes[:, 2:].any() and prediction.image != source.file.path:
+    boxes = prediction.kept.boxes
+    if boxes[place, 2:].any() and prediction.image != source.file.path:
         try:
             with open_image(prediction.image) as image:
                 if _is_slide_of(image.size, source):
                     picture, downsample = thumbnail(image, THUMBNAIL)
-                    note = "stored features: pixels of the slide"
-                    return Pictures(picture, downsample, _patches(image, boxes), place, note)
+                    note, side = "stored features: pixels of the slide", source.grid.size or int(boxes[0, 2])
+                    patches, whole = _patches(image, boxes[place], SIDE), _patches(image, boxes[first], side)
+                    return Pictures(picture, downsample, patches, place, note, whole=whole)
         except ImageError:
             pass  # the slide is elsewhere, or damaged
-    nothing = np.empty((0, SIDE, SIDE, 3), np.uint8)
-    return _of_scores(prediction, nothing, place[:0], "stored features: scores, no pixels")
+    return _of_scores(prediction, "stored features: scores, no pixels")
 
 
 def _is_slide_of(size: Size, source: FeaturePatches) -> bool:
@@ -74,35 +83,37 @@ def _is_slide_of(size: Size, source: FeaturePatches) -> bool:
     return all(have > reach - side for have, reach in zip(size, source.extent, strict=True))
 
 
-def _patches(image: Image, boxes: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Return pixels (k, SIDE, SIDE, c) of level-0 boxes, from the coarsest level that has as many."""
-    out = np.empty((len(boxes), SIDE, SIDE, image.channels), np.uint8)
+def _patches(image: Image, boxes: NDArray[np.int64], side: int) -> NDArray[np.uint8]:
+    """Return pixels (k, side, side, c) of level-0 boxes, from the coarsest level that has as many."""
+    out = np.empty((len(boxes), side, side, image.channels), np.uint8)
     for patch, (x, y, width, height) in zip(out, boxes.tolist(), strict=True):
-        fine = [i for i, level in enumerate(image.levels) if i == 0 or level.downsample * SIDE <= max(width, height)]
+        fine = [i for i, level in enumerate(image.levels) if i == 0 or level.downsample * side <= max(width, height)]
         down = image.levels[fine[-1]].downsample
         left, top, right, bottom = (round(edge / down) for edge in (x, y, x + width, y + height))
-        patch[...] = _resized(image.read(Box(left, top, max(1, right - left), max(1, bottom - top)), fine[-1]))
+        box = Box(left, top, max(1, right - left), max(1, bottom - top))
+        patch[...] = _resized(image.read(box, fine[-1]), side)
     return out
 
 
-def _resized(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return pixels (h, w, c) resized to (SIDE, SIDE, c)."""
+def _resized(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return pixels (h, w, c) resized to (side, side, c)."""
     picture = PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    resized: NDArray[np.uint8] = np.asarray(picture.resize((SIDE, SIDE), PIL.Image.Resampling.BICUBIC))
-    return resized.reshape(SIDE, SIDE, -1)
+    resized: NDArray[np.uint8] = np.asarray(picture.resize((side, side), PIL.Image.Resampling.BICUBIC))
+    return resized.reshape(side, side, -1)
 
 
-def _of_scores(prediction: Predicted, patches: NDArray[np.uint8], place: NDArray[np.int64], note: str) -> Pictures:
+def _of_scores(prediction: Predicted, note: str) -> Pictures:
     """Return pictures with the scores instead of the image: at their places if they have any, else row by row."""
     scores = prediction.scores
     assert scores is not None, "a prediction that was just made has the score of every patch"
-    scale = ScoreScale.of(scores.score)
+    scale, nothing = ScoreScale.of(scores.score), np.empty((0, SIDE, SIDE, 3), np.uint8)
+    place = np.empty(0, np.int64)
     if not prediction.kept.boxes[:, 2:].any():
         values = folded(scores.score)
         zoom = max(1, THUMBNAIL // max(values.shape))
         picture = opaque(scale.heat(values.repeat(zoom, axis=0).repeat(zoom, axis=1)))
-        return Pictures(picture, 1.0, patches, place, note, of_scores=True)
+        return Pictures(picture, 1.0, nothing, place, note, of_scores=True)
     downsample = max(prediction.size) / THUMBNAIL
     shape = tuple(max(1, round(side / downsample)) for side in (prediction.size.height, prediction.size.width))
     picture = opaque(scale.heat(score_raster(scores, None, (shape[0], shape[1]), downsample)))
-    return Pictures(picture, downsample, patches, place, note, of_scores=True)
+    return Pictures(picture, downsample, nothing, place, note, of_scores=True)

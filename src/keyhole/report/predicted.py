@@ -143,6 +143,7 @@ class Pictures:
         place: (k,) which of the kept patches these are; with very many kept, those with the highest attention.
         note: What the pixels are, if the model saw others; else "".
         of_scores: The thumbnail shows the scores, since there is no image that can be read.
+        whole: (j, s, s, c) uint8, the first j kept patches in full, where they were requested; else none.
     """
 
     thumbnail: NDArray[np.uint8]
@@ -151,6 +152,7 @@ class Pictures:
     place: NDArray[np.int64]
     note: str = ""
     of_scores: bool = False
+    whole: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
 
     def __post_init__(self) -> None:
         assert self.place.shape == (len(self.patches),), self.place.shape

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from keyhole.data.item import Item
 from keyhole.errors import OutputError
-from keyhole.report.files import FILES, write_prediction
+from keyhole.report.files import OWN, PATCHES, remove_files, write_prediction
 from keyhole.report.prediction import Prediction
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.learning import Learning, judge_task, unevenness
@@ -115,12 +115,14 @@ def judge_rows(
 class AnswerFolder:
     """The folder for the predictions of some images; it may already hold predictions of the same images.
 
+    `overlay` and `tiles` are those of `write_prediction`.
+
     Raises:
         OutputError: It cannot be written, or holds predictions of other images, or an evaluation.
     """
 
-    def __init__(self, out: Path, images: Sequence[Path]) -> None:
-        self.out = out
+    def __init__(self, out: Path, images: Sequence[Path], *, overlay: bool = False, tiles: bool = False) -> None:
+        self.out, self.overlay, self.tiles = out, overlay, tiles
         self._names = folder_names(images)
         self._earlier = _earlier(out)
         ours = {_key(image) for image in images}
@@ -136,23 +138,20 @@ class AnswerFolder:
         self._written: set[str] = set()
         writable_folder(out)
         remove_unfinished([out], re.compile(r"(predictions|left_out)\.csv"))
-        own = re.compile("|".join(map(re.escape, FILES)))
-        remove_unfinished((out / name for name in {*self._names.values(), *self._earlier}), own)
+        folders = {*self._names.values(), *self._earlier}
+        remove_unfinished((out / name / inner for name in folders for inner in (".", PATCHES)), OWN)
 
     def write(self, prediction: Prediction) -> TableRow:
         """Write the folder of one image, and return its row of predictions.csv, which names the folder."""
         name = self._names[prediction.image]
-        write_prediction(prediction, self.out / name)
+        write_prediction(prediction, self.out / name, overlay=self.overlay, tiles=self.tiles)
         self._written.add(name)
         return table_row(prediction, folder=name)
 
     def finish(self) -> None:
         """Remove the files of earlier calls that predictions.csv does not name; other files stay."""
         for name in self._earlier.keys() - self._written:
-            for file in FILES:
-                (self.out / name / file).unlink(missing_ok=True)
-            if not any((self.out / name).iterdir()):
-                (self.out / name).rmdir()
+            remove_files(self.out / name)
 
 
 def folder_names(images: Collection[Path]) -> dict[Path, str]:
