@@ -27,6 +27,7 @@ VERBS = {
     "evaluate": "metrics of a run with intervals, on its test split or on other data",
     "embed": "every patch of every image through an encoder once, into files of features to train on",
     "predict": "labels of images, and what they rest on",
+    "view": "look at images, predictions and what they rest on, in a browser",
     "data slides": "write labelled slides of generated tissue, of any size, to try keyhole on",
     "data megapixel-mnist": "draw canvases with handwritten digits among noise, as published, of any size",
     "data camelyon16": "make a manifest of the published CAMELYON16 tree, and say what is missing in it",
