@@ -36,8 +36,8 @@ class ViewOptions(Options):
     """Ask for the token on this machine too, where others are logged in."""
     bits: Bits | None = None
     """Bits in use of 16-bit images that do not state them."""
-    browser: bool = True
-    """Open the browser, where there is one."""
+    no_browser: bool = False
+    """Do not open the browser, which is opened where there is one."""
 
 
 def run(argv: list[str]) -> int:
@@ -55,5 +55,5 @@ def run(argv: list[str]) -> int:
     from keyhole.view.collection import open_collection
 
     collection = open_collection(options.paths, options.root)
-    serve(collection, Place(options.address, options.port, options.token), options.bits, options.browser)
+    serve(collection, Place(options.address, options.port, options.token), options.bits, not options.no_browser)
     return 0

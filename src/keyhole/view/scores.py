@@ -61,7 +61,7 @@ class ScoreMap:
         hot = self.scales[task].heat(values)
         index = np.where(np.isnan(hot), _CLEAR, np.rint(np.nan_to_num(hot) * (_CLEAR - 1))).astype(np.uint8)
         picture = Picture.fromarray(index, "P")
-        picture.putpalette(colors().tobytes())
+        picture.putpalette(colors().tobytes() + bytes(3))  # with that of `_CLEAR`
         out = io.BytesIO()
         picture.save(out, "PNG", transparency=_ALPHA, compress_level=1)
         return out.getvalue()
