@@ -37,7 +37,7 @@ class Reply(NamedTuple):
 
 
 @dataclass(eq=False)
-class Job:
+class Question:
     """A message for a process, and those who wait for the reply."""
 
     image: object
@@ -58,8 +58,8 @@ class Decoders:
     def __init__(self, patience: float = 20.0, most: int = MAX_PROCESSES) -> None:
         self.patience, self.most = patience, most
         self._idle: list[_Process] = []
-        self._busy: dict[_Process, Job] = {}
-        self._jobs: list[Job] = []
+        self._busy: dict[_Process, Question] = {}
+        self._jobs: list[Question] = []
         self._rests: dict[object, float] = {}  # until when an image that stalled is refused
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -87,7 +87,7 @@ class Decoders:
                 job.urgent |= urgent
                 break
         else:
-            job = Job(image, message, urgent, [gone])
+            job = Question(image, message, urgent, [gone])
             self._jobs.append(job)
             self._start()
         return await asyncio.shield(job.reply)
@@ -120,7 +120,7 @@ class Decoders:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> Question | None:
         if len(self._busy) >= self.most:
             return None
         running = [job.image for job in self._busy.values()]
@@ -133,7 +133,7 @@ class Decoders:
         late = any(job.image == image and now - process.since > 1 for process, job in self._busy.items())
         return 1 if late or image in self._rests else PER_IMAGE
 
-    async def _run(self, process: _Process, job: Job) -> None:
+    async def _run(self, process: _Process, job: Question) -> None:
         reply = Reply(UNREADABLE, b"nobody waits for it any more")
         try:
             if not all([await gone() for gone in job.waiting]):
