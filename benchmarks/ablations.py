@@ -18,12 +18,13 @@ from typing import Any
 
 import yaml
 from ablations_report import PATCHES, SETTING, Factor, draw, mean_accuracy, peaks, points, recipe_of, report
-from leaving_chance import QUICK, VARIANTS, base, slug
+from leaving_chance import VARIANTS, base, slug
 from machine import hardware, write_result
 from plotting import PLOTS
 from result import of_run
 from results import main as write_results
 from results import recorded
+from small_data import QUICK
 from training import sections, train_and_evaluate
 
 DATA = "ablations: canvases"

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leaving_chance import SETTINGS
 from machine import hardware
 from memory_steps import SLACK_BYTES, SORTING
 from plotting import COLORS, GREY, panels, save
 from result import Figure, Result
 from results import shown
+from small_data import SETTINGS
 
 SETTING = SETTINGS["canvases"]
 TASKS = ("majority", "max", "top", "multi")

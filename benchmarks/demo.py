@@ -38,7 +38,7 @@ def main() -> None:
                 sys.exit(f"seed {seed} ended with {done.returncode}: {done.stderr[-2000:]}")
             lines = done.stdout.splitlines()
             accuracy = next(line.removeprefix("accuracy ") for line in lines if line.startswith("accuracy "))
-            hits = next(line for line in lines if "lie on a digit" in line)
+            hits = next(line for line in lines if "are on a digit" in line)
             with (out / "run" / "metrics.csv").open(newline="") as file:
                 peak = max(float(row["peak_gb"]) for row in csv.DictReader(file))
             rows.append((seed, accuracy, f"{seconds:.0f} s", f"{peak:.1f} GB"))

@@ -1,6 +1,6 @@
-"""How many of ten runs from random weights leave chance, and when: variants of training on three generated data sets.
+"""How many of ten runs from random weights leave chance, and when: variants of training on small generated data.
 
-    python benchmarks/leaving_chance.py [FOLDER] [--data demo slides canvases] [--variants published init ...]
+    python benchmarks/leaving_chance.py [FOLDER] [--data demo slides canvases marks] [--variants published init ...]
         [--seeds 0 1 ...] [--epochs N] [--quick]
 
 Variants are those of `leaving_chance.yaml`. Every run has a folder below FOLDER; runs that are done are skipped, those
@@ -18,134 +18,32 @@ import csv
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from canvases import write_canvases
 from machine import write_result
 from result import Figure, Result, of_run
 from results import main as write_results
 from results import recorded, shown
+from small_data import QUICK, SETTINGS, Setting
 from training import sections, train_and_evaluate
 
 import keyhole
 from keyhole.config.file import given_values, merged
 from keyhole.config.settings import Config
-from keyhole.datasets.digits import make_digits
-from keyhole.datasets.slides import SlideSet, make_slides
-from keyhole.tasks.intervals import NORMAL, newcombe, wilson
 
 VARIANTS = Path(__file__).with_suffix(".yaml")
 THEME = "leaving chance: "
 """What the names of these data sets begin with among all results."""
-QUICK = {"train": 80, "val": 20, "test": 20}
 LEFT, EPOCH = "left chance", "epoch of leaving"
 HEAD = (
     *("variant", "left chance", "seeds that did not", "epoch of leaving", "{figure}, mean ± sd", "lowest"),
     *("minutes a run", "hardware"),
 )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A data set, and what all variants have in common on it.
-
-    Attributes:
-        name: Of the folder, the option and the table.
-        about: What the images are, for the reader.
-        counts: Images of each split.
-        write: Writes the images into a folder, with the counts as arguments; returns the manifest.
-        recipe: Its recipe, and what is changed of it for this size.
-        task, metric, chance: The figure that is judged, and what guessing gives.
-    """
-
-    name: str
-    about: str
-    counts: Mapping[str, int]
-    write: Callable[..., Path]
-    recipe: str
-    changes: Mapping[str, Any]
-    task: str
-    metric: str
-    chance: float
-
-    @property
-    def figure(self) -> str:
-        """The name of the figure among those of a result."""
-        return f"{self.task}.{self.metric}"
-
-    def images(self, folder: Path, counts: Mapping[str, int]) -> Path:
-        """Return the manifest of so many images in a folder below `folder`; they are drawn if they are not there."""
-        manifest = folder / "-".join([self.name, *map(str, counts.values())]) / "images" / "manifest.csv"
-        return manifest if manifest.exists() else self.write(manifest.parent, **counts)
-
-    def lower(self, value: float, images: int) -> float:
-        """Return the lower limit of the 95 % interval of a share, or of an AUROC with classes of one size."""
-        limits = (
-            newcombe(value, images / 2, images / 2, NORMAL) if self.metric == "auroc" else wilson(value, images, NORMAL)
-        )
-        return limits[0]
-
-
-def write_slides(folder: Path, *, train: int, val: int, test: int) -> Path:
-    return make_slides(folder, SlideSet(count=train + val + test, val=val, test=test, side=2048))
-
-
-def write_small_canvases(folder: Path, **counts: int) -> Path:
-    return write_canvases(folder, size=400, noise=4, **counts)
-
-
-SETTINGS = {
-    each.name: each
-    for each in (
-        Setting(
-            "demo",
-            "the images of `keyhole demo`: copies of one digit among strokes, 1536 px",
-            {"train": 240, "val": 40, "test": 200},
-            make_digits,
-            "demo",
-            {},
-            "label",
-            "accuracy",
-            0.2,
-        ),
-        Setting(
-            "slides",
-            "generated slides of 2048 px, with nests of three nuclei under 0.1 % of the tissue or without",
-            {"train": 60, "val": 40, "test": 80},
-            write_slides,
-            "slides",
-            {},
-            "label",
-            "auroc",
-            0.5,
-        ),
-        Setting(
-            "canvases",
-            "Megapixel MNIST as published, reduced to 400 px and 4 strokes of noise; judged by the task `majority`",
-            {"train": 1000, "val": 200, "test": 250},
-            write_small_canvases,
-            "megapixel-mnist",
-            {
-                "data.tasks": ["majority=multiclass", "max=multiclass", "top=multiclass", "multi=multilabel"],
-                "model.encoder": "small",
-                "model.width": 16,
-                "model.stages": 2,
-                "select.m": 10,
-                "select.chunk": 10,
-                "train.epochs": 40,
-                "train.warmup": 5,
-            },
-            "majority",
-            "accuracy",
-            0.1,
-        ),
-    )
-}
 
 
 def main() -> None:
