@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,6 +11,7 @@ from pathlib import Path
 from canvases import write_canvases
 from digit_encoder import write_encoder
 from machine import cores
+from training import finish
 
 from keyhole.datasets.digits import make_digits
 
@@ -177,23 +176,7 @@ def write_images(training: Training) -> None:
 
 def make(training: Training, threads: int, device: str) -> str:
     """Trains and evaluates, as far as it has not been done; what went wrong, or nothing."""
-    if training.metrics.exists():
-        return ""
     study, run = training.study, training.run
-    new = ("train", training.data, *study.flags, *path_flags(training.path, device), f"--train.seed={training.seed}")
-    new = (*new, f"--run.device={device}", "--out", run)
-    if study.encoder_steps:
-        new = (*new, "--model.weights", training.encoder)
-    for words in (("resume", run) if run.exists() else new, ("evaluate", run, "--device", device)):
-        print(f"{run.name}: keyhole {words[0]}", file=sys.stderr, flush=True)
-        with run.with_suffix(".log").open("a") as log:
-            done = subprocess.run(
-                [sys.executable, "-m", "keyhole", *map(str, words)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
-                check=False,
-            )
-        if done.returncode:
-            return f"{run}: keyhole {words[0]} ended with {done.returncode}; see {log.name}"
-    return ""
+    new = [training.data, *study.flags, *path_flags(training.path, device), f"--train.seed={training.seed}"]
+    new += [f"--run.device={device}", *(["--model.weights", training.encoder] if study.encoder_steps else [])]
+    return finish(run, new, ("--device", device), OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE")

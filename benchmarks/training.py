@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,39 @@ def train_and_evaluate(config: Config, run: Path) -> None:
 
     Ends the process if a command fails, or if the run was begun with other settings: delete it, or name it otherwise.
     """
-    file, log = (run.parent / f"{run.name}.{suffix}" for suffix in ("yaml", "log"))
-    config, changed = config.replace(out=None), []
-    if file.exists() and run.exists():
-        changed = different(yaml.safe_load(file.read_text()), config)
-    if changed:
+    file, config = run.parent / f"{run.name}.yaml", config.replace(out=None)
+    if file.exists() and run.exists() and (changed := different(yaml.safe_load(file.read_text()), config)):
         sys.exit(f"{run}: begun with another {', '.join(changed)}. Delete it, or give these settings another name.")
     if not run.exists():
         run.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, dump_config(config))
+    if problem := finish(run, ("--config", file)):
+        sys.exit(problem)
+
+
+def finish(run: Path, new: Sequence[str | Path], evaluate: Sequence[str] = (), **environment: str) -> str:
+    """Begin a run or resume it, and evaluate it, unless that is done; return what went wrong, or "".
+
+    Args:
+        run: The run folder; the output goes into RUN.log beside it.
+        new: Words of `keyhole train` for a new run.
+        evaluate: Further words of `keyhole evaluate`.
+        environment: Variables for both.
+    """
     if (run / "evaluation" / "test" / "metrics.json").exists():
-        return
-    new = ("train", "--config", file, "--out", run)
-    for words in (("resume", run) if run.exists() else new, ("evaluate", run)):
+        return ""
+    log = run.parent / f"{run.name}.log"
+    learn = ("resume", run) if run.exists() else ("train", *new, "--out", run)
+    for words in (learn, ("evaluate", run, *evaluate)):
         print(time.strftime("%H:%M:%S"), f"{run.name}: keyhole {words[0]}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "keyhole", *map(str, words)]
         with log.open("a") as out:
-            command = [sys.executable, "-m", "keyhole", *map(str, words)]
-            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False)
+            done = subprocess.run(
+                command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment, check=False
+            )
         if done.returncode:
-            sys.exit(f"{run}: keyhole {words[0]} ended with {done.returncode}; see {log}")
+            return f"{run}: keyhole {words[0]} ended with {done.returncode}; see {log}"
+    return ""
 
 
 def different(old: Mapping[str, Any], config: Config) -> list[str]:
