@@ -5,7 +5,8 @@
 Arms: `published` is `benchmarks/published.py`, the literal rendering, with its procedure; `recipe` is keyhole with the
 recipe `megapixel-mnist`; `advised` is keyhole as `ADVISED` changes that. All see the same canvases, which are drawn
 into FOLDER once, and are evaluated on the test canvases after every epoch. Each run has a folder of its own with
-`epochs.csv`: epoch, seconds so far (evaluation included), loss and accuracy of each task. A stopped run goes on.
+`epochs.csv`: epoch, seconds so far (evaluation included), loss and accuracy of each task, and `result.json` for
+`results.py`. A stopped run goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 from canvases import MNIST, write_canvases
 from published import Published, published_from
+from result import NAME as RESULT
+from result import Figure, Result
 from torch import Tensor
 
 import keyhole
@@ -29,8 +32,10 @@ from keyhole.config.settings import Config
 from keyhole.data.manifest import Manifest, read_manifest
 from keyhole.images import open_image
 from keyhole.images.geometry import Box
+from keyhole.tasks.intervals import NORMAL, wilson
 from keyhole.training.setup import new_model
 from keyhole.util.files import atomic_file, csv_text, write_atomic
+from keyhole.util.platform import peak_memory, restart_peak
 
 TASKS = {"majority": "multiclass", "max": "multiclass", "top": "multiclass", "multi": "multilabel"}
 METRICS = {"majority": "accuracy", "max": "accuracy", "top": "accuracy", "multi": "accuracy"}
@@ -64,12 +69,33 @@ def main() -> None:
         for arm in options.arms:
             run = options.folder / name / f"{options.encoder}-m{options.m}-e{options.epochs}-{arm}-{seed}"
             config = settings(manifest, run / "run", options, seed)
+            restart_peak()
             if arm == "published":
                 train_published(config, run)
             else:
                 train_keyhole(config if arm == "recipe" else config.replace(**ADVISED), run)
+            if not (run / RESULT).exists():
+                about = f"megapixel-mnist {name}, {options.encoder}, M = {options.m}, {options.epochs} epochs"
+                result_of(run, about, arm, seed, options.test).write(run)
             last = rows_of(run / "epochs.csv")[-1]
             print(run.name, {key: round(float(value), 4) for key, value in last.items()}, flush=True)
+
+
+def result_of(run: Path, data: str, arm: str, seed: int, images: int) -> Result:
+    """Return what the arm reached after its last epoch, for the table of all results."""
+    rows = rows_of(run / "epochs.csv")
+    shares = {f"{task}.accuracy": float(rows[-1][task]) for task in TASKS}
+    seconds = np.diff([0.0, *(float(row["seconds"]) for row in rows)])
+    return Result(
+        data=data,
+        kind="generated",
+        recipe=arm,
+        seed=seed,
+        metrics={name: Figure(share, *wilson(share, images, NORMAL)) for name, share in shares.items()},
+        epochs=len(rows),
+        epoch_seconds=round(float(np.median(seconds)), 2),
+        peak_gb=round(peak_memory(since_restart=True) / 1e9, 3),
+    )
 
 
 def settings(manifest: Path, out: Path, options: argparse.Namespace, seed: int) -> Config:
