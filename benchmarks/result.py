@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +96,8 @@ def of_run(
 ) -> Result:
     """Return the result of a run folder that `keyhole train` and `keyhole evaluate` wrote.
 
+    If the folder has a `result.json`, commit, date and machine stay as they are there: that is when the run was made.
+
     Args:
         run: The run folder, with the evaluation of `split`.
         data, kind, recipe: As in `Result`.
@@ -109,7 +111,7 @@ def of_run(
         rows = list(csv.DictReader(file))
     about = json.loads((run / "environment.json").read_text())
     _, _, gpu = about["device"].partition(": ")
-    return Result(
+    result = Result(
         data=data,
         kind=kind,
         recipe=recipe,
@@ -122,6 +124,8 @@ def of_run(
         machine=describe("cuda" if gpu else "cpu"),
         torch=about["versions"]["torch"],
     )
+    made = asdict(read(run)) if (run / NAME).exists() else {}
+    return replace(result, **{name: made[name] for name in ("commit", "date", "machine", "hardware") if name in made})
 
 
 def figure(estimate: Mapping[str, Any]) -> Figure:

@@ -37,6 +37,10 @@ def test_a_run_becomes_a_result(toy_run: Path, benchmark: Benchmark, tmp_path: P
     }
     assert found.epochs == len(keyhole.Run(toy_run).metrics)
     assert found.commit
+    made = replace(found, commit="earlier", date="2026-01-01")
+    made.write(toy_run)
+    again = benchmark("result").of_run(toy_run, data="toy", kind="generated", recipe="toy", metrics=["accuracy"])
+    assert again == made, "a run is not made again when it is read again"
     assert found.peak_gb > 0
 
 
