@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from keyhole.config.file import load_config
 from keyhole.config.inference import EvaluateSettings
 from keyhole.config.settings import DataConfig
-from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
 from keyhole.errors import DataError, KeyholeError, RunError
+from keyhole.inference.evaluated import EvaluatedImages
 from keyhole.inference.evaluation_folder import (
     Subject,
     empty_scores,
@@ -26,21 +23,22 @@ from keyhole.inference.evaluation_folder import (
     seen_in_training,
     unfinished,
 )
-from keyhole.inference.lesions import Judged, Lesions, judge, lesion_means, lesion_table
+from keyhole.inference.evaluation_report import Findings, evaluation_report
+from keyhole.inference.lesions import Lesions, lesion_means, lesion_table
 from keyhole.inference.predictor import Predictor, load
 from keyhole.inference.thresholds import TaskPoints, operating_points
 from keyhole.patches.foreground.annotations import check_annotation
-from keyhole.report.contact_sheet import Examples, contact_sheet
-from keyhole.report.files import write_scores
-from keyhole.report.read_table import PredictionTable
-from keyhole.report.table import TableRow, judge_rows, labelled_row, write_table
+from keyhole.report.contact_sheet import contact_sheet
+from keyhole.report.table import TableRow, judge_rows, write_table
 from keyhole.runs.seal import check_images, check_own_manifest
 from keyhole.tasks.evaluation import TaskMetrics, evaluate_task, evaluation_json, format_lines
-from keyhole.tasks.kinds import Task
-from keyhole.util.files import csv_text, file_names, writable_folder, write_atomic
+from keyhole.util.files import csv_text, encoded, file_names, writable_folder, write_atomic
 from keyhole.util.progress import say
 from keyhole.util.version import VERSION
 from keyhole.util.wording import counted
+
+SHOWN = {"report": "report.html", "contact sheet": "contact_sheet.png"}
+"""Files that are named on the terminal."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,10 @@ class Evaluation:
     """Result of `evaluate`.
 
     Attributes:
-        path: Folder with metrics.json, predictions.csv, confusion_TASK.csv, left_out.csv, contact_sheet.png, and
-            lesions.csv where images are annotated. TASK is the task's name as a file can have it; metrics.json lists
-            the files under `confusion_files`. scores/ROW.npz holds the score of every patch of the image in that row
-            of predictions.csv, the first being 1; `keyhole view` shows them.
+        path: Folder with report.html, metrics.json, predictions.csv, confusion_TASK.csv, left_out.csv,
+            contact_sheet.png, and lesions.csv where images are annotated. TASK is the task's name as a file can have
+            it; metrics.json lists the files under `confusion_files`. scores/ROW.npz holds the score of every patch of
+            the image in that row of predictions.csv, the first being 1; `keyhole view` shows them.
         metrics: One per task.
         left_out: Images that could not be read, with the reason.
         notes: Remarks that readers of the figures should know.
@@ -78,7 +76,8 @@ class Evaluation:
             lines += self.lesions.lines()
         if self.left_out:
             lines.append(f"left out {counted(len(self.left_out))}; see {self.path / 'left_out.csv'}")
-        lines += [f"contact sheet: {self.path / 'contact_sheet.png'}", f"all files: {self.path}"]
+        lines += [f"{name}: {self.path / file}" for name, file in SHOWN.items()]
+        lines.append(f"all files: {self.path}")
         return [*lines, *self.warnings]
 
 
@@ -134,18 +133,17 @@ def evaluate(
     for item in manifest.items:  # a mistake shows before hours of predicting
         if asked.on_bad_image == "fail" and item.annotation is not None:
             check_annotation(item.annotation)
-    found = _Predictions(tasks[0], manifest, empty_scores(folder))
+    found = EvaluatedImages(tasks, manifest, empty_scores(folder), asked.on_bad_image)
     write_table(_rows(asked, predictor, found), folder / "predictions.csv")
     if keeps_test:  # training writes those of train and val
         write_atomic(asked.run / "predictions" / "test.csv", (folder / "predictions.csv").read_bytes())
     notes += [f"{count} of {len(found.rows)} images: {text}" for text, count in found.doubts.items()]
-    answers = found.answers(tasks)
-    targets = answers.targets
+    table = found.table()
     metrics = tuple(
-        evaluate_task(task, targets[task.name], answers.probability[task.name], answers.groups) for task in tasks
+        evaluate_task(task, table.targets[task.name], table.probability[task.name], table.groups) for task in tasks
     )
-    points = operating_points(asked.run, answers, asked.split if asked.data is None else None)
-    learning = judge_rows(tasks, targets, found.rows, f"the {len(answers)} {asked.split} images")
+    points = operating_points(asked.run, table, asked.split if asked.data is None else None)
+    learning = judge_rows(tasks, table.targets, found.rows, f"the {len(table)} {asked.split} images")
     of = {item.name: item.group for item, _ in found.rows}
     lesions = lesion_means(found.judged, of, names) if found.judged else None
     config = None  # only for advice; the folder of a model does not have one
@@ -156,7 +154,7 @@ def evaluate(
     about |= {"notes": notes, "left_out": found.left_out}
     about |= {} if lesions is None else {"lesions": lesions.to_json()}
     about |= {"confusion_files": confusions, "learning": learning.to_json(config)}
-    about |= {"operating_points": {task: found_points.to_json() for task, found_points in points.items()}}
+    about |= {"operating_points": {task: each.to_json() for task, each in points.items()}}
     text = json.dumps(evaluation_json(metrics, **about), indent=2, allow_nan=False)
     write_atomic(folder / "metrics.json", text + "\n")
     write_left_out(folder / "left_out.csv", found.left_out.items())
@@ -168,6 +166,8 @@ def evaluate(
         title = f"{predictor.name}: {asked.split} images, wrong ones first, and the patches that were kept"
         contact_sheet(shown, folder / "contact_sheet.png", title)
         written.append("contact_sheet.png")
+    findings = Findings(table, metrics, points, learning, lesions, notes, config)
+    write_atomic(folder / "report.html", encoded(evaluation_report(asked, predictor, found, findings)))
     finish(folder, written)
     return Evaluation(
         folder, metrics, found.left_out, (*replaced, *notes), lesions, tuple(learning.lines(config)), points
@@ -191,54 +191,19 @@ def _manifest(asked: EvaluateSettings, predictor: Predictor) -> Manifest:
     return manifest
 
 
-def _rows(asked: EvaluateSettings, predictor: Predictor, found: _Predictions) -> Iterator[TableRow]:
+def _rows(asked: EvaluateSettings, predictor: Predictor, found: EvaluatedImages) -> Iterator[TableRow]:
     """Predict, and yield one row per image."""
     skip, items = asked.on_bad_image == "skip", found.manifest.items
     for item, prediction in predictor.predict_items(
         items,
         left_out=found.leave_out if skip else None,
         description=f"evaluating {asked.split}",
-        pictures=found.examples.wants,
+        pictures=found.wants_pictures,
     ):
-        found.examples.add(item, prediction)
-        found.doubts.update(prediction.notes)
-        if item.annotation is not None:
-            found.judged[item.name] = judge(prediction, item.annotation, asked.on_bad_image)
-        row = labelled_row(prediction, item, found.grouped)
-        found.rows.append((item, row))
-        write_scores(prediction, found.scores / f"{len(found.rows)}.npz")
-        yield row
+        yield found.add(item, prediction)
     if not found.rows:
         where, first = asked.data or asked.run, next(iter(found.left_out.values()))
         raise DataError(f"{where}: none of the {len(items)} {asked.split} images can be used; the first: {first}")
-
-
-class _Predictions:
-    """The parts of its predictions that an evaluation keeps."""
-
-    def __init__(self, task: Task, manifest: Manifest, scores: Path) -> None:
-        self.manifest, self.examples, self.scores = manifest, Examples(task), scores
-        self.left_out = {left.name: left.reason for left in manifest.left_out}
-        self.judged: dict[str, Judged] = {}
-        self.rows: list[tuple[Item, TableRow]] = []
-        self.doubts: Counter[str] = Counter()
-        self.grouped = any(item.group for item in manifest.items)
-
-    def answers(self, tasks: Sequence[Task]) -> PredictionTable:
-        """Return what predictions.csv holds."""
-        items, rows = [item for item, _ in self.rows], [row for _, row in self.rows]
-        return PredictionTable(
-            tuple(tasks),
-            tuple(item.name for item in items),
-            tuple(str(item.image) for item in items),
-            tuple(item.group for item in items) if self.grouped else None,
-            {task.name: tuple(item.labels.get(task.name, "") for item in items) for task in tasks},
-            self.manifest.targets(items),
-            {task.name: np.array([row.probability[task.name] for row in rows]) for task in tasks},
-        )
-
-    def leave_out(self, item: Item, error: KeyholeError) -> None:
-        self.left_out[item.name] = str(error)
 
 
 def _write_confusions(folder: Path, metrics: Sequence[TaskMetrics]) -> dict[str, str]:

@@ -28,7 +28,7 @@ OPTIONAL_FILES = ("confusion_*.csv", "lesions.csv", "contact_sheet.png")
 """Files that not every evaluation writes; `finish` removes those of an earlier call."""
 UNFINISHED = "unfinished.json"
 NAMES = re.compile(
-    r"confusion_.*\.csv|(lesions|predictions|left_out)\.csv|contact_sheet\.png|(metrics|unfinished)\.json"
+    r"confusion_.*\.csv|(lesions|predictions|left_out)\.csv|contact_sheet\.png|report\.html|(metrics|unfinished)\.json"
 )
 """Names of all files that an evaluation writes beside the scores."""
 SCORES = re.compile(r"\d+\.npz")

@@ -103,7 +103,7 @@ def _of_task(
             judge_threshold(label, each, measured.truth[:, c], measured.probability[:, c], groups) for each in picked
         ]
     if not isinstance(chosen, ClassMeasures):
-        return TaskPoints(tuple(points), f"No threshold could be chosen: {reason}.")
+        return TaskPoints(tuple(points), f"No threshold could be chosen: {reason.rstrip('.')}.")
     note = f"Chosen on {counted(len(chosen.truth), 'validation image')}"
     if split in ("train", "val"):
         note += f"; the {split} split that is evaluated here was used to {'fit' if split == 'train' else 'choose'} "

@@ -139,14 +139,15 @@ def format_lines(results: Sequence[TaskMetrics]) -> list[str]:
     lines = []
     for result in results:
         start = f"{result.task.name} " if len(results) > 1 else ""
-        lines.append(f"{result.task.name}: {_counts(result)}")
+        lines.append(f"{result.task.name}: {describe_counts(result)}")
         lines += [f"{start}{metric} {estimate}" for metric, estimate in result.overall.items()]
         if result.n and result.task.exclusive and result.task.positive is None:
             lines.append(f"{start}recall by class: {_recalls(result)}")
     return lines
 
 
-def _counts(result: TaskMetrics) -> str:
+def describe_counts(result: TaskMetrics) -> str:
+    """Return in words how many images the figures of a task are from."""
     task, parts = result.task, [f"{result.n} image{'s' * (result.n != 1)}"]
     if task.positive is not None:
         count = result.support[task.positive]

@@ -55,8 +55,8 @@ class IntervalEstimate:
         if self.value is None:
             return f"undefined ({self.note})"
         if self.low is None or self.high is None:
-            return f"{_short(self.value)} (no interval: {self.note})"
-        return f"{_short(self.value)} [{_short(self.low)} {_short(self.high)}]"
+            return f"{short(self.value)} (no interval: {self.note})"
+        return f"{short(self.value)} [{short(self.low)} {short(self.high)}]"
 
 
 class Interval(NamedTuple):
@@ -330,5 +330,6 @@ def _notes(*notes: str | None) -> str | None:
     return "; ".join(note for note in notes if note) or None
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Return a figure with three decimals, or with four digits from 10 on."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"

@@ -134,6 +134,12 @@ class Multilabel(Task, kind="multilabel"):
         said = zip(self.classes, np.asarray(probability, np.float64), strict=True)
         return SEPARATOR.join(name for name, p in said if p > THRESHOLD)
 
+    def _credit(self, target: Floats, probability: Floats) -> float:
+        return float(np.where(target > 0.5, probability, 1 - probability).mean())
+
+    def certainty(self, probability: Floats) -> float | None:
+        return float(np.abs(probability - THRESHOLD).min())
+
     def measure(self, targets: Floats, probabilities: Floats) -> ClassMeasures:
         return ClassMeasures(self.classes, targets > 0.5, probabilities > THRESHOLD, probabilities, exclusive=False)
 
@@ -195,6 +201,12 @@ class Regression(Task, kind="regression"):
 
     def table_cell(self, label: str, probability: Mapping[str, float]) -> str:
         return repr(probability["value"])
+
+    def _credit(self, target: Floats, probability: Floats) -> float:
+        return -abs(float(probability[0] - target[0]))
+
+    def certainty(self, probability: Floats) -> float | None:
+        return None
 
     def measure(self, targets: Floats, probabilities: Floats) -> RegressionMeasures:
         return RegressionMeasures(targets, probabilities)

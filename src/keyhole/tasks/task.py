@@ -228,6 +228,29 @@ class Task:
             return None
         return set(self.split(truth.strip())) - {""} == set(self.split(label)) - {""}
 
+    def credit(self, target: ArrayLike, probability: Floats) -> float | None:
+        """Return how well a prediction (k,) fits a label (w,), to rank images; None where the label is unknown.
+
+        The probability of the true class; for multilabel the mean over the labels of the probability of what is true;
+        for regression the absolute error, negative.
+
+        >>> Task("tumor", "binary", ("no", "yes")).credit(np.array([1.0]), np.array([0.25, 0.75]))
+        0.75
+        """
+        known = np.asarray(target, np.float64)
+        return None if np.isnan(known).any() else self._credit(known, probability)
+
+    def _credit(self, target: Floats, probability: Floats) -> float:
+        return float(probability[int(target[0])])
+
+    def certainty(self, probability: Floats) -> float | None:
+        """Return how far a prediction (k,) is from another decision, to rank images; None for a number.
+
+        The largest probability minus the second; for multilabel the smallest distance from the threshold.
+        """
+        second, first = np.sort(probability)[-2:]
+        return float(first - second)
+
     def summary(self, labels: Sequence[str]) -> str:
         """Describe the labels of a data set in a few words, starting with the kind."""
         text = f"{self.kind}, {sum(label != '' for label in labels)} images labelled"
