@@ -40,6 +40,8 @@ from keyhole.util.platform import peak_memory
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = {"potholes": "auroc", "retinopathy": "auroc", "circuit_boards": "average_precision"}
 """What is compared, by example."""
+ANNOTATED = {"potholes": "test", "retinopathy": "val", "circuit_boards": "test"}
+"""Held-out split with annotations: of the retinas, three of the test and twelve of the validation split have some."""
 M = 16
 """Patches of the random arms, and those that set the cost of the resized image."""
 COST_OF_LEARNING = 5
@@ -177,7 +179,7 @@ class Comparison:
                 select = {"m": M, "chunk": 64, "rule": "streaming", "order": "shuffled"}
                 return base.replace(select=select, train={"explore": 2.0 * epochs})
             case "resized":
-                side = self.side()
+                side = resized_side(base.patch.size, float(np.median(self.counts)), image_pixels(self.path))
                 path = write_resized(self.path, side, self.folder / f"resized-{side}")
                 patch, train = {"size": side, "foreground": "all"}, {"explore": 2.0 * epochs}  # of one patch no scores
                 return base.replace(
@@ -203,12 +205,6 @@ class Comparison:
         """Patches of each image."""
         return patch_counts(self.stored.items)
 
-    def side(self) -> int:
-        """Side of the resized image: a multiple of 32."""
-        patches = M + np.median(self.counts) / COST_OF_LEARNING
-        side = min(self.base.patch.size * patches**0.5, image_pixels(self.path) ** 0.5)
-        return max(32, int(side / 32 + 0.5) * 32)
-
     def train(self, config: Config, run: Path, about: dict[str, Any], kept: bool) -> result.Result:
         """Train or go on, in a process of its own, whose peak memory is that of the arm; then evaluate."""
         if run.exists():
@@ -216,11 +212,13 @@ class Comparison:
         else:
             settings = write_atomic(run.with_name("settings.yaml"), dump_config(config))
             keyhole("train", "--config", settings, "--out", run)
-        if not (run / "evaluation" / "test" / "metrics.json").exists():
-            keyhole("evaluate", run)
+        annotated = ANNOTATED[self.example]
+        for split in {"test", annotated} if kept else {"test"}:
+            if not (run / "evaluation" / split / "metrics.json").exists():
+                keyhole("evaluate", run, f"--split={split}")
         also = {}
         if kept:
-            lesions = json.loads((run / "evaluation" / "test" / "metrics.json").read_text()).get("lesions", {})
+            lesions = json.loads((run / "evaluation" / annotated / "metrics.json").read_text()).get("lesions", {})
             names = {"kept patches on a defect": "", "of all patches": "_by_chance"}
             also = {
                 name: result.figure(lesions[f"kept_touching_a_lesion{end}"]) for name, end in names.items() if lesions
@@ -251,6 +249,15 @@ class Comparison:
             epoch_seconds=round(seconds, 2),
             peak_gb=round(peak_memory() / 1e9, 3),
         )
+
+
+def resized_side(patch: int, n: float, pixels: float) -> int:
+    """Return the side of an image that costs what IPS with n patches of side `patch` costs, in steps of 32.
+
+    It does not have more than `pixels`, those of the image itself.
+    """
+    side: float = min(patch * (M + n / COST_OF_LEARNING) ** 0.5, pixels**0.5)
+    return max(32, round(side / 32) * 32)
 
 
 def regression(

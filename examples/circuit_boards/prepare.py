@@ -8,8 +8,7 @@ arXiv 1902.06197; MIT). Official split: 1,000 boards to learn from, 500 to test;
 choose the best model. A defect covers 0.3 % of the picture.
 
 Traps: the lists name `X.jpg`, the files are `X_test.jpg` (the board) and `X_temp.jpg` (the template, not used here); a
-folder has neighbouring pictures of one panel, so that its pictures stay in one split only as far as the official split
-keeps them.
+folder has neighbouring pictures of one panel, and the official split puts seven of the eleven folders into both sets.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """IDRiD -> a manifest for keyhole: does a retina photograph show retinopathy, and does it need a referral?
 
     git clone --depth 1 https://github.com/imsaksham-c/EyeDisease_IDRiD
-    python examples/retinopathy/prepare.py EyeDisease_IDRiD/dataset retina --width 2144
+    python examples/retinopathy/prepare.py EyeDisease_IDRiD/dataset retina --width 1608
 
 516 photographs of 4288 x 2848 px with a grade from 0 to 4 (Porwal et al., 2018, doi 10.3390/data3030025; CC BY 4.0).
 Two tasks: any retinopathy (grade 1 and more), and referable (grade 2 and more). Official split: 413 to learn from, 103
-to test; a fifth of the first are held out to choose the best model. `--width` makes the pictures smaller; lesions may
-be a few pixels wide, so not below 2000.
+to test; a fifth of the first are held out to choose the best model. `--width` makes the pictures smaller; the smallest
+lesions are some ten pixels wide in the originals.
 
 Traps: the same file names appear in the training and the test folder, with other eyes. Five photographs are twice in
 the training set, and one is in both sets with different grades: copies are left out, of the last pair the one to learn

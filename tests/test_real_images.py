@@ -1,0 +1,171 @@
+"""The comparison on real images: parts of a data set, what each arm reads, and the tables in the examples' pages."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import BENCHMARKS, csv_rows
+
+from keyhole.config.settings import Config
+from keyhole.data.manifest import read_manifest
+
+Benchmark = Callable[[str], Any]
+COUNTS = {"train": 24, "val": 12, "test": 12}
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Images of 48 x 32 px of two classes, a third of them `yes`, from four places."""
+    rows = [["name", "image", "pothole", "group", "split", "annotation"]]
+    rng = np.random.default_rng(0)
+    for split, count in COUNTS.items():
+        for number in range(count):
+            name, label = f"{split}/{number}", "yes" if number % 3 == 0 else "no"
+            PIL.Image.fromarray(rng.integers(0, 255, (32, 48, 3), np.uint8)).save(tmp_path / f"{split}-{number}.png")
+            mask = np.zeros((32, 48), np.uint8)
+            mask[:16, :16] = 255
+            PIL.Image.fromarray(mask).save(tmp_path / "mask.png")
+            rows.append([name, f"{split}-{number}.png", label, f"{split}{number % 4}", split, "mask.png"])
+    with (tmp_path / "all.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return tmp_path / "all.csv"
+
+
+@pytest.fixture
+def comparison(manifest: Path, tmp_path: Path, benchmark: Benchmark) -> Any:
+    """As of the example `potholes`, with features that are already stored: six an image, one of which has the label."""
+    part = benchmark("real_data").write_part(manifest, dict.fromkeys(COUNTS), tmp_path / "part" / "images.csv")
+    features, rng = tmp_path / "part" / "features", np.random.default_rng(0)
+    features.mkdir()
+    for row in csv_rows(part):
+        values = rng.normal(0, 0.02, (6, 8)).astype(np.float32)
+        values[rng.integers(6), 0] += row["pothole"] == "yes"
+        with h5py.File(features / f"{Path(row['image']).stem}.h5", "w") as file:
+            file["features"] = values
+            file["coords"] = np.array([[x, y] for y in (0, 16) for x in (0, 16, 32)])
+            file["coords"].attrs.update({"patch_size": 16, "patch_level": 0})
+    (features / "seconds.json").write_text("1.0")
+    base = Config(data={"path": part}, patch={"size": 16}, model={"width": 8}, train={"epochs": 2})
+    return benchmark("real_images").Comparison(tmp_path / "part", "potholes", base)
+
+
+def test_a_part_keeps_the_proportions_of_labels_and_groups(
+    manifest: Path, tmp_path: Path, benchmark: Benchmark
+) -> None:
+    write = benchmark("real_data").write_part
+
+    rows = csv_rows(write(manifest, {"train": 12, "val": 6, "test": None}, tmp_path / "part.csv"))
+
+    assert Counter(row["split"] for row in rows) == {"train": 12, "val": 6, "test": 12}
+    assert Counter(row["pothole"] for row in rows if row["split"] == "train") == {"yes": 4, "no": 8}
+    whole = {row["name"]: row["group"] for row in csv_rows(manifest)}
+    assert {whole[row["name"]] for row in rows if row["split"] == "train"} == {f"train{i}" for i in range(4)}
+    assert "group" not in rows[0]
+    assert all(Path(row[name]).is_file() for row in rows for name in ("image", "annotation"))
+    assert rows == csv_rows(write(manifest, {"train": 12, "val": 6, "test": None}, tmp_path / "again.csv"))
+
+
+def test_the_resized_image_costs_what_selection_costs(comparison: Any, benchmark: Benchmark) -> None:
+    real = benchmark("real_images")
+    side, m, cost = real.resized_side, real.M, real.COST_OF_LEARNING
+    assert side(64, 4 * cost, 1e9) == 32 * round(2 * (m + 4) ** 0.5)
+    assert side(64, 1000, 640 * 640) == 640, "not larger than the image"
+
+    config = comparison.settings("resized", 0, comparison.folder)
+    config = comparison.settings("resized", 0, comparison.folder)  # the second time from what is there
+
+    rows = csv_rows(config.data.path)
+    assert len(rows) == sum(COUNTS.values())
+    with PIL.Image.open(rows[0]["image"]) as image:
+        assert image.size == (config.patch.size, config.patch.size)
+    assert "annotation" not in rows[0]
+
+
+def test_random_patches_are_drawn_anew_for_training_alone(comparison: Any, benchmark: Benchmark) -> None:
+    write = benchmark("real_data").write_drawn
+    stored = comparison.stored
+
+    path = write(comparison.path, stored, 4, 3, 0, comparison.folder / "drawn")
+
+    rows = csv_rows(path)
+    assert Counter(row["split"] for row in rows) == {**COUNTS, "train": 3 * COUNTS["train"]}
+    drawn = []
+    for row in rows[:3]:
+        with h5py.File(row["image"]) as file, h5py.File(stored.items[0].features) as whole:
+            drawn.append([whole["features"][:].tolist().index(each) for each in file["features"][:].tolist()])
+            assert file["coords"].attrs["patch_size"] == 16
+            np.testing.assert_array_equal(file["coords"][:], whole["coords"][:][drawn[-1]])
+    assert all(len(set(each)) == 4 for each in drawn)
+    assert len(set(map(tuple, drawn))) > 1
+    assert read_manifest(comparison.base.data.replace(path=path)).items[0].features is not None
+
+
+def test_every_arm_is_a_configuration_but_the_regression(comparison: Any, benchmark: Benchmark) -> None:
+    for arm in benchmark("real_images").ARMS:
+        if arm != "mean":
+            config = comparison.settings(arm, 3, comparison.folder / arm)
+            assert config.train.seed == 3
+            assert config.data.path.is_file()
+
+
+def test_arms_on_stored_features_find_what_a_patch_shows(
+    comparison: Any, benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(benchmark("real_images").FROZEN, "epochs", 5)
+    found = {arm: comparison.run(arm, 0) for arm in ("mean", "attention")}
+
+    for arm, each in found.items():
+        figure = each.metrics["pothole.auroc"]
+        assert figure.low <= figure.value <= figure.high
+        assert comparison.run(arm, 0) == each, "it is not run again"
+        assert each.data == "potholes, 24 training images"
+    assert found["mean"].metrics["pothole.auroc"].value > 0.9, "regression needs no more images than these"
+    assert found["attention"].epochs == 5
+
+
+def test_results_are_written_into_the_page_of_an_example(tmp_path: Path, benchmark: Benchmark) -> None:
+    result, tables, real = benchmark("result"), benchmark("example_tables"), benchmark("real_images")
+    page, records = tmp_path / "potholes" / "README.md", tmp_path / "results"
+    page.parent.mkdir()
+    page.write_text(f"Before.\n{tables.BEGIN}\nold\n{tables.END}\nAfter.\n")
+    kept = {tables.KEPT: result.Figure(0.5), tables.CHANCE: result.Figure(0.04)}
+    runs = [
+        result.Result(
+            *("potholes, 300 training images", "real", real.ARMS[arm], seed),
+            *({"pothole.auroc": result.Figure(value, value - 0.1, value + 0.05), **also}, 6, 30.0, 1.5),
+        )
+        for arm, seed, value, also in [("ips16", 0, 0.9, kept), ("ips16", 1, 0.8, kept), ("mean", 0, 0.7, {})]
+    ]
+    benchmark("results").add(runs, records)
+
+    for _ in range(2):  # a second time replaces what the first wrote
+        tables.main(tmp_path, records)
+
+    text = page.read_text()
+    assert text.startswith("Before.\n")
+    assert text.endswith("\nAfter.\n")
+    assert "old" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 4
+    assert rows[2].startswith(f"| {real.ARMS['mean']} | 0.700 [0.600 0.750] | 1 | 30 | 1.5 |")
+    assert rows[3] == f"| {real.ARMS['ips16']} | 0.850 ± 0.071 [0.750 0.900] | 2 | 30 | 1.5 | 50% (4%) |"
+
+
+def test_every_example_of_the_comparison_has_its_recipe_and_page(benchmark: Benchmark) -> None:
+    from keyhole.config.file import load_config
+
+    tables = benchmark("example_tables")
+    for name in benchmark("real_images").METRICS:
+        folder = BENCHMARKS.parent / "examples" / name
+        assert load_config(folder / "recipe.yaml").model.encoder == "lite0"
+        text = (folder / "README.md").read_text()
+        assert text.index(tables.BEGIN) < text.index(tables.END)
+        assert (folder / "prepare.py").is_file()
