@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         return print_options(options)
 
-    from keyhole.datasets.traffic_signs import read_traffic_signs, write_traffic_signs
+    from keyhole.datasets.traffic_signs import SIZE, read_traffic_signs, write_traffic_signs
     from keyhole.util.progress import Progress
 
     data = read_traffic_signs(options.root, options.train_set)
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
         count = sum(len(signs.images) for signs in data.values())
         progress = shown.enter_context(Progress(count, "enlarging images")) if options.enlarge else None
         written = (lambda: None) if progress is None else (lambda: progress.update(images=1))
-        manifest = write_traffic_signs(options.out, data, options.enlarge, written)
+        manifest = write_traffic_signs(options.out, data, SIZE if options.enlarge else None, written)
     print("\n".join(line for split, signs in data.items() for line in signs.lines(split)))
     original = all(signs.original for signs in data.values())
     print(f"annotations: {'the original files' if original else 'not the original files of Swedish Traffic Signs'}")

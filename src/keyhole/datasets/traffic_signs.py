@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,7 +239,10 @@ def choose(signs: Sequence[Sign]) -> tuple[Sign, ...] | str:
 
 
 def write_traffic_signs(
-    out: Path, data: dict[str, SignSet], enlarge: bool = False, written: Callable[[], None] = lambda: None
+    out: Path,
+    data: Mapping[str, SignSet],
+    size: tuple[int, int] | None = None,
+    written: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `left_out.csv`, the boxes of the signs and, last, `manifest.csv` into a folder.
 
@@ -249,28 +252,29 @@ def write_traffic_signs(
     Args:
         out: the folder, created if needed; it must be empty.
         data: by split, as `read_traffic_signs` returns it.
-        enlarge: also write the images, enlarged to 1600 x 1200 px as in the published code, as `images/*.png`.
+        size: width and height at which the images are written too, as `images/*.png`; the published code enlarges
+            them to `SIZE`. Without it they stay where they are.
         written: called after each image, on any thread.
 
     Returns:
         Path of `manifest.csv`.
 
     Raises:
-        ImageError: an image cannot be read, and `enlarge`.
+        ImageError: an image cannot be read, and `size` is given.
         OutputError: `out` holds something, or cannot be written.
         DataError: the name of a folder is not valid text.
     """
     jobs = [(split, signs.folder.name, image) for split, signs in data.items() for image in signs.images]
-    inside = ("annotations", "images") if enlarge else ("annotations",)
+    inside = ("annotations", "images") if size else ("annotations",)
     with NewFolder(out, *inside) as folder, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
 
         def write(job: tuple[str, str, SignImage]) -> tuple[str, ...]:
             split, place, image = job
             name, scale = f"{place}-{image.file.stem}", (1.0, 1.0)
             shown, annotation = relative_path(image.file, out), ""
-            if enlarge:
+            if size is not None:
                 shown = f"images/{name}.png"
-                scale = _enlarge(image.file, folder.file(shown))
+                scale = _resize(image.file, size, folder.file(shown))
             if image.signs:
                 annotation = f"annotations/{name}.geojson"
                 write_atomic(folder.file(annotation), _geojson(image, scale))
@@ -283,14 +287,14 @@ def write_traffic_signs(
         return folder.write_csv("manifest.csv", ("image", "sign", "split", "annotation"), rows)
 
 
-def _enlarge(file: Path, to: Path) -> tuple[float, float]:
-    """Write an image at `SIZE`, by the bilinear filter; return how much wider and higher it is."""
+def _resize(file: Path, size: tuple[int, int], to: Path) -> tuple[float, float]:
+    """Write an image at another size, by the bilinear filter; return how much wider and higher it is."""
     with open_image(file) as image:
         width, height = image.size
         picture = PIL.Image.fromarray(image.read(Box(0, 0, width, height)))
     with atomic_file(to) as out:
-        picture.resize(SIZE, PIL.Image.Resampling.BILINEAR).save(out, "PNG", compress_level=1)
-    return SIZE[0] / width, SIZE[1] / height
+        picture.resize(size, PIL.Image.Resampling.BILINEAR).save(out, "PNG", compress_level=1)
+    return size[0] / width, size[1] / height
 
 
 def _geojson(image: SignImage, scale: tuple[float, float]) -> str:
