@@ -40,6 +40,7 @@ from keyhole.config.file import resolve
 from keyhole.config.settings import Config
 from keyhole.datasets.traffic_signs import read_traffic_signs, write_traffic_signs
 from keyhole.util.files import csv_text, write_atomic
+from keyhole.util.wording import counted
 
 SCENES = Path(__file__).resolve().parents[2] / "shared" / "tools" / "make_traffic_scenes.py"
 WIDTH = 1280
@@ -126,7 +127,7 @@ def configuration(arm: str, manifest: Path, width: int, epochs: int, changes: Se
         config = config.replace(select={"m": M[arm]}, memory="8GB" if arm == "all" else None)
     asked = dict(change.split("=", 1) for change in changes)
     config = config.replace(**sections({name: yaml.safe_load(value) for name, value in asked.items()}))
-    return config, ", ".join([ARMS[arm], f"{epochs} epochs", *changes])
+    return config, ", ".join([ARMS[arm], counted(epochs, "epoch"), *changes])
 
 
 def view_side(patch: int) -> int:
