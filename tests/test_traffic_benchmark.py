@@ -48,7 +48,7 @@ def test_an_arm_is_the_recipe_with_another_encoder_patch_m_and_length(benchmark:
         kept = {"data", "memory"}
         assert config.model_dump(exclude=kept) == recipe.replace(
             patch={"size": 40},
-            model={"encoder": "lite0", "pretrained": False},
+            model={"encoder": "lite0", "pretrained": False, "batch_norm": "auto"},
             select={"m": m},
             train={"epochs": 15, "warmup": 1, "watch": "val"},
         ).model_dump(exclude=kept)
