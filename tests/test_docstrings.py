@@ -36,6 +36,7 @@ FIRST = {
     "keyhole.train": keyhole.train,
     "keyhole.load": keyhole.load,
     "keyhole.evaluate": keyhole.evaluate,
+    "keyhole.compare": keyhole.compare,
     "keyhole.embed": keyhole.embed,
     "keyhole.check": keyhole.check,
     "keyhole.resume": keyhole.resume,

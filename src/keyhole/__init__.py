@@ -13,6 +13,7 @@ from keyhole.util.version import VERSION
 if TYPE_CHECKING:
     from keyhole.config.settings import Config as Config
     from keyhole.images import open_image as open_image
+    from keyhole.inference.compare import compare as compare
     from keyhole.inference.embed import embed as embed
     from keyhole.inference.evaluate import evaluate as evaluate
     from keyhole.inference.predictor import Predictor as Predictor
@@ -34,6 +35,7 @@ _HOME = {
     "Predictor": "keyhole.inference.predictor",
     "Run": "keyhole.runs.run",
     "check": "keyhole.tools.check.run",
+    "compare": "keyhole.inference.compare",
     "embed": "keyhole.inference.embed",
     "evaluate": "keyhole.inference.evaluate",
     "load": "keyhole.inference.predictor",
@@ -50,6 +52,7 @@ __all__ = [
     "Run",
     "__version__",
     "check",
+    "compare",
     "embed",
     "evaluate",
     "load",

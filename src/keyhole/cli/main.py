@@ -25,6 +25,7 @@ VERBS = {
     "train": "learn from a folder of classes or a CSV, into a run folder",
     "resume": "go on with a run that was stopped",
     "evaluate": "metrics of a run with intervals, on its test split or on other data",
+    "compare": "runs side by side: differences with intervals, cases that changed, settings that differ",
     "embed": "every patch of every image through an encoder once, into files of features to train on",
     "predict": "labels of images, and what they rest on",
     "view": "look at images, predictions and what they rest on, in a browser",

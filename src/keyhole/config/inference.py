@@ -50,6 +50,17 @@ class EvaluateSettings(InferenceSettings):
     """What an unreadable image or annotation does: end the evaluation, or be left out, counted and listed."""
 
 
+class CompareSettings(Settings):
+    """Put the predictions of several runs for the same images side by side."""
+
+    runs: tuple[Path, ...] = ()
+    """Run folders, or folders of evaluations; the others are compared with the first."""
+    split: Literal["train", "val", "test"] = "test"
+    """Split of the run folders."""
+    out: Path | None = None
+    """Folder for compare.html and the tables; default is comparison-A-B in the current folder, after the runs."""
+
+
 class EmbedSettings(InferenceSettings):
     """Encode the foreground patches of every image, and write one file of features for each."""
 

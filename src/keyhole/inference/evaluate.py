@@ -30,6 +30,7 @@ from keyhole.inference.thresholds import TaskPoints, operating_points
 from keyhole.patches.foreground.annotations import check_annotation
 from keyhole.report.contact_sheet import contact_sheet
 from keyhole.report.table import TableRow, judge_rows, write_table
+from keyhole.runs.checkpoint import model_file, read_info
 from keyhole.runs.seal import check_images, check_own_manifest
 from keyhole.tasks.evaluation import TaskMetrics, evaluate_task, evaluation_json, format_lines
 from keyhole.util.files import csv_text, encoded, file_names, writable_folder, write_atomic
@@ -150,7 +151,8 @@ def evaluate(
     with suppress(KeyholeError):
         config = load_config(path) if (path := asked.run / "config.yaml").is_file() else None
     confusions = _write_confusions(folder, metrics)
-    about: dict[str, Any] = {"keyhole": VERSION, "model": predictor.name, **subject.to_json()}
+    epoch = read_info(model_file(asked.run)).get("epoch")
+    about: dict[str, Any] = {"keyhole": VERSION, "model": predictor.name, "epoch": epoch, **subject.to_json()}
     about |= {"notes": notes, "left_out": found.left_out}
     about |= {} if lesions is None else {"lesions": lesions.to_json()}
     about |= {"confusion_files": confusions, "learning": learning.to_json(config)}

@@ -11,7 +11,7 @@ import numpy as np
 from keyhole.report.cases import CaseList
 from keyhole.report.drawing import HOTTEST, percent
 from keyhole.report.figures import Drawn, task_figures
-from keyhole.report.page import METRIC_NAMES, HtmlTable, render, value_and_limits
+from keyhole.report.page import METRIC_NAMES, HtmlTable, estimate_text, render, value_and_limits
 from keyhole.report.read_table import PredictionTable
 from keyhole.tasks.evaluation import TaskMetrics, describe_counts
 from keyhole.tasks.intervals import IntervalEstimate
@@ -124,28 +124,24 @@ def _sentence(each: EvaluatedTask) -> str:
     if not result.n:
         return f"No image has a label of {task.name}."
     if not task.classes:
-        error, explained = (_said(result.overall[metric]) for metric in ("mae", "r2"))
+        error, explained = (estimate_text(result.overall[metric]) for metric in ("mae", "r2"))
         return f"The mean absolute error of {task.name} is {error}, R² is {explained}."
     right = round((result.overall["accuracy"].value or 0.0) * result.n)
     all_labels = "" if task.exclusive else " in all labels"
     parts = [
         f"In the task {task.name}, {right:,} of {counted(result.n)} were decided right{all_labels}: accuracy "
-        f"{_said(result.overall['accuracy'])}, AUROC {_said(result.overall['auroc'])}."
+        f"{estimate_text(result.overall['accuracy'])}, AUROC {estimate_text(result.overall['auroc'])}."
     ]
     for point in each.points:
         if task.positive is not None and point.threshold.rule == BALANCED:
             found = f"{point.found:,} of {point.positive:,} {point.label} images"
+            cleared = f"{point.cleared:,} of {point.negative:,} others"
             parts.append(
                 f"At the threshold {point.threshold.value:.3f}, chosen on the validation split, it finds {found} "
-                f"(sensitivity {_said(point.sensitivity)}) and clears {point.cleared:,} of {point.negative:,} others "
-                f"(specificity {_said(point.specificity)})."
+                f"(sensitivity {estimate_text(point.sensitivity)}) and clears {cleared} "
+                f"(specificity {estimate_text(point.specificity)})."
             )
     return " ".join(parts)
-
-
-def _said(estimate: IntervalEstimate) -> str:
-    value, limits = value_and_limits(estimate)
-    return value if estimate.low is None else f"{value} [{limits}]"
 
 
 def _verdict(learning: Learning) -> str:
@@ -238,7 +234,7 @@ def _classes(result: TaskMetrics) -> HtmlTable:
     metrics = [metric for metric in _class_metrics(result) if metric not in ("accuracy", "ece")]
     head = ["class", "images", *(METRIC_NAMES.get(metric, metric) for metric in metrics)]
     rows = [
-        [name, f"{result.support[name]:,}", *(_said(result.per_class[name][metric]) for metric in metrics)]
+        [name, f"{result.support[name]:,}", *(estimate_text(result.per_class[name][metric]) for metric in metrics)]
         for name in (result.task.classes if metrics else ())
     ]
     return HtmlTable.cut(head, rows, (0,), "metrics.json")

@@ -80,6 +80,12 @@ def value_and_limits(estimate: IntervalEstimate) -> tuple[str, str]:
     return value, f"{short(estimate.low)} to {short(estimate.high)}"
 
 
+def estimate_text(estimate: IntervalEstimate) -> str:
+    """Return an estimate as `0.935 [0.900 to 0.965]`."""
+    value, limits = value_and_limits(estimate)
+    return value if estimate.low is None else f"{value} [{limits}]"
+
+
 METRIC_NAMES = {
     "balanced_accuracy": "balanced accuracy",
     "auroc": "AUROC",

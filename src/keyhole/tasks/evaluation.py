@@ -43,6 +43,7 @@ class TaskMetrics:
             "kind": self.task.kind,
             "images": self.n,
             "images_without_label": self.missing,
+            "classes": list(self.task.classes),
             "positive_class": self.task.positive,
             "threshold": self.task.threshold,
             "overall": {metric: asdict(estimate) for metric, estimate in self.overall.items()},
