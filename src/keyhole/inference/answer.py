@@ -27,7 +27,7 @@ from keyhole.nn import Kept
 from keyhole.patches.features import FeaturePatches
 from keyhole.patches.sources import FilePatches, PatchSource
 from keyhole.report.pictures import most_attended, pictures_of_features, pictures_of_file
-from keyhole.report.prediction import KeptPatches, Prediction, Scores
+from keyhole.report.prediction import KeptPatches, Pictures, Prediction, Scores
 from keyhole.tasks.kinds import Task
 from keyhole.util.progress import say
 
@@ -142,8 +142,13 @@ class Answers:
             say(f"warning: {name}: {doubt}")
         return [doubt] if doubt else []
 
-    def with_pictures(self, done: Inference, prediction: Prediction, row: int) -> Prediction:
-        """Return the prediction with pictures; unchanged, with a warning, if its source cannot be read any more."""
+    def with_pictures(
+        self, done: Inference, prediction: Prediction, row: int, before: Pictures | None = None
+    ) -> Prediction:
+        """Return the prediction with pictures; unchanged, with a warning, if its source cannot be read any more.
+
+        The thumbnail is that of `before`, if given.
+        """
         source, place = done.batch.sources[row], most_attended(prediction.kept)
         first = np.arange(min(self.whole, len(prediction.kept)))
         try:
@@ -154,7 +159,7 @@ class Answers:
                 wanted = np.union1d(place, first)
                 pixels = _kept_pixels(done, prediction.kept.index[wanted], row)
                 each = pixels[np.searchsorted(wanted, place)]
-                draw = partial(pictures_of_file, source, prediction, place, each, pixels[: len(first)])
+                draw = partial(pictures_of_file, source, prediction, place, each, pixels[: len(first)], before)
             return replace(prediction, pictures=self.engine.reader.run(prediction.name, draw))
         except ImageError as error:  # such as a network share that hangs; the prediction is complete without
             say(f"warning: {prediction.name} is shown without pictures: {error}")

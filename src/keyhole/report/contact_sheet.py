@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image as Picture
 
 from keyhole.data.item import Item
 from keyhole.report.drawing import (
@@ -25,15 +23,14 @@ from keyhole.report.drawing import (
     NEUTRAL,
     RIGHT,
     WRONG,
-    Frames,
     Page,
-    as_picture,
     color_at,
     heat,
     percent,
     text_width,
     times,
 )
+from keyhole.report.overlay import framed
 from keyhole.report.predicted import Pictures, Predicted, pictures_of
 from keyhole.tasks.kinds import Task
 from keyhole.util.files import write_atomic
@@ -144,7 +141,7 @@ def _draw_head(page: Page, title: str, which: str) -> None:
 def _draw_entry(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
     attention = entry.prediction.kept.attention[task.name]
     hot = heat(attention, 1 / len(attention))
-    picture = _outlined(entry, hot)
+    picture = framed(entry.pictures, entry.prediction.kept, task, (IMAGE_SIDE, ROW))
     left = MARGIN + (IMAGE_SIDE - picture.width) // 2
     page.draw.rectangle([MARGIN, top, MARGIN + IMAGE_SIDE - 1, top + ROW - 1], fill=GROUND)
     page.picture.paste(picture, (left, top + (ROW - picture.height) // 2))
@@ -159,17 +156,6 @@ def _draw_entry(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
         page.patch((x, y), PATCH_SIDE, pictures.patches[carried], color_at(ATTENTION_COLORS, float(hot[i])))
         share = f"{percent(float(attention[i]))}  ({times(float(attention[i]) * len(attention))})"
         page.text((x + 1, y + PATCH_SIDE + 3), share, 13, GREY, PATCH_SIDE)
-
-
-def _outlined(entry: SheetEntry, hot: NDArray[np.float32]) -> Picture.Image:
-    """Return the thumbnail at the size of its cell with a frame around every kept patch, the most attended on top."""
-    picture = as_picture(entry.pictures.thumbnail)
-    zoom = min(IMAGE_SIDE / picture.width, ROW / picture.height)
-    size = (max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom)))
-    picture = picture.resize(size, Picture.Resampling.LANCZOS if zoom < 1 else Picture.Resampling.BICUBIC)
-    placed = entry.prediction.kept.boxes[:, 2:].any(axis=1)  # features may have no coordinates
-    Frames(picture).add(entry.prediction.kept.boxes[placed] * (zoom / entry.pictures.downsample), hot[placed])
-    return picture
 
 
 def _draw_words(page: Page, entry: SheetEntry, task: Task, top: int) -> None:

@@ -10,7 +10,7 @@ from PIL import Image as Picture
 
 from keyhole.report.captions import Words, attention_legend, score_legend, um_per_pixel
 from keyhole.report.drawing import WHITE, Frames, Page, as_picture, heat
-from keyhole.report.predicted import Predicted, pictures_of
+from keyhole.report.predicted import KeptPatches, Pictures, Predicted, pictures_of
 from keyhole.report.score_layer import ScoreScale, colored, opaque, score_raster
 from keyhole.tasks.kinds import Task
 
@@ -20,6 +20,18 @@ FADED = 0.4
 """Share of white in the grey image under the scores, so that their colours are those of the legend."""
 NUMBERED = 8
 """Kept patches whose rank by attention is written beside their frame."""
+
+
+def framed(shown: Pictures, kept: KeptPatches, task: Task, bounds: tuple[int, int]) -> Picture.Image:
+    """Return the thumbnail within a width and height, with a frame around every kept patch, by its attention."""
+    picture = as_picture(shown.thumbnail)
+    zoom = min(bounds[0] / picture.width, bounds[1] / picture.height)
+    size = max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom))
+    picture = picture.resize(size, Picture.Resampling.LANCZOS if zoom < 1 else Picture.Resampling.BICUBIC)
+    placed = kept.boxes[:, 2:].any(axis=1)  # features may have no coordinates
+    hot = heat(kept.attention[task.name], 1 / len(kept))
+    Frames(picture).add(kept.boxes[placed] * (zoom / shown.downsample), hot[placed])
+    return picture
 
 
 def panel(prediction: Predicted, task: Task, side: int, layer: bool = True) -> Picture.Image:

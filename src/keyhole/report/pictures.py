@@ -40,17 +40,25 @@ def small_patches(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def pictures_of_file(
-    source: FilePatches, prediction: Predicted, place: NDArray[np.int64], patches: Pixels, whole: Pixels
+    source: FilePatches,
+    prediction: Predicted,
+    place: NDArray[np.int64],
+    patches: Pixels,
+    whole: Pixels,
+    before: Pictures | None = None,
 ) -> Pictures:
-    """Return the pictures of a prediction from an open file; patches (k, s, s, c) are as the model saw them."""
-    small, whole = small_patches(patches), whole.copy()
-    try:
-        picture, downsample = thumbnail(source.image, THUMBNAIL)
-    except ImageError:  # the patches that could be read were enough for a prediction
-        return replace(
-            _of_scores(prediction, "damaged image: its scores are shown"), patches=small, place=place, whole=whole
-        )
-    return Pictures(picture, downsample, small, place, whole=whole)
+    """Return the pictures of a prediction from an open file; patches (k, s, s, c) are as the model saw them.
+
+    The thumbnail is that of `before`, if given.
+    """
+    base = None if before is None or before.of_scores else before
+    if base is None:
+        try:
+            picture, downsample = thumbnail(source.image, THUMBNAIL)
+            base = Pictures(picture, downsample, patches[:0], place[:0])
+        except ImageError:  # the patches that could be read were enough for a prediction
+            base = _of_scores(prediction, "damaged image: its scores are shown")
+    return replace(base, patches=small_patches(patches), place=place, whole=whole.copy())
 
 
 def pictures_of_features(

@@ -7,6 +7,9 @@ RUN/config.yaml              resolved configuration, itself a valid --config
     metrics.csv              one row per epoch
     best/                    model.safetensors and model.json, loadable alone
     last.safetensors         state to resume from
+    samples.png              what the model keeps of a few validation images, epoch by epoch
+    samples.json             what samples.png shows of earlier epochs
+    tensorboard/             event files, with --run.log tensorboard
     predictions/SPLIT.csv    one row per image, by the best model
     learning.json            whether the best model is better than guessing
     log.txt
@@ -86,6 +89,11 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path}: damaged ({error!r}). Delete it; keyhole evaluate says the same.") from error
 
+    @property
+    def samples(self) -> Path:
+        """The picture of what the model keeps of a few validation images, epoch by epoch; absent without validation."""
+        return self.path / "samples.png"
+
     def summary(self) -> list[str]:
         """Describe the run for people.
 
@@ -97,6 +105,8 @@ class Run:
         if best.get("metric") and best.get("value") is not None:
             lines[0] += f", {best['metric']} {best['value']:.4f} on the validation split"
         lines.append(f"run folder: {self.path}")
+        if self.samples.is_file():
+            lines.append(f"samples: {self.samples}")
         learning = self.learning
         if learning.get("epoch") == best["epoch"]:
             lines += learning["lines"]

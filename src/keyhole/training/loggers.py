@@ -8,10 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image as Picture
+
 from keyhole.errors import ConfigError
 
-Send = Callable[[Mapping[str, float], int], None]
-"""Sends the metrics of an epoch."""
+TENSORBOARD = "tensorboard"
+"""Folder of the event files in the run folder."""
+
+Send = Callable[[Mapping[str, float], int, Mapping[str, Path]], None]
+"""Sends the metrics of an epoch, and its pictures by name."""
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -23,14 +29,14 @@ def check_loggers(names: Sequence[str]) -> None:
 
 @contextmanager
 def open_loggers(names: Sequence[str], run: Path) -> Iterator[Send]:
-    """Open loggers; the function that this yields sends them the metrics of an epoch."""
+    """Open loggers; the function that this yields sends them the metrics and pictures of an epoch."""
     kinds = {"tensorboard": _tensorboard, "wandb": _wandb}
     with ExitStack() as stack:
         senders = [kinds[name](run, stack) for name in names]
 
-        def log_row(row: Mapping[str, float], epoch: int) -> None:
+        def log_row(row: Mapping[str, float], epoch: int, pictures: Mapping[str, Path]) -> None:
             for send in senders:
-                send(row, epoch)
+                send(row, epoch, pictures)
 
         yield log_row
 
@@ -39,12 +45,15 @@ def _tensorboard(run: Path, stack: ExitStack) -> Send:
     """Write event files into RUN/tensorboard."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(str(run / "tensorboard"))
+    writer: Any = SummaryWriter(str(run / TENSORBOARD))
     stack.callback(writer.close)
 
-    def send(row: Mapping[str, float], epoch: int) -> None:
+    def send(row: Mapping[str, float], epoch: int, pictures: Mapping[str, Path]) -> None:
         for name, value in row.items():
             writer.add_scalar(name, value, epoch)
+        for name, path in pictures.items():
+            with Picture.open(path) as picture:
+                writer.add_image(name, np.asarray(picture), epoch, dataformats="HWC")
 
     return send
 
@@ -55,4 +64,9 @@ def _wandb(run: Path, stack: ExitStack) -> Send:
 
     session: Any = wandb.init(project="keyhole", name=run.name, dir=str(run), id=run.name, resume="allow")
     stack.callback(session.finish)
-    return lambda row, epoch: session.log(dict(row), step=epoch)
+
+    def send(row: Mapping[str, float], epoch: int, pictures: Mapping[str, Path]) -> None:
+        images = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+        session.log({**row, **images}, step=epoch)
+
+    return send

@@ -29,6 +29,7 @@ from keyhole.training.hooks import Hooks
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import Job, open_job, start_job
 from keyhole.training.loggers import open_loggers
+from keyhole.training.samples import Samples
 from keyhole.training.schedule import learning_rate
 from keyhole.training.setup import targets
 from keyhole.training.validation import predict_splits, validate_epoch
@@ -100,7 +101,7 @@ class Loop:
 
     def __init__(self, job: Job, interrupt: Interrupt) -> None:
         self.job, self.engine, self.interrupt = job, job.engine, interrupt
-        self.choice, self.hooks = Choice(job), Hooks(job, interrupt)
+        self.choice, self.hooks, self.samples = Choice(job), Hooks(job, interrupt), Samples(job)
         self.weights: dict[str, Tensor] = {}
         if job.config.train.balance == "loss":
             labels = targets(job.manifest, job.manifest.split("train"))
@@ -112,12 +113,13 @@ class Loop:
         loggers = open_loggers(config.run.log, job.run.path)
         with self.engine.limit(), self.hooks.stopping(self.choice), loggers as log_row:
             self.hooks.estimate()
+            job.tell(self.samples.lines())
             while state.epoch < config.train.epochs and not state.stopped:
                 started = time.monotonic()
-                row = self.learn() | validate_epoch(job, self.interrupt, self.weights)
+                row = self.learn() | validate_epoch(job, self.interrupt, self.weights, self.samples)
                 row["seconds"] = round(time.monotonic() - started, 2)
                 self.end_epoch(row)
-                log_row(row, state.epoch)
+                log_row(row, state.epoch, self.samples.pictures())
             self.choice.journal.end()  # a killed process may have left it and the next file
             (job.run.path / "validation.jsonl").unlink(missing_ok=True)
             predict_splits(job, self.interrupt)

@@ -22,12 +22,13 @@ from keyhole.runs.journal import MIN_JOURNAL_PATCHES, RowJournal
 from keyhole.tasks.evaluation import point_metrics
 from keyhole.training.interrupt import Interrupt
 from keyhole.training.job import Job
+from keyhole.training.samples import Samples
 from keyhole.training.setup import targets
 from keyhole.util.files import write_atomic
 
 
-def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return loss and metrics on the split that `train.watch` names.
+def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor], samples: Samples) -> dict[str, float]:
+    """Return loss and metrics on the split that `train.watch` names, and draw `samples` of it.
 
     Raises:
         DataError: none of its images can be read.
@@ -42,9 +43,10 @@ def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]
     batches = _batches(job, items)
     todo = [each for each in batches if tuple(item.name for item in each) not in done]
     openers = [[job.images.opener(item) for item in each] for each in todo]
-    stream = job.engine.infer(openers, "mask", on_chunk=interrupt.check)
+    stream = job.engine.infer(openers, "mask", keep_logits=True, on_chunk=interrupt.check)
     for each, found in zip(todo, stream, strict=True):
         job.note_unreadable(each, found.batch)
+        samples.add(each, found)
         result: dict[str, Any] = {
             "names": [item.name for item in each],
             "seen": list(found.bags.rows),
@@ -53,6 +55,7 @@ def validate_epoch(job: Job, interrupt: Interrupt, weights: Mapping[str, Tensor]
         done[tuple(result["names"])] = result
         if sum(job.images.counts[item.name] for item in each) >= MIN_JOURNAL_PATCHES:
             journal.add(result)
+    samples.draw()
     rows = [done[tuple(item.name for item in each)] for each in batches]
     seen = [each[place] for each, row in zip(batches, rows, strict=True) for place in row["seen"]]
     if not seen:
