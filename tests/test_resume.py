@@ -20,7 +20,7 @@ from processes import TIMEOUT, kill, wait_for
 from safetensors.torch import load_file
 
 from keyhole.runs.checkpoint import read_info
-from keyhole.runs.run import read_rows
+from keyhole.util.tables import read_rows
 
 FLAGS = (
     "--patch.size 16 --model.width 8 --model.heads 2 --select.m 4 --select.chunk 16 --train.epochs 4 --train.batch 2 "

@@ -16,7 +16,7 @@ from keyhole.cli.main import main
 from keyhole.errors import RunError
 from keyhole.runs.checkpoint import read_info, read_tensors, write_tensors
 from keyhole.runs.journal import RowJournal
-from keyhole.runs.run import read_rows
+from keyhole.util.tables import read_rows
 
 
 def test_no_flipped_bit_of_a_file_of_tensors_goes_unseen(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from keyhole.cli.main import main
 from keyhole.config.file import load_config
-from keyhole.runs.run import read_rows
 from keyhole.tools import doctor
 from keyhole.training import loop
 from keyhole.training.interrupt import Interrupt
 from keyhole.util.progress import Progress
+from keyhole.util.tables import read_rows
 
 
 def copy(run: Path, to: Path) -> Path:

@@ -19,8 +19,8 @@ import keyhole
 from keyhole.errors import KeyholeError
 from keyhole.loading.unreadable import TooMuchUnreadable
 from keyhole.runs.checkpoint import read_info
-from keyhole.runs.run import read_rows
 from keyhole.training.loop import resume
+from keyhole.util.tables import read_rows
 
 TILE = 32
 QUICK = settings(train={"epochs": 1}, augment={"shift": False, "flip": False, "rotate": False})

@@ -27,11 +27,12 @@ from keyhole.report.figures import learning_curves
 from keyhole.report.page import METRIC_NAMES, HtmlTable, value_and_limits
 from keyhole.report.read_table import PredictionTable
 from keyhole.runs.checkpoint import model_file, read_info
-from keyhole.runs.run import Run, environment, read_rows
+from keyhole.runs.run import Run, environment
 from keyhole.tasks.evaluation import TaskMetrics
 from keyhole.tasks.intervals import IntervalEstimate, short
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.learning import Learning
+from keyhole.util.tables import read_rows
 from keyhole.util.version import VERSION
 from keyhole.util.wording import counted, from_to
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import DataError, RunError
-from keyhole.runs.run import read_rows
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.metrics import Measures
+from keyhole.util.tables import read_rows
 
 Floats = NDArray[np.float64]
 

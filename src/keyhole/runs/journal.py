@@ -21,8 +21,8 @@ from keyhole.loading.unreadable import Ledger
 from keyhole.nn import Kept
 from keyhole.patches.sources import PatchSource
 from keyhole.runs.checkpoint import read_tensors, write_tensors
-from keyhole.runs.run import read_rows, write_rows
 from keyhole.util.progress import say
+from keyhole.util.tables import read_rows, write_rows
 
 MIN_JOURNAL_PATCHES = 100_000
 """A batch with at least this many patches has a journal."""

@@ -18,14 +18,11 @@ RUN/config.yaml              resolved configuration, itself a valid --config
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,7 +33,7 @@ import torch
 from keyhole.config.settings import Config
 from keyhole.errors import OutputError, RunError
 from keyhole.runs.checkpoint import read_info
-from keyhole.util.files import write_atomic
+from keyhole.util.tables import read_rows
 
 PACKAGES = (
     *("keyhole", "torch", "timm", "numpy", "pillow", "tifffile", "imagecodecs", "zarr", "h5py"),
@@ -155,35 +152,6 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device if not device.startswith("cuda") else f"{device}: {torch.cuda.get_device_name(device)}",
     }
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_atomic(path, rows_text(rows))
-
-
-def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a CSV whose columns are the keys of all rows, in order of appearance."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def read_rows(path: Path, remedy: str = "Restore it from a copy.", columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Return the rows of a CSV of the run, which must have `columns`; no rows if there is no such file."""
-    if not path.is_file():
-        return []
-    try:
-        text = path.read_bytes().decode()
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise RunError(f"{path}: damaged ({error}). {remedy}") from error
-    whole = not text or text.endswith("\n")
-    if not whole or any(None in row or None in row.values() or not set(columns) <= set(row) for row in rows):
-        raise RunError(f"{path}: damaged, {'a row is' if whole else 'its last row is'} not whole. {remedy}")
-    return rows
 
 
 class Log:

@@ -21,10 +21,11 @@ from keyhole.data.item import Item
 from keyhole.errors import ConfigError, RunError
 from keyhole.runs.checkpoint import model_file, read_info, read_tensors
 from keyhole.runs.journal import LISTED_AGAIN
-from keyhole.runs.run import Run, read_rows, rows_text
+from keyhole.runs.run import Run
 from keyhole.util.budget import memory_text
 from keyhole.util.files import write_atomic
 from keyhole.util.progress import say
+from keyhole.util.tables import read_rows, rows_text
 from keyhole.util.wording import listed
 
 RESTORE_OR_RETRAIN = "Restore it from a copy, or train again into another folder."

@@ -14,7 +14,6 @@ from keyhole.errors import Interrupted
 from keyhole.inference.predictor import describe
 from keyhole.runs.checkpoint import save_model
 from keyhole.runs.journal import MIN_JOURNAL_PATCHES
-from keyhole.runs.run import write_rows
 from keyhole.training.duration import Estimate
 from keyhole.training.epoch import Choice, Epoch
 from keyhole.training.interrupt import Interrupt, StopRequested
@@ -25,6 +24,7 @@ from keyhole.training.trial import estimate
 from keyhole.util.budget import memory_text
 from keyhole.util.platform import peak_memory
 from keyhole.util.progress import Progress, say
+from keyhole.util.tables import write_rows
 from keyhole.util.wording import counted
 
 

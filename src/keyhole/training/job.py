@@ -26,7 +26,7 @@ from keyhole.runs.checkpoint import load_state, save_state
 from keyhole.runs.folder import create_folder, sweep, sweep_beside
 from keyhole.runs.journal import Damage
 from keyhole.runs.lock import RunLock
-from keyhole.runs.run import Log, Run, check_new, read_rows
+from keyhole.runs.run import Log, Run, check_new
 from keyhole.runs.seal import (
     RESTORE_OR_DELETE,
     RESTORE_OR_RETRAIN,
@@ -44,6 +44,7 @@ from keyhole.training.setup import Images, absolute, new_engine, new_model, new_
 from keyhole.util.budget import memory_text
 from keyhole.util.files import file_size, write_atomic
 from keyhole.util.progress import say
+from keyhole.util.tables import read_rows
 from keyhole.util.version import VERSION
 from keyhole.util.wording import counted
 

@@ -17,11 +17,12 @@ from keyhole.data.manifest import Manifest, read_for_tasks, read_manifest
 from keyhole.engine.device import choose_device
 from keyhole.images.geometry import Size
 from keyhole.runs.checkpoint import read_info
-from keyhole.runs.run import Run, read_rows
+from keyhole.runs.run import Run
 from keyhole.runs.seal import State
 from keyhole.tasks.kinds import Task
 from keyhole.training.setup import cache_limit
 from keyhole.util.platform import available_memory
+from keyhole.util.tables import read_rows
 
 DIFFERENT_FILES = 4
 """Number of files that are written, then linked under as many names as needed: more would cost the same to read."""
