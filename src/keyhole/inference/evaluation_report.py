@@ -263,7 +263,7 @@ def _text(value: Any) -> str:
     return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _environment(run: Path, now: Mapping[str, Any]) -> HtmlTable:
+def _environment(run: Path, now: Mapping[str, Any]) -> About:
     """Return machine and versions of the training and of this evaluation; what is the same in both stands once."""
     then: dict[str, Any] = {}
     with suppress(OSError, ValueError):
@@ -277,5 +277,5 @@ def _environment(run: Path, now: Mapping[str, Any]) -> HtmlTable:
     differ = {name: (first.get(name, ""), value) for name, value in second.items() if value != first.get(name)}
     same = [f"{name} {value}" for name, value in second.items() if name not in differ]
     rows = [[name, *values] for name, values in differ.items()]
-    rows += [["the same in both", ", ".join(same), ""]] if same else []
-    return HtmlTable(["", "training", "this evaluation"], rows, (0, 1, 2))
+    about = f"The same in training and in this evaluation: {', '.join(same)}." if same else ""
+    return About(about, HtmlTable(["", "training", "this evaluation"], rows, (0, 1, 2)))

@@ -20,7 +20,7 @@ from keyhole.tasks.learning import Learning
 from keyhole.tasks.operating_point import BALANCED, DEFAULT, MIN_SENSITIVITY, SENSITIVE, OperatingPoint
 from keyhole.util.files import file_names
 from keyhole.util.version import VERSION
-from keyhole.util.wording import counted, listed
+from keyhole.util.wording import listed
 
 MAX_MISTAKES = 30
 """Wrong decisions that are listed; predictions.csv has all."""
@@ -95,7 +95,7 @@ class EvaluationReport:
     left_out: About
     settings: HtmlTable
     config: str
-    environment: HtmlTable
+    environment: About
 
     def html(self, tasks: Sequence[EvaluatedTask], table: PredictionTable) -> str:
         """Return the page; `table` has the predictions that the metrics are from."""
@@ -129,13 +129,14 @@ def _sentence(each: EvaluatedTask) -> str:
     right = round((result.overall["accuracy"].value or 0.0) * result.n)
     all_labels = "" if task.exclusive else " in all labels"
     parts = [
-        f"In the task {task.name}, {right:,} of {counted(result.n)} were decided right{all_labels}: accuracy "
+        f"In the task {task.name}, {right:,} of {result.n:,} images were decided right{all_labels}: accuracy "
         f"{estimate_text(result.overall['accuracy'])}, AUROC {estimate_text(result.overall['auroc'])}."
     ]
     for point in each.points:
-        if task.positive is not None and point.threshold.rule == BALANCED:
-            found = f"{point.found:,} of {point.positive:,} {point.label} images"
-            cleared = f"{point.cleared:,} of {point.negative:,} others"
+        judged = task.positive is not None and point.positive and point.negative
+        if judged and point.threshold.rule == BALANCED:
+            found = f"{point.found:,} of the {point.positive:,} images labelled {point.label}"
+            cleared = f"{point.cleared:,} of the other {point.negative:,}"
             parts.append(
                 f"At the threshold {point.threshold.value:.3f}, chosen on the validation split, it finds {found} "
                 f"(sensitivity {estimate_text(point.sensitivity)}) and clears {cleared} "
@@ -147,16 +148,16 @@ def _sentence(each: EvaluatedTask) -> str:
 def _verdict(learning: Learning) -> str:
     """Say whether the model is better than guessing, task by task where these differ."""
     words = {
-        True: "better than guessing",
-        False: "not better than guessing",
-        None: "too few labels to tell from guessing",
+        True: "This is better than guessing",
+        False: "This is not better than guessing",
+        None: "There are too few labels to tell this from guessing",
     }
-    by_verdict = {words[each]: [task.task for task in learning.tasks if task.learned is each] for each in words}
-    by_verdict = {verdict: tasks for verdict, tasks in by_verdict.items() if tasks}
-    parts = [
-        verdict + (f" in {listed(tasks, 6)}" if len(by_verdict) > 1 else "") for verdict, tasks in by_verdict.items()
+    tasks = {verdict: [task.task for task in learning.tasks if task.learned is verdict] for verdict in words}
+    tasks = {verdict: names for verdict, names in tasks.items() if names}
+    said = [
+        words[verdict] + (f" in {listed(names, 6)}." if len(tasks) > 1 else ".") for verdict, names in tasks.items()
     ]
-    return f"This is {', '.join(parts)}. Brackets hold 95 % intervals."
+    return " ".join([*said, "Brackets hold 95 % intervals."])
 
 
 def _tiles(tasks: Sequence[EvaluatedTask]) -> Iterator[tuple[str, str, str]]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from keyhole.report.page import METRIC_NAMES
 from keyhole.report.svg import COLORS, GREY, draw_svg, shortened
 from keyhole.tasks.evaluation import TaskMetrics
 from keyhole.tasks.intervals import NORMAL, wilson
@@ -231,8 +232,10 @@ def _matrix(
     axis = figure.subplots()
     axis.grid(visible=False)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1.25, aspect="auto", interpolation="nearest")
-    named = len(classes) <= MAX_NAMED_CLASSES
-    if named:
+    if len(classes) <= MAX_NAMED_CLASSES:
+        rows, across = counts.shape
+        axis.hlines(np.arange(1, rows) - 0.5, -0.5, across - 0.5, color="white", linewidth=1)
+        axis.vlines(np.arange(1, across) - 0.5, -0.5, rows - 0.5, color="white", linewidth=1)
         turn = sum(len(shortened(each, 18)) + 2 for each in columns) > 50
         axis.set_xticks(range(len(columns)), [shortened(each, 18) for each in columns], rotation=90 if turn else 0)
         axis.set_yticks(range(len(classes)), [shortened(each, 18) for each in classes])
@@ -323,7 +326,7 @@ def learning_curves(
     def figures(figure: Any) -> None:
         axis = figure.subplots()
         for color, (task, metric) in zip(COLORS, metrics.items(), strict=False):
-            line(axis, f"{split}.{task}.{metric}", f"{shortened(task)}: {metric}", color)
+            line(axis, f"{split}.{task}.{metric}", f"{shortened(task)}: {METRIC_NAMES.get(metric, metric)}", color)
         finish(axis, f"{names[split]} metric")
 
     drawn = [Drawn("Loss", "The mean over the images of an epoch.", draw_svg("training-loss", SIZE, losses))]
