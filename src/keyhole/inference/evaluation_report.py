@@ -23,7 +23,6 @@ from keyhole.inference.lesions import Lesions
 from keyhole.inference.predictor import Predictor
 from keyhole.inference.thresholds import TaskPoints
 from keyhole.report.evaluation_page import About, EvaluatedTask, EvaluationReport
-from keyhole.report.figures import learning_curves
 from keyhole.report.page import METRIC_NAMES, HtmlTable, value_and_limits
 from keyhole.report.read_table import PredictionTable
 from keyhole.runs.checkpoint import model_file, read_info
@@ -77,7 +76,7 @@ def evaluation_report(asked: EvaluateSettings, predictor: Predictor, found: Eval
         data=_images(asked, found),
         facts=list(_facts(found)),
         lesions=None if findings.lesions is None else _lesions(findings.lesions),
-        training=_training(asked.run, found.tasks, config),
+        training=_training(asked.run, config),
         left_out=_left_out(asked.run, found.left_out),
         settings=_changed(config),
         config="" if config is None else dump_config(config),
@@ -226,17 +225,16 @@ def _lesions(lesions: Lesions) -> About:
 # The run
 
 
-def _training(run: Path, tasks: Sequence[Task], config: Config | None) -> About | None:
+def _training(run: Path, config: Config | None) -> About | None:
     """Draw the learning curves; None for the folder of a model, or where metrics.csv is damaged."""
     if config is None or not (run / "metrics.csv").is_file():
         return None
     with suppress(KeyholeError):
-        rows = Run(run).metrics
-        best = int(read_info(model_file(run)).get("epoch") or len(rows))
-        split = config.train.watch
-        about = f"{counted(len(rows), 'epoch')} of {config.train.epochs}; the evaluated model is that of epoch {best}."
-        metrics = {task.name: task.default_metric for task in tasks}
-        return About(about, figures=learning_curves(rows, metrics, best, split))
+        done, best = len(Run(run).metrics), Run(run).best.get("epoch")
+        about = (
+            f"{counted(done, 'epoch')} of {config.train.epochs}; the evaluated model is that of epoch {best or done}."
+        )
+        return About(about, figures=Run(run).curves())
     return None
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from keyhole.report.kept_sheet import kept_sheet
+from keyhole.report.overlay import overlay
 from keyhole.report.predicted import BOX as BOX
 from keyhole.report.predicted import KeptPatches as KeptPatches
 from keyhole.report.predicted import Pictures as Pictures
 from keyhole.report.predicted import Predicted
 from keyhole.report.predicted import Scores as Scores
+from keyhole.report.shown import Shown, image_element
 from keyhole.util.version import VERSION
 
 
@@ -23,6 +26,37 @@ class Prediction(Predicted):
             said.append(f"{task}: {label or '(none)'}" + ("" if share is None else f" {share:.2f}"))
         of = "" if self.scores is None else f" of {len(self.scores)}"
         return f"Prediction({self.name!r}, {', '.join(said)}, kept {len(self.kept)}{of} patches)"
+
+    def show(self, task: str | None = None) -> Shown:
+        """Show the prediction in Jupyter: image, scores and kept patches, as `keyhole predict --overlay` draws them.
+
+        Args:
+            task: Name of the task that is shown; default is all.
+
+        Returns:
+            What Jupyter renders as pictures, and what prints elsewhere as the line of this prediction. A prediction
+            without pictures (`pictures=False`, `predict_many`) has only the line.
+
+        Raises:
+            ValueError: There is no such task.
+
+        Example:
+            >>> keyhole.load("runs/one", device="cpu").predict("photos/red/1.png").show()
+            Prediction('photos/red/1.png', label: red ..., kept 4 of 16 patches)
+        """
+        shown = [each for each in self.tasks if task in (None, each.name)]
+        if not shown:
+            raise ValueError(f"task (={task!r}) must be one of {', '.join(each.name for each in self.tasks)}")
+        if self.pictures is None:
+            return Shown(f"{self!r}; no pictures")
+        figures = []
+        for each in shown:
+            what = f"{self.name}, {each.name}: {self.label[each.name] or 'none'}"
+            figures.append(
+                image_element(overlay(self, each), f"{what}; the kept patches, and the score of every patch")
+            )
+            figures.append(image_element(kept_sheet(self, each), f"{what}; the kept patches by attention weight"))
+        return Shown(repr(self), figures)
 
     def to_json(self) -> dict[str, Any]:
         """Convert the prediction to what JSON can hold.

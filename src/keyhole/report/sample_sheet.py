@@ -69,7 +69,7 @@ class Look:
             raise RunError(f"what was kept in an earlier epoch is damaged ({error!r})") from error
 
 
-class Sample(NamedTuple):
+class SampleRow(NamedTuple):
     """One image: its prediction after the last epoch, with pictures, its true label, and earlier looks."""
 
     prediction: Predicted
@@ -88,7 +88,7 @@ def shown_epochs(epochs: Sequence[int]) -> list[int]:
     return [epochs[round(place)] for place in np.linspace(0, len(epochs) - 1, MAX_EARLIER)]
 
 
-def sample_sheet(samples: Sequence[Sample], task: Task, epoch: int, title: str) -> Picture.Image:
+def sample_sheet(samples: Sequence[SampleRow], task: Task, epoch: int, title: str) -> Picture.Image:
     """Draw a row for each sample: what it is, what was kept in earlier epochs and in this one, and the best patches."""
     columns = shown_epochs(sorted({look.epoch for sample in samples for look in sample.earlier}))
     cell = (SIDE - (PER_LINE - 1) * 6) // PER_LINE
@@ -112,7 +112,7 @@ def sample_sheet(samples: Sequence[Sample], task: Task, epoch: int, title: str) 
     return page.picture
 
 
-def _draw_sample(page: Page, sample: Sample, task: Task, place: tuple[int, list[int], int]) -> None:
+def _draw_sample(page: Page, sample: SampleRow, task: Task, place: tuple[int, list[int], int]) -> None:
     (top, columns, epoch), prediction = place, sample.prediction
     page.text((MARGIN, top), prediction.name, 15, INK, TEXT_WIDTH, keep_end=True)
     if sample.truth:

@@ -32,7 +32,10 @@ import torch
 
 from keyhole.config.settings import Config
 from keyhole.errors import OutputError, RunError
+from keyhole.report.figures import Drawn, learning_curves
+from keyhole.report.shown import Shown, image_element
 from keyhole.runs.checkpoint import read_info
+from keyhole.tasks.kinds import Task
 from keyhole.util.tables import read_rows
 
 PACKAGES = (
@@ -90,6 +93,41 @@ class Run:
     def samples(self) -> Path:
         """The picture of what the model keeps of a few validation images, epoch by epoch; absent without validation."""
         return self.path / "samples.png"
+
+    def curves(self) -> list[Drawn]:
+        """Draw the loss and the metrics of each epoch.
+
+        Returns:
+            Figures as SVG, each with a title and a caption.
+
+        Raises:
+            RunError: There is no model yet, or metrics.csv is damaged.
+        """
+        best, rows = self.best, self.metrics
+        metrics = {task.name: task.default_metric for task in map(Task.from_json, best["tasks"])}
+        return learning_curves(rows, metrics, int(best.get("epoch") or len(rows)), self.config.train.watch)
+
+    def show(self) -> Shown:
+        """Show the run in Jupyter: its summary, learning curves, samples, and the contact sheets of its evaluations.
+
+        Returns:
+            What Jupyter renders as pictures, and what prints elsewhere as the summary.
+
+        Raises:
+            RunError: There is no model yet, or a file of the run is damaged.
+
+        Example:
+            >>> from pathlib import Path
+            >>> keyhole.Run(Path("runs/one")).show()
+            best model: epoch ...
+        """
+        curves = "".join(f'<div style="width: 26em; max-width: 100%">{each.svg}</div>' for each in self.curves())
+        figures = [f'<div style="display: flex; flex-wrap: wrap; background: white">{curves}</div>']
+        if self.samples.is_file():
+            figures.append(image_element(self.samples, "what the model keeps of a few validation images, by epoch"))
+        for sheet in sorted(self.path.glob("evaluation/*/contact_sheet.png")):
+            figures.append(image_element(sheet, f"predictions of {sheet.parent.name} and the patches they rest on"))
+        return Shown("\n".join(self.summary()), figures)
 
     def summary(self) -> list[str]:
         """Describe the run for people.

@@ -17,7 +17,7 @@ from keyhole.engine import Inference
 from keyhole.errors import RunError
 from keyhole.inference.answer import Answers
 from keyhole.report.predicted import Pictures, Predicted
-from keyhole.report.sample_sheet import Look, Sample, sample_sheet
+from keyhole.report.sample_sheet import Look, SampleRow, sample_sheet
 from keyhole.tasks.kinds import Task
 from keyhole.training.job import Job
 from keyhole.training.loggers import TENSORBOARD
@@ -85,7 +85,7 @@ class Samples:
             return
         earlier = self._earlier(epoch)
         samples = [
-            Sample(self._now[name], item.labels.get(task.name) or None, earlier.get(name, ()))
+            SampleRow(self._now[name], item.labels.get(task.name) or None, earlier.get(name, ()))
             for name, item in self.items.items()
             if name in self._now
         ]
