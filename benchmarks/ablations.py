@@ -12,6 +12,7 @@ results are recorded (see `results.py`), and plots, tables and sentences are mad
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from result import of_run
 from results import main as write_results
 from results import recorded
 from small_data import QUICK
-from training import sections, train_and_evaluate
+from training import going_on, sections, train_and_evaluate
 
 DATA = "ablations: canvases"
 STREAMING = {"select.rule": "streaming", "select.order": "shuffled"}
@@ -91,6 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     epochs = 2 if options.quick else options.epochs
     name = options.variant if epochs is None else f"{options.variant}, {epochs} epochs"
+    failed: list[str] = []
     if not options.draw:
         manifest = SETTING.images(options.folder, QUICK if options.quick else SETTING.counts)
         config = base(manifest, SETTING.name, tuple(variants[options.variant].items()), epochs)
@@ -98,12 +100,13 @@ def main() -> None:
             for changes in changes_of(options.factors):
                 recipe = recipe_of(name, changes)
                 run = manifest.parent.parent / "ablations" / f"{slug(recipe)}-{seed}"
-                train_and_evaluate(config.replace(**sections({**changes, "train.seed": seed})), run)
-                found = of_run(run, data=DATA, kind="generated", recipe=recipe, metrics=["accuracy"])
-                found.write(run)
-                print(f"{recipe}, seed {seed}: {mean_accuracy(found):.3f}", flush=True)
+                with going_on(failed):
+                    train_and_evaluate(config.replace(**sections({**changes, "train.seed": seed})), run)
+                    found = of_run(run, data=DATA, kind="generated", recipe=recipe, metrics=["accuracy"])
+                    found.write(run)
+                    print(f"{recipe}, seed {seed}: {mean_accuracy(found):.3f}", flush=True)
         if options.quick:
-            return
+            sys.exit("\n".join(failed) or 0)
         write_results([str(options.folder)])
     results = [result for result in recorded() if result.data == DATA and result.hardware == hardware()]
     found = {factor: values for factor in FACTORS if (values := points(factor, name, results))}
@@ -111,6 +114,7 @@ def main() -> None:
         parser.error(f"no runs of {name} are recorded for {hardware()}; leave --draw out to make them")
     plot = draw(found, peaks(), PLOTS / f"ablations_{hardware()}.svg")
     print(write_result("ablations", "Settings of the method and accuracy", report(found, name, plot)))
+    sys.exit("\n".join(failed) or 0)
 
 
 def changes_of(factors: Sequence[str] | None) -> list[Mapping[str, Any]]:

@@ -17,6 +17,7 @@ import argparse
 import csv
 import re
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ from result import Figure, Result, of_run
 from results import main as write_results
 from results import recorded, shown
 from small_data import QUICK, SETTINGS, Setting
-from training import sections, train_and_evaluate
+from training import going_on, sections, train_and_evaluate
 
 import keyhole
 from keyhole.config.file import given_values, merged
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two epochs on few images; nothing is recorded")
     options = parser.parse_args()
     epochs = 2 if options.quick else options.epochs
+    failed: list[str] = []
     for seed in options.seeds:
         for setting in (SETTINGS[name] for name in options.data):
             manifest = setting.images(options.folder, QUICK if options.quick else setting.counts)
@@ -64,19 +66,16 @@ def main() -> None:
                 name = variant if epochs is None else f"{variant}, {epochs} epochs"
                 config = base(manifest, setting.name, tuple(variants[variant].items()), epochs)
                 run = manifest.parent.parent / f"{slug(name)}-{seed}"
-                train_and_evaluate(config.replace(train={"seed": seed}), run)
-                found = judged(run, setting, name)
-                found.write(run)
-                print(
-                    setting.name,
-                    name,
-                    seed,
-                    *(f"{key} {each.value:.4g}" for key, each in found.metrics.items()),
-                    flush=True,
-                )
+                with going_on(failed):
+                    train_and_evaluate(config.replace(train={"seed": seed}), run)
+                    found = judged(run, setting, name)
+                    found.write(run)
+                    figures = (f"{key} {each.value:.4g}" for key, each in found.metrics.items())
+                    print(setting.name, name, seed, *figures, flush=True)
     if not options.quick:
         write_results([str(options.folder)])
         print(write_result("leaving_chance", "Runs from random weights that leave chance", report(recorded())))
+    sys.exit("\n".join(failed) or 0)
 
 
 def slug(name: str) -> str:

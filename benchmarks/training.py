@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def train_and_evaluate(config: Config, run: Path) -> None:
         write_atomic(file, dump_config(config))
     if problem := finish(run, ("--config", file)):
         sys.exit(problem)
+
+
+@contextmanager
+def going_on(failed: list[str]) -> Iterator[None]:
+    """Add to `failed` what ends the process inside, and go on: one run does not stop the others of a night."""
+    try:
+        yield
+    except SystemExit as error:
+        print(error, file=sys.stderr, flush=True)
+        failed.append(str(error))
 
 
 def finish(run: Path, new: Sequence[str | Path], evaluate: Sequence[str] = (), **environment: str) -> str:

@@ -64,3 +64,8 @@ def test_a_run_is_trained_once_and_not_taken_for_one_with_other_settings(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     with pytest.raises(SystemExit, match=r"begun with another train\.lr"):
         training.train_and_evaluate(config.replace(train={"lr": 0.5}), run)
+    failed: list[str] = []
+    with training.going_on(failed):
+        training.train_and_evaluate(config.replace(data={"path": str(tmp_path / "none")}), tmp_path / "other")
+    assert "keyhole train ended with 2" in failed[0]
+    assert "none" in (tmp_path / "other.log").read_text()
