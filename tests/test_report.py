@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
@@ -24,6 +24,9 @@ from keyhole.data.item import Item
 from keyhole.report.cases import Cases
 from keyhole.report.prediction import Prediction
 from keyhole.tasks.kinds import Task
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 LINKS = {"src", "href", "xlink:href", "data", "action", "poster", "srcset"}
@@ -203,6 +206,29 @@ def test_a_report_of_a_thousand_images_stays_small(toy_run: Path, tmp_path: Path
     page = checked(text)
     assert page.text.count("kept patch 1") == 0
     assert page.elements.count("article") == 12
+
+
+@pytest.mark.parametrize("media", ["screen", "print"])
+def test_a_browser_without_a_network_shows_it_on_a_screen_and_on_paper(
+    kinds: Path, browser: Browser, media: Literal["screen", "print"]
+) -> None:
+    width = {"screen": 1280, "print": 688}[media]  # of A4 within the margins
+    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on(
+        "request", lambda request: wrong.append(request.url) if not request.url.startswith(("file:", "data:")) else None
+    )
+    page.emulate_media(media=media)
+    page.goto((kinds / "report.html").as_uri())
+    assert wrong == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert page.locator("article.case img.shown").count() > 0
+    assert page.locator("figure svg").first.bounding_box()["width"] > 200
+    assert page.evaluate("[...document.querySelectorAll('figure svg text')].every(text => text.getBBox().width > 0)")
+    context.close()
 
 
 def items(predictions: list[Prediction], task: Task, rng: np.random.Generator) -> Iterator[tuple[Item, Prediction]]:
