@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -33,6 +33,7 @@ from keyhole.engine.memory.bill import MAX_HELD_BYTES
 from keyhole.engine.memory.pace import Pace, cap
 from keyhole.engine.memory.plan import Plan, unlimited
 from keyhole.engine.opening import open_reader
+from keyhole.engine.random_patches import RandomPatches, attended_share
 from keyhole.engine.scoring import ChunkScorer, timed
 from keyhole.engine.split import bags_of, split_backward
 from keyhole.engine.to_device import Stager, prefetched
@@ -140,6 +141,7 @@ class Engine:
         on_chunk: Callable[[int], None] | None = None,
         known: Mapping[int, Kept] | None = None,
         on_image: Callable[[int, Callable[[], Kept]], None] | None = None,
+        drawn: RandomPatches | None = None,
     ) -> list[Kept | None]:
         """Encode every patch of a batch without gradients and keep the best m of each image.
 
@@ -151,6 +153,7 @@ class Engine:
             on_image: called with an image's number and a function that returns what it keeps, as soon as its last
                 patch has been scored. Under the rule "streaming" it is faster not to call that function before the
                 batch ends: small images are then ranked together.
+            drawn: keeps the embeddings of random patches.
 
         Returns:
             What each image keeps, on the host; None where the image could not be read. On a GPU the host waits for
@@ -161,7 +164,7 @@ class Engine:
         settings = self.settings
         selector = Selector(counts, settings.m, settings.chunk or self.plan.chunk, settings.rule, keep_logits)
         reported, unread = set(known), dict.fromkeys(range(len(batch.names)), 0)
-        scorer = ChunkScorer(self.encoders, self.pace, self.timer, batch.color)
+        scorer = ChunkScorer(self.encoders, self.pace, self.timer, batch.color, drawn)
         with self.encoders.inference():
             for part, pixels in prefetched(timed(batch.chunks(), self.timer), self.stager, self.pace):
                 image, index, count = part.image[: part.count], part.index[: part.count], part.count
@@ -232,31 +235,48 @@ class Engine:
         *,
         keep_logits: bool = False,
         on_chunk: Callable[[int], None] | None = None,
+        compare: bool = False,
     ) -> Iterator[Inference]:
         """Run both passes without gradients, in evaluation mode, over many batches.
 
         Args:
             batches: openers of each batch.
             on_error, keep_logits, on_chunk: as in `stream` and `select`.
+            compare: also measure the kept patches, see `Inference`. This encodes no further patch.
         """
         if self.settings.shuffles:  # alike for all, so that a result depends on no other image
             batches = [[Shuffled(opener, (0,)) for opener in openers] for openers in batches]
         for batch in self.stream(batches, on_error):
-            kept = self.select(batch, keep_logits=keep_logits, on_chunk=on_chunk)
+            drawn = RandomPatches(batch, self.settings.m) if compare else None
+            kept = self.select(batch, keep_logits=keep_logits, on_chunk=on_chunk, drawn=drawn)
             bags = self.fetch(batch, kept)
-            yield Inference(batch, bags, self._classify(bags) if bags.rows else {})
+            yield self._answer(batch, bags, drawn) if bags.rows else Inference(batch, bags, {})
 
-    def _classify(self, bags: Bags) -> dict[str, Tensor]:
-        """Return the logits of every task from the kept patches, without gradients."""
+    def _answer(self, batch: Batch, bags: Bags, drawn: RandomPatches | None) -> Inference:
+        """Return what the kept patches say, and the drawn ones, without gradients."""
         with self.encoders.inference():
             scorer = ChunkScorer(self.encoders, self.pace, self.timer)
             embedding = torch.cat(scorer.encoded(bags.part, len(bags)))
+            logits = self._classify(embedding, bags.position, bags.mask)
+            if drawn is None:
+                return Inference(batch, bags, logits)
+            padded, mask = bags_of(embedding, bags.mask)
+            position = None if bags.position is None else bags.position.flatten(0, 1)
+            attention = self.encoders.logits(padded.flatten(0, 1), position)
+            attended = attended_share(attention.view(*padded.shape[:2], *attention.shape[1:]), mask)
+            if (found := drawn.bags(self.model)) is None:
+                return Inference(batch, bags, logits, attended)
+            random = self._classify(found.embedding, found.position, found.mask)
+            return Inference(batch, bags, logits, attended, found.rows, random)
 
-            def classify(_plan: Plan) -> dict[str, Tensor]:
-                padded, mask = bags_of(embedding, bags.mask)
-                return self.model.classify(padded, bags.position, mask)
+    def _classify(self, embedding: Tensor, position: Tensor | None, there: Tensor) -> dict[str, Tensor]:
+        """Return the logits of every task from the embeddings of loose patches, inside `Encoders.inference`."""
 
-            return self.pace.run("select", classify)
+        def classify(_plan: Plan) -> dict[str, Tensor]:
+            padded, mask = bags_of(embedding, there)
+            return self.model.classify(padded, position, mask)
+
+        return self.pace.run("select", classify)
 
     def _positions(self, batch: Batch, image: NDArray[np.int64], index: NDArray[np.int64]) -> Tensor | None:
         if self.model.position is None:
@@ -274,11 +294,19 @@ class Engine:
 
 @dataclass(frozen=True)
 class Inference:
-    """One batch after both passes: the kept patches, and the logits of each task (rows o)."""
+    """One batch after both passes: the kept patches, and the logits of each task (rows o).
+
+    With `compare` also `attended`: of each of the `bags.rows`, the share of its kept patches that the attention rests
+    on; and `random`: the logits that as many patches drawn at random give, for the images `compared`, which are those
+    of more than m patches.
+    """
 
     batch: Batch
     bags: Bags
     logits: dict[str, Tensor]
+    attended: Tensor | None = None
+    compared: Sequence[int] = ()
+    random: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def _on_host(kept: Mapping[int, Kept]) -> dict[int, Kept]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan
+from keyhole.engine.random_patches import RandomPatches
 from keyhole.loading import Chunk
 from keyhole.nn.tensors import AsRead, on_device
 from keyhole.util.timing import Timer
@@ -31,12 +32,20 @@ class ChunkScorer:
 
     On a CPU, patches of one colour (empty canvas, padding, glass) are encoded once for each colour and image, since
     what an image keeps must not depend, in its last bits, on other images. On a GPU all are encoded, since the host
-    does not read its pixels. `color` is that of the batch.
+    does not read its pixels. `color` is that of the batch; `drawn` gets the embeddings of all patches.
     """
 
-    def __init__(self, encoders: Encoders, pace: Pace, timer: Timer, color: NDArray[np.float32] | None = None) -> None:
+    def __init__(
+        self,
+        encoders: Encoders,
+        pace: Pace,
+        timer: Timer,
+        color: NDArray[np.float32] | None = None,
+        drawn: RandomPatches | None = None,
+    ) -> None:
         self.encoders, self.pace, self.timer, self.device = encoders, pace, timer, encoders.device
         self.color = None if color is None else on_device(color, self.device)
+        self.drawn = drawn
         self._known: dict[tuple[int, bytes], Tensor] = {}
 
     def score(self, chunk: Chunk, pixels: Tensor, position: Tensor | None) -> Tensor:
@@ -50,7 +59,10 @@ class ChunkScorer:
 
         def logits(embedding: Tensor, start: int) -> Tensor:
             with self.timer.part("scoring"):
-                where = None if position is None else position[start : start + len(embedding)]
+                rows = slice(start, start + len(embedding))
+                if self.drawn is not None:
+                    self.drawn.take(chunk.image[rows], chunk.index[rows], embedding)
+                where = None if position is None else position[rows]
                 return self.encoders.logits(embedding, where)
 
         if blank is not None and blank.any():

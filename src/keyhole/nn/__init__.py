@@ -4,7 +4,7 @@ from keyhole.nn.attention import CrossAttentionPool
 from keyhole.nn.build import build_classifier
 from keyhole.nn.classifier import IPSClassifier
 from keyhole.nn.encoder import FeatureProjector, PixelEncoder, SmallEncoder, TimmEncoder
-from keyhole.nn.loss import task_loss, total_loss
+from keyhole.nn.loss import guessing_loss, task_loss, total_loss
 from keyhole.nn.position import CenterPosition, IndexPosition
 from keyhole.nn.reference import from_reference, reference_tasks
 from keyhole.nn.selection import GlobalRule, Kept, Selection, SelectionRule, Selector, evaluating, explore
@@ -29,6 +29,7 @@ __all__ = [
     "evaluating",
     "explore",
     "from_reference",
+    "guessing_loss",
     "reference_tasks",
     "task_loss",
     "total_loss",

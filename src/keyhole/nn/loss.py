@@ -50,6 +50,33 @@ def task_loss(
     return task.loss(logits.float(), to_device(task.loss_target(target), device), weight)
 
 
+def guessing_loss(
+    tasks: Sequence[Task], targets: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None
+) -> float:
+    """Loss of the best constant answer: the frequencies of the classes, or the mean; arguments as for `total_loss`.
+
+    Example:
+        >>> round(guessing_loss([Task("tumor", "binary", ("no", "yes"))], {"tumor": torch.tensor([[0.0], [1.0]])}), 4)
+        0.6931
+    """
+    answer = {task.name: torch.zeros(1, task.outputs, requires_grad=True) for task in tasks}
+    search = torch.optim.LBFGS(answer.values(), max_iter=100, line_search_fn="strong_wolfe")
+    weights = {name: weight.cpu() for name, weight in (weights or {}).items()}
+
+    def loss() -> Tensor:
+        said = {name: values.expand(len(targets[name]), -1) for name, values in answer.items()}
+        return total_loss(tasks, said, targets, weights)
+
+    def closure() -> float:
+        search.zero_grad()
+        value = loss()
+        value.backward()
+        return value.item()
+
+    search.step(closure)
+    return loss().item()
+
+
 def total_loss(
     tasks: Sequence[Task],
     logits: Mapping[str, Tensor],

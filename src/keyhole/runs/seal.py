@@ -52,6 +52,8 @@ class State:
     plan: dict[str, Any] = field(default_factory=dict)  # memory plan; another one may change the last bits
     tasks: list[dict[str, Any]] = field(default_factory=list)  # as resolved at the start
     history: list[dict[str, float | None]] = field(default_factory=list)  # the rows of metrics.csv
+    kept: dict[str, list[int]] = field(default_factory=dict)  # by image: patches kept in the last epoch, see `health`
+    told: list[str] = field(default_factory=list)  # kinds of `doubts` of which the user has been warned
     run: str = ""  # identifies the run; its best model carries the same
     config: str = ""  # text of config.yaml
     config_before: str = ""  # its text before the number of epochs was changed

@@ -173,23 +173,27 @@ def what_to_try(learning: Learning, config: Config | None) -> list[str]:
     """Return changes of a run that may help, the likeliest first."""
     if config is None:
         return ["more epochs, another --train.lr, an encoder with pretrained weights, a larger --select.m"]
-    config, _ = settle_learning(config, config.model.feature_width is not None)
-    model, train, found = config.model, config.train, []
-    lr = number(train.lr, "train.lr")
+    train = config.train
+    found = first_steps(config) if learning.learned is False else []
     if learning.learned is False:
-        if model.feature_width is None and not model.learned_before:
-            if not train.explore:
-                found.append(
-                    f"--train.explore {max(1, train.epochs // 2)}, so that the encoder learns before it selects"
-                )
-            if lr < SCRATCH_LR:
-                found.append(f"--train.lr {SCRATCH_LR:g}, a rate for encoders that start from random weights")
-            found.append("pretrained weights: --model.encoder lite0, or --model.weights FILE")
-        else:
-            found.append(f"another rate than --train.lr {lr:g}, such as {lr / 3:.1g} or {lr * 3:.1g}")
         found.append(f"more epochs: --train.epochs {max(2 * train.epochs, 30)}")
     if any(task.only is not None for task in learning.tasks) and train.balance == "none":
         found.append("--train.balance loss, if some classes are rare")
     if learning.learned is False or any(task.even for task in learning.tasks):
         found.append(f"more patches: --select.m {2 * config.select.m}, or a --patch.size that shows what decides")
     return found or ["more epochs, or another --train.lr"]
+
+
+def first_steps(config: Config) -> list[str]:
+    """Return changes of the settings of a run that learns nothing, the likeliest first."""
+    config, _ = settle_learning(config, config.model.feature_width is not None)
+    lr = number(config.train.lr, "train.lr")
+    if config.model.feature_width is not None or config.model.learned_before:
+        return [f"another rate than --train.lr {lr:g}, such as {lr / 3:.1g} or {lr * 3:.1g}"]
+    found = []
+    if not config.train.explore:
+        epochs = max(1, config.train.epochs // 2)
+        found.append(f"--train.explore {epochs}, so that the encoder learns before it selects")
+    if lr < SCRATCH_LR:
+        found.append(f"--train.lr {SCRATCH_LR:g}, a rate for encoders that start from random weights")
+    return [*found, "pretrained weights: --model.encoder lite0, or --model.weights FILE"]

@@ -14,8 +14,10 @@ from keyhole.errors import Interrupted
 from keyhole.inference.predictor import describe
 from keyhole.runs.checkpoint import save_model
 from keyhole.runs.journal import MIN_JOURNAL_PATCHES
+from keyhole.training.doubts import Doubts
 from keyhole.training.duration import Estimate
 from keyhole.training.epoch import Choice, Epoch
+from keyhole.training.health import line as health_line
 from keyhole.training.interrupt import Interrupt, StopRequested
 from keyhole.training.job import Job
 from keyhole.training.schedule import learning_rate
@@ -31,8 +33,8 @@ from keyhole.util.wording import counted
 class Hooks:
     """Called by the loop around its steps; nothing here changes what is learned."""
 
-    def __init__(self, job: Job, interrupt: Interrupt) -> None:
-        self.job, self.interrupt = job, interrupt
+    def __init__(self, job: Job, interrupt: Interrupt, doubts: Doubts) -> None:
+        self.job, self.interrupt, self.doubts = job, interrupt, doubts
         self._saved = time.monotonic()
         self._first_epoch = job.state.epoch
         self._undefined = False  # True once the user knows that the metric is undefined
@@ -112,7 +114,7 @@ class Hooks:
         state.stopped = bool(config.train.patience) and bool(state.metric) and state.waiting >= config.train.patience
         write_rows(job.run.path / "metrics.csv", [*state.history, row])
         figures = ", ".join(
-            f"{name} {figure:.4g}" for name, figure in row.items() if name.startswith(("train", "val", "test"))
+            f"{name} {figure:.4g}" for name, figure in row.items() if name.startswith(("train", "val", "test", "kept"))
         )
         best = " (best so far)" if state.best_epoch == state.epoch + 1 else ""
         job.log(f"epoch {state.epoch + 1}: {figures}{best}")
@@ -128,8 +130,12 @@ class Hooks:
             what = f"{state.metric} is undefined in epoch {state.epoch + 1}: such epochs are compared by the loss"
             job.log(what)
             shown += f"; {what}"
-        say(f"  {shown}{best}")
+        kept = health_line(row)
+        say(f"  {shown}{best}{'; ' if kept else ''}{kept}")
         state.end_epoch(row)
+        new = self.doubts.new(state.history, state.told)
+        job.tell(f"warning: {text}" for text in new.values())
+        state.told += list(new)
         if state.stopped:
             job.tell([f"stopped early: no better {state.metric} for {state.waiting} epochs"])
         job.save()

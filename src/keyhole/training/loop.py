@@ -23,6 +23,7 @@ from keyhole.engine.bags import Bags
 from keyhole.errors import NonFiniteLoss
 from keyhole.nn import total_loss
 from keyhole.runs.run import Run, find_run
+from keyhole.training.doubts import Doubts
 from keyhole.training.epoch import Choice, Epoch
 from keyhole.training.finite import optimizer_step
 from keyhole.training.hooks import Hooks
@@ -101,12 +102,13 @@ class Loop:
 
     def __init__(self, job: Job, interrupt: Interrupt) -> None:
         self.job, self.engine, self.interrupt = job, job.engine, interrupt
-        self.choice, self.hooks, self.samples = Choice(job), Hooks(job, interrupt), Samples(job)
+        self.choice, self.samples = Choice(job), Samples(job)
         self.weights: dict[str, Tensor] = {}
         if job.config.train.balance == "loss":
             labels = targets(job.manifest, job.manifest.split("train"))
             weights = {task.name: task.class_weights(labels[task.name]) for task in job.tasks}
             self.weights = {name: weight.to(job.device) for name, weight in weights.items() if weight is not None}
+        self.hooks = Hooks(job, interrupt, Doubts.of(job, self.weights))
 
     def run(self) -> Run:
         job, state, config = self.job, self.job.state, self.job.config

@@ -77,7 +77,8 @@ class Bill:
 
     def added(self, chunk: int, split: int | None) -> int:
         work = self.work
-        steps = [self.select(chunk, 1 if work.learn else work.batch_size), self.learn(chunk, split)]
+        drawn = 4 * self.kept * self.costs.dim if work.learn else 0  # embeddings of random patches, in validation
+        steps = [drawn + self.select(chunk, 1 if work.learn else work.batch_size), self.learn(chunk, split)]
         if work.learn:
             steps.append(self.stepping)
         predicting = self.select(chunk, work.batch_size) if work.predicts else 0
