@@ -1,4 +1,4 @@
-"""What the arms of `real_images.py` read: part of a data set, resized images, and stored features."""
+"""What the arms of `real_images.py` read: part of a data set, and stored features."""
 
 from __future__ import annotations
 
@@ -55,26 +55,13 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     return write_atomic(path, csv_text([names, *([row[name] for name in names] for row in rows)]))
 
 
-def write_resized(manifest: Path, side: int, folder: Path) -> Path:
-    """Write every image as a square of `side` px, and the manifest of these."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    for row in rows_of(manifest):
-        target = folder / f"{file_name(row)}.png"
-        if not target.exists():
-            with Image.open(row["image"]) as image:
-                image.resize((side, side), Image.Resampling.LANCZOS).save(target, compress_level=1)
-        rows.append({name: value for name, value in row.items() if name != "annotation"} | {"image": str(target)})
-    return write_rows(folder / "images.csv", rows)
-
-
-def image_pixels(manifest: Path) -> float:
-    """Return the median number of pixels of an image."""
-    sizes = []
+def image_side(manifest: Path) -> float:
+    """Return the side of a square of as many pixels as an image has, in the median."""
+    sides = []
     for row in rows_of(manifest):
         with Image.open(row["image"]) as image:
-            sizes.append(image.width * image.height)
-    return float(np.median(sizes))
+            sides.append((image.width * image.height) ** 0.5)
+    return float(np.median(sides))
 
 
 def patch_counts(items: Sequence[Item]) -> list[int]:

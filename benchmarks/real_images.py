@@ -27,9 +27,11 @@ from typing import Any
 import numpy as np
 import result
 from numpy.typing import NDArray
-from real_data import image_pixels, mean_features, patch_counts, write_drawn, write_part, write_resized
+from real_data import image_side, mean_features, patch_counts, write_drawn, write_part
+from resized import resized_side, write_views
+from training import going_on, train_and_evaluate
 
-from keyhole.config.file import dump_config, resolve
+from keyhole.config.file import resolve
 from keyhole.config.settings import Config, DataConfig
 from keyhole.data.manifest import Manifest, read_manifest
 from keyhole.tasks.evaluation import evaluate_task, point_metrics
@@ -44,8 +46,8 @@ ANNOTATED = {"potholes": "test", "retinopathy": "val", "circuit_boards": "test"}
 """Held-out split with annotations: of the retinas, three of the test and twelve of the validation split have some."""
 M = 16
 """Patches of the random arms, and those that set the cost of the resized image."""
-COST_OF_LEARNING = 5
-"""Patches that are encoded in the time in which one is learned from; measured with lite0 at 128 px on two cores."""
+SHIFTS = 16
+"""The resized image shifts by up to this part of its side."""
 FROZEN = {"epochs": 30, "batch": 8}
 DRAWS = 5
 """Random patches of a training image are drawn so often; there are fewer epochs for it."""
@@ -78,14 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="of arms that train the encoder; default those of the recipe")
     options = parser.parse_args(arguments)
     comparison = Comparison.of(options)
+    failed: list[str] = []
     for seed in options.seeds:
         for arm in options.arms:
-            found = comparison.run(arm, seed)
-            figures = {
-                name: [round(value, 3) for value in figure if value is not None]
-                for name, figure in found.metrics.items()
-            }
-            print(f"{arm} {seed}: {figures}; {found.epoch_seconds} s an epoch, {found.peak_gb} GB", flush=True)
+            with going_on(failed):
+                found = comparison.run(arm, seed)
+                figures = (f"{name} {figure.value:.3f}" for name, figure in found.metrics.items())
+                print(arm, seed, *figures, f"{found.epoch_seconds} s an epoch, {found.peak_gb} GB", flush=True)
+    if failed:
+        sys.exit(f"{len(failed)} of the runs failed")
 
 
 @dataclass(frozen=True)
@@ -179,11 +182,15 @@ class Comparison:
                 select = {"m": M, "chunk": 64, "rule": "streaming", "order": "shuffled"}
                 return base.replace(select=select, train={"explore": 2.0 * epochs})
             case "resized":
-                side = resized_side(base.patch.size, float(np.median(self.counts)), image_pixels(self.path))
-                path = write_resized(self.path, side, self.folder / f"resized-{side}")
-                patch, train = {"size": side, "foreground": "all"}, {"explore": 2.0 * epochs}  # of one patch no scores
+                n = float(np.median(self.counts))
+                side = resized_side(base.patch.size, M, n, image_side(self.path))
+                stride = side // SHIFTS
+                path = write_views(self.path, side, stride, self.folder / f"resized-{side}")
                 return base.replace(
-                    data={"path": path}, patch=patch, select={"m": 1, "chunk": 4}, train=train, augment={"shift": False}
+                    data={"path": path},
+                    patch={"size": side, "stride": stride, "edge": "drop", "foreground": "all"},
+                    select={"m": 1, "chunk": 4},
+                    train={"explore": 2.0 * epochs},  # a single patch needs no score
                 )
             case "attention":
                 return self.frozen(self.path, seed, FROZEN["epochs"], self.folder / "features")
@@ -207,18 +214,13 @@ class Comparison:
 
     def train(self, config: Config, run: Path, about: dict[str, Any], kept: bool) -> result.Result:
         """Train or go on, in a process of its own, whose peak memory is that of the arm; then evaluate."""
-        if run.exists():
-            keyhole("resume", run)
-        else:
-            settings = write_atomic(run.with_name("settings.yaml"), dump_config(config))
-            keyhole("train", "--config", settings, "--out", run)
-        annotated = ANNOTATED[self.example]
-        for split in {"test", annotated} if kept else {"test"}:
-            if not (run / "evaluation" / split / "metrics.json").exists():
-                keyhole("evaluate", run, f"--split={split}")
+        train_and_evaluate(config, run)
+        annotated = run / "evaluation" / ANNOTATED[self.example] / "metrics.json"
+        if kept and not annotated.exists():
+            keyhole("evaluate", run, f"--split={ANNOTATED[self.example]}")
         also = {}
         if kept:
-            lesions = json.loads((run / "evaluation" / annotated / "metrics.json").read_text()).get("lesions", {})
+            lesions = json.loads(annotated.read_text()).get("lesions", {})
             names = {"kept patches on a defect": "", "of all patches": "_by_chance"}
             also = {
                 name: result.figure(lesions[f"kept_touching_a_lesion{end}"]) for name, end in names.items() if lesions
@@ -249,15 +251,6 @@ class Comparison:
             epoch_seconds=round(seconds, 2),
             peak_gb=round(peak_memory() / 1e9, 3),
         )
-
-
-def resized_side(patch: int, n: float, pixels: float) -> int:
-    """Return the side of an image that costs what IPS with n patches of side `patch` costs, in steps of 32.
-
-    It does not have more than `pixels`, those of the image itself.
-    """
-    side: float = min(patch * (M + n / COST_OF_LEARNING) ** 0.5, pixels**0.5)
-    return max(32, round(side / 32) * 32)
 
 
 def regression(

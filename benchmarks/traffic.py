@@ -17,7 +17,6 @@ run the results are recorded (see `results.py`), and the table of them becomes t
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 import statistics
@@ -30,7 +29,7 @@ from typing import Any
 
 import yaml
 from machine import write_result
-from PIL import Image
+from resized import resized_side, write_views
 from result import Result, figure, of_run
 from results import main as write_results
 from results import recorded, shown
@@ -39,7 +38,6 @@ from training import sections, train_and_evaluate
 from keyhole.config.file import resolve
 from keyhole.config.settings import Config
 from keyhole.datasets.traffic_signs import read_traffic_signs, write_traffic_signs
-from keyhole.util.files import csv_text, write_atomic
 from keyhole.util.wording import counted
 
 SCENES = Path(__file__).resolve().parents[2] / "shared" / "tools" / "make_traffic_scenes.py"
@@ -54,8 +52,6 @@ ARMS = {
     "m10": "IPS, M = 10",
     "all": f"all {N} patches",
 }
-COST_OF_LEARNING = 5
-"""Patches that are encoded in the time in which one is learned from; measured with Lite0 on two cores."""
 FIGURE = "sign.accuracy"
 KEPT, CHANCE = "kept patches on a sign", "of all patches"
 TARGET = 0.95
@@ -119,9 +115,9 @@ def configuration(arm: str, manifest: Path, width: int, epochs: int, changes: Se
         train={"epochs": epochs, "warmup": config.train.warmup * epochs / config.train.epochs, "watch": "val"},
     )
     if arm == "resized":
-        side = view_side(width // COLUMNS)
+        side = resized_side(width // COLUMNS, M["m10"], N)
         stride = side // COLUMNS
-        path = write_views(manifest, side, stride)
+        path = write_views(manifest, side, stride, manifest.parent.parent / f"resized-{side}")
         config = config.replace(
             data={"path": path},
             patch={"size": side, "stride": stride},
@@ -133,33 +129,6 @@ def configuration(arm: str, manifest: Path, width: int, epochs: int, changes: Se
     asked = dict(change.split("=", 1) for change in changes)
     config = config.replace(**sections({name: yaml.safe_load(value) for name, value in asked.items()}))
     return config, ", ".join([ARMS[arm], counted(epochs, "epoch"), *changes])
-
-
-def view_side(patch: int) -> int:
-    """Return the side of the resized image, a multiple of 32, that costs what M = 10 costs with its selection."""
-    return int(patch * (M["m10"] + N / COST_OF_LEARNING) ** 0.5 / 32 + 0.5) * 32
-
-
-def write_views(manifest: Path, side: int, stride: int) -> Path:
-    """Write every image as a square, and the manifest of these.
-
-    Black beside and below it makes place for the shift: in each epoch another square of `side` px is read, up to
-    `stride` px further; without a shift it is the image.
-    """
-    folder = manifest.parent.parent / f"resized-{side}"
-    if (folder / manifest.name).exists():
-        return folder / manifest.name
-    folder.mkdir(exist_ok=True)
-    with manifest.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for number, row in enumerate(rows):
-        with Image.open(manifest.parent / row["image"]) as image:
-            view = Image.new("RGB", (side + stride - 1, side + stride - 1))
-            view.paste(image.resize((side, side), Image.Resampling.BILINEAR))
-        row["image"] = f"{number}.png"
-        view.save(folder / row["image"], compress_level=1)
-    names = ("image", "sign", "split")
-    return write_atomic(folder / manifest.name, csv_text([names, *([row[name] for name in names] for row in rows)]))
 
 
 def judged(run: Path, data: str, recipe: str) -> Result:

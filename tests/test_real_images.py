@@ -73,19 +73,18 @@ def test_a_part_keeps_the_proportions_of_labels_and_groups(
     assert rows == csv_rows(write(manifest, {"train": 12, "val": 6, "test": None}, tmp_path / "again.csv"))
 
 
-def test_the_resized_image_costs_what_selection_costs(comparison: Any, benchmark: Benchmark) -> None:
-    real = benchmark("real_images")
-    side, m, cost = real.resized_side, real.M, real.COST_OF_LEARNING
-    assert side(64, 4 * cost, 1e9) == 32 * round(2 * (m + 4) ** 0.5)
-    assert side(64, 1000, 640 * 640) == 640, "not larger than the image"
+def test_the_resized_image_is_not_larger_than_the_image(comparison: Any, benchmark: Benchmark) -> None:
+    side = benchmark("resized").resized_side
+    assert side(64, 16, 100) == 384, "64 px times the root of 16 + 100 / 5"
+    assert side(64, 16, 100, most=350) == 352
 
     config = comparison.settings("resized", 0, comparison.folder)
-    config = comparison.settings("resized", 0, comparison.folder)  # the second time from what is there
 
     rows = csv_rows(config.data.path)
     assert len(rows) == sum(COUNTS.values())
-    with PIL.Image.open(rows[0]["image"]) as image:
-        assert image.size == (config.patch.size, config.patch.size)
+    assert (config.patch.size, config.patch.stride, config.select.m) == (32, 2, 1)
+    with PIL.Image.open(config.data.path.parent / rows[0]["image"]) as image:
+        assert image.size == (33, 33), "a margin of the stride but one to shift into"
     assert "annotation" not in rows[0]
 
 
