@@ -61,7 +61,7 @@ MEGAPIXEL = Study(
         "--data.tasks=majority",
         "--patch.size=50",
         "--model.encoder=small",
-        f"--model.width={WIDTH}",
+        f"--model.encoder=small --model.width={WIDTH}",
         "--model.hidden=64",
         "--select.m=25",
         "--train.epochs=8",

@@ -120,7 +120,9 @@ def untrained(photographs: Sequence[Path], size: int, edge: Edge, seeds: int) ->
     for seed in range(seeds):
         kept = []
         torch.manual_seed(seed)
-        config = Config(patch=PatchConfig(size=size, edge=edge), model=ModelConfig(width=16), select=select)
+        config = Config(
+            patch=PatchConfig(size=size, edge=edge), model=ModelConfig(encoder="small", width=16), select=select
+        )
         predictor = Predictor(build_classifier(config.model, [TASK], size, pretrained=False), config, [TASK])
         with contextlib.redirect_stderr(io.StringIO()):
             predictions = list(predictor.predict_many(photographs))
@@ -165,7 +167,7 @@ def trained(data: Path, edge: Edge, seed: int, epochs: int) -> float:
             {"path": str(data), "val": 0.15, "test": 0.35},
             Path(scratch) / "run",
             patch={"size": 48, "edge": edge},
-            model={"width": 16, "dropout": 0.0, "attention_dropout": 0.0, "hidden": 64},
+            model={"encoder": "small", "width": 16, "dropout": 0.0, "attention_dropout": 0.0, "hidden": 64},
             select={"m": 4, "chunk": 64},
             train={"epochs": epochs, "batch": 8, "lr": 1e-3, "explore": epochs / 2, "seed": seed},
             augment={"color": 0.0},

@@ -40,7 +40,7 @@ SLACK_BYTES, SLACK_SHARE = 20 * 10**6, 0.03
 
 def plain_config(cuda: bool) -> Config:
     """What is measured where nothing else is said: seconds for 100,000 patches on the machine at hand."""
-    model = ModelConfig(encoder="resnet18") if cuda else ModelConfig(width=8)
+    model = ModelConfig(encoder="resnet18") if cuda else ModelConfig(encoder="small", width=8)
     return Config(
         memory="3GB" if cuda else "1GB",
         patch=PatchConfig(size=256 if cuda else 32),

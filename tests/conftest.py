@@ -33,7 +33,7 @@ COLORS = {"green": (40, 220, 40), "red": (220, 40, 40)}
 # the smallest settings that train: patches of 16 px, one narrow encoder, seconds on one core
 SMALL: dict[str, dict[str, Any]] = {
     "patch": {"size": 16},
-    "model": {"width": 8, "heads": 2},
+    "model": {"encoder": "small", "width": 8, "heads": 2},
     "select": {"m": 4, "chunk": 16},
     "train": {"epochs": 2, "batch": 4, "lr": 3e-3, "explore": 0.0},
     "run": {"threads": 2},

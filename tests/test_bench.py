@@ -85,7 +85,7 @@ def test_people_get_a_table_with_every_part_and_a_sentence(say: Say, toy_run: Pa
 
 SMALL = {
     "patch": {"size": 256},
-    "model": {"width": 4, "heads": 2},
+    "model": {"encoder": "small", "width": 4, "heads": 2},
     "select": {"m": 2, "chunk": 8},
     "train": {"batch": 2},
     "run": {"threads": 1, "compile": "off"},

@@ -41,6 +41,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL = [
     "--patch.size=32",
     "--select.m=2",
+    "--model.encoder=small",
     "--model.width=8",
     "--train.epochs=1",
     "--run.threads=1",

@@ -236,7 +236,7 @@ def test_check_init_and_train_say_in_one_line_what_columns_mean(say: Say, tmp_pa
     for i in range(N):
         Image.fromarray(draw.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / f"{i}.png")
     small = ["--patch.size=32", "--select.m=2", "--run.threads=1"]
-    model = ["--model.width=4", "--train.epochs=1", "--run.device=cpu"]
+    model = ["--model.encoder=small", "--model.width=4", "--train.epochs=1", "--run.device=cpu"]
     for line in (
         ["check", path, *small],
         ["init", path, "--out", tmp_path / "keyhole.yaml"],

@@ -16,7 +16,7 @@ from keyhole.config.file import recipes, resolve
 from keyhole.config.settings import Config, ModelConfig, TrainConfig
 from keyhole.nn import SmallEncoder
 
-TINY = "--patch.size 16 --model.width 4 --model.heads 2 --select.m 4 --train.epochs 2 --train.batch 8 --run.threads 2"
+TINY = "--patch.size 16 --model.encoder small --model.width 4 --model.heads 2 --select.m 4 --train.epochs 2 --train.batch 8 --run.threads 2"
 
 
 def learned_with(run: Path) -> tuple[float, float]:
@@ -54,7 +54,8 @@ def test_a_run_from_random_weights_explores_whether_or_not_init_was_called(
 @pytest.mark.parametrize(
     ("model", "features", "expected"),
     [
-        (ModelConfig(), False, (1e-3, 15.0)),
+        (ModelConfig(), False, (3e-4, 0.0)),
+        (ModelConfig(encoder="small"), False, (1e-3, 15.0)),
         (ModelConfig(encoder="resnet18"), False, (1e-3, 15.0)),
         (ModelConfig(encoder="resnet18", pretrained=True), False, (3e-4, 0.0)),
         (ModelConfig(weights=Path("w.safetensors")), False, (3e-4, 0.0)),

@@ -455,7 +455,7 @@ def test_the_same_patches_are_kept(shared: Path, files: dict[str, Path]) -> None
     small = [FileOpener(path, name, TILE) for name, path in list(files.items())[:4]]
     for size, openers in ((240, [part]), (TILE, small)):
         torch.manual_seed(0)
-        config = ModelConfig(width=8, heads=2)
+        config = ModelConfig(encoder="small", width=8, heads=2)
         model = build_classifier(config, [Task("a", "binary", ("no", "yes"))], size).eval()
         kept = []
         for deliver in (None, always(stager)):

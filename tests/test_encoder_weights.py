@@ -35,7 +35,17 @@ def encoder_weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("place", ["", "best", "best/model.safetensors"])
 def test_the_encoder_of_a_run_starts_another(toy: Path, toy_run: Path, place: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    line = ["train", str(toy), *TINY.split(), "--model.width", "8", "--model.weights", str(toy_run / place)]
+    line = [
+        "train",
+        str(toy),
+        *TINY.split(),
+        "--model.encoder",
+        "small",
+        "--model.width",
+        "8",
+        "--model.weights",
+        str(toy_run / place),
+    ]
     assert main([*line, "--out", str(out)]) == 0
     learned, taken = encoder_weights(toy_run), encoder_weights(out)
     assert learned.keys() == taken.keys()
@@ -47,7 +57,7 @@ def test_a_run_of_another_encoder_is_refused_with_its_settings(
     toy: Path, toy_run: Path, tmp_path: Path, capsys: Say
 ) -> None:
     line = ["train", str(toy), *TINY.split(), "--model.weights", str(toy_run), "--out", str(tmp_path / "run")]
-    assert main([*line, "--model.width", "4"]) == 2
+    assert main([*line, "--model.encoder", "small", "--model.width", "4"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{toy_run}/best/model.safetensors: the weights do not fit the model's encoder: " in error
     assert "body.0.0.weight is (8, 3, 7, 7), expected (4, 3, 7, 7)" in error

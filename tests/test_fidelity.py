@@ -25,7 +25,15 @@ TASKS = ("shade=multiclass", "marks=multilabel")
 ACTIVATIONS = {"shade": "softmax", "marks": "sigmoid"}
 PUBLISHED: dict[str, Any] = {
     "patch": {"size": PATCH, "edge": "drop"},
-    "model": {"channels": 1, "width": 8, "heads": 4, "dropout": 0.0, "attention_dropout": 0.0, "position": "1d"},
+    "model": {
+        "encoder": "small",
+        "channels": 1,
+        "width": 8,
+        "heads": 4,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "position": "1d",
+    },
     "select": {"m": M, "chunk": CHUNK, "rule": "streaming"},
     "train": {
         **{"epochs": STEPS, "batch": COUNT, "lr": 1e-3, "warmup": WARMUP, "final_lr": 0.001, "weight_decay": 0.1},

@@ -128,7 +128,7 @@ def test_evaluate_prints_the_positive_class_that_the_user_names_and_the_number_o
         writer.writerow(["image", "group", "state"])
         for color in ("green", "red"):
             writer.writerows([toy / color / f"{number}.png", f"{color}{number // 3}", color] for number in range(12))
-    words = "--patch.size=16 --model.width=4 --model.heads=2 --select.m=2 --run.threads=1 --train.epochs=1".split()
+    words = "--patch.size=16 --model.encoder=small --model.width=4 --model.heads=2 --select.m=2 --run.threads=1 --train.epochs=1".split()
     words += ["--data.test=0.3", "--data.val=0.3"]
     assert main(["train", str(path), "--out", str(tmp_path / "run"), "--data.tasks", "state=binary:green", *words]) == 0
     said = capsys.readouterr().err

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 def model_of() -> IPSClassifier:
     torch.manual_seed(0)
-    return build_classifier(ModelConfig(width=4, heads=2), [Task("a", "binary", ("no", "yes"))], SIDE)
+    return build_classifier(ModelConfig(encoder="small", width=4, heads=2), [Task("a", "binary", ("no", "yes"))], SIDE)
 
 
 def drawn(image: int) -> np.ndarray:

@@ -146,7 +146,7 @@ def test_masks_among_the_images_are_not_a_class(tmp_path: Path) -> None:
 def test_what_keyhole_writes_is_never_taken_for_images(say: Say, tmp_path: Path) -> None:
     photos = pictures(tmp_path / "photos")
     small = ["--patch.size=32", "--select.m=2"]
-    model = ["--model.width=4", "--train.epochs=1", "--run.threads=1", "--run.device=cpu"]
+    model = ["--model.encoder=small", "--model.width=4", "--train.epochs=1", "--run.threads=1", "--run.device=cpu"]
     looked = [*small, "--patch.foreground=non-empty", "--run.threads=1"]
     assert say("check", photos, *looked, "--previews", photos / "keyhole-check")[0] == 0
     assert say("check", photos, *looked, "--previews", photos / "cat")[0] == 0

@@ -92,14 +92,17 @@ def test_numbers_and_labels_are_judged_too() -> None:
     assert judge_task(TAGS, labels, 0.2 + 0.6 * labels, even).learned
 
 
+RANDOM = ModelConfig(encoder="small")
+
+
 def test_what_to_try_fits_the_settings() -> None:
     nothing = Learning("", (TaskLearning("x", 9, 1.1, 1.0, False, None, True),))
-    fresh = "; ".join(what_to_try(nothing, Config(train=TrainConfig(lr=1e-4, explore=0))))
+    fresh = "; ".join(what_to_try(nothing, Config(model=RANDOM, train=TrainConfig(lr=1e-4, explore=0))))
     assert "--train.explore" in fresh
     assert "--train.lr 0.001" in fresh
     assert "--model.encoder lite0" in fresh
     assert "--select.m 64" in fresh
-    assert "--train.lr" not in "; ".join(what_to_try(nothing, Config())), "the default already is that rate"
+    assert "--train.lr" not in "; ".join(what_to_try(nothing, Config(model=RANDOM))), "the default already is that rate"
     told = Config(model=ModelConfig(encoder="resnet18", pretrained=True), train=TrainConfig(lr=1e-3))
     ready = "; ".join(what_to_try(nothing, told))
     assert "explore" not in ready
@@ -127,7 +130,7 @@ def noise(folder: Path) -> Path:
 def test_a_run_that_learned_nothing_says_so_at_its_end_and_in_evaluate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "--patch.size=16 --model.width=4 --model.heads=2 --select.m=2 --run.threads=1 --train.epochs=1".split()
+    words = "--patch.size=16 --model.encoder=small --model.width=4 --model.heads=2 --select.m=2 --run.threads=1 --train.epochs=1".split()
     words += ["--data.val=0.3", "--data.test=0.3", "--train.explore=4"]
     run = tmp_path / "run"
     assert main(["train", str(noise(tmp_path)), "--out", str(run), *words]) == 0
@@ -167,7 +170,7 @@ def test_a_run_that_learned_says_nothing_of_the_kind(tmp_path: Path, capsys: pyt
             pixels[..., 2 * (number % 2)] += 180
             PIL.Image.fromarray(pixels).save(tmp_path / f"{number}.png")
             writer.writerow([f"{number}.png", "ab"[number % 2], number % 2 * 10 + round(rng.random(), 3)])
-    words = "--patch.size=16 --model.width=8 --model.heads=2 --select.m=4 --run.threads=1 --train.lr=1e-2".split()
+    words = "--patch.size=16 --model.encoder=small --model.width=8 --model.heads=2 --select.m=4 --run.threads=1 --train.lr=1e-2".split()
     words += ["--train.epochs=10", "--train.batch=4", "--data.val=0.25", "--data.test=0.25", f"--data.root={tmp_path}"]
     assert main(["train", str(tmp_path / "t.csv"), "--out", str(tmp_path / "run"), *words]) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 0

@@ -29,7 +29,9 @@ def test_every_variant_is_a_setting_of_every_data_set(benchmark: Benchmark, toy:
                 assert config.train.explore == variant["train.explore"]
                 longer = module.base(Path("manifest.csv"), name, tuple(variant.items()), 2 * config.train.epochs)
                 assert longer.train.warmup == 2 * config.train.warmup
-    init = module.base(toy, "demo", (("from", "init"), ("train.clip", 0.5), ("train.epochs", 12)), None)
+    init = module.base(
+        toy, "demo", (("from", "init"), ("model.encoder", "small"), ("train.clip", 0.5), ("train.epochs", 12)), None
+    )
     assert (init.train.clip, init.train.epochs, init.patch.size) == (0.5, 12, 32)
 
 

@@ -27,7 +27,7 @@ def write_images(folder: Path) -> list[str]:
         image = folder / ("ab"[number % 2]) / f"{number}.png"
         image.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(image)
-    return [str(folder), "--patch.size", "16", "--model.width", "4", "--model.heads", "2"]
+    return [str(folder), "--patch.size", "16", "--model.encoder", "small", "--model.width", "4", "--model.heads", "2"]
 
 
 def write_slide_embeddings(folder: Path) -> list[str]:

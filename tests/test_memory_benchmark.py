@@ -22,7 +22,11 @@ def steps(benchmark: Callable[[str], Any]) -> Any:
 
 
 def config_of(steps: Any, **patch: int) -> Any:
-    small = {"model": {"width": 4, "heads": 2}, "select": {"m": 8, "chunk": 32}, "run": {"ahead": 1}}
+    small = {
+        "model": {"encoder": "small", "width": 4, "heads": 2},
+        "select": {"m": 8, "chunk": 32},
+        "run": {"ahead": 1},
+    }
     return steps.plain_config(cuda=False).replace(**small, patch=patch)
 
 

@@ -17,7 +17,7 @@ COLUMNS = [
     "type", "tumor.grade", "values", "ER/PR status", "a/b", "..", "x" * 300, "肿瘤", "Grade", "grade", "training",
     "forward", "probability", "label", "loss", "0", "by_task", "a", "a.probability.b", "p=q", "split in\ntwo", "50 %",
 ]  # fmt: skip
-SETTINGS = "--patch.size=16 --model.width=4 --model.heads=2 --select.m=2 --train.epochs=1 --run.threads=1".split()
+SETTINGS = "--patch.size=16 --model.encoder=small --model.width=4 --model.heads=2 --select.m=2 --train.epochs=1 --run.threads=1".split()
 
 
 @pytest.fixture(scope="module")

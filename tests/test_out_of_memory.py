@@ -135,7 +135,9 @@ def full_decoder(monkeypatch: pytest.MonkeyPatch, room: int, text: str) -> list[
 def looked_at(openers: Sequence[FileOpener], warn: Callable[[str], None], stager: Stager, on_error: str) -> Any:
     """What is inferred of one batch of images that come encoded, in chunks of 32."""
     torch.manual_seed(0)
-    model = build_classifier(ModelConfig(width=4, heads=2), [Task("a", "binary", ("no", "yes"))], 16).eval()
+    model = build_classifier(
+        ModelConfig(encoder="small", width=4, heads=2), [Task("a", "binary", ("no", "yes"))], 16
+    ).eval()
     assert stager.deliver is not None
     stager.deliver = Delivery(stager.deliver.colors, always=True)
     engine = Engine(model, SelectConfig(m=3), plan=Plan(32), warn=warn)
@@ -259,7 +261,9 @@ def test_a_gpu_without_room_for_a_chunk_looks_at_it_in_parts(monkeypatch: pytest
     pixels = noise + np.arange(chunk, dtype=np.uint16).astype(np.uint8)[:, None, None, None] % 224
     torch.manual_seed(0)
     model = (
-        build_classifier(ModelConfig(width=4, heads=2), [Task("a", "binary", ("no", "yes"))], side).eval().to(device)
+        build_classifier(ModelConfig(encoder="small", width=4, heads=2), [Task("a", "binary", ("no", "yes"))], side)
+        .eval()
+        .to(device)
     )
     found: list[Any] = []
     for more in (4 * 10**9, 80 * 10**6):

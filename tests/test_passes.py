@@ -59,7 +59,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def config(stride: int = SIZE, position: str = "none") -> Config:
     return Config(
         patch=PatchConfig(size=SIZE, stride=stride),
-        model=ModelConfig(width=4, heads=2, position=position),  # type: ignore[arg-type]
+        model=ModelConfig(encoder="small", width=4, heads=2, position=position),  # type: ignore[arg-type]
     )
 
 

@@ -164,7 +164,19 @@ def test_a_set_of_dim_pictures_is_refused_checked_and_learned_from_with_its_bits
     assert "images: nearly black: no pixel that was read is above" in capsys.readouterr().out
     assert main(["check", str(data), *options, "--patch.bits", "12"]) == 0
     assert "warning: 8 images: nearly black" not in capsys.readouterr().out
-    tiny = [*options, "--model.width", "4", "--model.heads", "1", "--train.epochs", "1", "--out", str(tmp_path / "run")]
+    tiny = [
+        *options,
+        "--model.encoder",
+        "small",
+        "--model.width",
+        "4",
+        "--model.heads",
+        "1",
+        "--train.epochs",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main(["train", str(data), *tiny]) == 2
     assert "--patch.bits 12, for example" in capsys.readouterr().err
     assert main(["train", str(data), *tiny, "--patch.bits", "12"]) == 0

@@ -43,7 +43,7 @@ LAW = settings(max_examples=50, deadline=None)
 
 def model_of(position: str = "none", **options: Any) -> IPSClassifier:
     torch.manual_seed(0)
-    return build_classifier(ModelConfig(width=4, heads=2, position=position, **options), TASKS, 16)  # type: ignore[arg-type]
+    return build_classifier(ModelConfig(encoder="small", width=4, heads=2, position=position, **options), TASKS, 16)  # type: ignore[arg-type]
 
 
 def plan_for(model: IPSClassifier, **options: Any) -> Plan:
@@ -397,7 +397,7 @@ def test_the_predicted_peak_of_a_run_is_the_measured_one_within_15_percent(
 def test_where_memory_runs_out_half_as_much_gives_the_same_result() -> None:
     """The encoder fails in the middle of a pass for every call with more than 50 patches."""
     torch.manual_seed(0)
-    model = build_classifier(ModelConfig(width=8), TASKS[:1], 32)
+    model = build_classifier(ModelConfig(encoder="small", width=8), TASKS[:1], 32)
     twin = copy.deepcopy(model)
     patches, mask = torch.randint(0, 256, (2, 100, 3, 32, 32), dtype=torch.uint8), torch.ones(2, 100, dtype=torch.bool)
     loose = patches.flatten(0, 1)

@@ -40,7 +40,7 @@ TAGS = Task("tags", "multilabel", ("a", "b"))
 def random_predictor(patch: PatchConfig, select: SelectConfig, **model: Any) -> Predictor:
     """A model of three tasks with fresh weights, whose queries look at different patches."""
     tasks = (COLOR, AMOUNT, TAGS)
-    chosen = ModelConfig(**{"width": 8, "heads": 2, **model})
+    chosen = ModelConfig(**{"encoder": "small", "width": 8, "heads": 2, **model})
     torch.manual_seed(0)
     classifier = build_classifier(chosen, tasks, patch.size)
     with torch.no_grad():

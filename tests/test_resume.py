@@ -23,7 +23,7 @@ from keyhole.runs.checkpoint import read_info
 from keyhole.util.tables import read_rows
 
 FLAGS = (
-    "--patch.size 16 --model.width 8 --model.heads 2 --select.m 4 --select.chunk 16 --train.epochs 4 --train.batch 2 "
+    "--patch.size 16 --model.encoder small --model.width 8 --model.heads 2 --select.m 4 --select.chunk 16 --train.epochs 4 --train.batch 2 "
     "--train.lr 0.003 --train.explore 2 --run.threads 2 --run.save-minutes 0.00001"
 ).split()
 

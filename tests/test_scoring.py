@@ -19,7 +19,7 @@ from keyhole.nn import task_loss
 from keyhole.tasks.kinds import Task
 from keyhole.training.score import choose_metric, is_better, metric_value
 
-SETTINGS = "--patch.size=16 --model.width=4 --model.heads=2 --select.m=2 --run.threads=1".split()
+SETTINGS = "--patch.size=16 --model.encoder=small --model.width=4 --model.heads=2 --select.m=2 --run.threads=1".split()
 NAN = float("nan")
 
 

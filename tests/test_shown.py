@@ -38,7 +38,7 @@ def model_folder(folder: Path, m: int = 4, **patch: Any) -> Path:
     """A model with fresh weights that attends to some patches more than to others."""
     config = Config(
         patch=PatchConfig(**{"size": SIDE, **patch}),
-        model=ModelConfig(width=4, heads=2),
+        model=ModelConfig(encoder="small", width=4, heads=2),
         select=SelectConfig(m=m, chunk=16),
     )
     torch.manual_seed(0)

@@ -20,7 +20,14 @@ from keyhole.config.settings import DataConfig
 from keyhole.training.duration import Costs, Estimate, Work
 from keyhole.util.progress import Progress
 
-SHORT = ("--patch.size=16", "--model.width=4", "--select.m=4", "--train.batch=4", "--train.epochs=1")
+SHORT = (
+    "--patch.size=16",
+    "--model.encoder=small",
+    "--model.width=4",
+    "--select.m=4",
+    "--train.batch=4",
+    "--train.epochs=1",
+)
 SHORT += ("--train.warmup=0",)
 
 
@@ -52,7 +59,14 @@ def test_without_a_budget_the_predicted_peak_is_the_measured_one_and_nothing_gro
         coarse = rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
         PIL.Image.fromarray(coarse).resize((width, height)).save(place / f"{number}.jpg")
     command = [sys.executable, str(RUN), str(tmp_path / "data"), "--out", str(tmp_path / "run")]
-    command += ["--patch.size=160", "--model.width=16", "--select.m=16", "--data.cache=0", "--data.test=0"]
+    command += [
+        "--patch.size=160",
+        "--model.encoder=small",
+        "--model.width=16",
+        "--select.m=16",
+        "--data.cache=0",
+        "--data.test=0",
+    ]
     command += ["--train.epochs=4", "--train.warmup=0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -174,6 +174,7 @@ def test_masks_are_proposed_where_all_images_have_one_and_told_where_they_are_no
     tiny = [
         "--patch.size=512",
         "--patch.foreground=all",
+        "--model.encoder=small",
         "--model.width=4",
         "--select.m=1",
         "--train.epochs=1",

@@ -222,7 +222,7 @@ def test_everything_decays_where_all_is_asked_for(toy_run: Path) -> None:
 
 
 def test_the_test_split_can_be_watched_and_then_chooses_nothing(toy: Path, tmp_path: Path, say: Say) -> None:
-    words = "--patch.size 16 --model.width 8 --model.heads 2 --select.m 4 --train.warmup 0 --run.threads 2".split()
+    words = "--patch.size 16 --model.encoder small --model.width 8 --model.heads 2 --select.m 4 --train.warmup 0 --run.threads 2".split()
     code, out, err = say("train", toy, *words, "--train.epochs", "3", "--train.watch", "test", "--out", "run")
     assert code == 0, err
     run = find_run(tmp_path / "run")

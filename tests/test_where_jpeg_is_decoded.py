@@ -52,7 +52,9 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stager_of(decode: Decode, device: torch.device) -> Stager:
     """The stager of a run."""
-    model = build_classifier(ModelConfig(width=4, heads=2), [Task("a", "binary", ("no", "yes"))], TILE).to(device)
+    model = build_classifier(
+        ModelConfig(encoder="small", width=4, heads=2), [Task("a", "binary", ("no", "yes"))], TILE
+    ).to(device)
     return Engine(model, run=RunConfig(decode=decode)).stager
 
 

@@ -108,7 +108,7 @@ def test_a_slide_that_disappears_in_mid_run_is_tried_again_then_counted(tmp_path
 # --- killed in the middle of a selection -----------------------------------------------------------------------------
 
 FLAGS = (
-    "--patch.size 16 --model.width 8 --model.heads 2 --select.m 4 --select.chunk 16 --train.epochs 1 --train.batch 4 --train.explore 0 "
+    "--patch.size 16 --model.encoder small --model.width 8 --model.heads 2 --select.m 4 --select.chunk 16 --train.epochs 1 --train.batch 4 --train.explore 0 "
     "--run.threads 2 --data.cache 0"
 ).split()
 

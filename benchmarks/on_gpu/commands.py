@@ -50,7 +50,17 @@ def commands(bench: Bench) -> None:
 def flags(dry: bool) -> list[str]:
     """Of training: the encoder of the published settings, not compiled for so little, or a tiny one."""
     if dry:
-        small = ("small", "--model.width", "4", "--model.stages", "2", "--run.compile", "off")
+        small = (
+            "small",
+            "--model.encoder",
+            "small",
+            "--model.width",
+            "4",
+            "--model.stages",
+            "2",
+            "--run.compile",
+            "off",
+        )
         return ["--patch.size", "256", "--model.encoder", *small, "--select.m", "4"]
     full = ("resnet18", "--model.no-pretrained", "--memory", "3GB")
     return ["--patch.size", "256", "--model.encoder", *full, "--select.m", "16"]

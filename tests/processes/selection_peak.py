@@ -17,7 +17,7 @@ from keyhole.tasks.kinds import Task
 path = Path(sys.argv[1])
 patches, size, heads, tasks = map(int, sys.argv[2:])
 kinds = [Task(f"task{t}", "binary", ("no", "yes")) for t in range(tasks)]
-model = build_classifier(ModelConfig(width=8, heads=heads), kinds, size).eval()
+model = build_classifier(ModelConfig(encoder="small", width=8, heads=heads), kinds, size).eval()
 engine = Engine(model, SelectConfig(m=16, chunk=64))
 with Reader(threads=2, ahead=4) as reader:
     engine.reader = reader

@@ -38,7 +38,8 @@ def run(argv: list[str]) -> int:
     from keyhole.tools.init import measure, propose, with_counted_patches
 
     measured = measure(config)
-    proposal = with_counted_patches(propose(Config(data=config.data), measured), measured, config.run.stall)
+    proposal = propose(Config(data=config.data, model=config.model), measured)
+    proposal = with_counted_patches(proposal, measured, config.run.stall)
     said = read(InitOptions, argv, "keyhole init", proposal.config.model_dump())
     final = said.settings.replace(out=None, data=config.data)  # recipe, file and flags over what was measured
     kept = set(leaves(final)) & set(leaves(proposal.config))

@@ -26,7 +26,11 @@ def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
     changes, why = _automatic(config, features)
     lines = [f"{', '.join(f'{name} {value:g}' for name, value in changes.items())}: {why}"] if changes else []
     config = config.replace(train=changes)
-    train = config.train
+    train, model = config.train, config.model
+    if model.width is not None and model.encoder != "small" and not features:
+        lines.append(
+            f"warning: model.width (={model.width}) has no effect: it is for --model.encoder small, not {model.encoder}"
+        )
     if number(train.explore, "train.explore") >= train.epochs:
         lines.append(
             f"warning: train.explore (={train.explore:g}) is not over within train.epochs (={train.epochs}): some "

@@ -139,7 +139,7 @@ class PatchConfig(Settings):
 class ModelConfig(Settings):
     """Encoder, attention pool and position code."""
 
-    encoder: Encoder = "small"
+    encoder: Encoder = "lite0"
     """`lite0` (EfficientNet-Lite0 with ImageNet weights, installed with keyhole), `small` (ours, from random weights,
     for small machines) or any timm name, such as `resnet18`. Stored features need none: they are projected to `dim`."""
     dim: Positive = 512
@@ -154,8 +154,9 @@ class ModelConfig(Settings):
     """Patches that it saw, in words; default is what the files say."""
     channels: Channels = 3
     """Channels the encoder sees; grey images are repeated or colour turned to grey as needed."""
-    width: Positive = 32
-    """Channels of the first stage of the `small` encoder; each later stage doubles them."""
+    width: Positive | None = None
+    """Channels of the first stage of the encoder `small` (default 32; each later stage doubles them); other
+    encoders have their own."""
     stages: Positive | None = None
     """Keep only the first stages of a timm encoder (the paper's Megapixel MNIST uses 2 of ResNet-18); for `small`,
     halvings after the first convolution, default 2."""

@@ -40,7 +40,7 @@ def build_classifier(
         >>> from keyhole.config.settings import ModelConfig
         >>> from keyhole.tasks.kinds import Task
         >>> tasks = [Task("tumor", "binary", ("no", "yes"))]
-        >>> model = build_classifier(ModelConfig(width=8, heads=2), tasks, patch_size=32)
+        >>> model = build_classifier(ModelConfig(encoder="small", width=8, heads=2), tasks, patch_size=32)
         >>> model(torch.rand(2, 5, 3, 32, 32))["tumor"].shape
         torch.Size([2, 1])
     """
@@ -111,7 +111,7 @@ def build_encoder(model: ModelConfig, pretrained: bool = True) -> SmallEncoder |
     """Build the encoder `small` or `lite0` of this package, or timm's of any other name."""
     pretrained = pretrained and model.imagenet
     if model.encoder == "small":
-        return SmallEncoder(model.channels, model.width, stages=model.stages or 2)
+        return SmallEncoder(model.channels, model.width or 32, stages=model.stages or 2)
     if model.encoder == "lite0":
         return Lite0Encoder(model.channels, pretrained, model.stages)
     return TimmEncoder(model.encoder, model.channels, pretrained, model.stages)

@@ -171,7 +171,7 @@ def training_config(folder: Path) -> Config:
         out=folder / "run",
         data={"path": folder / "data", "val": 0.25, "test": 0.25},
         patch={"size": 32},
-        model={"width": 8},
+        model={"encoder": "small", "width": 8},
         select={"m": 2, "chunk": 8},
         train={"epochs": 1, "batch": 2},
         run={"stall": 60},

@@ -25,6 +25,8 @@ SAMPLE = 100
 """Largest number of images that are opened to measure sizes."""
 COUNTED = 10
 """Number of images whose patches are counted if there is a foreground."""
+PRETRAINED = "its ImageNet weights make small data sets work; `small`, from random weights, is fast on tiny machines"
+RANDOM = "it starts from random weights and needs many images; lite0 has ImageNet weights, which are installed already"
 SLIDE_MPP = 0.5
 """Microns per pixel for microscopy: 20x shows nuclei, with a quarter of the patches of 40x."""
 
@@ -100,8 +102,10 @@ class _Choices:
 
 
 def propose(config: Config, measured: Measured) -> Proposal:
-    """Return `config` with values that suit the data, by rough rules for a run that learns on a small machine."""
+    """Return `config` with values that suit the data and its encoder, by rough rules for a run on a small machine."""
     choices = _Choices()
+    learned = config.model.learned_before
+    choices.add("model.encoder", config.model.encoder, PRETRAINED if learned else RANDOM)
     _choose_patches(choices, config, measured)
     _choose_training(choices, config, measured.manifest)
     return Proposal(config.replace(**choices.values), choices.reasons, tuple(_summary(measured)))
@@ -115,8 +119,9 @@ def _choose_patches(choices: _Choices, config: Config, measured: Measured) -> No
         for size, own in zip(measured.sizes, measured.mpp, strict=True)
     ]
     shorter, aspect = median(sides), median(max(size) / min(size) for size in measured.sizes)
-    size = max(1, min(max(32, min(224, round(shorter / 16 / 16) * 16)), int(min(sides))))
-    why = f"about a sixteenth of the median shorter side, {shorter:,.0f} px, from 32 to 224"
+    parts, least, step, name = (10, 64, 32, "tenth") if config.model.learned_before else (16, 32, 16, "sixteenth")
+    size = max(1, min(max(least, min(224, round(shorter / parts / step) * step)), int(min(sides))))
+    why = f"about a {name} of the median shorter side, {shorter:,.0f} px, from {least} to 224"
     choices.add("patch.size", size, why)
     if measured.largest is not None and config.patch.bits is None:
         why = f"the largest value of the 16-bit images opened is {measured.largest:,}; see the camera's"
@@ -143,9 +148,16 @@ def _choose_training(choices: _Choices, config: Config, manifest: Manifest) -> N
     count = len(manifest.split("train"))
     batch = max(1, min(config.train.batch, count // 4))
     choices.add("train.batch", batch, f"{count} images to learn from")
-    epochs = max(10, min(100, round(3000 * batch / max(1, count))))
-    why = f"about 3,000 steps, from 10 to 100 epochs; {count} images, {batch} a step"
+    steps, least, most = (600, 6, 30) if config.model.learned_before else (3000, 10, 100)
+    epochs = max(least, min(most, round(steps * batch / max(1, count))))
+    why = f"about {steps:,} steps, from {least} to {most} epochs; {count} images, {batch} a step"
     choices.add("train.epochs", epochs, why)
+    if config.model.learned_before:
+        choices.add(
+            "train.encoder_lr",
+            0.1,
+            "small steps spare what the encoder has learned; attention and head take large ones",
+        )
     choices.add("train.warmup", max(1.0, epochs / 10))
     if (imbalance := _imbalance(manifest)) >= 2:
         why = f"the largest class has {imbalance:.1f} times the images of the smallest"

@@ -54,7 +54,8 @@ def train(data: str | Path | Mapping[str, Any] | Config, out: str | Path | None 
         KeyholeError: a setting, the data or the output folder is invalid; the message is one line.
 
     Example:
-        >>> run = keyhole.train("photos", "runs/new", patch={"size": 16}, model={"width": 8}, train={"epochs": 1})
+        >>> settings = {"patch": {"size": 16}, "model": {"encoder": "small"}, "train": {"epochs": 1}}
+        >>> run = keyhole.train("photos", "runs/new", **settings)
         >>> run.path.name, len(run.metrics)
         ('new', 1)
     """
