@@ -53,7 +53,7 @@ def comparison(manifest: Path, tmp_path: Path, benchmark: Benchmark) -> Any:
             file["coords"] = np.array([[x, y] for y in (0, 16) for x in (0, 16, 32)])
             file["coords"].attrs.update({"patch_size": 16, "patch_level": 0})
     (features / "seconds.json").write_text("1.0")
-    base = Config(data={"path": part}, patch={"size": 16}, model={"width": 8}, train={"epochs": 2})
+    base = Config(data={"path": part}, patch={"size": 16}, model={"encoder": "small", "width": 8}, train={"epochs": 2})
     return benchmark("real_images").Comparison(tmp_path / "part", "potholes", base)
 
 

@@ -22,7 +22,7 @@ keyhole.train(
     {"path": sys.argv[1], "cache": 0.0},
     sys.argv[2],
     patch={"size": 32, "foreground": "non-empty"},
-    model={"width": 4, "heads": 2},
+    model={"encoder": "small", "width": 4, "heads": 2},
     select={"m": 4},
     train={"epochs": 6, "batch": 8},
     run={"threads": 2},

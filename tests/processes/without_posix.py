@@ -60,7 +60,7 @@ def main(data: str, out: str, image: str) -> None:
         out,
         memory="4GB",
         patch={"size": 16, "foreground": "all"},
-        model={"width": 4, "heads": 2},
+        model={"encoder": "small", "width": 4, "heads": 2},
         select={"m": 4},
         train={"epochs": 1, "batch": 4},
         run={"device": "auto", "threads": 2},
