@@ -32,7 +32,7 @@ def test_a_run_from_random_weights_explores_whether_or_not_init_was_called(
     assert learned_with(tmp_path / "flags") == (1e-3, 1.0)
 
     file = tmp_path / "keyhole.yaml"
-    assert main(["init", str(toy), "--out", str(file)]) == 0
+    assert main(["init", str(toy), "--model.encoder=small", "--out", str(file)]) == 0
     assert "0.001, since the encoder starts from random weights" in " ".join(file.read_text().replace("#", "").split())
     line = ["train", "--config", str(file), *TINY.split(), "--train.warmup", "1", "--out", str(tmp_path / "init")]
     assert main(line) == 0
@@ -45,7 +45,7 @@ def test_a_run_from_random_weights_explores_whether_or_not_init_was_called(
     assert "lr 0.0003, explore 0: the encoder starts from given weights" in capsys.readouterr().err
     assert learned_with(tmp_path / "given") == (3e-4, 0.0)
 
-    model = {"width": 4, "heads": 2}
+    model = {"encoder": "small", "width": 4, "heads": 2}
     settings: dict[str, Any] = {"patch": {"size": 16}, "model": model, "select": {"m": 4}, "run": {"threads": 2}}
     run = keyhole.train(toy, tmp_path / "python", train={"epochs": 2, "explore": 0.0}, **settings)
     assert learned_with(run.path) == (1e-3, 0.0)  # what is given stays as it is given

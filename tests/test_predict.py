@@ -285,7 +285,7 @@ def test_predict_holds_a_few_predictions_at_a_time(
     alive: weakref.WeakSet[Prediction] = weakref.WeakSet()
     most = 0
 
-    def counted(prediction: Prediction, folder: Path) -> None:
+    def counted(prediction: Prediction, folder: Path, **_options: object) -> None:
         nonlocal most
         alive.add(prediction)
         most = max(most, len(alive))
