@@ -26,6 +26,7 @@ from keyhole.errors import DataError, OutputError
 from keyhole.images import ArrayImage, open_image
 from keyhole.patches.grid import PatchGrid
 from keyhole.report import mask_preview
+from keyhole.report.drawing import WRONG
 from keyhole.report.mask_preview import preview_names
 from keyhole.tools.check import worker as check_worker
 from keyhole.tools.check.look import Failed, Probed, Request, probe_here
@@ -201,7 +202,7 @@ def shows(pixels: np.ndarray, color: tuple[int, int, int]) -> bool:
     return bool((pixels == color).all(axis=-1).any())
 
 
-GREEN, BLUE, RED = (0, 150, 60), (30, 90, 220), (200, 30, 38)
+GREEN, BLUE, RED = (0, 150, 60), (30, 90, 220), WRONG
 
 
 def test_a_preview_of_every_slide_is_written_also_where_no_patch_is_left(tmp_path: Path) -> None:

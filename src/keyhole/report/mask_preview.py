@@ -12,12 +12,12 @@ from pathlib import Path, PurePath
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Picture
-from PIL import ImageDraw, ImageFont
+from PIL import ImageDraw
 
 from keyhole.images.image import Image
 from keyhole.images.resample import thumbnail
 from keyhole.patches.grid import PatchGrid
-from keyhole.report.drawing import GREY, INK, WHITE, as_picture, printable
+from keyhole.report.drawing import GREY, INK, WRONG, Page, as_picture
 from keyhole.util.files import file_names, write_atomic
 
 SIDE = 1024
@@ -26,7 +26,7 @@ MIN_WIDTH = 720
 """Smallest width of the whole picture; the caption of a narrow slide needs it."""
 VISIBLE = 7
 """Patches that are at least this many pixels of the picture apart are outlined one by one."""
-MASK, PATCH, WRONG = (0, 150, 60), (30, 90, 220), (200, 30, 38)
+MASK, PATCH = (0, 150, 60), (30, 90, 220)
 MARGIN, LINE = 16, 26
 FADED = 0.45
 """Contrast of the picture where there is no patch."""
@@ -109,24 +109,19 @@ def _outline(mask: Mask) -> Mask:
 
 def _with_caption(picture: Picture.Image, lines: Sequence[str], masked: bool, any_left: bool) -> Picture.Image:
     width = max(picture.width + 2 * MARGIN, MIN_WIDTH)
-    height = picture.height + (len(lines) + 1) * LINE + 3 * MARGIN
-    page = Picture.new("RGB", (width, height), WHITE)
-    page.paste(picture, ((width - picture.width) // 2, MARGIN))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(16)
+    page = Page(width, picture.height + (len(lines) + 1) * LINE + 3 * MARGIN)
+    page.picture.paste(picture, ((width - picture.width) // 2, MARGIN))
     y = picture.height + 2 * MARGIN
     for number, line in enumerate(lines):
         color = INK if number == 0 else WRONG if number == len(lines) - 1 and not any_left else GREY
-        text = printable(line)
-        while font.getlength(text) > width - 2 * MARGIN:
-            text = "\N{HORIZONTAL ELLIPSIS}" + text[2:]  # the end of a path tells more than its beginning
-        draw.text((MARGIN, y), text, fill=color, font=font)
+        page.text((MARGIN, y), line, 15, color, width - 2 * MARGIN, keep_end=True)
         y += LINE
     for shown, name, color in ((masked, "foreground mask", MASK), (any_left, "patches", PATCH)):
         if shown:
             x = MARGIN if name == "foreground mask" or not masked else MARGIN + 190
-            draw.rectangle([x, y + 4, x + 18, y + 14], outline=color, width=2)
-            draw.text((x + 26, y), name, fill=color, font=font)
-    return page
+            page.draw.rectangle([x, y + 4, x + 18, y + 14], outline=color, width=2)
+            page.text((x + 26, y), name, 15, color, width)
+    return page.picture
 
 
 def preview_names(names: Sequence[str]) -> list[str]:

@@ -32,7 +32,7 @@ MARGIN, GAP, HEAD, CAPTION = 28, 14, 84, 26
 TEXT_WIDTH, SIDE = 190, 196
 MAX_EARLIER = 4
 """Largest number of earlier epochs beside the last one."""
-PATCHES, PER_LINE = 6, 3
+PATCHES, PER_LINE, CELL = 6, 3, (SIDE - 6) // 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +91,8 @@ def shown_epochs(epochs: Sequence[int]) -> list[int]:
 def sample_sheet(samples: Sequence[SampleRow], task: Task, epoch: int, title: str) -> Picture.Image:
     """Draw a row for each sample: what it is, what was kept in earlier epochs and in this one, and the best patches."""
     columns = shown_epochs(sorted({look.epoch for sample in samples for look in sample.earlier}))
-    cell = (SIDE - (PER_LINE - 1) * 6) // PER_LINE
-    cell = max(cell, (SIDE - 6) // 2)
     patches_left = MARGIN + TEXT_WIDTH + GAP + (len(columns) + 1) * (SIDE + GAP)
-    width = patches_left + PER_LINE * (cell + 6) - 6 + MARGIN
+    width = patches_left + PER_LINE * (CELL + 6) - 6 + MARGIN
     row = SIDE + CAPTION + 2 * GAP
     page = Page(width, HEAD + len(samples) * row + MARGIN // 2)
     page.text((MARGIN, 18), title, 18, INK, width - 2 * MARGIN - 330)
@@ -108,7 +106,7 @@ def sample_sheet(samples: Sequence[SampleRow], task: Task, epoch: int, title: st
         top = HEAD + number * row + GAP
         page.draw.line([(MARGIN, top - GAP), (width - MARGIN - 1, top - GAP)], fill=LINE)
         _draw_sample(page, sample, task, (top, columns, epoch))
-        _draw_patches(page, sample.prediction, task, (patches_left, top, cell))
+        _draw_patches(page, sample.prediction, task, (patches_left, top))
     return page.picture
 
 
@@ -136,11 +134,11 @@ def _draw_sample(page: Page, sample: SampleRow, task: Task, place: tuple[int, li
         page.text((x, top + SIDE + 5), f"{mark}{look.label or 'none'}{share}", 13, color, SIDE)
 
 
-def _draw_patches(page: Page, prediction: Predicted, task: Task, place: tuple[int, int, int]) -> None:
-    (left, top, cell), shown = place, pictures_of(prediction)
+def _draw_patches(page: Page, prediction: Predicted, task: Task, place: tuple[int, int]) -> None:
+    (left, top), shown = place, pictures_of(prediction)
     attention = prediction.kept.attention[task.name]
     hot = heat(attention, 1 / len(attention))
     for number, carried in enumerate(np.argsort(-attention[shown.place], kind="stable")[:PATCHES].tolist()):
-        at = left + number % PER_LINE * (cell + 6), top + number // PER_LINE * (cell + 6)
+        at = left + number % PER_LINE * (CELL + 6), top + number // PER_LINE * (CELL + 6)
         color = color_at(ATTENTION_COLORS, float(hot[shown.place[carried]]))
-        page.patch(at, cell, shown.patches[carried], color)
+        page.patch(at, CELL, shown.patches[carried], color)
