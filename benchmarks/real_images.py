@@ -49,6 +49,7 @@ M = 16
 SHIFTS = 16
 """The resized image shifts by up to this part of its side."""
 FROZEN = {"epochs": 30, "batch": 8}
+"""Of the arms on stored features."""
 DRAWS = 5
 """Random patches of a training image are drawn so often; there are fewer epochs for it."""
 ARMS = {
@@ -175,7 +176,7 @@ class Comparison:
             case "ips4" | "ips16":
                 return base.replace(select={"m": int(arm.removeprefix("ips"))})
             case "scratch":
-                return base.replace(model={"encoder": "small"}, train={"lr": "auto", "encoder_lr": 1.0})
+                return base.replace(model={"encoder": "small"})
             case "all":
                 return base.replace(select={"m": 2 * max(self.counts)}, memory="8GB")
             case "random-trained":  # attention stays uniform, so that of all in random order the first are kept

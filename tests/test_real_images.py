@@ -168,3 +168,15 @@ def test_every_example_of_the_comparison_has_its_recipe_and_page(benchmark: Benc
         text = (folder / "README.md").read_text()
         assert text.index(tables.BEGIN) < text.index(tables.END)
         assert (folder / "prepare.py").is_file()
+
+
+def test_pages_of_the_examples_are_made_from_the_recorded_runs(tmp_path: Path, benchmark: Benchmark) -> None:
+    pages = {name: BENCHMARKS.parent / "examples" / name / "README.md" for name in benchmark("real_images").METRICS}
+    for name, page in pages.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(page.read_text())
+
+    benchmark("example_tables").main(tmp_path)
+
+    for name, page in pages.items():
+        assert (tmp_path / name / "README.md").read_text() == page.read_text(), "python benchmarks/example_tables.py"
