@@ -163,6 +163,7 @@ def test_the_area_of_a_mask_is_exact_between_its_cells() -> None:
     np.testing.assert_allclose(marked.covered([[5, 10, 10, 20], [-10, -20, 20, 40], [12, 0, 5, 5]]), [0.25, 0.25, 0])
     assert marked.touching([[9.9, 19.9, 5, 5], [10, 0, 5, 5], [30, 0, 5, 5]]).tolist() == [True, False, False]
     assert not len(MarkedPixels(np.zeros((3, 4), bool), Size(4, 3)))
+    assert len(MarkedPixels(np.eye(3, dtype=bool), Size(3, 3))) == 1, "pixels that touch at a corner are one area"
 
 
 def test_a_mask_of_other_proportions_or_damaged_is_refused_in_a_line(tmp_path: Path) -> None:

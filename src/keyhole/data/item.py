@@ -26,7 +26,7 @@ class Item:
     group: str | None = None  # such as a patient: its images stay in one split; None if the image is its own group
     mpp: float | None = None  # microns per level-0 pixel from the CSV, which overrides the file
     mask: Path | None = None  # PNG or GeoJSON of the foreground
-    annotation: Path | None = None  # outlines of lesions or other objects; never read in training
+    annotation: Path | None = None  # outlines or a mask of what is looked for; never read in training
     features: Path | None = None  # stored features to read instead of `image`, which then need not exist
 
     def __post_init__(self) -> None:
