@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -20,12 +21,13 @@ from keyhole.data.item import Item
 from keyhole.engine import Engine
 from keyhole.engine.bags import positions
 from keyhole.engine.opening import opener
-from keyhole.engine.random_patches import attended_share, draw
+from keyhole.engine.random_patches import RandomPatches, attended_share, draw
 from keyhole.nn import build_classifier, guessing_loss, total_loss
 from keyhole.nn.tensors import AsRead, values_of
 from keyhole.patches.image_cache import ImageCache
 from keyhole.tasks.kinds import Task
-from keyhole.training.health import compared_names, few_items, of_one_color
+from keyhole.training import validation
+from keyhole.training.health import compared_names, few_items, measure, of_one_color
 
 SIZE, M = 16, 4
 TASKS = [Task("a", "binary", ("no", "yes")), Task("b", "multiclass", ("x", "y", "z"))]
@@ -69,6 +71,22 @@ def test_random_patches_are_the_same_whatever_the_chunks_and_answer_as_the_model
                         torch.testing.assert_close(logits[place], expected[task][0], atol=1e-4, rtol=1e-3)
                     rows += 1
             assert rows == 3
+
+
+def test_a_random_patch_that_cannot_be_read_is_left_out_and_so_is_an_image_that_fails() -> None:
+    batch: Any = SimpleNamespace(names=["a", "b", "c"], sources=[range(50)] * 3, failed={1: "gone"})
+    model: Any = SimpleNamespace(position=None)
+    drawn, every, index = RandomPatches(batch, 5), np.arange(50), draw("a", 50, 5)
+    embedding = torch.rand(50, 3)
+    assert drawn.bags(model) is None
+    good = every != index[2]
+    drawn.take(np.zeros(49, np.int64), every[good], embedding[torch.from_numpy(good)])
+    drawn.take(np.full(50, 1), every, embedding)
+    bags = drawn.bags(model)
+    assert bags is not None
+    assert bags.rows == [0]
+    assert bags.mask.tolist() == [[True] * 4]
+    torch.testing.assert_close(bags.embedding, embedding[np.delete(index, 2)])
 
 
 def test_draws_depend_on_name_and_number_alone() -> None:
@@ -210,3 +228,29 @@ def test_images_that_keep_all_patches_are_not_compared(toy: Path, tmp_path: Path
     assert math.isnan(row["kept.gain"])
     assert math.isnan(row["kept.changed"])
     assert 0 < row["kept.attended"] <= 1
+
+
+def test_a_validation_that_is_cut_off_goes_on_to_the_same_figures(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images large enough for a journal: only those that are missing in it are read again."""
+    monkeypatch.setattr(validation, "MIN_JOURNAL_PATCHES", 1)
+    calls: list[object] = []
+
+    def cut_off(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        if len(calls) == 7:
+            raise RuntimeError("killed")
+        return measure(*arguments)
+
+    sections = settings(train={"epochs": 3})
+    whole = keyhole.train(toy, tmp_path / "whole", **sections)
+    monkeypatch.setattr(validation, "measure", cut_off)
+    with pytest.raises(RuntimeError, match="killed"):
+        keyhole.train(toy, tmp_path / "cut", **sections)
+    found = keyhole.resume(tmp_path / "cut")
+    images = len(csv_rows(whole.path / "predictions" / "val.csv"))
+    assert len(calls) == 3 * images + 1, "images in the journal are not measured again"
+    for expected, row in zip(whole.metrics, found.metrics, strict=True):
+        same = [name for name in expected if name not in ("seconds", "peak_gb")]
+        assert str([row[name] for name in same]) == str([expected[name] for name in same])
