@@ -29,7 +29,7 @@ from keyhole.training.job import start_job
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "patch": {"size": 16},
-    "model": {"width": 4, "heads": 1},
+    "model": {"encoder": "small", "width": 4, "heads": 1},
     "select": {"m": 2},
     "train": {"batch": 8, "lr": 1e-3},
     "augment": {"flip": False, "rotate": False, "shift": False, "color": 0.0},
@@ -109,7 +109,7 @@ def costs(folder: Path, rounds: int = 9) -> tuple[float, float]:
     """Median processor seconds of validating 20 canvases of 225 patches, M = 25, without the figures and with them."""
     path = folder / "wide" / "labels.csv"
     path = path if path.is_file() else canvases(folder / "wide", count=100, cells=15)
-    sections = SETTINGS | {"model": {"width": 16}, "select": {"m": 25}}
+    sections = SETTINGS | {"model": {"encoder": "small", "width": 16}, "select": {"m": 25}}
     config = configuration(path, sections).replace(out=folder / f"cost-{time.time_ns()}")
     taken: dict[bool, list[float]] = {False: [], True: []}
     with closing(start_job(config, lambda _: None)) as job:

@@ -49,7 +49,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_random_patches_are_the_same_whatever_the_chunks_and_answer_as_the_model_does(
     images: list[Path], rule: Any, position: Any
 ) -> None:
-    config = Config(patch=PatchConfig(size=SIZE), model=ModelConfig(width=4, heads=2, position=position))
+    config = Config(patch=PatchConfig(size=SIZE), model=ModelConfig(encoder="small", width=4, heads=2, position=position))
     torch.manual_seed(0)
     model, store = build_classifier(config.model, TASKS, SIZE).eval(), ImageCache()
     openers = [opener(config, store, Item(path.name, path, {})) for path in images]
