@@ -10,14 +10,15 @@ import pytest
 from conftest import settings
 
 import keyhole
-from keyhole.config.settings import Config, PatchConfig, TrainConfig
+from keyhole.config.settings import Config, ModelConfig, PatchConfig, TrainConfig
 from keyhole.training.doubts import Doubts
 
 CHANCE = 2.3
 
 
 def doubts(comparable: bool = True, explore: float = 0.0, patch: PatchConfig | None = None, **train: Any) -> Doubts:
-    config = Config(train=TrainConfig(explore=explore, lr=1e-3, **train), patch=patch or PatchConfig())
+    model = ModelConfig(encoder="small")
+    config = Config(model=model, train=TrainConfig(explore=explore, lr=1e-3, **train), patch=patch or PatchConfig())
     return Doubts(config, {"train": CHANCE, "val": CHANCE}, comparable)
 
 
