@@ -49,7 +49,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_random_patches_are_the_same_whatever_the_chunks_and_answer_as_the_model_does(
     images: list[Path], rule: Any, position: Any
 ) -> None:
-    config = Config(patch=PatchConfig(size=SIZE), model=ModelConfig(encoder="small", width=4, heads=2, position=position))
+    config = Config(
+        patch=PatchConfig(size=SIZE), model=ModelConfig(encoder="small", width=4, heads=2, position=position)
+    )
     torch.manual_seed(0)
     model, store = build_classifier(config.model, TASKS, SIZE).eval(), ImageCache()
     openers = [opener(config, store, Item(path.name, path, {})) for path in images]
@@ -216,7 +218,7 @@ def test_stored_features_have_no_colour_and_tasks_of_every_kind_a_gain(rule: str
         lines.append(f"{number}.h5,{','.join(labels)},{'val' if number % 4 == 3 else 'train'}")
     (tmp_path / "l.csv").write_text("\n".join(lines))
     sections = settings(model={"dim": 16, "heads": 2, "position": "1d"}, select={"m": 3, "rule": rule, "chunk": 8})
-    del sections["model"]["width"]
+    del sections["model"]["width"], sections["model"]["encoder"]
     run = keyhole.train(tmp_path / "l.csv", tmp_path / "run", **sections)
     assert columns(run.path) == ["kept.changed", "kept.attended", "kept.gain"]
     assert all(math.isfinite(run.metrics[-1][name]) for name in columns(run.path))

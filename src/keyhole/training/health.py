@@ -111,9 +111,10 @@ def of_one_color(pixels: UInt8[NDArray[np.uint8], "m h w c"]) -> Bool[NDArray[np
     array([ True, False])
     """
     flat = pixels.reshape(len(pixels), -1, pixels.shape[-1])
-    step = max(1, flat.shape[1] // PROBED_PIXELS)
+    values, step = flat.reshape(len(flat), -1), max(1, flat.shape[1] // PROBED_PIXELS)
+    sure: NDArray[np.bool_] = values.max(axis=1) - values.min(axis=1) <= MAX_BLANK_STD  # black or white
     found: NDArray[np.bool_] = (flat[:, ::step].std(axis=1) < 3 * MAX_BLANK_STD).all(axis=1)  # rules out most others
-    rows = found.nonzero()[0]
+    rows = (found & ~sure).nonzero()[0]
     found[rows] = (flat[rows].std(axis=1, dtype=np.float32) < MAX_BLANK_STD).all(axis=1)
     return found
 
