@@ -575,7 +575,7 @@ def test_nothing_is_wrong_only_where_there_is_neither_error_nor_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = data_set(tmp_path, 24)
-    line = [str(path), "--patch.size", "32", "--select.m", "4"]
+    line = [str(path), "--model.encoder", "small", "--patch.size", "32", "--select.m", "4"]
     assert run_check(line) == 0
     assert last_line(capsys.readouterr().out) == "24 images can be used; nothing is wrong"
     assert run_check([*line[:-1], "1"]) == 0
