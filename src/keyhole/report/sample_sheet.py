@@ -88,8 +88,11 @@ def shown_epochs(epochs: Sequence[int]) -> list[int]:
     return [epochs[round(place)] for place in np.linspace(0, len(epochs) - 1, MAX_EARLIER)]
 
 
-def sample_sheet(samples: Sequence[SampleRow], task: Task, epoch: int, title: str) -> Picture.Image:
-    """Draw a row for each sample: what it is, what was kept in earlier epochs and in this one, and the best patches."""
+def sample_sheet(samples: Sequence[SampleRow], task: Task, epoch: int, title: str, blind: float = 0) -> Picture.Image:
+    """Draw a row for each sample: what it is, what was kept in earlier epochs and in this one, and the best patches.
+
+    In the first `blind` epochs attention is uniform, so that the first patches are kept; the heading says so.
+    """
     columns = shown_epochs(sorted({look.epoch for sample in samples for look in sample.earlier}))
     patches_left = MARGIN + TEXT_WIDTH + GAP + (len(columns) + 1) * (SIDE + GAP)
     width = patches_left + PER_LINE * (CELL + 6) - 6 + MARGIN
@@ -100,7 +103,7 @@ def sample_sheet(samples: Sequence[SampleRow], task: Task, epoch: int, title: st
     page.text((width - MARGIN - 128, 20), "attention from 1/M to 16/M, or all", 12, GREY, 240, align="r")
     for number, shown in enumerate([*columns, epoch]):
         x = MARGIN + TEXT_WIDTH + GAP + number * (SIDE + GAP)
-        page.text((x, HEAD - 24), f"epoch {shown}", 13, GREY, SIDE)
+        page.text((x, HEAD - 24), f"epoch {shown}{', not selecting yet' if shown <= blind else ''}", 13, GREY, SIDE)
     page.text((patches_left, HEAD - 24), f"most attended, epoch {epoch}", 13, GREY, width - patches_left)
     for number, sample in enumerate(samples):
         top = HEAD + number * row + GAP

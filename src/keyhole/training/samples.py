@@ -21,6 +21,7 @@ from keyhole.report.sample_sheet import Look, SampleRow, sample_sheet
 from keyhole.tasks.kinds import Task
 from keyhole.training.job import Job
 from keyhole.training.loggers import TENSORBOARD
+from keyhole.training.trial import blind_epochs
 from keyhole.util.files import write_atomic
 from keyhole.util.wording import counted
 
@@ -91,7 +92,7 @@ class Samples:
         ]
         title = f"{self.job.run.path.name}: what the model keeps, epoch by epoch"
         data = io.BytesIO()
-        sample_sheet(samples, task, epoch, title).save(data, "PNG", compress_level=1)
+        sample_sheet(samples, task, epoch, title, blind_epochs(self.job.config)).save(data, "PNG", compress_level=1)
         write_atomic(self.path, data.getvalue())
         if epoch & (epoch - 1) == 0:
             for name, prediction in self._now.items():
