@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from conftest import Say, csv_rows
 from PIL import Image
 from test_features import COORDS, write_h5
@@ -15,6 +16,7 @@ from test_predict import random_predictor
 from test_shown import model_folder
 
 import keyhole
+import keyhole.report.pictures as report_pictures
 from keyhole.config.settings import PatchConfig, SelectConfig
 from keyhole.datasets.tiff_pyramid import TILE, write_pyramid
 from keyhole.images.geometry import Size
@@ -139,3 +141,18 @@ def test_a_slide_of_sixteen_gigapixels_is_drawn_whole_with_its_millimetres(tmp_p
     for x, y, *_ in prediction.kept.boxes / 125:  # patches of 4 pixels, each in a frame that can be seen
         around = shown[max(0, int(y) - 9) : int(y) + 12, max(0, int(x) - 9) : int(x) + 12]
         assert (around == INK).all(axis=-1).sum() > 20
+
+
+def test_a_large_image_without_smaller_levels_is_sketched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.repeat(np.repeat(np.arange(16, dtype=np.uint8).reshape(4, 4, 1) * 16, 512, axis=0), 512, axis=1)
+    tifffile.imwrite(tmp_path / "a.tif", pixels.repeat(3, axis=2), tile=(256, 256), photometric="rgb")
+    predictor = random_predictor(PatchConfig(size=256), SelectConfig(m=2))
+    whole = predictor.predict(tmp_path / "a.tif").pictures
+    monkeypatch.setattr(report_pictures, "MAX_THUMBNAIL_PIXELS", 2**20)
+    sketched = predictor.predict(tmp_path / "a.tif").pictures
+    assert whole is not None
+    assert sketched is not None
+    assert "sketch" in sketched.note
+    assert whole.note == ""
+    assert sketched.downsample == whole.downsample
+    np.testing.assert_allclose(sketched.thumbnail[8::16, 8::16], whole.thumbnail[8::16, 8::16], atol=1)

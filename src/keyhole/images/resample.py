@@ -16,6 +16,7 @@ Index = NDArray[np.int64]
 SUPPORT = 2.0
 """Pixels that Pillow's bicubic filter reaches to each side, at the coarser of the two scales."""
 _BAND_BYTES = 32 * 2**20
+_SAMPLE_SIDE = 64  # pixels that stand for a square of a sketch
 """Bytes of an image that `thumbnail` reads at once."""
 
 
@@ -72,3 +73,27 @@ def thumbnail(image: Image, side: int = 512) -> tuple[Pixels, float]:
     picture = PIL.Image.fromarray(small[:, :, 0] if image.channels == 1 else small)
     resized = np.asarray(picture.resize((width, height), PIL.Image.Resampling.BOX), np.uint8)
     return resized.reshape(height, width, image.channels), image.size.width / width
+
+
+def sketch(image: Image, level: int, region: tuple[float, float, float, float], size: Size, squares: int) -> Pixels:
+    """Return a part of a level that is too large to be read: squares that show the mean of pixels in their middle.
+
+    Args:
+        image: an open image.
+        level: index into its levels.
+        region: left, top, width and height in pixels of the level.
+        size: of the result.
+        squares: most of them along each side; each is one small read.
+    """
+    x, y, width, height = region
+    columns, rows = min(squares, size.width), min(squares, size.height)
+    out = np.empty((rows, columns, image.channels), np.uint8)
+    side = min(_SAMPLE_SIDE, max(1, int(width / columns)), max(1, int(height / rows)))
+    for row in range(rows):
+        for column in range(columns):
+            left = int(x + (column + 0.5) * width / columns - side / 2)
+            top = int(y + (row + 0.5) * height / rows - side / 2)
+            out[row, column] = image.read(Box(left, top, side, side), level).mean(axis=(0, 1)).round()
+        beat()
+    lines = np.arange(size.height) * rows // size.height
+    return out[lines[:, None], np.arange(size.width) * columns // size.width]

@@ -13,7 +13,7 @@ from keyhole.images import open_image
 from keyhole.images.geometry import Box, Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
-from keyhole.images.resample import thumbnail
+from keyhole.images.resample import sketch, thumbnail
 from keyhole.patches.features import FeaturePatches
 from keyhole.patches.sources import FilePatches
 from keyhole.report.predicted import KeptPatches, Pictures, Predicted
@@ -25,6 +25,9 @@ SIDE = 142
 """Largest side of such a patch, in pixels, as on the contact sheet."""
 THUMBNAIL = 1024
 """Longest side of the picture of the whole image."""
+MAX_THUMBNAIL_PIXELS = 2**29
+"""Pixels of a level that are read for this picture; a larger one is sketched, in seconds instead of minutes."""
+SKETCH_SQUARES = 128
 
 
 def most_attended(kept: KeptPatches) -> NDArray[np.int64]:
@@ -54,8 +57,8 @@ def pictures_of_file(
     base = None if before is None or before.of_scores else before
     if base is None:
         try:
-            picture, downsample = thumbnail(source.image, THUMBNAIL)
-            base = Pictures(picture, downsample, patches[:0], place[:0])
+            picture, downsample, note = _whole(source.image)
+            base = Pictures(picture, downsample, patches[:0], place[:0], note)
         except ImageError:  # the patches that could be read were enough for a prediction
             base = _of_scores(prediction, "damaged image: its scores are shown")
     return replace(base, patches=small_patches(patches), place=place, whole=whole.copy())
@@ -74,13 +77,26 @@ def pictures_of_features(
         try:
             with open_image(prediction.image) as image:
                 if _is_slide_of(image.size, source):
-                    picture, downsample = thumbnail(image, THUMBNAIL)
-                    note, side = "stored features: pixels of the slide", source.grid.size or int(boxes[0, 2])
+                    picture, downsample, sketched = _whole(image)
+                    note = f"stored features: pixels of the slide{', ' if sketched else ''}{sketched}"
+                    side = source.grid.size or int(boxes[0, 2])
                     patches, whole = _patches(image, boxes[place], SIDE), _patches(image, boxes[first], side)
                     return Pictures(picture, downsample, patches, place, note, whole=whole)
         except ImageError:
             pass  # the slide is elsewhere, or damaged
     return _of_scores(prediction, "stored features: scores, no pixels")
+
+
+def _whole(image: Image) -> tuple[Pixels, float, str]:
+    """Return the picture of a whole image, its level-0 pixels per pixel, and a note if it is a sketch."""
+    coarsest = min((level.size for level in image.levels if max(level.size) >= THUMBNAIL), default=image.size)
+    if image.held_pixels or coarsest.width * coarsest.height <= MAX_THUMBNAIL_PIXELS:
+        return *thumbnail(image, THUMBNAIL), ""
+    level = next(number for number, each in enumerate(image.levels) if each.size == coarsest)
+    downsample = max(image.size) / THUMBNAIL
+    size = Size(*(max(1, round(side / downsample)) for side in image.size))
+    picture = sketch(image, level, (0, 0, *coarsest), size, SKETCH_SQUARES)
+    return picture, downsample, "no smaller levels: the image is a sketch of samples"
 
 
 def _is_slide_of(size: Size, source: FeaturePatches) -> bool:

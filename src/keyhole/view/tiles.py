@@ -15,6 +15,7 @@ from PIL import Image as Picture
 from keyhole.images.geometry import Box, Size
 from keyhole.images.image import Image
 from keyhole.images.pixels import Pixels
+from keyhole.images.resample import sketch
 
 TILE = 256
 """Side of a tile in pixels."""
@@ -26,8 +27,8 @@ _HELD = 16
 """Pixels that are in memory already are this many times cheaper."""
 _BAND_BYTES = 32 * 2**20
 """Bytes of a level that are read at once."""
-_SAMPLES, _SAMPLE_SIDE = 32, 64
-"""A tile of samples has this many in each direction, each of this many pixels of a level."""
+_SAMPLES = 32
+"""A tile of samples has this many in each direction."""
 _QUALITY = 90
 
 
@@ -103,7 +104,7 @@ def _scaled(image: Image, box: Box, size: Size) -> Pixels:
     lv_x, lv_y, lv_width, lv_height = (side / down for side in box)
     most = MAX_READ_PIXELS * (_HELD if image.held_pixels else 1)
     if lv_width * lv_height > most:
-        return _sampled(image, level, (lv_x, lv_y, lv_width, lv_height), size)
+        return sketch(image, level, (lv_x, lv_y, lv_width, lv_height), size, _SAMPLES)
     step = lv_height / size.height
     rows = max(1, int(_BAND_BYTES / (lv_width * image.channels * step)))
     bands = []
@@ -124,18 +125,3 @@ def _resized(image: Image, level: int, edges: tuple[float, float, float, float],
     inner = (edges[0] - left, edges[1] - top, edges[2] - left, edges[3] - top)
     resized = picture.resize(size, Picture.Resampling.BOX, box=inner)
     return np.asarray(resized).reshape(size.height, size.width, -1)
-
-
-def _sampled(image: Image, level: int, region: tuple[float, float, float, float], size: Size) -> Pixels:
-    """Return a picture of squares, each the mean of some pixels in its middle: a sketch of what is too large."""
-    x, y, width, height = region
-    columns, rows = min(_SAMPLES, size.width), min(_SAMPLES, size.height)
-    out = np.empty((rows, columns, image.channels), np.uint8)
-    side = min(_SAMPLE_SIDE, max(1, int(width / columns)), max(1, int(height / rows)))
-    for row in range(rows):
-        for column in range(columns):
-            left = int(x + (column + 0.5) * width / columns - side / 2)
-            top = int(y + (row + 0.5) * height / rows - side / 2)
-            out[row, column] = image.read(Box(left, top, side, side), level).mean(axis=(0, 1)).round()
-    lines = np.arange(size.height) * rows // size.height
-    return out[lines[:, None], np.arange(size.width) * columns // size.width]
