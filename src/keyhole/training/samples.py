@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -32,7 +33,8 @@ NAME = "samples"
 class Samples:
     """The fixed images of a run, and what was kept of them.
 
-    samples.json holds what was kept in epochs 1, 2, 4, 8 and so on, so that a resumed run shows them too.
+    samples.json holds what was kept in the very first epoch and, of those that select, in the 1st, 2nd, 4th, 8th and so
+    on, so that a resumed run shows them too.
     """
 
     def __init__(self, job: Job) -> None:
@@ -90,11 +92,13 @@ class Samples:
             for name, item in self.items.items()
             if name in self._now
         ]
+        blind = blind_epochs(self.job.config)
         title = f"{self.job.run.path.name}: what the model keeps, epoch by epoch"
         data = io.BytesIO()
-        sample_sheet(samples, task, epoch, title, blind_epochs(self.job.config)).save(data, "PNG", compress_level=1)
+        sample_sheet(samples, task, epoch, title, blind).save(data, "PNG", compress_level=1)
         write_atomic(self.path, data.getvalue())
-        if epoch & (epoch - 1) == 0:
+        selecting = epoch - math.floor(blind)
+        if epoch == 1 or (selecting > 0 and selecting & (selecting - 1) == 0):
             for name, prediction in self._now.items():
                 earlier.setdefault(name, []).append(Look.of(prediction, task, epoch))
             text = {name: [look.to_json(task) for look in looks] for name, looks in earlier.items()}
