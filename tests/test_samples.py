@@ -90,11 +90,16 @@ def test_drawing_opens_no_image_and_changes_nothing_that_is_learned(
     assert results[0] == results[1]
 
 
-def test_damage_to_what_was_drawn_does_not_stop_a_run(toy: Path, tmp_path: Path) -> None:
+def test_an_epoch_that_is_done_again_is_drawn_once_and_damage_does_not_stop_a_run(toy: Path, tmp_path: Path) -> None:
     run = keyhole.train(toy, tmp_path / "run", **settings(train={"epochs": 1}))
-    (run.path / "samples.json").write_text('{"red/1.png": [{"epoch": 1}]}')
+    first = looks(run.path)
+    again = {name: [look, {**look, "epoch": 2}] for name, (look,) in first.items()}  # killed before it was saved
+    (run.path / "samples.json").write_text(json.dumps(again))
     keyhole.resume(run.path, epochs=2)
-    assert [look["epoch"] for each in looks(run.path).values() for look in each] == [2] * MAX_SAMPLES
+    assert {tuple(look["epoch"] for look in each) for each in looks(run.path).values()} == {(1, 2)}
+    (run.path / "samples.json").write_text('{"red/1.png": [{"epoch": 1}]}')
+    keyhole.resume(run.path, epochs=4)
+    assert [look["epoch"] for each in looks(run.path).values() for look in each] == [4] * MAX_SAMPLES
     assert "samples.json: damaged" in (run.path / "log.txt").read_text()
 
 
