@@ -144,6 +144,7 @@ PARTS = (
 )
 STEMS = (
     "tiles",
+    "thumbnails",
     "maps",
     "scores",
     "patches",
@@ -211,7 +212,7 @@ def test_ten_thousand_hostile_requests_get_no_file_and_no_fault(folder: Path) ->
     found = [*asyncio.run(run("")), *asyncio.run(run("a token"))]
     assert len(found) == count
     assert [each for each in found if each[0] >= 500] == []
-    right = re.compile(r"/(api/images(/[01])?|tiles/[01](/\d+){3})|/static/?|/")
+    right = re.compile(r"/(api/images(/[01])?|thumbnails/[01]|tiles/[01](/\d+){3})|/static/?|/")
     assert all(
         re.fullmatch(right, path.replace("//", "/")) for status, path in found if status == 200 and "static" not in path
     )

@@ -4,6 +4,7 @@
 /api/images                  everything in the list
 /api/images/N                one image, and what was predicted for it
 /tiles/N/ZOOM/COLUMN/ROW     of the image
+/thumbnails/N                of the image, for the list
 /maps/N/TASK/ZOOM/COLUMN/ROW of the score of every patch, coloured; TASK is the index of a task
 /scores/N/TASK               the scores themselves, rows x columns, float32
 /patches/N/RANK              a kept patch; 0 is the one with the highest score
@@ -72,6 +73,7 @@ class Viewer:
             Route("/api/images", self.images),
             Route("/api/images/{index}", self.image),
             Route("/tiles/{index}/{zoom}/{column}/{row}", self.tile),
+            Route("/thumbnails/{index}", self.thumbnail),
             Route("/maps/{index}/{task}/{zoom}/{column}/{row}", self.map),
             Route("/scores/{index}/{task}", self.scores),
             Route("/patches/{index}/{rank}", self.patch),
@@ -111,6 +113,10 @@ class Viewer:
         at = {name: self._number(request, name) for name in ("zoom", "column", "row")}
         return self._response(await self._ask(request, index, {"do": "tile", **self._file(entry), **at}))
 
+    async def thumbnail(self, request: Request) -> Response:
+        entry, index = self._entry(request)
+        return self._response(await self._ask(request, index, {"do": "thumbnail", **self._file(entry)}))
+
     async def map(self, request: Request) -> Response:
         entry, index = self._entry(request)
         at = {name: self._number(request, name) for name in ("zoom", "column", "row")}
@@ -148,8 +154,7 @@ class Viewer:
         if keep and key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        urgent = message["do"] != "tile" or message["zoom"] > 0  # zoom 0 is also the picture in the list
-        reply = await self.decoders.ask(index, message, urgent, request.is_disconnected)
+        reply = await self.decoders.ask(index, message, message["do"] != "thumbnail", request.is_disconnected)
         if keep and reply.status == 200 and key not in self._cache and len(reply.body) <= MAX_CACHED_BYTES // 8:
             self._cache[key] = reply
             self._cached_bytes += len(reply.body)

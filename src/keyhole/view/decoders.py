@@ -78,9 +78,8 @@ class Decoders:
             urgent: To be taken before others, as a tile of what somebody looks at.
             gone: Tells whether who asked has left; a job for nobody is dropped.
         """
-        rest = self._rests.get(image, 0.0) - time.monotonic()
-        if rest > 0:
-            return Reply(UNREADABLE, f"no data for {self.patience:g} s; tried again in {rest:.0f} s".encode())
+        if (rest := self._rests.get(image, 0.0) - time.monotonic()) > 0:
+            return self._refusal(rest)
         for job in (*self._jobs, *self._busy.values()):
             if job.message == message and not job.reply.done():
                 job.waiting.append(gone)
@@ -133,15 +132,23 @@ class Decoders:
         late = any(job.image == image and now - process.since > 1 for process, job in self._busy.items())
         return 1 if late or image in self._rests else PER_IMAGE
 
+    def _give_up(self, image: object) -> None:
+        """Refuse an image for a while, also to those who wait for a process to read it."""
+        self._rests[image] = time.monotonic() + REST_SECONDS
+        for job in [job for job in self._jobs if job.image == image]:
+            self._jobs.remove(job)
+            job.reply.set_result(self._refusal(REST_SECONDS))
+
+    def _refusal(self, rest: float) -> Reply:
+        return Reply(UNREADABLE, f"no data for {self.patience:g} s; tried again in {rest:.0f} s".encode())
+
     async def _run(self, process: _Process, job: Question) -> None:
         reply = Reply(UNREADABLE, b"nobody waits for it any more")
         try:
             if not all([await gone() for gone in job.waiting]):
                 reply = await process.ask(job.message, self.patience)
                 if process.stalled:
-                    self._rests[job.image] = time.monotonic() + REST_SECONDS
-                else:
-                    self._rests.pop(job.image, None)
+                    self._give_up(job.image)
         finally:
             self._busy.pop(process, None)
             self._idle.append(process)

@@ -63,8 +63,8 @@ class Desk:
         """Return what a message asks for, None if there is no such thing.
 
         `do` is what to do, `path` and `bits` are of an image, and `scores` is a file of scores:
-        `describe` the image; `tile` it at `zoom`, `column`, `row`; `patch` a `box` of it; the `prediction` with the
-        borders of the map; `values` of the map of a `task`; `map`, a tile of it.
+        `describe` the image; `tile` it at `zoom`, `column`, `row`; a `thumbnail`, zoom 0 without a border; `patch` a
+        `box` of it; the `prediction` with the borders of the map; `values` of the map of a `task`; `map`, a tile of it.
         """
         do, at = message["do"], [message.get(name, 0) for name in ("zoom", "column", "row")]
         if do in ("prediction", "values", "map"):
@@ -83,7 +83,7 @@ class Desk:
         if do == "patch":
             return encoded(read_patch(image, Box(*message["box"])))
         pixels = read_tile(image, *at)
-        return None if pixels is None else encoded(filled(pixels))
+        return None if pixels is None else encoded(pixels if do == "thumbnail" else filled(pixels))
 
 
 def _state(path: Path) -> tuple[int, int, int]:

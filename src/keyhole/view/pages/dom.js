@@ -9,6 +9,11 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
+// A label as it is, and a number with as many digits as say something.
+export function written(label) {
+  return /^-?\d+\.\d{5,}(e[+-]?\d+)?$/i.test(label) ? String(Number(Number(label).toPrecision(5))) : label || "none";
+}
+
 export function percent(share) {
   if (share > 0.999 && share < 1) return "> 99.9 %";
   if (share > 0 && share < 0.001) return "< 0.1 %";

@@ -1,6 +1,6 @@
 // The list of images: filtered, sorted, and drawn only where it is seen, so that ten thousand images are no trouble.
 
-import { byId, make, percent } from "./dom.js";
+import { byId, make, percent, written } from "./dom.js";
 
 const ROW = 58;
 const CHOICES = ["truth", "predicted", "right", "split", "sort", "search"];
@@ -122,12 +122,12 @@ export class ImageList {
       if (exact && answer.error !== null) {
         said.append(make("b", { className: wrong ? "wrong" : "right", textContent: wrong ? "\u2717 " : "\u2713 " }));
       }
-      said.append(`${answer.predicted || "none"}${sure}`);
-      if (answer.true && (wrong || !exact)) said.append(` \u00b7 true ${answer.true}`);
+      said.append(`${written(answer.predicted)}${sure}`);
+      if (answer.true && (wrong || !exact)) said.append(` \u00b7 true ${written(answer.true)}`);
     } else {
       said.textContent = image.split;
     }
-    const picture = make("img", { alt: "", loading: "lazy", src: `tiles/${image.index}/0/0/0?v=${this.version}` });
+    const picture = make("img", { alt: "", loading: "lazy", src: `thumbnails/${image.index}?v=${this.version}` });
     picture.addEventListener("error", () => picture.replaceWith(make("span", { className: "blank" })));
     const name = make("span", { className: "name", title: image.name }, make("bdi", { textContent: image.name }));
     const row = make("div", { className: "item", role: "option" }, picture, make("div", {}, name, said));

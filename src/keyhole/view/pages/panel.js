@@ -1,6 +1,6 @@
 // The right side: what was predicted, the kept patches, and facts about the image.
 
-import { byId, make, percent } from "./dom.js";
+import { byId, make, percent, written } from "./dom.js";
 
 const MOST_CLASSES = 5;
 
@@ -12,9 +12,9 @@ export function showAnswers(answers, tasks) {
     box.append(make("h2", { textContent: tasks.length > 1 ? `Prediction: ${task}` : "Prediction" }));
     box.append(make("div", { className: "line" }, make("b", {
       className: known ? (wrong ? "wrong" : "right") : "",
-      textContent: `${known ? (wrong ? "\u2717 " : "\u2713 ") : ""}${answer.predicted || "none"}`,
+      textContent: `${known ? (wrong ? "\u2717 " : "\u2713 ") : ""}${written(answer.predicted)}`,
     })));
-    if (answer.true) box.append(make("div", { className: "hint", textContent: `true: ${answer.true}` }));
+    if (answer.true) box.append(make("div", { className: "hint", textContent: `true: ${written(answer.true)}` }));
     for (const [name, share] of classes.slice(0, MOST_CLASSES)) {
       box.append(make("div", { className: "line" }, make("span", { textContent: name }),
         make("span", { textContent: percent(share) })), make("meter", { min: 0, max: 1, value: share }));
