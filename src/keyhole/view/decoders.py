@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -114,7 +115,7 @@ class Decoders:
             if process in self._idle:
                 self._idle.remove(process)
             self._busy[process] = job
-            process.image = job.image
+            process.image, process.since = job.image, math.inf
             task = asyncio.ensure_future(self._run(process, job))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -162,7 +163,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.image: object = None
-        self.since = 0.0  # when the present message was sent
+        self.since = math.inf  # when the present message was sent; infinite while it starts
         self.stalled = False
         self._process: asyncio.subprocess.Process | None = None
 
@@ -171,10 +172,11 @@ class _Process:
         return None if self._process is None else self._process.pid
 
     async def ask(self, message: dict[str, Any], patience: float) -> Reply:
-        self.since, self.stalled = time.monotonic(), False
+        self.stalled = False
         if self._process is None:
             self._process = await _started()
             patience += 100.0  # importing from a cold network disk is slow
+        self.since = time.monotonic()
         try:
             async with asyncio.timeout(patience):
                 return await self._exchange(self._process, message)

@@ -47,7 +47,8 @@ def bound(place: Place) -> socket.socket:
     ports = range(PORT, PORT + PORTS) if place.port is None else [place.port]
     family = socket.AF_INET6 if ":" in place.address else socket.AF_INET
     for port in ports:
-        found = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio sends small packets at once (TCP_NODELAY) only where the protocol is named; else a tile waits 40 ms
+        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             if os.name == "posix":
                 found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
