@@ -36,8 +36,9 @@ class Watch:
 
         monkeypatch.setattr(SmallEncoder, "embed", embed_and_note)
 
-    def step(self, *_: Any) -> None:
-        self.learned += self.pending
+    def step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if isinstance(optimizer, torch.optim.AdamW):  # the loss of guessing is found by another one
+            self.learned += self.pending
 
 
 @pytest.mark.parametrize(

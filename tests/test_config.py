@@ -203,7 +203,7 @@ BAD = {
     "nothing to learn from": ("data: {val: 0.5, test: 0.5}", ["data.val (=0.5)", "data.test (=0.5)", "below 1"]),
     "unknown device": ("run: {device: gpu}", ["run.device: expected auto, cpu, cuda", "'gpu'"]),
     "no encoder": ("model: {encoder: ''}", ["model.encoder: expected"]),
-    "pretrained small": ("model: {pretrained: true}", ["model.pretrained", "`small` has no pretrained weights"]),
+    "pretrained small": ("model: {encoder: small, pretrained: true}", ["model.pretrained", "`small` has no pretrained weights"]),
     "two sources of weights": (
         "model: {encoder: resnet18, pretrained: true, weights: a.safetensors}",
         ["model.pretrained and model.weights exclude"],

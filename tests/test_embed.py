@@ -315,7 +315,7 @@ def test_help_needs_no_torch() -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_patches(weights: Path, tmp_path: Path) -> None:
     peaks = []
-    for side in (512, 2560):
+    for side in (1024, 2560):
         shape = (side, side, 3)
         tiles = (np.full((64, 64, 3), number % 200, np.uint8) for number in range((side // 64) ** 2))
         tifffile.imwrite(

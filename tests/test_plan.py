@@ -365,7 +365,7 @@ def test_a_meter_shows_the_peak_and_counting_tensors_comes_near() -> None:
 @pytest.mark.parametrize(
     ("size", "options"),
     [
-        (100, ["--select.m=64", "--train.batch=8"]),
+        (100, ["--model.encoder=small", "--select.m=64", "--train.batch=8"]),
         (64, ["--model.encoder=resnet18", "--model.stages=2", "--select.m=24", "--train.batch=4"]),
     ],
     ids=["small", "resnet18"],

@@ -216,7 +216,8 @@ class Engine:
 
         def step(plan: Plan) -> Tensor:
             if seed is not None:
-                torch.manual_seed(seed)
+                # on a CPU `torch.manual_seed` would format a stack trace each time, for a CUDA that may start later
+                (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(seed)
             self.model.zero_grad(set_to_none=True)
             return split_backward(
                 self.model, bags.part, bags.position, bags.mask, criterion, plan.split, self.encoders.learn
