@@ -8,18 +8,24 @@ import json
 import shutil
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 from conftest import Say, csv_rows, write_toy
+from made_predictions import TASK, made_prediction
 from numpy.typing import NDArray
 from PIL import Image
 from viewing import Served, viewing
 
 import keyhole
 from keyhole import open_image
+from keyhole.report.files import write_scores
+from keyhole.report.score_layer import ScoreScale, colored, score_raster
+from keyhole.view.scores import read_scores
+from keyhole.view.tiles import zooms
 
 
 def pixels(body: bytes) -> NDArray[np.uint8]:
@@ -62,15 +68,53 @@ def test_map_and_kept_patches_are_those_of_the_evaluation(served: Served, looked
         told, scores = json.loads(bytes(stored["prediction"])), stored["map.label"]
     assert shown["name"] == told["name"] == row["image"]
     assert shown["kept"] == told["kept"]["patches"]
-    assert shown["map"]["edges"] == {"x": [0, 16, 32, 48, 64], "y": [0, 16, 32, 48, 64]}
-    values = np.frombuffer(served.get("/scores/0/0").body, "<f4").reshape(4, 4)
-    np.testing.assert_array_equal(values, scores)
+    assert shown["map"] == {"patches": 16, "top": {"label": 16}}
+    values = [[served.get(f"/scores/0/0/0/{x}/{y}").json for x in range(5, 64, 16)] for y in range(5, 64, 16)]
+    np.testing.assert_array_equal(np.array(values, np.float32), scores)
+    assert served.get("/scores/0/0/0/64/0").json is None
     tile = pixels(served.get("/maps/0/0/0/0/0").body)
     middles = tile[8:64:16, 8:64:16, :3].reshape(16, 3).astype(int)
     order = scores.ravel().argsort()
     assert (tile[:64, :64, 3] > 0).all()
     assert (tile[64:, :, 3] == 0).all()
     assert (np.diff(middles[order].sum(axis=1)) >= 0).all(), "the palette grows brighter with the score"
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "stride", "edge"),
+    [
+        ((700, 410), 50, 20, "background"),
+        ((700, 410), 48, 17, "shift"),
+        ((530, 600), 3, 2, "drop"),
+        ((300, 90), 30, 45, "drop"),
+    ],
+)
+def test_overlay_map_and_pointer_show_overlapping_patches_alike(
+    size: tuple[int, int], patch: int, stride: int, edge: str, tmp_path: Path
+) -> None:
+    prediction = made_prediction(size, patch, stride, edge=edge)
+    assert prediction.scores is not None
+    prediction = replace(prediction, scores=replace(prediction.scores, arrived=np.arange(len(prediction.scores)) != 7))
+    shown = read_scores(write_scores(prediction, tmp_path / "scores.npz"))
+    assert prediction.scores is not None
+    scale = ScoreScale.of(prediction.scores.per_task[TASK.name])
+    for zoom in range(zooms(prediction.size) + 1):
+        downsample = 2 ** (zooms(prediction.size) - zoom)
+        height, width = (-(-side // downsample) for side in size[::-1])
+        values = score_raster(prediction.scores, TASK.name, (height, width), downsample)
+        expected = colored(scale.heat(values))
+        for row, column in np.ndindex(-(-height // 256), -(-width // 256)):
+            tile = pixels(shown.tile(TASK.name, zoom, column, row) or b"")
+            here = expected[row * 256 : (row + 1) * 256, column * 256 : (column + 1) * 256]
+            high, wide = here.shape[:2]
+            assert not tile[high:, :, 3].any()
+            assert not tile[:, wide:, 3].any()
+            seen = here[..., 3] > 0
+            np.testing.assert_array_equal(tile[:high, :wide, 3] > 0, seen)
+            np.testing.assert_allclose(tile[:high, :wide, :3][seen], here[..., :3][seen], atol=3)  # 255 of 256 colours
+        for x, y in np.random.default_rng(0).integers(0, (width, height), (40, 2)).tolist():
+            said = shown.score(TASK.name, zoom, x, y)
+            assert said == values[y, x] or (said is None and np.isnan(values[y, x]))
 
 
 def test_a_tile_has_the_pixels_of_the_reader(served: Served, looked_at: Path) -> None:

@@ -145,7 +145,7 @@ def test_the_pointer_reads_the_score_that_is_stored(page: Page, looked_at: Path)
     y = box["y"] + box["height"] / 2 + (24 - float(shown["y"])) * scale
     page.mouse.move(x - 5, y)
     page.mouse.move(x, y)
-    page.wait_for_function("document.getElementById('readout').textContent.includes('score')")
+    page.wait_for_function("() => document.getElementById('readout').textContent.includes('score')")
     said = page.inner_text("#readout")
     assert said.startswith("x 40, y 24 px") or said.startswith("x 39, y 2")
     assert float(said.partition("score ")[2].partition(" ")[0]) == pytest.approx(score, rel=6e-3)

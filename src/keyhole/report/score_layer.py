@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from keyhole.images.geometry import Box
 from keyhole.report.drawing import HOTTEST, LINE, SCORE_COLORS, heat, palette
 from keyhole.report.predicted import Scores
 
@@ -68,29 +69,38 @@ def opaque(hot: NDArray[np.float32]) -> NDArray[np.uint8]:
     return out
 
 
-def score_raster(scores: Scores, task: str | None, shape: tuple[int, int], downsample: float) -> NDArray[np.float32]:
+def score_raster(
+    scores: Scores, task: str | None, shape: tuple[int, int], downsample: float, window: Box | None = None
+) -> NDArray[np.float32]:
     """Return the scores as a picture: each pixel has the highest score of the patches that cover it.
 
     Args:
         scores: of patches with places.
         task: name of a task; default is the mean over all.
-        shape: rows and columns of the picture.
+        shape: rows and columns of the picture of the whole image.
         downsample: level-0 pixels per pixel of it.
+        window: the part of that picture to return, in its pixels; default is all of it.
 
     Returns:
         (rows, columns) float32, NaN where no patch was scored. A patch smaller than a pixel colours that pixel.
     """
-    out = np.full(shape, -np.inf, np.float32)
+    limits = np.array([shape[1], shape[0]])
+    corner, size = (np.zeros(2, np.int64), limits) if window is None else np.split(np.array(window), 2)
+    out = np.full(size[::-1], -np.inf, np.float32)
     values = scores.score if task is None else scores.per_task[task]
-    arrived = np.ones(len(scores), bool) if scores.arrived is None else scores.arrived
+    low, high = (corner - 2) * downsample, (corner + size + 2) * downsample
     for start in range(0, len(scores), PATCHES_AT_ONCE):
         some = slice(start, start + PATCHES_AT_ONCE)
-        boxes = scores.boxes(scores.index[some])[arrived[some]]
-        edges = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) / downsample
+        boxes = scores.boxes(scores.index[some])
+        near = ((boxes[:, :2] < high) & (boxes[:, :2] + boxes[:, 2:] > low)).all(axis=1)
+        near &= True if scores.arrived is None else scores.arrived[some]
+        edges = np.concatenate([boxes[near, :2], boxes[near, :2] + boxes[near, 2:]], axis=1) / downsample
         first, last = np.split(np.rint(edges).astype(np.int64), 2, axis=1)
-        limits = np.array([shape[1], shape[0]])
         first = np.clip(first, 0, limits - 1)
-        _raise(out, first, np.clip(last, first + 1, limits), values[some][arrived[some]])
+        last = np.clip(last, first + 1, limits)
+        first, last = np.maximum(first - corner, 0), np.minimum(last - corner, size)
+        inside = (first < last).all(axis=1)
+        _raise(out, first[inside], last[inside], values[some][near][inside])
     out[np.isneginf(out)] = np.nan
     return out
 
@@ -99,9 +109,9 @@ def _raise(
     out: NDArray[np.float32], first: NDArray[np.int64], last: NDArray[np.int64], values: NDArray[np.float32]
 ) -> None:
     """Raise pixels to the value of each rectangle from `first` to before `last`, x and y (k, 2)."""
-    sizes = last - first
-    for width, height in np.unique(sizes, axis=0).tolist():
-        alike = (sizes == (width, height)).all(axis=1)
+    sizes = (last - first) @ np.array([2**32, 1])
+    for size in np.unique(sizes).tolist():
+        alike, (width, height) = sizes == size, divmod(size, 2**32)
         (x, y), value = first[alike].T, values[alike]
         if len(x) <= width * height:  # few large ones
             for left, top, score in zip(x.tolist(), y.tolist(), value, strict=True):

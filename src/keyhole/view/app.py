@@ -6,7 +6,7 @@
 /tiles/N/ZOOM/COLUMN/ROW     of the image
 /thumbnails/N                of the image, for the list
 /maps/N/TASK/ZOOM/COLUMN/ROW of the score of every patch, coloured; TASK is the index of a task
-/scores/N/TASK               the scores themselves, rows x columns, float32
+/scores/N/TASK/ZOOM/X/Y      the score that a pixel of that map shows, null where no patch is
 /patches/N/RANK              a kept patch; 0 is the one with the highest score
 """
 
@@ -75,7 +75,7 @@ class Viewer:
             Route("/tiles/{index}/{zoom}/{column}/{row}", self.tile),
             Route("/thumbnails/{index}", self.thumbnail),
             Route("/maps/{index}/{task}/{zoom}/{column}/{row}", self.map),
-            Route("/scores/{index}/{task}", self.scores),
+            Route("/scores/{index}/{task}/{zoom}/{column}/{row}", self.score),
             Route("/patches/{index}/{rank}", self.patch),
         ]
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _refused})
@@ -110,21 +110,18 @@ class Viewer:
 
     async def tile(self, request: Request) -> Response:
         entry, index = self._entry(request)
-        at = {name: self._number(request, name) for name in ("zoom", "column", "row")}
-        return self._response(await self._ask(request, index, {"do": "tile", **self._file(entry), **at}))
+        message = {"do": "tile", **self._file(entry), **self._place(request)}
+        return self._response(await self._ask(request, index, message))
 
     async def thumbnail(self, request: Request) -> Response:
         entry, index = self._entry(request)
         return self._response(await self._ask(request, index, {"do": "thumbnail", **self._file(entry)}))
 
     async def map(self, request: Request) -> Response:
-        entry, index = self._entry(request)
-        at = {name: self._number(request, name) for name in ("zoom", "column", "row")}
-        return self._response(await self._ask(request, index, self._of_scores("map", entry, request) | at))
+        return await self._of_scores("map", request)
 
-    async def scores(self, request: Request) -> Response:
-        entry, index = self._entry(request)
-        return self._response(await self._ask(request, index, self._of_scores("values", entry, request), keep=False))
+    async def score(self, request: Request) -> Response:
+        return await self._of_scores("score", request, keep=False)
 
     async def patch(self, request: Request) -> Response:
         entry, index = self._entry(request)
@@ -136,7 +133,7 @@ class Viewer:
         return self._response(await self._ask(request, index, message))
 
     async def _prediction(self, request: Request) -> dict[str, Any]:
-        """Return the kept patches and the borders of the map, unless they are of another prediction than the table."""
+        """Return the kept patches and what colours mean, unless they are of another prediction than the table."""
         entry, index = self._entry(request)
         if entry.scores is None:
             return {}
@@ -178,11 +175,16 @@ class Viewer:
     def _file(self, entry: Entry) -> dict[str, Any]:
         return {"path": str(entry.path), "bits": self.bits}
 
-    def _of_scores(self, do: str, entry: Entry, request: Request) -> dict[str, Any]:
+    async def _of_scores(self, do: str, request: Request, keep: bool = True) -> Response:
+        entry, index = self._entry(request)
         task = self._number(request, "task")
         if entry.scores is None or task >= len(self.tasks):
             raise HTTPException(NOT_FOUND)
-        return {"do": do, "scores": str(entry.scores), "task": self.tasks[task]}
+        message = {"do": do, "scores": str(entry.scores), "task": self.tasks[task], **self._place(request)}
+        return self._response(await self._ask(request, index, message, keep))
+
+    def _place(self, request: Request) -> dict[str, int]:
+        return {name: self._number(request, name) for name in ("zoom", "column", "row")}
 
     def _response(self, reply: Reply) -> Response:
         headers = _KEEP if reply.status == 200 else None

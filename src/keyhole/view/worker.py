@@ -15,8 +15,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from keyhole.errors import ImageLost, KeyholeError
 from keyhole.images.geometry import Box
 from keyhole.images.image import Image, open_image
@@ -64,18 +62,19 @@ class Desk:
 
         `do` is what to do, `path` and `bits` are of an image, and `scores` is a file of scores:
         `describe` the image; `tile` it at `zoom`, `column`, `row`; a `thumbnail`, zoom 0 without a border; `patch` a
-        `box` of it; the `prediction` with the borders of the map; `values` of the map of a `task`; `map`, a tile of it.
+        `box` of it; the `prediction` with what the colours mean; `map`, a tile of the scores of a `task`; the `score`
+        that a pixel of the map at `zoom` shows.
         """
         do, at = message["do"], [message.get(name, 0) for name in ("zoom", "column", "row")]
-        if do in ("prediction", "values", "map"):
+        if do in ("prediction", "score", "map"):
             scores = self.map(Path(message["scores"]))
             if do == "prediction":
-                return _json(scores.prediction | _places(scores))
-            if (values := scores.values.get(message["task"])) is None:
+                return _json(scores.prediction | _colors(scores))
+            if (task := message["task"]) not in scores.scales:
                 return None
-            if do == "values":
-                return values.astype("<f4").tobytes(), "application/octet-stream"
-            tile = scores.tile(message["task"], *at)
+            if do == "score":
+                return _json(scores.score(task, *at))
+            tile = scores.tile(task, *at)
             return None if tile is None else (tile, "image/png")
         image = self.image(Path(message["path"]), message["bits"])
         if do == "describe":
@@ -107,10 +106,8 @@ def _described(image: Image) -> dict[str, Any]:
     }
 
 
-def _places(scores: ScoreMap) -> dict[str, Any]:
-    edges = {"x": np.round(scores.x_edges, 2).tolist(), "y": np.round(scores.y_edges, 2).tolist()}
-    scales = {task: scale.top for task, scale in scores.scales.items()}
-    return {"map": {"patches": next(iter(scores.scales.values())).patches, "top": scales, "edges": edges}}
+def _colors(scores: ScoreMap) -> dict[str, Any]:
+    return {"map": {"patches": len(scores.scores), "top": {task: scale.top for task, scale in scores.scales.items()}}}
 
 
 def _json(data: Any) -> Reply:

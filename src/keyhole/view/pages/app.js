@@ -62,12 +62,8 @@ function layers() {
   panel.markKept(state.patch);
 }
 
-async function scores() {
-  try {
-    await stage.showScores(state.scores ? state.task : null, state.opacity / 100);
-  } catch (error) {
-    panel.showNotes([error.message]);
-  }
+function scores() {
+  stage.showScores(state.scores ? state.task : null, state.opacity / 100);
 }
 
 function goTo(rank) {

@@ -1,7 +1,7 @@
 // The map: tiles of the image, scores over it, outlines of the kept patches, scale bar, and what is under the pointer.
 // A point of Leaflet is (-y, x) in level-0 pixels, divided by 2 ** zooms, so that tiles of the server fit its own.
 
-import { ask, byId } from "./dom.js";
+import { byId } from "./dom.js";
 
 const OVERZOOM = 5;
 const OUTLINE = { fill: false, interactive: false, color: "#ffffff", weight: 2 };
@@ -19,10 +19,11 @@ export class Stage {
     this.map.createPane("scores").style.zIndex = 300;
     this.map.on("moveend zoomend", () => { this.measure(); onMove(); });
     this.map.on("mousemove", (event) => this.tell(this.place(event.latlng)));
-    this.map.on("mouseout", () => { byId("readout").hidden = true; });
+    this.map.on("mouseout", () => { this.pointed = null; byId("readout").hidden = true; });
     new ResizeObserver(() => this.map.invalidateSize()).observe(byId("map"));
     this.outlines = L.layerGroup();
-    this.values = null;
+    this.task = this.pointed = null;
+    this.asking = false;
   }
 
   point(x, y) {
@@ -40,7 +41,7 @@ export class Stage {
   clear() {
     this.map.eachLayer((layer) => layer.remove());
     this.outlines.clearLayers();
-    this.image = this.scoreLayer = this.values = null;
+    this.image = this.scoreLayer = this.task = this.pointed = null;
     byId("readout").hidden = byId("scale").hidden = true;
   }
 
@@ -71,16 +72,13 @@ export class Stage {
     this.map.setView(this.bounds(0, 0, this.image.width, this.image.height).getCenter(), this.whole);
   }
 
-  async showScores(task, opacity) {
+  showScores(task, opacity) {
     this.scoreLayer?.remove();
-    this.scoreLayer = this.values = null;
+    this.scoreLayer = this.task = null;
     if (task === null || !this.image?.map) return;
+    this.task = task;
     const address = `maps/${this.index}/${task}/{z}/{x}/{y}?v=${this.version}`;
     this.scoreLayer = this.tiles(address, { pane: "scores", opacity }).addTo(this.map);
-    const shown = this.scoreLayer;
-    const answer = await ask(`scores/${this.index}/${task}`);
-    const values = new Float32Array(await answer.arrayBuffer());
-    if (this.scoreLayer === shown) this.values = values;
   }
 
   setOpacity(opacity) {
@@ -139,34 +137,36 @@ export class Stage {
     bar.firstElementChild.textContent = `${Number(amount.toPrecision(3)).toLocaleString("en")} ${name}`;
   }
 
-  scoreAt(x, y) {
-    if (!this.values || !this.image.map) return null;
-    const cell = (edges, at) => {
-      let low = 0, high = edges.length - 1;
-      if (at < edges[0] || at >= edges[high]) return -1;
-      while (high - low > 1) {
-        const middle = (low + high) >> 1;
-        if (edges[middle] <= at) low = middle; else high = middle;
-      }
-      return low;
-    };
-    const { x: columns, y: rows } = this.image.map.edges;
-    const column = cell(columns, x), row = cell(rows, y);
-    const value = column < 0 || row < 0 ? NaN : this.values[row * (columns.length - 1) + column];
-    return Number.isNaN(value) ? null : value;
+  // Tell the place under the pointer and its score, which is that of the pixel of the map that is drawn there.
+  async tell(place) {
+    const image = this.image, inside = image && place.x >= 0 && place.y >= 0 && place.x < image.width && place.y < image.height;
+    this.pointed = inside ? place : null;
+    if (!inside) byId("readout").hidden = true;
+    if (this.asking) return; // the loop goes on with the new place
+    this.asking = true;
+    for (let told = null; this.pointed && told !== this.pointed;) {
+      told = this.pointed;
+      const shown = this.image, score = await this.scoreAt(told);
+      if (this.pointed && this.image === shown) this.read(told, score);
+    }
+    this.asking = false;
   }
 
-  tell({ x, y }) {
-    if (!this.image) return;
-    const inside = x >= 0 && y >= 0 && x < this.image.width && y < this.image.height, readout = byId("readout");
-    readout.hidden = !inside;
-    const said = [`x ${Math.floor(x).toLocaleString("en")}, y ${Math.floor(y).toLocaleString("en")} px`];
-    const score = this.scoreAt(x, y);
-    if (score !== null) {
-      said.push(`score ${Number(score.toPrecision(3))} = ${Number((score * this.image.map.patches).toPrecision(2))} / N`);
-    } else if (this.values) {
-      said.push("no patch here");
-    }
-    readout.textContent = said.join("   \u00b7   ");
+  async scoreAt({ x, y }) {
+    if (this.task === null) return "";
+    const zoom = Math.min(this.image.zooms, Math.max(0, Math.round(this.map.getZoom())));
+    const pixel = 2 ** (this.image.zooms - zoom), patches = this.image.map.patches;
+    const address = `scores/${this.index}/${this.task}/${zoom}/${Math.floor(x / pixel)}/${Math.floor(y / pixel)}`;
+    const answer = await fetch(`${address}?v=${this.version}`).catch(() => null);
+    if (!answer?.ok) return "score not known: the server does not answer";
+    const score = await answer.json();
+    return score === null ? "no patch here"
+      : `score ${Number(score.toPrecision(3))} = ${Number((score * patches).toPrecision(2))} / N`;
+  }
+
+  read({ x, y }, score) {
+    const place = `x ${Math.floor(x).toLocaleString("en")}, y ${Math.floor(y).toLocaleString("en")} px`;
+    byId("readout").hidden = false;
+    byId("readout").textContent = [place, score].filter(Boolean).join("   \u00b7   ");
   }
 }
