@@ -1,4 +1,4 @@
-"""Draws docs/flow.svg, the picture of the README: every arrow carries the folder of src/keyhole that does it.
+"""Draws docs/flow.svg, the picture of how-it-works.md: every arrow carries the folder of src/keyhole that does it.
 
     python docs/draw_flow.py
 

@@ -330,7 +330,7 @@ def test_the_image_path_learns_from_the_tree_and_finds_the_lesions(tree: Path, t
     code, out, err = say("evaluate", tmp_path / "run")
     assert code == 0, err
 
-    assert "attention in lesions" in out
+    assert "attention in annotated regions" in out
     found = judged(tmp_path / "run")
     assert found["auroc"] == 1
     assert found["kept"] > 2 * found["looked_at"] > 0
@@ -380,7 +380,7 @@ def test_the_feature_path_learns_without_the_slides_and_finds_the_lesions(tree: 
     code, out, err = say("evaluate", tmp_path / "run")
     assert code == 0, err
 
-    assert "attention in lesions" in out
+    assert "attention in annotated regions" in out
     found = judged(tmp_path / "run")
     assert found["auroc"] > 0.9
     assert found["kept"] > 2 * found["looked_at"] > 0

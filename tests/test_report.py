@@ -105,15 +105,17 @@ def evaluated(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return keyhole.evaluate(toy_run, out=tmp_path_factory.mktemp("evaluated") / "out").path
 
 
-def test_the_report_is_one_page_that_needs_nothing_else(evaluated: Path) -> None:
+def test_the_report_is_one_page_that_needs_nothing_else(evaluated: Path, toy_run: Path) -> None:
     text = (evaluated / "report.html").read_text()
     page = checked(text)
-    assert len(figures(text)) == 6  # ROC, precision-recall, calibration, confusion, loss, metric
+    assert len(figures(text)) == 7  # ROC, precision-recall, calibration, confusion, loss, metric, selection
     for heading in ("Data", "Operating point", "Cases", "Training", "Left out", "Settings and environment"):
         assert heading in page.texts
     assert "was evaluated on" in page.text
     assert "Training did not open these images." in page.text
     assert "Nothing was left out." in page.text
+    assert str(evaluated.parent) not in text, "reports are sent to others: no folder of this machine"
+    assert str(toy_run.parent) not in text
 
 
 def test_its_figures_are_those_of_metrics_json(evaluated: Path) -> None:
@@ -276,7 +278,8 @@ def test_what_was_left_out_and_where_annotations_lie_is_told(toy: Path, toy_run:
     found = keyhole.evaluate(toy_run, tmp_path / "data.csv", out=tmp_path / "out", on_bad_image="skip")
     page = checked((found.path / "report.html").read_text())
     (reason,) = [row for row in page.rows if row[0] == "bad.png"]
-    assert reason[1:] == [found.left_out["bad.png"], "this evaluation"]
+    said = found.left_out["bad.png"].replace(str(tmp_path), f".../{tmp_path.name}")
+    assert reason[1:] == [said, "this evaluation"]
     (kept,) = [row for row in page.rows if row[0] == "kept patches that touch a region"]
     assert kept[1] == kept[3] == kept[4] == "1.000"
     assert any("Annotated regions" in text for text in page.texts)

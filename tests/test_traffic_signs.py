@@ -236,7 +236,7 @@ def test_a_model_learns_from_the_manifest_and_evaluation_says_how_many_kept_patc
     flags += ["--train.epochs=1", "--data.val=0"]
     assert say("train", "table/manifest.csv", *flags, "--out", "run").code == 0
     said = say("evaluate", "run")
-    assert "kept patches that touch a lesion" in said.out
+    assert "kept patches that touch an annotated region" in said.out
     metrics = json.loads(Path("run/evaluation/test/metrics.json").read_text())
     assert metrics["tasks"]["sign"]["kind"] == "multiclass"
     assert metrics["lesions"]["images"] == 6

@@ -158,12 +158,29 @@ STEMS = (
 )
 
 
-def hostile_paths(count: int) -> Iterator[str]:
-    """Yields paths as a request may write them, different each time."""
+VALID = ("/", "/api/images", "/api/images/0", "/thumbnails/1", "/tiles/0/0/0/0", "/static/app.js")
+HOSTS = (
+    b"evil.example",
+    b"localhost.evil.example:8765",
+    b"evil.localhost",
+    b"localhost:8765@evil.example",
+    b"127.0.0.1.nip.io",
+)
+
+
+def hostile_paths(count: int, secret: Path) -> Iterator[str]:
+    """Yields paths as a request may write them, different each time, and some that are right for hostile headers."""
     draw = random.Random(0)
     for _ in range(count):
-        parts = [draw.choice(PARTS) for _ in range(draw.randint(0, 6))]
-        yield f"/{draw.choice(STEMS)}/" + "/".join(parts)
+        stem, kind = draw.choice(STEMS), draw.random()
+        if kind < 0.1:
+            yield draw.choice(VALID)
+        elif kind < 0.4:  # a way up to a file that is there
+            up, between = draw.choice(["..", "%2e%2e", ".%2e"]), draw.choice(["/", "%2f", "%252f", "%5c", "//"])
+            file = draw.choice([Path("/etc/passwd"), secret, secret.relative_to(secret.parent)])
+            yield f"/{stem}/" + between.join([*[up] * draw.randint(0, 12), *str(file).strip("/").split("/")])
+        else:
+            yield f"/{stem}/" + "/".join(draw.choice(PARTS) for _ in range(draw.randint(0, 6)))
 
 
 async def status_of(app: Any, path: str, headers: list[tuple[bytes, bytes]], method: str) -> tuple[int, bytes]:
@@ -193,10 +210,10 @@ def test_ten_thousand_hostile_requests_get_no_file_and_no_fault(folder: Path) ->
         viewer = Viewer(open_collection([folder]))
         app = Guard(viewer.app(), known_hosts("127.0.0.1"), token)
         draw, found = random.Random(1), []
-        for number, path in enumerate(hostile_paths(count // 2)):
+        for number, path in enumerate(hostile_paths(count // 2, folder.parent / "secret.txt")):
             headers = [(b"host", b"localhost:8765")]
             if number % 5 == 0:
-                odd = bytes(draw.choices(range(256), k=draw.randint(0, 60)))
+                odd = draw.choice([bytes(draw.choices(range(256), k=draw.randint(0, 60))), draw.choice(HOSTS)])
                 name = draw.choice([b"host", b"origin", b"cookie", b"sec-fetch-site", b"range", b"content-length"])
                 headers = [each for each in headers if each[0] != name] + [(name, odd)] * draw.randint(1, 2)
             query = draw.choice(
@@ -205,6 +222,8 @@ def test_ten_thousand_hostile_requests_get_no_file_and_no_fault(folder: Path) ->
             status, body = await status_of(app, path + query, headers, draw.choice(["GET", "GET", "HEAD", "POST"]))
             assert SECRET.encode() not in body
             assert b"root:" not in body
+            if status == 200:
+                assert [value for name, value in headers if name == b"host"] == [b"localhost:8765"], path
             found.append((status, path))
         await viewer.decoders.close()
         return found

@@ -54,7 +54,7 @@ class Evaluation:
         metrics: One per task.
         left_out: Images that could not be read, with the reason.
         notes: Remarks that readers of the figures should know.
-        lesions: Share of the attention in annotated lesions; None if no image has an annotation.
+        lesions: Share of the attention in annotated regions; None if no image has an annotation.
         operating_points: By task, thresholds chosen on the validation split, and what they reach here.
         warnings: Evidence against the model, such as that it is no better than guessing.
     """

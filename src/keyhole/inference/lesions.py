@@ -1,7 +1,7 @@
-"""Compare predictions with marked lesions: the shares of attention and of kept patches inside, their means, a table.
+"""Compare predictions with annotated regions: the shares of attention and of kept patches inside, their means, a table.
 
-A lesion is any region that the annotation outlines or masks. Annotations only judge the attention; training never uses
-them.
+A region is what the annotation outlines or masks: a lesion, a traffic sign, a pothole. Annotations only judge the
+attention; training never uses them.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class LesionShare:
 
     Attributes:
         regions: Number of outlines, or of connected areas of a mask; without any, the shares have no meaning.
-        attention: By task, the sum over kept patches of their attention times the share of their area in lesions: 1 if
+        attention: By task, the sum over kept patches of their attention times the share of their area in regions: 1 if
             all attention is inside.
-        kept: Share of the kept patches that touch a lesion.
+        kept: Share of the kept patches that touch a region.
         looked_at: Share of all patches that touch one, the expected value of `kept` for a random choice. This and the
             fields below are None if the prediction has no scores.
-        area: Share of the area of all patches in lesions, the value of `attention` if it were uniform.
-        most_attention: Maximum of `attention`: all of it on the patch with the largest share in lesions.
-        most_kept: Maximum of `kept`: fewer patches may touch a lesion than are kept.
+        area: Share of the area of all patches in regions, the value of `attention` if it were uniform.
+        most_attention: Maximum of `attention`: all of it on the patch with the largest share in regions.
+        most_kept: Maximum of `kept`: fewer patches may touch a region than are kept.
     """
 
     regions: int
@@ -54,7 +54,7 @@ class LesionShare:
 
 @dataclass(frozen=True)
 class Lesions:
-    """Means over the images with at least one marked lesion.
+    """Means over the images with at least one annotated region.
 
     Attributes:
         images: Number of these images.
@@ -91,11 +91,12 @@ class Lesions:
     def lines(self) -> list[str]:
         several = len(self.attention) > 1
         lines = [
-            f"{f'{task} ' if several else ''}attention in lesions {estimate}; "
+            f"{f'{task} ' if several else ''}attention in annotated regions {estimate}; "
             f"{_bounds(self.area, self.most_attention)}; mean of {counted(self.images, 'annotated image')}"
             for task, estimate in self.attention.items()
         ]
-        lines.append(f"kept patches that touch a lesion {self.kept}; {_bounds(self.looked_at, self.most_kept)}")
+        bounds = _bounds(self.looked_at, self.most_kept)
+        lines.append(f"kept patches that touch an annotated region {self.kept}; {bounds}")
         if self.empty:
             said = "annotation marks nothing and does not", "annotations mark nothing and do not"
             lines.append(f"{counted(len(self.empty), *said)} count; see lesions.csv")
@@ -149,7 +150,7 @@ def lesion_share(prediction: Prediction, marked: Annotation) -> LesionShare:
 
 
 def _of_all(scores: Scores, marked: Annotation) -> tuple[int, float, float]:
-    """Return the number of patches that touch a lesion, the share of all area inside, and the largest of a patch."""
+    """Return the number of patches that touch a region, the share of all area inside, and the largest of a patch."""
     touched, inside, most = 0, 0.0, 0.0
     for start in range(0, len(scores), _BLOCK):
         boxes = scores.boxes(scores.index[start : start + _BLOCK])
@@ -178,7 +179,7 @@ def lesion_means(
     def means(weights: Weights) -> dict[tuple[str, str], Weights]:
         return {key: weights @ values / weights.sum(axis=1) for key, values in columns.items()}
 
-    found = dict.fromkeys(columns, IntervalEstimate(None, note="no image has an annotated lesion"))
+    found = dict.fromkeys(columns, IntervalEstimate(None, note="no image has an annotated region"))
     if used:
         of = [groups.get(name) for name in used]
         found = bootstrap(means, len(used), of if any(of) else None, seed)

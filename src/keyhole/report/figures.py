@@ -32,6 +32,8 @@ MAX_NAMED_CLASSES = 40
 BINS = 10
 """Bins of probability in a calibration plot."""
 SIZE = (4.9, 4.1)
+KEPT = {"kept.changed": "new", "kept.attended": "attended", "kept.blank": "of one colour"}
+"""Columns of metrics.csv that are shares of the kept patches."""
 MARKERS = {BALANCED: ("o", "balanced"), SENSITIVE: ("^", "sensitive")}
 
 
@@ -294,7 +296,7 @@ def _errors(of: RegressionMeasures, name: str) -> Drawn:
 def learning_curves(
     rows: Sequence[Mapping[str, float]], metrics: Mapping[str, str], best: int, split: str
 ) -> list[Drawn]:
-    """Return the loss and the metrics of each epoch.
+    """Return the loss, the metrics and the health of the selection of each epoch, as far as they are known.
 
     Args:
         rows: Rows of metrics.csv.
@@ -305,9 +307,12 @@ def learning_curves(
     epochs = [row["epoch"] for row in rows]
     names = {"val": "validation", "test": "test"}
 
+    def known(key: str) -> bool:
+        return any(np.isfinite(row.get(key, np.nan)) for row in rows)
+
     def line(axis: Any, key: str, label: str, color: str) -> None:
-        values = [row.get(key, np.nan) for row in rows]
-        if np.isfinite(values).any():
+        if known(key):
+            values = [row.get(key, np.nan) for row in rows]
             axis.plot(epochs, values, color=color, label=label, marker="." if len(rows) <= 60 else "")
 
     def finish(axis: Any, y: str) -> None:
@@ -329,8 +334,33 @@ def learning_curves(
             line(axis, f"{split}.{task}.{metric}", f"{shortened(task)}: {METRIC_NAMES.get(metric, metric)}", color)
         finish(axis, f"{names[split]} metric")
 
+    def kept(figure: Any) -> None:
+        gain = known("kept.gain")
+        axis, *below = figure.subplots(1 + gain, 1, sharex=True, height_ratios=(3, 2) if gain else None, squeeze=False)[
+            :, 0
+        ]
+        for color, (key, label) in zip(COLORS, KEPT.items(), strict=False):
+            line(axis, key, label, color)
+        axis.set_ylim(0, 1.04)
+        for each in below:
+            each.axhline(0, linestyle="--", color=GREY, linewidth=1)
+            line(each, "kept.gain", "gain", COLORS[3])
+            each.set(xlabel="epoch", ylabel="gain in loss")
+            each.axvline(best, linestyle=":", color="black", linewidth=1.2)
+        finish(axis, "share of kept patches")
+        if below:
+            axis.set_xlabel("")
+
     drawn = [Drawn("Loss", "The mean over the images of an epoch.", draw_svg("training-loss", SIZE, losses))]
     if any(f"{split}.{task}.{metric}" in row for row in rows for task, metric in metrics.items()):
         caption = f"On the {names[split]} split, after each epoch."
         drawn.append(Drawn("Metric", caption, draw_svg("training-metric", SIZE, figures)))
+    if any(map(known, KEPT)):
+        caption = (
+            f"Of the kept patches of {'the watched' if known('kept.gain') else 'some training'} images: new since "
+        )
+        caption += "the epoch before, those that the attention rests on, and those of one colour."
+        if known("kept.gain"):
+            caption += " Gain: loss of as many random patches minus that of the kept ones; above 0 the selection helps."
+        drawn.append(Drawn("Selection", caption, draw_svg("training-kept", SIZE, kept)))
     return drawn

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import base64
 import functools
+import os
+import re
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keyhole.report.drawing import ATTENTION_COLORS, SCORE_COLORS, Color, printable
@@ -16,6 +19,10 @@ from keyhole.tasks.intervals import IntervalEstimate, short
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+_FOLDERS = re.compile(
+    r"""(?<![\w.~/\\:+-])(?:[A-Za-z]:)?(?:[/\\][^\s/\\:,;'"<>|]+)+[/\\]([^\s/\\:,;'"<>|]+[/\\])(?=[^\s/\\])"""
+)
+"""Folders of an absolute path; the group is the last one."""
 MAX_ROWS = 200
 """Rows of a table that are shown."""
 
@@ -64,8 +71,17 @@ def _templates() -> Environment:
 
 
 def _plain(value: Any) -> Any:
-    """Return what a template shows of a value: characters that cannot be printed are replaced."""
-    return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
+    """Return what a template shows of a value: without characters that cannot be printed, and with short paths."""
+    return "\n".join(map(printable, short_paths(value).split("\n"))) if type(value) is str else value
+
+
+def short_paths(text: str) -> str:
+    """Return a text whose absolute paths begin with their last folder: pages are sent to others.
+
+    >>> short_paths("/home/ann/slides/a.svs: cannot be read; see https://example.org/a/b and runs/one")
+    '.../slides/a.svs: cannot be read; see https://example.org/a/b and runs/one'
+    """
+    return _FOLDERS.sub(r".../\1", text.replace(f"{Path.home()}{os.sep}", "~/"))
 
 
 def _gradient(colors: Sequence[Color]) -> str:

@@ -24,7 +24,6 @@ async function choose(index, view = null, patch = null) {
   const mine = ++asked, row = data.images[index];
   list.choose(index);
   byId("name").textContent = row.name;
-  panel.showAnswers(row.answers, tasks);
   stage.clear();
   image = null;
   const slow = setTimeout(() => message("Opening ..."), 300);
@@ -50,6 +49,7 @@ async function choose(index, view = null, patch = null) {
 // Scores and kept patches of the chosen task.
 function layers() {
   const task = tasks[state.task];
+  panel.showAnswers(data.images[state.index].answers, tasks, task);
   kept = (image?.kept ?? []).map((patch, place) => ({
     ...patch, place, rank: place + 1, weight: patch.attention[task],
   })).sort((one, other) => other.weight - one.weight || one.rank - other.rank);

@@ -4,8 +4,16 @@ import { byId, make, percent, written } from "./dom.js";
 
 const MOST_CLASSES = 5;
 
-export function showAnswers(answers, tasks) {
-  byId("answers").replaceChildren(...Object.entries(answers).map(([task, answer]) => {
+// The chosen task first, with its classes; of the others the answer alone.
+export function showAnswers(answers, tasks, chosen) {
+  const order = Object.entries(answers).sort(([one], [other]) => (other === chosen) - (one === chosen));
+  if (!order.length) {
+    byId("answers").replaceChildren(make("p", {
+      className: "hint", textContent: "No prediction is stored for it. keyhole predict RUN IMAGES --out DIR makes one; then open DIR.",
+    }));
+    return;
+  }
+  byId("answers").replaceChildren(...order.map(([task, answer]) => {
     const box = make("div", { className: "answer" }), wrong = answer.error > 0;
     const classes = Object.entries(answer.probability).sort((one, other) => other[1] - one[1]);
     const known = answer.error !== null && classes.length;
@@ -15,6 +23,7 @@ export function showAnswers(answers, tasks) {
       textContent: `${known ? (wrong ? "\u2717 " : "\u2713 ") : ""}${written(answer.predicted)}`,
     })));
     if (answer.true) box.append(make("div", { className: "hint", textContent: `true: ${written(answer.true)}` }));
+    if (task !== chosen) return box;
     for (const [name, share] of classes.slice(0, MOST_CLASSES)) {
       box.append(make("div", { className: "line" }, make("span", { textContent: name }),
         make("span", { textContent: percent(share) })), make("meter", { min: 0, max: 1, value: share }));
