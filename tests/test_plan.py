@@ -34,6 +34,7 @@ from keyhole.errors import ConfigError
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.tasks.kinds import Task
 from keyhole.util.budget import memory_text, out_of_memory
+from keyhole.util.platform import resident_memory
 
 CPU = torch.device("cpu")
 TASKS = [Task("a", "binary", ("no", "yes")), Task("b", "multiclass", ("x", "y", "z"))]
@@ -469,6 +470,28 @@ def test_over_the_budget_with_the_smallest_chunks_is_said_once() -> None:
         pace.run("select", lambda _, size=size: touch(size))  # type: ignore[misc]
     assert len(said) == 1
     assert "with the smallest chunks already" in said[0]
+
+
+@LINUX
+def test_without_a_budget_memory_that_grows_back_within_a_step_is_not_returned_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    returned: list[int] = []
+    monkeypatch.setattr("keyhole.engine.memory.pace.give_back", lambda: returned.append(1))
+    pace = Pace(Plan(peak=1, device="cpu"))
+    for _ in range(3):
+        pace.after_pass()
+    assert len(returned) == 1
+    with mmap.mmap(-1, resident_memory() // 5) as memory:
+        for page in range(0, len(memory), mmap.PAGESIZE):
+            memory[page] = 1
+        for _ in range(3):
+            pace.after_pass()
+    assert len(returned) == 2
+    named = Pace(Plan(peak=1, named=True, device="cpu"))
+    for _ in range(3):
+        named.after_pass()
+    assert len(returned) == 5, "a budget leaves no room for it"
 
 
 def test_images_that_stay_in_memory_get_a_quarter_of_a_budget_that_they_count_in() -> None:
