@@ -110,19 +110,22 @@ class ChunkScorer:
 
     def _distinct(self, chunk: Chunk, pixels: Tensor, color: Tensor | None, blank: NDArray[np.bool_]) -> Tensor:
         """Return the embeddings of a chunk some of whose patches are of one colour."""
-        keys = {int(row): (int(chunk.image[row]), chunk.pixels[row, 0, 0].tobytes()) for row in blank.nonzero()[0]}
-        first = {key: row for row, key in reversed(keys.items()) if key not in self._known}  # row to encode for a key
-        rows = torch.from_numpy(np.sort(np.concatenate([(~blank).nonzero()[0], np.fromiter(first.values(), np.int64)])))
-        parts = self.encoded(pixels[rows], len(rows), None if color is None else color[rows])
+        at = blank.nonzero()[0]
+        color_of = chunk.pixels[at, 0, 0]
+        key = np.concatenate([chunk.image[at, None].view(np.uint8), color_of.view(np.uint8)], axis=1)
+        _, firsts, group = np.unique(key.view(f"V{key.shape[1]}")[:, 0], return_index=True, return_inverse=True)
+        names = [(int(chunk.image[at[first]]), color_of[first].tobytes()) for first in firsts]
+        new = {name: int(at[first]) for name, first in zip(names, firsts, strict=True) if name not in self._known}
+        rows = np.sort(np.concatenate([(~blank).nonzero()[0], np.fromiter(new.values(), np.int64)]))
+        where = torch.from_numpy(rows)
+        parts = self.encoded(pixels[where], len(rows), None if color is None else color[where])
         found = torch.cat(parts) if parts else next(iter(self._known.values())).new_empty(0)
-        place = {int(row): at for at, row in enumerate(rows.tolist())}
-        self._known |= {key: found[place[row]].clone() for key, row in first.items()}
-        known = next(iter(self._known.values()))
-        embedding = known.new_empty(len(pixels), len(known))
+        self._known |= {name: found[int(np.searchsorted(rows, row))].clone() for name, row in new.items()}
+        shared = torch.stack([self._known[name] for name in names])
+        embedding = shared.new_empty(len(pixels), shared.shape[1])
         if parts:
-            embedding[rows] = found
-        for row, key in keys.items():
-            embedding[row] = self._known[key]
+            embedding[where] = found
+        embedding[torch.from_numpy(at)] = shared[torch.from_numpy(group)]
         return embedding
 
 
