@@ -15,6 +15,7 @@ from keyhole.config.settings import PatchConfig
 from keyhole.errors import ConfigError, ImageError
 from keyhole.images import ArrayImage, Image, open_image
 from keyhole.images.pixels import Pixels
+from keyhole.loading import FetchOnly, Reader
 from keyhole.patches import image_cache as store_module
 from keyhole.patches.edge import EDGE_RULES
 from keyhole.patches.foreground.rules import FOREGROUND_RULES
@@ -270,6 +271,22 @@ def test_a_resident_image_is_the_image_without_its_file(picture: Path) -> None:
         assert again.read((0, 0, 90, 70)).shape == (70, 90, 3)
     with pytest.raises(ImageError):
         ImageCache().open(picture)
+
+
+def test_few_patches_of_an_image_in_memory_are_copied_by_the_consumer(
+    picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, wanted = View(True, False, 1), [11, 0, 5, 5]
+    expected = FileOpener(picture, "p", 20, view=view)().read(wanted)
+    opener = FileOpener(picture, "p", 20, view=view, cache=ImageCache(keep=True))
+    with Reader(threads=1) as reader:
+        stream = reader.stream([[FetchOnly(opener)]], 4)
+        batch = next(stream)
+        monkeypatch.setattr(reader.threads, "submit", lambda *_, **__: pytest.fail("no thread is needed"))
+        (found,) = batch.fetch([wanted])
+        assert found is not None
+        np.testing.assert_array_equal(found, expected)
+        assert reader.reread_patches == 4
 
 
 def test_one_rule_decides_what_stays_in_memory(picture: Path) -> None:

@@ -140,12 +140,17 @@ class Image(ABC):
             out: a target (h, w, c) for each box; views of any strides.
             uses: if this is one of many calls of a pass, returns how many boxes of the pass touch each tile.
         """
-        for start, stop, around in runs_of(boxes):
+        alone = ((row, row + 1, box) for row, box in enumerate(boxes))
+        for start, stop, around in alone if self.in_memory(level) else runs_of(boxes):
             region = self.read(around, level)
             for box, target in zip(boxes[start:stop], out[start:stop], strict=True):
                 left, top = box.x - around.x, box.y - around.y
                 place(target, region[top : top + box.height, left : left + box.width])
             beat()
+
+    def in_memory(self, level: int) -> bool:
+        """Return whether the pixels of a level are in memory, so that reading them only copies."""
+        return False
 
     def jpeg_tiling(self, level: int) -> Size | None:
         """Tell whether `jpeg_tiles` returns the tiles of a level, for a decoder on another device.
@@ -201,6 +206,9 @@ class ArrayImage(Image):
     @classmethod
     def sniff(cls, path: Path, head: bytes) -> bool:
         return False
+
+    def in_memory(self, level: int) -> bool:
+        return True
 
     def _read(self, box: Box, level: int) -> Pixels:
         return self.pixels[box.y : box.y + box.height, box.x : box.x + box.width]

@@ -23,6 +23,10 @@ MIN_TASK_PATCHES = 8
 """Patches of one task where many threads need tasks, and of kept patches, which share few tiles."""
 
 
+MAX_COPIED_BYTES = 2**20
+"""Kept patches of an image in memory that the consumer copies itself: handing them to threads takes longer."""
+
+
 class Batch:
     """The images of one step.
 
@@ -131,6 +135,7 @@ class Batch:
     ) -> tuple[list[Array | None], int]:
         """Return what `fetch` returns, and how many of the patches were read from files."""
         out: list[Array | None] = [None] * len(indices)
+        copied = 0
         parts: list[tuple[int, Index, list[Reading]]] = []  # image, rows that are not in the cache, their readings
         for slot, wanted in zip(self.slots, indices, strict=True):
             if slot.handle is None:
@@ -147,6 +152,12 @@ class Batch:
                 cached = self.cache.take(slot.image, index, rows)
             absent = np.flatnonzero(~cached)
             into = np.empty((len(absent), *rows.shape[1:]), rows.dtype) if cached.any() else rows
+            if slot.handle.source.in_memory and into.nbytes <= MAX_COPIED_BYTES:
+                slot.handle.read(index[absent], into)
+                if into is not rows:
+                    rows[absent] = into
+                copied += len(absent)
+                continue
             runs = [slice(start, start + MIN_TASK_PATCHES) for start in range(0, len(absent), MIN_TASK_PATCHES)]
             tasks = [Reading(self._stream, slot, index[absent[run]], into[run], urgent=True) for run in runs]
             parts.append((slot.image, absent, tasks))
@@ -162,7 +173,7 @@ class Batch:
                 out[image] = np.concatenate([reading.out for reading in part])
         for image in self.failed:
             out[image] = None
-        return out, sum(len(reading.index) for reading in readings)
+        return out, copied + sum(len(reading.index) for reading in readings)
 
     def close(self) -> None:
         """Close the sources and drop the chunks that are still being read."""

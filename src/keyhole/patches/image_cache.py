@@ -72,6 +72,9 @@ class ResidentImage(Image):
     def sniff(cls, path: Path, head: bytes) -> bool:
         return False
 
+    def in_memory(self, level: int) -> bool:
+        return level == self.level
+
     def _read(self, box: Box, level: int) -> Pixels:
         if level != self.level:
             with open_image(self.path, self._given_bits) as image:

@@ -77,6 +77,7 @@ class PatchSource(ABC):
         view: how the image is turned by the augmentation.
         decoded_bytes: memory that the level read takes when it is decoded whole; 0 for features.
         whole_bytes: memory that the reader needs because it decodes the image whole; 0 where it reads parts.
+        in_memory: reading only copies.
     """
 
     name: str
@@ -90,6 +91,7 @@ class PatchSource(ABC):
     view: View = View()
     decoded_bytes: int = 0
     whole_bytes: int = 0
+    in_memory: bool = False
 
     def __len__(self) -> int:
         return self.grid.n
@@ -164,6 +166,7 @@ class FilePatches(PatchSource):
         self.mpp = None if image.mpp is None else image.mpp * grid.scale
         self.decoded_bytes = decoded_bytes(image, grid.level)
         self.whole_bytes = image.held_pixels * image.channels
+        self.in_memory = image.in_memory(grid.level) and grid.scale == image.levels[grid.level].downsample
 
     def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
         if self.channels == self.grid.channels and out is not None:
