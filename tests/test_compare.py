@@ -110,6 +110,7 @@ def test_the_command_writes_a_page_and_tables_and_says_the_same(runs: tuple[Path
         assert f"{name}: {values}" in out.out
     text = (folder / "compare.html").read_text()
     page = checked(text)
+    assert str(first.parent) not in text
     assert len(figures(text)) == 1
     assert ["train.lr", "0.003", "0.001"] in page.rows
     cases = csv_rows(folder / "cases.csv")

@@ -325,7 +325,7 @@ def learning_curves(
         axis = figure.subplots()
         line(axis, "train.loss", "training", COLORS[0])
         line(axis, f"{split}.loss", names[split], COLORS[1])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         finish(axis, "loss")
 
     def figures(figure: Any) -> None:
@@ -341,13 +341,15 @@ def learning_curves(
         ]
         for color, (key, label) in zip(COLORS, KEPT.items(), strict=False):
             line(axis, key, label, color)
-        axis.set_ylim(0, 1.04)
+        margin = 0.05 * (epochs[-1] - epochs[0]) or 1.0
+        axis.set(xlim=(epochs[0] - margin, epochs[-1] + margin), ylim=(0, 1.04))
         for each in below:
             each.axhline(0, linestyle="--", color=GREY, linewidth=1)
             line(each, "kept.gain", "gain", COLORS[3])
             each.set(xlabel="epoch", ylabel="gain in loss")
             each.axvline(best, linestyle=":", color="black", linewidth=1.2)
         finish(axis, "share of kept patches")
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
         if below:
             axis.set_xlabel("")
 

@@ -24,9 +24,17 @@ async function choose(index, view = null, patch = null) {
   const mine = ++asked, row = data.images[index];
   list.choose(index);
   byId("name").textContent = row.name;
+  panel.showAnswers(row.answers, tasks, tasks[state.task]);
   stage.clear();
   image = null;
-  const slow = setTimeout(() => message("Opening ..."), 300);
+  kept = [];
+  const slow = setTimeout(() => { // what is still there is of the image before
+    message("Opening ...");
+    panel.showNotes([]);
+    panel.showFacts({});
+    panel.showKept(index, kept, null, data.version, goTo);
+    byId("layers").hidden = true;
+  }, 300);
   let found;
   try {
     found = await (await ask(`api/images/${index}`)).json();
@@ -49,7 +57,6 @@ async function choose(index, view = null, patch = null) {
 // Scores and kept patches of the chosen task.
 function layers() {
   const task = tasks[state.task];
-  panel.showAnswers(data.images[state.index].answers, tasks, task);
   kept = (image?.kept ?? []).map((patch, place) => ({
     ...patch, place, rank: place + 1, weight: patch.attention[task],
   })).sort((one, other) => other.weight - one.weight || one.rank - other.rank);
@@ -167,6 +174,7 @@ byId("task").addEventListener("change", (event) => {
   state.task = Number(event.target.value);
   list.task = tasks[state.task];
   list.fill();
+  if (state.index !== null) panel.showAnswers(data.images[state.index].answers, tasks, tasks[state.task]);
   layers();
   link();
 });
