@@ -183,7 +183,9 @@ def test_images_that_moved_or_changed_are_told(looked_at: Path, tmp_path: Path) 
     for table in (run / "evaluation" / "test" / "predictions.csv", *(run / "predictions").glob("*.csv")):
         table.write_text(table.read_text().replace(f"{toy}/", f"{tmp_path}/gone/"))
     with viewing(run) as server:
-        assert "no such file" in server.get("/api/images/0").json["problem"]
+        problem = server.get("/api/images/0").json["problem"]
+        assert "no such file" in problem
+        assert "--root DIR" in problem
         assert server.get("/tiles/0/0/0/0").status == 404
     with viewing(run, "--root", moved) as server:
         shown = server.get("/api/images/0").json

@@ -104,6 +104,8 @@ class Viewer:
             answer |= json.loads(described.body)
         else:
             answer["problem"] = described.body.decode(errors="replace")
+            if described.status == NOT_FOUND and entry.answers:
+                answer["problem"] += " If the images were moved, --root DIR names the folder that holds them now."
         answer |= predicted
         answer["notes"] += _changes(entry, answer)
         return JSONResponse(answer)
