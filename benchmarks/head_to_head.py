@@ -1,19 +1,25 @@
 """The published procedure beside keyhole's, on canvases of Megapixel MNIST that are small enough for a CPU.
 
     python benchmarks/head_to_head.py FOLDER [--arms published recipe advised] [--seeds 0 1 2] [--size 750] ...
+    python benchmarks/head_to_head.py FOLDER --pace 3 ...     seconds of an epoch, on a machine with nothing else to do
+    python benchmarks/head_to_head.py FOLDER --draw ...       plot and table of the runs that are done
 
 Arms: `published` is `benchmarks/published.py`, the literal rendering, with its procedure; `recipe` is keyhole with the
 recipe `megapixel-mnist`; `advised` is keyhole as `ADVISED` changes that. All see the same canvases, which are drawn
 into FOLDER once, and are evaluated on the test canvases after every epoch. Each run has a folder of its own with
 `epochs.csv`: epoch, seconds so far (evaluation included), loss and accuracy of each task, and `result.json` for
-`results.py`. A stopped run goes on.
+`results.py`. A stopped run goes on. Since long runs share their machine with other work, the time of an epoch is
+measured by `--pace` alone, all arms in turns, two epochs each of which the second counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
+import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 from canvases import MNIST, write_canvases
+from head_to_head_report import Arm, draw, sentences, table
+from machine import hardware, write_result
 from published import Published, published_from
 from result import NAME as RESULT
 from result import Figure, Result
@@ -40,8 +48,10 @@ from keyhole.util.platform import peak_memory, restart_peak
 TASKS = {"majority": "multiclass", "max": "multiclass", "top": "multiclass", "multi": "multilabel"}
 METRICS = {"majority": "accuracy", "max": "accuracy", "top": "accuracy", "multi": "accuracy"}
 ADVISED: dict[str, dict[str, Any]] = {
+    "patch": {"foreground": "non-empty"},
     "select": {"rule": "global", "order": "file", "chunk": None},
-    "train": {"decay": "matrices", "clip": 1.0, "explore": "auto"},
+    "train": {"batch": 8, "decay": "matrices", "clip": 1.0, "average": "auto"},
+    "augment": {"shift": True},
 }
 """What the arm `advised` changes."""
 COLUMNS = ("epoch", "seconds", "train.loss", *TASKS)
@@ -61,24 +71,83 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--encoder", default="resnet18", help="`small`, or a timm encoder cut after two stages")
     parser.add_argument("--mnist", type=Path, default=MNIST)
+    parser.add_argument("--pace", type=int, default=0, metavar="TURNS", help="only measure the seconds of an epoch")
+    parser.add_argument("--draw", action="store_true", help="only draw and tabulate what is there")
     options = parser.parse_args()
     data = {name: getattr(options, name) for name in ("size", "train", "test", "noise")}
     name = "-".join(f"{key}{value}" for key, value in data.items())
     manifest = write_canvases(options.folder / name / "canvases", options.mnist, **data)
-    for seed in options.seeds:
+    prefix = f"{options.encoder}-m{options.m}-e{options.epochs}"
+    paces = options.folder / name / f"{options.encoder}-m{options.m}-pace.json"
+    if options.pace:
+        measure_pace(manifest, options, paces)
+    elif options.draw:
+        report(options, name, paces)
+    for seed in [] if options.pace or options.draw else options.seeds:
         for arm in options.arms:
-            run = options.folder / name / f"{options.encoder}-m{options.m}-e{options.epochs}-{arm}-{seed}"
+            run = options.folder / name / f"{prefix}-{arm}-{seed}"
             config = settings(manifest, run / "run", options, seed)
             restart_peak()
-            if arm == "published":
-                train_published(config, run)
-            else:
-                train_keyhole(config if arm == "recipe" else config.replace(**ADVISED), run)
+            train_arm(arm, config, run)
             if not (run / RESULT).exists():
                 about = f"megapixel-mnist {name}, {options.encoder}, M = {options.m}, {options.epochs} epochs"
                 result_of(run, about, arm, seed, options.test).write(run)
             last = rows_of(run / "epochs.csv")[-1]
             print(run.name, {key: round(float(value), 4) for key, value in last.items()}, flush=True)
+
+
+def train_arm(arm: str, config: Config, run: Path) -> None:
+    if arm == "published":
+        train_published(config, run)
+    else:
+        train_keyhole(config if arm == "recipe" else config.replace(**ADVISED), run)
+
+
+def measure_pace(manifest: Path, options: argparse.Namespace, path: Path) -> None:
+    """Write the seconds of an epoch of each arm, by turn, beside those of earlier calls."""
+    short = argparse.Namespace(**{**vars(options), "epochs": 2, "warmup": 1})
+    found: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
+    for _ in range(options.pace):
+        for arm in options.arms:
+            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+                run = Path(folder)
+                train_arm(arm, settings(manifest, run / "run", short, 0), run)
+                first, second = (float(row["seconds"]) for row in rows_of(run / "epochs.csv"))
+            found.setdefault(arm, []).append(round(second - first, 2))
+            print(arm, found[arm], f"load average {os.getloadavg()[0]:.1f}", flush=True)
+            write_atomic(path, json.dumps(found) + "\n")
+
+
+def report(options: argparse.Namespace, name: str, paces: Path) -> None:
+    """Draw and tabulate the finished runs of the arms that have a pace."""
+    seconds = json.loads(paces.read_text())
+    arms: dict[str, Arm] = {}
+    for arm in options.arms:
+        runs = {}
+        for seed in options.seeds:
+            path = options.folder / name / f"{options.encoder}-m{options.m}-e{options.epochs}-{arm}-{seed}/epochs.csv"
+            rows = rows_of(path) if path.exists() else []
+            if len(rows) == options.epochs:
+                runs[seed] = {task: [float(row[task]) for row in rows] for task in TASKS}
+        if runs and arm in seconds:
+            arms[arm] = Arm(arm, runs, seconds[arm])
+    plot = draw(list(arms.values()), f"head_to_head_{hardware()}.svg")
+    text = [
+        "*Generated data.* Canvases of Megapixel MNIST by the published construction, made smaller: "
+        f"{options.size} px, {options.noise} patterns of noise, {options.train} to learn from and {options.test} to "
+        f"test with; patches of 50 px (N = {(options.size // 50) ** 2}), M = I = {options.m}, encoder "
+        f"{options.encoder}, {options.epochs} epochs, float32. Accuracy on test canvases after the last epoch: mean of "
+        "the seeds, and their range. Seconds of an epoch with its evaluation, alone on the machine: median of the "
+        "turns, and their range.",
+        "",
+        *table(list(arms.values())),
+        "",
+        *sentences(arms),
+        "",
+        f"![Accuracy by epoch and by minute](../docs/plots/{plot.name})",
+    ]
+    print(*text, sep="\n")
+    print(write_result("head_to_head", "The published procedure beside keyhole's", text))
 
 
 def result_of(run: Path, data: str, arm: str, seed: int, images: int) -> Result:

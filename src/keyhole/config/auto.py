@@ -7,22 +7,27 @@ from keyhole.errors import ConfigError
 
 SCRATCH_LR, PRETRAINED_LR = 1e-3, 3e-4
 """Peak learning rates of encoders that start from random weights, and of all others."""
+SCRATCH_AVERAGE = 0.99
+"""Decay of the mean of weights that were random at the start, and still change much."""
 
 
 def _automatic(config: Config, features: bool) -> tuple[dict[str, float], str]:
-    """Return the numbers for `lr` and `explore` that are `auto`, and the reason. Random weights give random scores."""
+    """Return the numbers for what is `auto`, and the reason. Random weights give random scores."""
     model, train = config.model, config.train
     if features or model.learned_before:
         start = f"the encoder starts from {'pretrained' if model.imagenet else 'given'} weights"
-        found, why = {"lr": PRETRAINED_LR, "explore": 0.0}, "the data are stored features" if features else start
+        found, why = (
+            {"lr": PRETRAINED_LR, "explore": 0.0, "average": 0.0},
+            "the data are stored features" if features else start,
+        )
     else:
-        found = {"lr": SCRATCH_LR, "explore": round(train.epochs / 2, 1)}
+        found = {"lr": SCRATCH_LR, "explore": round(train.epochs / 2, 1), "average": SCRATCH_AVERAGE}
         why = "the encoder starts from random weights"
     return {name: value for name, value in found.items() if getattr(train, name) == "auto"}, why
 
 
 def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
-    """Return the configuration with numbers for `train.lr` and `train.explore`, and lines for the log."""
+    """Return the configuration with numbers for what is `auto` in `train`, and lines for the log."""
     changes, why = _automatic(config, features)
     lines = [f"{', '.join(f'{name} {value:g}' for name, value in changes.items())}: {why}"] if changes else []
     config = config.replace(train=changes)
@@ -42,8 +47,8 @@ def settle_learning(config: Config, features: bool) -> tuple[Config, list[str]]:
 def auto_reasons(config: Config) -> dict[str, str]:
     """Return the value and the reason of each `auto` in a configuration for images, by the setting's name."""
     changes, why = _automatic(config, features=False)
-    of = {"lr": "", "explore": f" of {config.train.epochs} epochs"}
-    return {f"train.{name}": f"{value:g}{of[name]}, since {why}" for name, value in changes.items()}
+    of = {"explore": f" of {config.train.epochs} epochs"}
+    return {f"train.{name}": f"{value:g}{of.get(name, '')}, since {why}" for name, value in changes.items()}
 
 
 def number(value: float | Auto, name: str) -> float:

@@ -260,6 +260,9 @@ class TrainConfig(Settings):
     """Epochs of exploring: in the first half patches are kept at random and attention is held uniform, in the second
     the random share falls to none. `auto` explores in half of the epochs where the encoder starts from random weights,
     whose scores mean nothing at first, and else not at all. 0 is the published method."""
+    average: Fraction | Auto = "auto"
+    """Decay per step of a running mean of the weights, which is validated and stored in place of the last step's; 0 is
+    none, as published. `auto` is 0.99 where the encoder starts from random weights, and else 0."""
     clip: NotNegativeFloat = 1.0
     """Largest norm of the gradient; 0 never clips."""
     balance: Literal["none", "loss"] = "none"

@@ -101,9 +101,16 @@ def save_model(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
     write_atomic(folder / "model.json", json.dumps(info, indent=2) + "\n")
 
 
-def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> None:
-    """Write everything that a run needs to continue."""
+def save_state(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Mapping[str, Any],
+    mean: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write everything that a run needs to continue; `mean` is that of the weights, if there is one."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"mean.{name}": tensor for name, tensor in (mean or {}).items()}
     for number, entry in optimizer.state_dict()["state"].items():
         for name, tensor in entry.items():
             tensors[f"optimizer.{number}.{name}"] = tensor
@@ -112,15 +119,18 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, p
 
 def load_state(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, remedy: str = "Copy it again."
-) -> dict[str, Any]:
-    """Load a state into model and optimizer; return the progress that the file describes."""
-    tensors, progress = read_tensors(path, remedy)
+) -> dict[str, Tensor]:
+    """Load a state into model and optimizer; return the mean of the weights, empty if the file has none."""
+    tensors, _ = read_tensors(path, remedy)
     weights: dict[str, Tensor] = {}
+    mean: dict[str, Tensor] = {}
     entries: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         if part == "model":
             weights[rest] = tensor
+        elif part == "mean":
+            mean[rest] = tensor
         elif part == "optimizer":
             number, _, key = rest.partition(".")
             entries.setdefault(int(number), {})[key] = tensor
@@ -130,7 +140,7 @@ def load_state(
         for name, value in entry.items():
             if value.shape == weight.shape and value.stride() != weight.stride():
                 entry[name] = torch.empty_like(weight).copy_(value)
-    return progress
+    return mean
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

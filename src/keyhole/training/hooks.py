@@ -108,7 +108,8 @@ class Hooks:
             chosen = {"epoch": state.epoch + 1, "metric": metric, "value": figure if math.isfinite(figure) else None}
             about = describe(config, job.tasks, **chosen, resolution=asdict(job.images.resolution))
             about |= {"run": state.run, "manifest": state.manifest}
-            save_model(job.run.path / "best", job.model, about)
+            with job.average.in_place():
+                save_model(job.run.path / "best", job.model, about)
         else:
             state.waiting += 1
         state.stopped = bool(config.train.patience) and bool(state.metric) and state.waiting >= config.train.patience

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from keyhole.config.auto import settle_learning
+from keyhole.config.auto import number, settle_learning
 from keyhole.config.settings import Config
 from keyhole.data.hashes import FileHash, hash_files
 from keyhole.data.item import Item
@@ -38,6 +38,7 @@ from keyhole.runs.seal import (
     sealed_config,
 )
 from keyhole.tasks.kinds import Task
+from keyhole.training.average import Average
 from keyhole.training.loggers import check_loggers
 from keyhole.training.score import choose_metric
 from keyhole.training.setup import Images, absolute, new_engine, new_model, new_optimizer, scan, targets, with_features
@@ -65,6 +66,7 @@ class Job:
         self.lock, self.config, self.manifest, self.images = lock, config, manifest, images
         self.engine, self.optimizer, self.state = engine, optimizer, state
         self.model, self.device, self.tasks = engine.model, engine.device, manifest.tasks
+        self.average = Average(engine, number(config.train.average, "train.average"))
         self.run = Run(lock.folder)
         self.log = Log(self.run.path / "log.txt")
         patches = sum(images.counts.values())
@@ -88,7 +90,8 @@ class Job:
         """
         assert self.learning, "the model has other weights by now"
         self.lock.check()
-        save_state(self.run.path / "last.safetensors", self.model, self.optimizer, self.state.to_json())
+        path, mean = self.run.path / "last.safetensors", self.average.mean
+        save_state(path, self.model, self.optimizer, self.state.to_json(), mean)
 
     def end_learning(self) -> None:
         """Free what only learning needs. The state has been saved, and is not saved again."""
@@ -272,7 +275,8 @@ def open_job(run: Run, root: Path | None = None, epochs: int | None = None) -> J
         reader = undo.enter_context(open_reader(config.run, device))
         engine = new_engine(config, new_model(config, manifest.tasks, device, fresh=False), reader)
         optimizer = new_optimizer(config, engine.model)
-        load_state(run.path / "last.safetensors", engine.model, optimizer, RESTORE_OR_RETRAIN)
+        last = run.path / "last.safetensors"
+        mean = load_state(last, engine.model, optimizer, RESTORE_OR_RETRAIN)
         images, manifest, lines = scan(config, manifest, reader, device)
         failed = {name: reason for name, (_, reason) in state.left_out.items()}
         add_left_out(run, {left.name: left.reason for left in manifest.left_out} | failed)
@@ -281,6 +285,8 @@ def open_job(run: Run, root: Path | None = None, epochs: int | None = None) -> J
             state.plan = plan.to_json()
             checked.append(f"the run was on {before} and is now on {device.type}, with a new plan: {plan.describe()}")
         job = Job(lock, config, manifest, images, engine, optimizer, state)
+        if mean:  # the first state has none: its mean is its weights
+            job.average.load(mean, last)
         if longer:
             checked += [longer, *_go_on_longer(job)]
         line = f"resumed at {time.strftime('%Y-%m-%d %H:%M:%S')} from epoch {state.epoch}, step {state.step}"

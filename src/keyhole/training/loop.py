@@ -119,7 +119,9 @@ class Loop:
             job.tell(self.samples.lines())
             while state.epoch < config.train.epochs and not state.stopped:
                 started = time.monotonic()
-                row = self.learn() | validate_epoch(job, self.interrupt, self.weights, self.samples)
+                row = self.learn()
+                with job.average.in_place():
+                    row |= validate_epoch(job, self.interrupt, self.weights, self.samples)
                 row["seconds"] = round(time.monotonic() - started, 2)
                 self.end_epoch(row)
                 log_row(row, state.epoch, self.samples.pictures())
@@ -166,6 +168,7 @@ class Loop:
             loss = self.engine.backward(bags, criterion, seed)
             rate = learning_rate(config, job.state.step, job.state.steps_per_epoch)
             value, norm = optimizer_step(job.optimizer, job.model.parameters(), loss, rate, config.train.clip)
+            job.average.add(job.state.step)
         job.state.plan = self.engine.plan.to_json()
         if not (math.isfinite(value) and math.isfinite(norm)):
             what = f"the gradient's norm is {norm}" if math.isfinite(value) else f"the loss is {value}"
