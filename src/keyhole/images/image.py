@@ -149,7 +149,11 @@ class Image(ABC):
             beat()
 
     def in_memory(self, level: int) -> bool:
-        """Return whether the pixels of a level are in memory, so that reading them only copies."""
+        """Tell whether reading a level only copies.
+
+        Returns:
+            True where its pixels are in memory.
+        """
         return False
 
     def jpeg_tiling(self, level: int) -> Size | None:
