@@ -1,8 +1,8 @@
 """The published procedure beside keyhole's, on canvases of Megapixel MNIST that are small enough for a CPU.
 
-    python benchmarks/head_to_head.py FOLDER [--arms published recipe advised] [--seeds 0 1 2] [--size 750] ...
-    python benchmarks/head_to_head.py FOLDER --pace 3 ...     seconds of an epoch, on a machine with nothing else to do
-    python benchmarks/head_to_head.py FOLDER --draw ...       plot and table of the runs that are done
+    python benchmarks/head_to_head.py [FOLDER] [--arms published recipe advised] [--seeds 0 1 2] [--size 750] ...
+    python benchmarks/head_to_head.py [FOLDER] --pace 3 ...     seconds of an epoch, on an idle machine
+    python benchmarks/head_to_head.py [FOLDER] --draw ...       plot and table of the runs that are done
 
 Arms: `published` is `benchmarks/published.py`, the literal rendering, with its procedure; `recipe` is keyhole with the
 recipe `megapixel-mnist`; `advised` is keyhole as `ADVISED` changes that. All see the same canvases, which are drawn
@@ -59,7 +59,7 @@ COLUMNS = ("epoch", "seconds", "train.loss", *TASKS)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/head-to-head"))
     parser.add_argument("--arms", nargs="+", default=["published", "recipe", "advised"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--size", type=int, default=750)

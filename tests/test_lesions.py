@@ -109,9 +109,9 @@ def test_means_are_over_images_with_a_lesion_and_what_does_not_count_is_listed()
     assert (means.attention["label"].low, means.attention["label"].high) == pytest.approx((0.2, 0.6))
     assert (means.kept.value, means.looked_at.value) == pytest.approx((0.6, 0.2))
     assert means.lines() == [
-        "label attention in lesions 0.400 [0.200 0.600]; by chance 0.040, at most 0.900; mean of 2 annotated images",
-        "grade attention in lesions 0.500 [0.000 1.000]; by chance 0.040, at most 0.900; mean of 2 annotated images",
-        "kept patches that touch a lesion 0.600 [0.500 0.700]; by chance 0.200, at most 0.750",
+        "label attention in annotated regions 0.400 [0.200 0.600]; by chance 0.040, at most 0.900; mean of 2 annotated images",
+        "grade attention in annotated regions 0.500 [0.000 1.000]; by chance 0.040, at most 0.900; mean of 2 annotated images",
+        "kept patches that touch an annotated region 0.600 [0.500 0.700]; by chance 0.200, at most 0.750",
         "1 annotation marks nothing and does not count; see lesions.csv",
         "1 annotation cannot be used and does not count; see lesions.csv",
     ]
@@ -136,7 +136,7 @@ def test_images_of_one_group_are_drawn_together() -> None:
 def test_no_lesion_at_all_is_said_and_not_zero() -> None:
     means = lesion_means({"a": LesionShare(0, {"label": 0.0}, 0.0, 0.0)}, {}, ["label"])
     assert means.attention["label"].value is None
-    assert "undefined (no image has an annotated lesion)" in means.lines()[0]
+    assert "undefined (no image has an annotated region)" in means.lines()[0]
 
 
 def test_a_mask_says_what_its_outlines_say(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_all_attention_lies_in_a_lesion_that_is_everywhere(toy_run: Path, annota
     assert lesions["attention_in_lesions"]["label"]["value"] == pytest.approx(1)
     assert lesions["kept_touching_a_lesion"]["value"] == lesions["looked_at_touching_a_lesion"]["value"] == 1
     assert len(lesions["without_region"]) == 1
-    assert any(line.startswith("attention in lesions 1.000 [1.000 1.000]") for line in evaluation.lines())
+    assert any(line.startswith("attention in annotated regions 1.000 [1.000 1.000]") for line in evaluation.lines())
     rows = csv_rows(tmp_path / "out" / "lesions.csv")
     assert [row["regions"] for row in rows] == ["16"] * 4 + ["0"]
 

@@ -61,7 +61,7 @@ def test_a_notebook_shows_predictions_and_runs(toy_run: Path, toy: Path, tmp_pat
         assert samples.size == picture.size
     with Image.open(toy_run / "evaluation" / "test" / "contact_sheet.png") as picture:
         assert contact_sheet.size == picture.size
-    assert run.count("<svg") == 2
+    assert run.count("<svg") == 3
     for html in (said, run):
         assert not re.search(r"https?://(?!www\.w3\.org)|<script", html)
 
