@@ -126,6 +126,12 @@ def init(data: Path, out: Path, *flags: str) -> Config:
     return load_config(out)
 
 
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 1.0), (7, 1.0), (40, 4.0)])
+def test_the_warmup_fits_the_epochs_that_the_user_gives(slides: Path, out: Path, epochs: int, warmup: float) -> None:
+    config = init(slides, out, f"--train.epochs={epochs}", "--model.encoder=small")
+    assert (config.train.epochs, config.train.warmup) == (epochs, warmup)
+
+
 def test_slides_are_read_at_the_resolution_that_they_have_and_patches_are_those_of_the_foreground(
     slides: Path, out: Path
 ) -> None:

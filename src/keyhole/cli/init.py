@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from keyhole.cli.options import DataOptions, read
-from keyhole.config.settings import Config
+from keyhole.config.settings import Config, TrainConfig
 from keyhole.errors import OutputError
 
 
@@ -40,7 +40,10 @@ def run(argv: list[str]) -> int:
     measured = measure(config)
     proposal = propose(Config(data=config.data, model=config.model), measured)
     proposal = with_counted_patches(proposal, measured, config.run.stall)
-    said = read(InitOptions, argv, "keyhole init", proposal.config.model_dump())
+    base = proposal.config
+    if (epochs := config.train.epochs) != TrainConfig().epochs:  # the user's; the proposed warm-up is for the proposed
+        base = base.replace(train={"warmup": max(1.0, epochs / 10)})
+    said = read(InitOptions, argv, "keyhole init", base.model_dump())
     final = said.settings.replace(out=None, data=config.data)  # recipe, file and flags over what was measured
     kept = set(leaves(final)) & set(leaves(proposal.config))
     reasons = {name: proposal.reasons[name] for name, _ in kept if name in proposal.reasons} | auto_reasons(final)
