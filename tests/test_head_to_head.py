@@ -29,6 +29,10 @@ def test_an_arm_reaches_another_where_its_mean_stays_above_in_every_task(report:
     assert "a share of 0.45, which is more than a third" in text
     assert "ends above each seed of the published procedure in majority, max, top, multi" in text
     assert "do not reach" in " ".join(report.sentences({"published": fast, "advised": slow}))
+    short = arm(report, "advised-short", [[0.6, 0.6]], [6.0])
+    both = report.sentences({"published": slow, "advised": fast, "advised-short": short})
+    assert len(both) == 2
+    assert "a share of 0.15, which is at most a third" in both[1]
 
 
 def test_one_task_that_stays_behind_is_enough(report: Any) -> None:

@@ -20,7 +20,6 @@ from keyhole.data.unlabelled import items_to_embed
 from keyhole.engine import Engine
 from keyhole.engine.device import choose_device, choose_precision
 from keyhole.engine.embedding import encoder_alone
-from keyhole.engine.memory.meter import steady_heap
 from keyhole.engine.memory.plan import OptionNames, Plan, cpu_chunk, make_plan
 from keyhole.engine.memory.probe import Workload
 from keyhole.engine.opening import open_reader, settle_edge
@@ -157,8 +156,6 @@ def _config(asked: EmbedSettings) -> Config:
 
 def _engine(config: Config) -> Engine:
     device = choose_device(config.run.device, option="--device")
-    if device.type == "cpu":
-        steady_heap(False)
     network = _encoder(config, device)
     shape = patch_shape(config.model, config.patch.size)
     engine = Engine(
