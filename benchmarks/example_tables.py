@@ -21,9 +21,9 @@ BEGIN, END = "<!-- results, written by benchmarks/example_tables.py -->", "<!-- 
 KEPT, CHANCE = "kept patches on a defect", "of all patches"
 COLUMNS = {"auroc": "AUROC", "average_precision": "mean average precision"}
 ABOUT = """Mean ± standard deviation over the seeds, and in brackets the 95 % interval over the test images (mean of the
-seeds'). Time is that of an epoch with its validation on two cores, memory the peak of the process. The last column
-is the share of the kept patches that touch an annotated defect, on held-out images that have one, and the share of all
-patches that do, which is what patches kept at random would reach."""
+seeds'). Time is that of an epoch with its validation, memory the peak of the process. The last column is the share
+of the kept patches that touch an annotated defect, on held-out images that have one, and the share of all patches that
+do, which is what patches kept at random would reach."""
 
 
 def main(examples: Path = ROOT / "examples", records: Path = RECORDS) -> None:

@@ -82,15 +82,16 @@ COLUMNS = (
 DATA = {"canvases": canvases, "scanners": scanners, "noise": noise}
 
 
-def trained(folder: Path, data: str, seed: int, epochs: int, explore: float) -> Run:
+def trained(folder: Path, data: str, seed: int, epochs: int, explore: float, foreground: str = "all") -> Run:
     """A finished run, made if it is not there."""
     path = folder / data / "labels.csv"
     path = path if path.is_file() else DATA[data](folder / data)
-    out = folder / f"{data}-{seed}-{epochs}-{explore:g}"
+    out = folder / f"{data}-{seed}-{epochs}-{explore:g}{'' if foreground == 'all' else f'-{foreground}'}"
     if out.is_dir():
         return keyhole.resume(out)
     train = SETTINGS["train"] | {"epochs": epochs, "explore": explore, "seed": seed}
-    changed = {"train": train} | ({"augment": {}} if data == "noise" else {})
+    patch = SETTINGS["patch"] | {"foreground": foreground}
+    changed = {"train": train, "patch": patch} | ({"augment": {}} if data == "noise" else {})
     return keyhole.train(path, out, **SETTINGS | changed)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -189,6 +190,27 @@ def test_masks_are_proposed_where_all_images_have_one_and_told_where_they_are_no
     capsys.readouterr()
     assert main(["train", "--config", str(out), *tiny, "--out", str(out.parent / "run")]) == 0
     assert "the masks of 4 images are not used, since patch.foreground is all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "foreground"), [("mostly black", "non-empty"), ("noise", "all"), ("one black", "all")]
+)
+def test_patches_of_one_colour_are_left_out_where_they_are_many_and_every_image_has_others(
+    out: Path, kind: str, foreground: str
+) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        pixels = rng.integers(0, 256, (640, 640, 3), np.uint8) if kind == "noise" else np.zeros((640, 640, 3), np.uint8)
+        if kind == "mostly black" or number:
+            pixels[70:120, 70:120] = 200
+        folder = out.parent / "images" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    config = init(out.parent / "images", out)
+    assert (config.patch.size, config.patch.foreground) == (64, foreground)
+    said = "of the patches of 8 images are of one colour" in out.read_text()
+    assert said == (foreground == "non-empty")
+    assert config.select.m == (4 if foreground == "non-empty" else 8), "of the patches that are left"
 
 
 # demo

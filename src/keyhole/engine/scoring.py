@@ -24,7 +24,7 @@ from keyhole.util.timing import Timer
 T = TypeVar("T")
 
 CHUNK_PARTS = 8
-"""On a GPU a chunk that is not full is encoded in a number of rows that is a multiple of one of these parts."""
+"""A chunk that is not full is encoded in a number of rows that is a multiple of one of these parts."""
 
 
 class ChunkScorer:
@@ -98,9 +98,11 @@ class ChunkScorer:
                 if isinstance(patches, Tensor):
                     stop = min(start + rows_to_encode(used, plan.chunk, self.encoders), len(patches))
                 part = patches[start:stop] if isinstance(patches, Tensor) else patches(start, stop)
+                changes = None if color is None else color[start:stop]
+                if self.device.type == "cpu" and isinstance(part, Tensor):
+                    part, changes = filled_up(part, changes, plan.chunk)
                 whole = rows_to_encode(stop - start, plan.chunk, self.encoders) == plan.chunk
                 with self.timer.part("encoding"):
-                    changes = None if color is None else color[start:stop]
                     embedding = self.encoders.embed(part, changes, plan.chunk if whole else 0)[:used]
                 return embedding if then is None else then(embedding, start)
 
@@ -141,6 +143,19 @@ def rows_to_encode(used: int, chunk: int, encoders: Encoders) -> int:
     step = max(1, chunk // CHUNK_PARTS)
     rows = min(chunk, -(-used // step) * step)
     return chunk if encoders.compiled and 2 * rows > chunk else rows
+
+
+def filled_up(pixels: Tensor, color: Tensor | None, chunk: int) -> tuple[Tensor, Tensor | None]:
+    """Repeat the last patch until their number is a multiple of a part of a chunk.
+
+    Each number of rows has blocks of its own sizes, whose gaps in the heap doubled the memory of a run in which it
+    differed from batch to batch.
+    """
+    more = -len(pixels) % max(1, chunk // CHUNK_PARTS)
+    if not more:
+        return pixels, color
+    whole = torch.cat([pixels, pixels[-1:].expand(more, *pixels.shape[1:])])
+    return whole, None if color is None else torch.cat([color, color[-1:].expand(more, *color.shape[1:])])
 
 
 def blank_rows(pixels: NDArray[np.generic]) -> NDArray[np.bool_]:

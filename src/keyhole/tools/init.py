@@ -10,7 +10,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from keyhole.config.settings import Config
+from keyhole.config.settings import Config, PatchConfig
 from keyhole.data.item import SPLITS
 from keyhole.data.manifest import Manifest, read_manifest
 from keyhole.errors import BitsUnknown, ConfigError, DataError, ImageError
@@ -24,7 +24,9 @@ from keyhole.patches.opener import FileOpener
 SAMPLE = 100
 """Largest number of images that are opened to measure sizes."""
 COUNTED = 10
-"""Number of images whose patches are counted if there is a foreground."""
+"""Number of images whose patches are counted."""
+EMPTY = 0.2
+"""Share of patches of one colour from which on they are left out: a model with random weights may keep nothing else."""
 PRETRAINED = "its ImageNet weights make small data sets work; `small`, from random weights, is fast on tiny machines"
 RANDOM = "it starts from random weights and needs many images; lite0 has ImageNet weights, which are installed already"
 SLIDE_MPP = 0.5
@@ -167,22 +169,38 @@ def _choose_training(choices: _Choices, config: Config, manifest: Manifest) -> N
 
 
 def with_counted_patches(proposal: Proposal, measured: Measured, stall: float) -> Proposal:
-    """Return the proposal with `select.m` from the patches on its foreground, counted in a few of the images."""
-    patch = proposal.config.patch
+    """Return the proposal with `select.m` from the patches on its foreground, counted in a few of the images.
+
+    Where many patches are of one colour, and every image has others, the foreground becomes `non-empty`.
+    """
+    patch, reasons = proposal.config.patch, dict(proposal.reasons)
     if patch.foreground == "all":
-        return proposal
+        every, patch = _counts(patch, measured, stall), patch.model_copy(update={"foreground": "non-empty"})
+        counts = _counts(patch, measured, stall)
+        share = 1 - sum(counts) / max(1, sum(every))
+        if not counts or len(counts) < len(every) or share < EMPTY:
+            return proposal
+        reasons["patch.foreground"] = f"{share:.0%} of the patches of {len(counts)} images are of one colour"
+    else:
+        counts = _counts(patch, measured, stall)
+        if not counts:
+            return proposal
+    patches = median(counts)
+    why = f"about an eighth of the {patches:,.0f} patches with {patch.foreground}, the median of {len(counts)} images"
+    reasons["select.m"] = f"{why}; from 4 to 256"
+    changed = {"select": {"m": _kept(patches)}, "patch": {"foreground": patch.foreground}}
+    return replace(proposal, config=proposal.config.replace(**changed), reasons=reasons)
+
+
+def _counts(patch: PatchConfig, measured: Measured, stall: float) -> list[int]:
+    """Return the number of patches of a few images; those without any, or that cannot be read, are left out."""
     counts, items = [], measured.manifest.items
     with Reader(threads=1, stall=stall) as reader:
         for item in items[:: max(1, len(items) // COUNTED)][:COUNTED]:
             opener = FileOpener(item.image, item.name, mask=item.mask, image_mpp=item.mpp, **dict(patch))
             with contextlib.suppress(ImageError, NoPatches):  # `keyhole check` reports both
                 counts.append(reader.run(str(item.image), partial(_count, opener)))
-    if not counts:
-        return proposal
-    patches = median(counts)
-    why = f"about an eighth of the {patches:,.0f} patches with {patch.foreground}, the median of {len(counts)} images"
-    reasons = {**proposal.reasons, "select.m": f"{why}; from 4 to 256"}
-    return replace(proposal, config=proposal.config.replace(select={"m": _kept(patches)}), reasons=reasons)
+    return counts
 
 
 def _count(opener: FileOpener) -> int:
