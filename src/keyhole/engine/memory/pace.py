@@ -128,7 +128,7 @@ def cap(plan: Plan, device: torch.device) -> AbstractContextManager[None]:
 
     On CUDA the allocator gets the budget as its limit. On a CPU nothing limits the process, see `Pace`; malloc and the
     cache of decoded tiles are set to what the plan counts with, if the user named the budget. Without one, malloc keeps
-    what it frees: fresh pages for each layer made a prediction take 1.6 times as long.
+    what it frees: fresh pages for each layer made a prediction take a third longer.
 
     Several caps may hold at a time and end in any order, as when two predictions are iterated over in turn: the lowest
     is the limit, and after the last one everything is as before the first.
