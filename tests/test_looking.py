@@ -24,7 +24,7 @@ from keyhole.engine.encoders import Encoders
 from keyhole.engine.fast import FastEncoder
 from keyhole.engine.memory.pace import Pace
 from keyhole.engine.memory.plan import Plan, unlimited
-from keyhole.engine.scoring import CHUNK_PARTS, ChunkScorer, blank_rows
+from keyhole.engine.scoring import ChunkScorer, blank_rows, filled_rows
 from keyhole.loading import Chunk
 from keyhole.nn import CrossAttentionPool, IPSClassifier, SmallEncoder
 from keyhole.patches.sources import TensorPatches
@@ -85,8 +85,7 @@ def test_patches_of_one_colour_are_encoded_once_and_get_what_they_would_get(
             found = scorer.score(chunk, torch.from_numpy(chunk.pixels), None)
             keys = {(kind, image) for kind, image in zip(kinds, images, strict=True) if kind}
             needed = kinds.count(0) + (0 if repeat else len(keys))
-            parts = unlimited(SelectConfig(m=2)).chunk // CHUNK_PARTS
-            assert Counting.seen == -(-needed // parts) * parts, "filled up to a part of a chunk"
+            assert Counting.seen == filled_rows(needed, unlimited(SelectConfig(m=2)).chunk)
             assert torch.allclose(found, expected, atol=1e-5)
             equal = [found[row] for row, key in enumerate(zip(kinds, images, strict=True)) if key == (1, 0)]
             assert all(torch.equal(one, equal[0]) for one in equal), "equal patches have equal logits, to the bit"

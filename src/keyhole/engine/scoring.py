@@ -146,16 +146,25 @@ def rows_to_encode(used: int, chunk: int, encoders: Encoders) -> int:
 
 
 def filled_up(pixels: Tensor, color: Tensor | None, chunk: int) -> tuple[Tensor, Tensor | None]:
-    """Repeat the last patch until their number is a multiple of a part of a chunk.
-
-    Each number of rows has blocks of its own sizes, whose gaps in the heap doubled the memory of a run in which it
-    differed from batch to batch.
-    """
-    more = -len(pixels) % max(1, chunk // CHUNK_PARTS)
+    """Repeat the last patch, so that chunks have few different numbers of rows; see `filled_rows`."""
+    more = filled_rows(len(pixels), chunk) - len(pixels)
     if not more:
         return pixels, color
     whole = torch.cat([pixels, pixels[-1:].expand(more, *pixels.shape[1:])])
     return whole, None if color is None else torch.cat([color, color[-1:].expand(more, *color.shape[1:])])
+
+
+def filled_rows(count: int, chunk: int) -> int:
+    """Return the number of rows that a CPU encodes for so many patches: at most an eighth more, and no more than a chunk.
+
+    Every number of rows has blocks of its own sizes, whose gaps in the heap doubled the memory of a run in which it
+    differed from batch to batch.
+
+    >>> [filled_rows(count, 250) for count in (7, 16, 17, 100, 249)]
+    [7, 16, 18, 104, 250]
+    """
+    step = 1 << max(0, (count // 8).bit_length() - 1)
+    return max(count, min(chunk, -(-count // step) * step))
 
 
 def blank_rows(pixels: NDArray[np.generic]) -> NDArray[np.bool_]:
