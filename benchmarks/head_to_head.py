@@ -10,7 +10,8 @@ the epochs. All see the same canvases, which are drawn
 into FOLDER once, and are evaluated on the test canvases after every epoch. Each run has a folder of its own with
 `epochs.csv`: epoch, seconds so far (evaluation included), loss and accuracy of each task, and `result.json` for
 `results.py`. A stopped run goes on. Since long runs share their machine with other work, the time of an epoch is
-measured by `--pace` alone, all arms in turns, two epochs each of which the second counts.
+measured by `--pace` alone, all arms in turns, two epochs each of which the second counts, and kept for each number of
+cores: under `taskset -c 0` it is that of one core.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main() -> None:
     name = "-".join(f"{key}{value}" for key, value in data.items())
     manifest = write_canvases(options.folder / name / "canvases", options.mnist, **data)
     prefix = f"{options.encoder}-m{options.m}-e{options.epochs}"
-    paces = options.folder / name / f"{options.encoder}-m{options.m}-pace.json"
+    paces = options.folder / name / f"{options.encoder}-m{options.m}-pace-{hardware()}.json"
     if options.pace:
         measure_pace(manifest, options, paces)
     elif options.draw:

@@ -34,8 +34,9 @@ def describe(device: str = "cpu") -> str:
 
     packages = ", ".join(f"{name} {version(name)}" for name in ("timm", "tifffile", "imagecodecs"))
     gpu = f", {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else ""
+    many = f"{cores()} core{'' if cores() == 1 else 's'}"
     return (
-        f"{processor()}, {cores()} cores{gpu}, {platform.system()}; "
+        f"{processor()}, {many}{gpu}, {platform.system()}; "
         f"Python {platform.python_version()}, torch {torch.__version__}, {packages}."
     )
 
