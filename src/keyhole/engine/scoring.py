@@ -155,7 +155,7 @@ def filled_up(pixels: Tensor, color: Tensor | None, chunk: int) -> tuple[Tensor,
 
 
 def filled_rows(count: int, chunk: int) -> int:
-    """Return the number of rows that a CPU encodes for so many patches: at most an eighth more, and no more than a chunk.
+    """Return the number of rows that a CPU encodes for so many patches: up to an eighth more, within a chunk.
 
     Every number of rows has blocks of its own sizes, whose gaps in the heap doubled the memory of a run in which it
     differed from batch to batch.
