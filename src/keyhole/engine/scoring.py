@@ -24,7 +24,7 @@ from keyhole.util.timing import Timer
 T = TypeVar("T")
 
 CHUNK_PARTS = 8
-"""A chunk that is not full is encoded in a number of rows that is a multiple of one of these parts."""
+"""On a GPU a chunk that is not full is encoded in a number of rows that is a multiple of one of these parts."""
 
 
 class ChunkScorer:
