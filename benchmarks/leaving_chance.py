@@ -41,6 +41,7 @@ VARIANTS = Path(__file__).with_suffix(".yaml")
 THEME = "leaving chance: "
 """What the names of these data sets begin with among all results."""
 LEFT, EPOCH = "left chance", "epoch of leaving"
+UPRIGHT = {"augment.flip": False, "augment.rotate": False}
 HEAD = (
     *("variant", "left chance", "seeds that did not", "epoch of leaving", "{figure}, mean ± sd", "lowest"),
     *("minutes a run", "hardware"),
@@ -91,6 +92,7 @@ def base(manifest: Path, name: str, variant: tuple[tuple[str, Any], ...], epochs
     data = {"data": {"path": str(manifest), **changes.get("data", {})}, "run": {"device": "cpu"}}
     wanted = merged(data, sections(given))
     if start == "init":
+        wanted = merged(sections(UPRIGHT), wanted) if setting.upright else wanted
         config = from_init(Config().replace(**wanted)).replace(**wanted)
     else:
         config = Config().replace(**merged(given_values(setting.recipe), changes, wanted))

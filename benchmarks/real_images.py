@@ -40,9 +40,9 @@ from keyhole.util.files import write_atomic
 from keyhole.util.platform import peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-METRICS = {"potholes": "auroc", "retinopathy": "auroc", "circuit_boards": "auroc"}
+METRICS = dict.fromkeys(("surface_cracks", "potholes", "retinopathy", "circuit_boards"), "auroc")
 """What is compared, by example; of several labels the mean."""
-ANNOTATED = {"potholes": "test", "retinopathy": "val", "circuit_boards": "test"}
+ANNOTATED = {**dict.fromkeys(METRICS, "test"), "retinopathy": "val"}
 """Held-out split with annotations: of the retinas, three of the test and twelve of the validation split have some."""
 M = 16
 """Patches of the random arms, and those that set the cost of the resized image."""

@@ -29,6 +29,8 @@ class Setting:
         write: Writes the images into a folder, with the counts as arguments; returns the manifest.
         recipe, changes: Its recipe, None for the defaults, and what is changed of it for this size.
         task, metric, chance: The figure that is judged, and what guessing gives.
+        upright: Up, down, left and right differ, so that `init` gets `augment.flip` and `augment.rotate` off, as it
+            asks for.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Setting:
     task: str
     metric: str
     chance: float
+    upright: bool = False
 
     @property
     def figure(self) -> str:
@@ -80,6 +83,7 @@ SETTINGS = {
             "label",
             "accuracy",
             0.2,
+            upright=True,
         ),
         Setting(
             "slides",
@@ -111,6 +115,7 @@ SETTINGS = {
             "majority",
             "accuracy",
             0.1,
+            upright=True,
         ),
         Setting(
             "marks",

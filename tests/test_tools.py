@@ -144,7 +144,8 @@ def test_slides_are_read_at_the_resolution_that_they_have_and_patches_are_those_
     assert f"about an eighth of the {patches:,.0f} patches with tissue, the median of 4 images" in out.read_text()
     every = (2048 // config.patch.size) ** 2
     assert patches < 0.8 * every
-    assert patches / 16 < config.select.m <= patches / 8
+    assert patches < 16**2 / 2
+    assert config.select.m == 16, "the least"
 
 
 def test_slides_of_which_some_do_not_say_their_resolution_are_told(
@@ -210,7 +211,24 @@ def test_patches_of_one_colour_are_left_out_where_they_are_many_and_every_image_
     assert (config.patch.size, config.patch.foreground) == (64, foreground)
     said = "of the patches of 8 images are of one colour" in out.read_text()
     assert said == (foreground == "non-empty")
-    assert config.select.m == (4 if foreground == "non-empty" else 8), "of the patches that are left"
+    assert config.select.m == (4 if foreground == "non-empty" else 16), "of the patches that are left"
+
+
+@pytest.mark.parametrize(("side", "size", "m"), [(96, 16, 16), (400, 48, 16), (1536, 96, 32)])
+def test_from_random_weights_small_pictures_have_patches_enough_to_choose_from(
+    out: Path, capsys: pytest.CaptureFixture[str], side: int, size: int, m: int
+) -> None:
+    for number in range(8):
+        folder = out.parent / "images" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (side, side), np.uint8)).save(
+            folder / f"{number}.png"
+        )
+    config = init(out.parent / "images", out, "--model.encoder=small")
+    assert (config.patch.size, config.select.m) == (size, m)
+    assert "turn off augment.flip and augment.rotate" in capsys.readouterr().out
+    init(out.parent / "images", out.with_name("upright.yaml"), "--augment.no-flip", "--augment.no-rotate")
+    assert "augment.flip" not in capsys.readouterr().out
 
 
 # demo

@@ -56,7 +56,10 @@ def run(argv: list[str]) -> int:
 
     write_atomic(target, text)
     print("\n".join(proposal.summary))
-    print(f"\nwritten: {target}\nnext:    keyhole train --config {shlex.quote(str(target))}")
+    print(f"\nwritten: {target}")
+    if final.augment.flip or final.augment.rotate:
+        print("check:   turn off augment.flip and augment.rotate where up, down, left and right differ, as in text")
+    print(f"next:    keyhole train --config {shlex.quote(str(target))}")
     return 0
 
 

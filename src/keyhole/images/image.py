@@ -141,20 +141,20 @@ class Image(ABC):
             uses: if this is one of many calls of a pass, returns how many boxes of the pass touch each tile.
         """
         alone = ((row, row + 1, box) for row, box in enumerate(boxes))
-        for start, stop, around in alone if self.in_memory(level) else runs_of(boxes):
+        for start, stop, around in runs_of(boxes) if self.in_memory(level) is None else alone:
             region = self.read(around, level)
             for box, target in zip(boxes[start:stop], out[start:stop], strict=True):
                 left, top = box.x - around.x, box.y - around.y
                 place(target, region[top : top + box.height, left : left + box.width])
             beat()
 
-    def in_memory(self, level: int) -> bool:
-        """Tell whether reading a level only copies.
+    def in_memory(self, level: int) -> Pixels | None:
+        """Return the pixels of a level that is in memory, so that reading only copies.
 
         Returns:
-            True where its pixels are in memory.
+            (h, w, c) uint8, not to be written to; None where they are not in memory.
         """
-        return False
+        return None
 
     def jpeg_tiling(self, level: int) -> Size | None:
         """Tell whether `jpeg_tiles` returns the tiles of a level, for a decoder on another device.
@@ -211,8 +211,8 @@ class ArrayImage(Image):
     def sniff(cls, path: Path, head: bytes) -> bool:
         return False
 
-    def in_memory(self, level: int) -> bool:
-        return True
+    def in_memory(self, level: int) -> Pixels | None:
+        return self.pixels
 
     def _read(self, box: Box, level: int) -> Pixels:
         return self.pixels[box.y : box.y + box.height, box.x : box.x + box.width]

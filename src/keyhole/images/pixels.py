@@ -138,11 +138,11 @@ def alpha_of(alpha: NDArray[Any], bits: int, stored: int) -> Pixels:
 
 
 def place(out: Pixels, pixels: Pixels) -> None:
-    """`out[...] = pixels`, quickly where `out` is a mirrored or turned view (numpy walks those 3 bytes at a time)."""
-    if out.shape[2] != 3 or out.strides[1] == 3 or not out.strides[2] == pixels.strides[2] == 1:
+    """`out[...] = pixels`, (... h w c), quickly in mirrored or turned views (numpy walks those 3 bytes at a time)."""
+    if out.shape[-1] != 3 or out.strides[-2] == 3 or not out.strides[-1] == pixels.strides[-1] == 1:
         out[...] = pixels
-    elif out.strides[1] == -3:  # mirrored: 5 times as fast a channel at a time
+    elif out.strides[-2] == -3:  # mirrored: 5 times as fast a channel at a time
         for channel in range(3):
-            out[:, :, channel] = pixels[:, :, channel]
+            out[..., channel] = pixels[..., channel]
     else:  # turned: twice as fast in whole pixels
         out.view("V3")[...] = pixels.view("V3")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
 from keyhole.errors import ConfigError
@@ -25,6 +26,9 @@ from keyhole.util.threads import beat
 
 MAX_READ_PATCHES, MAX_READ_PIXELS = 64, 2**24
 """Patches, and level pixels, of one read (but at least one patch)."""
+MAX_COPY_BYTES = 2**18
+"""Bytes that are copied from an image in memory at once (but at least one patch), so that a cache of the CPU holds
+them."""
 SAME_SCALE = 1e-3
 """Scales that differ by less than this share are one: no resampling for a 0.1 % wrong `mpp`."""
 
@@ -311,9 +315,19 @@ class PatchGrid(Grid):
         cells = self.cells(index)
         if out is None:
             out = np.empty((len(cells), self.size, self.size, self.channels), np.uint8)
+        pixels = self.image.in_memory(self.level) if self._ratio == 1 else None
+        if pixels is None:
+            self._read_file(index, cells, out)
+        else:
+            self._copy(pixels, cells, out)
+        if self._rule.mirrors:
+            self._reflect(cells, out)
+        return out
+
+    def _read_file(self, index: ArrayLike | slice, cells: Index, out: Pixels) -> None:
+        """Read patches from the file, or resample those of an image in memory."""
         order = np.lexsort((cells[:, 1], cells[:, 0]))  # by row, then by column
-        g_row, g_column = cells[order].T
-        x, y = self._read_starts[0][g_column], self._read_starts[1][g_row]
+        x, y = self._read_from(cells[order])
         # The patches after consecutive ones will need their tiles too.
         in_order = index.step in (None, 1) if isinstance(index, slice) else (np.diff(np.asarray(index)) == 1).all()
         uses = self._uses if in_order else None
@@ -323,23 +337,38 @@ class PatchGrid(Grid):
             run = slice(first, first + most)
             targets = [out[row] for row in order[run].tolist()]
             if self._ratio == 1:
-                whole = [
-                    Box(left, top, self.size, self.size)
-                    for left, top in zip(x[run].tolist(), y[run].tolist(), strict=True)
-                ]
-                self.image.read_boxes(whole, self.level, targets, uses)
+                self.image.read_boxes(self._squares(x[run], y[run]), self.level, targets, uses)
             else:
                 self._read_resampled(x[run], y[run], targets, uses)
             beat()
-        if self._rule.mirrors:
-            self._reflect(g_row, g_column, order, out)
-        return out
 
-    def _reflect(self, g_row: Index, g_column: Index, order: Index, out: Pixels) -> None:
+    def _copy(self, pixels: Pixels, cells: Index, out: Pixels) -> None:
+        """Copy patches from an image in memory. NumPy does it without holding up Python's other threads."""
+        (x, y), (height, width, _), size = self._read_from(cells), pixels.shape, self.size
+        there = (x >= 0) & (y >= 0) & (x <= width - size) & (y <= height - size)
+        windows = sliding_window_view(pixels, (size, size), axis=(0, 1)).transpose(0, 1, 3, 4, 2)
+        most = int(np.clip(MAX_COPY_BYTES / (size**2 * self.channels), 1, MAX_READ_PATCHES))
+        for first in range(0, len(cells), most):
+            run = slice(first, first + most)
+            if there[run].all():
+                place(out[run], windows[y[run], x[run]])
+            else:
+                self.image.read_boxes(self._squares(x[run], y[run]), self.level, list(out[run]))
+            beat()
+
+    def _read_from(self, cells: Index) -> tuple[Index, Index]:
+        """Return x and y, in output pixels, of where the pixels of patches are read."""
+        return self._read_starts[0][cells[:, 1]], self._read_starts[1][cells[:, 0]]
+
+    def _squares(self, x: Index, y: Index) -> list[Box]:
+        return [Box(left, top, self.size, self.size) for left, top in zip(x.tolist(), y.tolist(), strict=True)]
+
+    def _reflect(self, cells: Index, out: Pixels) -> None:
         """Mirror the pixels of patches that were read further inside than they lie."""
         (x, y), (read_x, read_y), (width, height) = self.starts, self._read_starts, self._extent
+        g_row, g_column = cells.T
         moved = np.flatnonzero((x != read_x)[g_column] | (y != read_y)[g_row])
-        for row, i, j in zip(order[moved].tolist(), g_row[moved].tolist(), g_column[moved].tolist(), strict=True):
+        for row, i, j in zip(moved.tolist(), g_row[moved].tolist(), g_column[moved].tolist(), strict=True):
             lines = mirrored(int(y[i]), self.size, height) - read_y[i]
             columns = mirrored(int(x[j]), self.size, width) - read_x[j]
             place(out[row], out[row][lines[:, None], columns])

@@ -72,8 +72,8 @@ class ResidentImage(Image):
     def sniff(cls, path: Path, head: bytes) -> bool:
         return False
 
-    def in_memory(self, level: int) -> bool:
-        return level == self.level
+    def in_memory(self, level: int) -> Pixels | None:
+        return self._pixels if level == self.level else None
 
     def _read(self, box: Box, level: int) -> Pixels:
         if level != self.level:

@@ -166,7 +166,8 @@ class FilePatches(PatchSource):
         self.mpp = None if image.mpp is None else image.mpp * grid.scale
         self.decoded_bytes = decoded_bytes(image, grid.level)
         self.whole_bytes = image.held_pixels * image.channels
-        self.in_memory = image.in_memory(grid.level) and grid.scale == image.levels[grid.level].downsample
+        same = grid.scale == image.levels[grid.level].downsample
+        self.in_memory = same and image.in_memory(grid.level) is not None
 
     def read(self, index: ArrayLike | slice, out: Array | None = None) -> Array:
         if self.channels == self.grid.channels and out is not None:
