@@ -32,7 +32,7 @@ def test_every_variant_is_a_setting_of_every_data_set(benchmark: Benchmark, toy:
     init = module.base(
         toy, "demo", (("from", "init"), ("model.encoder", "small"), ("train.clip", 0.5), ("train.epochs", 12)), None
     )
-    assert (init.train.clip, init.train.epochs, init.patch.size) == (0.5, 12, 32)
+    assert (init.train.clip, init.train.epochs, init.patch.size, init.augment.flip) == (0.5, 12, 16, False)
 
 
 def test_leaving_chance_is_above_guessing_until_the_end(benchmark: Benchmark, toy_run: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 import keyhole
 from keyhole.cli.main import main
 from keyhole.config.settings import DataConfig
+from keyhole.training import trial
 from keyhole.training.duration import Costs, Estimate, Work
 from keyhole.util.progress import Progress
 
@@ -112,6 +113,25 @@ def test_an_estimate_is_the_sum_of_its_parts() -> None:
     assert saved.after(29, saved.training(29)) == pytest.approx(estimate.after(29, estimate.training(29)) + 0.5)
     short = Estimate(replace(WORK, train_images=9, train_patches=9, val_images=0, val_patches=0, epochs=300), COSTS)
     assert str(short.line("a trial")).startswith("time: under a second an epoch, ")
+
+
+@pytest.mark.parametrize(("builds", "taken", "expected"), [(True, [26.0, 0.5], 0.5), (False, [0.2, 0.1], 0.1)])
+def test_what_the_first_of_two_builds_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch, builds: bool, taken: list[float], expected: float
+) -> None:
+    now, steps = [0.0], iter(taken)
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: now[0])
+
+    def work() -> None:
+        now[0] += next(steps)
+
+    assert trial._seconds(work, torch.device("cpu"), builds) == pytest.approx(expected)
+
+
+def test_slow_work_of_a_cpu_is_done_once() -> None:
+    calls = []
+    trial._seconds(lambda: calls.append(trial.time.sleep(1.1 * trial.MIN_SECONDS)), torch.device("cpu"), builds=False)
+    assert len(calls) == 1
 
 
 def test_epochs_that_score_nothing_and_images_in_memory_cost_less() -> None:
