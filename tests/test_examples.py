@@ -179,3 +179,47 @@ def test_boards_have_their_defects_as_labels_and_boxes(boards: Path) -> None:
     assert len(json.loads(outline.read_text())["features"]) == 2
     covered = read_annotation(outline, Size(640, 640)).covered([[10, 20, 20, 20], [0, 0, 10, 10]])
     assert covered.tolist() == [1, 0]
+
+
+# --- surface cracks --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """All photographs by number, tiny; two parts are there twice, and every part has a crack."""
+    twice = {143 + number: number for number in range(8)} | {223 + number: 96 + number for number in range(8)}
+    for number in range(399):
+        part = "train" if number < 320 else "val"
+        path = tmp_path / "Datasets" / "images" / part / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(twice.get(number, number)).integers(0, 255, (5, 4), np.uint8)
+        PIL.Image.fromarray(pixels).resize((20, 50), PIL.Image.Resampling.BICUBIC).save(path)
+        label = tmp_path / "Datasets" / "labels" / part / f"{number:03d}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("0 0.5 0.2 1.0 0.2 1.0 0.4 0.5 0.4" if number % 8 == 0 else "")
+    return tmp_path
+
+
+def test_parts_stay_whole_and_copies_are_left_out(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = prepare("surface_cracks")(parts, parts / "cracks.csv")
+
+    rows = csv_rows(parts / "cracks.csv")
+    assert len(rows) == sum(counts.values()) == 399 - 16
+    assert "left out: 143.jpg, the same file as 000.jpg" in capsys.readouterr().out
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        splits.setdefault(row["group"], set()).add(row["split"])
+    assert all(len(each) == 1 for each in splits.values())
+    assert {row["split"] for row in rows if 104 <= int(row["name"]) <= 134} == {"train"}, "one part of four has seven"
+    assert all(bool(row["annotation"]) == (row["crack"] == "yes") for row in rows)
+    first = next(row for row in rows if row["annotation"])
+    covered = read_annotation(parts / first["annotation"], Size(20, 50)).covered([[10, 10, 10, 10], [0, 0, 10, 10]])
+    assert covered.tolist() == [1, 0]
+    (task,) = read_manifest(DataConfig(path=parts / "cracks.csv")).tasks
+    assert task.kind == "binary"
+
+
+def test_other_photographs_are_refused(parts: Path) -> None:
+    (parts / "Datasets" / "images" / "val" / "398.jpg").unlink()
+    with pytest.raises(SystemExit, match="found 398 files"):
+        prepare("surface_cracks")(parts, parts / "cracks.csv")
