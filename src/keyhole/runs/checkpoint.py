@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from keyhole.errors import OutputError, RunError
@@ -25,22 +24,59 @@ from keyhole.util.files import atomic_file, write_atomic
 from keyhole.util.wording import listed
 
 DIGEST, INFO_DIGEST = "keyhole.sha256", "keyhole.info_sha256"
+TYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+}
+"""Names of types in the format."""
+ALIGNED = 8
+"""Bytes of whose multiple the header is long."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Write tensors with a JSON description, atomically; if the disk returns other bytes, the old file stays."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     text = json.dumps(info)
-    data = save(plain, {"keyhole": text, INFO_DIGEST: _digest(text, {}), DIGEST: _digest(text, plain)})
-    digest = hashlib.sha256(data).digest()
+    header = _header(plain, {"keyhole": text, INFO_DIGEST: _digest(text, {}), DIGEST: _digest(text, plain)})
+    written = hashlib.sha256()
 
     def check(temporary: Path) -> None:
         with temporary.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").digest() != digest:
+            if hashlib.file_digest(file, "sha256").digest() != written.digest():
                 raise OutputError(f"{path}: the disk returns other bytes than were written. Check the disk.")
 
     with atomic_file(path, check) as file:
-        file.write(data)
+        parts: list[bytes | memoryview] = [header, *map(_bytes, _in_file(plain).values())]
+        for part in parts:
+            written.update(part)
+            file.write(part)
+
+
+def _in_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in the order of their bytes: large types first, so that each is aligned."""
+    return dict(sorted(tensors.items(), key=lambda each: -each[1].element_size()))
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return what a safetensors file has before the bytes of the tensors.
+
+    The library can only return or write a file of which it holds two copies, which for the state of a run is more than
+    `--memory` may allow.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, tensor in _in_file(tensors).items():
+        shape, stop = list(tensor.shape), start + tensor.nbytes
+        entries[name] = {"dtype": TYPES[tensor.dtype], "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNED)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the host, which are not copied."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
 
 
 def read_tensors(path: Path, remedy: str = "Copy it again.") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -76,8 +112,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode("utf-8", "surrogatepass"))
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
