@@ -289,6 +289,22 @@ def test_few_patches_of_an_image_in_memory_are_copied_by_the_consumer(
         assert reader.reread_patches == 4
 
 
+@pytest.mark.parametrize(("keep", "reads"), [(True, 1), (False, 3)])
+def test_an_image_in_memory_is_copied_in_one_task(
+    picture: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, reads: int
+) -> None:
+    opener = FileOpener(picture, "p", 6, cache=ImageCache(keep=keep))
+    expected = FileOpener(picture, "p", 6)().read(slice(None))
+    tasks = []
+    with Reader(threads=1) as reader:
+        submit = reader.threads.submit
+        monkeypatch.setattr(reader.threads, "submit", lambda *a, **k: tasks.append(a) or submit(*a, **k))
+        stream = reader.stream([[opener]], 256)
+        (chunk,) = next(stream).chunks()
+    np.testing.assert_array_equal(chunk.pixels[: chunk.count], expected)
+    assert len(tasks) == 1 + reads, "one opens it"
+
+
 def test_one_rule_decides_what_stays_in_memory(picture: Path) -> None:
     assert decoded_bytes(open_image(picture)) == 90 * 70 * 3
     assert fits(10**9, 1.0)[0]

@@ -8,6 +8,7 @@ before has a buffer. The thread that needs a lost file opens and reads it again;
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import deque
@@ -29,6 +30,8 @@ from keyhole.util.threads import ReadingThreads
 T = TypeVar("T")
 MAX_TASK_PATCHES = 64
 """Patches of one task: enough that neighbours share tiles and handing over costs little."""
+MIN_COPIED_BYTES = 2**22
+"""Bytes of one task where the image is in memory, at least: handing over would take longer than copying."""
 
 
 class Reader(SharedReading):
@@ -206,6 +209,7 @@ def _plan_chunks(stream: Stream, batch: Batch) -> None:
     streamed = batch.lengths()
     run = stream.chunk * stream.reader.ahead // (2 * stream.threads.count)  # patches of a task
     run = min(max(run, MIN_TASK_PATCHES), MAX_TASK_PATCHES)
+    copied = 0 if stream.shape is None else MIN_COPIED_BYTES // (math.prod(stream.shape[0]) * stream.shape[1].itemsize)
 
     def unwanted() -> bool:
         return stream.closed or batch.closed
@@ -228,8 +232,10 @@ def _plan_chunks(stream: Stream, batch: Batch) -> None:
         buffer[planned.rows :] = 0
         for image, start, stop in segments:
             slot = batch.slots[image]
-            for first in range(start, stop, run):
-                index = np.arange(first, min(first + run, stop), dtype=np.int64)
+            source = None if slot.handle is None else slot.handle.source
+            length = max(run, copied) if source is not None and source.in_memory else run
+            for first in range(start, stop, length):
+                index = np.arange(first, min(first + length, stop), dtype=np.int64)
                 index = orders[image][index] if image in orders else index
                 if slot.handle is not None:  # else it has failed meanwhile
                     rows = buffer[row : row + len(index)]
