@@ -21,10 +21,9 @@ from keyhole.patches.sources import PatchSource
 
 MIN_TASK_PATCHES = 8
 """Patches of one task where many threads need tasks, and of kept patches, which share few tiles."""
-
-
-MAX_COPIED_BYTES = 2**20
-"""Kept patches of an image in memory that the consumer copies itself: handing them to threads takes longer."""
+COPIED_BYTES = 2**22
+"""Bytes that a thread copies of an image in memory, or the consumer itself of its kept patches: handing over smaller
+parts takes longer than copying them."""
 
 
 class Batch:
@@ -152,7 +151,7 @@ class Batch:
                 cached = self.cache.take(slot.image, index, rows)
             absent = np.flatnonzero(~cached)
             into = np.empty((len(absent), *rows.shape[1:]), rows.dtype) if cached.any() else rows
-            if slot.handle.source.in_memory and into.nbytes <= MAX_COPIED_BYTES:
+            if slot.handle.source.in_memory and into.nbytes <= COPIED_BYTES:
                 slot.handle.read(index[absent], into)
                 if into is not rows:
                     rows[absent] = into

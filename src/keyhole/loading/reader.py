@@ -20,7 +20,7 @@ from typing import Self, TypeVar
 import numpy as np
 
 from keyhole.errors import ConfigError
-from keyhole.loading.batch import MIN_TASK_PATCHES, Batch
+from keyhole.loading.batch import COPIED_BYTES, MIN_TASK_PATCHES, Batch
 from keyhole.loading.buffers import Allocate, SpareBuffers
 from keyhole.loading.chunks import Delivery, Opener, Shuffled, pack
 from keyhole.loading.reading import Planned, Reading
@@ -30,8 +30,6 @@ from keyhole.util.threads import ReadingThreads
 T = TypeVar("T")
 MAX_TASK_PATCHES = 64
 """Patches of one task: enough that neighbours share tiles and handing over costs little."""
-MIN_COPIED_BYTES = 2**22
-"""Bytes of one task where the image is in memory, at least: handing over would take longer than copying."""
 
 
 class Reader(SharedReading):
@@ -209,7 +207,7 @@ def _plan_chunks(stream: Stream, batch: Batch) -> None:
     streamed = batch.lengths()
     run = stream.chunk * stream.reader.ahead // (2 * stream.threads.count)  # patches of a task
     run = min(max(run, MIN_TASK_PATCHES), MAX_TASK_PATCHES)
-    copied = 0 if stream.shape is None else MIN_COPIED_BYTES // (math.prod(stream.shape[0]) * stream.shape[1].itemsize)
+    copied = 0 if stream.shape is None else COPIED_BYTES // (math.prod(stream.shape[0]) * stream.shape[1].itemsize)
 
     def unwanted() -> bool:
         return stream.closed or batch.closed
