@@ -62,6 +62,7 @@ ARMS = {
     "ips16": "IPS, M = 16, end to end",
     "all": "all patches, end to end, attention",
     "scratch": "IPS, M = 16, encoder small from random weights",
+    "learned": "IPS, M = 16, end to end, batch norms learned",
 }
 """What tables call the arms, in their order."""
 
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("example", choices=METRICS)
     parser.add_argument("manifest", type=Path)
     parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if arm not in ("all", "scratch")]
+        "--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if arm not in ("all", "scratch", "learned")]
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images", type=int, help="to learn from; default all")
@@ -164,7 +165,9 @@ class Comparison:
         if arm == "mean":
             found = self.mean(about, seed)
         else:
-            found = self.train(self.settings(arm, seed, folder), folder / "run", about, kept=arm in ("ips4", "ips16"))
+            found = self.train(
+                self.settings(arm, seed, folder), folder / "run", about, kept=arm in ("ips4", "ips16", "learned")
+            )
         found.write(folder)
         return found
 
@@ -177,6 +180,8 @@ class Comparison:
                 return base.replace(select={"m": int(arm.removeprefix("ips"))})
             case "scratch":
                 return base.replace(model={"encoder": "small"})
+            case "learned":
+                return base.replace(model={"batch_norm": "learned"})
             case "all":
                 return base.replace(select={"m": 2 * max(self.counts)}, memory="8GB")
             case "random-trained":  # attention stays uniform, so that of all in random order the first are kept
