@@ -65,6 +65,8 @@ ARMS = {
     "learned": "IPS, M = 16, end to end, batch norms learned",
 }
 """What tables call the arms, in their order."""
+SELECTING = ("ips4", "ips16", "learned")
+"""Arms of which it is told how many of the kept patches touch a defect."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
