@@ -143,7 +143,8 @@ class ModelConfig(Settings):
     """`lite0` (EfficientNet-Lite0 with ImageNet weights, installed with keyhole), `small` (ours, from random weights,
     for small machines) or any timm name, such as `resnet18`. Stored features need none: they are projected to `dim`."""
     dim: Positive = 512
-    """Width that stored features are projected to (LayerNorm, Linear, BatchNorm, ReLU), as published for CAMELYON16."""
+    """Width that stored features are projected to (LayerNorm, Linear, BatchNorm, ReLU), as published for CAMELYON16;
+    also that of `projector linear`."""
     feature_width: Positive | None = None
     """Numbers of a stored feature; default is what the files hold."""
     feature_encoder: str | None = None
@@ -169,6 +170,10 @@ class ModelConfig(Settings):
     batch_norm: Literal["auto", "learned", "frozen"] = "auto"
     """Statistics of the encoder's batch norms: `learned` from the kept patches of each step, or `frozen` as they are at
     the start. `auto` freezes those of ImageNet weights: both passes then see a patch alike."""
+    projector: Literal["auto", "linear", "none"] = "auto"
+    """Layers between a timm encoder and the attention: `linear` projects to `dim` as stored features are, which spreads
+    patches apart; `none`, as published for images, attends to what the encoder gives. `auto` is `linear` where the
+    encoder starts from pretrained or given weights."""
     heads: Positive = 8
     """Attention heads. The paper uses 8."""
     hidden: Positive | None = None
@@ -195,8 +200,19 @@ class ModelConfig(Settings):
         """Whether the encoder's batch norms keep their statistics."""
         return self.batch_norm == "frozen" or (self.batch_norm == "auto" and self.imagenet)
 
+    @property
+    def projects(self) -> bool:
+        """Whether the embeddings of an encoder of images are projected to `dim`."""
+        if self.feature_width is not None or self.encoder == "small":
+            return False
+        return self.projector == "linear" or (self.projector == "auto" and self.learned_before)
+
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> Self:
+        if self.encoder == "small" and self.projector == "linear":
+            raise Contradiction(
+                "model.projector linear is for timm's encoders; `small` ends with a batch norm of its own"
+            )
         if self.encoder == "small" and self.pretrained:
             raise Contradiction(
                 "model.pretrained: the encoder `small` has no pretrained weights; name a timm model with "

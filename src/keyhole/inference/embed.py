@@ -26,7 +26,7 @@ from keyhole.engine.opening import open_reader, settle_edge
 from keyhole.errors import ConfigError, DataError, KeyholeError, RunError
 from keyhole.inference.embedding_files import EmbeddingFiles, image_bytes, own_settings, settings_of, unfinished_files
 from keyhole.nn import IPSClassifier
-from keyhole.nn.build import build_encoder, embedding_width, patch_shape
+from keyhole.nn.build import build_encoder, patch_shape, projected
 from keyhole.patches.features.writer import already_there
 from keyhole.runs.checkpoint import load_encoder, read_info, weights_file
 from keyhole.util.files import writable_folder
@@ -142,7 +142,8 @@ def _config(asked: EmbedSettings) -> Config:
         model, learned = encoder_of(asked.run)
         patch = patch if "patch" in asked.model_fields_set else learned
     else:
-        model = ModelConfig(**{name: getattr(asked, name) for name in (*ENCODER, "pretrained", "weights")})
+        given = {name: getattr(asked, name) for name in (*ENCODER, "pretrained", "weights")}
+        model = ModelConfig(**given, projector="none")
     return Config(
         patch=patch,
         model=model,
@@ -197,8 +198,8 @@ def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
         raise RunError(f"{file}: its description does not fit keyhole {VERSION} ({error}).") from error
     if own.model.feature_width is not None:
         raise RunError(f"{file}: is a model of stored features, which has no encoder of images. Give another run.")
-    kept = {name: getattr(own.model, name) for name in ENCODER}
-    return ModelConfig(**kept, weights=file), own.patch
+    kept = {name: getattr(own.model, name) for name in (*ENCODER, "dim")}
+    return ModelConfig(**kept, projector="linear" if own.model.projects else "none", weights=file), own.patch
 
 
 def _encoder(config: Config, device: torch.device) -> IPSClassifier:
@@ -209,7 +210,7 @@ def _encoder(config: Config, device: torch.device) -> IPSClassifier:
             "download timm's, or --encoder lite0, whose weights are installed"
         )
     try:
-        encoder = build_encoder(model)
+        encoder, width = projected(build_encoder(model), model, config.patch.size)
         if model.weights is not None:
             load_encoder(encoder, model.weights)
     except ValueError as error:
@@ -217,7 +218,6 @@ def _encoder(config: Config, device: torch.device) -> IPSClassifier:
     except (ConfigError, RunError) as error:  # options have other names here
         kind = ConfigError if isinstance(error, ConfigError) else RunError
         raise kind(str(error).replace("--model.", "--")) from error
-    width = embedding_width(encoder, model, config.patch.size)
     return encoder_alone(encoder.to(device), width)
 
 

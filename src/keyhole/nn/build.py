@@ -49,8 +49,7 @@ def build_classifier(
         if model.feature_width is not None:
             encoder, dim = FeatureProjector(model.feature_width, model.dim), model.dim
         else:
-            encoder = build_encoder(model, pretrained)
-            dim = embedding_width(encoder, model, patch_size)
+            encoder, dim = projected(build_encoder(model, pretrained), model, patch_size)
         pool = CrossAttentionPool(
             dim,
             model.heads,
@@ -70,12 +69,25 @@ def build_classifier(
         encoder.frozen_norm = model.freezes_norm
     if model.freeze:
         encoder.requires_grad_(False)
+        if isinstance(encoder, PixelEncoder) and encoder.projector is not None:
+            encoder.projector.requires_grad_(True)
     return IPSClassifier(encoder, pool, {task.name: nn.Linear(dim, task.outputs) for task in tasks}, position)
 
 
 def patch_shape(model: ModelConfig, patch_size: int) -> tuple[int, ...]:
     """Return the shape of one patch as it is read: (s, s, c), or (f,) of stored features."""
     return (patch_size, patch_size, model.channels) if model.feature_width is None else (model.feature_width,)
+
+
+def projected(
+    encoder: SmallEncoder | TimmEncoder, model: ModelConfig, patch_size: int
+) -> tuple[SmallEncoder | TimmEncoder, int]:
+    """Give an encoder its projector, if the settings ask for one; also return the width of the embeddings."""
+    width = embedding_width(encoder, model, patch_size)
+    if not model.projects:
+        return encoder, width
+    encoder.projector, encoder.dim = FeatureProjector(width, model.dim), model.dim
+    return encoder, model.dim
 
 
 def embedding_width(encoder: nn.Module, model: ModelConfig, patch_size: int) -> int:

@@ -28,6 +28,7 @@ class PixelEncoder(nn.Module, ABC):
 
     Attributes:
         dim: width d of the embeddings.
+        projector: what makes them of the network's features; None where they are the features.
         scale, shift: (1 c 1 1), not saved with the weights.
         frozen_norm: batch norms keep their statistics in training too, so that both passes compute the same function.
     """
@@ -36,6 +37,10 @@ class PixelEncoder(nn.Module, ABC):
     scale: Tensor
     shift: Tensor
     frozen_norm: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projector: FeatureProjector | None = None
 
     def normalize_by(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
         """Subtract `mean` from the values and divide them by `std` before `embed`."""
@@ -51,12 +56,14 @@ class PixelEncoder(nn.Module, ABC):
         return self.embed(torch.addcmul(self.shift, patches, self.scale))
 
     def train(self, mode: bool = True) -> "PixelEncoder":
-        """Set training mode; with `frozen_norm` not for batch norms, whose weights learn all the same."""
+        """Set training mode; with `frozen_norm` not for the network's batch norms, whose weights learn all the same."""
         super().train(mode)
         if self.frozen_norm:
             for part in self.modules():
                 if isinstance(part, nn.modules.batchnorm._BatchNorm):
                     part.eval()
+            if self.projector is not None:
+                self.projector.train(mode)
         return self
 
     @abstractmethod
@@ -164,7 +171,8 @@ class TimmEncoder(PixelEncoder):
 
     def embed(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k d"]:
         x = self.body(patches)
-        return x[0].mean(dim=(2, 3), dtype=torch.float32) if self.cut else x
+        features: Tensor = x[0].mean(dim=(2, 3), dtype=torch.float32) if self.cut else x
+        return features if self.projector is None else self.projector(features)
 
 
 def _cut(name: str, stages: int) -> dict[str, Any]:
@@ -179,9 +187,10 @@ def _cut(name: str, stages: int) -> dict[str, Any]:
 
 
 class FeatureProjector(nn.Module):
-    """Stored features -> embeddings, as published for CAMELYON16: LayerNorm, Linear, BatchNorm, ReLU.
+    """Features -> embeddings, as published for stored features of CAMELYON16: LayerNorm, Linear, BatchNorm, ReLU.
 
-    The layer norm has no weights, since the linear layer after it has its own.
+    The layer norm has no weights, since the linear layer after it has its own. The batch norm spreads patches apart: on
+    features of ImageNet weights as they are, attention takes ten times as long to learn which patches matter.
 
     Args:
         features: width f of a stored feature.

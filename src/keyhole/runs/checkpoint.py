@@ -29,6 +29,8 @@ TYPES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
 }
 """Names of types in the format."""
+PROJECTOR = "projector."
+"""What the names of a projector's weights begin with in its encoder."""
 ALIGNED = 8
 """Bytes of whose multiple the header is long."""
 
@@ -199,13 +201,16 @@ def load_encoder(encoder: nn.Module, path: Path) -> None:
         weights, info = read_tensors(file)
         hint = _encoder_hint(file, info)
     part, found = encoder_part(encoder, weights)
-    problems = misfits(part.state_dict(), found)
+    own = part.state_dict()
+    if not any(name.startswith(PROJECTOR) for name in found):  # a new one learns
+        own = {name: weight for name, weight in own.items() if not name.startswith(PROJECTOR)}
+    problems = misfits(own, found)
     if not found:
         problems = [f"expected names such as {listed(part.state_dict(), 2)}, found {listed(weights, 2) or 'nothing'}"]
     if problems:
         count = f" ({len(problems)} weights in all)" if len(problems) > 3 else ""
         raise RunError(f"{file}: the weights do not fit the model's encoder: {'; '.join(problems[:3])}{count}.{hint}")
-    part.load_state_dict(found)
+    part.load_state_dict(found, strict=False)  # what is missing was looked at
 
 
 def weights_file(path: Path) -> Path:

@@ -205,6 +205,11 @@ def new_engine(config: Config, model: IPSClassifier, reader: Reader) -> Engine:
     return engine
 
 
+def learned_slowly(name: str) -> bool:
+    """Return whether a weight of a model is of its encoder, but not of the projector, which is new."""
+    return name.startswith("encoder.") and not name.startswith("encoder.projector.")
+
+
 def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
     """Build AdamW for the weights that are not frozen: decay as `train.decay` says, the encoder at its own rate.
 
@@ -213,7 +218,7 @@ def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
     groups: list[dict[str, Any]] = []
     learned = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     for of_encoder, factor in ((True, config.train.encoder_lr), (False, 1.0)):
-        part = [weight for name, weight in learned if name.startswith("encoder.") == of_encoder]
+        part = [weight for name, weight in learned if learned_slowly(name) == of_encoder]
         for decay, decayed in ((config.train.weight_decay, True), (0.0, False)):
             if chosen := [weight for weight in part if (weight.ndim > 1 or config.train.decay == "all") == decayed]:
                 groups.append({"params": chosen, "weight_decay": decay, "factor": factor})
