@@ -63,9 +63,13 @@ ARMS = {
     "all": "all patches, end to end, attention",
     "scratch": "IPS, M = 16, encoder small from random weights",
     "learned": "IPS, M = 16, end to end, batch norms learned",
+    "plain": "IPS, M = 16, end to end, no projector",
+    "resized-plain": f"whole image resized to the cost of IPS, M = {M}, no projector",
 }
 """What tables call the arms, in their order."""
-SELECTING = ("ips4", "ips16", "learned")
+SPECIAL = ("all", "scratch", "learned", "plain", "resized-plain")
+"""Arms that are run when they are asked for."""
+SELECTING = ("ips4", "ips16", "learned", "plain")
 """Arms of which it is told how many of the kept patches touch a defect."""
 
 
@@ -74,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="for features, resized images and runs")
     parser.add_argument("example", choices=METRICS)
     parser.add_argument("manifest", type=Path)
-    parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if arm not in ("all", "scratch", "learned")]
-    )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if arm not in SPECIAL])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images", type=int, help="to learn from; default all")
     parser.add_argument("--val", type=int, help="to choose the best epoch by; default a third of --images")
@@ -182,6 +184,10 @@ class Comparison:
                 return base.replace(select={"m": int(arm.removeprefix("ips"))})
             case "scratch":
                 return base.replace(model={"encoder": "small"})
+            case "plain":
+                return base.replace(model={"projector": "none"})
+            case "resized-plain":
+                return self.settings("resized", seed, folder).replace(model={"projector": "none"})
             case "learned":
                 return base.replace(model={"batch_norm": "learned"})
             case "all":

@@ -50,7 +50,9 @@ def test_grey_patches_are_embedded_as_their_copies_in_three_colours() -> None:
 @pytest.mark.parametrize(("batch_norm", "equal"), [("auto", True), ("frozen", True), ("learned", False)])
 def test_with_frozen_batch_norm_training_sees_a_patch_as_selection_does(batch_norm: str, equal: bool) -> None:
     model = build_classifier(
-        ModelConfig(encoder="lite0", batch_norm=batch_norm), [Task("a", "binary", ("no", "yes"))], patch_size=32
+        ModelConfig(encoder="lite0", batch_norm=batch_norm, projector="none"),
+        [Task("a", "binary", ("no", "yes"))],
+        patch_size=32,
     )
     encoder, patches = model.encoder, torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     norm = next(part for part in encoder.modules() if isinstance(part, torch.nn.BatchNorm2d))
