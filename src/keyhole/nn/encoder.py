@@ -189,8 +189,8 @@ def _cut(name: str, stages: int) -> dict[str, Any]:
 class FeatureProjector(nn.Module):
     """Features -> embeddings, as published for stored features of CAMELYON16: LayerNorm, Linear, BatchNorm, ReLU.
 
-    The layer norm has no weights, since the linear layer after it has its own. The batch norm spreads patches apart: on
-    features of ImageNet weights as they are, attention takes ten times as long to learn which patches matter.
+    The layer norm has no weights, since the linear layer after it has its own. The batch norm spreads patches apart:
+    without the projector one of two runs of `lite0` on photographs of cracks stayed at chance.
 
     Args:
         features: width f of a stored feature.

@@ -62,8 +62,7 @@ def _in_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Return what a safetensors file has before the bytes of the tensors.
 
-    The library can only return or write a file of which it holds two copies, which for the state of a run is more than
-    `--memory` may allow.
+    The library copies all tensors before it writes a file: for the state of a run more than `--memory` may allow.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
