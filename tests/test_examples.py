@@ -22,6 +22,18 @@ def prepare(example: str) -> Any:
     return runpy.run_path(str(BENCHMARKS.parent / "examples" / example / "prepare.py"))["prepare"]
 
 
+@pytest.mark.parametrize("example", ["potholes", "retinopathy", "circuit_boards", "surface_cracks"])
+def test_a_folder_without_the_data_is_refused_and_nothing_is_written(tmp_path: Path, example: str) -> None:
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "out").mkdir()
+    where = tmp_path / "out" / ("new" if example == "retinopathy" else "new.csv")
+
+    with pytest.raises(SystemExit, match=r"wrong.*Give the (unpacked repository|folder with)"):
+        prepare(example)(tmp_path / "wrong", where, *([None] if example == "retinopathy" else []))
+
+    assert not list((tmp_path / "out").iterdir())
+
+
 def write_picture(path: Path, seed: int, size: tuple[int, int] = (134, 89)) -> Path:
     """A picture that no other seed resembles."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,9 @@ LISTS = {"trainval": "trainval.txt", "test": "test.txt"}
 def prepare(root: Path, out: Path) -> Counter[tuple[str, str]]:
     """Write the manifest and, beside it, outlines of the defects; return how many boards have each, by split."""
     data, outlines = root / "PCBData", out.with_suffix("")
+    for name in LISTS.values():
+        if not (data / name).is_file():
+            raise SystemExit(f"{data / name}: not found. Give the unpacked repository.")
     outlines.mkdir(parents=True, exist_ok=True)
     counts: Counter[tuple[str, str]] = Counter()
     rows = []

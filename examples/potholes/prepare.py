@@ -35,7 +35,7 @@ SPLITS = {
 def prepare(root: Path, out: Path) -> Counter[tuple[str, str]]:
     """Write the manifest; return how many photographs each split and class has."""
     split_of = {road: split for split, roads in SPLITS.items() for road in roads}
-    folders = sorted(path for path in (root / "Dataset").iterdir() if path.is_dir())
+    folders = sorted(path for path in (root / "Dataset").glob("*") if path.is_dir())
     if not folders:
         raise SystemExit(f"{root / 'Dataset'}: no folders of photographs. Give the unpacked repository.")
     counts: Counter[tuple[str, str]] = Counter()

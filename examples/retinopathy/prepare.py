@@ -44,7 +44,12 @@ SAME = 2.0
 
 def prepare(root: Path, out: Path, width: int | None) -> Counter[tuple[str, str]]:
     """Write pictures (if they are made smaller), lesion masks and the manifest; return how many have each grade."""
-    grades = {split: _grades(root / GRADING / "2. Groundtruths" / name) for split, name in LABELS.items()}
+    tables = {split: root / GRADING / "2. Groundtruths" / name for split, name in LABELS.items()}
+    for table in tables.values():
+        if not table.is_file():
+            raise SystemExit(f"{table}: not found. Give the folder with {SEGMENTATION!r} and {GRADING!r}.")
+    out.mkdir(parents=True, exist_ok=True)
+    grades = {split: _grades(table) for split, table in tables.items()}
     seen: dict[str, str] = {}
     images: dict[Path, tuple[str, str, int]] = {}  # -> name, split, grade
     for split, folder in FOLDERS.items():
@@ -128,7 +133,6 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write: manifest.csv, lesions, smaller images")
     parser.add_argument("--width", type=int, help="make the pictures so wide, in pixels; default: use them as they are")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     counts = prepare(options.root.resolve(), options.out.resolve(), options.width)
     for split in ("train", "val", "test"):
         print(

@@ -40,7 +40,8 @@ def prepare(root: Path, out: Path) -> Counter[tuple[str, str]]:
     data, outlines = root / "Datasets", out.with_suffix("")
     images = sorted((data / "images").glob("*/*.jpg"), key=lambda path: path.name)
     if [path.stem for path in images] != [f"{number:03d}" for number in range(COUNT)]:
-        raise SystemExit(f"{data / 'images'}: expected 000.jpg to 398.jpg, found {len(images)} files. Unpack it again.")
+        found = f"expected 000.jpg to 398.jpg, found {len(images)} files"
+        raise SystemExit(f"{data / 'images'}: {found}. Give the unpacked repository.")
     outlines.mkdir(parents=True, exist_ok=True)
     counts: Counter[tuple[str, str]] = Counter()
     seen: dict[str, str] = {}
