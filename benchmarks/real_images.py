@@ -63,13 +63,21 @@ ARMS = {
     "all": "all patches, end to end, attention",
     "scratch": "IPS, M = 16, encoder small from random weights",
     "learned": "IPS, M = 16, end to end, batch norms learned",
+    "full-rate": "IPS, M = 16, end to end, encoder at the full rate",
     "plain": "IPS, M = 16, end to end, no projector",
     "resized-plain": f"whole image resized to the cost of IPS, M = {M}, no projector",
 }
 """What tables call the arms, in their order."""
-SPECIAL = ("all", "scratch", "learned", "plain", "resized-plain")
+CHANGED: dict[str, dict[str, dict[str, Any]]] = {
+    "scratch": {"model": {"encoder": "small"}},
+    "learned": {"model": {"batch_norm": "learned"}},
+    "full-rate": {"train": {"encoder_lr": 1.0}},
+    "plain": {"model": {"projector": "none"}},
+}
+"""IPS with M = 16 and other settings than the recipe's."""
+SPECIAL = ("all", *CHANGED, "resized-plain")
 """Arms that are run when they are asked for."""
-SELECTING = ("ips4", "ips16", "learned", "plain")
+SELECTING = ("ips4", "ips16", *CHANGED)
 """Arms of which it is told how many of the kept patches touch a defect."""
 
 
@@ -169,27 +177,19 @@ class Comparison:
         if arm == "mean":
             found = self.mean(about, seed)
         else:
-            found = self.train(
-                self.settings(arm, seed, folder), folder / "run", about, kept=arm in ("ips4", "ips16", "learned")
-            )
+            found = self.train(self.settings(arm, seed, folder), folder / "run", about, kept=arm in SELECTING)
         found.write(folder)
         return found
 
     def settings(self, arm: str, seed: int, folder: Path) -> Config:
         """The configuration of an arm that is a run of keyhole."""
-        base = self.base.replace(train={"seed": seed})
+        base = self.base.replace(train={"seed": seed}, select={"m": M})
         epochs = base.train.epochs
         match arm:
             case "ips4" | "ips16":
                 return base.replace(select={"m": int(arm.removeprefix("ips"))})
-            case "scratch":
-                return base.replace(model={"encoder": "small"})
-            case "plain":
-                return base.replace(model={"projector": "none"})
             case "resized-plain":
-                return self.settings("resized", seed, folder).replace(model={"projector": "none"})
-            case "learned":
-                return base.replace(model={"batch_norm": "learned"})
+                return self.settings("resized", seed, folder).replace(**CHANGED["plain"])
             case "all":
                 return base.replace(select={"m": 2 * max(self.counts)}, memory="8GB")
             case "random-trained":  # attention stays uniform, so that of all in random order the first are kept
@@ -211,7 +211,7 @@ class Comparison:
             case "random":
                 path = write_drawn(self.path, self.stored, M, DRAWS, seed, folder / "drawn")
                 return self.frozen(path, seed, FROZEN["epochs"] // DRAWS)
-        raise ValueError(arm)
+        return base.replace(**CHANGED[arm])
 
     def frozen(self, path: Path, seed: int, epochs: int, features: Path | None = None) -> Config:
         """Attention over all stored features of an image."""
