@@ -37,7 +37,7 @@ class SpeedOptions(ConfigOptions):
     )
     IDLE: ClassVar = (
         *("out", "data.val", "data.test", "data.hash-gb", "train.explore", "train.metric", "train.patience"),
-        *("model.weights", "model.pretrained", "run.log", "run.save-minutes"),
+        *("model.weights", "model.start", "model.pretrained", "run.log", "run.save-minutes"),
     )
 
     source: Path | None = None

@@ -165,6 +165,9 @@ class ModelConfig(Settings):
     """Download timm's pretrained weights. Off: nothing is downloaded without being asked for; `lite0` has its own."""
     weights: Location | None = None
     """Weights for the encoder: a run, whose best model's encoder is taken, or a safetensors file."""
+    start: Location | None = None
+    """A run whose best model the new one starts from, for the same tasks. If it learned from images, all its weights
+    are taken; if from stored features, its projector, attention and heads, on the encoder that made the features."""
     freeze: Switch = False
     """Do not train the encoder; only attention and heads learn."""
     batch_norm: Literal["auto", "learned", "frozen"] = "auto"
@@ -193,7 +196,7 @@ class ModelConfig(Settings):
     @property
     def learned_before(self) -> bool:
         """Whether the encoder starts from weights that were learned before, not from random ones."""
-        return self.imagenet or self.weights is not None
+        return self.imagenet or self.weights is not None or self.start is not None
 
     @property
     def freezes_norm(self) -> bool:

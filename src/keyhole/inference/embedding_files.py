@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -11,7 +10,6 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from keyhole.config.settings import Config
@@ -21,6 +19,7 @@ from keyhole.engine.embedding import Embedding, End, Rows
 from keyhole.engine.opening import opener
 from keyhole.errors import KeyholeError
 from keyhole.inference.answer import damage
+from keyhole.nn.weights import weights_digest
 from keyhole.patches.features.writer import BYTES, SETTINGS, feature_writer
 from keyhole.patches.image_cache import ImageCache
 from keyhole.patches.sources import FilePatches
@@ -96,13 +95,9 @@ class _Left(Exception):  # noqa: N818 - ends the writing of one file, and goes n
 def settings_of(config: Config, encoder: nn.Module, dtype: str, precision: str) -> dict[str, Any]:
     """Return all settings that features depend on, besides the image."""
     model, patch = config.model, config.patch
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {
         "encoder": model.encoder,
-        "weights": digest.hexdigest(),
+        "weights": weights_digest(encoder.state_dict()),
         "stages": model.stages,
         "channels": model.channels,
         "patch.size": patch.size,

@@ -42,7 +42,7 @@ def describe(config: Config, tasks: Sequence[Task], **about: Any) -> dict[str, A
     """Return the description of a model without its weights, for model.json."""
     plain: dict[str, Any] = {name: getattr(config, name).model_dump() for name in SECTIONS}
     # The weights are in the file, so nothing is downloaded or read from elsewhere.
-    plain["model"] |= {"pretrained": False, "weights": None}
+    plain["model"] |= {"pretrained": False, "weights": None, "start": None}
     return {
         "keyhole": VERSION,
         "name": config.out.name if config.out is not None else "model",

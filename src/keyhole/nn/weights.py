@@ -6,6 +6,7 @@ checks whether the file is in the cache and, if not, whether its server answers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,15 @@ def misfits(model: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[
         for name in model
         if name in weights and weights[name].shape != model[name].shape
     ]
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of weights with their names, types and shapes; files of features state their encoder's."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def encoder_part(encoder: nn.Module, weights: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -29,6 +29,7 @@ from keyhole.nn.build import patch_shape
 from keyhole.patches.image_cache import ImageCache, fits
 from keyhole.patches.sources import View
 from keyhole.runs.checkpoint import load_encoder
+from keyhole.runs.start import load_start
 from keyhole.tasks.kinds import Task
 from keyhole.util.timing import Timer
 from keyhole.util.wording import counted, from_to
@@ -45,7 +46,8 @@ def absolute(config: Config) -> Config:
         return None if path is None else path.expanduser().absolute()
 
     paths: dict[str, Any] = {name: each(getattr(config.data, name)) for name in ("path", "root", "features", "masks")}
-    return config.replace(out=each(config.out), data=paths, model={"weights": each(config.model.weights)})
+    model = {name: each(getattr(config.model, name)) for name in ("weights", "start")}
+    return config.replace(out=each(config.out), data=paths, model=model)
 
 
 def with_features(config: Config, manifest: Manifest) -> tuple[Config, list[str]]:
@@ -183,15 +185,17 @@ def targets(manifest: Manifest, items: Sequence[Item]) -> dict[str, Tensor]:
 def new_model(config: Config, tasks: Sequence[Task], device: torch.device, fresh: bool = True) -> IPSClassifier:
     """Build the model on its device; the caller's random state does not change.
 
-    `fresh` starts from the encoder's pretrained or given weights; it is off if weights are loaded afterwards.
+    `fresh` starts from pretrained or given weights; it is off if weights are loaded afterwards.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)  # the state of the GPUs would not be restored
         model = build_classifier(config.model, tasks, config.patch.size, pretrained=fresh)
-    if fresh and number(config.train.explore, "train.explore"):
-        torch.nn.init.zeros_(model.pool.key_proj.weight)  # attention starts uniform
     if fresh and config.model.weights is not None:
         load_encoder(model.encoder, config.model.weights)
+    if fresh and config.model.start is not None:
+        load_start(model, tasks, config.model.start)
+    if fresh and number(config.train.explore, "train.explore"):
+        torch.nn.init.zeros_(model.pool.key_proj.weight)  # attention starts uniform
     return model.to(device)
 
 

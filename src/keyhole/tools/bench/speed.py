@@ -78,7 +78,7 @@ def _plain(config: Config, scratch: Path) -> Config:
         out=scratch / "run",
         data={"hash_gb": 0.0, "val": 0.0, "test": 0.0},
         # weights are random, or those of the run: nothing is downloaded
-        model={"pretrained": False, "weights": None},
+        model={"pretrained": False, "weights": None, "start": None},
         train={"explore": 0.0, "metric": "auto", "watch": "val"},
         # `_compile` decides for the whole run, not for this short one
         run={"log": (), "save_minutes": 1e6, "compile": "off"},
