@@ -88,7 +88,7 @@ SETTINGS = {
         Setting(
             "slides",
             "generated slides of 2048 px, with nests of three nuclei under 0.1 % of the tissue or without",
-            {"train": 60, "val": 40, "test": 80},
+            {"train": 200, "val": 40, "test": 80},
             write_slides,
             "slides",
             {},

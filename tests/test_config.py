@@ -297,9 +297,10 @@ def measurements(draw: st.DrawFn) -> Measured:
 
 
 @settings(deadline=None, max_examples=60)
-@given(measurements())
-def test_what_init_proposes_is_valid_fits_every_image_and_is_explained(measured: Measured) -> None:
-    proposal = propose(Config(), measured)
+@given(measurements(), st.sampled_from(["lite0", "small"]))
+def test_what_init_proposes_is_valid_fits_every_image_and_is_explained(measured: Measured, encoder: str) -> None:
+    asked = Config(model={"encoder": encoder})
+    proposal = propose(asked, measured)
     config = proposal.config
     for size, mpp in zip(measured.sizes, measured.mpp, strict=True):
         scale = mpp / config.patch.mpp if config.patch.mpp is not None and mpp is not None else 1.0
@@ -308,7 +309,7 @@ def test_what_init_proposes_is_valid_fits_every_image_and_is_explained(measured:
     assert config.model.channels == (1 if measured.grey else 3)
     smaller, larger = sorted(len([i for i in measured.manifest.items if i.labels["label"] == c]) for c in "ab")
     assert config.train.balance == ("loss" if larger >= 2 * smaller else "none")
-    defaults = dict(leaves(Config()))
+    defaults = dict(leaves(asked))
     changed = {path for path, value in leaves(config) if value != defaults[path]}
     assert changed <= {*proposal.reasons, "train.warmup"}
 

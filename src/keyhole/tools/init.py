@@ -32,6 +32,8 @@ KEPT = "from 16 to 256, but of more than 4 at most half"
 reached a validation AUROC of .89, and one that kept 4 reached .67."""
 PRETRAINED = "its ImageNet weights make small data sets work; `small`, from random weights, is fast on tiny machines"
 RANDOM = "it starts from random weights and needs many images; lite0 has ImageNet weights, which are installed already"
+SLIDE_PATCH = 384
+"""Largest side of a slide's patch in pixels from random weights: of patches at random some must show what decides."""
 SLIDE_MPP = 0.5
 """Microns per pixel for microscopy: 20x shows nuclei, with a quarter of the patches of 40x."""
 
@@ -111,8 +113,11 @@ def propose(config: Config, measured: Measured) -> Proposal:
     choices = _Choices()
     learned = config.model.learned_before
     choices.add("model.encoder", config.model.encoder, PRETRAINED if learned else RANDOM)
+    from_random_slides = measured.pyramids and not learned
     _choose_patches(choices, config, measured)
-    _choose_training(choices, config, measured.manifest)
+    _choose_training(choices, config, measured.manifest, largest=4 if from_random_slides else config.train.batch)
+    if from_random_slides:
+        _choose_for_slides(choices)
     return Proposal(config.replace(**choices.values), choices.reasons, tuple(_summary(measured)))
 
 
@@ -125,10 +130,13 @@ def _choose_patches(choices: _Choices, config: Config, measured: Measured) -> No
     ]
     shorter, aspect = median(sides), median(max(size) / min(size) for size in measured.sizes)
     parts, least, step, name = (10, 64, 32, "tenth") if config.model.learned_before else (16, 48, 16, "sixteenth")
+    most = 224
     if not config.model.learned_before:
         least = max(16, min(least, int(shorter / 8)))  # 8 patches across a small picture
-    size = max(1, min(max(least, min(224, round(shorter / parts / step) * step)), int(min(sides))))
-    why = f"about a {name} of the median shorter side, {shorter:,.0f} px, from {least} to 224"
+        if measured.pyramids:
+            parts, most, name = 5, SLIDE_PATCH, "fifth"
+    size = max(1, min(max(least, min(most, round(shorter / parts / step) * step)), int(min(sides))))
+    why = f"about a {name} of the median shorter side, {shorter:,.0f} px, from {least} to {most}"
     choices.add("patch.size", size, why)
     if measured.largest is not None and config.patch.bits is None:
         why = f"the largest value of the 16-bit images opened is {measured.largest:,}; see the camera's"
@@ -151,9 +159,20 @@ def _choose_patches(choices: _Choices, config: Config, measured: Measured) -> No
     choices.add("model.channels", 1 if measured.grey else 3, "all images are grey" if measured.grey else "")
 
 
-def _choose_training(choices: _Choices, config: Config, manifest: Manifest) -> None:
+def _choose_for_slides(choices: _Choices) -> None:
+    """Choose what the recipe `slides` does: from random weights, other settings learned no generated slides."""
+    choices.add("model.stages", 1, "as in the recipe `slides`: what decides may be a few pixels wide")
+    choices.add("model.hidden", 32, "as in the recipe `slides`: a wide attention block learns few slides by heart")
+    choices.add("model.dropout", 0.0, "as in the recipe `slides`")
+    choices.add("model.attention_dropout", 0.0, "as in the recipe `slides`")
+    choices.add("augment.color", 0.0, "as in the recipe `slides`")
+    epochs = choices.values["train"]["epochs"]
+    choices.add("train.explore", round(0.7 * epochs, 1), "patches at random rarely show what decides")
+
+
+def _choose_training(choices: _Choices, config: Config, manifest: Manifest, largest: int) -> None:
     count = len(manifest.split("train"))
-    batch = max(1, min(config.train.batch, count // 4))
+    batch = max(1, min(largest, count // 4))
     choices.add("train.batch", batch, f"{count} images to learn from")
     steps, least, most = (600, 6, 30) if config.model.learned_before else (3000, 10, 100)
     epochs = max(least, min(most, round(steps * batch / max(1, count))))
