@@ -17,12 +17,13 @@ run the results are recorded (see `results.py`), and the table of them becomes t
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from typing import Any
 import yaml
 from machine import write_result
 from resized import resized_side, write_views
-from result import Result, figure, of_run
+from result import Figure, Result, figure, of_run
 from results import main as write_results
 from results import recorded, shown
 from training import sections, train_and_evaluate
@@ -54,9 +55,10 @@ ARMS = {
 }
 FIGURE = "sign.accuracy"
 KEPT, CHANCE = "kept patches on a sign", "of all patches"
+LARGEST = "share of the largest class"
 TARGET = 0.95
 """What M = 10 is to reach."""
-HEAD = ("arm", "seeds", "accuracy, mean ± sd", "lowest", KEPT, "s an epoch", "peak GB", "hardware")
+HEAD = ("arm", "seeds", "accuracy, mean ± sd", "lowest", LARGEST, KEPT, "s an epoch", "peak GB", "hardware")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -132,10 +134,13 @@ def configuration(arm: str, manifest: Path, width: int, epochs: int, changes: Se
 
 
 def judged(run: Path, data: str, recipe: str) -> Result:
-    """Return the result of a run, with the share of the kept patches that touch a sign, and that of all patches."""
+    """Return the result of a run, beside what a guess and patches kept at random would reach."""
     lesions: dict[str, Any] = json.loads((run / "evaluation/test/metrics.json").read_text()).get("lesions", {})
     of = {KEPT: "kept_touching_a_lesion", CHANCE: "kept_touching_a_lesion_by_chance"}
-    also = {name: figure(lesions[key]) for name, key in of.items() if lesions}
+    with (run / "manifest.csv").open(newline="", encoding="utf-8") as file:
+        classes = Counter(row["sign"] for row in csv.DictReader(file) if row["split"] == "test")
+    also = {LARGEST: Figure(max(classes.values()) / classes.total())}
+    also |= {name: figure(lesions[key]) for name, key in of.items() if lesions}
     return of_run(run, data=data, kind="composite", recipe=recipe, metrics=["accuracy"], also=also)
 
 
@@ -173,6 +178,7 @@ def cells(runs: Sequence[Result]) -> list[str]:
         ", ".join(str(run.seed) for run in runs),
         shown([run.metrics[FIGURE] for run in runs]),
         f"{min(run.metrics[FIGURE].value for run in runs):.3f}",
+        f"{runs[0].metrics[LARGEST].value:.3f}",
         f"{shown(kept)}, by chance {chance[0].value:.3f}" if kept else "-",
         f"{statistics.median(run.epoch_seconds for run in runs):.3g}",
         f"{statistics.median(run.peak_gb for run in runs):.2f}",
