@@ -109,9 +109,9 @@ def main() -> None:
             sys.exit("\n".join(failed) or 0)
         write_results([str(options.folder)])
     results = [result for result in recorded() if result.data == DATA and result.hardware == hardware()]
-    found = {factor: values for factor in FACTORS if (values := points(factor, name, results))}
+    found = {factor: values for factor in FACTORS if len(values := points(factor, name, results)) > 1}
     if not found:
-        parser.error(f"no runs of {name} are recorded for {hardware()}; leave --draw out to make them")
+        parser.error(f"of no setting two values of {name} are recorded for {hardware()}; leave --draw out to make them")
     plot = draw(found, peaks(), PLOTS / f"ablations_{hardware()}.svg")
     print(write_result("ablations", "Settings of the method and accuracy", report(found, name, plot)))
     sys.exit("\n".join(failed) or 0)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import hardware
 from memory_steps import SLACK_BYTES, SORTING
 from plotting import COLORS, GREY, panels, save
 from result import Figure, Result
@@ -85,8 +84,8 @@ def points(factor: Factor, variant: str, results: Iterable[Result]) -> list[Poin
 
 
 def peaks() -> list[tuple[int, int]]:
-    """Return patches of an image and peak MB, over N alone, from the newest result of `memory.py` on such hardware."""
-    newest = max(Path(__file__).parent.glob(f"memory_{hardware()}_*.md"))
+    """Return patches of an image and peak MB, over N alone, from the newest result of `memory.py` on a CPU."""
+    newest = max(Path(__file__).parent.glob("memory_*cpu_*.md"), key=lambda path: path.stem.rpartition("_")[2])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in newest.read_text().splitlines() if "|" in line]
     n, m, b, measured = (rows[0].index(name) for name in ("N", "M", "B", "measured MB"))
     base = rows[2]  # the first row varies N
