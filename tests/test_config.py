@@ -297,7 +297,7 @@ def measurements(draw: st.DrawFn) -> Measured:
 
 
 @settings(deadline=None, max_examples=60)
-@given(measurements(), st.sampled_from(["lite0", "small"]))
+@given(measurements(), st.sampled_from(["lite0", "small", "resnet18"]))
 def test_what_init_proposes_is_valid_fits_every_image_and_is_explained(measured: Measured, encoder: str) -> None:
     asked = Config(model={"encoder": encoder})
     proposal = propose(asked, measured)
@@ -307,6 +307,7 @@ def test_what_init_proposes_is_valid_fits_every_image_and_is_explained(measured:
         assert scale <= 1.001  # never enlarged
         assert config.patch.size <= max(1, min(size) * scale)
     assert config.model.channels == (1 if measured.grey else 3)
+    assert (config.model.stages == 1) == (encoder == "small" and measured.pyramids), "only ours is cut"
     smaller, larger = sorted(len([i for i in measured.manifest.items if i.labels["label"] == c]) for c in "ab")
     assert config.train.balance == ("loss" if larger >= 2 * smaller else "none")
     defaults = dict(leaves(asked))

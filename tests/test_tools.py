@@ -231,6 +231,17 @@ def test_from_random_weights_small_pictures_have_patches_enough_to_choose_from(
     assert "augment.flip" not in capsys.readouterr().out
 
 
+def test_from_random_weights_slides_have_large_patches_and_a_small_network_and_no_top(
+    slides: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = init(slides, out, "--model.encoder=small")
+    assert (config.patch.size, config.model.stages, config.model.width) == (384, 1, 64)
+    assert config.train.explore == pytest.approx(0.7 * config.train.epochs)
+    assert "augment.flip" not in capsys.readouterr().out
+    config = init(slides, out.with_name("other.yaml"), "--model.encoder=resnet18")
+    assert (config.model.stages, config.model.width) == (None, None)
+
+
 # demo
 
 

@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     write_atomic(target, text)
     print("\n".join(proposal.summary))
     print(f"\nwritten: {target}")
-    if final.augment.flip or final.augment.rotate:
+    if final.patch.mpp is None and (final.augment.flip or final.augment.rotate):  # a slide has no top
         print("check:   turn off augment.flip and augment.rotate where up, down, left and right differ, as in text")
     print(f"next:    keyhole train --config {shlex.quote(str(target))}")
     return 0

@@ -113,15 +113,15 @@ def propose(config: Config, measured: Measured) -> Proposal:
     choices = _Choices()
     learned = config.model.learned_before
     choices.add("model.encoder", config.model.encoder, PRETRAINED if learned else RANDOM)
-    from_random_slides = measured.pyramids and not learned
-    _choose_patches(choices, config, measured)
-    _choose_training(choices, config, measured.manifest, largest=4 if from_random_slides else config.train.batch)
-    if from_random_slides:
+    small_slides = measured.pyramids and config.model.encoder == "small" and not learned
+    _choose_patches(choices, config, measured, small_slides)
+    _choose_training(choices, config, measured.manifest, largest=4 if small_slides else config.train.batch)
+    if small_slides:
         _choose_for_slides(choices)
     return Proposal(config.replace(**choices.values), choices.reasons, tuple(_summary(measured)))
 
 
-def _choose_patches(choices: _Choices, config: Config, measured: Measured) -> None:
+def _choose_patches(choices: _Choices, config: Config, measured: Measured, small_slides: bool) -> None:
     mpp, why = _common_mpp(measured)
     choices.add("patch.mpp", mpp, why)
     sides = [  # shorter side of each image in pixels, at the scale to be read
@@ -133,8 +133,8 @@ def _choose_patches(choices: _Choices, config: Config, measured: Measured) -> No
     most = 224
     if not config.model.learned_before:
         least = max(16, min(least, int(shorter / 8)))  # 8 patches across a small picture
-        if measured.pyramids:
-            parts, most, name = 5, SLIDE_PATCH, "fifth"
+    if small_slides:
+        parts, most, name = 5, SLIDE_PATCH, "fifth"
     size = max(1, min(max(least, min(most, round(shorter / parts / step) * step)), int(min(sides))))
     why = f"about a {name} of the median shorter side, {shorter:,.0f} px, from {least} to {most}"
     choices.add("patch.size", size, why)
@@ -160,7 +160,7 @@ def _choose_patches(choices: _Choices, config: Config, measured: Measured) -> No
 
 
 def _choose_for_slides(choices: _Choices) -> None:
-    """Choose what the recipe `slides` does, twice as wide: from random weights other settings learned no such slides.
+    """Choose for `small` what the recipe `slides` does, twice as wide: other settings learned no such slides.
 
     With the width of the recipe it depended on the seed: of two runs on 200 of them one learned nothing in 800 steps.
     """
