@@ -1,6 +1,7 @@
 """Ways to classify large images, compared on a real data set: IPS, the whole image made smaller, random patches.
 
     python benchmarks/real_images.py FOLDER EXAMPLE MANIFEST [--arms ips16 resized ...] [--seeds 0 1 2] [--images N]
+        [--about "tested on RS290"]
 
 EXAMPLE is a folder of `examples/`, whose `recipe.yaml` every arm changes, and MANIFEST what its `prepare.py` wrote.
 Each arm and seed has a folder with `result.json`, which `results.py` collects; one that has it is not run again, and
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -91,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, help="to learn from; default all")
     parser.add_argument("--val", type=int, help="to choose the best epoch by; default a third of --images")
     parser.add_argument("--test", type=int, help="default all")
+    parser.add_argument("--about", help="what sets MANIFEST apart from the example's own, in the results")
     parser.add_argument("--epochs", type=int, help="of arms that train the encoder; default those of the recipe")
     options = parser.parse_args(arguments)
     comparison = Comparison.of(options)
@@ -113,11 +116,13 @@ class Comparison:
         folder: Of this part.
         example: Name in `METRICS`.
         base: The recipe, on this part.
+        about: What sets the data apart from the example's own; empty if nothing does.
     """
 
     folder: Path
     example: str
     base: Config
+    about: str = ""
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Comparison:
@@ -127,12 +132,16 @@ class Comparison:
         val = options.val or (None if options.images is None else -(-options.images // 3))
         counts = {"train": options.images, "val": val, "test": options.test}
         folder = options.folder.resolve() / "-".join(
-            [options.example, *(f"{name}{n}" for name, n in counts.items() if n)]
+            [
+                options.example,
+                *re.findall(r"\w+", options.about or ""),
+                *(f"{name}{n}" for name, n in counts.items() if n),
+            ]
         )
         path = folder / "images.csv"
         if not path.exists():
             write_part(options.manifest, counts, path)
-        return cls(folder, options.example, base.replace(data={"path": path}))
+        return cls(folder, options.example, base.replace(data={"path": path}), options.about or "")
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -170,7 +179,7 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         train = len(self.manifest.split("train"))
         about: dict[str, Any] = {
-            "data": f"{self.example}, {train} training images",
+            "data": ", ".join(filter(None, [self.example, self.about, f"{train} training images"])),
             "kind": "real",
             "recipe": ARMS[arm],
         }

@@ -86,6 +86,16 @@ def test_roads_stay_whole_copies_are_left_out_and_empty_masks_mean_none(
             assert len(read_annotation(item.annotation, Size(134, 89))) == 1
 
 
+def test_other_roads_can_be_held_out_but_they_must_exist(roads: Path) -> None:
+    prepare("potholes")(roads, roads / "potholes.csv", ["RS290", "DF080"])
+
+    split_of = {row["group"]: row["split"] for row in csv_rows(roads / "potholes.csv")}
+    assert split_of == {"ES259": "train", "RS290": "test", "DF080": "test", "DF070": "train", "RS386": "train"}
+    with pytest.raises(SystemExit, match=r"--test: no photograph is of RS29\. The roads are DF070, DF080"):
+        prepare("potholes")(roads, roads / "other.csv", ["RS386", "RS29"])
+    assert not (roads / "other.csv").exists()
+
+
 def test_a_folder_of_another_layout_is_named(roads: Path) -> None:
     (roads / "Dataset" / "2_RS_290_b" / "2_RS_290_b_POTHOLE.png").unlink()
     with pytest.raises(SystemExit, match=r"2_RS_290_b: expected a folder like .* with _RAW and _POTHOLE"):

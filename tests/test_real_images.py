@@ -130,6 +130,59 @@ def test_arms_on_stored_features_find_what_a_patch_shows(
     assert found["attention"].epochs == 5
 
 
+def test_what_sets_the_data_apart_is_part_of_their_name(
+    manifest: Path, tmp_path: Path, benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, result = benchmark("real_images"), benchmark("result")
+    monkeypatch.setattr(
+        real.Comparison,
+        "train",
+        lambda self, config, run, about, kept: result.Result(
+            **about, seed=0, metrics={}, epochs=1, epoch_seconds=1.0, peak_gb=1.0
+        ),
+    )
+    monkeypatch.setattr(real.Comparison, "settings", lambda *_: None)
+
+    for about in ([], ["--about", "tested on RS290"]):
+        real.main([str(tmp_path / "compared"), "potholes", str(manifest), "--arms", "ips16", *about])
+
+    found = {path.parts[-3]: result.read(path.parent).data for path in tmp_path.rglob("result.json")}
+    assert found == {
+        "potholes": "potholes, 24 training images",
+        "potholes-tested-on-RS290": "potholes, tested on RS290, 24 training images",
+    }
+
+
+def test_roads_are_judged_by_what_other_roads_and_their_own_teach(tmp_path: Path, benchmark: Benchmark) -> None:
+    """A mark of potholes that all roads share, and one that means the opposite on the second."""
+    rows, rng = [["name", "image", "pothole", "group", "annotation"]], np.random.default_rng(0)
+    (tmp_path / "features").mkdir()
+    PIL.Image.fromarray(np.eye(10, dtype=np.uint8)).save(tmp_path / "mask.png")
+    for road, sign in (("RS1", 1), ("RS2", -1), ("RS3", 1), ("RS4", 1)):
+        for number in range(60 if road != "RS4" else 6):
+            name, yes = f"{number}_RS_{road[2]}_A_{number:05}", number % 3 == 0
+            rows.append([name, f"{name}.jpg", "yes" if yes else "no", road, "mask.png" if yes else ""])
+            values = rng.normal(0, 0.02, (6, 8)).astype(np.float32)
+            values[:, 0] += sign * yes
+            PIL.Image.fromarray(np.zeros((10, 10), np.uint8)).save(tmp_path / f"{name}.jpg")
+            with h5py.File(tmp_path / "features" / f"{name}.h5", "w") as file:
+                file["features"] = values
+                file["coords"] = np.array([[x, y] for y in (0, 16) for x in (0, 16, 32)])
+                file["coords"].attrs.update({"patch_size": 16, "patch_level": 0})
+    with (tmp_path / "potholes.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    config = Config(data={"path": tmp_path / "potholes.csv", "features": tmp_path / "features"})
+
+    lines = benchmark("potholes_by_road").report(read_manifest(config.data))
+
+    found = {cells[1]: cells[2:-1] for line in lines if (cells := [each.strip() for each in line.split("|")])[1:2]}
+    assert "RS4" not in found, "too few potholes to judge it"
+    assert found["RS1"][:3] == ["60", "20", "10.00%"]
+    aurocs = {road: [float(each.split()[0]) for each in found[road][3:5]] for road in ("RS1", "RS2")}
+    assert min(each[1] for each in aurocs.values()) > 0.95, "learned from the same road"
+    assert aurocs["RS2"][0] < 0.05, "learned from others, where the mark means the opposite"
+
+
 def test_results_are_written_into_the_page_of_an_example(tmp_path: Path, benchmark: Benchmark) -> None:
     result, tables, real = benchmark("result"), benchmark("example_tables"), benchmark("real_images")
     page, records = tmp_path / "potholes" / "README.md", tmp_path / "results"

@@ -7,8 +7,8 @@
 a folder with its masks. A pothole is present where its mask is not empty.
 
 Traps: photographs of one road look alike, and on some roads nearly all show potholes, so whole roads are held out
-(`SPLITS`); a random split would measure how well roads are told apart. One photograph is there twice; the copy is left
-out. Sizes differ: those of the Federal District are 630 px high.
+(`TEST`, `VAL`, or the roads of `--test`); a random split would measure how well roads are told apart. One photograph is
+there twice; the copy is left out. Sizes differ: those of the Federal District are 630 px high.
 """
 
 from __future__ import annotations
@@ -19,22 +19,19 @@ import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-SPLITS = {
-    "train": ("RS290", "DF251", "ES259", "ES482", "ES101", "DF010", "DF060"),
-    "val": ("DF080", "DF020"),
-    "test": ("RS386", "DF070"),
-}
-"""Roads, by state and number, so that each split has many and few potholes, and test has two roads of its own."""
+TEST = ("RS386", "DF070")
+VAL = ("DF080", "DF020")
+"""Roads, by state and number, so that each split has many and few potholes; all others are learned from."""
 
 
-def prepare(root: Path, out: Path) -> Counter[tuple[str, str]]:
-    """Write the manifest; return how many photographs each split and class has."""
-    split_of = {road: split for split, roads in SPLITS.items() for road in roads}
+def prepare(root: Path, out: Path, test: Sequence[str] = TEST) -> Counter[tuple[str, str]]:
+    """Write the manifest, with some roads to test on; return how many photographs each split and class has."""
     folders = sorted(path for path in (root / "Dataset").glob("*") if path.is_dir())
     if not folders:
         raise SystemExit(f"{root / 'Dataset'}: no folders of photographs. Give the unpacked repository.")
@@ -54,10 +51,13 @@ def prepare(root: Path, out: Path) -> Counter[tuple[str, str]]:
         road = "".join(found.groups())
         with Image.open(mask) as picture:
             present = bool(np.asarray(picture).any())
-        label, split = ("yes" if present else "no"), split_of[road]
+        label, split = ("yes" if present else "no"), "test" if road in test else "val" if road in VAL else "train"
         places = [os.path.relpath(path, out.parent) for path in (image, mask)]
         rows.append((folder.name, places[0], label, road, split, places[1] if present else ""))
         counts[split, label] += 1
+    roads = {row[3] for row in rows}
+    if unknown := [road for road in test if road not in roads]:
+        raise SystemExit(f"--test: no photograph is of {', '.join(unknown)}. The roads are {', '.join(sorted(roads))}.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -70,9 +70,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root", type=Path, help="the unpacked repository")
     parser.add_argument("out", type=Path, help="manifest to write, such as potholes.csv")
+    parser.add_argument("--test", nargs="+", default=TEST, metavar="ROAD", help=f"to test on; default {' '.join(TEST)}")
     options = parser.parse_args()
-    counts = prepare(options.root.resolve(), options.out.resolve())
-    for split in SPLITS:
+    counts = prepare(options.root.resolve(), options.out.resolve(), options.test)
+    for split in ("train", "val", "test"):
         print(f"{split}: {counts[split, 'yes']} with a pothole, {counts[split, 'no']} without")
     print(f"written: {options.out}")
 
