@@ -8,7 +8,9 @@ Each arm and seed has a folder with `result.json`, which `results.py` collects; 
 one that was stopped goes on. `--images` cuts the training images, labels and groups in proportion.
 
 The whole image is made so small that it costs the time of IPS with M = 16: N patches that are encoded and 16 that are
-learned from, in patches learned from, have as many pixels as it has. Frozen arms learn from features that `keyhole
+learned from, in patches learned from, have as many pixels as it has. As five are encoded in the time of one that is
+learned from, its sides are never less than .45 of what they were, however large the image, but its memory grows with
+it. At the memory of IPS it has the pixels of the 16. Frozen arms learn from features that `keyhole
 embed` stores once.
 """
 
@@ -59,6 +61,7 @@ ARMS = {
     "random": f"{M} random patches, frozen encoder, attention",
     "attention": "all patches, frozen encoder, attention",
     "resized": f"whole image resized to the cost of IPS, M = {M}",
+    "resized-memory": f"whole image resized to the memory of IPS, M = {M}",
     "random-trained": f"{M} random patches, end to end, uniform attention",
     "ips4": "IPS, M = 4, end to end",
     "ips16": "IPS, M = 16, end to end",
@@ -204,8 +207,8 @@ class Comparison:
             case "random-trained":  # attention stays uniform, so that of all in random order the first are kept
                 select = {"m": M, "chunk": 64, "rule": "streaming", "order": "shuffled"}
                 return base.replace(select=select, train={"explore": 2.0 * epochs})
-            case "resized":
-                n = float(np.median(self.counts))
+            case "resized" | "resized-memory":
+                n = float(np.median(self.counts)) if arm == "resized" else 0.0
                 side = resized_side(base.patch.size, M, n, image_side(self.path))
                 stride = side // SHIFTS
                 path = write_views(self.path, side, stride, self.folder / f"resized-{side}")

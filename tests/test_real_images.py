@@ -77,6 +77,7 @@ def test_the_resized_image_is_not_larger_than_the_image(comparison: Any, benchma
     side = benchmark("resized").resized_side
     assert side(64, 16, 100) == 384, "64 px times the root of 16 + 100 / 5"
     assert side(64, 16, 100, most=350) == 352
+    assert side(96, 16, 0) == 384, "the pixels of 16 patches"
 
     config = comparison.settings("resized", 0, comparison.folder)
 
