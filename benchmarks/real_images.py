@@ -10,8 +10,7 @@ one that was stopped goes on. `--images` cuts the training images, labels and gr
 The whole image is made so small that it costs the time of IPS with M = 16: N patches that are encoded and 16 that are
 learned from, in patches learned from, have as many pixels as it has. As five are encoded in the time of one that is
 learned from, its sides are never less than .45 of what they were, however large the image, but its memory grows with
-it. At the memory of IPS it has the pixels of the 16. Frozen arms learn from features that `keyhole
-embed` stores once.
+it. At the memory of IPS it has the pixels of the 16. Frozen arms learn from features that `keyhole embed` stores once.
 """
 
 from __future__ import annotations
