@@ -184,6 +184,31 @@ def test_roads_are_judged_by_what_other_roads_and_their_own_teach(tmp_path: Path
     assert aurocs["RS2"][0] < 0.05, "learned from others, where the mark means the opposite"
 
 
+def test_boards_of_panels_that_were_learned_from_are_judged_apart(tmp_path: Path, benchmark: Benchmark) -> None:
+    """Answers that are right on one panel and wrong on the other."""
+    real, result = benchmark("real_images"), benchmark("result")
+    boards = [["name", "image", "defects", "split"], ["a", "panel1/a.jpg", "open", "train"]]
+    said = [["image", "defects.true", "defects.probability.open", "defects.probability.short"]]
+    for panel, right in (("panel1", True), ("panel2", False)):
+        for number in range(20):
+            name, found = f"{panel}-{number}", number % 2 == 0
+            boards.append([name, f"{panel}/{name}.jpg", "open|short" if found else "|", "test"])
+            said.append([name, "open|short" if found else "|", *[str(0.9 if found == right else 0.1)] * 2])
+    run = tmp_path / "circuit_boards" / "ips16-e6-0"
+    (run / "run" / "predictions").mkdir(parents=True)
+    for path, rows in ((run.parent / "images.csv", boards), (run / "run" / "predictions" / "test.csv", said)):
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    result.Result("circuit_boards", "real", real.ARMS["ips16"], 0, {}, 6, 1.0, 1.0).write(run)
+
+    lines = benchmark("boards_by_panel").report(run.parent)
+
+    assert "1 to learn from, of 1 panels. Of the 40 test boards 20 are of these panels." in lines[0]
+    (cells,) = ([each.strip() for each in line.split("|")] for line in lines if real.ARMS["ips16"] in line)
+    assert cells[2:4] == ["0", "6"]
+    assert [each.split()[0] for each in cells[4:6]] == ["1.00", "0.00"]
+
+
 def test_results_are_written_into_the_page_of_an_example(tmp_path: Path, benchmark: Benchmark) -> None:
     result, tables, real = benchmark("result"), benchmark("example_tables"), benchmark("real_images")
     page, records = tmp_path / "potholes" / "README.md", tmp_path / "results"
