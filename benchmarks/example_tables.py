@@ -52,7 +52,10 @@ def table(example: str, part: str, runs: Sequence[Result]) -> list[str]:
         if each:
             figures = [estimate([run.metrics[f"{task}.{metric}"] for run in each]) for task in tasks]
             rows.append([arm, *figures, str(len(each)), *_cost(each), _kept(each)])
-    made = sorted({f"{run.machine} {run.date}, commit {run.commit}" for run in runs})
+    commits: defaultdict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        commits[f"{run.machine} {run.date}, commit"].add(run.commit)
+    made = [f"{machine} {', '.join(sorted(each))}" for machine, each in sorted(commits.items())]
     return [f"{part[:1].upper()}{part[1:]}:", "", *(f"| {' | '.join(row)} |" for row in rows), "", *made, ""]
 
 
