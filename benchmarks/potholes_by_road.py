@@ -24,7 +24,8 @@ from real_images import regression
 
 from keyhole.config.settings import DataConfig
 from keyhole.data.manifest import Manifest, read_manifest
-from keyhole.tasks.evaluation import evaluate_task
+from keyhole.tasks.evaluation import evaluate_task, point_metrics
+from keyhole.tasks.kinds import Task
 
 PENALTY = 1e-3
 """C of the regression."""
@@ -53,7 +54,8 @@ def report(manifest: Manifest) -> list[str]:
         "regression on the mean feature. Learned from:",
         "",
         "- *the other roads*: all of them, so that the road is new;",
-        "- *the same road*: four of five stretches of it, in the order of the kilometres, to judge the fifth;",
+        "- *the same road*: four of five stretches of it, in the order of the kilometres, to judge the fifth; mean of "
+        "the stretches with both classes, and their range;",
         "- *all roads*: a random four fifths of all photographs, neighbours included.",
         "",
         "| " + " | ".join(HEAD) + " |",
@@ -74,14 +76,22 @@ def report(manifest: Manifest) -> list[str]:
         stretch = np.full(len(y), -1)
         stretch[here] = np.argsort(np.argsort(rank[here])) * FOLDS // here.sum()
         inside = ((here & (stretch != fold), stretch == fold) for fold in range(FOLDS))
-        columns = [predicted(manifest, x, y, [(~here, here)]), predicted(manifest, x, y, inside), anywhere]
+        other, own = predicted(manifest, x, y, [(~here, here)]), predicted(manifest, x, y, inside)
+        shown = [with_interval(task, y[here], each[here]) for each in (other, anywhere)]
+        # stretches differ in how many have a pothole, and so do their models: each is judged by itself
+        alone = [
+            stretch == fold for fold in range(FOLDS) if 0 < positive[stretch == fold].sum() < (stretch == fold).sum()
+        ]
+        found = [point_metrics(task, y[part], own[part])["auroc"] for part in alone]
+        shown.insert(1, f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})")
         areas = [area(item.annotation) for item in manifest.items if item.group == road and item.annotation is not None]
-        shown = []
-        for each in columns:
-            auroc = evaluate_task(task, y[here], each[here], None).overall["auroc"]
-            shown.append(f"{auroc.value:.2f} [{auroc.low:.2f} {auroc.high:.2f}]")
         lines.append(f"| {road} | {here.sum()} | {count} | {np.median(areas):.2%} | {' | '.join(shown)} |")
     return lines
+
+
+def with_interval(task: Task, truth: NDArray[np.float64], said: NDArray[np.float64]) -> str:
+    auroc = evaluate_task(task, truth, said, None).overall["auroc"]
+    return f"{auroc.value:.2f} [{auroc.low:.2f} {auroc.high:.2f}]"
 
 
 def predicted(

@@ -74,7 +74,6 @@ def test_memory_is_flat_if_it_grows_by_no_more_than_the_logits(benchmark: Benchm
 def test_the_same_figures_give_the_same_plot_and_every_value_has_a_row(
     benchmark: Benchmark, point: Callable[..., Any], tmp_path: Path
 ) -> None:
-    pytest.importorskip("matplotlib", reason="plots need matplotlib, in the extra `bench`")
     module, report = benchmark("ablations"), benchmark("ablations_report")
     found = {factor: [point(value, 0.5, 0.6) for value in factor.values] for factor in module.FACTORS}
     one, other = (report.draw(found, [(10, 5), (100, 6)], tmp_path / name / "x_2cpu.svg") for name in ("a", "b"))
