@@ -51,7 +51,7 @@ TASKS = {"majority": "multiclass", "max": "multiclass", "top": "multiclass", "mu
 METRICS = {"majority": "accuracy", "max": "accuracy", "top": "accuracy", "multi": "accuracy"}
 ADVISED: dict[str, dict[str, Any]] = {
     "patch": {"foreground": "non-empty"},
-    "select": {"rule": "global", "order": "file", "chunk": None},
+    "select": {"m": 16, "rule": "global", "order": "file", "chunk": None},
     "train": {"batch": 8, "decay": "matrices", "clip": 1.0, "average": "auto"},
     "augment": {"shift": True},
 }
