@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -10,24 +9,20 @@ from torch import Tensor
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> list[float]:
-    """Take the optimizer's step if all figures (loss, norm of the gradient) are finite; return the figures.
+    """Take the step of a fused optimizer if all figures (loss, norm of the gradient) are finite; return the figures.
 
-    A fused optimizer checks them on the device and skips the step there, as in mixed precision, so that the host waits
-    once, after the step. For other optimizers the host checks before the step.
+    The optimizer checks them on the device and skips the step there, as in mixed precision, so that the host waits
+    once, after the step.
     """
-    fused = optimizer.param_groups[0].get("fused")
-    if fused:
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                _lay_out_gradient(weight)
-        optimizer.found_inf = (~figures.isfinite()).any().float()  # type: ignore[attr-defined]
-        try:
-            optimizer.step()
-        finally:
-            del optimizer.found_inf  # type: ignore[attr-defined]
-    found: list[float] = figures.tolist()
-    if not fused and all(map(math.isfinite, found)):
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            _lay_out_gradient(weight)
+    optimizer.found_inf = (~figures.isfinite()).any().float()  # type: ignore[attr-defined]
+    try:
         optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    found: list[float] = figures.tolist()
     return found
 
 

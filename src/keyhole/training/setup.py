@@ -217,7 +217,7 @@ def learned_slowly(name: str) -> bool:
 def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
     """Build AdamW for the weights that are not frozen: decay as `train.decay` says, the encoder at its own rate.
 
-    On a GPU it is fused: it runs few kernels and can skip a step without the host, see `finite.py`.
+    It is fused, which runs few kernels and can skip a step without the host, see `finite.py`.
     """
     groups: list[dict[str, Any]] = []
     learned = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
@@ -226,5 +226,4 @@ def new_optimizer(config: Config, model: IPSClassifier) -> torch.optim.AdamW:
         for decay, decayed in ((config.train.weight_decay, True), (0.0, False)):
             if chosen := [weight for weight in part if (weight.ndim > 1 or config.train.decay == "all") == decayed]:
                 groups.append({"params": chosen, "weight_decay": decay, "factor": factor})
-    fused = True if next(model.parameters()).device.type == "cuda" else None
-    return torch.optim.AdamW(groups, lr=number(config.train.lr, "train.lr"), fused=fused)
+    return torch.optim.AdamW(groups, lr=number(config.train.lr, "train.lr"), fused=True)
