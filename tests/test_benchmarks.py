@@ -70,7 +70,7 @@ def test_every_part_is_a_file_with_the_options_it_is_given(runner: Any) -> None:
 
 def test_every_benchmark_that_writes_a_result_is_a_part(runner: Any) -> None:
     scripts = [path for path in RUN.parent.glob("*.py") if re.search(r"write_result\(|_cpu_|cpu_\{", path.read_text())]
-    others = {"machine", "against", "potholes_by_road", "boards_by_panel"}  # these need two checkouts, or a download
+    others = {"machine", "against", "potholes_by_road", "by_part"}  # these need two checkouts, or a download
     assert {path.stem for path in scripts} - others <= set(runner.PARTS)
 
 

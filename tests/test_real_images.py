@@ -6,6 +6,7 @@ import csv
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import h5py
@@ -184,29 +185,65 @@ def test_roads_are_judged_by_what_other_roads_and_their_own_teach(tmp_path: Path
     assert aurocs["RS2"][0] < 0.05, "learned from others, where the mark means the opposite"
 
 
-def test_boards_of_panels_that_were_learned_from_are_judged_apart(tmp_path: Path, benchmark: Benchmark) -> None:
-    """Answers that are right on one panel and wrong on the other."""
-    real, result = benchmark("real_images"), benchmark("result")
-    boards = [["name", "image", "defects", "split"], ["a", "panel1/a.jpg", "open", "train"]]
-    said = [["image", "defects.true", "defects.probability.open", "defects.probability.short"]]
+def test_parts_of_the_test_images_are_judged_apart(tmp_path: Path, benchmark: Benchmark) -> None:
+    """Answers that are right on boards of one panel and wrong on another, and on the first fifth of a road only."""
+    real, result, by_part = benchmark("real_images"), benchmark("result"), benchmark("by_part")
+    boards = [
+        ["name", "image", "defects", "split"],
+        *([n, f"panel1/{n}.jpg", "open|short", n] for n in ("train", "val")),
+    ]
+    said = [
+        ["image", "path", "defects.true", "defects.predicted", *(f"defects.probability.{n}" for n in ("open", "short"))]
+    ]
     for panel, right in (("panel1", True), ("panel2", False)):
         for number in range(20):
             name, found = f"{panel}-{number}", number % 2 == 0
-            boards.append([name, f"{panel}/{name}.jpg", "open|short" if found else "|", "test"])
-            said.append([name, "open|short" if found else "|", *[str(0.9 if found == right else 0.1)] * 2])
-    run = tmp_path / "circuit_boards" / "ips16-e6-0"
-    (run / "run" / "predictions").mkdir(parents=True)
-    for path, rows in ((run.parent / "images.csv", boards), (run / "run" / "predictions" / "test.csv", said)):
+            text = "open|short" if found else "|"
+            boards.append([name, f"{panel}/{name}.jpg", text, "test"])
+            said.append([name, "", text, "", *[str(0.9 if found == right else 0.1)] * 2])
+    write_answers(tmp_path / "circuit_boards", boards, said, real, result)
+    road = [["name", "image", "pothole", "split"], *([n, f"{n}.jpg", "no", n] for n in ("train", "val"))]
+    answers = [
+        ["image", "path", "pothole.true", "pothole.predicted", *(f"pothole.probability.{n}" for n in ("no", "yes"))]
+    ]
+    for number in reversed(range(50)):
+        name, yes = f"{number}_RS_290_A_{1000 + number:05}", number % 2 == 0
+        road.append([name, f"{name}.jpg", "yes" if yes else "no", "test"])
+        p = 0.9 if yes == (number < 10) else 0.1
+        answers.append([f"{name}-0", "", "yes" if yes else "no", "", str(1 - p), str(p)])  # as the drawn ones are named
+    for seed in (0, 1):
+        write_answers(tmp_path / "potholes-on-RS290", road, answers, real, result, seed)
+
+    lines = by_part.report(tmp_path / "circuit_boards", "circuit_boards")
+    potholes = by_part.report(tmp_path / "potholes-on-RS290", "potholes", "on RS290")
+
+    assert f"1 to learn from. Test images: 20 in {by_part.KNOWN}, 20 in {by_part.NEW}." in lines[0]
+    (cells,) = cells_of(lines, real.ARMS["ips16"])
+    assert cells[1:3] == ["0", "6"]
+    assert [each.split()[0] for each in cells[4:]] == ["1.00", "0.00"]
+    assert "on RS290: 1 to learn from. Test images: 10 in fifth 1 (5 with one)" in potholes[0]
+    *seeds, mean = cells_of(potholes, real.ARMS["ips16"])
+    assert [each[1] for each in seeds] == ["0", "1"]
+    assert [each.split()[0] for each in mean[4:]] == ["1.00", *["0.00"] * 4]
+
+
+def cells_of(lines: list[str], arm: str) -> list[list[str]]:
+    return [[each.strip() for each in line.split("|")][1:-1] for line in lines if arm in line]
+
+
+def write_answers(
+    folder: Path, images: list[list[str]], answers: list[list[str]], real: ModuleType, result: ModuleType, seed: int = 0
+) -> None:
+    """What `real_images.py` leaves of an arm."""
+    run = folder / f"ips16-e6-{seed}"
+    for path, rows in ((folder / "images.csv", images), (run / "run" / "predictions" / "test.csv", answers)):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             csv.writer(file).writerows(rows)
-    result.Result("circuit_boards", "real", real.ARMS["ips16"], 0, {}, 6, 1.0, 1.0).write(run)
-
-    lines = benchmark("boards_by_panel").report(run.parent)
-
-    assert "1 to learn from, of 1 panels. Of the 40 test boards 20 are of these panels." in lines[0]
-    (cells,) = ([each.strip() for each in line.split("|")] for line in lines if real.ARMS["ips16"] in line)
-    assert cells[2:4] == ["0", "6"]
-    assert [each.split()[0] for each in cells[4:6]] == ["1.00", "0.00"]
+    for row in images[1:]:
+        (folder / row[1]).parent.mkdir(exist_ok=True)
+        (folder / row[1]).touch()
+    result.Result(folder.name, "real", real.ARMS["ips16"], seed, {}, 6, 1.0, 1.0).write(run)
 
 
 def test_results_are_written_into_the_page_of_an_example(tmp_path: Path, benchmark: Benchmark) -> None:

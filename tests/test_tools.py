@@ -203,7 +203,7 @@ def test_patches_of_one_colour_are_left_out_where_they_are_many_and_every_image_
     for number in range(8):
         pixels = rng.integers(0, 256, (640, 640, 3), np.uint8) if kind == "noise" else np.zeros((640, 640, 3), np.uint8)
         if kind == "mostly black" or number:
-            pixels[70:120, 70:120] = 200
+            pixels[100:150, 100:150] = 200  # on four patches
         folder = out.parent / "images" / "ab"[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{number}.png")
