@@ -202,7 +202,8 @@ def test_parts_of_the_test_images_are_judged_apart(tmp_path: Path, benchmark: Be
             boards.append([name, f"{panel}/{name}.jpg", text, "test"])
             said.append([name, "", text, "", *[str(0.9 if found == right else 0.1)] * 2])
     write_answers(tmp_path / "circuit_boards", boards, said, real, result)
-    road = [["name", "image", "pothole", "split"], *([n, f"{n}.jpg", "no", n] for n in ("train", "val"))]
+    road = [["name", "image", "pothole", "split"], ["a", "a.jpg", "no", "train"]]
+    road += [["b", "b.jpg", "yes", "train"], ["c", "c.jpg", "no", "val"]]
     answers = [
         ["image", "path", "pothole.true", "pothole.predicted", *(f"pothole.probability.{n}" for n in ("no", "yes"))]
     ]
@@ -221,7 +222,7 @@ def test_parts_of_the_test_images_are_judged_apart(tmp_path: Path, benchmark: Be
     (cells,) = cells_of(lines, real.ARMS["ips16"])
     assert cells[1:3] == ["0", "6"]
     assert [each.split()[0] for each in cells[4:]] == ["1.00", "0.00"]
-    assert "on RS290: 1 to learn from. Test images: 10 in fifth 1 (5 with one)" in potholes[0]
+    assert "on RS290: 2 to learn from. Test images: 10 in fifth 1 (5 with one)" in potholes[0]
     *seeds, mean = cells_of(potholes, real.ARMS["ips16"])
     assert [each[1] for each in seeds] == ["0", "1"]
     assert [each.split()[0] for each in mean[4:]] == ["1.00", *["0.00"] * 4]
