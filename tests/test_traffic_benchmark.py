@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from PIL import Image
 import keyhole
 from keyhole.config.file import resolve
 from keyhole.config.settings import AugmentConfig
+from keyhole.datasets.traffic_signs import read_traffic_signs
 from keyhole.images.geometry import Box
 from keyhole.patches.grid import PatchGrid
 from keyhole.training.augment import draw
@@ -110,3 +113,25 @@ def test_the_report_says_whether_the_target_is_reached_and_beside_all_patches(be
     assert "0.950, at the target of 0.95; +0.005 beside all 192 patches, with a spread of seeds of 0.030" in text
     assert "- IPS, M = 10, 12 epochs, train.lr=0.1: 0.800, below the target of 0.95." in text
     assert "0.99" not in text, "results of other data are not in this report"
+
+
+def test_all_signs_of_the_composites_are_known_and_those_of_the_annotations_among_them(
+    tmp_path: Path, benchmark: Benchmark
+) -> None:
+    module, traffic = benchmark("traffic_reading"), benchmark("traffic")
+    if not traffic.SCENES.exists():
+        pytest.skip("make_traffic_scenes.py is not there")
+    subprocess.run([sys.executable, traffic.SCENES, tmp_path, "--train", "8", "--test", "2"], check=True)
+    images = read_traffic_signs(tmp_path, "Set2")["train"].images
+
+    scenes = module.compose("train", 8)
+
+    assert [scene.label for scene in scenes] == [image.label for image in images]
+    assert sum(len(scene.signs) for scene in scenes) > sum(scene.label != "empty" for scene in scenes), (
+        "unlabelled ones"
+    )
+    for scene in scenes:
+        for (left, top, right, bottom), _ in scene.signs:
+            assert 0 <= left < right <= scene.pixels.shape[1]
+            assert 0 <= top < bottom <= scene.pixels.shape[0]
+            assert scene.patch((left + right) / 2, (top + bottom) / 2).shape == (module.PATCH, module.PATCH, 3)
