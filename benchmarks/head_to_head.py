@@ -52,7 +52,7 @@ METRICS = {"majority": "accuracy", "max": "accuracy", "top": "accuracy", "multi"
 ADVISED: dict[str, dict[str, Any]] = {
     "patch": {"foreground": "non-empty"},
     "select": {"m": 16, "rule": "global", "order": "file", "chunk": None},
-    "train": {"batch": 8, "decay": "matrices", "clip": 1.0, "average": "auto", "explore": "auto"},
+    "train": {"batch": 8, "decay": "matrices", "clip": 1.0, "average": "auto", "explore": 4},
     "augment": {"shift": True},
 }
 """What the arm `advised` changes."""
