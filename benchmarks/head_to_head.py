@@ -95,7 +95,8 @@ def main() -> None:
             train_arm(arm, config, run)
             if not (run / RESULT).exists():
                 about = f"megapixel-mnist {name}, {options.encoder}, M = {options.m}, {options.epochs} epochs"
-                result_of(run, about, arm, seed, options.test).write(run)
+                kept = f", M = {ADVISED['select']['m']}" if arm.startswith("advised") else ""
+                result_of(run, about, arm + kept, seed, options.test).write(run)
             last = rows_of(run / "epochs.csv")[-1]
             print(run.name, {key: round(float(value), 4) for key, value in last.items()}, flush=True)
 
@@ -146,9 +147,10 @@ def report(options: argparse.Namespace, name: str, paces: Path) -> None:
         "*Generated data.* Canvases of Megapixel MNIST by the published construction, made smaller: "
         f"{options.size} px, {options.noise} patterns of noise, {options.train} to learn from and {options.test} to "
         f"test with; patches of 50 px (N = {(options.size // 50) ** 2}), M = I = {options.m}, encoder "
-        f"{options.encoder}, float32. Accuracy on test canvases after the last epoch: mean of the seeds, and their "
-        "range. Seconds of an epoch with its evaluation, alone on the machine: median of the "
-        "turns, and their range.",
+        f"{options.encoder}, float32; the advised settings keep M = {ADVISED['select']['m']} and explore for "
+        f"{ADVISED['train']['explore']} epochs. Accuracy on test canvases after the last epoch: mean of the seeds, and "
+        "their range. Seconds of an epoch with its evaluation, alone on the machine: median of the turns, and their "
+        "range.",
         "",
         *table(list(arms.values())),
         "",
