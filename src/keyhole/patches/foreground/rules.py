@@ -71,7 +71,7 @@ class _NonEmpty(ForegroundRule):
         sharp = _differing(low, high)
         group = -(-SOFT_EDGE_SIDE // block)
         soft = _differing(_grouped(low, group, np.minimum), _grouped(high, group, np.maximum))
-        soft &= ~_with_following(_grouped(sharp, group, np.logical_or), np.logical_or)
+        soft &= ~_with_following(_grouped(sharp[..., None], group, np.logical_or)[..., 0], np.logical_or)
         spread = soft.repeat(group, axis=0).repeat(group, axis=1)[: sharp.shape[0], : sharp.shape[1]]
         return sharp | spread | unread
 
@@ -149,27 +149,26 @@ def _level_and_block(image: Image, longest: int) -> tuple[int, int]:
 
 
 def _grouped(cells: NDArray[np.generic], group: int, of: np.ufunc) -> NDArray[Any]:
-    """Reduce squares of `group` x `group` cells (rows, cols, ...); at the right and lower border those are smaller."""
-    pad = [(0, -cells.shape[0] % group), (0, -cells.shape[1] % group), *[(0, 0)] * (cells.ndim - 2)]
-    cells = np.pad(cells, pad, mode="edge")
-    rows, columns = cells.shape[0] // group, cells.shape[1] // group
-    squares = cells.reshape(rows, group, columns, group, *cells.shape[2:])
-    # Numpy takes ten times as long in one step, and for an inner axis of few pixels.
-    return np.asarray(reduce(of, np.moveaxis(reduce(of, np.moveaxis(squares, 1, 0)), 2, 0)))
+    """Reduce squares of `group` x `group` cells (rows, cols, k); at the right and lower border those are smaller."""
+    planes = np.moveaxis(cells, -1, 0)
+    planes = np.pad(planes, [(0, 0), *((0, -side % group) for side in planes.shape[1:])], mode="edge")
+    k, rows, columns = planes.shape[0], planes.shape[1] // group, planes.shape[2] // group
+    squares = np.ascontiguousarray(planes).reshape(k, rows, group, columns, group)
+    # Numpy takes ten times as long in one step, and where the innermost axis is short.
+    lines = reduce(of, np.moveaxis(squares, 2, 0))
+    return np.moveaxis(reduce(of, np.moveaxis(lines, 3, 0)), 0, -1)
 
 
 def _with_following(cells: NDArray[np.generic], of: np.ufunc) -> NDArray[Any]:
     """Combine each cell (rows, cols, ...) with that beside, that below and that beside the one below."""
-    for axis in (0, 1):
-        following = np.minimum(np.arange(cells.shape[axis]) + 1, cells.shape[axis] - 1)
-        cells = of(cells, cells.take(following, axis))
-    return cells
+    cells = np.concatenate([of(cells[:-1], cells[1:]), cells[-1:]])
+    return np.concatenate([of(cells[:, :-1], cells[:, 1:]), cells[:, -1:]], axis=1)
 
 
 def _differing(low: NDArray[np.uint8], high: NDArray[np.uint8]) -> Mask:
     """Return the cells whose pixels differ, or differ from those of the cells that follow: an edge may run between."""
     low, high = _with_following(low, np.minimum), _with_following(high, np.maximum)
-    return np.asarray((high.astype(np.int16) - low).max(axis=-1) > ONE_COLOR)
+    return np.asarray(reduce(np.maximum, np.moveaxis(high - low, -1, 0)) > ONE_COLOR)
 
 
 def _extremes(pixels: Pixels, block: int) -> NDArray[np.uint8]:
