@@ -2,7 +2,7 @@
 
 At a high rate the weights of one step answer worse than they learn: the running statistics of batch norms lag behind
 weights that change, and the mean over the kept patches lets through what is wrong with all of them. Measured in
-`benchmarks/head_to_head_2cpu_2026-11-27.md`.
+`benchmarks/head_to_head_2cpu_2026-11-28.md`.
 """
 
 from __future__ import annotations
