@@ -68,6 +68,7 @@ ARMS = {
     "scratch": "IPS, M = 16, encoder small from random weights",
     "learned": "IPS, M = 16, end to end, batch norms learned",
     "full-rate": "IPS, M = 16, end to end, encoder at the full rate",
+    "averaged": "IPS, M = 16, end to end, mean of the weights",
     "plain": "IPS, M = 16, end to end, no projector",
     "resized-plain": f"whole image resized to the cost of IPS, M = {M}, no projector",
 }
@@ -76,6 +77,7 @@ CHANGED: dict[str, dict[str, dict[str, Any]]] = {
     "scratch": {"model": {"encoder": "small"}},
     "learned": {"model": {"batch_norm": "learned"}},
     "full-rate": {"train": {"encoder_lr": 1.0}},
+    "averaged": {"train": {"average": 0.99}},
     "plain": {"model": {"projector": "none"}},
 }
 """IPS with M = 16 and other settings than the recipe's."""
