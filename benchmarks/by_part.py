@@ -29,6 +29,8 @@ from keyhole.tasks.evaluation import evaluate_task
 from keyhole.tasks.kinds import Task
 
 KNOWN, NEW = "panels that were learned from", "panels of their own"
+FEWEST = 10
+"""Images with and without the label that a part needs to count in the mean of the parts."""
 STRETCHES = [f"fifth {number + 1}" for number in range(FOLDS)]
 AUROC = {
     "circuit_boards": "AUROC, mean over the defects, with its 95 % interval over the boards.",
@@ -95,25 +97,32 @@ def report(folder: Path, name: str, about: str = "") -> list[str]:
         f"{len(each)} in {part}" + (f" ({len(positive.intersection(each))} with one)" if positive else "")
         for part, each in inside.items()
     ]
-    head = ["arm", "seed", "epochs", "all", *example.parts]
+    counted = [
+        part
+        for part, each in inside.items()
+        if not positive or FEWEST <= len(positive.intersection(each)) <= len(each) - FEWEST
+    ]
+    head = ["arm", "seed", "epochs", "all", *example.parts, "mean of the parts"]
     tasks = read_manifest(DataConfig(path=folder / "images.csv")).tasks
     return [
         f"Real photographs ([{name.replace('_', ' ')}](../examples/{name}/README.md))"
         f"{f', {about}' * bool(about)}: {sum(row['split'] == 'train' for row in rows)} to learn from. Test images: "
-        f"{', '.join(sizes)}. {AUROC[name]}",
+        f"{', '.join(sizes)}. {AUROC[name]} The mean of the parts is that of {', '.join(counted)}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
-        *("| " + " | ".join(cells) + " |" for cells in table(folder, tasks, part_of, example.parts)),
+        *("| " + " | ".join(cells) + " |" for cells in table(folder, tasks, part_of, example.parts, counted)),
     ]
 
 
-def table(folder: Path, tasks: Sequence[Task], part_of: Mapping[str, str], parts: Sequence[str]) -> Iterator[list[str]]:
+def table(
+    folder: Path, tasks: Sequence[Task], part_of: Mapping[str, str], parts: Sequence[str], counted: Sequence[str]
+) -> Iterator[list[str]]:
     """Yield the cells of each run in the order of the arms, and after the seeds of an arm their mean."""
     found = sorted((path.parent, read(path.parent)) for path in folder.glob(f"*/{NAME}"))
     for arm in ARMS.values():
         runs = [(run, result) for run, result in found if result.recipe == arm and predictions(run).exists()]
-        rows = [(result, values(run, tasks, part_of, parts)) for run, result in runs]
+        rows = [(result, values(run, tasks, part_of, parts, counted)) for run, result in runs]
         for result, figures in rows:
             yield [arm, str(result.seed), str(result.epochs), *(shown for _, shown in figures)]
         if len(rows) > 1:
@@ -126,13 +135,15 @@ def predictions(run: Path) -> Path:
 
 
 def values(
-    run: Path, tasks: Sequence[Task], part_of: Mapping[str, str], parts: Sequence[str]
+    run: Path, tasks: Sequence[Task], part_of: Mapping[str, str], parts: Sequence[str], counted: Sequence[str]
 ) -> list[tuple[float, str]]:
-    """Return the AUROC on all test images and on each part, and how it is shown."""
+    """Return the AUROC on all test images, on each part, and its mean over the counted ones, and how it is shown."""
     answers = read_table(predictions(run), tasks, "Run real_images.py again.")
     of = [part_of.get(name) or part_of[name.rpartition("-")[0]] for name in answers.images]  # "a-0" of drawn ones
     inside = [[at for at, part in enumerate(of) if part == wanted] for wanted in parts]
-    return [auroc(answers), *(auroc(answers.at(places)) for places in inside)]
+    found = [auroc(answers.at(places)) for places in inside]
+    mean = statistics.mean(value for part, (value, _) in zip(parts, found, strict=True) if part in counted)
+    return [auroc(answers), *found, (mean, f"{mean:.2f}")]
 
 
 def auroc(answers: PredictionTable) -> tuple[float, str]:

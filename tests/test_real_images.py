@@ -207,10 +207,10 @@ def test_parts_of_the_test_images_are_judged_apart(tmp_path: Path, benchmark: Be
     answers = [
         ["image", "path", "pothole.true", "pothole.predicted", *(f"pothole.probability.{n}" for n in ("no", "yes"))]
     ]
-    for number in reversed(range(50)):
+    for number in reversed(range(100)):
         name, yes = f"{number}_RS_290_A_{1000 + number:05}", number % 2 == 0
         road.append([name, f"{name}.jpg", "yes" if yes else "no", "test"])
-        p = 0.9 if yes == (number < 10) else 0.1
+        p = 0.9 if yes == (number < 20) else 0.1
         answers.append([f"{name}-0", "", "yes" if yes else "no", "", str(1 - p), str(p)])  # as the drawn ones are named
     for seed in (0, 1):
         write_answers(tmp_path / "potholes-on-RS290", road, answers, real, result, seed)
@@ -221,11 +221,11 @@ def test_parts_of_the_test_images_are_judged_apart(tmp_path: Path, benchmark: Be
     assert f"1 to learn from. Test images: 20 in {by_part.KNOWN}, 20 in {by_part.NEW}." in lines[0]
     (cells,) = cells_of(lines, real.ARMS["ips16"])
     assert cells[1:3] == ["0", "6"]
-    assert [each.split()[0] for each in cells[4:]] == ["1.00", "0.00"]
-    assert "on RS290: 2 to learn from. Test images: 10 in fifth 1 (5 with one)" in potholes[0]
+    assert [each.split()[0] for each in cells[4:]] == ["1.00", "0.00", "0.50"]
+    assert "on RS290: 2 to learn from. Test images: 20 in fifth 1 (10 with one)" in potholes[0]
     *seeds, mean = cells_of(potholes, real.ARMS["ips16"])
     assert [each[1] for each in seeds] == ["0", "1"]
-    assert [each.split()[0] for each in mean[4:]] == ["1.00", *["0.00"] * 4]
+    assert [each.split()[0] for each in mean[4:]] == ["1.00", *["0.00"] * 4, "0.20"]
 
 
 def cells_of(lines: list[str], arm: str) -> list[list[str]]:
