@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -58,8 +59,10 @@ def card(name: str) -> str:
 
 def write_result(theme: str, title: str, lines: Sequence[str], device: str = "cpu") -> Path:
     """`theme_hardware_date.md` beside this file."""
-    date = time.strftime("%Y-%m-%d")
-    command = " ".join([f"python benchmarks/{theme}.py", *(word for word in sys.argv[1:] if "/" not in word)])
+    date, script = time.strftime("%Y-%m-%d"), Path(sys.argv[0]).name
+    if not Path(__file__).with_name(script).is_file():
+        script = f"{theme}.py"
+    command = shlex.join(["python", f"benchmarks/{script}", *(word for word in sys.argv[1:] if "/" not in word)])
     text = [f"# {title}, {date}", "", *lines, "", describe(device), f"Made by `{command}`.", ""]
     path = Path(__file__).parent / f"{theme}_{hardware(device)}_{date}.md"
     path.write_text("\n".join(text))

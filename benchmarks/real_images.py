@@ -39,7 +39,7 @@ from keyhole.config.settings import Config, DataConfig
 from keyhole.data.manifest import Manifest, read_manifest
 from keyhole.tasks.evaluation import evaluate_task, point_metrics
 from keyhole.tasks.kinds import Task
-from keyhole.util.files import write_atomic
+from keyhole.util.files import csv_text, write_atomic
 from keyhole.util.platform import peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,7 +188,7 @@ class Comparison:
             "recipe": ARMS[arm],
         }
         if arm == "mean":
-            found = self.mean(about, seed)
+            found = self.mean(about, seed, folder / "run" / "predictions" / "test.csv")
         else:
             found = self.train(self.settings(arm, seed, folder), folder / "run", about, kept=arm in SELECTING)
         found.write(folder)
@@ -254,13 +254,17 @@ class Comparison:
             }
         return result.of_run(run, **about, metrics=[METRICS[self.example]], also=also)
 
-    def mean(self, about: dict[str, Any], seed: int) -> result.Result:
+    def mean(self, about: dict[str, Any], seed: int, answers: Path) -> result.Result:
         """Logistic regression on the mean feature; its penalty is chosen on the validation images."""
         stored, metric = self.stored, METRICS[self.example]
         parts = {split: stored.split(split) for split in ("train", "val", "test")}
         x = {split: mean_features(items) for split, items in parts.items()}
         y = {split: stored.targets(items) for split, items in parts.items()}
         began, metrics = time.monotonic(), {}
+        columns = [
+            ["image", *(item.name for item in parts["test"])],
+            ["path", *(str(item.image) for item in parts["test"])],
+        ]
         for task in stored.tasks:
             best = max(
                 (regression(task, x, y["train"][task.name], penalty) for penalty in 10.0 ** np.arange(-5, 2)),
@@ -269,7 +273,12 @@ class Comparison:
             groups = [item.group for item in parts["test"]]
             overall = evaluate_task(task, y["test"][task.name], best["test"], groups).overall[metric]
             metrics[f"{task.name}.{metric}"] = result.Figure(overall.value or float("nan"), overall.low, overall.high)
+            columns.append([f"{task.name}.true", *(item.labels[task.name] for item in parts["test"])])
+            for name, p in zip(task.classes, best["test"].T, strict=True):
+                columns.append([f"{task.name}.probability.{name}", *map(str, p)])
         seconds = time.monotonic() - began
+        answers.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(answers, csv_text(zip(*columns, strict=True)))
         return result.Result(
             **about,
             seed=seed,
