@@ -28,10 +28,10 @@ Mask = NDArray[np.bool_]
 ONE_COLOR = 10
 """Grey values by which pixels of one colour may differ: the noise of JPEG, not the contrast of a faint line."""
 MIN_CELL_SIDE = 8
-"""Of tissue, in level-0 pixels."""
+"""The side of a cell of tissue, in level-0 pixels."""
 MIN_EDGE_SIDE, SOFT_EDGE_SIDE = 2, 8
-"""Of cells that are searched for sharp and for soft edges, in pixels of the level. A patch that touches a cell with an
-edge may itself have one colour: of 45 patches of 50 px on canvases of digits 13 had if all cells had 8 pixels."""
+"""Sides of the cells that are searched for sharp and for soft edges, in pixels of the level. A patch that touches a
+cell with an edge may itself have one colour: 13 of 45 patches of 50 px on canvases of digits, if all cells had 8."""
 _BAND_BYTES = 32 * 2**20
 _MIN_BAND_ROWS = 1024
 """Wide images are cut into narrower bands, not into lower ones: tiles that a band cuts are decoded twice."""
