@@ -168,3 +168,16 @@ def test_features_that_do_not_state_their_encoder_cannot_be_put_on_one(
     keyhole.train(data, "unknown", model=model, select={"m": 4}, train={"epochs": 1})
     refused = say(*from_images(toy, weights, Path("unknown")), "--out", "run").refusal()
     assert "learned from features that do not state the weights of their encoder" in refused
+
+
+@pytest.mark.parametrize("of", ["features", "images"])
+def test_one_line_says_that_the_run_before_learned_from_other_patches(
+    of: str, toy: Path, toy_run: Path, weights: Path, learned: Path, say: Say
+) -> None:
+    line = from_images(toy, weights, learned)
+    if of == "images":
+        line = ["train", toy, *SHAPE, "--model.encoder", "small", "--model.width", "8", "--model.start", toy_run]
+    words = "learned from patches of 16 px, level 0, edge shift, and here they are of 24 px, level 0, edge shift."
+    assert words in say(*line, "--patch.size", "24", "--out", "other").all
+    assert words in Path("other/log.txt").read_text()
+    assert "learned from patches of" not in say(*line, "--out", "same").all

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from keyhole.config.settings import ModelConfig
+from keyhole.config.settings import Config, ModelConfig
 from keyhole.errors import ConfigError, RunError
 from keyhole.nn.classifier import IPSClassifier
 from keyhole.nn.encoder import PixelEncoder
 from keyhole.nn.weights import misfits, weights_digest
-from keyhole.patches.features import learned_origin
-from keyhole.runs.checkpoint import PROJECTOR, read_tensors, weights_file
+from keyhole.patches.features import learned_origin, patches_in_words
+from keyhole.runs.checkpoint import PROJECTOR, read_info, read_tensors, weights_file
 from keyhole.tasks.kinds import Task
 from keyhole.util.version import VERSION
 
@@ -50,6 +51,30 @@ def load_start(model: IPSClassifier, tasks: Sequence[Task], path: Path) -> None:
         flags = " ".join(f"--model.{name} {value}" for name, value in given.items())
         raise RunError(f"{file}: its model is another one: {'; '.join(problems[:3])}{count}. It has {flags}.")
     model.load_state_dict(weights, strict=False)  # what is missing was looked at
+
+
+def doubt_of_start(config: Config) -> list[str]:
+    """Return a line if the model that a run starts from learned from other patches than the run's; else none.
+
+    Raises:
+        RunError: there is no such model.
+    """
+    if config.model.start is None:
+        return []
+    file = weights_file(config.model.start)
+    info = read_info(file)
+    learned = info["model"].get("feature_patches") or _described(info.get("patch", {}))
+    here = config.model.feature_patches or _described(config.patch.model_dump())
+    if None in (learned, here) or learned == here:
+        return []
+    return [
+        f"warning: {file}: learned from patches of {learned}, and here they are of {here}. What it learned "
+        "to keep may not hold for these."
+    ]
+
+
+def _described(patch: Mapping[str, Any]) -> str | None:
+    return patches_in_words({f"patch.{name}": value for name, value in patch.items()})
 
 
 def _check_tasks(file: Path, learned: Sequence[Task], tasks: Sequence[Task]) -> None:

@@ -37,6 +37,7 @@ from keyhole.runs.seal import (
     read_state,
     sealed_config,
 )
+from keyhole.runs.start import doubt_of_start
 from keyhole.tasks.kinds import Task
 from keyhole.training.average import Average
 from keyhole.training.loggers import check_loggers
@@ -184,7 +185,7 @@ def start_job(config: Config, say: Callable[[str], None]) -> Job:
         lock = create_folder(config, manifest, hashes, engine.model, optimizer, state, device)
         undo.callback(lock.release)
         job = Job(lock, config, manifest, images, engine, optimizer, state)
-        told = *manifest.notes, *notes, *settled, *border, *lines, *hashed, *undefined
+        told = *manifest.notes, *notes, *settled, *border, *doubt_of_start(config), *lines, *hashed, *undefined
         job.tell((*told, *_overview(job), *_compile(job)), say)
         undo.pop_all()
     return job

@@ -1,6 +1,7 @@
 """Stored features instead of pixels: files as CLAM, TRIDENT and `keyhole embed` write them."""
 
 from keyhole.patches.features.files import Origin as Origin
+from keyhole.patches.features.files import patches_in_words as patches_in_words
 from keyhole.patches.features.source import FeatureOpener as FeatureOpener
 from keyhole.patches.features.source import FeaturePatches as FeaturePatches
 from keyhole.patches.features.source import check_features_config as check_features_config

@@ -95,7 +95,7 @@ def _patches(attributes: Mapping[str, Any]) -> str | None:
     text = _text(attributes.get(SETTINGS))
     if text is not None:
         try:
-            return _of_keyhole(json.loads(text))
+            return patches_in_words(json.loads(text))
         except (ValueError, AttributeError):
             return None
     pixels, microns = number(attributes, "tile_size_px"), number(attributes, "tile_size_um")
@@ -105,8 +105,8 @@ def _patches(attributes: Mapping[str, Any]) -> str | None:
     return None if size is None or power is None else f"{size:g} px at {power:g}x"
 
 
-def _of_keyhole(settings: Mapping[str, Any]) -> str | None:
-    """Describe the settings with which `keyhole embed` cut the patches."""
+def patches_in_words(settings: Mapping[str, Any]) -> str | None:
+    """Describe settings `patch.size` and others with which patches are cut; None without a size."""
     size, stride = settings.get("patch.size"), settings.get("patch.stride")
     if size is None:
         return None
