@@ -14,17 +14,20 @@ import argparse
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from alternate import alternate, medians
 from epochs import Epochs, run_passive, write_csv
 from machine import cores, hardware, write_result
+from plotting import COLORS, GREY, PLOTS, panels, save
 
 from keyhole.datasets.slides import make_slide
 
+STEP, LEARNING, PROPORTIONAL = *COLORS[:2], GREY
 PARTS = ("reading", "copying", "encoding", "scoring", "learning")
 
 
@@ -201,8 +204,6 @@ def finish(
     options: argparse.Namespace, base: Setting, model: dict[str, object], found: dict[Factor, list[Point]]
 ) -> None:
     """Writes the dated tables and the plots."""
-    from scaling_plot import draw
-
     compiled = "compiled" if options.device.startswith("cuda") else "not compiled"
     lines = [
         f"One factor at a time around N = {base.side**2:,}, M = {base.m}, I = {base.i}, B = {base.b}, patches of "
@@ -219,6 +220,38 @@ def finish(
     result = write_result("scaling", "Cost of a step", lines, options.device)
     print(result)
     print(draw(found, hardware(options.device), result.stem[-10:]))
+
+
+def draw(found: Mapping[Factor, Sequence[Point]], machine: str, date: str) -> Path:
+    """Write `scaling_MACHINE.svg` into the documents' plots."""
+    figure, axes = panels(len(found), 3)
+    for axis, (factor, points) in zip(axes, found.items(), strict=True):
+        panel(axis, factor, points)
+    title = f"Time of a training step, one factor at a time ({machine}, {date})"
+    return save(figure, title, PLOTS / f"scaling_{machine}.svg")
+
+
+def panel(axis: Any, factor: Factor, points: Sequence[Point]) -> None:
+    """One factor: whole step, the part of it that learns, and the line of what grows with the factor itself."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    values = [point.value for point in points]
+    seconds = [point.seconds for point in points]
+    axis.plot(values, seconds, "o-", color=STEP, linewidth=2, label="whole step")
+    learning = [point.seconds * point.shares["learning"] for point in points]
+    axis.plot(values, learning, "s--", color=LEARNING, linewidth=1.5, label="of it learning from the kept")
+    start = next(place for place, point in enumerate(points) if abs(point.times - 1) < 1e-9)
+    if factor.letter != "I":  # the same patches in larger or smaller helpings
+        power = {"threads": -1, "patch": 2}.get(factor.letter, 1)
+        line = [seconds[start] * (value / values[start]) ** power for value in values]
+        axis.plot(values, line, ":", color=PROPORTIONAL, linewidth=1.5, label="in proportion")
+    axis.set(xscale="log", yscale="log", xlabel=factor.label, ylabel="seconds")
+    axis.set_xticks(values, [f"{value:,}" for value in values])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_title({"patch": "patch side (dotted: pixels)", "threads": "threads"}.get(factor.letter, factor.letter))
 
 
 if __name__ == "__main__":

@@ -80,3 +80,10 @@ def test_it_runs_as_a_command(tmp_path: Path) -> None:
     wrong = subprocess.run([RUN, "--only", "nothing"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "nothing" in wrong.stderr
+
+
+def test_the_list_of_scripts_has_them_all() -> None:
+    listed = set(re.findall(r"`(\w+\.py)`", (RUN.parent / "README.md").read_text()))
+    runnable = {path.name for path in RUN.parent.glob("*.py") if "__main__" in path.read_text()}
+    assert runnable <= listed
+    assert all((RUN.parent / name).is_file() for name in listed)
