@@ -27,6 +27,8 @@ from typing import Any
 
 import yaml
 from machine import write_result
+from real_data import image_side
+from resized import resized_side, whole_image
 from result import Figure, Result, of_run
 from results import main as write_results
 from results import recorded, shown
@@ -88,7 +90,7 @@ def slug(name: str) -> str:
 def base(manifest: Path, name: str, variant: tuple[tuple[str, Any], ...], epochs: int | None) -> Config:
     """Return the configuration of a variant on a data set, for any seed; its schedule is stretched to `epochs`."""
     setting, given = SETTINGS[name], dict(variant)
-    start, changes = given.pop("from"), sections(setting.changes)
+    start, resized, changes = given.pop("from"), given.pop("resized", None), sections(setting.changes)
     data = {"data": {"path": str(manifest), **changes.get("data", {})}, "run": {"device": "cpu"}}
     wanted = merged(data, sections(given))
     if start == "init":
@@ -96,6 +98,8 @@ def base(manifest: Path, name: str, variant: tuple[tuple[str, Any], ...], epochs
         config = from_init(Config().replace(**wanted)).replace(**wanted)
     else:
         config = Config().replace(**merged(given_values(setting.recipe), changes, wanted))
+    if resized is not None:
+        config = resized_to(resized, config, manifest)
     if epochs is None:
         return config
     train = config.train
@@ -110,6 +114,13 @@ def from_init(asked: Config) -> Config:
 
     measured = measure(asked)
     return with_counted_patches(propose(asked, measured), measured, asked.run.stall).config
+
+
+def resized_to(cost: str, config: Config, manifest: Path) -> Config:
+    """Return a configuration that learns from the whole image, at the "time" or the "memory" of `config`."""
+    patch = config.patch
+    n = (image_side(manifest) / (patch.stride or patch.size)) ** 2 if cost == "time" else 0.0
+    return whole_image(config, manifest, resized_side(patch.size, config.select.m, n), manifest.parent.parent)
 
 
 def judged(run: Path, setting: Setting, recipe: str) -> Result:

@@ -31,7 +31,7 @@ import numpy as np
 import result
 from numpy.typing import NDArray
 from real_data import image_side, mean_features, patch_counts, write_drawn, write_part
-from resized import resized_side, write_views
+from resized import resized_side, whole_image
 from training import going_on, train_and_evaluate
 
 from keyhole.config.file import resolve
@@ -49,8 +49,6 @@ ANNOTATED = {**dict.fromkeys(METRICS, "test"), "retinopathy": "val"}
 """Held-out split with annotations: of the retinas, three of the test and twelve of the validation split have some."""
 M = 16
 """Patches of the random arms, and those that set the cost of the resized image."""
-SHIFTS = 16
-"""The resized image shifts by up to this part of its side."""
 FROZEN = {"epochs": 30, "batch": 8}
 """Of the arms on stored features."""
 DRAWS = 5
@@ -74,7 +72,7 @@ ARMS = {
 }
 """What tables call the arms, in their order."""
 CHANGED: dict[str, dict[str, dict[str, Any]]] = {
-    "scratch": {"model": {"encoder": "small"}},
+    "scratch": {"model": {"encoder": "small"}, "train": {"encoder_lr": 1.0}},
     "learned": {"model": {"batch_norm": "learned"}},
     "full-rate": {"train": {"encoder_lr": 1.0}},
     "averaged": {"train": {"average": 0.99}},
@@ -211,14 +209,7 @@ class Comparison:
             case "resized" | "resized-memory":
                 n = float(np.median(self.counts)) if arm == "resized" else 0.0
                 side = resized_side(base.patch.size, M, n, image_side(self.path))
-                stride = side // SHIFTS
-                path = write_views(self.path, side, stride, self.folder / f"resized-{side}")
-                return base.replace(
-                    data={"path": path},
-                    patch={"size": side, "stride": stride, "edge": "drop", "foreground": "all"},
-                    select={"m": 1, "chunk": 4},
-                    train={"explore": 2.0 * epochs},  # a single patch needs no score
-                )
+                return whole_image(base, self.path, side, self.folder)
             case "attention":
                 return self.frozen(self.path, seed, FROZEN["epochs"], self.folder / "features")
             case "random":

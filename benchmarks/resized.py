@@ -8,10 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from keyhole.config.settings import Config
 from keyhole.util.files import csv_text, write_atomic
 
 COST_OF_LEARNING = 5
 """Patches that are encoded in the time in which one is learned from; measured with Lite0 on two cores."""
+SHIFTS = 16
+"""The resized image shifts by up to this part of its side."""
 
 
 def resized_side(patch: int, m: int, n: float, most: float = math.inf) -> int:
@@ -24,6 +27,17 @@ def resized_side(patch: int, m: int, n: float, most: float = math.inf) -> int:
         most: The largest side.
     """
     return max(32, int(min(patch * (m + n / COST_OF_LEARNING) ** 0.5, most) / 32 + 0.5) * 32)
+
+
+def whole_image(config: Config, manifest: Path, side: int, folder: Path) -> Config:
+    """Return a configuration that learns from whole images of `side` px, which are written below `folder`."""
+    stride = side // SHIFTS
+    return config.replace(
+        data={"path": write_views(manifest, side, stride, folder / f"resized-{side}")},
+        patch={"size": side, "stride": stride, "edge": "drop", "foreground": "all"},
+        select={"m": 1, "chunk": 4},
+        train={"explore": 2.0 * config.train.epochs},  # a single patch needs no score
+    )
 
 
 def write_views(manifest: Path, side: int, stride: int, folder: Path) -> Path:

@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 from machine import write_result
-from resized import resized_side, write_views
+from resized import resized_side, whole_image
 from result import Figure, Result, figure, of_run
 from results import main as write_results
 from results import recorded, shown
@@ -118,14 +118,7 @@ def configuration(arm: str, manifest: Path, width: int, epochs: int, changes: Se
     )
     if arm == "resized":
         side = resized_side(width // COLUMNS, M["m10"], N)
-        stride = side // COLUMNS
-        path = write_views(manifest, side, stride, manifest.parent.parent / f"resized-{side}")
-        config = config.replace(
-            data={"path": path},
-            patch={"size": side, "stride": stride},
-            select={"m": 1, "chunk": 4},
-            train={"explore": 2.0 * epochs},  # a single patch needs no score
-        )
+        config = whole_image(config, manifest, side, manifest.parent.parent)
     else:
         config = config.replace(select={"m": M[arm]}, memory="8GB" if arm == "all" else None)
     asked = dict(change.split("=", 1) for change in changes)

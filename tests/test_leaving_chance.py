@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import csv_rows, settings
+from PIL import Image
 
 import keyhole
 from keyhole.util.files import csv_text
@@ -33,6 +35,25 @@ def test_every_variant_is_a_setting_of_every_data_set(benchmark: Benchmark, toy:
         toy, "demo", (("from", "init"), ("model.encoder", "small"), ("train.clip", 0.5), ("train.epochs", 12)), None
     )
     assert (init.train.clip, init.train.epochs, init.patch.size, init.augment.flip) == (0.5, 12, 16, False)
+
+
+def test_the_whole_image_costs_what_init_proposes(benchmark: Benchmark, tmp_path: Path) -> None:
+    module = benchmark("leaving_chance")
+    variants = yaml.safe_load(module.VARIANTS.read_text())
+    manifest, rng = tmp_path / "images" / "manifest.csv", np.random.default_rng(0)
+    manifest.parent.mkdir()
+    for number in range(16):
+        Image.fromarray(rng.integers(0, 255, (640, 640), np.uint8)).save(manifest.parent / f"{number}.png")
+    manifest.write_bytes(csv_text([("image", "label"), *((f"{n}.png", str(n % 2)) for n in range(16))]).encode())
+    init, *resized = (
+        module.base(manifest, "demo", tuple(variants[name].items()), 4)
+        for name in ("init", "resized to the memory of init", "resized to the time of init")
+    )
+    memory, time = (config.patch.size**2 for config in resized)
+    learned = init.select.m * init.patch.size**2
+    assert memory == pytest.approx(learned, rel=0.5)  # sides are multiples of 32
+    assert time > memory
+    assert all((config.select.m, config.train.explore, config.model.encoder) == (1, 8, "small") for config in resized)
 
 
 def test_leaving_chance_is_above_guessing_until_the_end(benchmark: Benchmark, toy_run: Path, tmp_path: Path) -> None:
