@@ -67,6 +67,8 @@ ARMS = {
     "learned": "IPS, M = 16, end to end, batch norms learned",
     "full-rate": "IPS, M = 16, end to end, encoder at the full rate",
     "averaged": "IPS, M = 16, end to end, mean of the weights",
+    "explored": "IPS, M = 16, end to end, exploring in the first third",
+    "started": "IPS, M = 16, end to end, started from attention over all frozen patches",
     "plain": "IPS, M = 16, end to end, no projector",
     "resized-plain": f"whole image resized to the cost of IPS, M = {M}, no projector",
 }
@@ -79,9 +81,9 @@ CHANGED: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {"model": {"projector": "none"}},
 }
 """IPS with M = 16 and other settings than the recipe's."""
-SPECIAL = ("all", *CHANGED, "resized-plain")
+SPECIAL = ("all", *CHANGED, "explored", "started", "resized-plain")
 """Arms that are run when they are asked for."""
-SELECTING = ("ips4", "ips16", *CHANGED)
+SELECTING = ("ips4", "ips16", *CHANGED, "explored", "started")
 """Arms of which it is told how many of the kept patches touch a defect."""
 
 
@@ -173,9 +175,12 @@ class Comparison:
         assert self.base.data.path is not None
         return self.base.data.path
 
+    def run_folder(self, arm: str, seed: int) -> Path:
+        return self.folder / f"{arm}-e{self.base.train.epochs}-{seed}"
+
     def run(self, arm: str, seed: int) -> result.Result:
         """Return the result of an arm, which is run if it has none."""
-        folder = self.folder / f"{arm}-e{self.base.train.epochs}-{seed}"
+        folder = self.run_folder(arm, seed)
         if (folder / result.NAME).exists():
             return result.read(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,6 +204,11 @@ class Comparison:
         match arm:
             case "ips4" | "ips16":
                 return base.replace(select={"m": int(arm.removeprefix("ips"))})
+            case "explored":
+                return base.replace(train={"explore": epochs / 3})
+            case "started":
+                self.run("attention", seed)
+                return base.replace(model={"start": self.run_folder("attention", seed) / "run"})
             case "resized-plain":
                 return self.settings("resized", seed, folder).replace(**CHANGED["plain"])
             case "all":

@@ -7,8 +7,9 @@
 arXiv 1902.06197; MIT). Official split: 1,000 boards to learn from, 500 to test; a fifth of the first are held out to
 choose the best model. A defect covers 0.3 % of the picture.
 
-Traps: the lists name `X.jpg`, the files are `X_test.jpg` (the board) and `X_temp.jpg` (the template, not used here); a
-folder has neighbouring pictures of one panel, and the official split puts seven of the eleven folders into both sets.
+Traps: the lists name `X.jpg`, the files are `X_test.jpg` (the board) and `X_temp.jpg` (the template, not used here,
+since its grey values alone tell it from a board); a folder has neighbouring pictures of one panel, and the official
+split puts seven of the eleven folders into both sets.
 """
 
 from __future__ import annotations
