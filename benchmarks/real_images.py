@@ -67,6 +67,7 @@ ARMS = {
     "learned": "IPS, M = 16, end to end, batch norms learned",
     "full-rate": "IPS, M = 16, end to end, encoder at the full rate",
     "averaged": "IPS, M = 16, end to end, mean of the weights",
+    "fast": "IPS, M = 16, end to end, attention and heads at a rate of 1e-3",
     "explored": "IPS, M = 16, end to end, exploring in the first third",
     "started": "IPS, M = 16, end to end, started from attention over all frozen patches",
     "plain": "IPS, M = 16, end to end, no projector",
@@ -78,6 +79,7 @@ CHANGED: dict[str, dict[str, dict[str, Any]]] = {
     "learned": {"model": {"batch_norm": "learned"}},
     "full-rate": {"train": {"encoder_lr": 1.0}},
     "averaged": {"train": {"average": 0.99}},
+    "fast": {"train": {"lr": 1e-3, "encoder_lr": 0.03}},  # the encoder keeps its 3e-5
     "plain": {"model": {"projector": "none"}},
 }
 """IPS with M = 16 and other settings than the recipe's."""
