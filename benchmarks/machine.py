@@ -58,11 +58,12 @@ def card(name: str) -> str:
 
 
 def write_result(theme: str, title: str, lines: Sequence[str], device: str = "cpu") -> Path:
-    """`theme_hardware_date.md` beside this file."""
+    """Write `theme_hardware_date.md` beside this file; in the command that it names, paths become PATH."""
     date, script = time.strftime("%Y-%m-%d"), Path(sys.argv[0]).name
     if not Path(__file__).with_name(script).is_file():
         script = f"{theme}.py"
-    command = shlex.join(["python", f"benchmarks/{script}", *(word for word in sys.argv[1:] if "/" not in word)])
+    words = ("PATH" if "/" in word else word for word in sys.argv[1:])
+    command = shlex.join(["python", f"benchmarks/{script}", *words])
     text = [f"# {title}, {date}", "", *lines, "", describe(device), f"Made by `{command}`.", ""]
     path = Path(__file__).parent / f"{theme}_{hardware(device)}_{date}.md"
     path.write_text("\n".join(text))

@@ -150,6 +150,9 @@ def test_a_run_that_does_not_fit_is_refused_with_what_to_give(
     assert "encoder.projector.linear.weight is (16, 256), expected (32, 256)" in changed(dim="32")
     assert "--model.dim 16 --model.heads 2" in changed(dim="32")
     assert "its model is another one" in changed(start=toy_run)
+    assert "it has 2 heads, expected 4" in changed(heads="4")
+    features = ["train", toy, "--data.features", learned.parent / "features", "--model.start", toy_run, "--out", "run"]
+    assert "learned from images, and the data here are stored features" in say(*features).refusal()
     assert "there is no model in it" in changed(start=tmp_path)
     table = with_other_labels(toy, tmp_path / "other.csv")
     refused = say("train", table, *line[2:], "--out", "run").refusal()

@@ -41,10 +41,15 @@ def load_start(model: IPSClassifier, tasks: Sequence[Task], path: Path) -> None:
         raise RunError(f"{file}: its description does not fit keyhole {VERSION} ({error}).") from error
     _check_tasks(file, learned, tasks)
     state = model.state_dict()
+    if settings.feature_width is None and not isinstance(model.encoder, PixelEncoder):
+        raise RunError(f"{file}: learned from images, and the data here are stored features. Give a run on features.")
     if settings.feature_width is not None and isinstance(model.encoder, PixelEncoder):
         weights = _behind_encoder(file, model.encoder, weights, settings)
         state = {name: weight for name, weight in state.items() if _learned_from_features(name)}
-    if problems := misfits(state, weights):
+    problems = misfits(state, weights)
+    if settings.heads != model.pool.heads:  # whose weights have the same shapes
+        problems.append(f"it has {settings.heads} heads, expected {model.pool.heads}")
+    if problems:
         count = f" ({len(problems)} weights in all)" if len(problems) > 3 else ""
         names = ("encoder", "channels", "width", "stages", "projector", "dim", "heads", "hidden", "position")
         given = {name: value for name in names if (value := getattr(settings, name)) is not None}
@@ -69,7 +74,7 @@ def doubt_of_start(config: Config) -> list[str]:
         return []
     return [
         f"warning: {file}: learned from patches of {learned}, and here they are of {here}. What it learned "
-        "to keep may not hold for these."
+        "to keep may not hold for these: give the same --patch.size and other settings of patches."
     ]
 
 
@@ -93,10 +98,6 @@ def _behind_encoder(
     file: Path, encoder: PixelEncoder, weights: Mapping[str, Tensor], settings: ModelConfig
 ) -> dict[str, Tensor]:
     """Return weights of a model of stored features under their names behind an encoder, which must have made them."""
-    if encoder.projector is None:
-        raise RunError(
-            f"{file}: learned from stored features, by a projector. Give this model one: --model.projector linear"
-        )
     origin = learned_origin(settings)
     if origin.weights is None:
         raise RunError(
@@ -107,7 +108,12 @@ def _behind_encoder(
     if weights_digest(own) != origin.weights:
         raise RunError(
             f"{file}: learned from features of {origin.describe()}, which is not the encoder here. Give the one that "
-            "keyhole embed was given, with its weights (--model.encoder, --model.pretrained or --model.weights)."
+            "keyhole embed was given, with its weights and channels (--model.encoder, --model.channels, "
+            "--model.pretrained or --model.weights)."
+        )
+    if encoder.projector is None:
+        raise RunError(
+            f"{file}: learned from stored features, by a projector. Give this model one: --model.projector linear"
         )
     return {
         ENCODER + PROJECTOR + name.removeprefix(ENCODER) if name.startswith(ENCODER) else name: weight

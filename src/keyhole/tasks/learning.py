@@ -179,8 +179,13 @@ def what_to_try(learning: Learning, config: Config | None) -> list[str]:
         found.append(f"more epochs: --train.epochs {max(2 * train.epochs, 30)}")
     if any(task.only is not None for task in learning.tasks) and train.balance == "none":
         found.append("--train.balance loss, if some classes are rare")
-    if learning.learned is False or any(task.even for task in learning.tasks):
-        found.append(f"more patches: --select.m {2 * config.select.m}, or a --patch.size that shows what decides")
+    features, even = config.model.feature_width is not None, any(task.even for task in learning.tasks)
+    if even and config.model.learned_before and not features and train.explore in (0, "auto"):
+        epochs = max(1, round(train.epochs / 3))
+        found.append(f"--train.explore {epochs}, so that attention learns from patches that it did not choose")
+    if learning.learned is False or even:
+        other = "patches of another size, by keyhole embed" if features else "a --patch.size that shows what decides"
+        found.append(f"more patches, where images have them: --select.m {2 * config.select.m}; or {other}")
     return found or ["more epochs, or another --train.lr"]
 
 

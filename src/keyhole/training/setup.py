@@ -147,7 +147,7 @@ def scan(
     what = f"patches of {config.patch.size} px" if total else "stored features"
     lines = [
         f"{len(counts)} images with {from_to(str(patches[0]), str(patches[-1]))} {what}, "
-        f"{sum(patches)} in all; {config.select.m} of each are kept"
+        f"{sum(patches)} in all; {config.select.m if patches[-1] > config.select.m else 'all'} of each are kept"
     ]
     lines += unused_masks(manifest.items, config.patch.foreground)
     keep = False
