@@ -105,8 +105,16 @@ def test_what_to_try_fits_the_settings() -> None:
     assert "--train.lr" not in "; ".join(what_to_try(nothing, Config(model=RANDOM))), "the default already is that rate"
     told = Config(model=ModelConfig(encoder="resnet18", pretrained=True), train=TrainConfig(lr=1e-3))
     ready = "; ".join(what_to_try(nothing, told))
-    assert "explore" not in ready
+    assert "--train.explore 10, so that attention learns from patches that it did not choose" in ready
     assert "another rate than --train.lr 0.001" in ready
+    assert "a --patch.size" in ready
+    explored = told.replace(train={"explore": 10.0})
+    assert "--train.explore" not in "; ".join(what_to_try(nothing, explored))
+    sharp = Learning("", (TaskLearning("x", 9, 1.1, 1.0, False, None, False),))
+    assert "--train.explore" not in "; ".join(what_to_try(sharp, told))
+    features = "; ".join(what_to_try(nothing, Config(model=ModelConfig(feature_width=8))))
+    assert "explore" not in features
+    assert "--patch.size" not in features
 
 
 # On the path that production takes
