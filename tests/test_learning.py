@@ -110,6 +110,8 @@ def test_what_to_try_fits_the_settings() -> None:
     assert "a --patch.size" in ready
     explored = told.replace(train={"explore": 10.0})
     assert "--train.explore" not in "; ".join(what_to_try(nothing, explored))
+    started = told.replace(model={"start": "runs/one"})  # exploring would forget its attention
+    assert "--train.explore" not in "; ".join(what_to_try(nothing, started))
     sharp = Learning("", (TaskLearning("x", 9, 1.1, 1.0, False, None, False),))
     assert "--train.explore" not in "; ".join(what_to_try(sharp, told))
     features = "; ".join(what_to_try(nothing, Config(model=ModelConfig(feature_width=8))))

@@ -180,7 +180,8 @@ def what_to_try(learning: Learning, config: Config | None) -> list[str]:
     if any(task.only is not None for task in learning.tasks) and train.balance == "none":
         found.append("--train.balance loss, if some classes are rare")
     features, even = config.model.feature_width is not None, any(task.even for task in learning.tasks)
-    if even and config.model.learned_before and not features and train.explore in (0, "auto"):
+    new = config.model.learned_before and config.model.start is None and not features  # attention, on a known encoder
+    if even and new and train.explore in (0, "auto"):
         epochs = max(1, round(train.epochs / 3))
         found.append(f"--train.explore {epochs}, so that attention learns from patches that it did not choose")
     if learning.learned is False or even:
