@@ -118,6 +118,7 @@ class Slide(FilePatches):
     def __init__(self, patches: int) -> None:
         image = ArrayImage(np.zeros((2, 2 * patches, 1), np.uint8), "slide")
         super().__init__(image, PatchGrid(image, 2))
+        self.in_memory = False  # it stands for a file
 
     def read(self, index: Any, out: Pixels | None = None) -> Pixels:
         assert out is not None

@@ -84,6 +84,17 @@ def test_a_run_starts_from_them_and_its_model_needs_the_package_no_more(
     assert predictor.predict(next(toy.rglob("*.png"))).label
 
 
+def test_learning_from_stored_features_needs_no_package(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = keyhole.train(toy, tmp_path / "run", **SMALL)
+    features = tmp_path / "features"
+    assert main(["embed", str(toy), "--run", str(run.path), "--out", str(features)]) == 0
+    monkeypatch.setitem(sys.modules, MODULE, None)
+    words = ["--data.features", str(features), "--train.epochs", "1", "--out", str(tmp_path / "on-features")]
+    assert main(["train", str(toy), *words]) == 0
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [

@@ -28,7 +28,7 @@ from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.bill import Bill, powers
 from keyhole.engine.memory.meter import growth, has_peak, steady_heap, taken, tensor_bytes
 from keyhole.engine.memory.pace import Pace
-from keyhole.engine.memory.plan import Plan, largest_chunk, make_plan
+from keyhole.engine.memory.plan import CHUNK_PARTS, Plan, largest_chunk, make_plan
 from keyhole.engine.memory.probe import Line, PassBytes, Probe, Workload
 from keyhole.errors import ConfigError
 from keyhole.nn import IPSClassifier, build_classifier
@@ -219,7 +219,7 @@ def test_the_probe_sees_what_a_patch_costs_where_memory_comes_in_steps(monkeypat
     ("shape", "sizes"),
     [
         ((256, 256, 3), (256, 512, 1024)),
-        ((100, 100, 3), (1024, 1024, 1024)),
+        ((100, 100, 3), (2048, 2048, 2048)),
         ((1024, 1024, 3), (16, 32, 64)),
         ((2048,), (8192, 16384, 32768)),
         ((512,), (32768, 65536, 65536)),
@@ -236,6 +236,15 @@ def test_chunks_on_a_gpu_hold_as_many_bytes_as_its_decoder_wants(
         assert largest_chunk(gpu, shape) == size
         assert largest_chunk(gpu, shape, patches=5) == min(size, 8), "no batch fills more"
         assert largest_chunk(torch.device("cpu"), shape, patches=5) == 64
+
+
+@pytest.mark.parametrize(
+    ("shape", "patches", "size"),
+    [((50, 50, 1), 14_400, 7200), ((100, 100, 3), 3072, 1536), ((256, 256, 3), 64_000, 512), ((50, 50, 1), 13, 16)],
+)
+def test_chunks_on_a_gpu_share_a_batch_evenly(shape: tuple[int, ...], patches: int, size: int) -> None:
+    assert largest_chunk(torch.device("cuda"), shape, patches) == size
+    assert size % CHUNK_PARTS == 0
 
 
 def test_chunks_on_a_cpu_hold_more_of_small_patches() -> None:

@@ -1,8 +1,9 @@
-"""Writes what the parts of `measures` read: canvases of Megapixel MNIST, a slide, photographs."""
+"""Writes what other parts read: a slide, photographs, canvases of Megapixel MNIST."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from canvases import MNIST, write_canvases
@@ -15,7 +16,15 @@ SIDE = 1500
 
 
 def draw(bench: Bench) -> None:
-    for name, work in (("slide", write_slide), ("photographs", write_photographs), ("canvases", write_digits)):
+    written(bench, {"slide": write_slide, "photographs": write_photographs})
+
+
+def draw_canvases(bench: Bench) -> None:
+    written(bench, {"canvases": write_digits})
+
+
+def written(bench: Bench, all_work: Mapping[str, Callable[[Bench], object]]) -> None:
+    for name, work in all_work.items():
         start = time.monotonic()
         if bench.attempt(name, lambda work=work: work(bench)):  # type: ignore[misc]
             bench.say(f"{name} written in {time.monotonic() - start:.1f} s")

@@ -27,12 +27,17 @@ MODULES = {
     "plan": "recovery",
     "compile-traffic": "steps",
     "compile-digits": "steps",
+    "compile-published": "digits",
+    "compile-advised": "digits",
     "compile-slides": "slides",
     "draw": "draw",
+    "draw-canvases": "draw",
+    "digits-pace": "pace",
     "steps": "steps",
     "slides": "slides",
     "photographs": "photos",
     "digits": "digits",
+    "digits-advised": "digits",
 }
 """Where the function of a part is, under its name with `_` for `-`."""
 LOOK = 1.0

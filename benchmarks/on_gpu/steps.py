@@ -11,7 +11,6 @@ from selection import settled, timed
 from selection_settings import CUDA, Setting
 
 from on_gpu.bench import Bench
-from on_gpu.digits import train_some
 
 SETTINGS = ("traffic-step-host", "traffic-step", "mnist-step")
 TINY = {"b": 1, "n": 18, "m": 4, "i": 9, "chunk": 9, "size": 32, "stages": 1, "hidden": 16, "steps": 1}
@@ -64,7 +63,6 @@ def compile_traffic(bench: Bench) -> None:
 
 def compile_digits(bench: Bench) -> None:
     _fill_cache(bench, "mnist-step")
-    train_some(bench)
 
 
 def _fill_cache(bench: Bench, name: str) -> None:

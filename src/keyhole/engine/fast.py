@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keyhole.engine.compiled import Compiled
+from keyhole.engine.stem import SquaresConv, fits
 from keyhole.nn.classifier import encoded
 from keyhole.nn.tensors import copy_all
 from keyhole.util.tf32 import tf32
@@ -29,6 +30,9 @@ from keyhole.util.tf32 import tf32
 FOLDED_ERROR = 1e-3
 """Largest relative difference that folding may make in float32. With a larger one, the hooks did not show the network
 as it is."""
+
+SQUARES_ON = ("cuda",)
+"""Devices on which `SquaresConv` is faster."""
 
 Norm = nn.modules.batchnorm._BatchNorm
 """Every batch norm of torch, and timm's, which may have an activation."""
@@ -177,6 +181,9 @@ class FoldedCopy:
             if isinstance(part, nn.Conv2d | nn.Linear):
                 part.to(precision)
         self.module.to(memory_format=torch.channels_last)
+        for name, part in list(self.module.named_modules()):
+            if fits(part) and next(part.parameters()).device.type in SQUARES_ON:
+                self.module.set_submodule(name, SquaresConv(part))
         self._weights = [target.weight for target in folded]
         self._biases = [target.bias for target in folded if target.bias is not None]
 

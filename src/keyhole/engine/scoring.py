@@ -15,16 +15,13 @@ from torch import Tensor
 
 from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.pace import Pace
-from keyhole.engine.memory.plan import Plan
+from keyhole.engine.memory.plan import CHUNK_PARTS, Plan
 from keyhole.engine.random_patches import RandomPatches
 from keyhole.loading import Chunk
 from keyhole.nn.tensors import AsRead, on_device
 from keyhole.util.timing import Timer
 
 T = TypeVar("T")
-
-CHUNK_PARTS = 8
-"""On a GPU a chunk that is not full is encoded in a number of rows that is a multiple of one of these parts."""
 
 
 class ChunkScorer:

@@ -17,12 +17,20 @@ MIN_CHUNKS_ALONE = 16
 
 
 class Opener(Protocol):
-    """Opens the patch source of one image when called. `name` is for messages."""
+    """Opens the patch source of one image when called. `name` is for messages.
+
+    It may have an attribute `at_hand`, which is true if opening reads no file.
+    """
 
     @property
     def name(self) -> str: ...
 
     def __call__(self) -> PatchSource: ...
+
+
+def at_hand(opener: Opener) -> bool:
+    """Return whether opening an image reads no file."""
+    return bool(getattr(opener, "at_hand", False))
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,10 @@ class FetchOnly:
     @property
     def name(self) -> str:
         return self.opener.name
+
+    @property
+    def at_hand(self) -> bool:
+        return at_hand(self.opener)
 
     def __call__(self) -> PatchSource:
         return self.opener()
@@ -49,6 +61,10 @@ class Shuffled:
     @property
     def name(self) -> str:
         return self.opener.name
+
+    @property
+    def at_hand(self) -> bool:
+        return at_hand(self.opener)
 
     def __call__(self) -> PatchSource:
         return self.opener()

@@ -4,6 +4,9 @@ A planning thread opens the sources of a batch, cuts their patches into chunks, 
 reading threads. Host memory is bounded by (ahead + 2) buffers of one chunk and what the tasks in progress hold, and by
 twice `cache_bytes` where a stream caches pixels for `Batch.fetch`. A batch is opened when the last chunk of the batch
 before has a buffer. The thread that needs a lost file opens and reads it again; reading threads go on.
+
+Images in memory are opened and copied by the planning thread itself as long as that keeps ahead of the consumer: many
+threads with little to do each would take the interpreter from the one that launches a GPU's work.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import numpy as np
 from keyhole.errors import ConfigError
 from keyhole.loading.batch import COPIED_BYTES, MIN_TASK_PATCHES, Batch
 from keyhole.loading.buffers import Allocate, SpareBuffers
-from keyhole.loading.chunks import Delivery, Opener, Shuffled, pack
+from keyhole.loading.chunks import Delivery, Opener, Shuffled, at_hand, pack
 from keyhole.loading.reading import Planned, Reading
 from keyhole.loading.stream import LOST, OnError, SharedReading, Stream
 from keyhole.util.threads import ReadingThreads
@@ -176,7 +179,11 @@ def _open(stream: Stream, batch: Batch) -> None:
     """Open all images of a batch at once, then those that are lost again together."""
     threads, slots, tries, seconds = stream.threads, batch.slots, 0, 0.0
     while slots and not stream.closed:
-        tasks = [threads.submit(slot.opener.name, partial(stream.open, slot.opener)) for slot in slots]
+        tasks = []
+        for slot in slots:
+            here = at_hand(slot.opener) and not stream.hungry
+            begin = threads.run_here if here else threads.submit
+            tasks.append(begin(slot.opener.name, partial(stream.open, slot.opener)))
         lost = []
         for slot, task in zip(slots, tasks, strict=True):
             threads.wait(task, stop=lambda: stream.closed)
@@ -231,13 +238,15 @@ def _plan_chunks(stream: Stream, batch: Batch) -> None:
         for image, start, stop in segments:
             slot = batch.slots[image]
             source = None if slot.handle is None else slot.handle.source
-            length = max(run, copied) if source is not None and source.in_memory else run
+            held = source is not None and source.in_memory
+            length = max(run, copied) if held else run
             for first in range(start, stop, length):
                 index = np.arange(first, min(first + length, stop), dtype=np.int64)
                 index = orders[image][index] if image in orders else index
                 if slot.handle is not None:  # else it has failed meanwhile
                     rows = buffer[row : row + len(index)]
-                    planned.readings.append(Reading(stream, slot, index, rows, batch.cache))
+                    here = held and not stream.hungry
+                    planned.readings.append(Reading(stream, slot, index, rows, batch.cache, here=here))
                 row += len(index)
         with stream.changing():
             if batch.closed:

@@ -28,7 +28,8 @@ class Outcome(NamedTuple):
 class Reading:
     """The patches `index` (k,) of one image that are being read into `out` (k, *patch_shape), and into the cache.
 
-    Urgent ones are read before everything that is read ahead, and as pixels. Others may come as JPEG streams.
+    Urgent ones are read before everything that is read ahead, and as pixels. Others may come as JPEG streams. Those of
+    an image in memory may be copied `here`, by the thread that makes the object.
 
     Attributes:
         out: as given, or other memory if a stuck thread may still write there (`spoiled`).
@@ -43,12 +44,17 @@ class Reading:
         out: Array,
         cache: PixelCache | None = None,
         urgent: bool = False,
+        here: bool = False,
     ) -> None:
         self.stream, self.slot, self.index, self.out = stream, slot, index, out
         self.spoiled = False
         self._cache = cache
         self._used: OpenSource | None = None  # that the last try has read
-        self.task = self._submit("damaged" if stream.on_error == "mask" else "nothing", urgent)
+        leave_out: LeaveOut = "damaged" if stream.on_error == "mask" else "nothing"
+        if here:
+            self.task = stream.threads.run_here(slot.opener.name, partial(self._read, out, leave_out, None))
+        else:
+            self.task = self._submit(leave_out, urgent)
 
     def _submit(self, leave_out: LeaveOut, urgent: bool) -> ReadTask[Outcome]:
         """Have a thread read.

@@ -171,7 +171,8 @@ class Stream:
     Attributes:
         shape: shape and type of a patch; None before the first image is open.
         shown: chunks that the consumer has, oldest first.
-        waiting: True while the consumer waits for pixels.
+        waiting: True while the consumer waits for pixels that are being read.
+        starved: True while the consumer waits for the thread that plans.
         error: of the planning thread.
         closed: True after the end of the pass.
         buffer_free: notified when a buffer is free, and when `unwanted` of `take_buffer` may have changed.
@@ -187,12 +188,17 @@ class Stream:
         self.shape: tuple[tuple[int, ...], np.dtype[Any]] | None = None
         self.buffer_free = threading.Condition(reader.threads.lock)
         self.shown: deque[Chunk] = deque()
-        self.waiting = False
+        self.waiting = self.starved = False
         self.error: BaseException | None = None
         self.closed = False
         self._cache_bytes, self._cache_memory = cache_bytes, CacheMemory(2 * cache_bytes)
         self._free_buffers = reader.ahead + 2  # this bounds how far a stream reads ahead
         self._opened: set[OpenSource] = set()
+
+    @property
+    def hungry(self) -> bool:
+        """Whether the consumer waits, so that all threads should read for it."""
+        return self.waiting or self.starved
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -210,7 +216,9 @@ class Stream:
                     raise self.error
                 if self.closed:
                     raise RuntimeError("the stream was closed while it was read from")
+                self.starved = True
                 self.threads.changed.wait()
+                self.starved = False
 
     def open(self, opener: Opener) -> OpenSource | None:
         """Open an image, on a reading thread; return None if the stream was closed or the task given up."""

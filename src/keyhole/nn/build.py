@@ -112,7 +112,12 @@ def embedding_width(encoder: nn.Module, model: ModelConfig, patch_size: int) -> 
 
 
 def check_imagenet(model: ModelConfig) -> None:
-    """Raise ConfigError unless the ImageNet weights that the settings ask for, if any, are within reach."""
+    """Raise ConfigError unless the ImageNet weights that the settings ask for, if any, are within reach.
+
+    A model of stored features needs none.
+    """
+    if model.feature_width is not None:
+        return
     if model.imagenet and model.encoder in PACKAGED:
         lite0_weights()
     elif model.imagenet:

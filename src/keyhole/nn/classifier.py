@@ -268,7 +268,8 @@ class IPSClassifier(nn.Module):
             The classifier itself.
         """
         super().train(mode)
-        for part in self.modules() if mode else ():
+        frozen = mode and not all(parameter.requires_grad for parameter in self.parameters())
+        for part in self.modules() if frozen else ():
             learns = [parameter.requires_grad for parameter in part.parameters()]
             if learns and not any(learns):
                 part.eval()

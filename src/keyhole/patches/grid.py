@@ -29,6 +29,8 @@ MAX_READ_PATCHES, MAX_READ_PIXELS = 64, 2**24
 MAX_COPY_BYTES = 2**18
 """Bytes that are copied from an image in memory at once (but at least one patch), so that a cache of the CPU holds
 them."""
+MAX_SUMMED_CELLS = 2**13
+"""Sums of cells of a foreground mask that are held at once (but at least those of one row of patches)."""
 SAME_SCALE = 1e-3
 """Scales that differ by less than this share are one: no resampling for a 0.1 % wrong `mpp`."""
 
@@ -220,23 +222,27 @@ class PatchGrid(Grid):
     def _masked(self, foreground: Foreground) -> NDArray[np.integer[Any]]:
         """Return raster indices of the patches on the mask: 4 bytes each unless there are billions.
 
-        Each row of patches is computed from the sums of the mask's columns over the rows above its upper and its lower
-        edge, so that every cell is added only twice, however much the patches overlap.
+        Cells are summed down between the edges of patches, some rows of patches at a time, so that every cell is added
+        once or twice, however much the patches overlap. These are few calls, since beside a GPU many threads that each
+        call NumPy hundreds of times hold up the one that launches work.
         """
         mask, share, _ = foreground
         small = np.int32 if self.rows * self.columns < 2**31 else np.int64
         left, right = self._mask_span(self.starts[0], self.image.size.width, mask.shape[1])
-        top, bottom = self._mask_span(self.starts[1], self.image.size.height, mask.shape[0])
-        above, below = np.zeros((2, mask.shape[1]), np.int64)
-        row_above = row_below = 0
+        tops, bottoms = self._mask_span(self.starts[1], self.image.size.height, mask.shape[0])
+        most = max(1, MAX_SUMMED_CELLS // mask.shape[1])
         kept = []
-        for g_row, (y0, y1) in enumerate(zip(top.tolist(), bottom.tolist(), strict=True)):
-            above += mask[row_above:y0].sum(axis=0)
-            below += mask[row_below:y1].sum(axis=0)
-            row_above, row_below = y0, y1
-            across = np.concatenate([[0], np.cumsum(below - above)])
-            needed = np.maximum(np.ceil(share * (right - left) * (y1 - y0) - 1e-6), 1)
-            kept.append((np.flatnonzero(across[right] - across[left] >= needed) + g_row * self.columns).astype(small))
+        for first in range(0, self.rows, most):
+            top, bottom = tops[first : first + most], bottoms[first : first + most]
+            edges, places = np.unique(np.concatenate([top, bottom]), return_inverse=True)
+            down = np.zeros((len(edges), mask.shape[1]), np.int64)
+            block = mask[edges[0] : edges[-1]].view(np.uint8)
+            np.cumsum(np.add.reduceat(block, edges[:-1] - edges[0], axis=0, dtype=np.int64), axis=0, out=down[1:])
+            across = np.zeros((len(top), mask.shape[1] + 1), np.int64)
+            np.cumsum(down[places[len(top) :]] - down[places[: len(top)]], axis=1, out=across[:, 1:])
+            needed = np.maximum(np.ceil(share * (right - left) * (bottom - top)[:, None] - 1e-6), 1)
+            on_mask = np.flatnonzero(across[:, right] - across[:, left] >= needed)
+            kept.append((on_mask + first * self.columns).astype(small))
         return np.concatenate(kept)
 
     def _mask_span(self, begin: Index, l0_extent: int, cells: int) -> tuple[Index, Index]:

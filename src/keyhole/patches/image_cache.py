@@ -19,6 +19,7 @@ from keyhole.images.geometry import Box
 from keyhole.images.image import ArrayImage, Image, open_image
 from keyhole.images.pixels import Pixels
 from keyhole.patches.foreground.rules import FOREGROUND_RULES, Rule
+from keyhole.patches.grid import PatchGrid
 from keyhole.util.budget import memory_text
 from keyhole.util.platform import available_memory
 from keyhole.util.threads import beat
@@ -116,11 +117,13 @@ class ImageCache:
     Attributes:
         keep: whether decoded images stay in memory.
         masks: those of another cache, so that no mask is made twice in a run; masks stay in memory in either case.
+        grids: places of the patches of images in memory, where masks made them take time; for `FileOpener`.
         image: the only image, which is in memory already; paths are then only its name.
     """
 
     keep: bool = False
     masks: MaskCache = field(default_factory=MaskCache)
+    grids: dict[tuple[object, ...], PatchGrid] = field(default_factory=dict)
     image: ArrayImage | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _locks: defaultdict[Path, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
@@ -152,6 +155,14 @@ class ImageCache:
                         self._damaged.add(path)
                         return open_image(path, bits)
             return copy.copy(resident[wanted])
+
+    def holds(self, path: Path, level: int | Callable[[Image], int] = 0) -> bool:
+        """Return whether `open` with these arguments reads no file."""
+        if self.image is not None:
+            return True
+        known = self._resident.get(path, {})
+        first = next(iter(list(known.values())), None)
+        return first is not None and (level if isinstance(level, int) else level(first)) in known
 
     def foreground(
         self, path: Path, rule: Rule, mask: Path | None = None, bits: int | None = None

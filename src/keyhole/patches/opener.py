@@ -69,19 +69,50 @@ class FileOpener:
             ImageError: the file, or its mask, is broken.
             ConfigError: its size or resolution does not allow the patches, or the foreground leaves none.
         """
-        image = self.cache.open(
-            self.path, lambda image: reading_level(image, self.mpp, self.level, self.image_mpp)[0], self.bits
-        )
+        image = self.cache.open(self.path, self._level, self.bits)
         try:
             return FilePatches(image, self.grid(image), self.view, self.channels, self.name)
         except BaseException:
             image.close()
             raise
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether opening reads no file: the image and its mask, if it needs one, are in memory."""
+        rule = FOREGROUND_RULES[self.foreground]
+        made = not rule.has_mask or (self.path, self.foreground, self._mask_file) in self.cache.masks
+        return made and self.cache.holds(self.path, self._level)
+
+    @property
+    def _places(self) -> tuple[object, ...]:
+        """What the places of the patches depend on."""
+        where = self.path, self._mask_file, self.size, self.stride, self.level, self.mpp, self.image_mpp, self.bits
+        return *where, self.foreground, self.min_foreground, self.edge, self.offset
+
+    def _level(self, image: Image) -> int:
+        return reading_level(image, self.mpp, self.level, self.image_mpp)[0]
+
+    @property
+    def _mask_file(self) -> Path | None:
+        return self.mask if FOREGROUND_RULES[self.foreground].from_file else None
+
     def grid(self, image: Image) -> PatchGrid:
-        """Return the grid over the opened image, whose resolution becomes `image_mpp`."""
+        """Return the grid over the opened image, whose resolution becomes `image_mpp`.
+
+        Grids with a mask over an image in memory are made once.
+        """
         if self.image_mpp is not None:
             image.mpp = self.image_mpp
+        known = self.cache.grids.get(self._places)
+        if known is not None:
+            return known
+        grid = self._new_grid(image)
+        masked = FOREGROUND_RULES[self.foreground].has_mask and self.offset == (0, 0)
+        if masked and self.cache.holds(self.path, self._level):
+            self.cache.grids[self._places] = grid
+        return grid
+
+    def _new_grid(self, image: Image) -> PatchGrid:
         mask, rule = self.foreground_mask(), FOREGROUND_RULES[self.foreground]
         covered = None
         if mask is not None:
@@ -107,4 +138,4 @@ class FileOpener:
                 "GeoJSON), or a folder of masks with the images' names: --data.masks DIR, or --masks DIR of keyhole "
                 "predict"
             )
-        return self.cache.foreground(self.path, self.foreground, self.mask if rule.from_file else None, self.bits)
+        return self.cache.foreground(self.path, self.foreground, self._mask_file, self.bits)

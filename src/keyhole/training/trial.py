@@ -204,6 +204,8 @@ def _model_seconds(
         encoders.logits(encoders.embed(torch.from_numpy(pixels).to(device), colors), where)
 
     few, many = max(2, min(step, FEW_LEARNED)), max(2, min(step, MAX_LEARNED))
+    if encoders.compiled:  # for few numbers of patches, and the run will need that of its steps
+        few = many = max(2, step)
     timed = partial(_seconds, device=device, builds=device.type != "cpu" or encoders.compiled)
     with as_it_was(model, device):
         with encoders.inference():
