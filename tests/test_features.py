@@ -23,7 +23,7 @@ from processes import run_process
 from torch.nn import functional as F
 
 import keyhole
-from keyhole.config.settings import Config, DataConfig, ModelConfig, SelectConfig
+from keyhole.config.settings import Config, DataConfig, ModelConfig, PatchConfig, SelectConfig
 from keyhole.data.item import Item
 from keyhole.errors import ConfigError, ImageError, ImageLost
 from keyhole.images.geometry import Size
@@ -395,6 +395,13 @@ def test_settings_of_an_encoder_are_refused_for_features() -> None:
     ):
         with pytest.raises(ConfigError, match=f"model.{next(iter(changed))} .* is for images"):
             check_features_config(Config(model=ModelConfig(**changed)))
+
+
+def test_settings_of_patches_are_refused_for_features_but_for_the_unit_of_positions() -> None:
+    check_features_config(Config(model=ModelConfig(position="2d"), patch=PatchConfig(size=256)))
+    for name, value in {"size": 256, "stride": 8, "level": 1, "mpp": 0.5, "foreground": "tissue"}.items():
+        with pytest.raises(ConfigError, match=f"patch.{name} .* is for images"):
+            check_features_config(Config(patch=PatchConfig(**{name: value})))
 
 
 # Prediction

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from keyhole.config.settings import Config, ModelConfig
+from keyhole.config.settings import Config, ModelConfig, PatchConfig
 from keyhole.errors import ConfigError, ImageError
 from keyhole.patches.features.files import UNKNOWN, FeatureFile, Origin, checked_coords, feature_faults
 from keyhole.patches.features.grid import FeatureGrid, in_pixels
@@ -150,10 +150,20 @@ def common_origin(paths: Iterable[str | Path]) -> Origin:
 
 
 def check_features_config(config: Config) -> None:
-    """Refuse settings of an encoder, which have no effect on stored features."""
+    """Refuse settings of an encoder and of patches, which have no effect on stored features.
+
+    The size of a patch is the unit of 2-D positions.
+    """
     for name in ("encoder", "channels", "width", "stages", "pretrained", "weights"):
         value = getattr(config.model, name)
         if value != getattr(ModelConfig(), name):
             problem = f"model.{name} (={value}) is for images, but the data are stored features"
             remedy = f"model.dim (={config.model.dim}): drop it, or leave data.features out"
             raise ConfigError(f"{problem}, which are projected to {remedy}")
+    for name in type(config.patch).model_fields:
+        value = getattr(config.patch, name)
+        if value != getattr(PatchConfig(), name) and not (name == "size" and config.model.position == "2d"):
+            raise ConfigError(
+                f"patch.{name} (={value}) is for images, but the data are stored features, whose patches were chosen "
+                "when they were embedded: leave it out, or embed again with it"
+            )
