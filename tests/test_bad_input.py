@@ -85,6 +85,15 @@ def labelled(toy: Path, path: Path, *more: Path, split: str = "train") -> Path:
     return path
 
 
+def test_check_names_missing_files_where_too_few_are_left_for_a_split(say: Say, toy: Path) -> None:
+    files = [f"red/{number}.png" if number == 0 else f"gone/{number}.png" for number in range(4)]
+    rows = [f"{toy / file},{'red' if number % 2 else 'blue'}" for number, file in enumerate(files)]
+    Path("gone.csv").write_text("\n".join(["image,color", *rows]))
+    line = say("check", "gone.csv").refusal()
+    assert "gone/1.png" in line
+    assert "3 images could not be used" in line
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_train_refuses_a_bad_image_or_leaves_it_out(name: str, say: Say, toy: Path, faulty: Path) -> None:
     data = labelled(toy, Path("data.csv"), faulty / name)
@@ -92,6 +101,7 @@ def test_train_refuses_a_bad_image_or_leaves_it_out(name: str, say: Say, toy: Pa
     line = say("train", data, "--out=runs/one", *flags).refusal()
     assert name in line
     assert_matches(FAULTS[name], line)
+    assert "--data.on-bad-image skip" in line or "--patch.foreground" in line
     assert Path("runs").exists() == (name in FOUND_LATER)
     said = say("train", data, "--out=skipped", "--data.on-bad-image=skip", *flags)
     assert said.code == 0, said.err
@@ -108,6 +118,7 @@ def test_predict_refuses_a_bad_image_or_leaves_it_out(
     line = say("predict", model, faulty / name, "--out=out").refusal()
     assert name in line
     assert_matches(FAULTS[name], line)
+    assert "--on-bad-image skip" in line or "--patch.foreground" in line
     assert not Path("out/predictions.csv").exists()
     good = toy / "red" / "0.png"
     said = say("predict", model, good, faulty / name, good.with_name("1.png"), "--out=out", "--on-bad-image=skip")

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from keyhole.errors import ConfigError, Interrupted, KeyholeError
+from keyhole.errors import ConfigError, ImageError, Interrupted, KeyholeError
 from keyhole.util.version import VERSION
 
 VERBS = {
@@ -37,6 +37,8 @@ VERBS = {
     "doctor": "try every reader and one training step on this machine",
 }
 
+SKIPPING = dict.fromkeys(("predict", "evaluate", "embed"), "--on-bad-image") | {"train": "--data.on-bad-image"}
+"""Options with which a verb leaves out images that cannot be read."""
 USAGE_ERROR, INTERNAL_ERROR = 2, 70
 
 
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _explain(error)
+        return _explain(error, arguments)
 
 
 def module_of(verb: str) -> str:
@@ -135,11 +137,15 @@ def _without_debug(arguments: list[str]) -> tuple[bool, list[str]]:
     return len(options) < end, options + arguments[end:]
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: Exception, arguments: list[str]) -> int:
     if isinstance(error, Interrupted):
         return _say(str(error), 128 + error.signal_number, kind="")
     if isinstance(error, KeyholeError):
-        return _say(str(error), USAGE_ERROR)
+        option = SKIPPING.get(arguments[0]) if isinstance(error, ImageError) else None
+        said = str(error).rstrip(".")
+        if option is None or "on-bad-image" in f"{said} {' '.join(arguments)}":
+            return _say(str(error), USAGE_ERROR)
+        return _say(f"{said}. To leave such images out: {option} skip", USAGE_ERROR)
     if isinstance(error, OSError) and error.errno is not None:
         # a full disk, a missing permission or a lost network share is the state of the machine, not a bug
         try:

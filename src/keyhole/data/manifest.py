@@ -26,7 +26,7 @@ from keyhole.data.splits import check_training, settle_splits
 from keyhole.errors import ConfigError, DataError
 from keyhole.tasks.kinds import Task, check_label, infer_task, positive_note
 from keyhole.util.files import csv_text, encoded, write_atomic
-from keyhole.util.wording import listed, nearest
+from keyhole.util.wording import counted, listed, nearest
 
 RELATIVE_PATHS = (
     "Relative paths start from the CSV's folder or --data.root; `keyhole check` lists all, "
@@ -146,8 +146,14 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
         check_classes(path, table)
     wanted = _wanted_tasks(path, table.columns, data.tasks or tasks_among(path, table))
     rows, left_out = usable_rows(path, table, list(wanted), data, RELATIVE_PATHS)
-    tasks = [_task(path, rows, name, kind) for name, kind in wanted.items()]
-    items, notes = settle_splits(path, rows, tasks, data, seed, table.grouped_by)
+    try:
+        tasks = [_task(path, rows, name, kind) for name, kind in wanted.items()]
+        items, notes = settle_splits(path, rows, tasks, data, seed, table.grouped_by)
+    except DataError as error:
+        if not left_out:
+            raise
+        names = listed(left.name for left in left_out)
+        raise DataError(f"{error} {counted(len(left_out))} could not be used, the first: {names}.") from error
     check_training(str(path), items, tasks)
     train = [item for item in items if item.split == "train"]
     try:

@@ -94,10 +94,13 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 text (byte {error.start} is {data[error.start]:#04x}). "
-            "Expected a CSV; if it is one, save it again as `CSV UTF-8`."
+            "Expected a folder of images, or a CSV; if it is a CSV, save it again as `CSV UTF-8`."
         ) from error
     if "\0" in text:
-        raise DataError(f"{path}: not text (it has zero bytes). Expected a CSV; if it is one, save it as `CSV UTF-8`.")
+        raise DataError(
+            f"{path}: not text (it has zero bytes). "
+            "Expected a folder of images, or a CSV; if it is a CSV, save it as `CSV UTF-8`."
+        )
     if not text.strip():
         raise DataError(f"{path}: the file is empty. Expected a CSV with a header line and one row per image.")
     return text

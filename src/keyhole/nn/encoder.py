@@ -146,7 +146,7 @@ class TimmEncoder(PixelEncoder):
         from timm.data import resolve_data_config
 
         if not timm.is_model(name):
-            near = get_close_matches(name, timm.list_models(), 1)
+            near = get_close_matches(name, ["small", "lite0", *timm.list_models()], 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"timm {timm.__version__} has no model {name!r}.{hint}")
         options: dict[str, Any] = {"num_classes": 0} if stages is None else _cut(name, stages)
