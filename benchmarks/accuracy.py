@@ -62,7 +62,10 @@ def main() -> None:
             options.folder, options.seeds = Path(folder), options.seeds[:1]
             print("\n".join(table(made([shortened(study) for study in studies], options))))
         return
-    lines = table(made(studies, options))
+    found = made(studies, options)
+    if not any(training.metrics.exists() for training in found):
+        parser.error(f"{options.folder}: no run is complete there; without --collect they are made")
+    lines = table(found)
     device = actual_device(options.device)
     print("\n".join(lines))
     print(write_result("accuracy", "Accuracy of the fast path and of float32", lines, device))

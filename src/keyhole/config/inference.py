@@ -72,7 +72,7 @@ class EmbedSettings(InferenceSettings):
     """Run, or folder of a model, whose encoder embeds: gives the encoder, its weights and the patch settings; given
     patch settings override them."""
     encoder: Encoder = "resnet50"
-    """Any timm name, or `small`."""
+    """Any timm name, `lite0` (which brings its weights), or `small`."""
     pretrained: Switch = False
     """Download timm's pretrained weights. Nothing is downloaded without being asked for."""
     weights: Path | None = None
@@ -82,7 +82,7 @@ class EmbedSettings(InferenceSettings):
     width: Positive = 32
     """Channels of the first stage of the `small` encoder."""
     channels: Channels = 3
-    """Channels the encoder sees."""
+    """Channels the encoder sees: 1 where a run that goes on from these features has `model.channels` 1."""
     patch: PatchConfig = Field(default_factory=PatchConfig)
     root: Path | None = None
     """Folder that relative image paths of a CSV start from; default is the CSV's own folder."""
