@@ -66,6 +66,10 @@ def test_epochs_that_are_done_cannot_be_taken_back(longer: Path, capsys: pytest.
     assert main(["resume", str(longer), "--train.epochs", "4"]) == 0, "the same line again changes nothing"
 
 
+def image_of(run: Path) -> Path:
+    return Path(read_rows(run / "manifest.csv")[0]["image"])
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_signals_of_clusters_save_and_the_run_ends_the_same(
     toy_run: Path,
@@ -85,10 +89,19 @@ def test_signals_of_clusters_save_and_the_run_ends_the_same(
         signal.signal(number, before)
     assert f"keyhole resume {run}" in capsys.readouterr().err
     assert len(read_rows(run / "metrics.csv")) == 2
+    for words in (
+        ["evaluate", str(run), "--split", "val"],
+        ["predict", str(run), str(image_of(run)), "--out", str(tmp_path / "out")],
+    ):
+        assert main(words) == 0
+        said = capsys.readouterr().err
+        assert "training has not ended, after 2 of 4 epochs; this is the best model so far, of epoch" in said
     assert main(["resume", str(run)]) == 0
     for name in ("last.safetensors", "best/model.safetensors"):
         expected, found = load_file(longer / name), load_file(run / name)
         assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert main(["evaluate", str(run), "--split", "val"]) == 0
+    assert "has not ended" not in capsys.readouterr().err
 
 
 def test_a_signal_after_the_last_step_says_that_the_run_is_complete(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import ClassVar
 
 from keyhole.cli.options import Options, print_options, read
@@ -26,7 +27,10 @@ def run(argv: list[str]) -> int:
         return print_options(options)
 
     from keyhole.inference.evaluate import evaluate
+    from keyhole.runs.run import unfinished
 
+    if said := unfinished(options.run):
+        print(said, file=sys.stderr)
     try:
         evaluation = evaluate(**{name: value for name, value in options if name != "print_config"})
     except DataError as error:  # which names the options of `keyhole train`

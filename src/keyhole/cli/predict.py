@@ -74,7 +74,10 @@ def run(argv: list[str]) -> int:
     from keyhole.data.manifest import write_left_out  # torch only after the images have been found
     from keyhole.inference.predictor import load
     from keyhole.report.table import AnswerFolder, write_table
+    from keyhole.runs.run import unfinished
 
+    if said := unfinished(options.run):
+        print(said, file=sys.stderr)
     predictor = load(options.run, options.device, options.memory, options.unreadable, options.decode)
     if options.bits is not None:
         predictor.config = predictor.config.replace(patch={"bits": options.bits})

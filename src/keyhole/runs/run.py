@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from keyhole.config.settings import Config
-from keyhole.errors import OutputError, RunError
+from keyhole.errors import KeyholeError, OutputError, RunError
 from keyhole.report.figures import Drawn, learning_curves
 from keyhole.report.shown import Shown, image_element
 from keyhole.runs.checkpoint import read_info
@@ -146,6 +146,23 @@ class Run:
         if learning.get("epoch") == best["epoch"]:
             lines += learning["lines"]
         return lines
+
+
+def unfinished(path: str | Path) -> str | None:
+    """Return a line that says so if `path` is a run folder with a model whose training has not ended."""
+    run = Run(Path(path))
+    if not (run.path / "last.safetensors").is_file():
+        return None
+    try:
+        done, best, train = len(run.metrics), run.best.get("epoch"), run.config.train
+    except (KeyholeError, OSError):
+        return None  # reading the model says what is wrong
+    if done >= train.epochs or (train.patience and run.learning):
+        return None
+    return (
+        f"{path}: training has not ended, after {done} of {train.epochs} epochs; this is the best model so far, of "
+        f"epoch {best}. To go on: keyhole resume {path}"
+    )
 
 
 def find_run(path: str | Path) -> Run:
