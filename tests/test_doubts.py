@@ -10,7 +10,7 @@ import pytest
 from conftest import settings
 
 import keyhole
-from keyhole.config.settings import Config, ModelConfig, PatchConfig, TrainConfig
+from keyhole.config.settings import AugmentConfig, Config, ModelConfig, PatchConfig, TrainConfig
 from keyhole.training.doubts import Doubts
 
 CHANCE = 2.3
@@ -76,6 +76,30 @@ def test_good_answers_that_any_patches_give_are_doubted() -> None:
     assert doubts(explore=6).new(epochs([0.5] * 9, **arbitrary), [])
 
 
+def test_a_loss_that_rises_on_watched_images_while_that_of_training_falls_is_learning_by_heart() -> None:
+    def rows(train: Sequence[float], val: Sequence[float], split: str = "val") -> list[dict[str, float | None]]:
+        figures = [row | {f"{split}.loss": loss} for row, loss in zip(epochs(train, **WELL), val, strict=True)]
+        return figures
+
+    falling, rising = [2.0, 1.5, 1.0, 0.6, 0.4, 0.3], [2.0, 1.4, 1.0, 1.3, 1.4, 1.5]
+    (text,) = doubts().new(rows(falling, rising), []).values()
+    assert text.startswith(
+        "the training images are learned by heart: since epoch 3 the training loss fell from 1.000 to 0.300, and the "
+        "validation loss rose from 1.000 to 1.500. Try: more images; "
+    )
+    assert text.endswith("fewer epochs: --train.epochs 3")
+    assert not doubts().new(rows(falling, rising), ["by heart"])
+    assert not doubts().new(rows(falling[:5], rising[:5]), []), "two epochs are few"
+    assert not doubts().new(rows(falling, [2.0, 1.4, 1.0, 1.1, 1.1, 1.1]), []), "it has hardly risen"
+    assert not doubts().new(rows([2.0, 1.5, 1.0, 0.9, 0.8, 0.7], rising), []), "training has hardly fallen"
+    assert not doubts().new(rows(falling, [float("nan")] * 6), []), "nothing is watched"
+    config = Config(train=TrainConfig(watch="test", explore=0, lr=1e-3), augment=AugmentConfig(shift=False))
+    watched = Doubts(config, {"train": CHANCE, "test": CHANCE}, True)
+    (text,) = watched.new(rows(falling, rising, "test"), []).values()
+    assert "the test loss rose" in text
+    assert "--augment.shift" in text
+
+
 # Runs that really fail
 
 
@@ -87,7 +111,7 @@ def data(benchmark: Callable[[str], Any]) -> Any:
 
 def warnings(run: keyhole.Run) -> list[str]:
     lines = (run.path / "log.txt").read_text().splitlines()
-    beginnings = "the selection", "nothing is", "random patches"
+    beginnings = "the selection", "nothing is", "random patches", "the training images"
     return [text for line in lines if (text := line.partition(" warning: ")[2]).startswith(beginnings)]
 
 

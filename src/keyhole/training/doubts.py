@@ -1,4 +1,5 @@
-"""Warn once per run of a selection that has collapsed, a loss that does not fall, and answers that any patches give.
+"""Warn once per run of a selection that has collapsed, a loss that does not fall, answers that any patches give, and
+training images learned by heart.
 
 All is judged by the rows of metrics.csv, so that a resumed run says the same. Where the thresholds come from:
 `benchmarks/health_2cpu_2026-11-27.md`.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, nan
+from math import ceil, isfinite, nan
 from statistics import median
 
 from torch import Tensor
@@ -32,6 +33,9 @@ GOOD_LOSS = 0.7
 """Share of the loss of guessing below which a model answers well."""
 NO_GAIN = 0.2
 """Share of what a model is better than guessing by, below which the gain over random patches is small."""
+RISEN, FALLEN = 1.2, 0.5
+"""Loss on the watched images over that of the best epoch, and training loss over that of the same epoch, from which a
+model has learned by heart."""
 MIN_COMPARED, MIN_CHOICE = 8, 4
 """Images with more than M patches, and their median number of patches as a multiple of M, for that comparison."""
 
@@ -72,7 +76,12 @@ class Doubts:
         """
         settled = max(blind_epochs(self.config), self.config.train.warmup)
         counted = [row for row in rows if _figure(row, "epoch") > settled]
-        checks = {"collapse": self._collapse, "stagnation": self._stagnation, "like random": self._like_random}
+        checks = {
+            "collapse": self._collapse,
+            "stagnation": self._stagnation,
+            "like random": self._like_random,
+            "by heart": self._by_heart,
+        }
         found = {kind: text for kind, check in checks.items() if kind not in told and (text := check(counted))}
         if "collapse" in (*found, *told):
             found.pop("stagnation", None)
@@ -119,6 +128,29 @@ class Doubts:
             "classes apart is in every patch. If it should not be, look for what else differs between them, such as "
             "scanner, light or compression. If it may be, fewer patches are enough: "
             f"--select.m {max(1, self.config.select.m // 4)}"
+        )
+
+    def _by_heart(self, rows: Sequence[Row]) -> str:
+        name, last = f"{self.config.train.watch}.loss", self._last(rows, FEW)
+        known = [row for row in rows if isfinite(_figure(row, name))]
+        if not last or not known:
+            return ""
+        best = min(known, key=lambda row: _figure(row, name))
+        risen = all(_figure(row, name) >= RISEN * _figure(best, name) for row in last)
+        if not risen or not _figure(last[-1], "train.loss") <= FALLEN * _figure(best, "train.loss"):
+            return ""
+        watched = "validation" if self.config.train.watch == "val" else "test"
+        loss, train = ([_figure(row, each) for row in (best, last[-1])] for each in (name, "train.loss"))
+        augment, epoch = self.config.augment, int(_figure(best, "epoch"))
+        steps = ["more images"]
+        if self.config.model.feature_width is None:
+            ways = {"shift": augment.shift, "flip": augment.flip, "rotate": augment.rotate}
+            off = " ".join(f"--augment.{way}" for way, on in ways.items() if not on)
+            steps += [f"{off}, where that changes no label"] if off else []
+        steps.append(f"fewer epochs: --train.epochs {epoch}")
+        return (
+            f"the training images are learned by heart: since epoch {epoch} the training loss fell from {train[0]:.3f} "
+            f"to {train[1]:.3f}, and the {watched} loss rose from {loss[0]:.3f} to {loss[1]:.3f}. Try: {'; '.join(steps)}"
         )
 
     def _last(self, rows: Sequence[Row], epochs: tuple[int, float]) -> Sequence[Row]:
