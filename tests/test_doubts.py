@@ -78,8 +78,7 @@ def test_good_answers_that_any_patches_give_are_doubted() -> None:
 
 def test_a_loss_that_rises_on_watched_images_while_that_of_training_falls_is_learning_by_heart() -> None:
     def rows(train: Sequence[float], val: Sequence[float], split: str = "val") -> list[dict[str, float | None]]:
-        figures = [row | {f"{split}.loss": loss} for row, loss in zip(epochs(train, **WELL), val, strict=True)]
-        return figures
+        return [row | {f"{split}.loss": loss} for row, loss in zip(epochs(train, **WELL), val, strict=True)]
 
     falling, rising = [2.0, 1.5, 1.0, 0.6, 0.4, 0.3], [2.0, 1.4, 1.0, 1.3, 1.4, 1.5]
     (text,) = doubts().new(rows(falling, rising), []).values()

@@ -30,7 +30,13 @@ from keyhole.images.geometry import Size
 from keyhole.inference.predictor import Predictor
 from keyhole.loading import Reader
 from keyhole.nn import FeatureProjector, build_classifier
-from keyhole.patches.features import FeatureOpener, FeaturePatches, check_features_config, feature_width
+from keyhole.patches.features import (
+    FeatureOpener,
+    FeaturePatches,
+    check_features_config,
+    feature_width,
+    idle_patch_settings,
+)
 from keyhole.patches.features.grid import FeatureGrid
 from keyhole.report.contact_sheet import SheetEntry, contact_sheet
 from keyhole.report.files import write_prediction
@@ -397,11 +403,11 @@ def test_settings_of_an_encoder_are_refused_for_features() -> None:
             check_features_config(Config(model=ModelConfig(**changed)))
 
 
-def test_settings_of_patches_are_refused_for_features_but_for_the_unit_of_positions() -> None:
-    check_features_config(Config(model=ModelConfig(position="2d"), patch=PatchConfig(size=256)))
-    for name, value in {"size": 256, "stride": 8, "level": 1, "mpp": 0.5, "foreground": "tissue"}.items():
-        with pytest.raises(ConfigError, match=f"patch.{name} .* is for images"):
-            check_features_config(Config(patch=PatchConfig(**{name: value})))
+def test_settings_of_patches_without_effect_are_named_but_for_the_unit_of_positions() -> None:
+    assert idle_patch_settings(Config()) == []
+    assert idle_patch_settings(Config(model=ModelConfig(position="2d"), patch=PatchConfig(size=256))) == []
+    (line,) = idle_patch_settings(Config(patch=PatchConfig(size=256, foreground="tissue")))
+    assert line.startswith("patch.size, patch.foreground: no effect on stored features")
 
 
 # Prediction

@@ -150,7 +150,8 @@ class Doubts:
         steps.append(f"fewer epochs: --train.epochs {epoch}")
         return (
             f"the training images are learned by heart: since epoch {epoch} the training loss fell from {train[0]:.3f} "
-            f"to {train[1]:.3f}, and the {watched} loss rose from {loss[0]:.3f} to {loss[1]:.3f}. Try: {'; '.join(steps)}"
+            f"to {train[1]:.3f}, and the {watched} loss rose from {loss[0]:.3f} to {loss[1]:.3f}. "
+            f"Try: {'; '.join(steps)}"
         )
 
     def _last(self, rows: Sequence[Row], epochs: tuple[int, float]) -> Sequence[Row]:

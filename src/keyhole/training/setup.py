@@ -63,7 +63,7 @@ def with_features(config: Config, manifest: Manifest) -> tuple[Config, list[str]
             if getattr(config.model, f"feature_{name}") is not None:
                 raise ConfigError(f"model.feature_{name} is for stored features, but the data are images: leave it out")
         return config, []
-    from keyhole.patches.features import check_features_config, common_origin, feature_width
+    from keyhole.patches.features import check_features_config, common_origin, feature_width, idle_patch_settings
 
     check_features_config(config)
     width = feature_width(first)
@@ -73,7 +73,7 @@ def with_features(config: Config, manifest: Manifest) -> tuple[Config, list[str]
     model |= {f"feature_{name}": getattr(origin, name) for name in ("encoder", "weights", "patches")}
     still = AugmentConfig(flip=False, rotate=False, shift=False, color=0.0)
     line = f"stored features of {width} numbers, projected to {config.model.dim}; they are not augmented"
-    return config.replace(model=model, augment=still), [line]
+    return config.replace(model=model, augment=still), [line, *idle_patch_settings(config)]
 
 
 @dataclass(frozen=True)

@@ -7,4 +7,5 @@ from keyhole.patches.features.source import FeaturePatches as FeaturePatches
 from keyhole.patches.features.source import check_features_config as check_features_config
 from keyhole.patches.features.source import common_origin as common_origin
 from keyhole.patches.features.source import feature_width as feature_width
+from keyhole.patches.features.source import idle_patch_settings as idle_patch_settings
 from keyhole.patches.features.source import learned_origin as learned_origin

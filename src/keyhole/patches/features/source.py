@@ -150,20 +150,26 @@ def common_origin(paths: Iterable[str | Path]) -> Origin:
 
 
 def check_features_config(config: Config) -> None:
-    """Refuse settings of an encoder and of patches, which have no effect on stored features.
-
-    The size of a patch is the unit of 2-D positions.
-    """
+    """Refuse settings of an encoder, which have no effect on stored features."""
     for name in ("encoder", "channels", "width", "stages", "pretrained", "weights"):
         value = getattr(config.model, name)
         if value != getattr(ModelConfig(), name):
             problem = f"model.{name} (={value}) is for images, but the data are stored features"
             remedy = f"model.dim (={config.model.dim}): drop it, or leave data.features out"
             raise ConfigError(f"{problem}, which are projected to {remedy}")
-    for name in type(config.patch).model_fields:
-        value = getattr(config.patch, name)
-        if value != getattr(PatchConfig(), name) and not (name == "size" and config.model.position == "2d"):
-            raise ConfigError(
-                f"patch.{name} (={value}) is for images, but the data are stored features, whose patches were chosen "
-                "when they were embedded: leave it out, or embed again with it"
-            )
+
+
+def idle_patch_settings(config: Config) -> list[str]:
+    """Return a line that names the settings of patches that have no effect on stored features; none if there are none.
+
+    The size of a patch is the unit of 2-D positions.
+    """
+    usual = PatchConfig()
+    idle = [
+        f"patch.{name}"
+        for name in type(config.patch).model_fields
+        if getattr(config.patch, name) != getattr(usual, name)
+        and not (name == "size" and config.model.position == "2d")
+    ]
+    said = "no effect on stored features, whose patches were chosen when they were embedded"
+    return [f"{', '.join(idle)}: {said}"] if idle else []
