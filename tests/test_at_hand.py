@@ -2,6 +2,8 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,43 @@ def test_without_its_mask_or_its_level_an_image_is_not_at_hand(path: Path) -> No
     assert not at_hand(FileOpener(path, "image", 16, foreground="non-empty", cache=cache))
     assert not cache.holds(path, 1)
     assert not at_hand(FileOpener(path, "image", 16, cache=ImageCache(keep=False)))
+
+
+def test_what_is_at_hand_is_opened_while_another_thread_hangs_in_the_same_file(path: Path) -> None:
+    cache = ImageCache(keep=True)
+    opener = FileOpener(path, "image", 16, foreground="non-empty", cache=cache)
+    opener()
+    with cache._lock_of(path), ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: len(opener())).result(timeout=30)
+
+
+def test_a_damaged_image_is_not_at_hand_and_its_grids_are_not_kept(path: Path) -> None:
+    cache = ImageCache(keep=True)
+    opener = FileOpener(path, "image", 16, foreground="non-empty", cache=cache)
+    opener()
+    cache._damaged.add(path)  # as another level of it may be
+    other = replace(opener, min_foreground=0.5)
+    assert not at_hand(opener)
+    assert not at_hand(other)
+    before = dict(cache.grids)
+    assert len(other())
+    assert cache.grids == before
+
+
+def test_settings_that_do_not_fit_are_told_by_opening(path: Path) -> None:
+    cache = ImageCache(keep=True)
+    FileOpener(path, "image", 16, mpp=0.5, image_mpp=0.5, cache=cache)()
+    opener = FileOpener(path, "image", 16, mpp=0.5, cache=cache)
+    assert not at_hand(opener)
+    with Reader(threads=1) as reader:
+        (batch,) = reader.stream([[opener]], chunk=4, on_error="skip")
+    assert "microns" in str(batch.failed[0])
+
+
+def test_grids_of_very_many_patches_are_not_kept(path: Path) -> None:
+    cache = ImageCache(keep=True)
+    FileOpener(path, "image", 16, stride=1, foreground="non-empty", cache=cache)()
+    assert not cache.grids
 
 
 def test_a_grid_on_a_mask_is_made_once_for_equal_settings(path: Path) -> None:

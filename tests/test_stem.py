@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers import StdConv2d
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from keyhole.engine.fast import FastEncoder
 from keyhole.engine.stem import SquaresConv, fits
@@ -31,10 +33,29 @@ def test_a_convolution_over_squares_is_that_over_pixels(c: int, height: int, wid
         nn.Conv2d(64, 8, 7, 2, 3),
         nn.Conv2d(3, 8, 7, 2, 3, padding_mode="reflect"),
         nn.Conv2d(3, 8, 7, 2, padding="valid"),
+        StdConv2d(3, 8, 7, 2, 3),
+        weight_norm(nn.Conv2d(3, 8, 7, 2, 3)),
     ],
 )
 def test_other_convolutions_stay_as_they_are(conv: nn.Conv2d) -> None:
     assert not fits(conv)
+
+
+def test_a_convolution_with_a_hook_stays_as_it_is() -> None:
+    conv = nn.Conv2d(3, 8, 7, 2, 3)
+    conv.register_forward_hook(lambda *_: None)
+    assert not fits(conv)
+
+
+def test_an_encoder_whose_first_layer_changes_its_weights_is_looked_through_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("keyhole.engine.fast.SQUARES_ON", ("cpu",))
+    encoder = TimmEncoder("resnetv2_50x1_bit", 3, stages=1).eval()
+    patches = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = encoder(patches.permute(0, 3, 1, 2).float() / 255)
+    torch.testing.assert_close(FastEncoder(encoder)(patches), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_looking_over_squares_follows_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ def _explain(error: Exception, arguments: list[str]) -> int:
     if isinstance(error, KeyholeError):
         option = SKIPPING.get(arguments[0]) if isinstance(error, ImageError) else None
         said = str(error).rstrip(".")
-        if option is None or "on-bad-image" in f"{said} {' '.join(arguments)}":
+        if option is None or "on-bad-image" in f"{said} {' '.join(arguments)}".replace("_", "-"):
             return _say(str(error), USAGE_ERROR)
         return _say(f"{said}. To leave such images out: {option} skip", USAGE_ERROR)
     if isinstance(error, OSError) and error.errno is not None:

@@ -40,8 +40,13 @@ class SquaresConv(nn.Module):
 
 
 def fits(module: nn.Module) -> bool:
-    """Return whether a module is a convolution that `SquaresConv` can take the place of."""
-    if not isinstance(module, nn.Conv2d) or module.in_channels > MAX_CHANNELS or module.groups != 1:
+    """Return whether a module is a convolution that `SquaresConv` can take the place of.
+
+    Derived classes, parametrized ones too, may do more with their weights, and hooks with what they compute.
+    """
+    if type(module) is not nn.Conv2d or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if module.in_channels > MAX_CHANNELS or module.groups != 1:
         return False
     shape = module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode
     return shape == ((7, 7), (2, 2), (3, 3), (1, 1), "zeros")

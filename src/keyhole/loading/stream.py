@@ -217,8 +217,10 @@ class Stream:
                 if self.closed:
                     raise RuntimeError("the stream was closed while it was read from")
                 self.starved = True
-                self.threads.changed.wait()
-                self.starved = False
+                try:
+                    self.threads.changed.wait()
+                finally:
+                    self.starved = False
 
     def open(self, opener: Opener) -> OpenSource | None:
         """Open an image, on a reading thread; return None if the stream was closed or the task given up."""

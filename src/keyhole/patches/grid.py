@@ -208,6 +208,11 @@ class PatchGrid(Grid):
                 )
             self.n = len(self._kept)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the list of patches on the mask takes; 0 without a mask."""
+        return 0 if self._kept is None else self._kept.nbytes
+
     def _output_size(self) -> Size:
         """Return the output pixels wholly inside the image if patches must be inside, else all that show some of it."""
         whole, lv = self._rule.inside, self.image.levels[self.level].size

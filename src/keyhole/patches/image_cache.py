@@ -140,6 +140,8 @@ class ImageCache:
             return copy.copy(self.image)
         if not self.keep or path in self._damaged:
             return open_image(path, bits)
+        if (held := self._held(path, level)) is not None:  # without the lock, which a thread that hangs may have
+            return copy.copy(held)
         with self._lock_of(path):
             resident = self._resident[path]
             known = next(iter(resident.values()), None)
@@ -160,9 +162,14 @@ class ImageCache:
         """Return whether `open` with these arguments reads no file."""
         if self.image is not None:
             return True
-        known = self._resident.get(path, {})
-        first = next(iter(list(known.values())), None)
-        return first is not None and (level if isinstance(level, int) else level(first)) in known
+        return self.keep and path not in self._damaged and self._held(path, level) is not None
+
+    def _held(self, path: Path, level: int | Callable[[Image], int]) -> ResidentImage | None:
+        """Return the level of an image that is in memory, or None."""
+        known = dict(self._resident.get(path, {}))
+        if not known:
+            return None
+        return known.get(level if isinstance(level, int) else level(next(iter(known.values()))))
 
     def foreground(
         self, path: Path, rule: Rule, mask: Path | None = None, bits: int | None = None
@@ -172,6 +179,8 @@ class ImageCache:
         `mask` is the file of the mask, for the rule `mask` only.
         """
         key = path, rule, mask
+        if key in self.masks:
+            return self.masks[key]
         with self._lock_of(path):
             if key not in self.masks:
                 with open_image(path, bits) if self.image is None else copy.copy(self.image) as image:

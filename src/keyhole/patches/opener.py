@@ -81,7 +81,10 @@ class FileOpener:
         """Whether opening reads no file: the image and its mask, if it needs one, are in memory."""
         rule = FOREGROUND_RULES[self.foreground]
         made = not rule.has_mask or (self.path, self.foreground, self._mask_file) in self.cache.masks
-        return made and self.cache.holds(self.path, self._level)
+        try:
+            return made and self.cache.holds(self.path, self._level)
+        except ConfigError:
+            return False  # opening it says what is wrong
 
     @property
     def _places(self) -> tuple[object, ...]:
@@ -99,7 +102,7 @@ class FileOpener:
     def grid(self, image: Image) -> PatchGrid:
         """Return the grid over the opened image, whose resolution becomes `image_mpp`.
 
-        Grids with a mask over an image in memory are made once.
+        Grids with a mask over an image in memory are made once, unless they take a good part of its memory.
         """
         if self.image_mpp is not None:
             image.mpp = self.image_mpp
@@ -108,7 +111,7 @@ class FileOpener:
             return known
         grid = self._new_grid(image)
         masked = FOREGROUND_RULES[self.foreground].has_mask and self.offset == (0, 0)
-        if masked and self.cache.holds(self.path, self._level):
+        if masked and (held := image.in_memory(grid.level)) is not None and grid.nbytes <= held.nbytes / 16:
             self.cache.grids[self._places] = grid
         return grid
 

@@ -122,12 +122,11 @@ class ReadingThreads:
 
     def run_here(self, name: str, function: Callable[[], T]) -> ReadTask[T]:
         """Return a task that this thread has done: for functions that read no file, since nothing limits their time."""
-        task = ReadTask(name, function)
+        task: ReadTask[T] = ReadTask(name, None, done=True)
         try:
             task.result.append(function())
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+        except Exception as error:  # noqa: BLE001 - raised again in the thread that waits
             task.error = error
-        task.function, task.done = None, True
         return task
 
     def wait(self, task: ReadTask[T], stop: Callable[[], bool] = lambda: False, seconds: float = math.inf) -> None:
