@@ -147,7 +147,7 @@ class Doubts:
             ways = {"shift": augment.shift, "flip": augment.flip, "rotate": augment.rotate}
             off = " ".join(f"--augment.{way}" for way, on in ways.items() if not on)
             steps += [f"{off}, where that changes no label"] if off else []
-        steps.append(f"fewer epochs: --train.epochs {epoch}")
+        steps.append(f"fewer epochs: --train.epochs {max(2, epoch)}")
         return (
             f"the training images are learned by heart: since epoch {epoch} the training loss fell from {train[0]:.3f} "
             f"to {train[1]:.3f}, and the {watched} loss rose from {loss[0]:.3f} to {loss[1]:.3f}. "
