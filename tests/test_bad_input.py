@@ -104,7 +104,7 @@ def test_train_refuses_a_bad_image_or_leaves_it_out(name: str, say: Say, toy: Pa
     assert name in line
     assert_matches(FAULTS[name], line)
     if name not in {*FOUND_LATER, *OTHER_ADVICE}:
-        assert line.strip().endswith("To leave such images out: --data.on-bad-image skip")
+        assert "--data.on-bad-image skip" in line
     assert Path("runs").exists() == (name in FOUND_LATER)
     said = say("train", data, "--out=skipped", "--data.on-bad-image=skip", *flags)
     assert said.code == 0, said.err
@@ -122,7 +122,7 @@ def test_predict_refuses_a_bad_image_or_leaves_it_out(
     assert name in line
     assert_matches(FAULTS[name], line)
     if name not in {*FOUND_LATER, *OTHER_ADVICE, "missing.png", "folder.png"}:
-        assert line.strip().endswith("To leave such images out: --on-bad-image skip")
+        assert "--on-bad-image skip" in line
     assert not Path("out/predictions.csv").exists()
     good = toy / "red" / "0.png"
     said = say("predict", model, good, faulty / name, good.with_name("1.png"), "--out=out", "--on-bad-image=skip")
