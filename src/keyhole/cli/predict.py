@@ -6,11 +6,11 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from keyhole.cli.options import Options, print_options, read
 from keyhole.config.inference import InferenceSettings
-from keyhole.config.settings import Bits, Number, Positive, Switch
+from keyhole.config.settings import Bits, Fraction, Number, Positive, Switch
 from keyhole.errors import ConfigError, DataError
 from keyhole.util.wording import listed
 
@@ -44,6 +44,10 @@ class PredictOptions(Options, InferenceSettings):
     """Microns per pixel of the full resolution, where the files do not say it or are wrong; a CSV says it per image."""
     masks: Path | None = None
     """Folder of masks by the images' names, for a model of `patch.foreground mask`."""
+    threshold: Fraction | Literal["balanced", "sensitive"] = 0.5
+    """Probability above which the positive class of a binary task, or a label of a multilabel one, is predicted; or the
+    rule that chooses it on the run's validation images: `balanced`, the largest sum of sensitivity and specificity, or
+    `sensitive`, the highest that finds 95 % of the class."""
     bits: Bits | None = None
     """Bits in use of 16-bit images that do not state them; default is what the model learned with."""
     overlay: Switch = False
@@ -73,12 +77,24 @@ def run(argv: list[str]) -> int:
 
     from keyhole.data.manifest import write_left_out  # torch only after the images have been found
     from keyhole.inference.predictor import load
+    from keyhole.inference.thresholds import advice, threshold_lines
     from keyhole.report.table import AnswerFolder, write_table
     from keyhole.runs.run import unfinished
 
     if said := unfinished(options.run):
         print(said, file=sys.stderr)
-    predictor = load(options.run, options.device, options.memory, options.unreadable, options.decode)
+    predictor = load(
+        options.run,
+        options.device,
+        options.memory,
+        options.unreadable,
+        options.decode,
+        threshold=options.threshold,
+    )
+    for said in threshold_lines(predictor.thresholds):
+        print(said, file=sys.stderr)
+    if not predictor.thresholds and (said := advice(options.run, predictor.tasks)):
+        print(f"note: {said}", file=sys.stderr)
     if options.bits is not None:
         predictor.config = predictor.config.replace(patch={"bits": options.bits})
     predictor.whole_patches = options.save_patches or 0

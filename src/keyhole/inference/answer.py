@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,7 @@ class Answers:
         told: Doubts about features of which the user has been warned.
         silent: Do not warn.
         whole: Number of kept patches that pictures hold in full.
+        above: By task and class, the probability above which the class is predicted.
     """
 
     engine: Engine
@@ -52,6 +53,7 @@ class Answers:
     told: set[str]
     silent: bool
     whole: int = 0
+    above: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     unlike: int = 0
 
     def warn_about_features(self, done: Inference) -> None:
@@ -86,7 +88,7 @@ class Answers:
             origin=origin,
             tasks=self.tasks,
             probability={task.name: task.by_column(p) for task, p in probability.items()},
-            label={task.name: task.label(p) for task, p in probability.items()},
+            label={task.name: task.label(p, self.above.get(task.name)) for task, p in probability.items()},
             kept=KeptPatches(
                 index,
                 source.grid.boxes(index),
@@ -97,6 +99,7 @@ class Answers:
             patch=patch,
             model=self.name,
             unreadable=source.grid.boxes(unreadable) if len(unreadable) else None,
+            threshold=self.above,
             notes=(*source.doubts(), *self._doubt(item.name, patch)),
         )
 

@@ -25,12 +25,15 @@ from keyhole.errors import ConfigError, ImageLost, KeyholeError, RunError
 from keyhole.images.pillow import image_in_memory
 from keyhole.images.scale import given_scale
 from keyhole.inference.answer import Answers, damage
+from keyhole.inference.thresholds import decisions
 from keyhole.nn import IPSClassifier, build_classifier
 from keyhole.nn.build import patch_shape
 from keyhole.patches.image_cache import ImageCache
 from keyhole.report.prediction import Prediction
 from keyhole.runs.checkpoint import load_weights, model_file, read_tensors
 from keyhole.tasks.kinds import Task
+from keyhole.tasks.measures import THRESHOLD
+from keyhole.tasks.operating_point import Threshold
 from keyhole.util.progress import Progress, say
 from keyhole.util.version import VERSION
 
@@ -61,6 +64,7 @@ def load(
     unreadable: str | float = "1%",
     decode: Decode = "auto",
     engine: Engine | None = None,
+    threshold: float | Literal["balanced", "sensitive"] = 0.5,
 ) -> Predictor:
     """Load the best model of a run, or a model copied out of one.
 
@@ -71,13 +75,16 @@ def load(
         unreadable: Share of an image's patches that may be unreadable, such as `1%`.
         decode: `auto` lets a GPU decode JPEG tiles of slides too, `cpu` does not; see `RunConfig.decode`.
         engine: Engine with the same settings, whose model gets the weights; default is a new one.
+        threshold: Probability above which the positive class of a binary task, or a label of a multilabel one, is
+            predicted; or the rule that chooses it on the validation images of the run: `balanced`, the largest sum of
+            sensitivity and specificity, or `sensitive`, the highest that finds 95 % of the class.
 
     Returns:
         A predictor, in evaluation mode.
 
     Raises:
         RunError: There is no model, or it is damaged.
-        ConfigError: The device, budget or share is invalid.
+        ConfigError: The device, budget, share or threshold is invalid, or no threshold can be chosen.
 
     Example:
         >>> predictor = keyhole.load("runs/one", device="cpu")
@@ -100,6 +107,7 @@ def load(
         raise RunError(
             f"{file}: its description does not fit keyhole {VERSION} ({error}). Was it made by another version?"
         ) from error
+    thresholds = {} if threshold == THRESHOLD else decisions(Path(run), tuple(tasks), threshold)
     if engine is not None:
         load_weights(engine.model, weights, file)
         engine.weights_changed()
@@ -110,7 +118,9 @@ def load(
         shape = patch_shape(config.model, config.patch.size)
         arithmetic = choose_precision(precision, model.to(chosen).encoder, shape)
         engine = Engine(model, config.select, config.run, arithmetic=arithmetic, warn=_warn)
-    return Predictor(engine.model, config, tasks, name, resolution, engine)
+    predictor = Predictor(engine.model, config, tasks, name, resolution, engine)
+    predictor.thresholds = thresholds
+    return predictor
 
 
 class Predictor:
@@ -137,6 +147,7 @@ class Predictor:
         self.model, self.config, self.tasks, self.name = model.eval(), config, tuple(tasks), name
         self.engine = engine or Engine(model, config.select, config.run, warn=_warn)
         self.device, self.resolution = self.engine.device, resolution
+        self.thresholds: dict[str, dict[str, Threshold]] = {}  # by task and class; one half where there is none
         self._free: list[Engine] | None = None  # engines that no call uses; None before the first call
         self.silent = False  # True: no warnings about doubts, which the user knows already
         self.whole_patches = 0  # number of kept patches, best first, that the pictures of a prediction hold in full
@@ -261,8 +272,13 @@ class Predictor:
         with self._lent() if engine is None else nullcontext(engine) as engine, shown as progress:
             reader, images = engine.reader, images or ImageCache()
             openers = [[opener(self.config, images, item) for item in each] for each in batches]
+            above = {
+                task.name: dict.fromkeys(task.thresholded, THRESHOLD)
+                | {name: each.value for name, each in self.thresholds.get(task.name, {}).items()}
+                for task in self.tasks
+            }
             answers = Answers(
-                engine, self.tasks, self.name, self.resolution, self._told, self.silent, self.whole_patches
+                engine, self.tasks, self.name, self.resolution, self._told, self.silent, self.whole_patches, above
             )
             waited = reader.waited
 

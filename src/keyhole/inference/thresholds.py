@@ -1,13 +1,14 @@
-"""Thresholds chosen on the validation images of a run, judged on the images of an evaluation."""
+"""Thresholds chosen on the validation images of a run: to predict with, or judged on the images of an evaluation."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keyhole.config.file import load_config
-from keyhole.errors import KeyholeError
+from keyhole.errors import ConfigError, KeyholeError
 from keyhole.report.read_table import PredictionTable, read_table
 from keyhole.tasks.evaluation import groups_of
 from keyhole.tasks.kinds import Task
@@ -15,6 +16,7 @@ from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
 from keyhole.tasks.operating_point import (
     BALANCED,
     DEFAULT,
+    SENSITIVE,
     OperatingPoint,
     Threshold,
     choose_thresholds,
@@ -22,6 +24,10 @@ from keyhole.tasks.operating_point import (
 )
 from keyhole.util.wording import counted, listed
 
+RULES, GIVEN = (BALANCED, SENSITIVE), "given"
+FEWEST, MUCH = 10, 0.3
+"""Another threshold than one half is advised from so many validation images of a class and of the others, and where its
+sum of sensitivity and specificity is so much larger."""
 REMEDY = "Delete it; keyhole resume RUN writes it again."
 
 
@@ -49,6 +55,90 @@ class TaskPoints:
 
     def to_json(self) -> dict[str, Any]:
         return {"note": self.note, "points": [point.to_json() for point in self.points]}
+
+
+def decisions(run: Path, tasks: tuple[Task, ...], threshold: float | str) -> dict[str, dict[str, Threshold]]:
+    """Return the threshold of each class that has one, by task.
+
+    Args:
+        run: Run folder, whose `predictions/val.csv` a rule chooses on.
+        tasks: Tasks of its model.
+        threshold: A probability, the same for all; or the rule `balanced` or `sensitive`.
+
+    Raises:
+        ConfigError: It is neither, no task has a threshold, or the rule cannot choose one.
+    """
+    if isinstance(threshold, str) and threshold not in RULES:
+        raise ConfigError(f"threshold {threshold}: expected a probability, {' or '.join(RULES)}")
+    if not isinstance(threshold, str) and not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold {threshold:g}: expected a probability, 0 ... 1, {' or '.join(RULES)}")
+    if not any(task.thresholded for task in tasks):
+        raise ConfigError(
+            f"threshold {threshold}: {listed([task.describe() for task in tasks])} has none. Leave it out."
+        )
+    if not isinstance(threshold, str):
+        return {task.name: dict.fromkeys(task.thresholded, Threshold(GIVEN, threshold)) for task in tasks}
+    known, reason = validation_answers(run, tasks)
+    if known is None:
+        raise ConfigError(f"threshold {threshold}: {reason.rstrip('.')}. Give a probability instead.")
+    chosen = {task.name: _chosen(task, known, threshold) for task in tasks}
+    for task in tasks:
+        if without := [label for label in task.thresholded if label not in chosen[task.name]]:
+            raise ConfigError(
+                f"threshold {threshold}: none can be chosen for {listed(without)} of {task.name}, since the validation "
+                "images with a label are all or none of it. Give a probability instead."
+            )
+    return chosen
+
+
+def threshold_lines(thresholds: Mapping[str, Mapping[str, Threshold]]) -> list[str]:
+    """Return a line for each threshold that a rule chose: `yes above 0.132, where it finds 0.95 ...`."""
+    return [
+        f"{f'{task} ' if len(thresholds) > 1 else ''}{label} above {each.value:.3f}: sensitivity "
+        f"{each.sensitivity:.3f}, specificity {each.specificity:.3f} on the validation images"
+        for task, chosen in thresholds.items()
+        for label, each in chosen.items()
+        if each.rule != GIVEN
+    ]
+
+
+def advice(run: Path, tasks: tuple[Task, ...]) -> str | None:
+    """Return what to say where one half decides much worse than another threshold, by the validation images."""
+    known, _ = validation_answers(run, tasks)
+    if known is None:
+        return None
+    said = []
+    for task in tasks:
+        measured = known.measures(task)
+        for label, best in _chosen(task, known, BALANCED).items():
+            assert isinstance(measured, ClassMeasures)
+            c = task.classes.index(label)
+            assert task.threshold is not None
+            now = judge_threshold(
+                label, Threshold(DEFAULT, task.threshold), measured.truth[:, c], measured.probability[:, c]
+            )
+            assert best.sensitivity is not None
+            assert best.specificity is not None
+            gain = best.sensitivity + best.specificity - now.found / now.positive - now.cleared / now.negative
+            if min(now.positive, now.negative) >= FEWEST and gain >= MUCH:
+                said.append(
+                    f"above {task.threshold:g}, {label!r} finds {now.found} of {now.positive} validation images and "
+                    f"clears {now.cleared} of {now.negative}; above {best.value:.3f}, "
+                    f"{round(best.sensitivity * now.positive)} and {round(best.specificity * now.negative)}"
+                )
+    return f"{'; '.join(said)}: --threshold balanced" if said else None
+
+
+def _chosen(task: Task, known: PredictionTable, rule: str) -> dict[str, Threshold]:
+    measured = known.measures(task)
+    if not isinstance(measured, ClassMeasures):
+        return {}
+    each = {
+        label: choose_thresholds(measured.truth[:, c], measured.probability[:, c])
+        for c, label in enumerate(task.classes)
+        if label in task.thresholded
+    }
+    return {label: threshold for label, found in each.items() for threshold in found if threshold.rule == rule}
 
 
 def operating_points(run: Path, answers: PredictionTable, split: str | None) -> dict[str, TaskPoints]:
@@ -92,9 +182,8 @@ def _of_task(
     groups = groups_of(answers.groups, answers.known(task))
     chosen = None if chosen_on is None else chosen_on.measures(task)
     points, unusable = [], []
-    for c, label in enumerate(task.classes):
-        if task.positive not in (None, label):
-            continue
+    for label in task.thresholded:
+        c = task.classes.index(label)
         picked = [Threshold(DEFAULT, task.threshold)]
         if isinstance(chosen, ClassMeasures):
             picked += (found := choose_thresholds(chosen.truth[:, c], chosen.probability[:, c]))

@@ -183,6 +183,8 @@ class Predicted:
         unreadable: (k, 4) boxes of the patches that could not be read; None if all could.
         pictures: Pixels that show it; None unless requested.
         notes: Reasons for doubt, such as another resolution than that of the training images.
+        threshold: By task and class, the probability above which the class is predicted; empty for a task whose largest
+            probability decides.
     """
 
     name: str
@@ -199,6 +201,7 @@ class Predicted:
     pictures: Pictures | None = None
     origin: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
+    threshold: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def pictures_of(prediction: Predicted) -> Pictures:

@@ -76,6 +76,7 @@ class Prediction(Predicted):
                     "kind": task.kind,
                     "classes": list(task.classes),
                     "label": self.label[task.name],
+                    "threshold": dict(self.threshold.get(task.name, {})),
                     "probability": dict(self.probability[task.name]),
                 }
                 for task in self.tasks

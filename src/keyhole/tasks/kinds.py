@@ -79,6 +79,15 @@ class Binary(Task, kind="binary"):
     def positive(self) -> str:
         return self.classes[1]
 
+    @property
+    def thresholded(self) -> tuple[str, ...]:
+        return (self.positive,)
+
+    def label(self, probability: ArrayLike, above: Mapping[str, float] | None = None) -> str:
+        if above is None or self.positive not in above:
+            return super().label(probability)
+        return self.classes[int(np.asarray(probability, np.float64)[1] > above[self.positive])]
+
     def loss(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         from torch.nn import functional as F
 
@@ -130,9 +139,13 @@ class Multilabel(Task, kind="multilabel"):
     def _probability(self, logits: Floats) -> Floats:
         return _sigmoid(logits)
 
-    def label(self, probability: ArrayLike) -> str:
-        said = zip(self.classes, np.asarray(probability, np.float64), strict=True)
-        return SEPARATOR.join(name for name, p in said if p > THRESHOLD)
+    @property
+    def thresholded(self) -> tuple[str, ...]:
+        return self.classes
+
+    def label(self, probability: ArrayLike, above: Mapping[str, float] | None = None) -> str:
+        said, limit = zip(self.classes, np.asarray(probability, np.float64), strict=True), above or {}
+        return SEPARATOR.join(name for name, p in said if p > limit.get(name, THRESHOLD))
 
     def _credit(self, target: Floats, probability: Floats) -> float:
         return float(np.where(target > 0.5, probability, 1 - probability).mean())
@@ -194,7 +207,7 @@ class Regression(Task, kind="regression"):
     def columns(self) -> tuple[str, ...]:
         return ("value",)
 
-    def label(self, probability: ArrayLike) -> str:
+    def label(self, probability: ArrayLike, above: Mapping[str, float] | None = None) -> str:
         value = float(np.asarray(probability, np.float64)[0])
         shared_digits = np.log10(max(abs(value), self.std) / self.std)
         return f"{value:.{int(np.clip(5 + np.ceil(shared_digits), 6, 17))}g}"

@@ -204,14 +204,24 @@ class Task:
         """Names of the numbers that `probability` returns."""
         return self.classes
 
+    @property
+    def thresholded(self) -> tuple[str, ...]:
+        """Classes that are predicted where their probability is above a threshold; none where the largest decides."""
+        return ()
+
     def describe(self) -> str:
         return f"{self.name} ({self.kind}{'' if self.positive is None else f', positive: {self.positive}'})"
 
-    def label(self, probability: ArrayLike) -> str:
+    def label(self, probability: ArrayLike, above: Mapping[str, float] | None = None) -> str:
         """Return the label of one image from its probabilities (k,).
 
         The class of the largest; for multilabel all above one half joined by `|`, perhaps none; for regression
-        the value to six digits, or more where the targets differ only in later ones.
+        the value to six digits, or more where the targets differ only in later ones. `above` has other thresholds
+        than one half, by class.
+
+        >>> task = Task("tumor", "binary", ("no", "yes"))
+        >>> task.label([0.8, 0.2]), task.label([0.8, 0.2], {"yes": 0.1})
+        ('no', 'yes')
         """
         return self.classes[int(np.argmax(np.asarray(probability, np.float64)))]
 
