@@ -158,12 +158,27 @@ def test_warnings_tell_what_would_not_stop_a_run_but_spoil_it(tmp_path: Path) ->
     report = check(settings.replace(select=SelectConfig(m=9)), deep=True)
     assert report.ok
     problems = [finding.problem for finding in report.findings]
-    assert any("23 training images of 'a', but 1 of 'b'" in problem for problem in problems)
+    assert "only 1 training image of 'b'" in problems
     assert any("select.m (=9) keeps every patch (at most 9 per image)" in problem for problem in problems)
     assert "images differ in resolution, 0.5 to 1 um per pixel" in problems
     assert any("1 grey images among colour ones: 5.png" in problem for problem in problems)
     assert by_name(report)["p"].problem.startswith("group with images in more than one split")
     assert by_name(report)["23.png"].problem == "same content as 24.png, 25.png, with another grade, in train and val"
+
+
+def test_a_class_is_weighed_where_there_is_something_to_weigh(tmp_path: Path) -> None:
+    path = data_set(tmp_path, count=33)
+
+    def fix(rare: int) -> str:
+        rows = (f"{i}.png,{'a' if i < rare else 'b'},train\n" for i in range(33))
+        path.write_text("image,grade,split\n" + "".join(rows))
+        (found,) = (
+            each for each in check(config(path, val=0.0, test=0.0)).findings if "training image" in each.problem
+        )
+        return found.fix
+
+    assert fix(3) == "Weigh the classes: --train.balance loss."
+    assert fix(2).startswith("Add images of it, or take the class out")
 
 
 def test_a_data_set_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
@@ -379,6 +394,7 @@ def test_stored_features_are_checked_instead_of_images(tmp_path: Path) -> None:
     assert report.ok
     assert report.images == 2
     assert report.spreads["patches"].total == 5 + 6
+    assert any(note.startswith("patch.size: no effect on stored features") for note in report.notes)
     assert set(report.spreads) == {"feature width", "patches"}
     assert not list((tmp_path / "pictures").iterdir())
     path.write_text("image,grade\n0.h5,a\n1.h5,b\n2.h5,b\n")

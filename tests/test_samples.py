@@ -103,6 +103,18 @@ def test_an_epoch_that_is_done_again_is_drawn_once_and_damage_does_not_stop_a_ru
     assert "samples.json: damaged" in (run.path / "log.txt").read_text()
 
 
+def test_stored_features_have_no_patches_to_show_and_no_place_for_them(toy: Path, tmp_path: Path, say: Say) -> None:
+    assert say("embed", toy, "--encoder", "lite0", "--patch.size", "16", "--out", "features").code == 0
+    with_patches = keyhole.train(toy, tmp_path / "images", **settings(train={"epochs": 1}))
+    without = keyhole.train(
+        {"path": toy, "features": tmp_path / "features"}, tmp_path / "run", select={"m": 4}, train={"epochs": 1}
+    )
+    with Image.open(with_patches.samples) as wide, Image.open(without.samples) as narrow:
+        assert (np.asarray(wide)[:, -40:] != 255).any()
+        assert narrow.height == wide.height
+        assert narrow.width < wide.width
+
+
 def test_without_a_validation_there_is_no_picture(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,6 +127,15 @@ def init(data: Path, out: Path, *flags: str) -> Config:
     return load_config(out)
 
 
+def test_the_folder_of_the_file_is_made_or_nothing_is_measured(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert init(slides, tmp_path / "new" / "folder" / "k.yaml").patch.mpp == 0.5
+    (tmp_path / "file").touch()
+    assert main(["init", str(slides), "--out", str(tmp_path / "file" / "k.yaml")]) == 2
+    assert f"{tmp_path / 'file'}: cannot write here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 1.0), (7, 1.0), (40, 4.0)])
 def test_the_warmup_fits_the_epochs_that_the_user_gives(slides: Path, out: Path, epochs: int, warmup: float) -> None:
     config = init(slides, out, f"--train.epochs={epochs}", "--model.encoder=small")

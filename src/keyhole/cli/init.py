@@ -36,7 +36,10 @@ def run(argv: list[str]) -> int:
     from keyhole.config.auto import auto_reasons
     from keyhole.config.file import dump_config, leaves
     from keyhole.tools.init import measure, propose, with_counted_patches
+    from keyhole.util.files import writable_folder, write_atomic
 
+    if not options.print_config:
+        writable_folder(target.parent)
     measured = measure(config)
     proposal = propose(Config(data=config.data, model=config.model), measured)
     proposal = with_counted_patches(proposal, measured, config.run.stall)
@@ -51,8 +54,6 @@ def run(argv: list[str]) -> int:
     if options.print_config:
         print(text, end="")
         return 0
-
-    from keyhole.util.files import write_atomic
 
     write_atomic(target, text)
     print("\n".join(proposal.summary))

@@ -30,6 +30,7 @@ from keyhole.tasks.kinds import Task
 
 MARGIN, GAP, HEAD, CAPTION = 28, 14, 84, 26
 TEXT_WIDTH, SIDE = 190, 196
+LEAST_WIDTH = 700
 MAX_EARLIER = 4
 """Largest number of earlier epochs beside the last one."""
 PATCHES, PER_LINE, CELL = 6, 3, (SIDE - 6) // 2
@@ -95,7 +96,9 @@ def sample_sheet(samples: Sequence[SampleRow], task: Task, epoch: int, title: st
     """
     columns = shown_epochs(sorted({look.epoch for sample in samples for look in sample.earlier}))
     patches_left = MARGIN + TEXT_WIDTH + GAP + (len(columns) + 1) * (SIDE + GAP)
-    width = patches_left + PER_LINE * (CELL + 6) - 6 + MARGIN
+    with_patches = any(len(pictures_of(sample.prediction).patches) for sample in samples)  # stored features have none
+    right = patches_left + (PER_LINE * (CELL + 6) - 6 if with_patches else -GAP)
+    width = max(right, LEAST_WIDTH) + MARGIN
     row = SIDE + CAPTION + 2 * GAP
     page = Page(width, HEAD + len(samples) * row + MARGIN // 2)
     page.text((MARGIN, 18), title, 18, INK, width - 2 * MARGIN - 330)
@@ -104,7 +107,8 @@ def sample_sheet(samples: Sequence[SampleRow], task: Task, epoch: int, title: st
     for number, shown in enumerate([*columns, epoch]):
         x = MARGIN + TEXT_WIDTH + GAP + number * (SIDE + GAP)
         page.text((x, HEAD - 24), f"epoch {shown}{', not selecting yet' if shown <= blind else ''}", 13, GREY, SIDE)
-    page.text((patches_left, HEAD - 24), f"most attended, epoch {epoch}", 13, GREY, width - patches_left)
+    if with_patches:
+        page.text((patches_left, HEAD - 24), f"most attended, epoch {epoch}", 13, GREY, width - patches_left)
     for number, sample in enumerate(samples):
         top = HEAD + number * row + GAP
         page.draw.line([(MARGIN, top - GAP), (width - MARGIN - 1, top - GAP)], fill=LINE)

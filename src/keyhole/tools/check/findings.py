@@ -16,8 +16,9 @@ from keyhole.data.splits import give_splits, leaking_groups
 from keyhole.errors import ImageError
 from keyhole.patches.features import Origin
 from keyhole.tools.check.look import MAX_DARK_VALUE, Probed
-from keyhole.util.wording import listed
+from keyhole.util.wording import counted, listed
 
+FEWEST = 3  # training images of a class from which on weights can help
 MAX_IMBALANCE = 10  # least ratio of the largest to the smallest class for a warning
 MIN_STEP_PATCHES = 16
 """With fewer patches in a step the statistics of batch norm are mostly noise (Wu and He 2018, Group Normalization)."""
@@ -49,6 +50,9 @@ def about_labels(manifest: Manifest, config: Config) -> Iterator[Finding]:
         if train[smallest] == 0:
             problem = f"no usable training image of class {smallest!r}"
             yield Finding(task, problem, "Repair the images of that class, or take the class out.")
+        elif train[smallest] < FEWEST and train[largest] > train[smallest]:
+            problem = f"only {counted(train[smallest], 'training image')} of {smallest!r}"
+            yield warning(task, problem, "Add images of it, or take the class out: so few teach the images themselves.")
         elif train[largest] >= MAX_IMBALANCE * train[smallest] and config.train.balance == "none":
             problem = f"{train[largest]} training images of {largest!r}, but {train[smallest]} of {smallest!r}"
             yield warning(task, problem, "Weigh the classes: --train.balance loss.")

@@ -19,6 +19,7 @@ from keyhole.data.manifest import Manifest, read_manifest
 from keyhole.data.rows import MISSING_FILE
 from keyhole.data.unlabelled import items_to_embed, without_labels
 from keyhole.errors import OutputError
+from keyhole.patches.features import idle_patch_settings
 from keyhole.patches.image_cache import fits
 from keyhole.report.mask_preview import preview_names
 from keyhole.tools.check.findings import about_bits, about_content, about_images, about_labels, count_classes
@@ -149,6 +150,8 @@ def check(
     doubts = {doubt.line() for doubt in manifest.doubts}
     notes = [note for note in manifest.notes if note not in doubts]
     notes += unused_masks(manifest.items, config.patch.foreground)
+    if any(item.features is not None for item in manifest.items):
+        notes += idle_patch_settings(config)
     if folder is not None:
         notes += _list_previews(folder, requests)
     probed: dict[str, Probed] = {}
