@@ -1,11 +1,11 @@
 """How many of ten runs from random weights leave chance, and when: variants of training on small generated data.
 
     python benchmarks/leaving_chance.py [FOLDER] [--data demo slides canvases marks] [--variants published init ...]
-        [--seeds 0 1 ...] [--epochs N] [--quick]
+        [--seeds 0 1 ...] [--epochs N] [--quick | --draw]
 
 Variants are those of `leaving_chance.yaml`. Every run has a folder below FOLDER; runs that are done are skipped, those
 that were stopped go on. After the last run the results are recorded (see `results.py`), and the table of all recorded
-runs becomes the dated Markdown file beside this one.
+runs becomes the dated Markdown file beside this one. `--draw` only does the latter.
 
 A run has left chance if the 95 % interval of the metric on the test images lies above that of guessing at the end.
 The epoch of leaving is the first from which on the same holds on the split that training watches, until the end.
@@ -59,7 +59,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     parser.add_argument("--epochs", type=int, help="stretch the schedules to it; named in the results")
     parser.add_argument("--quick", action="store_true", help="two epochs on few images; nothing is recorded")
+    parser.add_argument("--draw", action="store_true", help="no training: the table of the recorded runs")
     options = parser.parse_args()
+    if options.draw:
+        draw()
+        return
     epochs = 2 if options.quick else options.epochs
     failed: list[str] = []
     for seed in options.seeds:
@@ -77,8 +81,17 @@ def main() -> None:
                     print(setting.name, name, seed, *figures, flush=True)
     if not options.quick:
         write_results([str(options.folder)])
-        print(write_result("leaving_chance", "Runs from random weights that leave chance", report(recorded())))
+        draw()
     sys.exit("\n".join(failed) or 0)
+
+
+def draw() -> None:
+    """Write the table of the recorded runs."""
+    print(
+        write_result(
+            "leaving_chance", "Runs from random weights that leave chance", report(recorded()), words=["--draw"]
+        )
+    )
 
 
 def slug(name: str) -> str:

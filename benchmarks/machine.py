@@ -57,13 +57,18 @@ def card(name: str) -> str:
     return (found[0] if found else name.split()[-1]).lower()
 
 
-def write_result(theme: str, title: str, lines: Sequence[str], device: str = "cpu") -> Path:
-    """Write `theme_hardware_date.md` beside this file; in the command that it names, paths become PATH."""
+def write_result(
+    theme: str, title: str, lines: Sequence[str], device: str = "cpu", words: Sequence[str] | None = None
+) -> Path:
+    """Write `theme_hardware_date.md` beside this file, with the command that made it.
+
+    Its arguments are those of this call, in which paths become PATH, unless `words` are given.
+    """
     date, script = time.strftime("%Y-%m-%d"), Path(sys.argv[0]).name
     if not Path(__file__).with_name(script).is_file():
         script = f"{theme}.py"
-    words = ("PATH" if "/" in word else word for word in sys.argv[1:])
-    command = shlex.join(["python", f"benchmarks/{script}", *words])
+    given = ("PATH" if "/" in word else word for word in sys.argv[1:])
+    command = shlex.join(["python", f"benchmarks/{script}", *(given if words is None else words)])
     text = [f"# {title}, {date}", "", *lines, "", describe(device), f"Made by `{command}`.", ""]
     path = Path(__file__).parent / f"{theme}_{hardware(device)}_{date}.md"
     path.write_text("\n".join(text))

@@ -1,7 +1,7 @@
 """Traffic composites: M = 2, M = 10 and all 192 patches, beside the whole image resized.
 
     python benchmarks/traffic.py [FOLDER] [--arms resized m2 m10 all] [--seeds 0 1 2] [--train 747] [--test 684]
-        [--width 1280] [--epochs 12] [--set train.encoder_lr=0.1 ...] [--quick]
+        [--width 1280] [--epochs 12] [--set train.encoder_lr=0.1 ...] [--quick | --draw]
 
 The images are composites that `shared/tools/make_traffic_scenes.py` writes in the layout of Swedish Traffic Signs, not
 that data set: real signs in real road photographs. All arms follow the recipe `traffic`, with EfficientNet-Lite0 and
@@ -10,7 +10,8 @@ proportion. A patch is a sixteenth as wide as the image. Learning from the resiz
 its selection. The last epoch is the model, as published; none before is evaluated.
 
 Each run has a folder below FOLDER; runs that are done are skipped, and those that were stopped go on. After the last
-run the results are recorded (see `results.py`), and the table of them becomes the dated Markdown file beside this one.
+run the results are recorded (see `results.py`), and the table of them becomes the dated Markdown file beside this one;
+`--draw` only does the latter.
 `--train`, `--test`, `--width` and `--epochs` cut the cost, `--set` changes the recipe; all are named in the results.
 """
 
@@ -72,7 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings instead of the recipe's")
     parser.add_argument("--quick", action="store_true", help="one epoch on few small images; nothing is recorded")
+    parser.add_argument("--draw", action="store_true", help="no training: the table of the recorded runs")
     options = parser.parse_args(arguments)
+    if options.draw:
+        draw()
+        return
     if options.quick:
         options.seeds, options.train, options.test, options.width, options.epochs = [0], 32, 16, 640, 1
     if options.width % (4 * COLUMNS):
@@ -91,7 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(recipe, seed, *figures, f"{found.epoch_seconds} s an epoch, {found.peak_gb} GB", flush=True)
     if not options.quick:
         write_results([str(options.folder)])
-        print(write_result("traffic", "Traffic composites", report(recorded())))
+        draw()
+
+
+def draw() -> None:
+    """Write the table of the recorded runs."""
+    print(write_result("traffic", "Traffic composites", report(recorded()), words=["--draw"]))
 
 
 def write_images(folder: Path, train: int, test: int, width: int) -> Path:
