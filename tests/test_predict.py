@@ -345,6 +345,21 @@ def test_bad_images_are_told_and_left_out_or_raise(predictor: Predictor, images:
         list(predictor.predict_many(paths))
 
 
+def test_what_is_left_out_is_named_as_it_was_given(
+    toy_run: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new" / "empty").mkdir(parents=True)
+    (tmp_path / "new" / "good.png").write_bytes(images[0].read_bytes())
+    (tmp_path / "new" / "bad.png").write_bytes(images[0].read_bytes()[:-500])
+    (tmp_path / "new" / "notes.md").touch()
+    given = ["new", "missing.png", "new/empty"]
+    assert main(["predict", str(toy_run), *given, "--out", "out", "--on-bad-image", "skip"]) == 0
+    named = {row["name"] for row in csv_rows(tmp_path / "out" / "left_out.csv")}
+    assert named == {"new/bad.png", "new/notes.md", "missing.png", "new/empty"}
+    assert [row["image"] for row in csv_rows(tmp_path / "out" / "predictions.csv")] == ["new/good.png"]
+
+
 def test_a_model_of_several_tasks_survives_its_folder(toy: Path, tmp_path: Path) -> None:
     lines = ["image,color,amount,tags"]
     for number in range(8):

@@ -84,25 +84,29 @@ def list_images(
 def expand_images(
     paths: Sequence[str | Path], missing: Literal["fail", "skip"] = "fail"
 ) -> tuple[list[Path], list[LeftOut]]:
-    """Replace folders by the images below them in order of name; return absolute paths, and what is not used."""
+    """Replace folders by the images below them in order of name.
+
+    Returns:
+        Absolute paths; and what is not used, by names that start as the given paths do.
+    """
     found: dict[Path, None] = {}
     left_out: list[LeftOut] = []
-    for path in map(absolute, paths):
+    for given, path in ((Path(path), absolute(path)) for path in paths):
         if path.is_dir() and path.suffix.lower() not in folder_suffixes():
             files, others = list_images(path)
             found.update(dict.fromkeys(files))
-            left_out += [LeftOut(str(path / other.name), other.reason) for other in others]
+            left_out += [LeftOut(str(given / other.name), other.reason) for other in others]
             if not files:
-                left_out.append(LeftOut(str(path), "a folder without images"))
+                left_out.append(LeftOut(str(given), "a folder without images"))
         elif exists(path):
             found[path] = None
         elif missing == "skip":
-            left_out.append(LeftOut(str(path), "no such file or folder"))
+            left_out.append(LeftOut(str(given), "no such file or folder"))
         else:
             raise DataError(f"{path}: no such file or folder. Give image files or folders of them.")
     if not found:
-        given = ", ".join(map(str, paths)) or "nothing given"
-        raise DataError(f"{given}: no images there. Give image files or folders.")
+        nothing = ", ".join(map(str, paths)) or "nothing given"
+        raise DataError(f"{nothing}: no images there. Give image files or folders.")
     return list(found), left_out
 
 
