@@ -99,6 +99,15 @@ def test_a_patch_does_not_depend_on_what_it_is_read_with(grid: PatchGrid, data: 
     np.testing.assert_array_equal(grid.read(index), grid.read(slice(None))[index])
 
 
+@laws
+@given(grids(), st.data())
+def test_a_shifted_grid_has_no_more_patches_than_are_planned_for(grid: PatchGrid, data: st.DataObject) -> None:
+    unshifted = PatchGrid(grid.image, grid.size, grid.stride, edge=grid.edge)
+    offset = data.draw(st.tuples(*2 * [st.integers(1 - grid.stride, 0)]))
+    shifted = PatchGrid(grid.image, grid.size, grid.stride, offset=offset, edge=grid.edge)
+    assert len(shifted) <= unshifted.most_shifted
+
+
 @pytest.mark.parametrize("edge", EDGES)
 def test_no_patch_is_there_twice_where_the_image_is_as_large_as_a_patch(edge: Edge) -> None:
     grid = PatchGrid(ArrayImage(noise(8, 8)), 8, 4, offset=(-3, -3), edge=edge)

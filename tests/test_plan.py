@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import settings as settings_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from processes import run_process
 from torch import nn
 
+import keyhole
 from keyhole.config.base import parse_memory
 from keyhole.config.settings import Config, ModelConfig
 from keyhole.engine import split_backward
@@ -402,6 +404,25 @@ def test_the_predicted_peak_of_a_run_is_the_measured_one_within_15_percent(
     assert abs(predicted - measured) < 0.15 * measured, done.stderr
     assert "kept patches at once" not in done.stderr, "a small budget splits the step"
     assert measured <= budget, done.stderr
+
+
+def test_no_step_learns_from_more_patches_than_are_planned_for(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learned, learn = [], Encoders.learn
+
+    def counted(encoders: Encoders, patches: Any) -> torch.Tensor:
+        embedding = learn(encoders, patches)
+        learned.append(len(embedding))
+        return embedding
+
+    monkeypatch.setattr(Encoders, "learn", counted)
+    sections: dict[str, Any] = settings_of(select={"m": 64}, train={"epochs": 1}, augment={"shift": True})
+    keyhole.train(toy, tmp_path / "run", **sections)
+    kept = int(re.findall(r"learning from (\d+) kept patches", capsys.readouterr().err)[0])
+    batch = sections["train"]["batch"]
+    assert max(learned) > batch * (64 // 16) ** 2, "shifted grids have more patches"
+    assert max(learned) <= kept
 
 
 def test_where_memory_runs_out_half_as_much_gives_the_same_result() -> None:

@@ -106,6 +106,11 @@ class Grid:
     def __len__(self) -> int:
         return self.n
 
+    @property
+    def most_shifted(self) -> int:
+        """Largest number of patches where augmentation moves the grid; these patches stay as they are."""
+        return self.n
+
     def cells(self, index: ArrayLike | slice) -> Index:
         """Return row and column of patches in the full grid, int64 (k, 2)."""
         chosen = checked_index(index, self.n, self.what)
@@ -256,6 +261,14 @@ class PatchGrid(Grid):
         low = np.floor(begin * per_pixel + 1e-6).astype(np.int64).clip(0, cells - 1)
         high = np.ceil((begin + self.size) * per_pixel - 1e-6).astype(np.int64).clip(0, cells)
         return low, np.maximum(high, low + 1)
+
+    @property
+    def most_shifted(self) -> int:
+        """Largest number of patches where the grid begins less than a stride before the image: a row and a column more.
+
+        With a foreground it is an estimate, more in proportion.
+        """
+        return -(-self.n * (self.rows + 1) * (self.columns + 1) // (self.rows * self.columns))
 
     def corners(self, index: ArrayLike | slice) -> Index:
         """Compute where patches begin.

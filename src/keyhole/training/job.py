@@ -196,7 +196,7 @@ def _plan(config: Config, images: Images, engine: Engine, optimizer: torch.optim
         patch_shape=images.patch_shape,
         m=config.select.m,
         batch_size=config.train.batch,
-        largest_bag=max(images.counts.values()),
+        largest_bag=images.largest,
         learn=True,
         chunk=fixed_chunk(config.select),
         ahead=config.run.ahead,

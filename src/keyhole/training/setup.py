@@ -82,6 +82,7 @@ class Images:
 
     Attributes:
         counts: patches of each image of the training and validation splits, by name.
+        largest: patches of the largest image, as augmentation may shift its grid.
         patch_shape: of one patch, such as (s, s, c), or (f,) of stored features.
         held_bytes: bytes of decoded images that stay in memory.
         open_bytes: bytes of the pictures decoded whole that are open at the same time.
@@ -92,6 +93,7 @@ class Images:
     config: Config
     store: ImageCache
     counts: Mapping[str, int]
+    largest: int
     patch_shape: tuple[int, ...]
     held_bytes: int
     open_bytes: int
@@ -119,7 +121,7 @@ def scan(
     counts: dict[str, int] = {}
     bad: dict[str, str] = {}
     shape: tuple[int, ...] = ()
-    total = 0
+    total = largest = 0
     doubts: Counter[str] = Counter()
     pictures: list[int] = []
     mpp: list[float | None] = []
@@ -133,6 +135,8 @@ def scan(
             bad[item.name] = str(error)
             continue
         counts[item.name], shape = len(source), source.patch_shape
+        shifted = config.augment.shift and item.split == "train"
+        largest = max(largest, source.grid.most_shifted if shifted else len(source))
         if item.split == "train":
             mpp.append(source.mpp)
         total += source.decoded_bytes
@@ -165,7 +169,7 @@ def scan(
     ahead = -(-(config.run.ahead + 2) * (fixed_chunk(config.select) or cpu_chunk(shape)) // patches[len(patches) // 2])
     opened = round(DECODING * decoded) + (decoded if keep else sum(pictures[: config.train.batch + ahead]))
     store = ImageCache(keep=keep, masks=probe.masks)
-    images = Images(config, store, counts, shape, total if keep else 0, opened, resolution, jpeg and not keep)
+    images = Images(config, store, counts, largest, shape, total if keep else 0, opened, resolution, jpeg and not keep)
     return images, manifest, lines
 
 
