@@ -76,7 +76,10 @@ def test_every_file_of_a_prediction_has_the_label_of_the_threshold(
         written = json.loads((out / row["folder"] / "prediction.json").read_text())["tasks"]["label"]
         assert written["threshold"] == {"red": pytest.approx(expected)}
         assert row["label.predicted"] == written["label"] == ("red" if red > written["threshold"]["red"] else "green")
-        assert f"{row['image']}  {row['label.predicted']} " in told.out
+        line = next(line for line in told.out.splitlines() if line.startswith(f"{row['image']}  "))
+        assert line.split()[1] == row["label.predicted"]
+        unlikely = (red > 0.5) != (row["label.predicted"] == "red")
+        assert (f"(red above {expected:.3f})" in line) == unlikely, "the threshold explains it"
 
 
 def test_the_balanced_threshold_is_the_one_that_evaluate_reports(toy_run: Path, tmp_path: Path) -> None:
@@ -92,13 +95,15 @@ def test_what_cannot_be_a_threshold_says_why(toy_run: Path, toy: Path, tmp_path:
         with pytest.raises(ConfigError, match=said):
             keyhole.load(run, threshold=threshold)
 
-    refused(toy_run, 1.5, r"^threshold 1.5: expected a probability, 0 ... 1, balanced or sensitive$")
-    refused(toy_run, "best", r"^threshold best: expected a probability, balanced or sensitive$")
+    for wrong in (1.5, -0.1, "best", True, [0.3], float("nan")):
+        refused(toy_run, wrong, r"^threshold .*: expected a probability from 0 to 1, balanced or sensitive$")
     alone = Path(shutil.copytree(toy_run / "best", tmp_path / "model"))
     refused(alone, "balanced", r"^threshold balanced: the folder holds a model without its run.* Give a probability")
     assert keyhole.load(alone, threshold=0.2).thresholds["label"]["red"].value == 0.2
     red_only = with_validation(toy_run, tmp_path / "red", [("red", 0.4)] * 3)
-    refused(red_only, "balanced", "none can be chosen for red of label, since the validation images .* all or none")
+    refused(red_only, "balanced", "none can be chosen for red, since all or none of the labelled validation images")
+    damaged = with_validation(toy_run, tmp_path / "damaged", [("red", 0.4), ("green", float("nan"))])
+    refused(damaged, "balanced", "damaged .a number of label is not finite.* resume RUN writes it again")
     sections: dict[str, Any] = settings(train={"epochs": 1})
     of_classes = keyhole.train({"path": toy, "tasks": ["label=multiclass"]}, tmp_path / "classes", **sections).path
     refused(of_classes, 0.2, r"^threshold 0.2: label \(multiclass\) has none\. Leave it out\.$")
@@ -115,9 +120,10 @@ def test_one_half_is_doubted_where_the_validation_images_are_told_apart_elsewher
     )
     assert said in capsys.readouterr().err
     good = [("green", 0.1)] * 10 + [("red", 0.9)] * 9 + [("red", 0.4)]
-    few = UNSURE[:18]
-    for name, rows in (("good", good), ("few", few)):
-        assert advice(with_validation(toy_run, tmp_path / name, rows), (TASK,)) is None
+    better_elsewhere = [("red", 0.4)] * 3 + [("red", 0.9)] + [("green", 0.1)] * 9
+    assert advice(with_validation(toy_run, tmp_path / "few", UNSURE[:16]), (TASK,)) is not None, "one answer for all"
+    for name, rows in (("good", good), ("few of them", better_elsewhere), ("very few", UNSURE[:12])):
+        assert advice(with_validation(toy_run, tmp_path / name, rows), (TASK,)) is None, name
     assert advice(Path(shutil.copytree(toy_run / "best", tmp_path / "model")), (TASK,)) is None
 
 

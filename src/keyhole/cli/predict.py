@@ -44,10 +44,10 @@ class PredictOptions(Options, InferenceSettings):
     """Microns per pixel of the full resolution, where the files do not say it or are wrong; a CSV says it per image."""
     masks: Path | None = None
     """Folder of masks by the images' names, for a model of `patch.foreground mask`."""
-    threshold: Fraction | Literal["balanced", "sensitive"] = 0.5
-    """Probability above which the positive class of a binary task, or a label of a multilabel one, is predicted; or the
-    rule that chooses it on the run's validation images: `balanced`, the largest sum of sensitivity and specificity, or
-    `sensitive`, the highest that finds 95 % of the class."""
+    threshold: Fraction | Literal["balanced", "sensitive"] | None = None
+    """Probability above which the positive class of a binary task, or a label of a multilabel one, is predicted, 0.5 by
+    default; or the rule that chooses it on the run's validation images: `balanced`, the largest sum of sensitivity and
+    specificity, or `sensitive`, the highest that finds 95 % of the class."""
     bits: Bits | None = None
     """Bits in use of 16-bit images that do not state them; default is what the model learned with."""
     overlay: Switch = False
@@ -91,9 +91,9 @@ def run(argv: list[str]) -> int:
         options.decode,
         threshold=options.threshold,
     )
-    for said in threshold_lines(predictor.thresholds):
+    for said in threshold_lines(predictor.tasks, predictor.thresholds):
         print(said, file=sys.stderr)
-    if not predictor.thresholds and (said := advice(options.run, predictor.tasks)):
+    if options.threshold is None and (said := advice(options.run, predictor.tasks)):
         print(f"note: {said}", file=sys.stderr)
     if options.bits is not None:
         predictor.config = predictor.config.replace(patch={"bits": options.bits})
@@ -139,5 +139,7 @@ def _line(prediction: Prediction) -> str:
     for task, label in prediction.label.items():
         probability = prediction.probability[task]
         share = f" {probability[label]:.3f}" if label in probability else ""
+        if label in probability and label != max(probability, key=lambda name: probability[name]):
+            share += "".join(f" ({name} above {limit:.3f})" for name, limit in prediction.threshold[task].items())
         answers.append((f"{task} " if len(prediction.label) > 1 else "") + (label or "(none)") + share)
     return f"{prediction.name}  {', '.join(answers)}"

@@ -64,7 +64,7 @@ def load(
     unreadable: str | float = "1%",
     decode: Decode = "auto",
     engine: Engine | None = None,
-    threshold: float | Literal["balanced", "sensitive"] = 0.5,
+    threshold: float | Literal["balanced", "sensitive"] | None = None,
 ) -> Predictor:
     """Load the best model of a run, or a model copied out of one.
 
@@ -76,8 +76,9 @@ def load(
         decode: `auto` lets a GPU decode JPEG tiles of slides too, `cpu` does not; see `RunConfig.decode`.
         engine: Engine with the same settings, whose model gets the weights; default is a new one.
         threshold: Probability above which the positive class of a binary task, or a label of a multilabel one, is
-            predicted; or the rule that chooses it on the validation images of the run: `balanced`, the largest sum of
-            sensitivity and specificity, or `sensitive`, the highest that finds 95 % of the class.
+            predicted, 0.5 by default; or the rule that chooses it on the validation images of a run folder: `balanced`,
+            the largest sum of sensitivity and specificity, or `sensitive`, the highest that finds 95 % of the class. A
+            class that all or none of them have keeps 0.5.
 
     Returns:
         A predictor, in evaluation mode.
@@ -107,7 +108,7 @@ def load(
         raise RunError(
             f"{file}: its description does not fit keyhole {VERSION} ({error}). Was it made by another version?"
         ) from error
-    thresholds = {} if threshold == THRESHOLD else decisions(Path(run), tuple(tasks), threshold)
+    thresholds = {} if threshold is None else decisions(Path(run), tuple(tasks), threshold)
     if engine is not None:
         load_weights(engine.model, weights, file)
         engine.weights_changed()
@@ -220,6 +221,10 @@ class Predictor:
         Raises:
             ImageError, ConfigError, TooMuchUnreadable: As for `predict`, where `on_bad_image` is "fail".
         """
+        if isinstance(paths, str | Path):
+            raise ConfigError(f"predict_many {paths}: expected a list of paths; `predict` takes one")
+        if on_bad_image not in ("fail", "skip"):
+            raise ConfigError(f"on_bad_image {on_bad_image}: expected fail or skip")
         items = [_item(path) for path in paths]
         if masks is not None:
             items = [replace(item, mask=masks_in(Path(masks)).find(item)) for item in items]

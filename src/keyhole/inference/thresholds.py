@@ -25,9 +25,9 @@ from keyhole.tasks.operating_point import (
 from keyhole.util.wording import counted, listed
 
 RULES, GIVEN = (BALANCED, SENSITIVE), "given"
-FEWEST, MUCH = 10, 0.3
-"""Another threshold than one half is advised from so many validation images of a class and of the others, and where its
-sum of sensitivity and specificity is so much larger."""
+FEWEST, FEWEST_ALIKE, MUCH = 10, 3, 0.3
+"""Another threshold than one half is advised where its sum of sensitivity and specificity is so much larger on so many
+validation images of a class and of the others; fewer will do where one half gives all of them the same answer."""
 REMEDY = "Delete it; keyhole resume RUN writes it again."
 
 
@@ -63,15 +63,15 @@ def decisions(run: Path, tasks: tuple[Task, ...], threshold: float | str) -> dic
     Args:
         run: Run folder, whose `predictions/val.csv` a rule chooses on.
         tasks: Tasks of its model.
-        threshold: A probability, the same for all; or the rule `balanced` or `sensitive`.
+        threshold: A probability, the same for all; or the rule `balanced` or `sensitive`, which leaves out classes that
+            all or none of the validation images have.
 
     Raises:
         ConfigError: It is neither, no task has a threshold, or the rule cannot choose one.
     """
-    if isinstance(threshold, str) and threshold not in RULES:
-        raise ConfigError(f"threshold {threshold}: expected a probability, {' or '.join(RULES)}")
-    if not isinstance(threshold, str) and not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold {threshold:g}: expected a probability, 0 ... 1, {' or '.join(RULES)}")
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and 0 <= threshold <= 1
+    if not number and threshold not in RULES:
+        raise ConfigError(f"threshold {threshold}: expected a probability from 0 to 1, {' or '.join(RULES)}")
     if not any(task.thresholded for task in tasks):
         raise ConfigError(
             f"threshold {threshold}: {listed([task.describe() for task in tasks])} has none. Leave it out."
@@ -82,24 +82,31 @@ def decisions(run: Path, tasks: tuple[Task, ...], threshold: float | str) -> dic
     if known is None:
         raise ConfigError(f"threshold {threshold}: {reason.rstrip('.')}. Give a probability instead.")
     chosen = {task.name: _chosen(task, known, threshold) for task in tasks}
-    for task in tasks:
-        if without := [label for label in task.thresholded if label not in chosen[task.name]]:
-            raise ConfigError(
-                f"threshold {threshold}: none can be chosen for {listed(without)} of {task.name}, since the validation "
-                "images with a label are all or none of it. Give a probability instead."
-            )
+    if not any(chosen.values()):
+        classes = [label for task in tasks for label in task.thresholded]
+        raise ConfigError(
+            f"threshold {threshold}: none can be chosen for {listed(classes)}, since all or none of the labelled "
+            "validation images are of it. Give a probability instead."
+        )
     return chosen
 
 
-def threshold_lines(thresholds: Mapping[str, Mapping[str, Threshold]]) -> list[str]:
-    """Return a line for each threshold that a rule chose: `yes above 0.132, where it finds 0.95 ...`."""
-    return [
-        f"{f'{task} ' if len(thresholds) > 1 else ''}{label} above {each.value:.3f}: sensitivity "
-        f"{each.sensitivity:.3f}, specificity {each.specificity:.3f} on the validation images"
-        for task, chosen in thresholds.items()
-        for label, each in chosen.items()
-        if each.rule != GIVEN
-    ]
+def threshold_lines(tasks: tuple[Task, ...], thresholds: Mapping[str, Mapping[str, Threshold]]) -> list[str]:
+    """Return a line for each class whose threshold a rule was asked to choose; none if no rule was."""
+    lines = []
+    for task in tasks if thresholds else ():
+        start = f"{task.name} " if len(tasks) > 1 else ""
+        for label in task.thresholded:
+            each = thresholds[task.name].get(label)
+            if each is None:
+                why = "all or none of the labelled validation images are of it"
+                lines.append(f"{start}{label} above {task.threshold:g}: no other can be chosen, since {why}")
+            elif each.rule != GIVEN:
+                lines.append(
+                    f"{start}{label} above {each.value:.3f}: sensitivity {each.sensitivity:.3f}, "
+                    f"specificity {each.specificity:.3f} on the validation images"
+                )
+    return lines
 
 
 def advice(run: Path, tasks: tuple[Task, ...]) -> str | None:
@@ -120,10 +127,13 @@ def advice(run: Path, tasks: tuple[Task, ...]) -> str | None:
             assert best.sensitivity is not None
             assert best.specificity is not None
             gain = best.sensitivity + best.specificity - now.found / now.positive - now.cleared / now.negative
-            if min(now.positive, now.negative) >= FEWEST and gain >= MUCH:
+            fewest = min(now.positive, now.negative)
+            one_answer = now.found + now.negative - now.cleared in (0, now.positive + now.negative)
+            if gain >= MUCH and fewest >= (FEWEST_ALIKE if one_answer else FEWEST):
+                start = f"{task.name}, " if len(tasks) > 1 else ""
                 said.append(
-                    f"above {task.threshold:g}, {label!r} finds {now.found} of {now.positive} validation images and "
-                    f"clears {now.cleared} of {now.negative}; above {best.value:.3f}, "
+                    f"{start}above {task.threshold:g}, {label!r} finds {now.found} of {now.positive} validation images "
+                    f"and clears {now.cleared} of {now.negative}; above {best.value:.3f}, "
                     f"{round(best.sensitivity * now.positive)} and {round(best.specificity * now.negative)}"
                 )
     return f"{'; '.join(said)}: --threshold balanced" if said else None
@@ -169,7 +179,10 @@ def validation_answers(run: Path, tasks: tuple[Task, ...]) -> tuple[PredictionTa
         watched = False
     if watched:
         return None, "the run has no validation split (train.watch test)"
-    return None, "the run has no predictions for a validation split: it is not finished, or has no such split"
+    return None, (
+        "the run has no predictions/val.csv: it has no validation split, or is not finished, or the file was deleted; "
+        "then keyhole resume RUN writes it again"
+    )
 
 
 def _of_task(

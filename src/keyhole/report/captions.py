@@ -39,6 +39,8 @@ class Words(NamedTuple):
         """Put a prediction of one task into words."""
         label, said = prediction.label[task.name], prediction.probability[task.name]
         shares = [f"{name} {percent(said[name])}" for name in sorted(said, key=lambda name: -said[name])[:4]]
+        above = prediction.threshold.get(task.name, {})
+        shares += [f"{name} above {percent(limit)}" for name, limit in above.items() if limit != task.threshold][:4]
         answer = f"{task.name}: {label or 'none'}" + (f"   ({', '.join(shares)})" if task.classes else "")
         patch, mpp = prediction.patch, um_per_pixel(prediction)
         size = f"{prediction.size.width:,} x {prediction.size.height:,} px"

@@ -168,7 +168,7 @@ def draw_case(task: Task, item: Item, prediction: Prediction, order: int) -> Cas
             image = _jpeg(panel(prediction, task, SIDE, layer=False))
         if scores is not None:
             layer = _jpeg(panel(prediction, task, SIDE))
-            about.append(f"brightest: {ScoreScale.of(scores.per_task[task.name]).top:,.3g} times 1/N")
+            about.append(f"colours up to {ScoreScale.of(scores.per_task[task.name]).top:,.3g} times 1/N")
         for carried in np.argsort(-attention[pictures.place], kind="stable")[:PATCHES]:
             patch = as_picture(pictures.patches[carried]).resize((PATCH_SIDE, PATCH_SIDE), Picture.Resampling.BICUBIC)
             patches.append(CasePatch(_jpeg(patch), percent(float(attention[pictures.place[carried]]))))

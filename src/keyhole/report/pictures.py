@@ -78,7 +78,7 @@ def pictures_of_features(
             with open_image(prediction.image) as image:
                 if _is_slide_of(image.size, source):
                     picture, downsample, sketched = _whole(image)
-                    note = f"stored features: pixels of the slide{', ' if sketched else ''}{sketched}"
+                    note = f"stored features: pixels of the image{', ' if sketched else ''}{sketched}"
                     side = source.grid.size or int(boxes[0, 2])
                     patches, whole = _patches(image, boxes[place], SIDE), _patches(image, boxes[first], side)
                     return Pictures(picture, downsample, patches, place, note, whole=whole)

@@ -102,6 +102,9 @@ def read_table(path: Path, tasks: Sequence[Task], remedy: str) -> PredictionTabl
             name: np.array([[float(row[column]) for column in found] for row in rows])
             for name, found in columns.items()
         }
+        for name, values in numbers.items():
+            if not np.isfinite(values).all():
+                raise RunError(f"{path}: damaged (a number of {name} is not finite). {remedy}")
         targets = {task.name: np.stack([task.encode(text) for text in truth[task.name]]) for task in tasks}
     except (ValueError, DataError) as error:
         raise RunError(f"{path}: damaged ({error}). {remedy}") from error

@@ -24,6 +24,12 @@ from keyhole.tasks.learning import Learning, judge_task, unevenness
 from keyhole.util.files import atomic_file, csv_text, encoded, remove_unfinished, writable_folder
 from keyhole.util.wording import distinct
 
+RUN_FILES = ("config.yaml", "last.safetensors", "model.safetensors")
+"""Files of a run or of a model, among which no predictions are written."""
+PREDICTIONS = "predictions.csv"
+TABLES = {PREDICTIONS: ("image", "path"), "left_out.csv": ("name", "reason")}
+"""Tables of a folder of predictions, with columns that they have."""
+
 
 @dataclass(frozen=True)
 class TableRow:
@@ -118,12 +124,20 @@ class AnswerFolder:
     `overlay` and `tiles` are those of `write_prediction`.
 
     Raises:
-        OutputError: It cannot be written, or holds predictions of other images, or an evaluation.
+        OutputError: It cannot be written, or holds predictions of other images, an evaluation, a run, or tables of the
+            same names that are not those of predictions.
     """
 
     def __init__(self, out: Path, images: Sequence[Path], *, overlay: bool = False, tiles: bool = False) -> None:
         self.out, self.overlay, self.tiles = out, overlay, tiles
         self._names = folder_names(images)
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out}: is a file. Give a folder: --out DIR.")
+        if found := next((name for name in RUN_FILES if (out / name).exists()), None):
+            raise OutputError(f"{out}: holds a run or a model ({found}). Choose another --out.")
+        for name, columns in TABLES.items():
+            if (out / name).exists() and not _has_columns(out / name, columns):
+                raise OutputError(f"{out / name}: is not a table of keyhole predict. Choose another --out.")
         self._earlier = _earlier(out)
         ours = {_key(image) for image in images}
         others = sorted({image for image in self._earlier.values() if image not in ours} | _named(out) - ours)
@@ -183,12 +197,18 @@ def _earlier(out: Path) -> dict[str, str]:
 def _named(out: Path) -> set[str]:
     """Return the images that an earlier predictions.csv names."""
     try:
-        with (out / "predictions.csv").open(newline="", encoding="utf-8", errors="replace") as file:
+        with (out / PREDICTIONS).open(newline="", encoding="utf-8", errors="replace") as file:
             return {row["path"] for row in csv.DictReader(file)}
     except (FileNotFoundError, NotADirectoryError):
         return set()
-    except (OSError, KeyError, csv.Error):
-        return {f"{out / 'predictions.csv'} (not one of keyhole predict)"}
+
+
+def _has_columns(path: Path, columns: Collection[str]) -> bool:
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            return set(columns) <= set(csv.DictReader(file).fieldnames or ())
+    except (OSError, csv.Error):
+        return False
 
 
 def _key(image: str | Path) -> str:
