@@ -178,7 +178,7 @@ def test_a_class_is_weighed_where_there_is_something_to_weigh(tmp_path: Path) ->
         return found.fix
 
     assert fix(3) == "Weigh the classes: --train.balance loss."
-    assert fix(2).startswith("Add images of it, or take the class out")
+    assert fix(2).startswith("Add images of it, correct the label")
 
 
 def test_a_data_set_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:

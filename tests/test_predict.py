@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import csv_rows, settings
+from conftest import Say, csv_rows, settings
 from PIL import Image
 
 import keyhole
@@ -449,6 +449,21 @@ def test_a_folder_with_an_evaluation_takes_no_predictions(
     (tmp_path / "metrics.json").write_text("{}")
     assert main(["predict", str(toy_run), str(toy / "red" / "2.png"), "--out", str(tmp_path)]) == 2
     assert "holds an evaluation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["run", "model", "table", "left out", "file"])
+def test_nothing_else_is_written_over(kind: str, toy_run: Path, toy: Path, tmp_path: Path, say: Say) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    elif kind in ("run", "model"):
+        shutil.copytree(toy_run if kind == "run" else toy_run / "best", out)
+    else:
+        out.mkdir()
+        (out / {"table": "predictions.csv", "left out": "left_out.csv"}[kind]).write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert "out" in say("predict", toy_run, toy / "red" / "1.png", "--out", out).refusal()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_the_resolution_of_new_images_is_given_on_the_command_line_or_in_a_csv(

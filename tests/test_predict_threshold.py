@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import keyhole
 from keyhole.cli.main import main
 from keyhole.errors import ConfigError
-from keyhole.inference.thresholds import advice, decisions
+from keyhole.inference.thresholds import advice, decisions, threshold_lines
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.label_text import split_labels
 
@@ -129,7 +129,7 @@ def test_one_half_is_doubted_where_the_validation_images_are_told_apart_elsewher
 
 def test_of_several_tasks_each_class_has_its_own_threshold(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    tasks = (Task("tags", "multilabel", ("a", "b")), TASK, Task("kind", "multiclass", ("x", "y", "z")))
+    tasks = (Task("tags", "multilabel", ("a", "b", "c")), TASK, Task("kind", "multiclass", ("x", "y", "z")))
     truth = rng.random((30, 2)) < 0.5
     columns = ["image", "path", "width", "height"]
     for task in tasks:
@@ -142,10 +142,19 @@ def test_of_several_tasks_each_class_has_its_own_threshold(tmp_path: Path) -> No
         for a, b in truth.tolist():
             tags = "|".join(name for name, there in (("a", a), ("b", b)) if there) or "|"
             binary = ["red", "red", 0.1, 0.9] if a else ["green", "green", 0.9, 0.1]
-            table.writerow(["i", "i", 1, 1, tags, "", 0.3 * a, 0.4 * b, *binary, "x", "x", 0.5, 0.3, 0.2])
+            table.writerow(["i", "i", 1, 1, tags, "", 0.3 * a, 0.4 * b, 0.1, *binary, "x", "x", 0.5, 0.3, 0.2])
     chosen = decisions(tmp_path, tasks, "balanced")
     assert {name: {label: each.value for label, each in of.items()} for name, of in chosen.items()} == {
         "tags": {"a": pytest.approx(0.15), "b": pytest.approx(0.2)},
         "label": {"red": pytest.approx(0.5)},
         "kind": {},
-    }
+    }, "no image is of c"
+    lines = threshold_lines(tasks, chosen)
+    assert lines[0].startswith("tags a above 0.150: sensitivity 1.000")
+    assert (
+        lines[2]
+        == "tags c above 0.5: no other can be chosen, since all or none of the labelled validation images are of it"
+    )
+    said = advice(tmp_path, tasks)
+    assert said is not None
+    assert said.startswith("tags, above 0.5, 'a' finds 0 of")

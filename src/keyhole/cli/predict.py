@@ -79,10 +79,11 @@ def run(argv: list[str]) -> int:
     from keyhole.inference.predictor import load
     from keyhole.inference.thresholds import advice, threshold_lines
     from keyhole.report.table import AnswerFolder, write_table
-    from keyhole.runs.run import unfinished
+    from keyhole.runs.run import learned_nothing, unfinished
 
-    if said := unfinished(options.run):
-        print(said, file=sys.stderr)
+    for said in (unfinished(options.run), learned_nothing(options.run)):
+        if said:
+            print(said, file=sys.stderr)
     predictor = load(
         options.run,
         options.device,

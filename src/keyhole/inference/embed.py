@@ -204,13 +204,13 @@ def encoder_of(run: str | Path) -> tuple[ModelConfig, PatchConfig]:
 
 def _encoder(config: Config, device: torch.device) -> IPSClassifier:
     model = config.model
-    if not model.learned_before:
-        raise ConfigError(
-            f"encoder {model.encoder}: where are its weights? Give --weights FILE (safetensors), --pretrained to "
-            "download timm's, or --encoder lite0, whose weights are installed"
-        )
     try:
         encoder, width = projected(build_encoder(model), model, config.patch.size)
+        if not model.learned_before:
+            raise ConfigError(
+                f"encoder {model.encoder}: where are its weights? Give --weights FILE (safetensors), --pretrained to "
+                "download timm's, or --encoder lite0, whose weights are installed"
+            )
         if model.weights is not None:
             load_encoder(encoder, model.weights)
     except ValueError as error:

@@ -165,6 +165,15 @@ def unfinished(path: str | Path) -> str | None:
     )
 
 
+def learned_nothing(path: str | Path) -> str | None:
+    """Return a line that says so if `path` is a run folder whose model is no better than guessing."""
+    try:
+        found = Run(Path(path)).learning
+    except RunError as error:  # a note beside the model, which can be used without it
+        return str(error)
+    return next(iter(found["lines"]), None) if found.get("learned") is False else None
+
+
 def find_run(path: str | Path) -> Run:
     """Return the run folder at `path`."""
     path = Path(path)

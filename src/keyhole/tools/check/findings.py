@@ -52,7 +52,8 @@ def about_labels(manifest: Manifest, config: Config) -> Iterator[Finding]:
             yield Finding(task, problem, "Repair the images of that class, or take the class out.")
         elif train[smallest] < FEWEST and train[largest] > train[smallest]:
             problem = f"only {counted(train[smallest], 'training image')} of {smallest!r}"
-            yield warning(task, problem, "Add images of it, or take the class out: so few teach the images themselves.")
+            fix = "Add images of it, correct the label if it is mistyped, or take the class out: nothing is learned of it."
+            yield warning(task, problem, fix)
         elif train[largest] >= MAX_IMBALANCE * train[smallest] and config.train.balance == "none":
             problem = f"{train[largest]} training images of {largest!r}, but {train[smallest]} of {smallest!r}"
             yield warning(task, problem, "Weigh the classes: --train.balance loss.")
