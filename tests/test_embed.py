@@ -291,6 +291,7 @@ def test_mistakes_are_one_line(weights: Path, tmp_path: Path, capsys: pytest.Cap
         ([data], "--out is missing"),
         ([], "no data given: keyhole embed DATA"),
         ([data, "--out", out], "encoder resnet50: where are its weights? Give --weights FILE (safetensors), --pret"),
+        ([data, "--out", out, "--encoder", "resnett"], "no model 'resnett'"),
         ([data, "--out", out, "--encoder", "small", "--pretrained"], "--pretrained: the encoder `small` has no"),
         ([data, "--out", out, "--encoder", "resnet5000", "--weights", str(weights)], "no model 'resnet5000'"),
         ([data, "--out", out, "--encoder", "small", "--weights", str(weights)], "do not fit the model"),

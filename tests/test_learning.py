@@ -137,7 +137,7 @@ def noise(folder: Path) -> Path:
     return folder / "t.csv"
 
 
-def test_a_run_that_learned_nothing_says_so_at_its_end_and_in_evaluate(
+def test_a_run_that_learned_nothing_says_so_at_its_end_in_evaluate_and_in_predict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = "--patch.size=16 --model.encoder=small --model.width=4 --model.heads=2 --select.m=2 --run.threads=1 --train.epochs=1".split()
@@ -162,6 +162,10 @@ def test_a_run_that_learned_nothing_says_so_at_its_end_and_in_evaluate(
     assert warning.format(f"{found['tasks']['label']['images']} test") in out
     assert out[-1].startswith("try next: ")
     assert found["learning"]["learned"] is False
+
+    image = tmp_path / "0.png"
+    assert main(["predict", str(run), str(image), "--out", str(tmp_path / "answers")]) == 0
+    assert warning.format(f"{count} validation") in capsys.readouterr().err.splitlines()
 
     assert main(["resume", str(run)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("try next: ")

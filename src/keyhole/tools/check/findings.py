@@ -52,7 +52,7 @@ def about_labels(manifest: Manifest, config: Config) -> Iterator[Finding]:
             yield Finding(task, problem, "Repair the images of that class, or take the class out.")
         elif train[smallest] < FEWEST and train[largest] > train[smallest]:
             problem = f"only {counted(train[smallest], 'training image')} of {smallest!r}"
-            fix = "Add images of it, correct the label if it is mistyped, or take the class out: nothing is learned of it."
+            fix = "Add images of it, correct the label if it is mistyped, or take the class out: it is not learned."
             yield warning(task, problem, fix)
         elif train[largest] >= MAX_IMBALANCE * train[smallest] and config.train.balance == "none":
             problem = f"{train[largest]} training images of {largest!r}, but {train[smallest]} of {smallest!r}"
