@@ -25,7 +25,7 @@ from keyhole.tasks.operating_point import (
 from keyhole.util.wording import counted, listed
 
 RULES, GIVEN = (BALANCED, SENSITIVE), "given"
-FEWEST, FEWEST_ALIKE, MUCH = 10, 3, 0.3
+MIN_IMAGES, MIN_IMAGES_ALIKE, MIN_GAIN = 10, 3, 0.3
 """Another threshold than one half is advised where its sum of sensitivity and specificity is so much larger on so many
 validation images of a class and of the others; fewer will do where one half gives all of them the same answer."""
 REMEDY = "Delete it; keyhole resume RUN writes it again."
@@ -129,7 +129,7 @@ def advice(run: Path, tasks: tuple[Task, ...]) -> str | None:
             gain = best.sensitivity + best.specificity - now.found / now.positive - now.cleared / now.negative
             fewest = min(now.positive, now.negative)
             one_answer = now.found + now.negative - now.cleared in (0, now.positive + now.negative)
-            if gain >= MUCH and fewest >= (FEWEST_ALIKE if one_answer else FEWEST):
+            if gain >= MIN_GAIN and fewest >= (MIN_IMAGES_ALIKE if one_answer else MIN_IMAGES):
                 start = f"{task.name}, " if len(tasks) > 1 else ""
                 said.append(
                     f"{start}above {task.threshold:g}, {label!r} finds {now.found} of {now.positive} validation images "

@@ -30,7 +30,7 @@ from keyhole.tasks.kinds import Task
 
 MARGIN, GAP, HEAD, CAPTION = 28, 14, 84, 26
 TEXT_WIDTH, SIDE = 190, 196
-LEAST_WIDTH = 700
+MIN_WIDTH = 700
 MAX_EARLIER = 4
 """Largest number of earlier epochs beside the last one."""
 PATCHES, PER_LINE, CELL = 6, 3, (SIDE - 6) // 2
@@ -98,7 +98,7 @@ def sample_sheet(samples: Sequence[SampleRow], task: Task, epoch: int, title: st
     patches_left = MARGIN + TEXT_WIDTH + GAP + (len(columns) + 1) * (SIDE + GAP)
     with_patches = any(len(pictures_of(sample.prediction).patches) for sample in samples)  # stored features have none
     right = patches_left + (PER_LINE * (CELL + 6) - 6 if with_patches else -GAP)
-    width = max(right, LEAST_WIDTH) + MARGIN
+    width = max(right, MIN_WIDTH) + MARGIN
     row = SIDE + CAPTION + 2 * GAP
     page = Page(width, HEAD + len(samples) * row + MARGIN // 2)
     page.text((MARGIN, 18), title, 18, INK, width - 2 * MARGIN - 330)

@@ -18,7 +18,7 @@ from keyhole.patches.features import Origin
 from keyhole.tools.check.look import MAX_DARK_VALUE, Probed
 from keyhole.util.wording import counted, listed
 
-FEWEST = 3  # training images of a class from which on weights can help
+MIN_CLASS_IMAGES = 3  # training images of a class from which on weights can help
 MAX_IMBALANCE = 10  # least ratio of the largest to the smallest class for a warning
 MIN_STEP_PATCHES = 16
 """With fewer patches in a step the statistics of batch norm are mostly noise (Wu and He 2018, Group Normalization)."""
@@ -50,7 +50,7 @@ def about_labels(manifest: Manifest, config: Config) -> Iterator[Finding]:
         if train[smallest] == 0:
             problem = f"no usable training image of class {smallest!r}"
             yield Finding(task, problem, "Repair the images of that class, or take the class out.")
-        elif train[smallest] < FEWEST and train[largest] > train[smallest]:
+        elif train[smallest] < MIN_CLASS_IMAGES and train[largest] > train[smallest]:
             problem = f"only {counted(train[smallest], 'training image')} of {smallest!r}"
             fix = "Add images of it, correct the label if it is mistyped, or take the class out: it is not learned."
             yield warning(task, problem, fix)
