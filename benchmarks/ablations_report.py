@@ -145,9 +145,7 @@ def independent(rule: str, points: Sequence[Point]) -> str:
         return f"{claim}: not decided, since the runs stayed at chance."
     if all(list(point.accuracies) == list(points[0].accuracies) for point in points):
         every = ", ".join(point.value for point in points)
-        return (
-            f"{claim}: confirmed. A seed reaches the same accuracy with I = {every}, {points[0].mean:.3f} on average."
-        )
+        return f"{claim}: confirmed. Each seed reaches the same with I = {every}, {points[0].mean:.3f} on average."
     low, high = (pick(points, key=lambda point: point.mean) for pick in (min, max))
     p = f_oneway(*(point.accuracies for point in points)).pvalue if high.mean > low.mean else 1.0
     return (

@@ -158,7 +158,7 @@ def test_warnings_tell_what_would_not_stop_a_run_but_spoil_it(tmp_path: Path) ->
     report = check(settings.replace(select=SelectConfig(m=9)), deep=True)
     assert report.ok
     problems = [finding.problem for finding in report.findings]
-    assert "only 1 training image of 'b'" in problems
+    assert "fewer than 3 training images of 'b'" in problems
     assert any("select.m (=9) keeps every patch (at most 9 per image)" in problem for problem in problems)
     assert "images differ in resolution, 0.5 to 1 um per pixel" in problems
     assert any("1 grey images among colour ones: 5.png" in problem for problem in problems)
@@ -178,7 +178,7 @@ def test_a_class_is_weighed_where_there_is_something_to_weigh(tmp_path: Path) ->
         return found.fix
 
     assert fix(3) == "Weigh the classes: --train.balance loss."
-    assert fix(2).startswith("Add images of it, correct the label")
+    assert fix(2).startswith("Add images, correct labels that are mistyped")
 
 
 def test_a_data_set_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:

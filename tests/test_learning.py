@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import keyhole
 from keyhole.cli.main import main
 from keyhole.config.settings import Config, ModelConfig, TrainConfig
+from keyhole.runs.run import learned_nothing
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.learning import Learning, TaskLearning, judge_task, unevenness, what_to_try
 
@@ -165,7 +166,13 @@ def test_a_run_that_learned_nothing_says_so_at_its_end_in_evaluate_and_in_predic
 
     image = tmp_path / "0.png"
     assert main(["predict", str(run), str(image), "--out", str(tmp_path / "answers")]) == 0
-    assert warning.format(f"{count} validation") in capsys.readouterr().err.splitlines()
+    told = capsys.readouterr().err
+    assert warning.format(f"{count} validation") in told.splitlines()
+    assert "--threshold" not in told
+    written = (run / "learning.json").read_text()
+    (run / "learning.json").write_text(json.dumps(json.loads(written) | {"epoch": 7}))
+    assert learned_nothing(run) is None, "a resumed run has a later model"
+    (run / "learning.json").write_text(written)
 
     assert main(["resume", str(run)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("try next: ")

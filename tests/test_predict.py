@@ -451,13 +451,26 @@ def test_a_folder_with_an_evaluation_takes_no_predictions(
     assert "holds an evaluation" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["run", "model", "table", "left out", "file"])
+def test_tables_that_excel_saved_and_empty_ones_are_replaced(toy_run: Path, toy: Path, tmp_path: Path) -> None:
+    command = ["predict", str(toy_run), str(toy / "red" / "1.png"), "--out", str(tmp_path)]
+    assert main(command) == 0
+    table = tmp_path / "predictions.csv"
+    table.write_bytes("\ufeff".encode() + table.read_bytes())
+    assert main(command) == 0
+    table.write_bytes(b"")
+    assert main(command) == 0
+    assert len(csv_rows(table)) == 1
+
+
+@pytest.mark.parametrize("kind", ["run", "inside", "model", "table", "left out", "file"])
 def test_nothing_else_is_written_over(kind: str, toy_run: Path, toy: Path, tmp_path: Path, say: Say) -> None:
     out = tmp_path / "out"
     if kind == "file":
         out.write_text("mine")
     elif kind in ("run", "model"):
         shutil.copytree(toy_run if kind == "run" else toy_run / "best", out)
+    elif kind == "inside":
+        out = Path(shutil.copytree(toy_run, tmp_path / "out")) / "predictions"
     else:
         out.mkdir()
         (out / {"table": "predictions.csv", "left out": "left_out.csv"}[kind]).write_text("mine")

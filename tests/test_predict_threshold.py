@@ -65,7 +65,7 @@ def test_every_file_of_a_prediction_has_the_label_of_the_threshold(
     expected = {"balanced": 0.25, "sensitive": 0.25}.get(asked) or float(asked)
     assert main(["predict", str(run), str(images), "--out", str(out), "--threshold", asked]) == 0
     told = capsys.readouterr()
-    assert ("red above 0.250: sensitivity 1.000, specificity 1.000 on the validation images" in told.err) == (
+    assert ("red above 0.25: sensitivity 1.000, specificity 1.000 on the validation images" in told.err) == (
         asked in ("balanced", "sensitive")
     )
     assert "note:" not in told.err
@@ -79,7 +79,7 @@ def test_every_file_of_a_prediction_has_the_label_of_the_threshold(
         line = next(line for line in told.out.splitlines() if line.startswith(f"{row['image']}  "))
         assert line.split()[1] == row["label.predicted"]
         unlikely = (red > 0.5) != (row["label.predicted"] == "red")
-        assert (f"(red above {expected:.3f})" in line) == unlikely, "the threshold explains it"
+        assert (f"(red above {expected:.3g})" in line) == unlikely, "the threshold explains it"
 
 
 def test_the_balanced_threshold_is_the_one_that_evaluate_reports(toy_run: Path, tmp_path: Path) -> None:
@@ -115,16 +115,35 @@ def test_one_half_is_doubted_where_the_validation_images_are_told_apart_elsewher
     unsure = with_validation(toy_run, tmp_path / "unsure", UNSURE)
     assert main(["predict", str(unsure), str(toy / "red" / "1.png"), "--out", str(tmp_path / "out")]) == 0
     said = (
-        "note: above 0.5, 'red' finds 0 of 10 validation images and clears 10 of 10; above 0.250, 10 and 10: "
-        "--threshold balanced"
+        "note: above 0.5, 'red' finds 0 of 10 validation images and clears 10 of 10; above 0.25 it would find 10 "
+        "and clear 10. To use that: --threshold balanced"
     )
     assert said in capsys.readouterr().err
     good = [("green", 0.1)] * 10 + [("red", 0.9)] * 9 + [("red", 0.4)]
-    better_elsewhere = [("red", 0.4)] * 3 + [("red", 0.9)] + [("green", 0.1)] * 9
-    assert advice(with_validation(toy_run, tmp_path / "few", UNSURE[:16]), (TASK,)) is not None, "one answer for all"
-    for name, rows in (("good", good), ("few of them", better_elsewhere), ("very few", UNSURE[:12])):
+    assert advice(with_validation(toy_run, tmp_path / "few", UNSURE[:16]), (TASK,)) is not None, "few will do"
+    for name, rows in (("good", good), ("very few", UNSURE[:12])):
         assert advice(with_validation(toy_run, tmp_path / name, rows), (TASK,)) is None, name
     assert advice(Path(shutil.copytree(toy_run / "best", tmp_path / "model")), (TASK,)) is None
+
+
+def test_scores_that_know_nothing_are_rarely_advised_on(tmp_path: Path) -> None:
+    (tmp_path / "predictions").mkdir()
+    rng, told = np.random.default_rng(0), 0
+    header = ["image", "path", "label.true", "label.predicted", "label.probability.green", "label.probability.red"]
+    for positive, negative in ((3, 3), (3, 20), (10, 10), (20, 20)) * 25:
+        with (tmp_path / "predictions" / "val.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(header)
+            for label in ["red"] * positive + ["green"] * negative:
+                red = float(rng.uniform(0, 0.5))
+                table.writerow(["i", "i", label, "green", 1 - red, red])
+        told += advice(tmp_path, (TASK,)) is not None
+    assert told <= 4, "of 100"
+
+
+@pytest.mark.parametrize("threshold", [np.float32(0.25), np.int64(0), 1])
+def test_numbers_of_any_kind_are_thresholds(threshold: Any, tmp_path: Path) -> None:
+    assert type(decisions(tmp_path, (TASK,), threshold)["label"]["red"].value) is float
 
 
 def test_of_several_tasks_each_class_has_its_own_threshold(tmp_path: Path) -> None:
@@ -150,10 +169,10 @@ def test_of_several_tasks_each_class_has_its_own_threshold(tmp_path: Path) -> No
         "kind": {},
     }, "no image is of c"
     lines = threshold_lines(tasks, chosen)
-    assert lines[0].startswith("tags a above 0.150: sensitivity 1.000")
+    assert lines[0].startswith("tags a above 0.15: sensitivity 1.000")
     assert (
         lines[2]
-        == "tags c above 0.5: no other can be chosen, since all or none of the labelled validation images are of it"
+        == "tags c above 0.5: no other threshold can be chosen, since all or none of the labelled validation images are of it"
     )
     said = advice(tmp_path, tasks)
     assert said is not None

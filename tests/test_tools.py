@@ -133,7 +133,10 @@ def test_the_folder_of_the_file_is_made_or_nothing_is_measured(
     assert init(slides, tmp_path / "new" / "folder" / "k.yaml").patch.mpp == 0.5
     (tmp_path / "file").touch()
     assert main(["init", str(slides), "--out", str(tmp_path / "file" / "k.yaml")]) == 2
-    assert f"{tmp_path / 'file'}: cannot write here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"cannot be created, {tmp_path / 'file'} is not a folder that can be written" in said
+    assert main(["init", str(tmp_path / "none"), "--out", str(tmp_path / "other" / "k.yaml")]) == 2
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 1.0), (7, 1.0), (40, 4.0)])

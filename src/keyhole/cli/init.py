@@ -36,10 +36,10 @@ def run(argv: list[str]) -> int:
     from keyhole.config.auto import auto_reasons
     from keyhole.config.file import dump_config, leaves
     from keyhole.tools.init import measure, propose, with_counted_patches
-    from keyhole.util.files import writable_folder, write_atomic
+    from keyhole.util.files import check_creatable, writable_folder, write_atomic
 
     if not options.print_config:
-        writable_folder(target.parent)
+        check_creatable(target)
     measured = measure(config)
     proposal = propose(Config(data=config.data, model=config.model), measured)
     proposal = with_counted_patches(proposal, measured, config.run.stall)
@@ -55,6 +55,7 @@ def run(argv: list[str]) -> int:
         print(text, end="")
         return 0
 
+    writable_folder(target.parent)
     write_atomic(target, text)
     print("\n".join(proposal.summary))
     print(f"\nwritten: {target}")

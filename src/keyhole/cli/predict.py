@@ -81,7 +81,8 @@ def run(argv: list[str]) -> int:
     from keyhole.report.table import AnswerFolder, write_table
     from keyhole.runs.run import learned_nothing, unfinished
 
-    for said in (unfinished(options.run), learned_nothing(options.run)):
+    nothing = learned_nothing(options.run)
+    for said in (unfinished(options.run), nothing):
         if said:
             print(said, file=sys.stderr)
     predictor = load(
@@ -94,7 +95,7 @@ def run(argv: list[str]) -> int:
     )
     for said in threshold_lines(predictor.tasks, predictor.thresholds):
         print(said, file=sys.stderr)
-    if options.threshold is None and (said := advice(options.run, predictor.tasks)):
+    if options.threshold is None and not nothing and (said := advice(options.run, predictor.tasks)):
         print(f"note: {said}", file=sys.stderr)
     if options.bits is not None:
         predictor.config = predictor.config.replace(patch={"bits": options.bits})
@@ -141,6 +142,6 @@ def _line(prediction: Prediction) -> str:
         probability = prediction.probability[task]
         share = f" {probability[label]:.3f}" if label in probability else ""
         if label in probability and label != max(probability, key=lambda name: probability[name]):
-            share += "".join(f" ({name} above {limit:.3f})" for name, limit in prediction.threshold[task].items())
+            share += "".join(f" ({name} above {limit:.3g})" for name, limit in prediction.threshold[task].items())
         answers.append((f"{task} " if len(prediction.label) > 1 else "") + (label or "(none)") + share)
     return f"{prediction.name}  {', '.join(answers)}"

@@ -90,24 +90,25 @@ def expand_images(
         Absolute paths; and what is not used, by names that start as the given paths do.
     """
     found: dict[Path, None] = {}
-    left_out: list[LeftOut] = []
+    left_out: dict[Path, LeftOut] = {}
     for given, path in ((Path(path), absolute(path)) for path in paths):
         if path.is_dir() and path.suffix.lower() not in folder_suffixes():
             files, others = list_images(path)
             found.update(dict.fromkeys(files))
-            left_out += [LeftOut(str(given / other.name), other.reason) for other in others]
+            for other in others:
+                left_out.setdefault(path / other.name, LeftOut(str(given / other.name), other.reason))
             if not files:
-                left_out.append(LeftOut(str(given), "a folder without images"))
+                left_out.setdefault(path, LeftOut(str(given), "a folder without images"))
         elif exists(path):
             found[path] = None
         elif missing == "skip":
-            left_out.append(LeftOut(str(given), "no such file or folder"))
+            left_out.setdefault(path, LeftOut(str(given), "no such file or folder"))
         else:
             raise DataError(f"{path}: no such file or folder. Give image files or folders of them.")
     if not found:
         nothing = ", ".join(map(str, paths)) or "nothing given"
         raise DataError(f"{nothing}: no images there. Give image files or folders.")
-    return list(found), left_out
+    return list(found), list(left_out.values())
 
 
 def system_folder(name: str) -> str:

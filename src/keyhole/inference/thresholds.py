@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from keyhole.config.file import load_config
 from keyhole.errors import ConfigError, KeyholeError
@@ -22,12 +26,13 @@ from keyhole.tasks.operating_point import (
     choose_thresholds,
     judge_threshold,
 )
+from keyhole.tasks.task import Floats
 from keyhole.util.wording import counted, listed
 
 RULES, GIVEN = (BALANCED, SENSITIVE), "given"
-MIN_IMAGES, MIN_IMAGES_ALIKE, MIN_GAIN = 10, 3, 0.3
-"""Another threshold than one half is advised where its sum of sensitivity and specificity is so much larger on so many
-validation images of a class and of the others; fewer will do where one half gives all of them the same answer."""
+MIN_GAIN, MAX_CHANCE = 0.3, 0.01
+"""Another threshold than one half is advised where its sum of sensitivity and specificity on the validation images is
+larger by so much, and where chance would rank them as well with no more than this probability."""
 REMEDY = "Delete it; keyhole resume RUN writes it again."
 
 
@@ -69,15 +74,15 @@ def decisions(run: Path, tasks: tuple[Task, ...], threshold: float | str) -> dic
     Raises:
         ConfigError: It is neither, no task has a threshold, or the rule cannot choose one.
     """
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and 0 <= threshold <= 1
-    if not number and threshold not in RULES:
+    number = isinstance(threshold, Real | np.number) and not isinstance(threshold, bool) and 0 <= float(threshold) <= 1
+    if not number and (not isinstance(threshold, str) or threshold not in RULES):
         raise ConfigError(f"threshold {threshold}: expected a probability from 0 to 1, {' or '.join(RULES)}")
     if not any(task.thresholded for task in tasks):
         raise ConfigError(
             f"threshold {threshold}: {listed([task.describe() for task in tasks])} has none. Leave it out."
         )
     if not isinstance(threshold, str):
-        return {task.name: dict.fromkeys(task.thresholded, Threshold(GIVEN, threshold)) for task in tasks}
+        return {task.name: dict.fromkeys(task.thresholded, Threshold(GIVEN, float(threshold))) for task in tasks}
     known, reason = validation_answers(run, tasks)
     if known is None:
         raise ConfigError(f"threshold {threshold}: {reason.rstrip('.')}. Give a probability instead.")
@@ -100,10 +105,10 @@ def threshold_lines(tasks: tuple[Task, ...], thresholds: Mapping[str, Mapping[st
             each = thresholds[task.name].get(label)
             if each is None:
                 why = "all or none of the labelled validation images are of it"
-                lines.append(f"{start}{label} above {task.threshold:g}: no other can be chosen, since {why}")
+                lines.append(f"{start}{label} above {task.threshold:g}: no other threshold can be chosen, since {why}")
             elif each.rule != GIVEN:
                 lines.append(
-                    f"{start}{label} above {each.value:.3f}: sensitivity {each.sensitivity:.3f}, "
+                    f"{start}{label} above {each.value:.3g}: sensitivity {each.sensitivity:.3f}, "
                     f"specificity {each.specificity:.3f} on the validation images"
                 )
     return lines
@@ -127,16 +132,21 @@ def advice(run: Path, tasks: tuple[Task, ...]) -> str | None:
             assert best.sensitivity is not None
             assert best.specificity is not None
             gain = best.sensitivity + best.specificity - now.found / now.positive - now.cleared / now.negative
-            fewest = min(now.positive, now.negative)
-            one_answer = now.found + now.negative - now.cleared in (0, now.positive + now.negative)
-            if gain >= MIN_GAIN and fewest >= (MIN_IMAGES_ALIKE if one_answer else MIN_IMAGES):
+            if gain >= MIN_GAIN and _ranks_above(measured.truth[:, c], measured.probability[:, c]):
                 start = f"{task.name}, " if len(tasks) > 1 else ""
                 said.append(
                     f"{start}above {task.threshold:g}, {label!r} finds {now.found} of {now.positive} validation images "
-                    f"and clears {now.cleared} of {now.negative}; above {best.value:.3f}, "
-                    f"{round(best.sensitivity * now.positive)} and {round(best.specificity * now.negative)}"
+                    f"and clears {now.cleared} of {now.negative}; above {best.value:.3g} it would find "
+                    f"{round(best.sensitivity * now.positive)} and clear {round(best.specificity * now.negative)}"
                 )
-    return f"{'; '.join(said)}: --threshold balanced" if said else None
+    return f"{'; '.join(said)}. To use that: --threshold balanced" if said else None
+
+
+def _ranks_above(truth: NDArray[np.bool_], score: Floats) -> bool:
+    """Return whether images of a class have higher scores than others by more than chance (Mann and Whitney's test)."""
+    from scipy.stats import mannwhitneyu
+
+    return bool(mannwhitneyu(score[truth], score[~truth], alternative="greater").pvalue < MAX_CHANCE)
 
 
 def _chosen(task: Task, known: PredictionTable, rule: str) -> dict[str, Threshold]:

@@ -24,11 +24,13 @@ from keyhole.tasks.learning import Learning, judge_task, unevenness
 from keyhole.util.files import atomic_file, csv_text, encoded, remove_unfinished, writable_folder
 from keyhole.util.wording import distinct
 
-RUN_FILES = ("config.yaml", "last.safetensors", "model.safetensors")
+RUN_FILES = ("last.safetensors", "model.safetensors")
 """Files of a run or of a model, among which no predictions are written."""
-PREDICTIONS = "predictions.csv"
-TABLES = {PREDICTIONS: ("image", "path"), "left_out.csv": ("name", "reason")}
+PREDICTIONS, LEFT_OUT = "predictions.csv", "left_out.csv"
+TABLES = {PREDICTIONS: ("image", "path"), LEFT_OUT: ("name", "reason")}
 """Tables of a folder of predictions, with columns that they have."""
+TABLE_ENCODING = "utf-8-sig"
+"""Excel puts a byte order mark before what it saves."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,11 @@ class AnswerFolder:
         self._names = folder_names(images)
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: is a file. Give a folder: --out DIR.")
-        if found := next((name for name in RUN_FILES if (out / name).exists()), None):
-            raise OutputError(f"{out}: holds a run or a model ({found}). Choose another --out.")
+        for folder in (out, out.absolute().parent):
+            if found := next((name for name in RUN_FILES if (folder / name).exists()), None):
+                raise OutputError(f"{folder}: holds a run or a model ({found}). Choose another --out.")
         for name, columns in TABLES.items():
-            if (out / name).exists() and not _has_columns(out / name, columns):
+            if not _is_table(out / name, columns):
                 raise OutputError(f"{out / name}: is not a table of keyhole predict. Choose another --out.")
         self._earlier = _earlier(out)
         ours = {_key(image) for image in images}
@@ -150,6 +153,8 @@ class AnswerFolder:
             )
         self.replaced = len(set(self._earlier.values()))
         self._written: set[str] = set()
+        if (out / LEFT_OUT).exists() and not (self._earlier or (out / PREDICTIONS).exists()):
+            raise OutputError(f"{out / LEFT_OUT}: is not beside predictions. Choose another --out.")
         writable_folder(out)
         remove_unfinished([out], re.compile(r"(predictions|left_out)\.csv"))
         folders = {*self._names.values(), *self._earlier}
@@ -197,16 +202,21 @@ def _earlier(out: Path) -> dict[str, str]:
 def _named(out: Path) -> set[str]:
     """Return the images that an earlier predictions.csv names."""
     try:
-        with (out / PREDICTIONS).open(newline="", encoding="utf-8", errors="replace") as file:
-            return {row["path"] for row in csv.DictReader(file)}
+        with (out / PREDICTIONS).open(newline="", encoding=TABLE_ENCODING, errors="replace") as file:
+            return {row["path"] or "" for row in csv.DictReader(file)}
     except (FileNotFoundError, NotADirectoryError):
         return set()
+    except csv.Error as error:
+        raise OutputError(f"{out / PREDICTIONS}: damaged ({error}). Choose another --out, or delete it.") from error
 
 
-def _has_columns(path: Path, columns: Collection[str]) -> bool:
+def _is_table(path: Path, columns: Collection[str]) -> bool:
+    """Return whether a file has these columns, is empty, or is not there."""
     try:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            return set(columns) <= set(csv.DictReader(file).fieldnames or ())
+        with path.open(newline="", encoding=TABLE_ENCODING, errors="replace") as file:
+            return set(columns) <= set(csv.DictReader(file).fieldnames or columns)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
     except (OSError, csv.Error):
         return False
 

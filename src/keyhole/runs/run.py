@@ -36,6 +36,7 @@ from keyhole.report.figures import Drawn, learning_curves
 from keyhole.report.shown import Shown, image_element
 from keyhole.runs.checkpoint import read_info
 from keyhole.tasks.kinds import Task
+from keyhole.util.files import check_creatable
 from keyhole.util.tables import read_rows
 
 PACKAGES = (
@@ -167,11 +168,14 @@ def unfinished(path: str | Path) -> str | None:
 
 def learned_nothing(path: str | Path) -> str | None:
     """Return a line that says so if `path` is a run folder whose model is no better than guessing."""
+    run = Run(Path(path))
     try:
-        found = Run(Path(path)).learning
-    except RunError as error:  # a note beside the model, which can be used without it
+        found = run.learning
+        if found.get("learned") is not False or found.get("epoch") != run.best.get("epoch"):
+            return None  # or the run was resumed, and has a later model
+    except RunError as error:  # the note beside the model is damaged, which can be used without it
         return str(error)
-    return next(iter(found["lines"]), None) if found.get("learned") is False else None
+    return next(iter(found["lines"]), None)
 
 
 def find_run(path: str | Path) -> Run:
@@ -190,13 +194,7 @@ def check_new(out: Path) -> None:
     if out.exists() or out.is_symlink():
         hint = f"; keyhole resume {out} goes on with it" if (out / "last.safetensors").is_file() else ""
         raise RunError(f"{out}: the run folder exists. Choose another --out{hint}.")
-    parent = out.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(
-            f"{out}: cannot be created, {parent} is not a folder that can be written. Choose another --out."
-        )
+    check_creatable(out)
 
 
 def environment(device: str) -> dict[str, Any]:

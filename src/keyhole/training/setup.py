@@ -82,7 +82,7 @@ class Images:
 
     Attributes:
         counts: patches of each image of the training and validation splits, by name.
-        largest: patches of the largest image, as augmentation may shift its grid.
+        largest: patches of the largest image, as augmentation may shift its grid; see `Grid.most_shifted`.
         patch_shape: of one patch, such as (s, s, c), or (f,) of stored features.
         held_bytes: bytes of decoded images that stay in memory.
         open_bytes: bytes of the pictures decoded whole that are open at the same time.

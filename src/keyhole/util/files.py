@@ -34,6 +34,17 @@ def writable_folder(path: str | Path) -> Path:
     return path
 
 
+def check_creatable(path: Path) -> None:
+    """Check that `path` and the folders above it can be created, without creating any."""
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(
+            f"{path}: cannot be created, {parent} is not a folder that can be written. Choose another --out."
+        )
+
+
 def write_atomic(path: str | Path, data: str | bytes) -> Path:
     """Write `data` to `path`; after a crash the file has either its old or its new content."""
     with atomic_file(path) as file:

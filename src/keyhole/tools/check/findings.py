@@ -16,7 +16,7 @@ from keyhole.data.splits import give_splits, leaking_groups
 from keyhole.errors import ImageError
 from keyhole.patches.features import Origin
 from keyhole.tools.check.look import MAX_DARK_VALUE, Probed
-from keyhole.util.wording import counted, listed
+from keyhole.util.wording import listed
 
 MIN_CLASS_IMAGES = 3  # training images of a class from which on weights can help
 MAX_IMBALANCE = 10  # least ratio of the largest to the smallest class for a warning
@@ -46,14 +46,16 @@ def about_labels(manifest: Manifest, config: Config) -> Iterator[Finding]:
     """Yield findings about missing or rare classes, and groups in several splits; all images can be opened."""
     for task, classes in count_classes(manifest).items():
         train = {name: count["train"] for name, count in classes.items()}
+        rare = [name for name, count in train.items() if 0 < count < MIN_CLASS_IMAGES and count < max(train.values())]
+        if rare:
+            problem = f"fewer than {MIN_CLASS_IMAGES} training images of {listed(map(repr, rare))}"
+            fix = "Add images, correct labels that are mistyped, or take out what is so rare: it can hardly be learned."
+            yield warning(task, problem, fix)
+        train = {name: count for name, count in train.items() if name not in rare}
         largest, smallest = max(train, key=lambda name: train[name]), min(train, key=lambda name: train[name])
         if train[smallest] == 0:
             problem = f"no usable training image of class {smallest!r}"
             yield Finding(task, problem, "Repair the images of that class, or take the class out.")
-        elif train[smallest] < MIN_CLASS_IMAGES and train[largest] > train[smallest]:
-            problem = f"only {counted(train[smallest], 'training image')} of {smallest!r}"
-            fix = "Add images of it, correct the label if it is mistyped, or take the class out: it is not learned."
-            yield warning(task, problem, fix)
         elif train[largest] >= MAX_IMBALANCE * train[smallest] and config.train.balance == "none":
             problem = f"{train[largest]} training images of {largest!r}, but {train[smallest]} of {smallest!r}"
             yield warning(task, problem, "Weigh the classes: --train.balance loss.")
