@@ -494,7 +494,7 @@ def test_the_sheet_shows_the_slide_where_it_is_and_the_scores_where_it_is_not(tm
     entry = shown(item)
     prediction = entry.prediction
     assert prediction.size == (1325, 800), "as the slide says"
-    assert entry.pictures.note == "stored features: pixels of the slide"
+    assert entry.pictures.note == "stored features: pixels of the image"
     x, y, width, height = prediction.kept.boxes[0]
     expected = np.asarray(
         Image.fromarray(pixels[y : y + height, x : x + width]).resize((142, 142), Image.Resampling.BICUBIC)
