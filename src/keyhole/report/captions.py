@@ -39,8 +39,8 @@ class Words(NamedTuple):
         """Put a prediction of one task into words."""
         label, said = prediction.label[task.name], prediction.probability[task.name]
         shares = [f"{name} {percent(said[name])}" for name in sorted(said, key=lambda name: -said[name])[:4]]
-        above = prediction.threshold.get(task.name, {})
-        shares += [f"{name} only above {100 * limit:.3g} %" for name, limit in above.items() if limit != task.threshold][:4]
+        limits = {n: limit for n, limit in prediction.threshold.get(task.name, {}).items() if limit != task.threshold}
+        shares += [f"{name} only above {100 * limit:.3g} %" for name, limit in list(limits.items())[:4]]
         answer = f"{task.name}: {label or 'none'}" + (f"   ({', '.join(shares)})" if task.classes else "")
         patch, mpp = prediction.patch, um_per_pixel(prediction)
         size = f"{prediction.size.width:,} x {prediction.size.height:,} px"
