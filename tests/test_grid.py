@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keyhole.errors import ConfigError
@@ -217,10 +217,12 @@ def test_a_million_masked_patches_take_four_bytes_each_and_no_more_while_they_ar
 
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0.3, 6.0), st.integers(4, 30), st.integers(3, 40), st.integers(-30, 0), st.booleans())
+@example(0.6875, 21, 10, 0, False)
 def test_at_another_resolution_the_rules_show_the_same_image(
     scale: float, size: int, stride: int, offset: int, pyramid: bool
 ) -> None:
-    levels = [noise(203, 187, 3), noise(102, 94, 3)][: 1 + pyramid]
+    # Pillow clips to 0 ... 255 between its two passes, whose order depends on what it is given: no value comes near.
+    levels = [noise(203, 187, 3) // 2 + 64, noise(102, 94, 3) // 2 + 64][: 1 + pyramid]
     image = Pyramid(levels, [1.0, 2.0][: len(levels)], mpp=1.0)
     single = PatchGrid(image, size, 1, mpp=scale)  # a patch at every output pixel
     extent = single.columns + size - 1, single.rows + size - 1
