@@ -26,6 +26,8 @@ from keyhole.util.wording import distinct
 
 RUN_FILES = ("last.safetensors", "model.safetensors")
 """Files of a run or of a model, among which no predictions are written."""
+RUN_FOLDERS = ("predictions", "evaluation")
+"""Folders in a run, in which none are written either."""
 PREDICTIONS, LEFT_OUT = "predictions.csv", "left_out.csv"
 TABLES = {PREDICTIONS: ("image", "path"), LEFT_OUT: ("name", "reason")}
 """Tables of a folder of predictions, with columns that they have."""
@@ -135,9 +137,10 @@ class AnswerFolder:
         self._names = folder_names(images)
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: is a file. Give a folder: --out DIR.")
-        for folder in (out, out.absolute().parent):
-            if found := next((name for name in RUN_FILES if (folder / name).exists()), None):
-                raise OutputError(f"{folder}: holds a run or a model ({found}). Choose another --out.")
+        if found := next((name for name in RUN_FILES if (out / name).exists()), None):
+            raise OutputError(f"{out}: holds a run or a model ({found}). Choose another --out.")
+        if out.name in RUN_FOLDERS and (out.absolute().parent / "last.safetensors").exists():
+            raise OutputError(f"{out}: is a folder of a run. Choose another --out.")
         for name, columns in TABLES.items():
             if not _is_table(out / name, columns):
                 raise OutputError(f"{out / name}: is not a table of keyhole predict. Choose another --out.")
@@ -154,7 +157,9 @@ class AnswerFolder:
         self.replaced = len(set(self._earlier.values()))
         self._written: set[str] = set()
         if (out / LEFT_OUT).exists() and not (self._earlier or (out / PREDICTIONS).exists()):
-            raise OutputError(f"{out / LEFT_OUT}: is not beside predictions. Choose another --out.")
+            raise OutputError(
+                f"{out / LEFT_OUT}: is of something else, since no predictions are here. Choose another --out."
+            )
         writable_folder(out)
         remove_unfinished([out], re.compile(r"(predictions|left_out)\.csv"))
         folders = {*self._names.values(), *self._earlier}
