@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import pkgutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from processes import run_process
 import keyhole
 from keyhole.config.settings import Config, PatchConfig, SelectConfig
 from keyhole.errors import ConfigError, KeyholeError
+from keyhole.images import ArrayImage
 from keyhole.inference.predictor import Predictor
+from keyhole.patches.foreground.rules import foreground
 from keyhole.report.files import write_prediction
 from keyhole.report.prediction import Prediction
 
@@ -54,6 +57,26 @@ def test_train_and_check_take_a_whole_config_as_well_as_keywords(toy: Path, tmp_
         keyhole.check(toy, patch={"sise": 16})
     with pytest.raises(ConfigError, match=r"patch.sise"):
         keyhole.embed(toy, tmp_path / "features", patch={"sise": 16})
+
+
+def test_a_name_that_an_argument_does_not_know_is_told_with_those_it_knows(toy_run: Path) -> None:
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    image = ArrayImage(pixels)
+    scores = keyhole.load(toy_run).predict(pixels).scores
+    assert scores is not None
+    refused: dict[str, Callable[[], object]] = {
+        r"edge \(='shfit'\) must be one of .*\(did you mean 'shift'\?\)": lambda: keyhole.PatchGrid(
+            image,
+            32,
+            edge="shfit",  # type: ignore[arg-type]
+        ),
+        r"rule \(='mask'\) must be one of 'non-empty', 'tissue'$": lambda: foreground(image, "mask"),  # type: ignore[arg-type]
+        r"task \(='lable'\) must be one of 'label' \(did you mean 'label'\?\)": lambda: scores.map("lable"),
+        r"compare runs/one: expected a list": lambda: keyhole.compare("runs/one"),
+    }
+    for message, call in refused.items():
+        with pytest.raises((ConfigError, ValueError), match=message):
+            call()
 
 
 # Pixels in memory

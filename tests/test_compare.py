@@ -14,6 +14,7 @@ from test_report import checked, figures
 
 import keyhole
 from keyhole.errors import RunError
+from keyhole.report.page import METRIC_NAMES
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.paired import compare_task
 
@@ -113,6 +114,12 @@ def test_the_command_writes_a_page_and_tables_and_says_the_same(runs: tuple[Path
     assert str(first.parent) not in text
     assert len(figures(text)) == 1
     assert ["train.lr", "0.003", "0.001"] in page.rows
+    drawn = {row["metric"] for row in rows if row["minus_first"]}
+    assert "ece" in drawn
+    for metric in {row["metric"] for row in rows}:
+        name = METRIC_NAMES.get(metric, metric)
+        assert (f">{name}<" in figures(text)[0]) == (metric in drawn - {"ece"}), metric
+    assert ">\N{LEFTWARDS ARROW} calibration error<" in figures(text)[0]
     cases = csv_rows(folder / "cases.csv")
     changed = [row["image"] for row in cases if row["label.first.predicted"] != row["label.second.predicted"]]
     shown = [row[0] for row in page.rows if row[0] in {row["image"] for row in cases}]

@@ -95,6 +95,7 @@ def compare(runs: Sequence[str | Path], split: str = "test", out: str | Path | N
         Metrics, differences with intervals, changed decisions and settings that differ.
 
     Raises:
+        ConfigError: There are fewer than two runs.
         RunError: A run has no predictions, or the runs have no image or no task in common.
         OutputError: The folder cannot be written.
 
@@ -103,6 +104,8 @@ def compare(runs: Sequence[str | Path], split: str = "test", out: str | Path | N
         >>> found.metrics[0].differences[0].value
         0.0
     """
+    if isinstance(runs, str | Path):
+        raise ConfigError(f"compare {runs}: expected a list of two runs or more")
     asked = CompareSettings.model_validate(
         {"runs": [Path(run) for run in runs], "split": split, "out": None if out is None else Path(out)}
     )

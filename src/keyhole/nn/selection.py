@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from keyhole.nn.streaming import LATE, Best, StreamingRule, ranked
 from keyhole.nn.tensors import to_device
+from keyhole.util.wording import must_be_one_of
 
 Rule = Literal["global", "streaming"]
 
@@ -187,7 +188,7 @@ class Selector:
         if m < 1 or chunk < 1:
             raise ValueError(f"`m` (={m}) and `chunk` (={chunk}) must be at least 1")
         if rule not in RULES:
-            raise ValueError(f"rule (={rule!r}) must be one of {', '.join(map(repr, RULES))}")
+            raise ValueError(must_be_one_of("rule", rule, RULES))
         self.rule, self._keeps_logits = RULES[rule](m, chunk), keep_logits
         self._stores = keep_logits or self.rule.needs_logits
         self._images = [_Image(n, n) for n in counts]

@@ -23,6 +23,7 @@ from keyhole.images.resample import inside, resample, spans, surroundings
 from keyhole.patches.edge import EDGE_RULES, Edge, edge_for, mirrored
 from keyhole.util.rows import checked_index
 from keyhole.util.threads import beat
+from keyhole.util.wording import must_be_one_of
 
 MAX_READ_PATCHES, MAX_READ_PIXELS = 64, 2**24
 """Patches, and level pixels, of one read (but at least one patch)."""
@@ -151,7 +152,8 @@ class PatchGrid(Grid):
 
     Raises:
         NoPatches: the mask leaves none.
-        ConfigError: the patch is larger than the image, or the image does not have the resolution.
+        ConfigError: the patch is larger than the image, the image does not have the resolution, or there is no such
+            rule.
 
     >>> from keyhole.images import ArrayImage
     >>> grid = PatchGrid(ArrayImage(np.zeros((64, 100, 3), np.uint8)), size=32, edge="shift")
@@ -181,6 +183,8 @@ class PatchGrid(Grid):
         if size < 1 or self.stride < 1:
             raise ConfigError(f"patch.size (={size}) and patch.stride (={self.stride}) must be at least 1")
         self.edge: Edge = edge_for(image) if edge == "auto" else edge
+        if self.edge not in EDGE_RULES:
+            raise ConfigError(must_be_one_of("edge", edge, ("auto", *EDGE_RULES)))
         self._rule = rule = EDGE_RULES[self.edge]
         self.channels = image.channels
         self.level, self.scale = reading_level(image, mpp, level)

@@ -13,6 +13,7 @@ from keyhole.report.read_table import PredictionTable
 from keyhole.report.svg import COLORS, GREY, draw_svg, shortened
 from keyhole.tasks.intervals import short
 from keyhole.tasks.kinds import Task
+from keyhole.tasks.metrics import higher_is_better
 from keyhole.tasks.paired import PairedMetric
 from keyhole.util.files import file_names
 from keyhole.util.version import VERSION
@@ -78,6 +79,7 @@ class ComparisonReport:
 
     def _section(self, task: Task, name: str) -> dict[str, Any]:
         metrics = [each for each in self.metrics if each.task == task.name]
+        drawn = [each for each in metrics if any(value.value is not None for value in each.differences)]
         cases = self.cases[task.name]
         head = ["metric", *self.names]
         head += [text for other in self.names[1:] for text in (f"{other} minus {self.names[0]}", "")]
@@ -94,7 +96,7 @@ class ComparisonReport:
             "id": name,
             "name": task.name,
             "metrics": HtmlTable(head, rows, words),
-            "figures": [self._differences(metrics, name)] if metrics else [],
+            "figures": [self._differences(drawn, name)] if drawn else [],
             "changes": f"{len(cases):,} of {counted(len(self.tables[0]))} with another prediction.",
             "counts": self._counts(task, cases),
             "cases": self._cases(task, cases),
@@ -117,13 +119,16 @@ class ComparisonReport:
                     axis.plot([value.value], [row + shift], "o", color=color, markersize=5, label=label)
                     if value.low is not None and value.high is not None:
                         axis.plot([value.low, value.high], [row + shift] * 2, color=color)
-            axis.set_yticks(range(len(metrics)), [METRIC_NAMES.get(each.metric, each.metric) for each in metrics])
+            axis.set_yticks(range(len(metrics)), [_metric_and_side(each.metric) for each in metrics])
             axis.invert_yaxis()
             axis.set_xlabel(f"difference from {shortened(self.names[0])}")
             if len(others) > 1:
                 axis.legend()
 
-        caption = "Each metric minus that of the first run, with its 95 % interval: the paired bootstrap."
+        caption = (
+            "Each metric minus that of the first run, with its 95 % interval: the paired bootstrap. Better is to the "
+            "right, but to the left where the arrow points there."
+        )
         size = (4.9, 1.0 + 0.3 * len(metrics) * max(1, 0.6 * (len(self.names) - 1)))
         return Drawn("Differences", caption, draw_svg(f"{name}-differences", size, draw))
 
@@ -146,6 +151,12 @@ class ComparisonReport:
             for case in cases
         )
         return HtmlTable.cut(head, rows, range(len(self.names) + 2), "cases.csv")
+
+
+def _metric_and_side(metric: str) -> str:
+    """Return the name of a metric; an arrow marks those of which less is better."""
+    name = METRIC_NAMES.get(metric, metric)
+    return name if higher_is_better(metric) else f"\N{LEFTWARDS ARROW} {name}"
 
 
 def _fit(task: Task) -> str:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from keyhole.errors import RunError
 from keyhole.images.geometry import Size
 from keyhole.tasks.kinds import Task
+from keyhole.util.wording import must_be_one_of
 
 BOX = ("x", "y", "width", "height")
 
@@ -124,7 +125,12 @@ class Scores:
 
         Returns:
             (rows, columns) float32, NaN where there is no patch.
+
+        Raises:
+            ValueError: There is no such task.
         """
+        if task is not None and task not in self.per_task:
+            raise ValueError(must_be_one_of("task", task, self.per_task))
         out = np.full((self.rows, self.columns), np.nan, np.float32)
         seen = slice(None) if self.arrived is None else self.arrived
         row, column = self.cells[seen].T

@@ -13,6 +13,7 @@ from keyhole.report.predicted import Predicted
 from keyhole.report.predicted import Scores as Scores
 from keyhole.report.shown import Shown, image_element
 from keyhole.util.version import VERSION
+from keyhole.util.wording import must_be_one_of
 
 
 class Prediction(Predicted):
@@ -46,7 +47,7 @@ class Prediction(Predicted):
         """
         shown = [each for each in self.tasks if task in (None, each.name)]
         if not shown:
-            raise ValueError(f"task (={task!r}) must be one of {', '.join(each.name for each in self.tasks)}")
+            raise ValueError(must_be_one_of("task", task, (each.name for each in self.tasks)))
         if self.pictures is None:
             return Shown(f"{self!r}; no pictures")
         figures = []

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from keyhole.errors import DataError, RunError
 from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
-from keyhole.util.wording import listed, nearest
+from keyhole.util.wording import listed, must_be_one_of, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ class Task:
         if cls is not Task:
             return super().__new__(cls)
         if kind not in KINDS:
-            raise ValueError(f"kind (={kind!r}) must be one of {', '.join(KINDS)}")
+            raise ValueError(must_be_one_of("kind", kind, KINDS))
         return super().__new__(KINDS[kind])
 
     def __post_init__(self) -> None:

@@ -13,6 +13,16 @@ def nearest(wrong: str, known: Iterable[str], prefix: str = "", quote: str = "'"
     return f" (did you mean {quote}{prefix}{by_plain[near[0]]}{quote}?)" if near else ""
 
 
+def must_be_one_of(option: str, value: object, known: Iterable[str]) -> str:
+    """Return the message on an argument of a function, if it is none of the known names.
+
+    >>> must_be_one_of("edge", "shfit", ("drop", "shift"))
+    "edge (='shfit') must be one of 'drop', 'shift' (did you mean 'shift'?)"
+    """
+    known = list(known)
+    return f"{option} (={value!r}) must be one of {', '.join(map(repr, known))}{nearest(str(value), known)}"
+
+
 def listed(names: Iterable[str], most: int = 3) -> str:
     """Return the first names, and how many there are if some are not shown."""
     names = list(names)

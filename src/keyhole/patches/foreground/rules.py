@@ -21,6 +21,7 @@ from keyhole.images.pixels import Pixels
 from keyhole.patches.foreground.mask_file import MAX_MASK_SIDE, read_mask
 from keyhole.patches.foreground.tissue import extremes, find_tissue
 from keyhole.util.threads import beat
+from keyhole.util.wording import must_be_one_of
 
 Rule = Literal["all", "non-empty", "tissue", "mask"]
 Mask = NDArray[np.bool_]
@@ -125,7 +126,7 @@ def foreground(image: Image, rule: Literal["non-empty", "tissue"], longest: int 
         Mask, bool (rows, cols), over the whole image.
 
     Raises:
-        ConfigError: `tissue` for a grey image.
+        ConfigError: `tissue` for a grey image, or another rule.
         ImageError: the file is damaged. If only a part is, that part counts as foreground, so that its patches are
             tried, and listed if they cannot be read.
 
@@ -139,6 +140,9 @@ def foreground(image: Image, rule: Literal["non-empty", "tissue"], longest: int 
            [1, 1, 1, 1, 0],
            [0, 0, 0, 0, 0]])
     """
+    in_image = [name for name, each in FOREGROUND_RULES.items() if each.has_mask and not each.from_file]
+    if rule not in in_image:
+        raise ConfigError(must_be_one_of("rule", rule, in_image))
     return FOREGROUND_RULES[rule].mask(image, longest=longest)
 
 
