@@ -69,6 +69,7 @@ ARMS = {
     "averaged": "IPS, M = 16, end to end, mean of the weights",
     "fast": "IPS, M = 16, end to end, attention and heads at a rate of 1e-3",
     "explored": "IPS, M = 16, end to end, exploring in the first third",
+    "explored4": "IPS, M = 4, end to end, exploring in the first third",
     "started": "IPS, M = 16, end to end, started from attention over all frozen patches",
     "plain": "IPS, M = 16, end to end, no projector",
     "resized-plain": f"whole image resized to the cost of IPS, M = {M}, no projector",
@@ -83,9 +84,9 @@ CHANGED: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {"model": {"projector": "none"}},
 }
 """IPS with M = 16 and other settings than the recipe's."""
-SPECIAL = ("all", *CHANGED, "explored", "started", "resized-plain")
+SPECIAL = ("all", *CHANGED, "explored", "explored4", "started", "resized-plain")
 """Arms that are run when they are asked for."""
-SELECTING = ("ips4", "ips16", *CHANGED, "explored", "started")
+SELECTING = ("ips4", "ips16", *CHANGED, "explored", "explored4", "started")
 """Arms of which it is told how many of the kept patches touch a defect."""
 
 
@@ -206,8 +207,9 @@ class Comparison:
         match arm:
             case "ips4" | "ips16":
                 return base.replace(select={"m": int(arm.removeprefix("ips"))})
-            case "explored":
-                return base.replace(train={"explore": epochs / 3})
+            case "explored" | "explored4":
+                m = 4 if arm == "explored4" else M
+                return base.replace(select={"m": m}, train={"explore": epochs / 3})
             case "started":
                 self.run("attention", seed)
                 return base.replace(model={"start": self.run_folder("attention", seed) / "run"})
