@@ -221,6 +221,15 @@ def test_classes_that_differ_in_case_alone_are_told(tmp_path: Path) -> None:
     assert "'Cat' and 'cat' differ in upper and lower case alone" in doubt.problem
 
 
+def test_a_rare_class_that_is_almost_a_frequent_one_is_told(tmp_path: Path) -> None:
+    for rare, usual in {"defctive": "defective", "defectvie": "defective", "healty cell": "healthy cell"}.items():
+        (doubt,) = read(table(tmp_path, {"label": [rare, *["sound", usual] * 11, usual]})).doubts
+        assert doubt.problem == f"{rare!r} (1 image) is almost {usual!r} (12 images)"
+    for rare, usual in {"grade iii": "grade ii", "abnormal": "normal", "mass2": "mass1", "cat": "bat"}.items():
+        assert not read(table(tmp_path, {"label": [rare, *["other", usual] * 11, usual]})).doubts, rare
+    assert not read(table(tmp_path, {"label": ["defctive", "defctive", *["defective"] * 19, *["sound"] * 3]})).doubts
+
+
 @pytest.mark.parametrize("tasks", [(), ("age=regression",)])
 def test_a_decimal_comma_is_refused_with_the_number_as_it_should_be(tasks: tuple[str, ...], tmp_path: Path) -> None:
     path = table(tmp_path, {"age": [f"{30 + i % 5},5" for i in range(N)]}, ";")

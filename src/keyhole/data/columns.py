@@ -10,15 +10,16 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from difflib import SequenceMatcher
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
-from keyhole.data.item import DataTable, Finding, Row, warning
+from keyhole.data.item import DataTable, Finding, Item, Row, warning
 from keyhole.data.read_folder import split_named
 from keyhole.errors import DataError
 from keyhole.tasks.kinds import MAX_NUMBERED_CLASSES, Task
 from keyhole.tasks.label_text import SEPARATOR, looks_like_number
-from keyhole.util.wording import listed, nearest
+from keyhole.util.wording import counted, listed, nearest
 
 GROUPS = (
     *("patient", "person", "subject", "participant", "individual", "donor", "mouse"),
@@ -37,6 +38,9 @@ _IDENTIFIER = re.compile(
 _ENDS_IN_ID = re.compile(r"\w+_id")
 _YES_OR_NO = {"0", "1", "yes", "no", "true", "false", "y", "n", "case", "control", "healthy", "patient"}
 MIN_COUNTING_ROWS = 5  # rows from which on numbers that rise by one count as row numbers
+MAX_MISTYPED, MIN_USUAL_RATIO = 2, 10
+"""Most images with a mistyped label, and how many times as many have the label that was meant, at least."""
+MIN_WORD = 4  # letters of the longer of two words that may be one, mistyped: 'iii' and 'ii' are two grades
 SPREADSHEET_ERRORS = frozenset({"#ref!", "#value!", "#div/0!", "#name?", "#num!", "#null!", "#na"})
 UNKNOWN_AMONG_NUMBERS = frozenset({"none", "?", "-", ".", "missing", "unknown"})
 """Words, in lower case, that mean an unknown label if every other cell of the column is a number."""
@@ -142,6 +146,36 @@ def alike_classes(tasks: Sequence[Task]) -> list[Finding]:
         for (task, _), names in same.items()
         if len(names) > 1
     ]
+
+
+def mistyped_classes(tasks: Sequence[Task], items: Iterable[Item]) -> list[Finding]:
+    """Return a warning about each class of one or two images whose name is a slip of the hand from a frequent one's."""
+    found, items = [], list(items)
+    for task in tasks:
+        counts = Counter(name for item in items for name in task.classes_of(item.labels[task.name]))
+        for rare, few in counts.items():
+            for usual, many in counts.items():
+                if few <= MAX_MISTYPED and many >= MIN_USUAL_RATIO * few and _is_slip(rare, usual):
+                    problem = f"{rare!r} ({counted(few)}) is almost {usual!r} ({counted(many)})"
+                    found.append(warning(task.name, problem, "Write them alike if it is mistyped."))
+    return found
+
+
+def _is_slip(one: str, other: str) -> bool:
+    """Return whether texts differ by one letter of one word, which is neither a number nor short, as grades are.
+
+    >>> _is_slip("big defctive", "big defective"), _is_slip("grade ii", "grade iii"), _is_slip("normal", "abnormal")
+    (True, False, False)
+    """
+    words = one.casefold().split(), other.casefold().split()
+    different = [pair for pair in zip_longest(*words, fillvalue="") if pair[0] != pair[1]]
+    if len(different) != 1:
+        return False
+    first, second = different[0]
+    longer = max(len(first), len(second))
+    if longer < MIN_WORD or any(map(str.isdigit, first + second)):
+        return False
+    return sum(block.size for block in SequenceMatcher(None, first, second).get_matching_blocks()) >= longer - 1
 
 
 def _group_column(path: Path, table: DataTable, group: str, named: Sequence[str]) -> str:

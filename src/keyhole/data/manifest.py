@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.config.settings import DataConfig
-from keyhole.data.columns import alike_classes, column_notes, tasks_among
+from keyhole.data.columns import alike_classes, column_notes, mistyped_classes, tasks_among
 from keyhole.data.hashes import FileHash
 from keyhole.data.item import Finding, Item, LeftOut, Row
 from keyhole.data.read_csv import FILES
@@ -160,7 +160,7 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
         tasks = [task.fit(_encode(task, train)) for task in tasks]
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    doubts = [*table.doubts, *alike_classes(tasks)]
+    doubts = [*table.doubts, *alike_classes(tasks), *mistyped_classes(tasks, items)]
     about = [f"{path}: {note}" for note in column_notes(table, wanted, table.columns if data.tasks else ())]
     positive = [note for task in tasks if (note := positive_note(task, wanted[task.name])) is not None]
     notes = [*table.notes, *about, *notes, *(doubt.line() for doubt in doubts), *positive]
