@@ -134,6 +134,18 @@ def test_predict_refuses_a_bad_image_or_leaves_it_out(
     assert f"left out: {faulty / name}: " in said.err
 
 
+def test_predict_counts_an_image_once_however_often_it_is_named(
+    say: Say, toy: Path, tmp_path: Path, model: Path
+) -> None:
+    folder = Path(shutil.copytree(toy / "red", tmp_path / "red"))
+    (folder / "0.png").write_bytes(b"damaged")
+    files = sorted(folder.iterdir())
+    said = say("predict", model, folder, *files, files[0], "--out=out", "--on-bad-image=skip")
+    assert said.out.splitlines()[-1] == f"predicted: {len(files) - 1}, left out: 1; in out"
+    assert len(csv_rows(Path("out/predictions.csv"))) == len(files) - 1
+    assert len(csv_rows(Path("out/left_out.csv"))) == 1
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_evaluate_refuses_a_bad_image_or_leaves_it_out(
     name: str, say: Say, toy: Path, faulty: Path, model: Path

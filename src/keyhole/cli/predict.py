@@ -106,12 +106,15 @@ def run(argv: list[str]) -> int:
     if answers.replaced:
         print(f"{options.out}: replaces earlier answers for {answers.replaced} of these images", file=sys.stderr)
 
+    done = 0
+
     def tell(item: Item, error: KeyholeError) -> None:
         skipped[item.name] = str(error)
 
     def rows() -> Iterator[TableRow]:
         """Write and show predictions one by one; none is kept, since each has the score of every patch."""
-        done, without = 0, []
+        nonlocal done
+        without = []
         skip = tell if options.on_bad_image == "skip" else None
         for _, prediction in predictor.predict_items(items, left_out=skip, pictures=lambda *_: drawn):
             row = answers.write(prediction)
@@ -131,7 +134,7 @@ def run(argv: list[str]) -> int:
 
     write_table(rows(), answers.out / "predictions.csv")
     answers.finish()
-    print(f"predicted: {len(items) + len(others) - len(skipped)}, left out: {len(skipped)}; in {answers.out}")
+    print(f"predicted: {done}, left out: {len(skipped)}; in {answers.out}")
     return 0
 
 
