@@ -645,3 +645,17 @@ def test_a_class_is_shown_as_it_is_called(tmp_path: Path, capsys: pytest.Capture
     path.write_text(path.read_text().replace(",a", ",[red]x[/red]"))
     assert run_check([str(path), "--patch.size=32", "--select.m=4"]) == 0
     assert "│ [red]x[/red] │" in capsys.readouterr().out
+
+
+def test_a_fault_of_many_images_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = data_set(tmp_path)
+    for i in range(5):
+        picture(tmp_path / f"{i}.png", 20, 20)
+    assert run_check([str(path), "--patch.size=32", "--select.m=4", f"--json={tmp_path / 'found.json'}"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("larger than the image") == 1
+    assert "error: 0.png, 1.png, 2.png, ... (5 in all): the patch (32 x 32 px)" in said
+    assert "--json FILE names every image" in said
+    assert "errors: 5" in last_line(said)
+    found = json.loads((tmp_path / "found.json").read_text())["findings"]
+    assert {each["name"] for each in found if each["severity"] == "error"} == {f"{i}.png" for i in range(5)}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from keyhole.cli.options import DataOptions, print_config, read
+from keyhole.util.wording import listed
 
 if TYPE_CHECKING:
     from keyhole.config.settings import Config
@@ -19,6 +20,8 @@ SOON = 50_000
 """Patches in all epochs together below which no time is forecast, so that torch is not imported."""
 LISTED = 20
 """Left-out files shown."""
+SAME_LISTED = 3
+"""Names shown of images with the same fault."""
 
 
 class CheckOptions(DataOptions):
@@ -118,10 +121,15 @@ def show_report(report: CheckReport, stream: TextIO) -> None:
         console.print(line)
     if report.previews is not None:
         console.print(f"foreground masks and patches to look at: {report.previews}")
+    same: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for finding in report.findings:
-        style = "bold red" if finding.severity == "error" else "yellow"
-        console.print(f"{finding.severity}: {finding.name}: {finding.problem}", style=style)
-        console.print(f"    fix: {finding.fix}")
+        same[finding.severity, finding.problem, finding.fix].append(finding.name)
+    for (severity, problem, fix), names in same.items():
+        style = "bold red" if severity == "error" else "yellow"
+        console.print(f"{severity}: {listed(names, SAME_LISTED)}: {problem}", style=style)
+        console.print(f"    fix: {fix}")
+    if any(len(names) > SAME_LISTED for names in same.values()):
+        console.print("--json FILE names every image")
     for left in report.left_out[:LISTED]:
         console.print(f"left out: {left.name}: {left.reason}")
     if len(report.left_out) > LISTED:
