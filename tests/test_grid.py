@@ -102,10 +102,18 @@ def test_a_patch_does_not_depend_on_what_it_is_read_with(grid: PatchGrid, data: 
 @laws
 @given(grids(), st.data())
 def test_a_shifted_grid_has_no_more_patches_than_are_planned_for(grid: PatchGrid, data: st.DataObject) -> None:
-    unshifted = PatchGrid(grid.image, grid.size, grid.stride, edge=grid.edge)
     offset = data.draw(st.tuples(*2 * [st.integers(1 - grid.stride, 0)]))
-    shifted = PatchGrid(grid.image, grid.size, grid.stride, offset=offset, edge=grid.edge)
-    assert len(shifted) <= unshifted.most_shifted
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    lines = np.zeros((grid.image.size.height, grid.image.size.width), bool)
+    lines[rng.integers(len(lines))] = lines[:, rng.integers(lines.shape[1])] = True
+    for mask in (None, lines, ~lines) if grid.stride <= grid.size else (None,):
+        try:
+            unshifted = PatchGrid(grid.image, grid.size, grid.stride, mask=mask, edge=grid.edge)
+            shifted = PatchGrid(grid.image, grid.size, grid.stride, offset=offset, mask=mask, edge=grid.edge)
+        except NoPatches:
+            continue
+        assert len(shifted) <= unshifted.most_shifted
+        assert unshifted.most_shifted <= (unshifted.rows + 1) * (unshifted.columns + 1)
 
 
 @pytest.mark.parametrize("edge", EDGES)

@@ -270,9 +270,15 @@ class PatchGrid(Grid):
     def most_shifted(self) -> int:
         """Largest number of patches where the grid begins less than a stride before the image: a row and a column more.
 
-        With a foreground it is an estimate, more in proportion.
+        Of these, a foreground leaves the patches that overlap one of its patches here. That is an estimate where a
+        patch needs more than a touch of foreground, or the stride leaves gaps.
         """
-        return -(-self.n * (self.rows + 1) * (self.columns + 1) // (self.rows * self.columns))
+        if self._kept is None:
+            return (self.rows + 1) * (self.columns + 1)
+        near = np.full((self.rows + 2, self.columns + 2), self.edge == "drop")  # unknown what lies beyond the last ones
+        near[0], near[:, 0] = False, False
+        near[1:-1, 1:-1].flat[self._kept] = True
+        return int((near[:-1, :-1] | near[:-1, 1:] | near[1:, :-1] | near[1:, 1:]).sum())
 
     def corners(self, index: ArrayLike | slice) -> Index:
         """Compute where patches begin.
