@@ -19,6 +19,8 @@ def test_a_convolution_over_squares_is_that_over_pixels(c: int, height: int, wid
         torch.manual_seed(seed)
         conv, patches = nn.Conv2d(c, 5, 7, 2, 3, bias=bias), torch.randn(3, c, height, width)
     assert fits(conv)
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "weight", "bias"):
+        assert getattr(SquaresConv(conv), name) is getattr(conv, name)
     torch.testing.assert_close(SquaresConv(conv)(patches), conv(patches), rtol=1e-4, atol=1e-5)
 
 

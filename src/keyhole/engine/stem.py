@@ -22,11 +22,13 @@ UNIT = 8
 
 
 class SquaresConv(nn.Module):
-    """Computes what a convolution that `fits` does, up to rounding; shares its weights."""
+    """Computes what a convolution that `fits` does, up to rounding, with its weights and attributes."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
+        for name in conv.__constants__:  # an encoder may read them
+            setattr(self, name, getattr(conv, name))
 
     def forward(self, patches: Float[Tensor, "k c h w"]) -> Float[Tensor, "k o _ _"]:
         height, width = patches.shape[-2:]
