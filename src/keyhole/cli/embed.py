@@ -14,7 +14,7 @@ from keyhole.errors import ConfigError
 class EmbedOptions(Options, EmbedSettings):
     """Embed the patches of every image, and write one HDF5 file of features for each, as CLAM and TRIDENT do.
 
-    `keyhole train DATA --data.features DIR` learns from them. The same line again goes on where it was stopped.
+    `keyhole train DATA --data.features DIR` learns from them. Run the same command again to continue where it stopped.
     """
 
     EXAMPLES: ClassVar = (

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class PredictOptions(Options, InferenceSettings):
     """Labels of images by a run's best model, the patches they rest on, and the score of every patch.
 
-    Writes predictions.csv with one row per image, and a folder per image, which its row names: prediction.json,
+    Writes predictions.csv with one row per image, and a folder per image, named in its row: prediction.json,
     kept.csv, scores.csv, scores.npz, and kept.geojson, which QuPath opens; on request pictures and tiles.geojson.
     """
 
@@ -41,7 +41,8 @@ class PredictOptions(Options, InferenceSettings):
     out: Path | None = None
     """Folder to write to; created if it is not there."""
     mpp: Number | None = None
-    """Microns per pixel of the full resolution, where the files do not say it or are wrong; a CSV says it per image."""
+    """Microns per pixel of the full resolution, where the files do not state it or state it wrongly; a CSV says it per
+    image."""
     masks: Path | None = None
     """Folder of masks by the images' names, for a model of `patch.foreground mask`."""
     threshold: Fraction | Literal["balanced", "sensitive"] | None = None
@@ -54,7 +55,7 @@ class PredictOptions(Options, InferenceSettings):
     """Also draw, per task, the image with the score of every patch and the kept patches outlined (overlay_TASK.png),
     and a contact sheet of the kept patches (kept_TASK.png)."""
     save_patches: Positive | None = None
-    """Also write the kept patches of the highest scores, so many at most, as the model saw them: patches/*.png."""
+    """Also write this number of kept patches, those with the highest scores, as the model saw them: patches/*.png."""
     tiles: Switch = False
     """Also write tiles.geojson, every patch as a tile with its score, which QuPath colours as a map."""
 

@@ -51,7 +51,9 @@ def run(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("starlette", "uvicorn", "xstatic"):
             raise
-        raise ConfigError(f"the viewer needs {error.name}: pip install 'keyhole[view]'") from error
+        raise ConfigError(
+            f"the viewer needs {error.name}: pip install '.[view]' in the folder of keyhole's source"
+        ) from error
     from keyhole.view.collection import open_collection
 
     collection = open_collection(options.paths, options.root)

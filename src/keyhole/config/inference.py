@@ -16,7 +16,7 @@ class InferenceSettings(Settings):
     """Settings of everything that computes with a trained model or encoder."""
 
     device: Device = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps`; `auto` is a CUDA GPU, else Apple's GPU, else the CPU."""
     decode: Decode = "auto"
     """Where JPEG tiles of slides are decoded: `auto` lets a GPU take part, which changes results a little from run to
     run; `cpu` does not."""
@@ -58,7 +58,8 @@ class CompareSettings(Settings):
     split: Literal["train", "val", "test"] = "test"
     """Split of the run folders."""
     out: Path | None = None
-    """Folder for compare.html and the tables; default is comparison-A-B in the current folder, after the runs."""
+    """Folder for compare.html and the tables; default is `comparison-A-B` in the current folder, where A
+    and B are the names of the runs."""
 
 
 class EmbedSettings(InferenceSettings):
@@ -87,7 +88,8 @@ class EmbedSettings(InferenceSettings):
     root: Path | None = None
     """Folder that relative image paths of a CSV start from; default is the CSV's own folder."""
     masks: Path | None = None
-    """Folder of masks (.png, .geojson), one an image by its name without suffix, for `patch.foreground mask`."""
+    """Folder of masks (.png, .geojson), one per image, named like the image without its suffix, for `patch.foreground
+    mask`."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the stored features; float16 halves the files."""
     precision: Literal["auto", "float32", "tf32", "bf16"] = "float32"

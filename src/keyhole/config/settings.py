@@ -70,12 +70,12 @@ class DataConfig(Settings):
     root: Location | None = None
     """Folder that relative image paths of a CSV start from; default is the CSV's own folder."""
     tasks: tuple[str, ...] = ()
-    """Columns to learn, each `name` or `name=kind` (multiclass, binary, multilabel, regression); none: all columns that
-    describe the images, not those that only identify them, such as `slide_id`. `name=binary:class` names the positive
-    class."""
+    """Columns to learn, each `name` or `name=kind` (multiclass, binary, multilabel, regression). If none is given, all
+    columns that describe the images are learned, not those that only identify them, such as `slide_id`.
+    `name=binary:class` names the positive class."""
     group: str = "auto"
-    """Column whose images stay in one split, such as `patient`; `auto` takes `group`, else a column that is called like
-    patients, cases or slides; `none` takes no column."""
+    """Column whose images stay in one split, such as `patient`; `auto` takes `group`, else a column with a name
+    such as `patient`, `case` or `slide`; `none` takes no column."""
     missing: tuple[str, ...] = ("nan", "NA", "N/A", "#N/A", "<NA>", "null", "None")
     """Words in label cells of a CSV that mean unknown, like an empty cell. They match in any case, but a word in mixed
     case only as written, so that `none` may be a class. Remove a word from the list to learn it as a class."""
@@ -86,11 +86,11 @@ class DataConfig(Settings):
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What an unreadable image does: end the run, or be left out, counted and listed."""
     features: Location | None = None
-    """Folder of feature files (.h5, .pt), one an image by its name without suffix, as CLAM, TRIDENT and `keyhole embed`
-    write them; they are read instead of the images."""
+    """Folder of feature files (.h5, .pt), one per image, named like the image without its suffix, as CLAM, TRIDENT and
+    `keyhole embed` write them; they are read instead of the images."""
     masks: Location | None = None
-    """Folder of masks (.png, .geojson), one an image by its name without suffix, for `patch.foreground mask`; a
-    column `mask` of the CSV overrides it."""
+    """Folder of masks (.png, .geojson), one per image, named like the image without its suffix, for `patch.foreground
+    mask`; a column `mask` of the CSV overrides it."""
     hash_gb: NotNegativeFloat = 50.0
     """GB of files up to which the manifest holds their SHA-256; larger data are compared by file size."""
     cache: NotNegativeFloat | None = None
@@ -162,7 +162,7 @@ class ModelConfig(Settings):
     """Keep only the first stages of a timm encoder (the paper's Megapixel MNIST uses 2 of ResNet-18); for `small`,
     halvings after the first convolution, default 2."""
     pretrained: Switch = False
-    """Download timm's pretrained weights. Off: nothing is downloaded without being asked for; `lite0` has its own."""
+    """Download timm's pretrained weights. Nothing is downloaded unless you ask for it; `lite0` needs no download."""
     weights: Location | None = None
     """Weights for the encoder: a run, whose best model's encoder is taken, or a safetensors file."""
     start: Location | None = None
@@ -230,7 +230,8 @@ class SelectConfig(Settings):
     """Iterative patch selection."""
 
     m: Positive = 32
-    """Patches kept per image (M). Memory and time of the learning pass grow with it."""
+    """Patches kept per image (M). The time of the learning pass grows with it, and its memory until `--memory` makes it
+    learn from them in parts."""
     chunk: Positive | None = None
     """Patches scored at once in the pass without gradients (I); default is what `--memory` allows. Part of the
     method under `streaming`, where it must be given; under `global` the result does not depend on it."""
@@ -287,9 +288,9 @@ class TrainConfig(Settings):
     balance: Literal["none", "loss"] = "none"
     """`loss` weighs classes by the inverse of their frequency in the training split."""
     precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
-    """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it, and on a CPU that has it for looking with all but
-    small encoders; else float32, which is not rounded to TF32. `tf32` is float32 rounded in convolutions and matrix
-    products on a GPU, which is faster."""
+    """Arithmetic of the encoder; `auto` is bf16 on a GPU that has it; on a CPU with bf16 instructions, bf16 in the pass
+    without gradients, except with small encoders and those of depthwise convolutions, such as `lite0`; else float32.
+    `tf32`, which is faster, is float32 rounded in convolutions and matrix products on a GPU."""
     metric: str = "auto"
     """Validation metric that names the best model: `loss`, `TASK.METRIC` or `METRIC` (mean over the tasks where it is
     defined); `auto` is `auroc` where all tasks have classes, `mae` for one regression task, else `loss`, also where
@@ -375,7 +376,8 @@ class Config(Settings):
     out: Location | None = None
     """Run folder to create; must not exist yet."""
     memory: Memory = None
-    """Budget of device memory such as `5GB`, kept by choosing chunks; `auto` is what is free. On CPU: the process."""
+    """Memory budget such as `5GB`, of the GPU or, on a CPU, of the process: so many patches are encoded at once that it
+    holds. `auto` is what is free."""
     unreadable: Share = ONE_PERCENT
     """Share of all patches that may be unreadable before training ends with an error; for each image in predicting."""
     data: DataConfig = Field(default_factory=DataConfig)

@@ -70,7 +70,7 @@ def load(
 
     Args:
         run: A run folder, or a folder with model.safetensors.
-        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         memory: Budget such as `5GB`, of the device or, on a CPU, of the process; `auto` is what is free.
         unreadable: Share of an image's patches that may be unreadable, such as `1%`.
         decode: `auto` lets a GPU decode JPEG tiles of slides too, `cpu` does not; see `RunConfig.decode`.
