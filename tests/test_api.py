@@ -22,6 +22,7 @@ from keyhole.errors import ConfigError, KeyholeError
 from keyhole.images import ArrayImage
 from keyhole.inference.predictor import Predictor
 from keyhole.patches.foreground.rules import foreground
+from keyhole.patches.grid import Foreground
 from keyhole.report.files import write_prediction
 from keyhole.report.prediction import Prediction
 
@@ -71,6 +72,15 @@ def test_a_name_that_an_argument_does_not_know_is_told_with_those_it_knows(toy_r
             edge="shfit",  # type: ignore[arg-type]
         ),
         r"rule \(='mask'\) must be one of 'non-empty', 'tissue'$": lambda: foreground(image, "mask"),  # type: ignore[arg-type]
+        r"foreground mask must be a NumPy array, bool \(rows, columns\), not uint8 \(4, 4\)": lambda: keyhole.PatchGrid(
+            image,
+            32,
+            mask=np.full((4, 4), 255, np.uint8),  # type: ignore[arg-type]
+        ),
+        r"foreground mask must be .*, not list": lambda: keyhole.PatchGrid(image, 32, mask=[[True]]),  # type: ignore[arg-type]
+        r"share \(=5\) of a foreground mask must be between 0 and 1": lambda: keyhole.PatchGrid(
+            image, 32, mask=Foreground(np.ones((4, 4), np.bool_), 5)
+        ),
         r"task \(='lable'\) must be one of 'label' \(did you mean 'label'\?\)": lambda: scores.map("lable"),
         r"compare runs/one: expected a list": lambda: keyhole.compare("runs/one"),
     }
@@ -196,9 +206,15 @@ def test_wrong_shapes_are_told_in_words_with_both_values() -> None:
     assert said == {
         "grey patches": "patches must be (k c h w) with c = 3, the encoder's `channels`, not (5, 1, 16, 16)",
         "channels last": "patches must be (k c h w) with c = 3, the encoder's `channels`, not (5, 16, 16, 3)",
-        "one image": "patches must be (k c h w) with c = 3, the encoder's `channels`, not (18, 16, 16)",
+        "one image": "patches must be (b n c h w), or features (b n f), not (6, 3, 16, 16); one image is patches[None]",
         "two axes": "patches must be (b n c h w), or features (b n f), not (6, 3); one image is patches[None]",
         "mask of another number": "`mask` must be bool (2, 6), one value for each patch, not bool (2, 5)",
+        "mask of NumPy": "`mask` must be a torch tensor, not ndarray",
+        "patches of NumPy": "patches must be a torch tensor, not ndarray",
+        "whole numbers": "patches must be uint8 pixels of 0 ... 255, or floats, not int64",
+        "more embeddings than patches": "the encoder gave (48, 32) for 12 patches, expected a vector for each",
+        "fewer logits than patches": "4 images, 4 indices and 3 logits are not of the same patches",
+        "queries": "`queries` must name the tasks ['label'], not ['lable']",
         "mask of numbers": "`mask` must be bool (2, 6), one value for each patch, not float32 (2, 6)",
         "position": "`position` must begin with (2, 6), as the patches do, not (2, 7)",
         "select mask": "`mask` must be bool (2, 6), one value for each patch, not bool (6, 2)",

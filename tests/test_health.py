@@ -23,6 +23,7 @@ from keyhole.engine.bags import positions
 from keyhole.engine.opening import opener
 from keyhole.engine.random_patches import RandomPatches, attended_share, draw
 from keyhole.nn import build_classifier, guessing_loss, total_loss
+from keyhole.nn.selection import RULES
 from keyhole.nn.tensors import AsRead, values_of
 from keyhole.patches.image_cache import ImageCache
 from keyhole.tasks.kinds import Task
@@ -45,7 +46,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("position", ["none", "1d", "2d"])
-@pytest.mark.parametrize("rule", ["global", "streaming"])
+@pytest.mark.parametrize("rule", RULES)
 def test_random_patches_are_the_same_whatever_the_chunks_and_answer_as_the_model_does(
     images: list[Path], rule: Any, position: Any
 ) -> None:
@@ -202,7 +203,7 @@ def test_the_watched_split_is_measured_or_a_few_training_images(data: str, tmp_p
     assert ("test.loss" in row) == (data == "test")
 
 
-@pytest.mark.parametrize("rule", ["global", "streaming"])
+@pytest.mark.parametrize("rule", RULES)
 def test_stored_features_have_no_colour_and_tasks_of_every_kind_a_gain(rule: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lines = ["image,one,three,amount,tags,split"]

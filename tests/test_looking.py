@@ -27,6 +27,7 @@ from keyhole.engine.memory.plan import Plan, unlimited
 from keyhole.engine.scoring import ChunkScorer, blank_rows, filled_rows
 from keyhole.loading import Chunk
 from keyhole.nn import CrossAttentionPool, IPSClassifier, SmallEncoder
+from keyhole.nn.selection import RULES
 from keyhole.patches.sources import TensorPatches
 from keyhole.training.augment import color_matrix
 from keyhole.util.timing import NO_TIMER, Timer
@@ -137,7 +138,7 @@ def sources(count: int, n: int) -> list[TensorPatches]:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("rule", ["global", "streaming"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_batch_waits_for_the_device_once_and_not_in_the_chunk_loop(rule: Any, compiled: bool) -> None:
     device = GPU

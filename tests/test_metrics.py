@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from keyhole.errors import RunError
+from keyhole.report.evaluation_page import GLOSSARY
 from keyhole.tasks.evaluation import evaluate_task, evaluation_json, format_lines, point_metrics
 from keyhole.tasks.intervals import bootstrap
 from keyhole.tasks.kinds import Task
-from keyhole.tasks.metrics import metric_values
+from keyhole.tasks.metrics import METRICS, metric_values
 
 DIGIT = Task("digit", "multiclass", ("a", "b", "c"))
 TUMOUR = Task("tumour", "binary", ("no", "yes"))
@@ -308,3 +309,7 @@ def test_output_that_is_no_number_names_the_task() -> None:
     p[3] = np.nan
     with pytest.raises(RunError, match="digit: the output of the model is NaN for 1 of 10 images"):
         point_metrics(DIGIT, targets, p)
+
+
+def test_the_report_explains_every_metric() -> None:
+    assert {metric.name for metric in METRICS} <= GLOSSARY.keys()

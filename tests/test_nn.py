@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from keyhole.config.settings import FIXED_CHUNK_RULES, ModelConfig, SelectConfig
 from keyhole.nn import (
     CenterPosition,
     CrossAttentionPool,
@@ -24,7 +25,8 @@ from keyhole.nn import (
     task_loss,
     total_loss,
 )
-from keyhole.nn.selection import Selector
+from keyhole.nn.position import POSITIONS
+from keyhole.nn.selection import RULES, Rule, Selector
 from keyhole.tasks.kinds import Task
 
 LAW = settings(max_examples=25, deadline=None)
@@ -49,6 +51,76 @@ def bag(n: int, seed: int, images: int = 1) -> Tensor:
 def kept(model: IPSClassifier, patches: Tensor, m: int, chunk: int, **options: Any) -> list[set[int]]:
     index = model.select(patches, m, chunk, **options).index
     return [set(row[row >= 0].tolist()) for row in index]
+
+
+# What users pass
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_an_autocast_of_the_users_changes_nothing(kind: torch.dtype) -> None:
+    model, patches = features_model(position="1d").eval(), bag(60, 0)
+    place = torch.arange(60)[None]
+    here, out = model.select(patches, 8, 16), model(patches, place)
+    pooled = model.pool(torch.randn(1, 5, DIM, generator=torch.Generator().manual_seed(0)))
+    with torch.autocast("cpu", kind):
+        there, again = model.select(patches, 8, 16), model(patches, place)
+        twice = model.pool(torch.randn(1, 5, DIM, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(there.logits, here.logits, rtol=0, atol=0)
+    torch.testing.assert_close(again, out, rtol=0, atol=0)
+    torch.testing.assert_close(twice, pooled, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_may_be_floats_of_any_width(kind: torch.dtype) -> None:
+    model, patches = features_model().eval(), bag(20, 0).to(kind)
+    torch.testing.assert_close(model(patches), model(patches.float()), rtol=0, atol=0)
+    torch.testing.assert_close(model.select(patches, 4, 7).index, model.select(patches.float(), 4, 7).index)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_bytes_are_values_up_to_1_in_both_passes_whatever_the_shape(rule: Any) -> None:
+    features = torch.randint(0, 256, (1, 20, FEATURES), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model = features_model().eval()
+    torch.testing.assert_close(model(features), model(features / 255))
+    assert kept(model, features, 4, 7, rule=rule) == kept(model, features / 255, 4, 7, rule=rule)
+    volumes = features.view(1, 20, 1, 3, 2, 2)
+    flat = IPSClassifier(nn.Sequential(nn.Flatten(), model.encoder), model.pool, dict(model.heads.items())).eval()
+    assert kept(flat, volumes, 4, 7, rule=rule) == kept(model, features, 4, 7, rule=rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_patch_that_cannot_be_scored_is_an_error(rule: Any, value: float) -> None:
+    patches = bag(20, 0)
+    patches[0, 7, 0] = value
+    with pytest.raises(ValueError, match="some scores are NaN"):
+        features_model().select(patches, 4, 8, rule=rule)
+
+
+def test_an_image_without_patches_harms_no_other() -> None:
+    model = features_model().eval()
+    patches, mask = bag(6, 0, 2), torch.ones(2, 6, dtype=torch.bool)
+    mask[1] = False
+    alone = model(patches[:1])["task0"].sum()
+    wanted = torch.autograd.grad(alone, [model.pool.query, model.pool.value_proj.weight])
+    both = model(patches, mask=mask)
+    found = torch.autograd.grad(both["task0"][0].sum(), [model.pool.query, model.pool.value_proj.weight])
+    torch.testing.assert_close(found, wanted)
+    assert all(out.isfinite().all() for out in both.values())
+
+
+def test_a_position_code_of_the_users_is_given_positions() -> None:
+    model = features_model()
+    model.position = nn.Linear(2, DIM)
+    with pytest.raises(ValueError, match="give `position`"):
+        model.select(bag(20, 0), 4, 8)
+    assert model.select(bag(20, 0), 4, 8, position=torch.rand(1, 20, 2)).index.shape == (1, 4)
+
+
+def test_rules_and_position_codes_are_those_that_the_settings_name() -> None:
+    assert set(get_args(Rule)) == set(RULES) == set(get_args(SelectConfig.model_fields["rule"].annotation))
+    assert set(FIXED_CHUNK_RULES) == {name for name, rule in RULES.items() if rule.own_chunk}
+    assert {"none", *POSITIONS} == set(get_args(ModelConfig.model_fields["position"].annotation))
 
 
 # Law 1: under "global" the kept set depends on the patches alone
@@ -80,7 +152,7 @@ def test_global_does_not_depend_on_other_images_or_padding(a: int, b: int, m: in
     both[0, :a], both[1, :b] = first[0], second[0]
     mask = torch.zeros(2, max(a, b), dtype=torch.bool)
     mask[0, :a] = mask[1, :b] = True
-    for rule in ("global", "streaming"):
+    for rule in RULES:
         alone = kept(model, first, m, chunk, rule=rule) + kept(model, second, m, chunk, rule=rule)
         assert kept(model, both, m, chunk, rule=rule, mask=mask) == alone
 
@@ -178,7 +250,7 @@ def test_a_score_of_zero_is_kept_before_a_patch_that_never_arrived() -> None:
     assert found.score.tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("rule", ["global", "streaming"])
+@pytest.mark.parametrize("rule", RULES)
 def test_an_image_of_which_nothing_arrives_keeps_nothing(rule: Any) -> None:
     selector = Selector([5, 0, 3], 2, 2, rule, keep_logits=True)
     selector.skip(torch.tensor([0, 0, 2, 0]))
@@ -262,7 +334,7 @@ def state(model: nn.Module) -> tuple[dict[str, Tensor], list[bool], list[Tensor 
 
 
 @LAW
-@given(st.lists(st.booleans(), min_size=30, max_size=30), st.sampled_from(["global", "streaming"]))
+@given(st.lists(st.booleans(), min_size=30, max_size=30), st.sampled_from(sorted(RULES)))
 def test_selection_leaves_everything_as_it_found_it(modes: list[bool], rule: Any) -> None:
     model = features_model()
     for part, mode in zip(model.modules(), modes, strict=False):

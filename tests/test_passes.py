@@ -26,6 +26,7 @@ from keyhole.engine.bags import positions
 from keyhole.engine.opening import open_reader, opener
 from keyhole.loading import Batch, Reader
 from keyhole.nn import IPSClassifier, Kept, build_classifier
+from keyhole.nn.selection import RULES
 from keyhole.nn.tensors import as_read, values_of
 from keyhole.patches.image_cache import ImageCache
 from keyhole.patches.sources import View
@@ -117,7 +118,7 @@ def test_both_passes_see_the_same_pixels(
 @given(
     st.integers(1, 40),
     st.integers(1, 12),
-    st.sampled_from(["global", "streaming"]),
+    st.sampled_from(sorted(RULES)),
     st.sampled_from(["none", "1d", "2d"]),
 )
 def test_streaming_from_files_selects_what_the_modules_select_in_memory(

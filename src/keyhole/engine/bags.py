@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from keyhole.errors import ImageError
 from keyhole.loading import Batch
-from keyhole.nn import CenterPosition, IPSClassifier, Kept
+from keyhole.nn import IPSClassifier, Kept
+from keyhole.nn.position import takes_centers
 from keyhole.nn.tensors import AsRead, as_read, host_memory, on_device, to_device
 from keyhole.patches.grid import Index
 from keyhole.patches.sources import PatchSource
@@ -83,7 +84,7 @@ def fetch_bags(
 
 def positions(model: IPSClassifier, source: PatchSource, index: Index) -> NDArray[Any]:
     """Return positions of patches as the model's code takes them: the index, or centres in pixels of the patches."""
-    if isinstance(model.position, CenterPosition):
+    if takes_centers(model.position):
         return (source.positions_2d(index) / source.scale).astype(np.float32)
     return source.positions_1d(index)
 

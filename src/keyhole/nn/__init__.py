@@ -5,7 +5,7 @@ from keyhole.nn.build import build_classifier
 from keyhole.nn.classifier import IPSClassifier
 from keyhole.nn.encoder import FeatureProjector, PixelEncoder, SmallEncoder, TimmEncoder
 from keyhole.nn.loss import guessing_loss, task_loss, total_loss
-from keyhole.nn.position import CenterPosition, IndexPosition
+from keyhole.nn.position import CenterPosition, IndexPosition, PositionCode
 from keyhole.nn.reference import from_reference, reference_tasks
 from keyhole.nn.selection import GlobalRule, Kept, Selection, SelectionRule, Selector, evaluating, explore
 from keyhole.nn.streaming import StreamingRule
@@ -19,6 +19,7 @@ __all__ = [
     "IndexPosition",
     "Kept",
     "PixelEncoder",
+    "PositionCode",
     "Selection",
     "SelectionRule",
     "Selector",

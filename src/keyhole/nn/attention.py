@@ -16,9 +16,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from keyhole.nn.tensors import no_autocast
+
 
 def check_mask(mask: Tensor | None, patches: Tensor) -> None:
     """Raise ValueError for a mask that is not bool (b n), one value for each of the patches (b n ...)."""
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(f"`mask` must be a torch tensor, not {type(mask).__name__}")
     if mask is not None and (mask.shape != patches.shape[:2] or mask.dtype != torch.bool):
         came = f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
         raise ValueError(f"`mask` must be bool {tuple(patches.shape[:2])}, one value for each patch, not {came}")
@@ -85,9 +89,10 @@ class CrossAttentionPool(nn.Module):
         Returns:
             Matrix (d ht).
         """
-        query = rearrange(self.query_proj(self.query), "t (h k) -> h k t", h=self.heads) / math.sqrt(self.key_dim)
-        key = rearrange(self.key_proj.weight, "(h k) d -> h d k", h=self.heads)
-        return rearrange(key @ query, "h d t -> d (h t)")
+        with no_autocast(self.query.device):
+            query = rearrange(self.query_proj(self.query), "t (h k) -> h k t", h=self.heads) / math.sqrt(self.key_dim)
+            key = rearrange(self.key_proj.weight, "(h k) d -> h d k", h=self.heads)
+            return rearrange(key @ query, "h d t -> d (h t)")
 
     def logits(
         self, embedding: Float[Tensor, "b n d"], query: Float[Tensor, "d ht"] | None = None
@@ -107,7 +112,8 @@ class CrossAttentionPool(nn.Module):
         if embedding.ndim != 3 or embedding.shape[-1] != self.dim:
             raise ValueError(f"embeddings must be (b n d) with `dim` d = {self.dim}, not {tuple(embedding.shape)}")
         query = self.folded_query() if query is None else query
-        return rearrange(embedding @ query, "b n (h t) -> b n h t", h=self.heads)
+        with no_autocast(embedding.device):
+            return rearrange(embedding.to(query.dtype) @ query, "b n (h t) -> b n h t", h=self.heads)
 
     def forward(
         self, embedding: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None
@@ -116,7 +122,7 @@ class CrossAttentionPool(nn.Module):
 
         Args:
             embedding: (b n d).
-            mask: (b n), False at padding; each image needs at least one patch.
+            mask: (b n), False at padding. An image of padding alone gets the mean of its padding.
 
         Returns:
             Pooled embeddings (b t d).
@@ -126,10 +132,11 @@ class CrossAttentionPool(nn.Module):
         """
         logits = self.logits(embedding)
         check_mask(mask, embedding)
-        if mask is not None:
-            logits = logits.masked_fill(~mask[:, :, None, None], -torch.inf)
-        attention = self.attention_dropout(F.softmax(logits, dim=1))
-        value = rearrange(self.value_proj(embedding), "b n (h v) -> b n h v", h=self.heads)
-        pooled = torch.einsum("b n h t, b n h v -> b t h v", attention, value)
-        x = self.attention_norm(self.query + self.dropout(self.out_proj(rearrange(pooled, "b t h v -> b t (h v)"))))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+        if mask is not None:  # not -inf, with which an image of padding alone would make all gradients NaN
+            logits = logits.masked_fill(~mask[:, :, None, None], torch.finfo(logits.dtype).min)
+        with no_autocast(embedding.device):
+            attention = self.attention_dropout(F.softmax(logits, dim=1))
+            value = rearrange(self.value_proj(embedding.to(logits.dtype)), "b n (h v) -> b n h v", h=self.heads)
+            pooled = torch.einsum("b n h t, b n h v -> b t h v", attention, value)
+            x = self.attention_norm(self.query + self.dropout(self.out_proj(rearrange(pooled, "b t h v -> b t (h v)"))))
+            return self.mlp_norm(x + self.dropout(self.mlp(x)))

@@ -11,7 +11,7 @@ from keyhole.nn.attention import CrossAttentionPool
 from keyhole.nn.classifier import IPSClassifier
 from keyhole.nn.encoder import FeatureProjector, PixelEncoder, SmallEncoder, TimmEncoder
 from keyhole.nn.packaged import Lite0Encoder, lite0_weights
-from keyhole.nn.position import CenterPosition, IndexPosition
+from keyhole.nn.position import POSITIONS
 from keyhole.nn.weights import check_pretrained
 from keyhole.tasks.kinds import Task
 
@@ -58,11 +58,7 @@ def build_classifier(
             dropout=model.dropout,
             attention_dropout=model.attention_dropout,
         )
-        position: nn.Module | None = None
-        if model.position == "1d":
-            position = IndexPosition(dim)
-        elif model.position == "2d":
-            position = CenterPosition(dim, unit=float(patch_size))
+        position = None if model.position == "none" else POSITIONS[model.position](dim, float(patch_size))
     except ValueError as error:
         raise ConfigError(f"--model: {error}") from error
     if isinstance(encoder, PixelEncoder):
@@ -91,11 +87,11 @@ def projected(
 
 
 def embedding_width(encoder: nn.Module, model: ModelConfig, patch_size: int) -> int:
-    """Measure the width of the embeddings with a patch of zeros: a model's attributes are not always right."""
+    """Measure the width of the embeddings with patches of zeros: a model's attributes are not always right."""
     encoder.eval()
     try:
         with torch.no_grad():
-            embedding = encoder(torch.zeros(1, model.channels, patch_size, patch_size))
+            embedding = encoder(torch.zeros(2, model.channels, patch_size, patch_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
@@ -104,9 +100,9 @@ def embedding_width(encoder: nn.Module, model: ModelConfig, patch_size: int) -> 
         ) from error
     finally:
         encoder.train()
-    if embedding.ndim != 2:
+    if embedding.ndim != 2 or len(embedding) != 2:
         raise ConfigError(
-            f"--model.encoder {model.encoder}: gives {tuple(embedding.shape)} for a patch, expected one vector"
+            f"--model.encoder {model.encoder}: gives {tuple(embedding.shape)} for 2 patches, expected a vector for each"
         )
     return int(embedding.shape[1])
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from keyhole.nn.attention import CrossAttentionPool, check_mask
 from keyhole.nn.encoder import PixelEncoder, lone_patch
-from keyhole.nn.position import CenterPosition
+from keyhole.nn.position import PositionCode
 from keyhole.nn.selection import Rule, Selection, evaluating, select_bags
-from keyhole.nn.tensors import AsRead, prepare
+from keyhole.nn.tensors import AsRead, no_autocast, prepare
 from keyhole.util.tf32 import tf32
 
 
@@ -22,9 +22,11 @@ def _loose(tensor: Shaped[Tensor, "b n ..."], mask: Bool[Tensor, "b n"] | None) 
     return tensor.flatten(0, 1) if mask is None else tensor[mask.to(tensor.device)]
 
 
-def _check_bags(patches: Tensor, position: Tensor | None, mask: Tensor | None) -> None:
+def _check_bags(patches: Tensor, position: Tensor | None, mask: Tensor | None, encoder: nn.Module) -> None:
     """Raise ValueError for shapes that do not fit each other; the modules check what they take themselves."""
-    if patches.ndim < 3:
+    if not isinstance(patches, Tensor):
+        raise ValueError(f"patches must be a torch tensor, not {type(patches).__name__}")
+    if patches.ndim < 3 or (patches.ndim == 4 and isinstance(encoder, PixelEncoder)):
         raise ValueError(
             f"patches must be (b n c h w), or features (b n f), not {tuple(patches.shape)}; one image is patches[None]"
         )
@@ -51,10 +53,16 @@ def encoded(encoder: Callable[..., Tensor], pixels: Tensor, color: Tensor | None
     `pixels` are (k h w c) uint8 as read, with affine colour changes (k c c+1); or (k c h w) floats or (k f) features.
     """
     if pixels.dtype != torch.uint8:
-        return encoder(pixels)
-    if isinstance(encoder, PixelEncoder):
-        return encoder.embed(prepare(pixels, color, dtype, encoder.scale, encoder.shift))
-    return encoder(prepare(pixels, color))
+        embedding = encoder(pixels)
+    elif isinstance(encoder, PixelEncoder):
+        embedding = encoder.embed(prepare(pixels, color, dtype, encoder.scale, encoder.shift))
+    else:
+        embedding = encoder(prepare(pixels, color))
+    if embedding.ndim != 2 or len(embedding) != len(pixels):
+        raise ValueError(
+            f"the encoder gave {tuple(embedding.shape)} for {len(pixels)} patches, expected a vector for each"
+        )
+    return embedding
 
 
 class Heads(nn.Module):
@@ -84,10 +92,10 @@ class IPSClassifier(nn.Module):
         heads: task -> module from (b d) to (b o) logits.
         position: positions (b n) or (b n 2) -> codes (b n d), or None.
         queries: task -> query of the pool; default one each, in the order of `heads`.
-        precision: arithmetic of the encoder (autocast); everything behind it is float32.
+        precision: arithmetic of the encoder; everything behind it is float32. An autocast of your own has no effect.
 
     Raises:
-        ValueError: a head's query does not exist in the pool.
+        ValueError: a head has no query, or one that does not exist in the pool.
     """
 
     def __init__(
@@ -104,6 +112,8 @@ class IPSClassifier(nn.Module):
         self.heads = Heads(heads)
         self.queries = dict(queries) if queries is not None else {task: t for t, task in enumerate(heads)}
         self.precision = precision
+        if self.queries.keys() != heads.keys():
+            raise ValueError(f"`queries` must name the tasks {list(heads)}, not {list(self.queries)}")
         for task, t in self.queries.items():
             if not 0 <= t < pool.queries:
                 raise ValueError(f"task {task!r} needs query {t}, the pool has `queries` (={pool.queries})")
@@ -127,7 +137,7 @@ class IPSClassifier(nn.Module):
         Raises:
             ValueError: the patches, positions or mask have another shape.
         """
-        _check_bags(patches, position, mask)
+        _check_bags(patches, position, mask, self.encoder)
         embedding = self.encode(_loose(patches, mask))
         if mask is None:
             embedding = embedding.unflatten(0, patches.shape[:2])
@@ -146,8 +156,9 @@ class IPSClassifier(nn.Module):
         Returns:
             Logits (b o) of every task.
         """
-        pooled = self.pool(self._placed(embedding, position), mask)
-        return {task: head(pooled[:, self.queries[task]]) for task, head in self.heads.items()}
+        with no_autocast(embedding.device):
+            pooled = self.pool(self._placed(embedding, position), mask)
+            return {task: head(pooled[:, self.queries[task]]) for task, head in self.heads.items()}
 
     def encode(self, patches: Shaped[Tensor, "k ..."] | AsRead) -> Float[Tensor, "k d"]:
         """Encode loose patches in the model's precision; see `lone_patch` for a single one.
@@ -157,9 +168,15 @@ class IPSClassifier(nn.Module):
 
         Returns:
             Embeddings (k d) in float32.
+
+        Raises:
+            ValueError: patches of another type, or an encoder that does not give a vector for each.
         """
-        if isinstance(patches, Tensor) and patches.dtype == torch.uint8:
-            patches = patches.to(torch.float32) / 255
+        if isinstance(patches, Tensor):
+            if not (patches.is_floating_point() or patches.dtype == torch.uint8):
+                came = str(patches.dtype).removeprefix("torch.")
+                raise ValueError(f"patches must be uint8 pixels of 0 ... 255, or floats, not {came}")
+            patches = patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
         alone = self.training and len(patches) == 1
         pixels, color = encoder_input(patches)
         with self.autocast(pixels.device), lone_patch(self.encoder) if alone else nullcontext():
@@ -201,8 +218,9 @@ class IPSClassifier(nn.Module):
         Returns:
             Logits (k h t).
         """
-        placed = self._placed(embedding[None], None if position is None else position[None])
-        return self.pool.logits(placed, query)[0]
+        with no_autocast(embedding.device):
+            placed = self._placed(embedding[None], None if position is None else position[None])
+            return self.pool.logits(placed, query)[0]
 
     def select(
         self,
@@ -222,15 +240,16 @@ class IPSClassifier(nn.Module):
             chunk: patches to encode at once, and I of the rule "streaming". For features on a GPU use tens of
                 thousands, since launching the work takes longer than the work.
             rule: "global" (independent of order and chunk) or "streaming" (as published).
-            position: as in `forward`; default 0 ... n-1 for the 1-D code.
+            position: as in `forward`; default 0 ... n-1 for a `PositionCode` that takes indices.
             mask: True where there is a patch, for bags of different size.
             encode: loose patches, uint8 as they are read (k h w c), -> embeddings (k d); default `self.encode`.
 
         Returns:
-            Selection with `index` (b m) best first and, under "global", `logits` (b n h t).
+            Selection with `index` (b min(m,n)) best first and, under "global", `logits` (b n h t).
 
         Raises:
-            ValueError: patches, positions or a mask of another shape; `m` or `chunk` below 1.
+            ValueError: patches, positions or a mask of another shape; `m` or `chunk` below 1; on a CPU, without
+                `encode`, a score that is NaN, since a GPU would have to be waited for.
 
         Example:
             >>> from keyhole.nn import CrossAttentionPool, IPSClassifier, SmallEncoder
@@ -244,22 +263,31 @@ class IPSClassifier(nn.Module):
             >>> model(patches[:, selection.index[0]])["tumor"].shape
             torch.Size([1, 2])
         """
-        _check_bags(patches, position, mask)
+        _check_bags(patches, position, mask, self.encoder)
         b, n = patches.shape[:2]
-        if position is None and self.position is not None and not isinstance(self.position, CenterPosition):
+        if position is None and isinstance(self.position, PositionCode) and not self.position.takes_centers:
             position = torch.arange(n, device=patches.device).expand(b, n)
         loose, where = _loose(patches, mask), None if position is None else _loose(position, mask)
         if loose.dtype == torch.uint8 and loose.ndim == 4:
             loose = loose.permute(0, 2, 3, 1)
+        watched = encode is None and loose.device.type == "cpu"
+        undefined: list[Tensor] = []
         if encode is None:
-            encode = self.encode if loose.dtype != torch.uint8 else lambda pixels: self.encode(AsRead(pixels))
+            pixels = loose.dtype == torch.uint8 and loose.ndim == 4
+            encode = self.encode if not pixels else lambda pixels: self.encode(AsRead(pixels))
         with evaluating(self), tf32(False):
             query = self.pool.folded_query()
 
             def score(rows: slice) -> Tensor:
-                return self.logits(encode(loose[rows]), None if where is None else where[rows], query)
+                logits = self.logits(encode(loose[rows]), None if where is None else where[rows], query)
+                if watched:
+                    undefined.append(logits.isnan().any())
+                return logits
 
-            return select_bags(score, (b, n), mask, m, chunk, rule)
+            selection = select_bags(score, (b, n), mask, m, chunk, rule)
+        if undefined and torch.stack(undefined).any():
+            raise ValueError("some scores are NaN: some values of patches, or weights, are NaN or infinite")
+        return selection
 
     def train(self, mode: bool = True) -> "IPSClassifier":
         """Set training mode, except for parts whose parameters are all frozen: batch norm would go on learning there.

@@ -33,10 +33,10 @@ MAX_RANKED_TOGETHER = 2**22
 
 @dataclass(frozen=True)
 class Selection:
-    """Kept patches of b images, best first.
+    """Kept patches of b images, best first; in bags of n patches each keeps m, or n if there are fewer.
 
     Attributes:
-        index: (b m) patch indices, -1 where an image has fewer than m patches.
+        index: (b m) patch indices, -1 where an image has fewer patches than that.
         score: (b m) their scores, 0 at padding.
         mask: (b m) True where a patch was kept.
         logits: (b n h t) of all patches under "global", else None; -inf at padding.
@@ -79,6 +79,8 @@ def explore(kept: Kept, n: int, share: float, generator: torch.Generator, places
         The best patches, then the drawn ones with score 0.
     """
     free = torch.ones(n, dtype=torch.bool) if kept.arrived is None else kept.arrived.clone()
+    if not 0 <= share <= 1:
+        raise ValueError(f"`share` (={share}) must be between 0 and 1")
     m = len(kept.index) if places is None else places
     drawn = min(round(share * m), int(free.sum()) - len(kept.index))
     if drawn <= 0:
@@ -197,6 +199,10 @@ class Selector:
     def add(self, image: Int[Tensor, " k"], index: Int[Tensor, " k"], logits: Float[Tensor, "k h t"]) -> None:
         """Take the logits of k patches; `image` and `index` live on the host, in order of arrival."""
         owner = image.numpy()
+        if not len(image) == len(index) == len(logits):
+            raise ValueError(
+                f"{len(image)} images, {len(index)} indices and {len(logits)} logits are not of the same patches"
+            )
         if not len(owner):
             return
         self.rule.add(image, index, logits)

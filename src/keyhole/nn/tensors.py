@@ -6,6 +6,7 @@ Letters: k loose patches, c channels, h w height and width of a patch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,12 @@ def host_memory(shape: tuple[int, ...], dtype: np.dtype[Any], device: torch.devi
     """Return uninitialized host memory; for a GPU it is pinned, so that the host does not wait for copies from it."""
     empty = torch.from_numpy(np.empty(0, dtype)).dtype
     return torch.empty(shape, dtype=empty, pin_memory=device.type == "cuda")
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the type of the tensors inside, also where the caller has switched autocast on."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def copy_all(there: Sequence[Tensor], here: Sequence[Tensor]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -55,6 +56,15 @@ class Foreground(NamedTuple):
     mask: NDArray[np.bool_]
     share: float = 0.0
     name: str = "foreground mask"
+
+    def check(self) -> None:
+        """Raise ConfigError for a mask that is not bool (rows, columns), or a share outside 0 ... 1."""
+        mask = self.mask
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.ndim != 2:
+            came = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise ConfigError(f"a {self.name} must be a NumPy array, bool (rows, columns), not {came}")
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"share (={self.share}) of a {self.name} must be between 0 and 1")
 
 
 def reading_level(
@@ -152,8 +162,8 @@ class PatchGrid(Grid):
 
     Raises:
         NoPatches: the mask leaves none.
-        ConfigError: the patch is larger than the image, the image does not have the resolution, or there is no such
-            rule.
+        ConfigError: the patch is larger than the image, the image does not have the resolution, there is no such rule,
+            or the mask is not bool (rows, columns).
 
     >>> from keyhole.images import ArrayImage
     >>> grid = PatchGrid(ArrayImage(np.zeros((64, 100, 3), np.uint8)), size=32, edge="shift")
@@ -179,7 +189,8 @@ class PatchGrid(Grid):
         level: int | None = None,
         edge: Edge | Literal["auto"] = "background",
     ) -> None:
-        self.image, self.size, self.stride = image, size, size if stride is None else stride
+        size, stride = operator.index(size), operator.index(size if stride is None else stride)
+        self.image, self.size, self.stride = image, size, stride
         if size < 1 or self.stride < 1:
             raise ConfigError(f"patch.size (={size}) and patch.stride (={self.stride}) must be at least 1")
         self.edge: Edge = edge_for(image) if edge == "auto" else edge
@@ -208,6 +219,7 @@ class PatchGrid(Grid):
         self.n = self.rows * self.columns
         if mask is not None:
             foreground = mask if isinstance(mask, Foreground) else Foreground(mask)
+            foreground.check()
             self._kept = self._masked(foreground)
             if not len(self._kept):
                 raise NoPatches(

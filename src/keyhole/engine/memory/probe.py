@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from keyhole.engine.encoders import Encoders
 from keyhole.engine.memory.meter import comes_in_steps, growth
 from keyhole.engine.split import kept_buffers
-from keyhole.nn import CenterPosition, IPSClassifier, evaluating
+from keyhole.nn import IPSClassifier, evaluating
+from keyhole.nn.position import takes_centers
 from keyhole.nn.tensors import AsRead, as_read, values_of
 from keyhole.util.budget import out_of_memory
 
@@ -192,7 +193,7 @@ def example_positions(model: IPSClassifier, shape: tuple[int, ...], device: torc
     """Return positions of any patches, as the model's position code takes them; None where it has none."""
     if model.position is None:
         return None
-    if isinstance(model.position, CenterPosition):
+    if takes_centers(model.position):
         return torch.zeros(*shape, 2, device=device)
     return torch.zeros(shape, dtype=torch.long, device=device)
 
