@@ -33,13 +33,13 @@ from make_slides import write_vendors
 from numpy.typing import NDArray
 from processes import run_process
 
-from keyhole.errors import ImageError, ImageLost
+from keyhole.errors import BitsUnknown, ImageError, ImageLost
 from keyhole.images import ArrayImage, Box, Image, Level, Size, open_image
 from keyhole.images.faults import check_reachable, faults_of
 from keyhole.images.geometry import same_shape
 from keyhole.images.image import readers
 from keyhole.images.openslide import OpenSlideImage
-from keyhole.images.pillow import PillowImage
+from keyhole.images.pillow import PillowImage, image_in_memory
 from keyhole.images.pixels import on_white
 from keyhole.images.tiff import TiffImage
 from keyhole.images.tiff_file import MAX_LOADED_ENTRIES
@@ -588,3 +588,40 @@ def test_opening_a_picture_does_not_import_openslide_or_torch(stored: dict[str, 
 def test_readers_are_asked_highest_priority_first() -> None:
     names = [reader.__name__ for reader in readers()]
     assert names == ["TiffImage", "ZarrImage", "OpenSlideImage", "PillowImage"]
+
+
+@pytest.mark.parametrize("bits", [None, 12])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_a_picture_of_16_bits_in_memory_gives_the_pixels_of_its_file(
+    tmp_path: Path, bits: int | None, order: str
+) -> None:
+    largest = 2 ** (bits or 16) - 1
+    values = np.random.default_rng(0).integers(0, largest, (40, 30), endpoint=True).astype(np.uint16)
+    values[0, 0] = largest
+    PIL.Image.fromarray(values).save(tmp_path / "deep.png")
+    with open_image(tmp_path / "deep.png", bits) as file:
+        expected = file.read((0, 0, 30, 40))
+    assert (expected.min(), expected.max()) == (0, 255)
+    with PIL.Image.open(tmp_path / "deep.png") as picture:
+        assert picture.mode == "I;16"
+        np.testing.assert_array_equal(image_in_memory(picture, bits).read((0, 0, 30, 40)), expected)
+    mode = "I;16" if order == "<u2" else "I;16B"
+    made = PIL.Image.frombytes(mode, (30, 40), values.astype(order).tobytes())
+    np.testing.assert_array_equal(image_in_memory(made, bits).read((0, 0, 30, 40)), expected)
+
+
+def test_bits_in_use_of_a_picture_in_memory_are_asked_for_as_of_a_file(tmp_path: Path) -> None:
+    values = np.full((40, 30), 3000, np.uint16)
+    PIL.Image.fromarray(values).save(path := tmp_path / "deep.png")
+    with PIL.Image.open(path) as picture:
+        with pytest.raises(BitsUnknown) as of_picture:
+            image_in_memory(picture)
+        with pytest.raises(BitsUnknown) as of_file:
+            open_image(path)
+        assert str(of_picture.value) == str(of_file.value)
+        with pytest.raises(ImageError, match=r"deep\.png: holds a value of 3,000, .*Correct --patch\.bits"):
+            image_in_memory(picture, 10)
+    with pytest.raises(
+        ImageError, match=r"grey values of the kind F; save it with 8 bits, or as a PNG or TIFF file of 16"
+    ):
+        image_in_memory(PIL.Image.new("F", (20, 20)))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import Say
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_images import png
@@ -185,3 +186,16 @@ def test_damaged_outlines_are_one_line_with_the_files_name(tmp_path: Path) -> No
         read_mask(path, SIZE)
     assert str(caught.value).count(str(path)) == 1
     assert "\n" not in str(caught.value)
+
+
+def test_masks_for_a_model_that_does_not_use_them_are_refused(
+    toy: Path, toy_run: Path, tmp_path: Path, say: Say
+) -> None:
+    lines = (
+        ("predict", toy_run, toy / "red" / "0.png", "--masks", tmp_path, "--out", "answers"),
+        ("evaluate", toy_run, "--data", toy, "--masks", tmp_path, "--out", "evaluated"),
+    )
+    for line in lines:
+        assert "of patch.foreground all and does not use masks. Leave" in say(*line).refusal()
+    assert not Path("answers").exists()
+    assert not Path("evaluated").exists()

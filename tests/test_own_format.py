@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from make_images import picture
 from keyhole.cli.main import main
 from keyhole.data.listing import expand_images
 from keyhole.errors import ImageError
-from keyhole.images import open_image
+from keyhole.images import ArrayImage, Box, open_image
 from keyhole.images.image import folder_suffixes, image_suffixes, readers
+from keyhole.images.pixels import Pixels
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "adding-a-reader.md"
 
@@ -68,3 +70,44 @@ def test_the_readers_declare_what_a_folder_is_searched_for() -> None:
     slides = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm", ".svslide", ".czi"}
     assert folder_suffixes() == {".zarr"}
     assert image_suffixes() == photos | slides | {".zarr"}
+
+
+@pytest.mark.parametrize("box", [(0, 0, 20, 10), (-3, -3, 20, 10)])
+@pytest.mark.parametrize(
+    ("wrong", "came"),
+    [
+        (lambda pixels: pixels / 255, "float64 "),
+        (lambda pixels: pixels.astype(np.int64), "int64 "),
+        (lambda pixels: pixels[:, :, 0], r"uint8 \(\d+, \d+\) "),
+        (lambda pixels: pixels[:1], r"uint8 \(1, \d+, 3\) "),
+        (lambda pixels: pixels.transpose(2, 0, 1), r"uint8 \(3, \d+, \d+\) "),
+        (lambda pixels: pixels.tolist(), "<class 'list'> "),
+    ],
+)
+def test_a_reader_that_returns_other_pixels_is_named_with_what_it_returned(
+    wrong: Callable[[Pixels], Any], came: str, box: tuple[int, int, int, int]
+) -> None:
+    class WrongImage(ArrayImage):
+        def _read(self, box: Box, level: int) -> Pixels:
+            return wrong(super()._read(box, level))  # type: ignore[no-any-return]
+
+    image = WrongImage(picture(3, 64, 64), "own.npy")
+    line = rf"^`_read` of the reader WrongImage returned {came}.* expected uint8 \(\d+, \d+, 3\)\. Correct the reader"
+    with pytest.raises(TypeError, match=line) as caught:
+        image.read(box)
+    assert caught.value.__notes__ == ["The image is own.npy."]
+
+
+def test_check_says_that_the_reader_is_at_fault_and_not_the_file(
+    installed: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = tmp_path / "site" / "your_package.py"
+    module.write_text(module.read_text().replace("return np.array(", "return 1 / 255 * np.array("))
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3):
+            np.save(tmp_path / "data" / name / f"{i}.npy", picture(3, 64, 64, seed=i))
+    assert main(["check", str(tmp_path / "data"), "--patch.size", "16", "--select.m", "3", "--run.threads", "1"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("reader NpyImage returned float64 (16, 16, 3)") == 1, "once for all images"
+    assert out.count("This is a fault of the reader, not of the file") == 1

@@ -16,6 +16,7 @@ from keyhole.errors import ConfigError, ImageError
 from keyhole.images import ArrayImage, Image, open_image
 from keyhole.images.pixels import Pixels
 from keyhole.loading import FetchOnly, Reader
+from keyhole.loading.stream import Stream
 from keyhole.patches import image_cache as store_module
 from keyhole.patches.edge import EDGE_RULES
 from keyhole.patches.foreground.rules import FOREGROUND_RULES
@@ -289,20 +290,26 @@ def test_few_patches_of_an_image_in_memory_are_copied_by_the_consumer(
         assert reader.reread_patches == 4
 
 
+@pytest.mark.parametrize("hungry", [True, False])
 @pytest.mark.parametrize(("keep", "reads"), [(True, 1), (False, 3)])
 def test_an_image_in_memory_is_copied_in_one_task(
-    picture: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, reads: int
+    picture: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, reads: int, hungry: bool
 ) -> None:
+    """By a reading thread while the consumer waits, else by the thread that plans, which never reads a file."""
     opener = FileOpener(picture, "p", 6, cache=ImageCache(keep=keep))
     expected = FileOpener(picture, "p", 6)().read(slice(None))
-    tasks = []
+    monkeypatch.setattr(Stream, "hungry", hungry)  # else it depends on which thread comes first
+    submitted, here = [], []
     with Reader(threads=1) as reader:
-        submit = reader.threads.submit
-        monkeypatch.setattr(reader.threads, "submit", lambda *a, **k: tasks.append(a) or submit(*a, **k))
+        submit, run_here = reader.threads.submit, reader.threads.run_here
+        monkeypatch.setattr(reader.threads, "submit", lambda *a, **k: submitted.append(a) or submit(*a, **k))
+        monkeypatch.setattr(reader.threads, "run_here", lambda *a: here.append(a) or run_here(*a))
         stream = reader.stream([[opener]], 256)
         (chunk,) = next(stream).chunks()
     np.testing.assert_array_equal(chunk.pixels[: chunk.count], expected)
-    assert len(tasks) == 1 + reads, "one opens it"
+    copied_here = int(keep and not hungry)
+    assert len(here) == copied_here
+    assert len(submitted) == 1 + reads - copied_here, "one opens it"
 
 
 def test_one_rule_decides_what_stays_in_memory(picture: Path) -> None:

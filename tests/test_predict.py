@@ -20,10 +20,11 @@ from PIL import Image
 import keyhole
 from keyhole.cli.main import main
 from keyhole.config.settings import Config, ModelConfig, PatchConfig, SelectConfig
-from keyhole.errors import KeyholeError
+from keyhole.errors import ConfigError, ImageLost, KeyholeError
 from keyhole.images import open_image
 from keyhole.inference.evaluate import evaluate
 from keyhole.inference.predictor import Predictor, describe
+from keyhole.loading.stream import SharedReading
 from keyhole.nn import SmallEncoder, build_classifier
 from keyhole.patches.grid import PatchGrid
 from keyhole.report.files import write_prediction
@@ -343,6 +344,56 @@ def test_bad_images_are_told_and_left_out_or_raise(predictor: Predictor, images:
         assert close(prediction, predictor.predict(prediction.image), 1e-6), "the others are as without it"
     with pytest.raises(KeyholeError, match=r"(bad|small)\.png"):
         list(predictor.predict_many(paths))
+
+
+def test_a_path_that_is_not_there_is_told_before_anything_is_read(
+    predictor: Predictor, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = [tmp_path / "misspelt.png", tmp_path / ("long" * 100)]
+    told: dict[str, str] = {}
+    with monkeypatch.context() as during:
+        during.setattr(Predictor, "predict_items", lambda *_, **__: pytest.fail("a reader would try again for 20 s"))
+        for path in missing:
+            calls = (lambda path=path: predictor.predict(path), lambda path=path: list(predictor.predict_many([path])))
+            for call in (*calls, lambda path=path: list(predictor.predict_many([*images, path]))):
+                with pytest.raises(ImageLost, match=f"{path.name}: no such file. Check the path"):
+                    call()
+    monkeypatch.setattr(SharedReading, "retry_in", lambda *_: pytest.fail("nothing is tried again"))
+    found = list(predictor.predict_many([missing[0], images[0], missing[1], images[2]], "skip", told.__setitem__))
+    assert [prediction.image for prediction in found] == [images[0], images[2]]
+    assert told == {str(path): f"{path}: no such file. Check the path." for path in missing}
+    assert not list(predictor.predict_many(missing, "skip"))
+
+
+@pytest.mark.parametrize("rule", ["all", "non-empty"])
+def test_masks_are_refused_by_a_model_that_does_not_use_them(rule: Any, images: list[Path], tmp_path: Path) -> None:
+    predictor = random_predictor(PatchConfig(size=16, foreground=rule), SelectConfig(m=2, chunk=16))
+    Image.new("L", (4, 4), 255).save(mask := tmp_path / "0.png")
+    pixels = np.asarray(Image.open(images[0]))
+    calls = {
+        "mask": [lambda: predictor.predict(images[0], mask=mask), lambda: predictor.predict(pixels, mask="no.png")],
+        "masks": [lambda: list(predictor.predict_many(images, masks=tmp_path))],
+    }
+    for argument, those in calls.items():
+        for call in those:
+            with pytest.raises(
+                ConfigError, match=rf"^{argument} .*patch\.foreground {rule} and does not use masks\. Leave"
+            ):
+                call()
+
+
+def test_masks_are_used_by_their_model_which_tells_at_once_that_one_is_not_there(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (4, 4), 255).save(mask := tmp_path / "0.png")
+    pixels = np.asarray(Image.open(images[0]))
+    predictor = random_predictor(PatchConfig(size=16, foreground="mask"), SelectConfig(m=2, chunk=16))
+    assert len(predictor.predict(images[0], mask=mask).kept) == len(predictor.predict(pixels, mask=mask).kept) == 2
+    assert len(list(predictor.predict_many(images[:1], masks=tmp_path))) == 1
+    monkeypatch.setattr(SharedReading, "retry_in", lambda *_: pytest.fail("nothing is tried again"))
+    for image in (images[0], pixels):
+        with pytest.raises(ImageLost, match=r"nowhere\.png: no such file"):
+            predictor.predict(image, mask=tmp_path / "nowhere.png")
 
 
 def test_what_is_left_out_is_named_as_it_was_given(

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +23,9 @@ from test_prediction import predicted
 import keyhole
 from keyhole.data.item import Item
 from keyhole.report.cases import Cases
+from keyhole.report.files import write_prediction
 from keyhole.report.prediction import Prediction
+from keyhole.report.table import AnswerFolder
 from keyhole.tasks.kinds import Task
 
 if TYPE_CHECKING:
@@ -285,3 +288,19 @@ def test_what_was_left_out_and_where_annotations_lie_is_told(toy: Path, toy_run:
     assert any("Annotated regions" in text for text in page.texts)
     assert len(found.notes) == 1  # these images were used in training
     assert found.notes[0] in page.texts
+
+
+def test_an_overlay_of_a_prediction_without_pictures_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    bare = replace(predicted(), pictures=None)
+    with pytest.raises(ValueError, match="carries no pictures; predict with pictures=True"):
+        write_prediction(bare, tmp_path / "out", overlay=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_answers_are_complete_without_the_pictures_of_a_file_that_was_lost(tmp_path: Path) -> None:
+    bare = replace(predicted(), pictures=None)
+    answers = AnswerFolder(tmp_path / "out", [bare.image], overlay=True)
+    answers.write(bare)
+    (folder,) = (tmp_path / "out").iterdir()
+    assert {path.name for path in folder.iterdir()} >= {"prediction.json", "kept.csv"}
+    assert not list(folder.glob("*.png"))

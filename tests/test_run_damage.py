@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import settings, write_toy
+from conftest import Say, settings, write_toy
 
 import keyhole
 from keyhole.cli.main import main
@@ -157,3 +158,45 @@ def test_changed_images_are_named_by_resume_and_evaluate(tmp_path: Path, capsys:
         assert main([command, str(run)]) == 0
     (run / "manifest.csv").write_bytes(cut((run / "manifest.csv").read_bytes()))
     assert f"{run / 'manifest.csv'}: changed since the run began" in said(capsys, "evaluate", run)
+
+
+# A run in Python
+
+
+def test_a_run_is_made_from_text_and_given_as_a_path(run: Path, toy: Path, tmp_path: Path) -> None:
+    found = keyhole.Run(str(run))
+    assert found == keyhole.Run(run) == keyhole.Run(found)
+    assert (found.path, Path(found)) == (run, run)
+    losses = [row["val.loss"] for row in found.metrics]
+    assert losses == [row["val.loss"] for row in keyhole.Run(run).metrics]
+    assert len(losses) == found.config.train.epochs
+    image = toy / "red" / "0.png"
+    assert keyhole.load(found).predict(image).probability == keyhole.load(run).predict(image).probability
+    assert keyhole.load(found, threshold="balanced").thresholds
+    assert keyhole.evaluate(found, out=tmp_path / "evaluated").metrics
+    assert keyhole.compare([found, run], split="val", out=tmp_path / "compared").metrics
+    assert [row["val.loss"] for row in keyhole.resume(found).metrics] == losses
+    assert keyhole.embed(toy / "red", tmp_path / "features", run=found, device="cpu").files
+    assert keyhole.Config(model={"start": found}).model.start == run
+
+
+def test_a_run_whose_folder_is_not_there_says_so_where_it_is_used(tmp_path: Path) -> None:
+    missing = keyhole.Run(tmp_path / "nowhere")
+    uses: list[Callable[[], object]] = [missing.curves, missing.show, missing.summary]
+    uses += [partial(getattr, missing, name) for name in ("config", "metrics", "best", "learning")]
+    for use in uses:
+        with pytest.raises(RunError, match=r"nowhere: there is no such run folder\. Check the path"):
+            use()
+
+
+def test_the_command_line_says_once_that_there_is_no_run(tmp_path: Path, toy: Path, say: Say) -> None:
+    said = say("predict", tmp_path / "nowhere", toy / "red" / "0.png", "--out", tmp_path / "out")
+    assert "nowhere" in said.refusal()
+    assert said.all.count("nowhere") == 1
+
+
+def test_the_file_of_a_model_is_refused_for_its_folder(run: Path) -> None:
+    for file in (run / "best" / "model.safetensors", run / "last.safetensors"):
+        with pytest.raises(RunError, match=f"{file.name}: is a file, .*Give the folder that holds it: {file.parent}$"):
+            keyhole.load(file)
+        keyhole.load(file.parent)

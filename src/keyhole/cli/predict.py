@@ -94,6 +94,7 @@ def run(argv: list[str]) -> int:
         options.decode,
         threshold=options.threshold,
     )
+    predictor.check_masks("--masks", options.masks)
     for said in threshold_lines(predictor.tasks, predictor.thresholds):
         print(said, file=sys.stderr)
     if options.threshold is None and not nothing and (said := advice(options.run, predictor.tasks)):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -38,6 +40,8 @@ class Settings(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _check(cls, given: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(given, Mapping):  # a `Run` stands for its folder
+            given = {name: Path(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
         try:
             return check(given)
         except ValidationError as error:

@@ -114,6 +114,7 @@ class Image(ABC):
             ImageError: the file is damaged there. Every other box can still be read.
             ImageLost: the file cannot be reached; the same box may be read later.
             ValueError: there is no such level, or the box has no area.
+            TypeError: the reader has a fault: its `_read` returned something else.
         """
         box = Box(*box)
         if not 0 <= level < len(self.levels):
@@ -124,12 +125,25 @@ class Image(ABC):
         left, top = max(box.x, 0), max(box.y, 0)
         right, bottom = min(box.x + box.width, lv_width), min(box.y + box.height, lv_height)
         if (left, top, right - left, bottom - top) == box:
-            return self._read(box, level)
+            return self._checked(box, level)
         out = np.full((box.height, box.width, self.channels), self.background, np.uint8)
         if left < right and top < bottom:
-            inside = self._read(Box(left, top, right - left, bottom - top), level)
+            inside = self._checked(Box(left, top, right - left, bottom - top), level)
             out[top - box.y : bottom - box.y, left - box.x : right - box.x] = inside
         return out
+
+    def _checked(self, box: Box, level: int) -> Pixels:
+        """Return what `_read` does; TypeError if that is not what every reader has to return."""
+        pixels, expected = self._read(box, level), (box.height, box.width, self.channels)
+        if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == expected:
+            return pixels
+        came = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else str(type(pixels))
+        error = TypeError(
+            f"`_read` of the reader {type(self).__name__} returned {came} for the box {tuple(box)} of level {level}, "
+            f"expected uint8 {expected}. Correct the reader: docs/adding-a-reader.md"
+        )
+        error.add_note(f"The image is {self.path}.")  # not in the line: `keyhole check` says equal ones once
+        raise error
 
     def read_boxes(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:
         """Write the pixels of many boxes. Each tile is decoded once; without tiles, neighbours are read together.

@@ -16,7 +16,16 @@ from keyhole.images.faults import faults_of, one_line
 from keyhole.images.geometry import Box, Level, Size
 from keyhole.images.image import ArrayImage, Image, Pixels
 from keyhole.images.jpeg import why_no_jpeg
-from keyhole.images.pixels import DEEP, make_upright, on_white, scaled, upright_size, valid_orientation
+from keyhole.images.pixels import (
+    DEEP,
+    ValueTooLarge,
+    make_upright,
+    on_white,
+    scaled,
+    settled_bits,
+    upright_size,
+    valid_orientation,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -167,7 +176,7 @@ def eight_bit_pixels(picture: Picture) -> Pixels:
     """Return (h, w, 1 or 3) uint8 of a picture in any mode with 8 bits a value."""
     grey = picture.mode in _GREY
     if picture.mode.startswith(("I", "F")):
-        raise ValueError(f"grey values of the kind {picture.mode}; save it with 8 or 16 bits")
+        raise ValueError(f"grey values of the kind {picture.mode}; save it with 8 bits, or as a PNG or TIFF file of 16")
     if picture.has_transparency_data:
         return on_white(np.asarray(picture.convert("LA" if grey else "RGBA")))
     mode = "L" if grey else "RGB"
@@ -187,18 +196,26 @@ def _orientation(picture: Picture, path: Path) -> int:
     return valid_orientation(picture.getexif().get(_ORIENTATION, 1))
 
 
-def image_in_memory(picture: NDArray[Any] | Picture) -> ArrayImage:
+def image_in_memory(picture: NDArray[Any] | Picture, bits: int | None = None) -> ArrayImage:
     """Return a Pillow picture or an array as `open_image` returns a file: upright, on white.
 
-    Raises ImageError unless it is a picture of 8 bits a value or a uint8 array (h, w, 3), (h, w, 1) or (h, w).
+    Args:
+        picture: a picture of 8 bits a value, a grey one of 16, or a uint8 array (h, w, 3), (h, w, 1) or (h, w).
+        bits: bits in use of a value of 16 bits.
+
+    Raises:
+        BitsUnknown: a picture of 16 bits a value of which neither `bits` nor a value says how many are in use.
+        ImageError: a picture or an array of another kind.
     """
     import PIL.Image
 
     if isinstance(picture, PIL.Image.Image):
         name = str(getattr(picture, "filename", "") or "picture")
         try:
-            pixels = eight_bit_pixels(picture)
+            pixels = _deep_pixels(picture, name, bits) if _is_deep(picture) else eight_bit_pixels(picture)
             turned = make_upright(pixels, valid_orientation(picture.getexif().get(_ORIENTATION, 1)))
+        except ValueTooLarge as error:
+            raise ImageError(name, f"{error}. Correct --patch.bits, or give it with 8 bits.") from error
         except (ValueError, OSError) as error:
             raise ImageError(name, f"cannot be used: {one_line(error)}") from error
         return ArrayImage(np.ascontiguousarray(turned), name)
@@ -208,6 +225,18 @@ def image_in_memory(picture: NDArray[Any] | Picture) -> ArrayImage:
         came = f"not {picture.dtype} {picture.shape}"
         raise ImageError("array", f"pixels must be uint8 of shape (h, w, 3) or (h, w), {came}. {problem}")
     return ArrayImage(picture)
+
+
+def _is_deep(picture: Picture) -> bool:
+    return picture.mode.startswith("I;16")
+
+
+def _deep_pixels(picture: Picture, name: str, bits: int | None) -> Pixels:
+    """Return (h, w, 1) uint8 of a grey picture of 16 bits a value, scaled as those of files are."""
+    if picture.has_transparency_data:
+        raise ValueError("grey of 16 bits with transparency; give the path of its file instead")
+    values = np.asarray(picture).astype(np.uint16)[:, :, None]
+    return scaled(values, settled_bits(Path(name), bits, [values]), colors=1)
 
 
 def _array_problem(pixels: NDArray[Any]) -> str:

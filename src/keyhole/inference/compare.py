@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,7 @@ def _better_in(cases: Sequence[ChangedCase], names: Sequence[str]) -> str:
     return f": {', '.join(parts)}" if parts else ""
 
 
-def compare(runs: Sequence[str | Path], split: str = "test", out: str | Path | None = None) -> Comparison:
+def compare(runs: Sequence[str | os.PathLike[str]], split: str = "test", out: str | Path | None = None) -> Comparison:
     """Compare runs on the same images.
 
     Args:
@@ -104,7 +105,7 @@ def compare(runs: Sequence[str | Path], split: str = "test", out: str | Path | N
         >>> found.metrics[0].differences[0].value
         0.0
     """
-    if isinstance(runs, str | Path):
+    if isinstance(runs, str | os.PathLike):
         raise ConfigError(f"compare {runs}: expected a list of two runs or more")
     asked = CompareSettings.model_validate(
         {"runs": [Path(run) for run in runs], "split": split, "out": None if out is None else Path(out)}

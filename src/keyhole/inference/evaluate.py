@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class Evaluation:
 
 
 def evaluate(
-    run: str | Path,
+    run: str | os.PathLike[str],
     data: str | Path | None = None,
     split: str = "test",
     out: str | Path | None = None,
@@ -121,6 +122,7 @@ def evaluate(
     subject = Subject(asked.run, asked.data, asked.split)
     predictor = load(asked.run, asked.device, asked.memory, asked.unreadable, asked.decode)
     tasks, names = predictor.tasks, [task.name for task in predictor.tasks]
+    predictor.check_masks("masks", asked.masks)
     manifest = _manifest(asked, predictor)
     folder, replaced = open_folder(subject, asked.out)
     begun = unfinished(asked.run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from keyhole.config.base import Bytes
 from keyhole.config.settings import Config, Decode
 from keyhole.data.companions import masks_in
-from keyhole.data.item import Item
+from keyhole.data.item import Item, exists
 from keyhole.data.resolution import NOT_KNOWN, Resolution
 from keyhole.engine import Engine, Inference
 from keyhole.engine.device import choose_device, choose_precision
@@ -58,7 +59,7 @@ def describe(config: Config, tasks: Sequence[Task], **about: Any) -> dict[str, A
 
 
 def load(
-    run: str | Path,
+    run: str | os.PathLike[str],
     device: str = "auto",
     memory: str | Bytes | None = "auto",
     unreadable: str | float = "1%",
@@ -69,7 +70,7 @@ def load(
     """Load the best model of a run, or a model copied out of one.
 
     Args:
-        run: A run folder, or a folder with model.safetensors.
+        run: A run folder, a `Run`, or a folder with model.safetensors.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         memory: Budget such as `5GB`, of the device or, on a CPU, of the process; `auto` is what is free.
         unreadable: Share of an image's patches that may be unreadable, such as `1%`.
@@ -95,7 +96,13 @@ def load(
     asked = Config(memory=memory, unreadable=unreadable)
     if decode not in get_args(Decode):
         raise ConfigError(f"decode {decode}: expected {' or '.join(get_args(Decode))}")
-    file = model_file(Path(run))
+    folder = Path(run)
+    if folder.is_file():
+        raise RunError(
+            f"{folder}: is a file, expected a run folder or the folder of a model. Give the folder that holds it: "
+            f"{folder.parent}"
+        )
+    file = model_file(folder)
     weights, info = read_tensors(file)
     chosen = choose_device(device, option="--device")
     try:
@@ -108,7 +115,7 @@ def load(
         raise RunError(
             f"{file}: its description does not fit keyhole {VERSION} ({error}). Was it made by another version?"
         ) from error
-    thresholds = {} if threshold is None else decisions(Path(run), tuple(tasks), threshold)
+    thresholds = {} if threshold is None else decisions(folder, tuple(tasks), threshold)
     if engine is not None:
         load_weights(engine.model, weights, file)
         engine.weights_changed()
@@ -165,9 +172,10 @@ class Predictor:
 
         Args:
             image: An image or slide file; for a model of stored features a file of these. Or pixels in memory: uint8
-                (h, w, 3), (h, w, 1) or (h, w), or a picture of Pillow.
+                (h, w, 3), (h, w, 1) or (h, w), or a picture of Pillow, whose grey values of 16 bits are scaled by
+                `patch.bits` as those of a file are.
             mpp: Microns per level-0 pixel, 0.02 ... 100, where the file does not state it or is wrong.
-            mask: PNG or GeoJSON of the foreground, for a model of `patch.foreground mask`.
+            mask: PNG or GeoJSON of the foreground, for a model of `patch.foreground mask` only.
             pictures: Add a small picture of the image and of its kept patches to the prediction.
 
         Returns:
@@ -176,8 +184,8 @@ class Predictor:
         Raises:
             ImageError: The file cannot be read, or the pixels are of another kind.
             TooMuchUnreadable: More of its patches are unreadable than `Config.unreadable` allows.
-            ConfigError: The image is smaller than a patch, does not have the resolution that the model needs, or `mpp`
-                is impossible.
+            ConfigError: The image is smaller than a patch, does not have the resolution that the model needs, `mpp` is
+                impossible, or the model does not use the `mask`.
 
         Example:
             >>> prediction = keyhole.load("runs/one", device="cpu").predict("photos/red/1.png")
@@ -187,15 +195,15 @@ class Predictor:
             4
         """
         known = None if mpp is None else given_scale(mpp)
+        self.check_masks("mask", mask)
         images = None
         if isinstance(image, str | Path):
             item = _item(image)
-            if not item.source.exists():  # the reader would wait, as for a network share
-                raise ImageLost(item.source, "no such file. Check the path.")
         else:
-            picture = image_in_memory(image)
+            picture = image_in_memory(image, self.config.patch.bits)
             images, item = ImageCache(image=picture), Item(str(picture.path), picture.path, {})
         item = replace(item, mpp=known, mask=None if mask is None else Path(mask).absolute())
+        _existing([item], in_memory=images is not None)
         found = self.predict_items([item], images=images, description=None, pictures=lambda *_: pictures)
         return next(prediction for _, prediction in found)
 
@@ -213,28 +221,42 @@ class Predictor:
             on_bad_image: "fail" raises at the first image that cannot be read, "skip" leaves it out. An image may have
                 a few unreadable patches (`Config.unreadable`), which `Prediction.unreadable` lists.
             left_out: Called with the name and the reason of each image skipped.
-            masks: Folder of masks by the images' names, for a model of `patch.foreground mask`.
+            masks: Folder of masks by the images' names, for a model of `patch.foreground mask` only.
 
         Yields:
             A prediction per image, in the order of the paths, without pictures.
 
         Raises:
-            ImageError, ConfigError, TooMuchUnreadable: As for `predict`, where `on_bad_image` is "fail".
+            ImageError, ConfigError, TooMuchUnreadable: As for `predict`, where `on_bad_image` is "fail". Files that do
+                not exist are found before the first image is predicted.
         """
         if isinstance(paths, str | Path):
             raise ConfigError(f"predict_many {paths}: expected a list of paths; `predict` takes one")
         if on_bad_image not in ("fail", "skip"):
             raise ConfigError(f"on_bad_image {on_bad_image}: expected fail or skip")
-        items = [_item(path) for path in paths]
-        if masks is not None:
-            items = [replace(item, mask=masks_in(Path(masks)).find(item)) for item in items]
+        self.check_masks("masks", masks)
 
         def tell(item: Item, error: KeyholeError) -> None:
             if left_out is not None:
                 left_out(item.name, str(error))
 
-        for _, prediction in self.predict_items(items, left_out=tell if on_bad_image == "skip" else None):
+        skip = tell if on_bad_image == "skip" else None
+        items = _existing([_item(path) for path in paths], skip)
+        if masks is not None:
+            items = [replace(item, mask=masks_in(Path(masks)).find(item)) for item in items]
+        for _, prediction in self.predict_items(items, left_out=skip):
             yield prediction
+
+    def check_masks(self, argument: str, given: str | Path | None) -> None:
+        """Raise ConfigError if masks are given to a model that does not use them."""
+        rule = self.config.patch.foreground
+        if given is None or (rule == "mask" and self.config.model.feature_width is None):
+            return
+        why = f"patch.foreground {rule}" if self.config.model.feature_width is None else "stored features"
+        raise ConfigError(
+            f"{argument} {given}: the model {self.name} is of {why} and does not use masks. Leave `{argument}` out, or "
+            "use a model that was trained with patch.foreground mask."
+        )
 
     def predict_items(
         self,
@@ -351,3 +373,25 @@ def _warn(text: str) -> None:
 def _item(path: str | Path) -> Item:
     """A file given by its path alone."""
     return Item(str(path), Path(path).absolute(), {})
+
+
+def _existing(
+    items: Sequence[Item], left_out: Callable[[Item, KeyholeError], None] | None = None, in_memory: bool = False
+) -> list[Item]:
+    """Return the items whose files exist; raise ImageLost for others, or call `left_out` with each and its error.
+
+    Reading them would try again for a while, as is right for a network share, but not for a misspelt path. Of images
+    `in_memory` only the mask is a file.
+    """
+    there = []
+    for item in items:
+        files = (None if in_memory else item.source, item.mask)
+        missing = next((file for file in files if file is not None and not exists(file)), None)
+        if missing is None:
+            there.append(item)
+            continue
+        error = ImageLost(missing, "no such file. Check the path.")
+        if left_out is None:
+            raise error
+        left_out(item, error)
+    return there

@@ -17,6 +17,7 @@ from keyhole.report.drawing import as_picture
 from keyhole.report.geojson import kept_geojson, tile_lines
 from keyhole.report.kept_sheet import kept_sheet
 from keyhole.report.overlay import overlay as draw_overlay
+from keyhole.report.predicted import pictures_of
 from keyhole.report.prediction import BOX, Prediction, Scores
 from keyhole.util.files import atomic_file, csv_text, encoded, file_names, writable_folder, write_atomic
 
@@ -42,7 +43,7 @@ def write_prediction(
     Args:
         prediction: What `Predictor.predict` returns.
         folder: Created where it does not exist.
-        overlay: Also draw overlay_TASK.png and kept_TASK.png per task, if the prediction carries pictures.
+        overlay: Also draw overlay_TASK.png and kept_TASK.png per task, for which the prediction has to carry pictures.
         tiles: Also write tiles.geojson, every patch as a tile with its scores; see `tile_lines`.
 
     Returns:
@@ -50,7 +51,10 @@ def write_prediction(
 
     Raises:
         OutputError: The folder cannot be written. Each file is complete or absent.
+        ValueError: `overlay` of a prediction without pictures.
     """
+    if overlay:
+        pictures_of(prediction)  # before anything is written
     folder, kept = writable_folder(folder), prediction.kept
     table: list[list[object]] = [["rank", "index", *BOX, "score", *(f"attention.{task}" for task in kept.attention)]]
     for rank, row in enumerate(kept.rows(), start=1):
@@ -71,7 +75,7 @@ def write_prediction(
                 for line in lines:
                     file.write(encoded(line))
         paths["scores.npz"] = write_scores(prediction, folder / "scores.npz")
-    if overlay and prediction.pictures is not None:
+    if overlay:
         names = file_names([task.name for task in prediction.tasks], "task")
         for task, name in zip(prediction.tasks, names, strict=True):
             paths |= _write_png(folder, f"overlay_{name}.png", draw_overlay(prediction, task))

@@ -46,27 +46,43 @@ PACKAGES = (
 """Packages that may change the results of a run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Run:
-    """A run folder.
+    """A run folder. It can be given wherever the path of a run is expected.
 
     Attributes:
         path: the folder.
+
+    Raises:
+        RunError: Its files are asked for, but there is no such folder.
     """
 
     path: Path
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        object.__setattr__(self, "path", Path(path))
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def _folder(self) -> Path:
+        """The folder, which exists."""
+        if not self.path.is_dir():
+            raise RunError(f"{self.path}: there is no such run folder. Check the path; `keyhole.train` makes a run.")
+        return self.path
 
     @property
     def config(self) -> Config:
         """The resolved configuration."""
         from keyhole.config.file import load_config
 
-        return load_config(self.path / "config.yaml")
+        return load_config(self._folder / "config.yaml")
 
     @property
     def metrics(self) -> list[dict[str, float]]:
         """One mapping per finished epoch; a value that is not defined on the data is NaN."""
-        path, remedy = self.path / "metrics.csv", "Delete it and resume the run: it is written again."
+        path, remedy = self._folder / "metrics.csv", "Delete it and resume the run: it is written again."
         try:
             rows = read_rows(path, remedy, ("epoch",))
             return [{name: float(value or "nan") for name, value in row.items()} for row in rows]
@@ -76,12 +92,12 @@ class Run:
     @property
     def best(self) -> dict[str, Any]:
         """Description of the best model: epoch, metric, tasks, settings."""
-        return read_info(self.path / "best" / "model.safetensors")
+        return read_info(self._folder / "best" / "model.safetensors")
 
     @property
     def learning(self) -> dict[str, Any]:
         """The content of learning.json: is the best model better than guessing? Empty before the run is finished."""
-        path = self.path / "learning.json"
+        path = self._folder / "learning.json"
         if not path.is_file():
             return {}
         try:
@@ -118,8 +134,7 @@ class Run:
             RunError: There is no model yet, or a file of the run is damaged.
 
         Example:
-            >>> from pathlib import Path
-            >>> keyhole.Run(Path("runs/one")).show()
+            >>> keyhole.Run("runs/one").show()
             best model: epoch ...
         """
         curves = "".join(f'<div style="width: 26em; max-width: 100%">{each.svg}</div>' for each in self.curves())
@@ -151,7 +166,7 @@ class Run:
 
 def unfinished(path: str | Path) -> str | None:
     """Return a line that says so if `path` is a run folder with a model whose training has not ended."""
-    run = Run(Path(path))
+    run = Run(path)
     if not (run.path / "last.safetensors").is_file():
         return None
     try:
@@ -168,7 +183,9 @@ def unfinished(path: str | Path) -> str | None:
 
 def learned_nothing(path: str | Path) -> str | None:
     """Return a line that says so if `path` is a run folder whose model is no better than guessing."""
-    run = Run(Path(path))
+    run = Run(path)
+    if not run.path.is_dir():
+        return None  # reading the model says so
     try:
         found = run.learning
         if found.get("learned") is not False or found.get("epoch") != run.best.get("epoch"):
@@ -178,7 +195,7 @@ def learned_nothing(path: str | Path) -> str | None:
     return next(iter(found["lines"]), None)
 
 
-def find_run(path: str | Path) -> Run:
+def find_run(path: str | os.PathLike[str]) -> Run:
     """Return the run folder at `path`."""
     path = Path(path)
     if not path.is_dir():

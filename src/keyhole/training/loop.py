@@ -7,6 +7,7 @@ therefore ends with the same weights as one that was not stopped, to the bit on 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -72,7 +73,7 @@ def train_config(config: Config) -> Run:
         return Loop(job, interrupt).run()
 
 
-def resume(path: str | Path, root: str | Path | None = None, epochs: int | None = None) -> Run:
+def resume(path: str | os.PathLike[str], root: str | Path | None = None, epochs: int | None = None) -> Run:
     """Continue a run that was stopped, killed or interrupted, with the same result as an uninterrupted run.
 
     Args:
