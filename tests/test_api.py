@@ -77,6 +77,11 @@ def test_a_name_that_an_argument_does_not_know_is_told_with_those_it_knows(toy_r
             32,
             mask=np.full((4, 4), 255, np.uint8),  # type: ignore[arg-type]
         ),
+        r"patch.size \(=32.5\) must be a whole number": lambda: keyhole.PatchGrid(image, 32.5),  # type: ignore[arg-type]
+        r"patch.stride \(=True\) must be a whole number": lambda: keyhole.PatchGrid(image, 32, True),
+        r"bool \(rows, columns\), not bool \(0, 4\)": lambda: keyhole.PatchGrid(
+            image, 32, mask=np.zeros((0, 4), np.bool_)
+        ),
         r"foreground mask must be .*, not list": lambda: keyhole.PatchGrid(image, 32, mask=[[True]]),  # type: ignore[arg-type]
         r"share \(=5\) of a foreground mask must be between 0 and 1": lambda: keyhole.PatchGrid(
             image, 32, mask=Foreground(np.ones((4, 4), np.bool_), 5)

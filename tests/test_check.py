@@ -651,7 +651,10 @@ def test_a_fault_of_many_images_is_told_once(tmp_path: Path, capsys: pytest.Capt
     path = data_set(tmp_path)
     for i in range(5):
         picture(tmp_path / f"{i}.png", 20, 20)
-    assert run_check([str(path), "--patch.size=32", "--select.m=4", f"--json={tmp_path / 'found.json'}"]) == 1
+    line = [str(path), "--patch.size=32", "--select.m=4"]
+    assert run_check([*line, f"--json={tmp_path / 'found.json'}"]) == 1
+    assert "--json" not in capsys.readouterr().out
+    assert run_check(line) == 1
     said = capsys.readouterr().out
     assert said.count("larger than the image") == 1
     assert "error: 0.png, 1.png, 2.png, ... (5 in all): the patch (32 x 32 px)" in said

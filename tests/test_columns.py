@@ -225,7 +225,13 @@ def test_a_rare_class_that_is_almost_a_frequent_one_is_told(tmp_path: Path) -> N
     for rare, usual in {"defctive": "defective", "defectvie": "defective", "healty cell": "healthy cell"}.items():
         (doubt,) = read(table(tmp_path, {"label": [rare, *["sound", usual] * 11, usual]})).doubts
         assert doubt.problem == f"{rare!r} (1 image) is almost {usual!r} (12 images)"
-    for rare, usual in {"grade iii": "grade ii", "abnormal": "normal", "mass2": "mass1", "cat": "bat"}.items():
+    different = {
+        **{"grade iii": "grade ii", "abnormal": "normal", "mass2": "mass1", "cat": "bat", "atypical": "typical"},
+        **{"LumB": "LumA", "luminal_b": "luminal_a", "LuminalB": "LuminalA", "stage_iii": "stage_ii", "KIRP": "KIRC"},
+        **{"grade-III": "grade-II", "stage IIIB": "stage IIIA", "B_cell": "T_cell", "grade 2 tumour": "grade 3 tumor"},
+        **{"asymptomatic": "symptomatic", "MSI-H": "MSI-L", "viii": "vii"},
+    }
+    for rare, usual in different.items():
         assert not read(table(tmp_path, {"label": [rare, *["other", usual] * 11, usual]})).doubts, rare
     assert not read(table(tmp_path, {"label": ["defctive", "defctive", *["defective"] * 19, *["sound"] * 3]})).doubts
 

@@ -101,7 +101,9 @@ def test_a_patch_does_not_depend_on_what_it_is_read_with(grid: PatchGrid, data: 
 
 @laws
 @given(grids(), st.data())
-def test_a_shifted_grid_has_no_more_patches_than_are_planned_for(grid: PatchGrid, data: st.DataObject) -> None:
+def test_a_shifted_grid_has_no_more_patches_than_are_planned_for_where_a_touch_of_foreground_is_enough(
+    grid: PatchGrid, data: st.DataObject
+) -> None:
     offset = data.draw(st.tuples(*2 * [st.integers(1 - grid.stride, 0)]))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     lines = np.zeros((grid.image.size.height, grid.image.size.width), bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from keyhole.config.settings import DataConfig
 from keyhole.data.hashes import hash_files
+from keyhole.data.item import exists
 from keyhole.data.listing import expand_images
 from keyhole.data.manifest import read_for_tasks, read_manifest
 from keyhole.errors import ConfigError, DataError, ImageError, KeyholeError, StalledRead
@@ -583,3 +585,27 @@ def test_a_zarr_folder_is_one_image(tmp_path: Path) -> None:
     (manifest.items[1].image / "x.png").write_bytes(b"other")
     after = hash_files(manifest.items)
     assert {name for name in before if before[name].sha256 != after[name].sha256} == {"a/0.ome.zarr", "a/1.ome.zarr"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "there"),
+    [
+        (errno.ENOENT, False),
+        (errno.ENOTDIR, False),
+        (errno.ENAMETOOLONG, False),
+        (errno.ESTALE, True),
+        (errno.EACCES, True),
+    ],
+)
+def test_a_file_is_missing_only_where_the_system_says_so(
+    fault: int, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: Path, **__: object) -> object:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(Path, "stat", failing)
+    assert exists(tmp_path / "0.png") == there
+
+
+def test_a_name_with_a_zero_byte_is_missing() -> None:
+    assert not exists(Path("a\0b.png"))

@@ -196,6 +196,13 @@ def test_masks_for_a_model_that_does_not_use_them_are_refused(
         ("evaluate", toy_run, "--data", toy, "--masks", tmp_path, "--out", "evaluated"),
     )
     for line in lines:
-        assert "of patch.foreground all and does not use masks. Leave" in say(*line).refusal()
+        assert "was trained with patch.foreground all and does not use masks. Leave" in say(*line).refusal()
+    line = ("embed", toy / "red", "--run", toy_run, "--masks", tmp_path, "--out", "features")
+    assert "not used with patch.foreground all. Add --patch.foreground mask" in say(*line).refusal()
     assert not Path("answers").exists()
     assert not Path("evaluated").exists()
+    save(tmp_path / "0.png", "L", drawn())
+    (tmp_path / "rows.csv").write_text(f"image,label,mask\n{toy / 'red' / '0.png'},red,0.png\n")
+    for line in (("predict", toy_run, "rows.csv", "--out", "answers"), ("evaluate", toy_run, "--data", "rows.csv")):
+        said = say(line[0], line[1], *(tmp_path / each if each == "rows.csv" else each for each in line[2:]))
+        assert "the mask of 1 image is not used, since the model was trained with patch.foreground all" in said.all

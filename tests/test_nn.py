@@ -77,6 +77,16 @@ def test_features_may_be_floats_of_any_width(kind: torch.dtype) -> None:
     torch.testing.assert_close(model.select(patches, 4, 7).index, model.select(patches.float(), 4, 7).index)
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_an_encoder_may_have_weights_of_any_width(kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    heads = {"task": nn.Linear(DIM, 3)}
+    model = IPSClassifier(nn.Linear(FEATURES, DIM, dtype=kind), CrossAttentionPool(DIM, 4), heads).eval()
+    for patches in (bag(20, 0).to(kind), bag(20, 0)):
+        assert model(patches)["task"].dtype == torch.float32
+        assert model.select(patches, 4, 7).logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_bytes_are_values_up_to_1_in_both_passes_whatever_the_shape(rule: Any) -> None:
     features = torch.randint(0, 256, (1, 20, FEATURES), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -89,12 +99,14 @@ def test_bytes_are_values_up_to_1_in_both_passes_whatever_the_shape(rule: Any) -
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
 def test_a_patch_that_cannot_be_scored_is_an_error(rule: Any, value: float) -> None:
-    patches = bag(20, 0)
+    patches, model = bag(20, 0), features_model()
     patches[0, 7, 0] = value
-    with pytest.raises(ValueError, match="some scores are NaN"):
-        features_model().select(patches, 4, 8, rule=rule)
+    with torch.no_grad():
+        model.pool.query *= 1e4  # so that 1e38 overflows
+    with pytest.raises(ValueError, match="are NaN or infinite"):
+        model.select(patches, 4, 8, rule=rule)
 
 
 def test_an_image_without_patches_harms_no_other() -> None:

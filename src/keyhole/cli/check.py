@@ -78,7 +78,7 @@ def run(argv: list[str]) -> int:
         report = replace(report, time=_expected(config, report))
     as_json = json.dumps(report.to_json(), indent=2) + "\n"
     to_stdout = options.json_ == Path("-")
-    show_report(report, sys.stderr if to_stdout else sys.stdout)
+    show_report(report, sys.stderr if to_stdout else sys.stdout, options.json_ is not None)
     if to_stdout:
         print(as_json, end="")
     elif options.json_ is not None:
@@ -105,7 +105,7 @@ def _previews(folder: str, config: Config) -> Path | None:
     return None if folder.lower() == "none" else Path(folder).expanduser()
 
 
-def show_report(report: CheckReport, stream: TextIO) -> None:
+def show_report(report: CheckReport, stream: TextIO, as_json: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -128,7 +128,7 @@ def show_report(report: CheckReport, stream: TextIO) -> None:
         style = "bold red" if severity == "error" else "yellow"
         console.print(f"{severity}: {listed(names, SAME_LISTED)}: {problem}", style=style)
         console.print(f"    fix: {fix}")
-    if any(len(names) > SAME_LISTED for names in same.values()):
+    if any(len(names) > SAME_LISTED for names in same.values()) and not as_json:
         console.print("--json FILE names every image")
     for left in report.left_out[:LISTED]:
         console.print(f"left out: {left.name}: {left.reason}")

@@ -162,6 +162,7 @@ def _explain(error: Exception, arguments: list[str]) -> int:
         said = f"out of memory ({error})" if str(error) and not doubt(error) else "out of memory"
         return _say(explained(error, said, advice), USAGE_ERROR)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    what = " ".join([what, *getattr(error, "__notes__", ())])
     return _say(f"{what} (--debug shows the traceback)", INTERNAL_ERROR, kind="internal error: ")
 
 

@@ -76,6 +76,7 @@ def run(argv: list[str]) -> int:
     items, others = new_images(options.images, options.on_bad_image, mpp, options.masks)
     skipped = {other.name: other.reason for other in others}
 
+    from keyhole.data.companions import unused_masks
     from keyhole.data.manifest import write_left_out  # torch only after the images have been found
     from keyhole.inference.predictor import load
     from keyhole.inference.thresholds import advice, threshold_lines
@@ -95,6 +96,8 @@ def run(argv: list[str]) -> int:
         threshold=options.threshold,
     )
     predictor.check_masks("--masks", options.masks)
+    for said in unused_masks(items, predictor.config.patch.foreground, trained=True):
+        print(f"note: {said}", file=sys.stderr)
     for said in threshold_lines(predictor.tasks, predictor.thresholds):
         print(said, file=sys.stderr)
     if options.threshold is None and not nothing and (said := advice(options.run, predictor.tasks)):

@@ -41,7 +41,7 @@ class Settings(BaseModel):
     @classmethod
     def _check(cls, given: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
         if isinstance(given, Mapping):  # a `Run` stands for its folder
-            given = {name: Path(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+            given = {name: _plain_path(value) for name, value in given.items()}
         try:
             return check(given)
         except ValidationError as error:
@@ -63,6 +63,10 @@ class Settings(BaseModel):
             if value is not None or not isinstance(old, Settings):  # in YAML a section without keys is null
                 merged[name] = value
         return type(self)(**merged)
+
+
+def _plain_path(value: Any) -> Any:
+    return Path(value) if isinstance(value, os.PathLike) and isinstance(os.fspath(value), str) else value
 
 
 EXPECTED = {

@@ -376,8 +376,8 @@ class Config(Settings):
     out: Location | None = None
     """Run folder to create; must not exist yet."""
     memory: Memory = None
-    """Memory budget such as `5GB`, of the GPU or, on a CPU, of the process: so many patches are encoded at once that it
-    holds. `auto` is what is free."""
+    """Memory budget such as `5GB`, of the GPU or, on a CPU, of the process. How many patches are encoded at once is
+    chosen so that it is kept. `auto` is the memory that is free."""
     unreadable: Share = ONE_PERCENT
     """Share of all patches that may be unreadable before training ends with an error; for each image in predicting."""
     data: DataConfig = Field(default_factory=DataConfig)

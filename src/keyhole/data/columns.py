@@ -40,7 +40,8 @@ _YES_OR_NO = {"0", "1", "yes", "no", "true", "false", "y", "n", "case", "control
 MIN_COUNTING_ROWS = 5  # rows from which on numbers that rise by one count as row numbers
 MAX_MISTYPED, MIN_USUAL_RATIO = 2, 10
 """Most images with a mistyped label, and how many times as many have the label that was meant, at least."""
-MIN_WORD = 4  # letters of the longer of two words that may be one, mistyped: 'iii' and 'ii' are two grades
+MIN_WORD = 6  # letters of the longer of two words that may be one, mistyped: 'iii' and 'ii' are two grades
+_LETTERS, _DIGITS = re.compile(r"[^\W\d_]+"), re.compile(r"\d+")
 SPREADSHEET_ERRORS = frozenset({"#ref!", "#value!", "#div/0!", "#name?", "#num!", "#null!", "#na"})
 UNKNOWN_AMONG_NUMBERS = frozenset({"none", "?", "-", ".", "missing", "unknown"})
 """Words, in lower case, that mean an unknown label if every other cell of the column is a number."""
@@ -149,33 +150,35 @@ def alike_classes(tasks: Sequence[Task]) -> list[Finding]:
 
 
 def mistyped_classes(tasks: Sequence[Task], items: Iterable[Item]) -> list[Finding]:
-    """Return a warning about each class of one or two images whose name is a slip of the hand from a frequent one's."""
+    """Return a warning about each class of one or two images whose name differs by one letter from a frequent class."""
     found, items = [], list(items)
     for task in tasks:
         counts = Counter(name for item in items for name in task.classes_of(item.labels[task.name]))
-        for rare, few in counts.items():
-            for usual, many in counts.items():
-                if few <= MAX_MISTYPED and many >= MIN_USUAL_RATIO * few and _is_slip(rare, usual):
-                    problem = f"{rare!r} ({counted(few)}) is almost {usual!r} ({counted(many)})"
+        frequent = [name for name, count in counts.items() if count >= MIN_USUAL_RATIO]
+        for rare in (name for name, count in counts.items() if count <= MAX_MISTYPED):
+            for usual in frequent:
+                if counts[usual] >= MIN_USUAL_RATIO * counts[rare] and _is_slip(rare, usual):
+                    problem = f"{rare!r} ({counted(counts[rare])}) is almost {usual!r} ({counted(counts[usual])})"
                     found.append(warning(task.name, problem, "Write them alike if it is mistyped."))
     return found
 
 
 def _is_slip(one: str, other: str) -> bool:
-    """Return whether texts differ by one letter of one word, which is neither a number nor short, as grades are.
+    """Return whether texts differ by a letter of a long word, but not as names of grades, types and opposites do.
 
-    >>> _is_slip("big defctive", "big defective"), _is_slip("grade ii", "grade iii"), _is_slip("normal", "abnormal")
+    >>> _is_slip("big defctive", "big defective"), _is_slip("luminal A", "luminal B"), _is_slip("typical", "atypical")
     (True, False, False)
     """
-    words = one.casefold().split(), other.casefold().split()
+    if abs(len(one) - len(other)) > 1 or _DIGITS.findall(one) != _DIGITS.findall(other):
+        return False
+    words = _LETTERS.findall(one.casefold()), _LETTERS.findall(other.casefold())
     different = [pair for pair in zip_longest(*words, fillvalue="") if pair[0] != pair[1]]
     if len(different) != 1:
         return False
-    first, second = different[0]
-    longer = max(len(first), len(second))
-    if longer < MIN_WORD or any(map(str.isdigit, first + second)):
+    short, long = sorted(different[0], key=len)
+    if len(long) < MIN_WORD or short == long[1:] or (short[:-1] == long[:-1] and len(short) == len(long)):
         return False
-    return sum(block.size for block in SequenceMatcher(None, first, second).get_matching_blocks()) >= longer - 1
+    return sum(block.size for block in SequenceMatcher(None, short, long).get_matching_blocks()) >= len(long) - 1
 
 
 def _group_column(path: Path, table: DataTable, group: str, named: Sequence[str]) -> str:

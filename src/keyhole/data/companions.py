@@ -42,12 +42,14 @@ def with_companions(path: Path, table: DataTable, data: DataConfig) -> DataTable
     return replace(table, rows=rows, notes=[*table.notes, *notes])
 
 
-def unused_masks(items: Iterable[Item], foreground: str) -> list[str]:
-    """Return a line if images have masks that the foreground rule does not use; else nothing."""
+def unused_masks(items: Iterable[Item], foreground: str, trained: bool = False) -> list[str]:
+    """Return a line if images have masks that the foreground rule, of a `trained` model or not, does not use."""
     count = sum(item.mask is not None and item.features is None for item in items)
     if foreground == "mask" or not count:
         return []
     which = "the mask of 1 image is" if count == 1 else f"the masks of {count} images are"
+    if trained:
+        return [f"{which} not used, since the model was trained with patch.foreground {foreground}"]
     return [f"{which} not used, since patch.foreground is {foreground}; to use them: --patch.foreground mask"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -103,5 +104,11 @@ def absolute(path: str | Path) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Return whether a file or folder exists; unlike `Path.exists`, also for a name too long for the system."""
-    return os.path.exists(path)  # noqa: PTH110
+    """Return whether a file or folder exists, or may: a fault of a share, or a lack of permission, shows in reading."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+    except ValueError:  # a zero byte in the name
+        return False
+    return True

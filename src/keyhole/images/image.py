@@ -142,7 +142,7 @@ class Image(ABC):
             f"`_read` of the reader {type(self).__name__} returned {came} for the box {tuple(box)} of level {level}, "
             f"expected uint8 {expected}. Correct the reader: docs/adding-a-reader.md"
         )
-        error.add_note(f"The image is {self.path}.")  # not in the line: `keyhole check` says equal ones once
+        error.add_note(f"The image is {self.path}.")  # not in the message: `keyhole check` groups equal ones
         raise error
 
     def read_boxes(self, boxes: Sequence[Box], level: int, out: Sequence[Pixels], uses: Uses | None = None) -> None:

@@ -176,7 +176,7 @@ def eight_bit_pixels(picture: Picture) -> Pixels:
     """Return (h, w, 1 or 3) uint8 of a picture in any mode with 8 bits a value."""
     grey = picture.mode in _GREY
     if picture.mode.startswith(("I", "F")):
-        raise ValueError(f"grey values of the kind {picture.mode}; save it with 8 bits, or as a PNG or TIFF file of 16")
+        raise ValueError(f"grey values of the kind {picture.mode}; save it with 8 bits, or as a 16-bit PNG or TIFF")
     if picture.has_transparency_data:
         return on_white(np.asarray(picture.convert("LA" if grey else "RGBA")))
     mode = "L" if grey else "RGB"
@@ -215,7 +215,7 @@ def image_in_memory(picture: NDArray[Any] | Picture, bits: int | None = None) ->
             pixels = _deep_pixels(picture, name, bits) if _is_deep(picture) else eight_bit_pixels(picture)
             turned = make_upright(pixels, valid_orientation(picture.getexif().get(_ORIENTATION, 1)))
         except ValueTooLarge as error:
-            raise ImageError(name, f"{error}. Correct --patch.bits, or give it with 8 bits.") from error
+            raise ImageError(name, f"{error}. Correct --patch.bits, or convert it to 8 bits.") from error
         except (ValueError, OSError) as error:
             raise ImageError(name, f"cannot be used: {one_line(error)}") from error
         return ArrayImage(np.ascontiguousarray(turned), name)

@@ -106,7 +106,7 @@ def compare(runs: Sequence[str | os.PathLike[str]], split: str = "test", out: st
         0.0
     """
     if isinstance(runs, str | os.PathLike):
-        raise ConfigError(f"compare {runs}: expected a list of two runs or more")
+        raise ConfigError(f"compare {os.fspath(runs)}: expected a list of two runs or more")
     asked = CompareSettings.model_validate(
         {"runs": [Path(run) for run in runs], "split": split, "out": None if out is None else Path(out)}
     )

@@ -100,6 +100,9 @@ def embed(data: str | Path, out: str | Path, quiet: bool = False, **settings: An
     """
     asked = EmbedSettings(data=Path(data), out=Path(out), **settings)
     config = _config(asked)
+    if asked.masks is not None and config.patch.foreground != "mask":
+        rule = config.patch.foreground
+        raise ConfigError(f"--masks {asked.masks}: not used with patch.foreground {rule}. Add --patch.foreground mask.")
     items, left_out = items_to_embed(Path(data), asked.root, asked.masks, asked.on_bad_image)
     with open_reader(config.run, torch.device("cpu")) as reader:
         config, _ = settle_edge(config, items, reader)

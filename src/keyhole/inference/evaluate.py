@@ -13,6 +13,7 @@ from typing import Any
 from keyhole.config.file import load_config
 from keyhole.config.inference import EvaluateSettings
 from keyhole.config.settings import DataConfig
+from keyhole.data.companions import unused_masks
 from keyhole.data.manifest import Manifest, read_for_tasks, write_left_out
 from keyhole.errors import DataError, KeyholeError, RunError
 from keyhole.inference.evaluated import EvaluatedImages
@@ -140,6 +141,7 @@ def evaluate(
     write_table(_rows(asked, predictor, found), folder / "predictions.csv")
     if keeps_test:  # training writes those of train and val
         write_atomic(asked.run / "predictions" / "test.csv", (folder / "predictions.csv").read_bytes())
+    notes += unused_masks(manifest.items, predictor.config.patch.foreground, trained=True)
     notes += [f"{count} of {len(found.rows)} images: {text}" for text, count in found.doubts.items()]
     table = found.table()
     metrics = tuple(

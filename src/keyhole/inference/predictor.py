@@ -227,8 +227,8 @@ class Predictor:
             A prediction per image, in the order of the paths, without pictures.
 
         Raises:
-            ImageError, ConfigError, TooMuchUnreadable: As for `predict`, where `on_bad_image` is "fail". Files that do
-                not exist are found before the first image is predicted.
+            ImageError, ConfigError, TooMuchUnreadable: As for `predict`, where `on_bad_image` is "fail". Missing
+                files are reported before the first image is predicted.
         """
         if isinstance(paths, str | Path):
             raise ConfigError(f"predict_many {paths}: expected a list of paths; `predict` takes one")
@@ -252,9 +252,10 @@ class Predictor:
         rule = self.config.patch.foreground
         if given is None or (rule == "mask" and self.config.model.feature_width is None):
             return
-        why = f"patch.foreground {rule}" if self.config.model.feature_width is None else "stored features"
+        plain = self.config.model.feature_width is None
+        why = f"was trained with patch.foreground {rule}" if plain else "takes stored features"
         raise ConfigError(
-            f"{argument} {given}: the model {self.name} is of {why} and does not use masks. Leave `{argument}` out, or "
+            f"{argument} {given}: the model {self.name!r} {why} and does not use masks. Leave `{argument}` out, or "
             "use a model that was trained with patch.foreground mask."
         )
 

@@ -26,11 +26,13 @@ def _check_bags(patches: Tensor, position: Tensor | None, mask: Tensor | None, e
     """Raise ValueError for shapes that do not fit each other; the modules check what they take themselves."""
     if not isinstance(patches, Tensor):
         raise ValueError(f"patches must be a torch tensor, not {type(patches).__name__}")
-    if patches.ndim < 3 or (patches.ndim == 4 and isinstance(encoder, PixelEncoder)):
+    if patches.ndim < 3 or (patches.ndim == 4 and any(isinstance(part, PixelEncoder) for part in encoder.modules())):
         raise ValueError(
             f"patches must be (b n c h w), or features (b n f), not {tuple(patches.shape)}; one image is patches[None]"
         )
     check_mask(mask, patches)
+    if position is not None and not isinstance(position, Tensor):
+        raise ValueError(f"`position` must be a torch tensor, not {type(position).__name__}")
     if position is not None and position.shape[:2] != patches.shape[:2]:
         wanted = tuple(patches.shape[:2])
         raise ValueError(f"`position` must begin with {wanted}, as the patches do, not {tuple(position.shape)}")
@@ -176,7 +178,9 @@ class IPSClassifier(nn.Module):
             if not (patches.is_floating_point() or patches.dtype == torch.uint8):
                 came = str(patches.dtype).removeprefix("torch.")
                 raise ValueError(f"patches must be uint8 pixels of 0 ... 255, or floats, not {came}")
-            patches = patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
+            kinds = (weight.dtype for weight in self.encoder.parameters() if weight.is_floating_point())
+            values = patches.to(next(kinds, torch.float32))
+            patches = values / 255 if patches.dtype == torch.uint8 else values
         alone = self.training and len(patches) == 1
         pixels, color = encoder_input(patches)
         with self.autocast(pixels.device), lone_patch(self.encoder) if alone else nullcontext():
@@ -249,7 +253,7 @@ class IPSClassifier(nn.Module):
 
         Raises:
             ValueError: patches, positions or a mask of another shape; `m` or `chunk` below 1; on a CPU, without
-                `encode`, a score that is NaN, since a GPU would have to be waited for.
+                `encode`, scores that are NaN or infinite; a GPU would have to be waited for.
 
         Example:
             >>> from keyhole.nn import CrossAttentionPool, IPSClassifier, SmallEncoder
@@ -281,12 +285,12 @@ class IPSClassifier(nn.Module):
             def score(rows: slice) -> Tensor:
                 logits = self.logits(encode(loose[rows]), None if where is None else where[rows], query)
                 if watched:
-                    undefined.append(logits.isnan().any())
+                    undefined.append(~logits.isfinite().all())
                 return logits
 
             selection = select_bags(score, (b, n), mask, m, chunk, rule)
         if undefined and torch.stack(undefined).any():
-            raise ValueError("some scores are NaN: some values of patches, or weights, are NaN or infinite")
+            raise ValueError("the scores of some patches are NaN or infinite, as some of their values, or weights, are")
         return selection
 
     def train(self, mode: bool = True) -> "IPSClassifier":

@@ -38,7 +38,7 @@ def host_memory(shape: tuple[int, ...], dtype: np.dtype[Any], device: torch.devi
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Compute in the type of the tensors inside, also where the caller has switched autocast on."""
-    on = torch.is_autocast_enabled(device.type)
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
+import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -60,7 +60,7 @@ class Foreground(NamedTuple):
     def check(self) -> None:
         """Raise ConfigError for a mask that is not bool (rows, columns), or a share outside 0 ... 1."""
         mask = self.mask
-        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.ndim != 2:
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.ndim != 2 or not mask.size:
             came = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
             raise ConfigError(f"a {self.name} must be a NumPy array, bool (rows, columns), not {came}")
         if not 0 <= self.share <= 1:
@@ -162,8 +162,8 @@ class PatchGrid(Grid):
 
     Raises:
         NoPatches: the mask leaves none.
-        ConfigError: the patch is larger than the image, the image does not have the resolution, there is no such rule,
-            or the mask is not bool (rows, columns).
+        ConfigError: the patch is larger than the image, the image does not have the resolution, `edge` is not a known
+            rule, or the mask is not bool (rows, columns).
 
     >>> from keyhole.images import ArrayImage
     >>> grid = PatchGrid(ArrayImage(np.zeros((64, 100, 3), np.uint8)), size=32, edge="shift")
@@ -189,8 +189,11 @@ class PatchGrid(Grid):
         level: int | None = None,
         edge: Edge | Literal["auto"] = "background",
     ) -> None:
-        size, stride = operator.index(size), operator.index(size if stride is None else stride)
-        self.image, self.size, self.stride = image, size, stride
+        stride = size if stride is None else stride
+        for name, value in (("size", size), ("stride", stride)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise ConfigError(f"patch.{name} (={value!r}) must be a whole number")
+        self.image, self.size, self.stride = image, int(size), int(stride)
         if size < 1 or self.stride < 1:
             raise ConfigError(f"patch.size (={size}) and patch.stride (={self.stride}) must be at least 1")
         self.edge: Edge = edge_for(image) if edge == "auto" else edge
@@ -280,7 +283,7 @@ class PatchGrid(Grid):
 
     @property
     def most_shifted(self) -> int:
-        """Largest number of patches where the grid begins less than a stride before the image: a row and a column more.
+        """Number of patches to plan for where the grid may begin up to a stride before the image: a row and column more.
 
         Of these, a foreground leaves the patches that overlap one of its patches here. That is an estimate where a
         patch needs more than a touch of foreground, or the stride leaves gaps.

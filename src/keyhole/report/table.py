@@ -168,7 +168,7 @@ class AnswerFolder:
     def write(self, prediction: Prediction) -> TableRow:
         """Write the folder of one image, and return its row of predictions.csv, which names the folder."""
         name = self._names[prediction.image]
-        drawn = self.overlay and prediction.pictures is not None  # of a file that is lost meanwhile there are none
+        drawn = self.overlay and prediction.pictures is not None  # a file that was lost in the meantime has none
         write_prediction(prediction, self.out / name, overlay=drawn, tiles=self.tiles)
         self._written.add(name)
         return table_row(prediction, folder=name)

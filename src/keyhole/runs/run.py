@@ -54,7 +54,7 @@ class Run:
         path: the folder.
 
     Raises:
-        RunError: Its files are asked for, but there is no such folder.
+        RunError: The folder does not exist when one of its files is read.
     """
 
     path: Path
