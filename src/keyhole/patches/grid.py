@@ -283,7 +283,7 @@ class PatchGrid(Grid):
 
     @property
     def most_shifted(self) -> int:
-        """Number of patches to plan for where the grid may begin up to a stride before the image: a row and column more.
+        """Number of patches to plan for where the grid may begin a stride before the image: a row and a column more.
 
         Of these, a foreground leaves the patches that overlap one of its patches here. That is an estimate where a
         patch needs more than a touch of foreground, or the stride leaves gaps.
