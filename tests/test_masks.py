@@ -202,7 +202,11 @@ def test_masks_for_a_model_that_does_not_use_them_are_refused(
     assert not Path("answers").exists()
     assert not Path("evaluated").exists()
     save(tmp_path / "0.png", "L", drawn())
-    (tmp_path / "rows.csv").write_text(f"image,label,mask\n{toy / 'red' / '0.png'},red,0.png\n")
-    for line in (("predict", toy_run, "rows.csv", "--out", "answers"), ("evaluate", toy_run, "--data", "rows.csv")):
-        said = say(line[0], line[1], *(tmp_path / each if each == "rows.csv" else each for each in line[2:]))
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"image,label,mask\n{toy / 'red' / '0.png'},red,0.png\n")
+    for line in (
+        ("predict", toy_run, rows, "--out", "answers"),
+        ("evaluate", toy_run, "--data", rows, "--out", "evaluated"),
+    ):
+        said = say(*line)
         assert "the mask of 1 image is not used, since the model was trained with patch.foreground all" in said.all

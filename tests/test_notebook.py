@@ -75,6 +75,6 @@ def test_what_is_shown_is_text_elsewhere_and_its_words_are_no_markup() -> None:
     bare = replace(prediction, pictures=None).show()
     assert "no pictures" in repr(bare)
     assert "<img" not in bare._repr_html_()
-    with pytest.raises(ValueError, match=r"task \(='grade'\) must be one of tumour"):
+    with pytest.raises(ValueError, match=r"task \(='grade'\) must be one of 'tumour'"):
         prediction.show("grade")
     assert Shown("a\nb")._repr_html_().count("<div") == 0
