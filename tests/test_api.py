@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import pkgutil
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -92,6 +93,31 @@ def test_a_name_that_an_argument_does_not_know_is_told_with_those_it_knows(toy_r
     for message, call in refused.items():
         with pytest.raises((ConfigError, ValueError), match=message):
             call()
+
+
+def test_what_the_api_returns_shows_itself_in_a_line_and_prints_what_the_command_says(
+    toy: Path, toy_run: Path, tmp_path: Path
+) -> None:
+    run, source = shutil.copytree(toy_run, tmp_path / "run"), toy / "red" / "1.png"
+    evaluation = keyhole.evaluate(run)
+    embedded = keyhole.embed(toy, tmp_path / "features", quiet=True, run=run)
+    comparison = keyhole.compare([run, run], out=tmp_path / "comparison")
+    with keyhole.open_image(source) as image:
+        shown = [
+            (evaluation, f"Evaluation('{run / 'evaluation' / 'test'}', label: accuracy "),
+            (embedded, f"Embedded('{tmp_path / 'features'}', 24 images)"),
+            (comparison, f"Comparison('{tmp_path / 'comparison'}', of "),
+            (keyhole.check(toy, patch={"size": 16}), "CheckReport(24 images"),
+            (keyhole.load(run), "Predictor("),
+            (keyhole.Run(run), "Run("),
+            (image, f"PillowImage('{source}', 64 x 64 px)"),
+            (keyhole.PatchGrid(image, 16), f"PatchGrid('{source}', 16 of 4 x 4 patches of 16 px)"),
+        ]
+        for each, start in shown:
+            assert repr(each).startswith(start)
+            assert "\n" not in repr(each)
+    for told in (evaluation, embedded, comparison):
+        assert str(told) == "\n".join(told.lines())
 
 
 # Pixels in memory

@@ -17,7 +17,7 @@ from hypothesis import settings as trying
 from hypothesis import strategies as st
 
 import keyhole
-from keyhole.errors import RunError
+from keyhole.errors import ConfigError, RunError
 from keyhole.report.read_table import read_table
 from keyhole.runs.run import Run
 from keyhole.tasks.kinds import Task
@@ -96,9 +96,49 @@ def test_a_run_without_validation_images_says_so(toy: Path, toy_run: Path, tmp_p
     assert watched.note == "No threshold could be chosen: the run has no validation split (train.watch test)."
     assert [point.threshold.rule for point in watched.points] == ["default"]
 
-    model = shutil.copytree(toy_run / "best", tmp_path / "model")
+    model = shutil.copytree(run.path / "best", tmp_path / "model")
     alone = keyhole.evaluate(model, toy, out=tmp_path / "out").operating_points["label"]
     assert "a model without its run" in alone.note
+
+
+def test_a_copy_of_the_best_model_has_the_thresholds_of_its_run_and_of_no_other(
+    toy: Path, toy_run: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(toy_run / "best", tmp_path / "model"))
+    judged = [keyhole.evaluate(each, toy, out=tmp_path / each.name) for each in (toy_run, model)]
+    of_run, of_copy = (each.operating_points["label"] for each in judged)
+    assert of_copy == of_run
+    assert [point.threshold.rule for point in of_copy.points] == ["default", "balanced", "sensitive"]
+    for rule in ("balanced", "sensitive"):
+        of_run, of_copy = (keyhole.load(each, threshold=rule).thresholds for each in (toy_run, model))
+        assert of_copy == of_run != {}
+
+    path = model / "thresholds.json"
+    told = json.loads(path.read_text())
+    for content, said in (
+        (json.dumps(told | {"epoch": told["epoch"] + 1}), "is of another model; copy it again"),
+        (json.dumps(told | {"run": "another"}), "is of another model; copy it again"),
+        (path.read_text()[:-20], "is damaged .* copy it again"),
+        (json.dumps(told | {"thresholds": {"label": {"red": [{"rule": "balanced"}]}}}), "is damaged .* copy it again"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=f"threshold balanced: {path} {said}. Give a probability instead"):
+            keyhole.load(model, threshold="balanced")
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"a model without its run, and no thresholds.json"):
+        keyhole.load(model, threshold="balanced")
+    assert keyhole.load(model, threshold=0.3).thresholds["label"]["red"].value == 0.3
+
+
+def test_resuming_writes_thresholds_that_are_gone_and_those_of_a_better_model(toy_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(toy_run, tmp_path / "run"))
+    path = run / "best" / "thresholds.json"
+    before = path.read_bytes()
+    path.unlink()
+    keyhole.resume(run)
+    assert path.read_bytes() == before
+    keyhole.resume(run, epochs=3)
+    assert json.loads(path.read_text())["epoch"] == keyhole.Run(run).best["epoch"]
 
 
 def test_tables_hold_labels_and_groups_and_are_read_back_as_they_were(toy_run: Path, tmp_path: Path) -> None:

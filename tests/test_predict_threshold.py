@@ -97,9 +97,6 @@ def test_what_cannot_be_a_threshold_says_why(toy_run: Path, toy: Path, tmp_path:
 
     for wrong in (1.5, -0.1, "best", True, [0.3], float("nan")):
         refused(toy_run, wrong, r"^threshold .*: expected a probability from 0 to 1, balanced or sensitive$")
-    alone = Path(shutil.copytree(toy_run / "best", tmp_path / "model"))
-    refused(alone, "balanced", r"^threshold balanced: the folder holds a model without its run.* Give a probability")
-    assert keyhole.load(alone, threshold=0.2).thresholds["label"]["red"].value == 0.2
     red_only = with_validation(toy_run, tmp_path / "red", [("red", 0.4)] * 3)
     refused(red_only, "balanced", "none can be chosen for red, since all or none of the labelled validation images")
     damaged = with_validation(toy_run, tmp_path / "damaged", [("red", 0.4), ("green", float("nan"))])

@@ -30,5 +30,5 @@ def run(argv: list[str]) -> int:
 
     from keyhole.inference.compare import compare
 
-    print("\n".join(compare(options.runs, options.split, options.out).lines()))
+    print(compare(options.runs, options.split, options.out))
     return 0

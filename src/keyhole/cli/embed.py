@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     done = embed(**{name: each for name, each in given.items() if name != "print_config"})
     for name, reason in done.left_out.items():
         print(f"left out: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
-    print("\n".join(done.lines()))
+    print(done)
     return 0
 
 

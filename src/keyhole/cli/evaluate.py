@@ -36,5 +36,5 @@ def run(argv: list[str]) -> int:
     except DataError as error:  # which names the options of `keyhole train`
         message = str(error).replace("--data.path PATH", "--data PATH").replace("--data.", "--")
         raise DataError(message) from error
-    print("\n".join(evaluation.lines()))
+    print(evaluation)
     return 0

@@ -129,6 +129,7 @@ class Embedding:
                     parts.append(Rows(start + image, source, chunk.index[place], on_host, place))
                 yield parts
             yield [_end(batch, start, each) for each in range(current, len(batch.names))]
+            engine.pace.after_pass()
 
     def _to_host(self, parts: Sequence[Tensor], largest: int) -> tuple[Tensor, torch.cuda.Event | None]:
         """Copy the embeddings of a chunk, each (k d), without waiting; on a GPU into two pinned buffers in turn.

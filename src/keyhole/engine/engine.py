@@ -252,6 +252,7 @@ class Engine:
             kept = self.select(batch, keep_logits=keep_logits, on_chunk=on_chunk, drawn=drawn)
             bags = self.fetch(batch, kept)
             yield self._answer(batch, bags, drawn) if bags.rows else Inference(batch, bags, {})
+            self.pace.after_pass()
 
     def _answer(self, batch: Batch, bags: Bags, drawn: RandomPatches | None) -> Inference:
         """Return what the kept patches say, and the drawn ones, without gradients."""

@@ -200,6 +200,13 @@ class Image(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        """Return for example `TiffImage('slide.svs', 46000 x 32914 px, 3 levels, 0.499 um per pixel)`."""
+        facts = [f"{self.size.width} x {self.size.height} px"]
+        facts += [f"{len(self.levels)} levels"] if len(self.levels) > 1 else []
+        facts += [f"{self.mpp:.4g} um per pixel"] if self.mpp is not None else []
+        return f"{type(self).__name__}({str(self.path)!r}, {', '.join(facts)})"
+
 
 class ArrayImage(Image):
     """An image that is already in memory.

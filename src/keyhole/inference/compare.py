@@ -45,6 +45,12 @@ class Comparison:
     settings: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"Comparison({str(self.path)!r}, of {' and '.join(self.names)})"
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def lines(self) -> list[str]:
         """Return the comparison as text."""
         first, *others = self.names

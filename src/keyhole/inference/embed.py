@@ -58,7 +58,14 @@ class Embedded:
     unreadable: dict[str, int]
     unfinished: tuple[Path, ...]
 
+    def __repr__(self) -> str:
+        return f"Embedded({str(self.path)!r}, {counted(len(self.files))})"
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def lines(self) -> list[str]:
+        """Return what was done, what was left out and where everything is."""
         lines = [f"embedded: {self.made}, there already: {len(self.files) - self.made}; in {self.path}"]
         for name, count in self.unreadable.items():
             lines.append(f"{name}: {count} unreadable patches are not in its features")

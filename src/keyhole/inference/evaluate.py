@@ -69,6 +69,16 @@ class Evaluation:
     warnings: tuple[str, ...] = ()
     operating_points: Mapping[str, TaskPoints] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Return for example `Evaluation('runs/one/evaluation/test', label: accuracy 0.935 [0.900 0.965])`."""
+        found = [
+            f"{each.task.name}: {metric} {value}" for each in self.metrics for metric, value in each.overall.items()
+        ]
+        return f"Evaluation({str(self.path)!r}, {', '.join(found)})"
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def lines(self) -> list[str]:
         """Return the figures, as `accuracy 0.935 [0.900 0.965]`, and where the files are."""
         lines = [*self.notes, *format_lines(self.metrics)]
@@ -123,7 +133,7 @@ def evaluate(
     subject = Subject(asked.run, asked.data, asked.split)
     predictor = load(asked.run, asked.device, asked.memory, asked.unreadable, asked.decode)
     tasks, names = predictor.tasks, [task.name for task in predictor.tasks]
-    predictor.check_masks("masks", asked.masks)
+    predictor.check_masks("--masks", asked.masks)
     manifest = _manifest(asked, predictor)
     folder, replaced = open_folder(subject, asked.out)
     begun = unfinished(asked.run)

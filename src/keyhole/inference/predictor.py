@@ -37,6 +37,7 @@ from keyhole.tasks.measures import THRESHOLD
 from keyhole.tasks.operating_point import Threshold
 from keyhole.util.progress import Progress, say
 from keyhole.util.version import VERSION
+from keyhole.util.wording import listed
 
 SECTIONS = ("patch", "model", "select")
 """Sections of the configuration that a model file holds."""
@@ -77,9 +78,9 @@ def load(
         decode: `auto` lets a GPU decode JPEG tiles of slides too, `cpu` does not; see `RunConfig.decode`.
         engine: Engine with the same settings, whose model gets the weights; default is a new one.
         threshold: Probability above which the positive class of a binary task, or a label of a multilabel one, is
-            predicted, 0.5 by default; or the rule that chooses it on the validation images of a run folder: `balanced`,
-            the largest sum of sensitivity and specificity, or `sensitive`, the highest that finds 95 % of the class. A
-            class that all or none of them have keeps 0.5.
+            predicted, 0.5 by default; or the rule that chose it on the validation images: `balanced`, the largest sum
+            of sensitivity and specificity, or `sensitive`, the highest that finds 95 % of the class. A class that all
+            or none of them have keeps 0.5.
 
     Returns:
         A predictor, in evaluation mode.
@@ -160,6 +161,9 @@ class Predictor:
         self.silent = False  # True: no warnings about doubts, which the user knows already
         self.whole_patches = 0  # number of kept patches, best first, that the pictures of a prediction hold in full
         self._told: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"Predictor({self.name!r} on {self.device}, of {listed(task.name for task in self.tasks)})"
 
     def predict(
         self,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from keyhole.config.file import load_config
 from keyhole.errors import ConfigError, KeyholeError
 from keyhole.report.read_table import PredictionTable, read_table
+from keyhole.runs.checkpoint import model_file, read_info
 from keyhole.tasks.evaluation import groups_of
 from keyhole.tasks.kinds import Task
 from keyhole.tasks.measures import ClassMeasures, RegressionMeasures
@@ -27,9 +29,12 @@ from keyhole.tasks.operating_point import (
     judge_threshold,
 )
 from keyhole.tasks.task import Floats
+from keyhole.util.files import write_atomic
 from keyhole.util.wording import counted, listed
 
 RULES, GIVEN = (BALANCED, SENSITIVE), "given"
+STORED = "thresholds.json"
+"""File beside a model, so that a copy of it has the thresholds that were chosen on the validation images of its run."""
 MIN_GAIN, MAX_CHANCE = 0.3, 0.01
 """Another threshold than one half is advised where its sum of sensitivity and specificity on the validation images is
 larger by so much, and where chance would rank them as well with no more than this probability."""
@@ -62,11 +67,84 @@ class TaskPoints:
         return {"note": self.note, "points": [point.to_json() for point in self.points]}
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The thresholds that validation images give.
+
+    Attributes:
+        images: By task, how many of them are labelled.
+        thresholds: By task and class, one for each rule; none for a class that all or none of the images have.
+    """
+
+    images: Mapping[str, int]
+    thresholds: Mapping[str, Mapping[str, Sequence[Threshold]]]
+
+    @classmethod
+    def on(cls, answers: PredictionTable, tasks: Sequence[Task]) -> Chosen:
+        """Choose on predictions."""
+        images, thresholds = {}, {}
+        for task in tasks:
+            measured = answers.measures(task)
+            if isinstance(measured, ClassMeasures) and task.thresholded:
+                images[task.name] = len(measured.truth)
+                thresholds[task.name] = {
+                    label: choose_thresholds(measured.truth[:, c], measured.probability[:, c])
+                    for c, label in enumerate(task.classes)
+                    if label in task.thresholded
+                }
+        return cls(images, thresholds)
+
+    def by(self, rule: str, task: Task) -> dict[str, Threshold]:
+        """Return the threshold of one rule for each class of a task that has one."""
+        found = self.thresholds.get(task.name, {})
+        return {label: each for label, rules in found.items() for each in rules if each.rule == rule}
+
+
+def store_thresholds(run: Path, tasks: tuple[Task, ...]) -> None:
+    """Write the thresholds that the validation images of a run give beside its best model."""
+    known, _ = validation_answers(run, tasks)
+    if known is None:
+        return
+    file = model_file(run)
+    text = json.dumps({**_model_of(file), **asdict(Chosen.on(known, tasks))}, indent=2, allow_nan=False) + "\n"
+    path = file.with_name(STORED)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_atomic(path, text)
+
+
+def chosen_thresholds(run: Path, tasks: tuple[Task, ...]) -> tuple[Chosen | None, str]:
+    """Return the thresholds of a run, or of a model alone that has them stored, or None and why there are none."""
+    known, reason = validation_answers(run, tasks)
+    if known is not None:
+        return Chosen.on(known, tasks), ""
+    file = model_file(run)
+    path = file.with_name(STORED)
+    if file.parent != run or not path.is_file():
+        return None, reason
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if {name: found[name] for name in ("run", "epoch")} != _model_of(file):
+            return None, f"{path} is of another model; copy it again"
+        thresholds = {
+            task: {label: [Threshold(**rule) for rule in rules] for label, rules in each.items()}
+            for task, each in found["thresholds"].items()
+        }
+        return Chosen({task: int(n) for task, n in found["images"].items()}, thresholds), ""
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"{path} is damaged ({error}); copy it again"
+
+
+def _model_of(file: Path) -> dict[str, Any]:
+    """Return what tells the model of one run and epoch from others."""
+    info = read_info(file)
+    return {name: info.get(name) for name in ("run", "epoch")}
+
+
 def decisions(run: Path, tasks: tuple[Task, ...], threshold: float | str) -> dict[str, dict[str, Threshold]]:
     """Return the threshold of each class that has one, by task.
 
     Args:
-        run: Run folder, whose `predictions/val.csv` a rule chooses on.
+        run: Run folder, whose `predictions/val.csv` a rule chooses on; or a copy of its best model.
         tasks: Tasks of its model.
         threshold: A probability, the same for all; or the rule `balanced` or `sensitive`, which leaves out classes that
             all or none of the validation images have.
@@ -83,10 +161,10 @@ def decisions(run: Path, tasks: tuple[Task, ...], threshold: float | str) -> dic
         )
     if not isinstance(threshold, str):
         return {task.name: dict.fromkeys(task.thresholded, Threshold(GIVEN, float(threshold))) for task in tasks}
-    known, reason = validation_answers(run, tasks)
+    known, reason = chosen_thresholds(run, tasks)
     if known is None:
         raise ConfigError(f"threshold {threshold}: {reason.rstrip('.')}. Give a probability instead.")
-    chosen = {task.name: _chosen(task, known, threshold) for task in tasks}
+    chosen = {task.name: known.by(threshold, task) for task in tasks}
     if not any(chosen.values()):
         classes = [label for task in tasks for label in task.thresholded]
         raise ConfigError(
@@ -119,10 +197,10 @@ def advice(run: Path, tasks: tuple[Task, ...]) -> str | None:
     known, _ = validation_answers(run, tasks)
     if known is None:
         return None
-    said = []
+    said, chosen = [], Chosen.on(known, tasks)
     for task in tasks:
         measured = known.measures(task)
-        for label, best in _chosen(task, known, BALANCED).items():
+        for label, best in chosen.by(BALANCED, task).items():
             assert isinstance(measured, ClassMeasures)
             c = task.classes.index(label)
             assert task.threshold is not None
@@ -149,28 +227,16 @@ def _ranks_above(truth: NDArray[np.bool_], score: Floats) -> bool:
     return bool(mannwhitneyu(score[truth], score[~truth], alternative="greater").pvalue < MAX_CHANCE)
 
 
-def _chosen(task: Task, known: PredictionTable, rule: str) -> dict[str, Threshold]:
-    measured = known.measures(task)
-    if not isinstance(measured, ClassMeasures):
-        return {}
-    each = {
-        label: choose_thresholds(measured.truth[:, c], measured.probability[:, c])
-        for c, label in enumerate(task.classes)
-        if label in task.thresholded
-    }
-    return {label: threshold for label, found in each.items() for threshold in found if threshold.rule == rule}
-
-
 def operating_points(run: Path, answers: PredictionTable, split: str | None) -> dict[str, TaskPoints]:
     """Return the operating points of every task on evaluated images.
 
     Args:
-        run: Run folder, whose `predictions/val.csv` the thresholds are chosen on.
+        run: Run folder, whose `predictions/val.csv` the thresholds are chosen on; or a copy of its best model.
         answers: Evaluated images.
         split: Their split of the run; None for other data.
     """
-    chosen_on, reason = validation_answers(run, answers.tasks)
-    return {task.name: _of_task(task, answers, chosen_on, reason, split) for task in answers.tasks}
+    chosen, reason = chosen_thresholds(run, answers.tasks)
+    return {task.name: _of_task(task, answers, chosen, reason, split) for task in answers.tasks}
 
 
 def validation_answers(run: Path, tasks: tuple[Task, ...]) -> tuple[PredictionTable | None, str]:
@@ -182,7 +248,10 @@ def validation_answers(run: Path, tasks: tuple[Task, ...]) -> tuple[PredictionTa
         except KeyholeError as error:
             return None, str(error)
     if not (run / "last.safetensors").is_file():
-        return None, "the folder holds a model without its run, and so no predictions for validation images"
+        return (
+            None,
+            f"the folder holds a model without its run, and no {STORED}, which a run writes beside its best model",
+        )
     try:
         watched = load_config(run / "config.yaml").train.watch == "test"
     except KeyholeError:
@@ -195,28 +264,26 @@ def validation_answers(run: Path, tasks: tuple[Task, ...]) -> tuple[PredictionTa
     )
 
 
-def _of_task(
-    task: Task, answers: PredictionTable, chosen_on: PredictionTable | None, reason: str, split: str | None
-) -> TaskPoints:
+def _of_task(task: Task, answers: PredictionTable, chosen: Chosen | None, reason: str, split: str | None) -> TaskPoints:
     measured = answers.measures(task)
     if task.threshold is None or isinstance(measured, RegressionMeasures):
         what = "the class with the largest probability is predicted" if task.classes else "a number is predicted"
         return TaskPoints((), f"A {task.kind} task has no threshold: {what}.")
     groups = groups_of(answers.groups, answers.known(task))
-    chosen = None if chosen_on is None else chosen_on.measures(task)
+    thresholds = None if chosen is None else chosen.thresholds.get(task.name)
     points, unusable = [], []
     for label in task.thresholded:
         c = task.classes.index(label)
         picked = [Threshold(DEFAULT, task.threshold)]
-        if isinstance(chosen, ClassMeasures):
-            picked += (found := choose_thresholds(chosen.truth[:, c], chosen.probability[:, c]))
+        if thresholds is not None:
+            picked += (found := thresholds[label])
             unusable += [] if found else [label]
         points += [
             judge_threshold(label, each, measured.truth[:, c], measured.probability[:, c], groups) for each in picked
         ]
-    if not isinstance(chosen, ClassMeasures):
+    if chosen is None or thresholds is None:
         return TaskPoints(tuple(points), f"No threshold could be chosen: {reason.rstrip('.')}.")
-    note = f"Chosen on {counted(len(chosen.truth), 'validation image')}"
+    note = f"Chosen on {counted(chosen.images[task.name], 'validation image')}"
     if split in ("train", "val"):
         note += f"; the {split} split that is evaluated here was used to {'fit' if split == 'train' else 'choose'} "
         note += "the model, so that the figures are too good"

@@ -117,6 +117,9 @@ class Grid:
     def __len__(self) -> int:
         return self.n
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.n} of {self.rows} x {self.columns} {self.what}s)"
+
     @property
     def most_shifted(self) -> int:
         """Largest number of patches where augmentation moves the grid; these patches stay as they are."""
@@ -208,7 +211,8 @@ class PatchGrid(Grid):
             at = "" if self.scale == 1 else f" at 1/{self.scale:.4g} of its resolution"
             raise ConfigError(
                 f"{image.path}: the patch ({size} x {size} px) is larger than the image "
-                f"({self._extent.width} x {self._extent.height} px{at}); choose a smaller patch.size"
+                f"({self._extent.width} x {self._extent.height} px{at}). "
+                "Leave the image out, or train with a smaller patch.size"
             )
         for start, extent in zip(offset, self._extent, strict=True):
             if start >= extent:
@@ -231,6 +235,11 @@ class PatchGrid(Grid):
                     "(`all` takes every patch)"
                 )
             self.n = len(self._kept)
+
+    def __repr__(self) -> str:
+        """Return for example `PatchGrid('photo.png', 8 of 2 x 4 patches of 32 px)`."""
+        patches = f"{self.n} of {self.rows} x {self.columns} patches of {self.size} px"
+        return f"{type(self).__name__}({str(self.image.path)!r}, {patches})"
 
     @property
     def nbytes(self) -> int:

@@ -222,6 +222,8 @@ def model_file(folder: Path) -> Path:
     for file in (folder / "best" / "model.safetensors", folder / "model.safetensors"):
         if file.is_file():
             return file
+    if not folder.is_dir():
+        raise RunError(f"{folder}: there is no such folder, expected a run folder or the folder of a model.")
     hint = "give a run folder"
     if (folder / "last.safetensors").is_file():
         begun = (folder / "metrics.csv").is_file()

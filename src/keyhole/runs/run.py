@@ -5,7 +5,7 @@ RUN/config.yaml              resolved configuration, itself a valid --config
     left_out.csv             images left out, with the reason
     environment.json         versions, machine, command
     metrics.csv              one row per epoch
-    best/                    model.safetensors and model.json, loadable alone
+    best/                    model.safetensors, model.json and thresholds.json, loadable alone
     last.safetensors         state to resume from
     samples.png              what the model keeps of a few validation images, epoch by epoch
     samples.json             what samples.png shows of earlier epochs

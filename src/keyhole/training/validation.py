@@ -17,6 +17,7 @@ from torch import Tensor
 from keyhole.data.item import Item
 from keyhole.errors import DataError
 from keyhole.inference.predictor import load
+from keyhole.inference.thresholds import store_thresholds
 from keyhole.nn import total_loss
 from keyhole.report.table import TableRow, judge_rows, labelled_row, write_table
 from keyhole.runs.journal import MIN_JOURNAL_PATCHES, RowJournal
@@ -154,6 +155,7 @@ def predict_splits(job: Job, interrupt: Interrupt) -> None:
         write_learning(job, split, rows)
         write_table((row for _, row in rows), folder / f"{split}.csv")
         journal.end()
+    store_thresholds(job.run.path, tuple(job.tasks))
 
 
 def write_learning(job: Job, split: str, rows: Sequence[tuple[Item, TableRow]]) -> None:

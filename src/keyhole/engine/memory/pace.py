@@ -187,3 +187,4 @@ def _limited_heap(steady: bool) -> Iterator[None]:
         steady_heap(bool(_steady) and _steady[-1], limited=bool(_steady))
         if not _steady:
             TILE_CACHE.shared_limit = _tiles_before
+        give_back()  # what follows, such as a report, loads libraries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -66,6 +67,11 @@ class CheckReport:
     work: Work | None = None  # of a run over these images
     reading: tuple[float, float] | None = None  # mean seconds of an image and of a patch on one thread
     time: str = ""  # estimated duration of a run, in words; empty for a short one
+
+    def __repr__(self) -> str:
+        """Return for example `CheckReport(383 images, 1 error, 2 warnings)`."""
+        kinds = Counter(finding.severity for finding in self.findings)
+        return f"CheckReport({', '.join([counted(self.images), *(counted(n, kind) for kind, n in kinds.items())])})"
 
     @property
     def ok(self) -> bool:
