@@ -45,6 +45,24 @@ def test_answers_that_know_nothing_are_told_and_others_are_not(task: Task, n: in
     assert told(7.5, 5) < (0.05 if n > 6 else 0.2)
 
 
+@pytest.mark.parametrize("n", [2, 4, 8, 30])
+@pytest.mark.parametrize("task", [PAIR, THREE, SIZE])
+def test_chance_is_rarely_called_better_than_guessing_however_few_the_images(task: Task, n: int) -> None:
+    def learned(seed: int) -> bool | None:
+        if task is SIZE:
+            rng = np.random.default_rng(seed)
+            return judge_task(task, rng.normal(size=(n, 1)), rng.normal(size=(n, 1)), [1.0] * n).learned
+        return judge_task(task, *answers(len(task.classes), n, 0, 0.5, seed), [1.0] * n).learned
+
+    assert sum(learned(seed) is True for seed in range(100)) <= 10
+
+
+def test_one_pair_in_the_right_order_tells_nothing() -> None:
+    found = judge_task(PAIR, np.array([[0.0], [1.0]]), np.array([[0.2, 0.8], [0.1, 0.9]]), [1.0] * 2)
+    assert found.learned is None
+    assert Learning("the 2 test images", (found,)).learned is None
+
+
 def test_a_model_that_ranks_well_is_not_called_ignorant_though_it_says_one_class_for_all() -> None:
     targets = (np.arange(60) < 6)[:, None].astype(float)
     p = np.linspace(0.45, 0.05, 60)

@@ -107,6 +107,14 @@ def test_images_of_the_command_line_are_files_as_given_and_folders_in_order(tmp_
 # CSV
 
 
+def test_the_line_that_tells_excel_the_delimiter_is_skipped_and_lines_keep_their_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "labels.csv", "sep=;\n" + TWELVE.replace(",", ";"))
+    assert len(read(path).items) == 12
+    write(path, "sep=;\nimage;grade;split\n0.png;a;trian\n")
+    with pytest.raises(DataError, match="line 3: unknown split 'trian'"):
+        read(path)
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -212,6 +220,12 @@ def test_a_group_on_two_given_sides_is_noted(tmp_path: Path) -> None:
     rows = [f"{i}.png,{'ab'[i % 2]},{'train' if i < 8 else 'val'},p{i % 3}" for i in range(12)]
     manifest = read(write(tmp_path / "l.csv", table("image,grade,split,group", *rows)))
     assert "3 groups have images in more than one split: p0, p1, p2" in manifest.notes
+    manifest = read(write(tmp_path / "l.csv", table("image,grade,split,patient", *rows)))
+    assert "images of one `patient` are in more than one split: p0, p1, p2" in manifest.notes
+    assert any("`patient` is the group: it has 3 values" in note for note in manifest.notes)
+    assert not any("stay in one split" in note for note in manifest.notes)
+    found = read_for_tasks(DataConfig(path=tmp_path / "l.csv"), manifest.tasks)
+    assert any(note.endswith("`patient` is the group: it has 3 values") for note in found.notes)
 
 
 def test_a_multilabel_data_set_is_split_with_every_label_in_training(tmp_path: Path) -> None:
@@ -363,6 +377,23 @@ BAD: dict[str, tuple[str | bytes, tuple[str, ...], str]] = {
         "line 2: mpp is '250'. Expected microns per pixel of the full resolution, 0.02 ... 100",
     ),
     "mpp not a number": ("image,grade,mpp\n0.png,a,nan\n", (), "line 2: mpp is 'nan'"),
+    "mpp with a comma": (
+        "image;grade;mpp\n0.png;a;0,5\n",
+        (),
+        r"line 2: mpp is '0,5'. .* such as 0.25 \(with a point\)",
+    ),
+    "a spreadsheet": (
+        b"PK\x03\x04\x14\x00",
+        (),
+        "a spreadsheet or another archive. Expected a CSV: save it as `CSV UTF-8`",
+    ),
+    "backslashes": ("image,grade\n.\\0.png,a\n", (), r"With / for \\ the first is there: .*/0\.png"),
+    "no ending": ("image,grade\n0,a\n1,b\n", (), r"With its ending the first is there: .*/0\.png"),
+    "all left out but one class": (
+        "image,grade,annotation\n0.png,a,\n1.png,a,\n2.png,,gone.geojson\n",
+        (),
+        "grade: all labels are 'a'.* 1 image could not be used, the first is 2.png: no label for grade",
+    ),
     "no image": ("image,grade\n,a\n", (), "line 2: the image column is empty"),
     "no file at all": ("image,grade\nx.png,a\ny.png,b\n", (), r"all 2 image files are not there: .*x\.png"),
     "one image": ("image,grade\n0.png,1.5\n", (), "1 image cannot be shared out"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -196,6 +197,10 @@ def test_the_patches_on_a_mask_file_are_those_with_the_least_share_of_it(tmp_pat
         NoPatches, match=r"slide\.png: no patches: the foreground mask \(.*mask\.png\) leaves none of 12"
     ):
         FileOpener(image, "s", 100, **{**options, "min_foreground": 0.02})()
+    outlines = {"type": "Polygon", "coordinates": [[[50000, 0], [50100, 0], [50100, 100], [50000, 0]]]}
+    (outside := tmp_path / "outside.geojson").write_text(json.dumps(outlines))
+    with pytest.raises(NoPatches, match=r"outside\.geojson\) has nothing inside the image\. Is it of this image"):
+        FileOpener(image, "s", 100, foreground="mask", mask=outside)()
 
 
 def test_a_mask_that_is_asked_for_and_not_given_is_one_line_that_says_how(picture: Path) -> None:

@@ -112,26 +112,31 @@ def tasks_among(path: Path, table: DataTable) -> list[str]:
     return tasks
 
 
-def column_notes(table: DataTable, tasks: Iterable[str], named: Collection[str]) -> list[str]:
+def column_notes(table: DataTable, tasks: Iterable[str], named: Collection[str], learns: bool = True) -> list[str]:
     """Return sentences about words read as unknown labels, the column of groups, and columns that are not learned.
 
-    The columns `tasks` are learned; columns in `named`, which the user named, are not mentioned.
+    The columns `tasks` are learned, unless a trained model is evaluated; columns in `named`, which the user named, are
+    not mentioned.
     """
     notes = []
     for name in tasks:
         if found := table.missing.get(name):
             cells = " and ".join(f"{count} cells {text!r}" for text, count in sorted(found.items()))
-            notes.append(f"{name}: {cells} mean that the label is unknown (--data.missing names such words)")
+            remedy = " (--data.missing names such words)" if learns else ""
+            notes.append(f"{name}: {cells} mean that the label is unknown{remedy}")
     parts, options = [], []
     if table.grouped_by:
         groups = len({row.item.group for row in table.rows if row.item.group})
-        parts.append(f"`{table.grouped_by}` is the group: the images of each of its {groups} values stay in one split")
+        drawn = learns and not any(row.item.split for row in table.rows)
+        kept = f"the images of each of its {groups} values stay in one split" if drawn else f"it has {groups} values"
+        parts.append(f"`{table.grouped_by}` is the group: {kept}")
         options.append("--data.group COLUMN or none")
     left = [f"`{name}` ({why})" for name, why in table.identifying.items() if name not in (*named, table.grouped_by)]
-    if left:
+    if left and learns:
         parts.append(f"not learned: {', '.join(left)}")
         options.append("--data.tasks names what to learn")
-    return [*notes, f"{'; '.join(parts)} ({'; '.join(options)})"] if parts else notes
+    told = f" ({'; '.join(options)})" if learns else ""
+    return [*notes, f"{'; '.join(parts)}{told}"] if parts else notes
 
 
 def alike_classes(tasks: Sequence[Task]) -> list[Finding]:

@@ -28,10 +28,8 @@ from keyhole.tasks.kinds import Task, check_label, infer_task, positive_note
 from keyhole.util.files import csv_text, encoded, write_atomic
 from keyhole.util.wording import counted, listed, nearest
 
-RELATIVE_PATHS = (
-    "Relative paths start from the CSV's folder or --data.root; `keyhole check` lists all, "
-    "--data.on-bad-image skip leaves them out."
-)
+RELATIVE_PATHS = "Relative paths start from the CSV's folder or --data.root."
+SOME_LACK = "`keyhole check` lists all, --data.on-bad-image skip leaves them out."
 MOVED_FILES = "If they were moved, name the folder that holds them now: --root DIR"
 Targets = NDArray[Any]  # encoded labels (n, w): float64 for regression, else float32
 
@@ -145,15 +143,15 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
     if path.is_dir():
         check_classes(path, table)
     wanted = _wanted_tasks(path, table.columns, data.tasks or tasks_among(path, table))
-    rows, left_out = usable_rows(path, table, list(wanted), data, RELATIVE_PATHS)
+    rows, left_out = usable_rows(path, table, list(wanted), data, (RELATIVE_PATHS, SOME_LACK))
     try:
         tasks = [_task(path, rows, name, kind) for name, kind in wanted.items()]
         items, notes = settle_splits(path, rows, tasks, data, seed, table.grouped_by)
     except DataError as error:
         if not left_out:
             raise
-        names = listed(left.name for left in left_out)
-        raise DataError(f"{error} {counted(len(left_out))} could not be used, the first: {names}.") from error
+        first = f"{left_out[0].name}: {left_out[0].reason}"
+        raise DataError(f"{error} {counted(len(left_out))} could not be used, the first is {first}.") from error
     check_training(str(path), items, tasks)
     train = [item for item in items if item.split == "train"]
     try:
@@ -187,7 +185,7 @@ def read_for_tasks(
         table = in_splits(path, table, splits)
     if run and data.root is not None:
         table = moved_to(path, table, data.root)
-    rows, left_out = usable_rows(path, table, labelled, data, MOVED_FILES if run else RELATIVE_PATHS)
+    rows, left_out = usable_rows(path, table, labelled, data, (MOVED_FILES,) if run else (RELATIVE_PATHS, SOME_LACK))
     for row in rows:
         for task in tasks:
             try:
@@ -196,7 +194,7 @@ def read_for_tasks(
                 raise DataError(f"{path}, {row.where}: {error}") from error
     items = [replace(row.item, split=row.item.split or "test") for row in rows]
     notes = [f"{path}: no column {name}, which the model predicts too" for name in names if name not in labelled]
-    notes += [f"{path}: {note}" for note in column_notes(table, labelled, table.columns)]
+    notes += [f"{path}: {note}" for note in column_notes(table, labelled, table.columns, learns=False)]
     return Manifest(tuple(items), tuple(tasks), tuple(left_out), (*table.notes, *notes))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ RESERVED = ("image", "name", "split", "group", "mpp", *FILES, "sha256", "bytes")
 CLAM_COLUMNS = {"slide_id": "image", "case_id": "group"}
 """Columns of CLAM's lists of labels, and what they are read as: they name the features of a slide, not its file."""
 DELIMITERS = ",;\t"
+EXCEL_DELIMITER = re.compile(r"sep=.\r?\n")
+"""A first line that tells Excel the delimiter."""
+ZIP = b"PK\x03\x04"
+"""How archives begin, and spreadsheets among them."""
 MAX_CSV_BYTES = 1 << 30  # a million rows take a tenth of this
 
 
@@ -89,6 +94,8 @@ def _text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if data.startswith(ZIP):
+        raise DataError(f"{path}: a spreadsheet or another archive. Expected a CSV: save it as `CSV UTF-8`.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -108,6 +115,8 @@ def _text(path: Path) -> str:
 
 def _parse(path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """Return the header, and (line number, stripped fields) of every row that is not blank."""
+    if EXCEL_DELIMITER.match(text):
+        text = "\n" + text.split("\n", 1)[-1]  # so that lines keep their numbers
     first = next(line for line in text.splitlines() if line.strip())
     # Take the delimiter that separates a column `image`, else that with most fields: names may hold the others.
     headers = {mark: [name.strip().strip('"').strip().lower() for name in first.split(mark)] for mark in DELIMITERS}

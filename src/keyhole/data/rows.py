@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 
 from keyhole.config.settings import DataConfig
@@ -74,17 +75,18 @@ def in_splits(path: Path, table: DataTable, splits: Sequence[str]) -> DataTable:
 
 
 def usable_rows(
-    path: Path, table: DataTable, names: Sequence[str], data: DataConfig, remedy: str
+    path: Path, table: DataTable, names: Sequence[str], data: DataConfig, remedies: Sequence[str]
 ) -> tuple[list[Row], list[LeftOut]]:
     """Return the rows that have a label and a file, each image once, and what is left out.
 
-    Labels are those of the columns `names`; `remedy` ends the error about missing files.
+    Labels are those of the columns `names`; `remedies` end the error about missing files, the second if some are there.
     """
     rows: list[Row] = []
     left_out = list(table.left_out)
     first: dict[Path, Row] = {}
     by_name: dict[str, Row] = {}
     missing: list[str] = []
+    lost: list[Path] = []
     for row in table.rows:
         row = row.but(labels={name: row.item.labels[name] for name in names})
         item = row.item
@@ -101,17 +103,30 @@ def usable_rows(
             left_out.append(LeftOut(item.name, f"no label for {' or '.join(names)}"))
         elif (lacking := _unusable_file(item)) is not None:
             file, reason = lacking
+            lost.append(file)
             missing.append(str(file) if reason == MISSING_FILE else f"{file} ({reason})")
             left_out.append(LeftOut(item.name, reason if file == item.image else f"{reason}: {file}"))
         else:
             rows.append(row)
     if missing and (not rows or data.on_bad_image == "fail"):
         what = "feature" if any(row.item.features is not None for row in table.rows) else "image"
+        remedy = " ".join(remedies if rows else remedies[:1])
         count = f"{len(missing)} of {len(first)} {what} files" if rows else f"all {len(missing)} {what} files"
-        raise DataError(f"{path}: {count} are not there: {listed(missing)}. {remedy}")
+        raise DataError(f"{path}: {count} are not there: {listed(missing)}. {written_otherwise(lost)}{remedy}")
     if not rows:
         raise DataError(f"{path}: no row has a label for {' or '.join(names)}. Fill the column or choose other tasks.")
     return rows, left_out
+
+
+def written_otherwise(missing: Sequence[Path]) -> str:
+    """Return a sentence, with a space behind it, if the first file that is missing is there under a similar path."""
+    first = missing[0]
+    forward = Path(str(first).replace("\\", "/"))
+    if forward != first and exists(forward):
+        return f"With / for \\ the first is there: {forward}. "
+    if not first.suffix and (found := sorted(first.parent.glob(f"{escape(first.name)}.*"))):
+        return f"With its ending the first is there: {found[0]}. "
+    return ""
 
 
 def _unusable_file(item: Item) -> tuple[Path, str] | None:

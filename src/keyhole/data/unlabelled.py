@@ -12,6 +12,7 @@ from keyhole.data.companions import masks_in, with_companions
 from keyhole.data.item import FEATURE_SUFFIXES, DataTable, Item, LeftOut, Row, absolute, exists
 from keyhole.data.listing import expand_images, list_images
 from keyhole.data.read_csv import read_csv
+from keyhole.data.rows import written_otherwise
 from keyhole.errors import DataError
 from keyhole.images.image import folder_suffixes
 from keyhole.util.wording import listed
@@ -117,7 +118,8 @@ def _existing(path: Path, rows: Sequence[Row], on_bad_image: OnBadImage, starts:
     if missing and on_bad_image == "fail":
         raise DataError(
             f"{path}: {len(missing)} of {len(rows)} image files are not there: "
-            f"{listed(str(item.source) for item in missing)}. Relative paths start from {starts}; "
+            f"{listed(str(item.source) for item in missing)}. {written_otherwise([item.source for item in missing])}"
+            f"Relative paths start from {starts}; "
             "--on-bad-image skip leaves them out."
         )
     return there, missing

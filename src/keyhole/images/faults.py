@@ -97,6 +97,7 @@ def not_one_picture(path: Path, lengths: Mapping[str, int]) -> ImageError:
 def ends_early(path: Path, there: int, needed: int) -> ImageError:
     """Return the error for a file of `there` bytes whose structure needs at least `needed`."""
     units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-    sizes = [f"{there / scale:.1f} of {needed / scale:.1f} {unit}" for unit, scale in units if needed >= scale]
-    sizes.append(f"{there} of {needed} bytes")
-    return ImageError(path, f"the file ends early ({sizes[0]}). Copy it again.")
+    sizes = [(f"{there / scale:.1f}", f"{needed / scale:.1f} {unit}") for unit, scale in units if needed >= scale]
+    sizes.append((str(there), f"{needed} bytes"))
+    has, needs = next((has, needs) for has, needs in sizes if has != needs.split()[0])
+    return ImageError(path, f"the file ends early ({has} of {needs} or more). Copy it again.")

@@ -60,7 +60,7 @@ def given_scale(mpp: object) -> float:
     if scale.mpp is None:
         raise ConfigError(
             f"mpp is {_stated(mpp)!r}. Expected microns per pixel of the full resolution, {MIN_MPP:g} ... {MAX_MPP:g}, "
-            "such as 0.25; leave it out if it is not known."
+            f"such as 0.25{' (with a point)' if ',' in str(mpp) else ''}; leave it out if it is not known."
         )
     return scale.mpp
 

@@ -120,6 +120,11 @@ class FileOpener:
         covered = None
         if mask is not None:
             name = f"foreground mask ({self.mask if rule.from_file else self.foreground})"
+            if rule.from_file and not mask.any():
+                raise NoPatches(
+                    f"{self.path}: no patches: the {name} has nothing inside the image. Is it of this image, and in "
+                    "its pixels at full resolution, not in microns?"
+                )
             covered = Foreground(mask, self.min_foreground if rule.uses_share else 0.0, name)
         grid = partial(PatchGrid, image, self.size, self.stride, self.mpp, level=self.level, edge=self.edge)
         try:

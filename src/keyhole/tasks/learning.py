@@ -23,10 +23,10 @@ from keyhole.tasks.metrics import task_metrics
 
 EVEN_MARGIN = 0.05
 """Attention is even if no patch has more than this share above 1 / M."""
-LEARNED_LOSS = 0.95
-"""A model with a loss below this share of the loss of guessing has learned, even on few images."""
-LEARNED_METRIC = 0.8
-"""A model with at least this AUROC or balanced accuracy has learned, even on few images."""
+PROMISING_LOSS = 0.95
+"""A model with a loss below this share of the loss of guessing may have learned, though too few images show it."""
+PROMISING_METRIC = 0.8
+"""The same of a model with at least this AUROC or balanced accuracy."""
 MIN_NUMBERS = 4
 """Fewest images of a regression for a verdict."""
 
@@ -41,7 +41,7 @@ class TaskLearning:
     guessing: float | None = (
         None  # the same of the best constant prediction: the frequencies of the classes, or the mean
     )
-    learned: bool | None = None  # whether it is better than guessing; None where labels cannot tell, as of one class
+    learned: bool | None = None  # whether it is better than guessing by more than chance; None where that is open
     only: str | None = None  # the one prediction that all images get, though their labels differ
     even: bool | None = None  # all kept patches of every image have the same attention; None where one patch was kept
 
@@ -136,12 +136,14 @@ def _judge_classes(nothing: TaskLearning, measures: ClassMeasures, task: Task, u
         alike = bool((decided == decided[0]).all() and not (truth == truth[0]).all())
     said = " and ".join(np.array(task.classes)[decided[0]].tolist()) or "none of the labels"
     weighted, limits = measures(np.ones((1, len(loss)))), ClassIntervals(measures, unit)
-    above = [
-        metric.value(weighted)[0] >= LEARNED_METRIC or interval.low > metric.chance(measures)
+    compared = [
+        (metric.value(weighted)[0], interval.low > metric.chance(measures))
         for metric in task_metrics(task)
         if metric.chance is not None and (interval := metric.interval(limits)) is not None
     ]
-    learned = bool(loss.mean() < LEARNED_LOSS * guess.mean() or any(above) or _is_below(loss - guess, unit))
+    shown = _is_below(loss - guess, unit) or any(above for _, above in compared)
+    promising = loss.mean() < PROMISING_LOSS * guess.mean() or any(value >= PROMISING_METRIC for value, _ in compared)
+    learned = _verdict(shown, bool(promising))
     only = said if alike else None
     return replace(nothing, loss=float(loss.mean()), guessing=float(guess.mean()), learned=learned, only=only)
 
@@ -153,12 +155,18 @@ def _judge_numbers(nothing: TaskLearning, measures: RegressionMeasures) -> TaskL
         return nothing
     loss = float(((said - truth) ** 2).mean()) / variance
     flat = bool(said.std() < 1e-3 * truth.std())
-    learned = loss < LEARNED_LOSS
-    if not learned and not flat:  # is the correlation above 0 by more than chance? Fisher's z, 97.5 %
+    shown = False
+    if not flat:  # is the correlation above 0 by more than chance? Fisher's z, 97.5 %
         r = float(np.clip(np.corrcoef(truth, said)[0, 1], -0.999999, 0.999999))
-        learned = bool(np.arctanh(r) > 1.96 / np.sqrt(len(truth) - 3))
+        shown = bool(np.arctanh(r) > 1.96 / np.sqrt(len(truth) - 3))
+    learned = _verdict(shown, loss < PROMISING_LOSS)
     only = f"nearly the same number ({said.mean():.6g})" if flat else None
     return replace(nothing, loss=loss, guessing=1.0, learned=learned, only=only)
+
+
+def _verdict(shown: bool, promising: bool) -> bool | None:
+    """Return whether a model has learned; None for one that looks as if it had, on too few images to tell."""
+    return True if shown else None if promising else False
 
 
 def _is_below(difference: NDArray[np.float64], unit: NDArray[np.int64]) -> bool:

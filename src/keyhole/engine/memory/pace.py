@@ -97,7 +97,8 @@ class Pace:
 
     def _over_budget(self, step: Step, peak: int) -> None:
         """Halve the plan."""
-        why = f"the peak of memory, {memory_text(peak)}, is over --memory {memory_text(self.plan.budget)}"
+        over = memory_text(peak - self.plan.budget)
+        why = f"the peak of memory is {over} over --memory {memory_text(self.plan.budget)}"
         smaller = self.plan.halved(step)
         if smaller is None:
             self.warn(f"{why}, with the smallest chunks already; a larger --memory is needed")

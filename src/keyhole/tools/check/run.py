@@ -250,6 +250,7 @@ def _finding(request: Request, failed: Failed, config: Config) -> Finding:
     name, problem, fix = request.item.name, failed.problem, failed.fix
     if failed.previewed:
         problem = f"{problem}; see {request.preview}"
+    if failed.previewed and "--previews" in fix:
         fix = "Choose another --patch.foreground (`all` takes every patch), or a lower --patch.min-foreground."
     if config.data.on_bad_image == "skip" and failed.trouble in ("image", "settings", "stalled"):
         return Finding(name, problem, "It will be left out, as --data.on-bad-image skip says.", "warning")
