@@ -524,6 +524,26 @@ def test_without_a_budget_memory_that_grows_back_within_a_step_is_not_returned_a
     assert len(returned) == 5, "a budget leaves no room for it"
 
 
+def test_predicting_and_embedding_return_free_memory_after_every_batch_and_at_the_end(
+    toy: Path, toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returned: list[int] = []
+    monkeypatch.setattr("keyhole.engine.memory.pace.give_back", lambda: returned.append(1))
+    monkeypatch.setattr("keyhole.engine.memory.pace.resident_memory", lambda: 10**15)
+    images = sorted(toy.rglob("*.png"))
+    predictor = keyhole.load(toy_run, device="cpu", memory="30GB")
+    counts = []
+    for number in (1, 9):  # of batches of four
+        returned.clear()
+        assert len(list(predictor.predict_many((images * 2)[: 4 * number]))) == 4 * number
+        counts.append(len(returned))
+    assert counts[1] - counts[0] == 8
+    assert counts[0] >= 2  # after the batch, and after the last prediction
+    returned.clear()
+    keyhole.embed(toy, tmp_path / "features", run=toy_run, quiet=True, device="cpu", memory="30GB")
+    assert len(returned) >= len(images)
+
+
 def test_images_that_stay_in_memory_get_a_quarter_of_a_budget_that_they_count_in() -> None:
     from keyhole.config.settings import Config, DataConfig
     from keyhole.training.setup import cache_limit

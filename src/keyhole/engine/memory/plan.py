@@ -295,7 +295,7 @@ def _too_little(given: str, bill: Bill, options: OptionNames) -> ConfigError:
         options.chunk if work.chunk else "": costs.score(chunk) + bill.read(chunk),
     }
     names = [name for name in sorted(shares, key=lambda name: shares[name], reverse=True) if name]
-    smaller = f", or a smaller {', then '.join(names[:2])}" if names else ""
+    smaller = f", or a smaller {' or '.join(names[:2])}, which need most" if names else ""
     return ConfigError(
         f"--memory: {given} is too little for these settings even in the smallest steps; give --memory "
         f"{memory_text(need, up=True)} or more ({memory_text(bill.now)} are taken before the first step){smaller}"
