@@ -205,6 +205,13 @@ def test_a_mask_of_other_proportions_or_damaged_is_refused_in_a_line(tmp_path: P
         check_annotation(tmp_path / "mask.gif")
 
 
+def test_every_column_of_the_table_is_explained() -> None:
+    explained = (Path(__file__).parents[1] / "docs" / "reports.md").read_text()
+    for tasks in (["label"], ["TASK", "TASK"]):
+        for column in lesion_table({}, tasks).strip().split(","):
+            assert f"`{column}`" in explained
+
+
 # --- keyhole evaluate ------------------------------------------------------------------------------------------------
 
 
