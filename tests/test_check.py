@@ -362,6 +362,32 @@ def test_resolutions_of_csv_and_file_that_differ_are_named(tmp_path: Path) -> No
     assert not {"0.tif", "1.tif"} & set(findings)
 
 
+def test_annotations_that_no_evaluation_can_use_are_warnings(tmp_path: Path) -> None:
+    path = data_set(tmp_path)
+    for number, corner in enumerate([(0, 0), (95, 75), (50_000, 40), (0, 50_000)]):
+        x, y = corner
+        ring = [[x, y], [x + 20, y], [x + 20, y + 20], [x, y + 20], [x, y]]
+        (tmp_path / f"{number}.geojson").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    (tmp_path / "4.geojson").write_text("{")
+    Image.fromarray(np.full((40, 105), 255, np.uint8)).save(tmp_path / "5_marked.png")
+    rows = [f"{i}.png,{'ab'[i % 2]},{f'{i}.geojson' if i < 5 else '5_marked.png' if i == 5 else ''}" for i in range(12)]
+    path.write_text("\n".join(["image,grade,annotation", *rows]))
+
+    report = check(config(path))
+
+    assert report.ok, "training does not read annotations"
+    assert report.images == 12
+    found = [finding for finding in report.findings if finding.name in ("2 images", "4.png", "5.png")]
+    outside, broken, narrow = sorted(found, key=lambda finding: finding.name)
+    assert outside.name == "2 images"
+    assert "(102 x 80 px, regions at x 50,000 to 50,020, y 40 to 60 in the first): 2.png, 3.png" in outside.problem
+    assert "microns" in outside.fix
+    assert broken.name == "4.png"
+    assert "4.geojson: not JSON" in broken.problem
+    assert narrow.name == "5.png"
+    assert "other proportions" in narrow.problem
+
+
 def test_an_implausible_resolution_is_a_warning_and_an_error_where_it_is_needed(tmp_path: Path) -> None:
     for number in range(2):
         scanned(tmp_path / f"{number}.tif", number, 20000, 40000)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_predictions import made_prediction
 from PIL import Image as Picture
 from PIL import ImageFont
 
@@ -225,6 +226,18 @@ def test_a_model_that_attends_to_all_patches_alike_does_not_look_certain(tmp_pat
         assert count(pixels, color) == 0
     even = np.full((4, 5), 1 / 20, np.float32)
     assert (opaque(ScoreScale.of(even.ravel()).heat(even)) == drawing.SCORE_COLORS[0]).all()
+
+
+def test_the_sheet_of_an_evaluation_says_where_the_kept_patches_are_only_the_first(tmp_path: Path) -> None:
+    even, chosen = np.full(48, 1 / 48), np.linspace(0, 2 / 48, 48)
+    rows = [sheet.SheetEntry.of(made_prediction(score=score)) for score in (even, chosen)]
+    assert [row.tied for row in rows] == [True, False]
+    assert [row.patch_count for row in rows] == [48, 48]
+    assert all(row.prediction.scores is None for row in rows), "they need not stay in memory"
+    words = slice(sheet.TEXT_LEFT, sheet.TEXT_LEFT + sheet.TEXT_WIDTH)
+    said = [count(drawn([row], tmp_path)[sheet.HEAD :, words], drawing.WRONG) for row in rows]
+    assert said[0] > 100
+    assert said[1] == 0
 
 
 def test_colours_say_how_many_times_its_equal_share_a_patch_gets() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,29 @@ def test_means_are_over_images_with_a_lesion_and_what_does_not_count_is_listed()
     assert [bool(row["problem"]) for row in table] == [False, False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("corner", "counts"),
+    [((150, 150), True), ((-10, 40), True), ((159, 0), True), ((160, 0), False), ((0, -16), False)],
+)
+def test_regions_count_if_any_of_them_reaches_into_the_image(
+    tmp_path: Path, corner: tuple[int, int], counts: bool
+) -> None:
+    far = (50_000, 50_000)
+    said = judge(prediction([0], [1.0], [1.0]), outline(tmp_path / "a.geojson", corner, far))
+    assert isinstance(said, LesionShare) == counts
+    if isinstance(said, str):
+        assert said.startswith("the regions lie outside of the image (160 x 160 px), at x ")
+        assert said.endswith(" to 50,016; are they in microns, or of another slide?")
+
+
+def test_a_slide_of_unknown_size_may_have_regions_beyond_its_last_patch(tmp_path: Path) -> None:
+    beyond = outline(tmp_path / "a.geojson", (500, 500))
+    features = replace(prediction([0], [1.0], [1.0]), patch={"size_known": False})
+    share = judge(features, beyond)
+    assert isinstance(share, LesionShare)
+    assert share.most_attention == 0
+
+
 def test_images_of_one_group_are_drawn_together() -> None:
     judged = {str(i): LesionShare(1, {"label": float(i % 2)}, 0.5, 0.1) for i in range(4)}
 
@@ -137,6 +161,8 @@ def test_no_lesion_at_all_is_said_and_not_zero() -> None:
     means = lesion_means({"a": LesionShare(0, {"label": 0.0}, 0.0, 0.0)}, {}, ["label"])
     assert means.attention["label"].value is None
     assert "undefined (no image has an annotated region)" in means.lines()[0]
+    means = lesion_means({"a": "a.xml: not XML"}, {}, ["label"])
+    assert "undefined (no annotation can be used)" in means.lines()[0]
 
 
 def test_a_mask_says_what_its_outlines_say(tmp_path: Path) -> None:
@@ -177,6 +203,13 @@ def test_a_mask_of_other_proportions_or_damaged_is_refused_in_a_line(tmp_path: P
         check_annotation(path)
     with pytest.raises(DataError, match="are read from"):
         check_annotation(tmp_path / "mask.gif")
+
+
+def test_every_column_of_the_table_is_explained() -> None:
+    explained = (Path(__file__).parents[1] / "docs" / "reports.md").read_text()
+    for tasks in (["label"], ["TASK", "TASK"]):
+        for column in lesion_table({}, tasks).strip().split(","):
+            assert f"`{column}`" in explained
 
 
 # --- keyhole evaluate ------------------------------------------------------------------------------------------------
@@ -236,6 +269,34 @@ def test_masks_are_read_from_the_column_annotation(toy_run: Path, annotated: Pat
     rows = csv_rows(tmp_path / "out" / "lesions.csv")
     assert [row["regions"] for row in rows] == ["1", "1", "16", "16", "0"]
     assert [float(row["looked_at_touching"]) for row in rows[:3]] == [1, 2 / 16, 1]
+
+
+def test_annotations_outside_of_their_image_are_left_out_and_counted_and_not_zero(
+    toy_run: Path, annotated: Path, tmp_path: Path
+) -> None:
+    from keyhole.inference.evaluate import evaluate
+
+    for number in (1, 2):
+        outline(tmp_path / f"{number}.geojson", (50_000, 50_000))
+
+    evaluation = evaluate(toy_run, annotated, out=tmp_path / "out")
+
+    assert evaluation.lesions is not None
+    assert evaluation.lesions.images == 2
+    assert evaluation.lesions.attention["label"].value == pytest.approx(1), "as of the other two alone"
+    assert len(evaluation.lesions.outside) == 2
+    assert "2 annotations lie outside of their images and do not count; see lesions.csv" in evaluation.lines()
+    assert not any("cannot be used" in line for line in evaluation.lines())
+    rows = csv_rows(tmp_path / "out" / "lesions.csv")
+    assert [row["attention"] for row in rows[:3]] == ["1.000000", "", ""]
+    assert [row["problem"].partition(" (")[0] for row in rows] == [
+        "",
+        *["the regions lie outside of the image"] * 2,
+        "",
+        "the annotation marks nothing",
+    ]
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "2 annotations lie outside of their images" in report
 
 
 def test_a_broken_annotation_ends_it_at_once_or_is_left_out_and_listed(

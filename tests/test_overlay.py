@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_predictions import TASK, made_prediction
 
-from keyhole.report.captions import Words, attention_legend, score_legend
-from keyhole.report.drawing import ATTENTION_COLORS, INK, SCORE_COLORS, ScaleBar, palette
+from keyhole.report.captions import BETWEEN, Words, attention_legend, score_legend
+from keyhole.report.drawing import ATTENTION_COLORS, INK, SCORE_COLORS, Page, ScaleBar, heat, palette, text_width
 from keyhole.report.kept_sheet import kept_sheet
 from keyhole.report.overlay import MAX_SIDE, MIN_SIDE, overlay, panel
 from keyhole.report.prediction import Prediction
@@ -84,13 +84,97 @@ def test_the_scale_reaches_from_an_equal_share_to_the_highest_score() -> None:
     assert 0.95 < scale.heat(peaked)[0] <= 1
     assert ScoreScale.of(np.ones(1, np.float32)) == (1, 1)
     assert (ScoreScale(1, 1.0).heat(np.array([1.0, np.nan], np.float32))[:1] == 0).all()
-    ticks = dict(score_legend(scale).ticks)
-    assert ticks[0] == "1/N or less"
-    assert ticks[6 / 13] == "64 x 1/N"
-    assert ticks[1] == "8,192 x 1/N"
+    scores = made_prediction((10_000, 10_000), 100, score=peaked).scores
+    assert scores is not None
+    legend = score_legend(scale, scores, TASK.name)
+    assert legend.ticks == ((0, "1/N or less"), (6 / 13, "64 x 1/N"), (1, "8,192 x 1/N"))
     assert [text for _, text in attention_legend(100).ticks] == ["1/M = 1.0 %", "4.0 %", "16.0 % or more"]
     assert "attention weight" in attention_legend(4).text
-    assert "score" in score_legend(scale).text
+    assert "score" in legend.text
+    assert "which has 0.3 to 7,000 x 1/N." in legend.text
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 48])
+def test_each_value_of_a_legend_stands_at_its_colour_and_no_colour_has_two(n: int) -> None:
+    scores = made_prediction((n * 100, 100), 100, m=1).scores
+    assert scores is not None
+    scale = ScoreScale.of(scores.score)
+    for equal, legend in ((1 / n, attention_legend(n)), (1 / n, score_legend(scale, scores, TASK.name))):
+        places, texts = zip(*legend.ticks, strict=True)
+        assert len(set(places)) == len(set(texts)) == len(places)
+        if n == 1:
+            assert texts == ("100 %",)
+            assert "all of the attention" in legend.text
+            continue
+        assert (places[0], places[-1]) == (0, 1)
+        for place, text in legend.ticks:
+            number = float(text.split("=")[-1].split()[0].split("/")[0].replace(",", ""))
+            share = number / 100 if "%" in text else number * equal
+            top = min(16, n) if "%" in text else scale.top
+            assert place == pytest.approx(heat(np.array([share], np.float32), equal, top)[0], abs=0.01), text
+
+
+@pytest.mark.parametrize(("low", "text"), [(0.9, "0.9 to 1.9"), (1e-6, "less than 0.01 to 1.9"), (1.0, "has 1 x")])
+def test_the_legend_says_which_scores_occur_in_the_image(low: float, text: str) -> None:
+    score = np.full(48, low / 48, np.float32)
+    if low != 1.0:
+        score[7] = 1.9 / 48
+    scores = made_prediction((800, 600), 100, score=score).scores
+    assert scores is not None
+    said = score_legend(ScoreScale.of(score), scores, TASK.name).text
+    assert f"{text} x 1/N." in said or f"{text} 1/N." in said
+    arrived = np.ones(48, bool)
+    score[9], arrived[9] = 0, False
+    unread = replace(scores, score=score, per_task={TASK.name: score}, arrived=arrived)
+    assert score_legend(ScoreScale.of(score), unread, TASK.name).text == said, "what was not read has no score"
+
+
+def test_the_legend_says_which_frames_have_a_number() -> None:
+    assert "Numbers 1 to 8: the highest weights." in attention_legend(16).text
+    assert "Numbers: rank by this weight." in attention_legend(8).text
+    assert "Numbers: rank by this weight." in attention_legend(16, numbered=16).text, "as on the sheet of kept patches"
+
+
+@given(
+    width=st.integers(150, 2000),
+    model=st.text(st.characters(categories=["L", "Nd"]), min_size=1, max_size=12),
+    note=st.lists(st.sampled_from(["another", "resolution", "0.5", "µm/px"]), max_size=40).map(" ".join),
+)
+@settings(deadline=None, max_examples=60)
+def test_no_fact_above_the_pictures_is_lost_for_want_of_width(width: int, model: str, note: str) -> None:
+    prediction = replace(made_prediction(mpp=0.25), model=model, notes=(note,) if note else ())
+    words = Words.of(prediction, TASK)
+    lines = words.lines(13, width)
+    said = [fact for line, _ in lines for fact in line.split(BETWEEN)]
+    facts = words.about.split(BETWEEN)
+    assert said[: len(facts)] == facts
+    assert facts[-2:] == ["4 kept", model]
+    assert " ".join(said[len(facts) :]) == note
+    assert all(BETWEEN not in line or text_width(line, 13) <= width for line, _ in lines)
+    page = Page(width, 1000)
+    assert words.draw(page, 0, 0, width, 1) == words.height(1, width)
+
+
+def test_one_patch_is_not_called_patches() -> None:
+    assert "1 patch of 300 px" in Words.of(made_prediction((300, 300), 300, m=1), TASK).about
+    assert "48 patches of 50 px" in Words.of(made_prediction(), TASK).about
+
+
+def test_patches_that_are_only_the_first_of_equal_ones_are_not_shown_as_a_choice() -> None:
+    even = np.full(48, 1 / 48, np.float32)
+    tied = made_prediction(score=even)
+    assert Words.of(tied, TASK).doubts == ("all patches have the same score: these are the first",)
+    rounded = even * (1 + np.finfo(np.float32).eps * np.random.default_rng(0).integers(-1, 2, 48)).astype(np.float32)
+    kept = replace(made_prediction(score=rounded), kept=tied.kept)
+    assert Words.of(kept, TASK).doubts == Words.of(tied, TASK).doubts, "equal but for rounding"
+    assert tied.scores is not None
+    unread = replace(tied.scores, arrived=np.arange(48) != 20, score=np.where(np.arange(48) == 20, 0, even))
+    assert unread.tied(tied.kept.index), "a patch that was not read has no score"
+    chosen = even.copy()
+    chosen[0] *= 1.001
+    assert Words.of(made_prediction(score=chosen), TASK).doubts == ()
+    assert not tied.scores.tied(np.array([5, 9])), "not the first: chosen by another rule"
+    assert Words.of(made_prediction(score=even, m=48), TASK).doubts == (), "all are kept: nothing was chosen"
 
 
 def test_palettes_are_ordered_by_lightness_alone_and_do_not_share_a_colour() -> None:

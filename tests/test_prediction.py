@@ -110,7 +110,7 @@ def test_csv_json_and_geojson_agree_on_the_kept_patches(
             assert np.float32(row[f"attention.{task.name}"]) == weight
             assert np.float32(patch["attention"][task.name]) == weight
             assert np.float32(measured[f"attention {task.name}"]) == weight
-            assert measured[f"attention {task.name} times 1/M"] == pytest.approx(float(weight) * len(rows))
+            assert measured[f"attention {task.name} times M"] == pytest.approx(float(weight) * len(rows))
     for task in tasks:
         assert sum(float(row[f"attention.{task.name}"]) for row in rows) == pytest.approx(1, abs=1e-5)
 
@@ -168,7 +168,8 @@ def test_json_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tasks", [(DIGIT,), (TAGS,), (AGE, DIGIT)], ids=["multiclass", "multilabel", "regression"])
 def test_geojson_has_the_structure_of_rfc_7946_and_of_qupath(tmp_path: Path, tasks: tuple[Task, ...]) -> None:
-    data = read_json(write_prediction(predicted(tasks), tmp_path)["kept.geojson"])
+    made = predicted(tasks)
+    data = read_json(write_prediction(made, tmp_path)["kept.geojson"])
     assert data["type"] == "FeatureCollection"
     for feature in data["features"]:
         assert feature["type"] == "Feature"
@@ -180,11 +181,9 @@ def test_geojson_has_the_structure_of_rfc_7946_and_of_qupath(tmp_path: Path, tas
         assert twice_area == 2 * SIZE * SIZE, "counter-clockwise, and the whole patch"
         properties = feature["properties"]
         assert properties["objectType"] == "annotation"
-        assert properties["classification"]["name"]
-        assert all(isinstance(part, int) and 0 <= part <= 255 for part in properties["classification"]["color"])
-        assert len(properties["classification"]["color"]) == 3
+        assert properties["classification"] == {"name": "kept patch", "color": [255, 127, 14]}, "not that of the image"
         assert all(isinstance(value, int | float) for value in properties["measurements"].values())
-        assert all(isinstance(value, str) for value in properties["metadata"].values())
+        assert properties["metadata"] == {f"predicted {task.name}": made.label[task.name] for task in tasks}
     assert len({feature["id"] for feature in data["features"]}) == len(data["features"])
 
 

@@ -217,8 +217,11 @@ def _lesions(lesions: Lesions) -> About:
     )
     if lesions.empty:
         about += f" {counted(len(lesions.empty), 'annotation outlines', 'annotations outline')} nothing."
-    if lesions.left_out:
-        about += f" {counted(len(lesions.left_out), 'annotation')} could not be used."
+    if lesions.outside:
+        lies = "annotation lies outside of its image", "annotations lie outside of their images"
+        about += f" {counted(len(lesions.outside), *lies)}: in microns, or of another image?"
+    if others := len(lesions.left_out) - len(lesions.outside):
+        about += f" {counted(others, 'annotation')} could not be used."
     return About(about, HtmlTable(("", "share", "95 % interval", "by chance", "at most"), rows))
 
 

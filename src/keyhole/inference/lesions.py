@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyhole.errors import DataError
-from keyhole.patches.foreground.annotations import Annotation, read_annotation
+from keyhole.patches.foreground.annotations import Annotation, far_regions, read_annotation
 from keyhole.report.prediction import Prediction, Scores
 from keyhole.tasks.intervals import IntervalEstimate, Weights, bootstrap
 from keyhole.util.files import csv_text
@@ -25,6 +25,8 @@ _BLOCK = 50_000
 """Number of patches compared at once."""
 _BOUNDS = ("looked_at", "area", "most_attention", "most_kept")
 """Fields of `LesionShare` that need the scores of all patches."""
+_OUTSIDE = "the regions lie outside of the image"
+"""How the reason begins for an annotation of which nothing lies in the image."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Lesions:
     most_attention: IntervalEstimate
     most_kept: IntervalEstimate
 
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Names of the images outside of which their whole annotation lies; they are in `left_out`."""
+        return tuple(name for name, reason in self.left_out.items() if reason.startswith(_OUTSIDE))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "images": self.images,
@@ -100,9 +107,15 @@ class Lesions:
         if self.empty:
             said = "annotation marks nothing and does not", "annotations mark nothing and do not"
             lines.append(f"{counted(len(self.empty), *said)} count; see lesions.csv")
-        if self.left_out:
+        if self.outside:
+            said = (
+                "annotation lies outside of its image and does not",
+                "annotations lie outside of their images and do not",
+            )
+            lines.append(f"{counted(len(self.outside), *said)} count; see lesions.csv")
+        if others := len(self.left_out) - len(self.outside):
             said = "annotation cannot be used and does not", "annotations cannot be used and do not"
-            lines.append(f"{counted(len(self.left_out), *said)} count; see lesions.csv")
+            lines.append(f"{counted(others, *said)} count; see lesions.csv")
         return lines
 
 
@@ -117,15 +130,25 @@ Judged = LesionShare | str
 
 
 def judge(prediction: Prediction, annotation: Path, on_bad: Literal["fail", "skip"] = "fail") -> Judged:
-    """Compare a prediction with an annotation file; with "skip", a reason replaces the error of a damaged file."""
+    """Compare a prediction with an annotation file; with "skip", a reason replaces the error of a damaged file.
+
+    An annotation that lies outside of the image is left out with a reason in both cases: its shares would all be 0, as
+    of a model that looks elsewhere.
+    """
     if not prediction.kept.boxes[:, 2:].all():
         return "stored features without coordinates, so it is not known where on the slide they are from"
     try:
-        return lesion_share(prediction, read_annotation(annotation, prediction.size, prediction.origin))
+        marked = read_annotation(annotation, prediction.size, prediction.origin)
     except DataError as error:
         if on_bad == "fail":
             raise DataError(f"{error} Or leave such annotations out: --on-bad-image skip.") from error
         return str(error)
+    # The size of a slide that is known from coordinates alone ends at its last patch; regions may lie beyond.
+    where = far_regions(marked, prediction.size) if prediction.patch.get("size_known", True) else ""
+    if where:
+        size = f"{prediction.size.width:,} x {prediction.size.height:,} px"
+        return f"{_OUTSIDE} ({size}), at {where}; are they in microns, or of another slide?"
+    return lesion_share(prediction, marked)
 
 
 def lesion_share(prediction: Prediction, marked: Annotation) -> LesionShare:
@@ -179,7 +202,9 @@ def lesion_means(
     def means(weights: Weights) -> dict[tuple[str, str], Weights]:
         return {key: weights @ values / weights.sum(axis=1) for key, values in columns.items()}
 
-    found = dict.fromkeys(columns, IntervalEstimate(None, note="no image has an annotated region"))
+    shares = any(isinstance(share, LesionShare) for share in judged.values())
+    nothing = "no image has an annotated region" if shares or not judged else "no annotation can be used"
+    found = dict.fromkeys(columns, IntervalEstimate(None, note=nothing))
     if used:
         of = [groups.get(name) for name in used]
         found = bootstrap(means, len(used), of if any(of) else None, seed)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image as Picture
 
 from keyhole.data.item import Item
+from keyhole.report.captions import TIED
 from keyhole.report.drawing import as_picture, percent
 from keyhole.report.overlay import panel
 from keyhole.report.prediction import Prediction
@@ -159,7 +160,8 @@ def draw_case(task: Task, item: Item, prediction: Prediction, order: int) -> Cas
     classes = sorted(task.classes, key=lambda name: -said[name])[:3]
     scores, pictures, m = prediction.scores, prediction.pictures, len(prediction.kept)
     n = "" if scores is None else f" of {len(scores):,}"
-    about = [f"{prediction.size.width:,} x {prediction.size.height:,} pixels", f"kept {m:,}{n} patches"]
+    patches_kept = f"kept {m:,}{n} {'patch' if (m if scores is None else len(scores)) == 1 else 'patches'}"
+    about = [f"{prediction.size.width:,} x {prediction.size.height:,} pixels", patches_kept]
     image = layer = None
     patches: list[CasePatch] = []
     if pictures is not None:
@@ -168,6 +170,7 @@ def draw_case(task: Task, item: Item, prediction: Prediction, order: int) -> Cas
             image = _jpeg(panel(prediction, task, SIDE, layer=False))
         if scores is not None:
             layer = _jpeg(panel(prediction, task, SIDE))
+            about += [TIED] if scores.tied(prediction.kept.index) else []
             about.append(f"colours up to {ScoreScale.of(scores.per_task[task.name]).top:,.3g} times 1/N")
         for carried in np.argsort(-attention[pictures.place], kind="stable")[:PATCHES]:
             patch = as_picture(pictures.patches[carried]).resize((PATCH_SIDE, PATCH_SIDE), Picture.Resampling.BICUBIC)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from keyhole.data.item import Item
+from keyhole.report.captions import TIED
 from keyhole.report.drawing import (
     ATTENTION_COLORS,
     GREY,
@@ -29,6 +30,7 @@ from keyhole.report.drawing import (
     percent,
     text_width,
     times,
+    wrapped,
 )
 from keyhole.report.overlay import framed
 from keyhole.report.predicted import Pictures, Predicted, pictures_of
@@ -49,11 +51,25 @@ WIDTH = PATCHES_LEFT + PER_LINE * PATCH_SIDE + (PER_LINE - 1) * PATCH_GAP + MARG
 
 @dataclass(frozen=True, eq=False)
 class SheetEntry:
-    """One row: a prediction with pictures, the label as in the CSV, and the number of patches, if known."""
+    """One row: a prediction with pictures, the label as in the CSV, and what is known of the scores of all patches.
+
+    Attributes:
+        patch_count: Number of patches.
+        tied: Whether the kept patches are only the first of equal ones.
+    """
 
     prediction: Predicted
     truth: str | None = None
     patch_count: int | None = None
+    tied: bool = False
+
+    @staticmethod
+    def of(prediction: Predicted, truth: str | None = None) -> SheetEntry:
+        """Return the row of a prediction without its scores, which need not stay in memory."""
+        scores = prediction.scores
+        if scores is None:
+            return SheetEntry(prediction, truth)
+        return SheetEntry(replace(prediction, scores=None), truth, len(scores), scores.tied(prediction.kept.index))
 
     @property
     def pictures(self) -> Pictures:
@@ -81,9 +97,7 @@ class Examples:
         """Hold a prediction if it carries pictures."""
         if prediction.pictures is None:
             return
-        count = None if prediction.scores is None else len(prediction.scores)
-        truth = item.labels.get(self.task.name) or None
-        entry = SheetEntry(replace(prediction, scores=None), truth, count)
+        entry = SheetEntry.of(prediction, item.labels.get(self.task.name) or None)
         (self._wrong if self._is_wrong(item, prediction) else self._others).append(entry)
         if len(self._wrong) + len(self._others) > self.most:
             self._others.pop()
@@ -173,7 +187,7 @@ def _draw_words(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
     page.text((left + 80, y - 3), label or "none", 18, color, TEXT_WIDTH - 80)
     y += 42
     said = prediction.probability[task.name] if task.classes else {}
-    for name in sorted(said, key=lambda name: -said[name])[:4]:
+    for name in sorted(said, key=lambda name: -said[name])[: 3 if entry.tied else 4]:
         page.text((left, y), name, 15, INK, TEXT_WIDTH - 70)
         page.text((left + TEXT_WIDTH, y), percent(said[name]), 15, GREY, 66, align="r")
         page.draw.rectangle([left, y + 22, left + TEXT_WIDTH - 1, y + 26], fill=GROUND)
@@ -183,10 +197,11 @@ def _draw_words(page: Page, entry: SheetEntry, task: Task, top: int) -> None:
         y += 39
     count = entry.patch_count if prediction.scores is None else len(prediction.scores)
     m, of = len(prediction.kept), "" if count is None else f" of {count:,}"
-    lines = [
-        entry.pictures.note,
-        f"{prediction.size.width:,} x {prediction.size.height:,} pixels",
-        f"kept {m:,}{of} patches; 1/M is {percent(1 / m)}",
+    patches = "patch" if (m if count is None else count) == 1 else "patches"
+    lines = [(line, WRONG) for line in wrapped(TIED, 14, TEXT_WIDTH) if entry.tied] + [
+        (entry.pictures.note, GREY),
+        (f"{prediction.size.width:,} x {prediction.size.height:,} pixels", GREY),
+        (f"kept {m:,}{of} {patches}; 1/M is {percent(1 / m)}", GREY),
     ]
-    for line, text in enumerate(lines):
-        page.text((left, top + ROW - 22 * (len(lines) - line)), text, 14, GREY, TEXT_WIDTH)
+    for line, (text, shade) in enumerate(lines):
+        page.text((left, top + ROW - 22 * (len(lines) - line)), text, 14, shade, TEXT_WIDTH)

@@ -15,26 +15,23 @@ from typing import Any
 
 from keyhole.report.predicted import Predicted
 
-PALETTE = tuple(
-    tuple(bytes.fromhex(color))
-    for color in ["1f77b4", "d62728", "2ca02c", "ff7f0e", "9467bd", "17becf", "e377c2", "8c564b", "bcbd22", "7f7f7f"]
-)
-"""Colours of classes in index order, repeated where there are more classes."""
+KEPT_CLASS = "kept patch", (255, 127, 14)
+"""The class of kept patches in QuPath, which has one colour for a class whatever the image."""
 TILES_AT_ONCE = 10_000
 """Number of patches whose boxes are computed and written at once."""
 
 
 def kept_geojson(prediction: Predicted) -> dict[str, Any]:
-    """Return a FeatureCollection with one annotation per kept patch, best first, classified as the first task's label.
+    """Return a FeatureCollection with one annotation per kept patch, best first, all of the class `KEPT_CLASS`.
+
+    The label is that of the whole image, so it is not the class of a patch: `predicted TASK` in the metadata has it.
 
     Patches without a place, such as stored features without coordinates, are left out.
 
     The measurements of an annotation, by which QuPath can filter and colour, are its rank (1 is best), its selection
-    score, and per task its attention weight, as it is and times M.
+    score, and per task its attention weight, as it is and times M, which is 1 for an equal share.
     """
-    task = prediction.tasks[0]
-    label = prediction.label[task.name]
-    color = PALETTE[task.classes.index(label) % len(PALETTE)] if label in task.classes else PALETTE[0]
+    name, color = KEPT_CLASS
     said = {f"predicted {task.name}": prediction.label[task.name] for task in prediction.tasks}
     features, m = [], len(prediction.kept)
     for rank, patch in enumerate(prediction.kept.rows(), start=1):
@@ -43,11 +40,11 @@ def kept_geojson(prediction: Predicted) -> dict[str, Any]:
         properties = {
             "objectType": "annotation",
             "name": f"kept {rank}",
-            "classification": {"name": (label or "none") if task.classes else task.name, "color": list(color)},
+            "classification": {"name": name, "color": list(color)},
             "isLocked": True,
             "measurements": {"rank": rank, "selection score": patch["score"]}
             | {f"attention {task}": weight for task, weight in patch["attention"].items()}
-            | {f"attention {task} times 1/M": weight * m for task, weight in patch["attention"].items()},
+            | {f"attention {task} times M": weight * m for task, weight in patch["attention"].items()},
             "metadata": said,
         }
         features.append(_feature(prediction, patch["box"], "", properties))

@@ -30,7 +30,7 @@ def kept_sheet(prediction: Predicted, task: Task) -> Picture.Image:
     columns = min(max(len(order), MIN_COLUMNS), MAX_COLUMNS)
     width = columns * (CELL + GAP) - GAP
     words = Words.of(prediction, task)
-    top, row = MARGIN + words.height(1) + 6, CELL + CAPTION + GAP
+    top, row = MARGIN + words.height(1, width) + 6, CELL + CAPTION + GAP
     page = Page(width + 2 * MARGIN, top + -(-len(order) // columns) * row + LEGEND_HEIGHT)
     words.draw(page, MARGIN, MARGIN, width, 1)
     for number, i in enumerate(order.tolist()):
@@ -42,8 +42,8 @@ def kept_sheet(prediction: Predicted, task: Task) -> Picture.Image:
         place = f"x {left:,}  y {upper:,}" if any(sides) else f"number {kept.index[i]:,}"
         page.text((x, y + CELL + 20), place, 11, GREY, CELL)
     bottom = page.picture.height - LEGEND_HEIGHT + 6
-    legend, mpp = attention_legend(m), um_per_pixel(prediction)
-    hidden = f" Shown are the {len(order)} with the highest weight." if len(order) < m else ""
+    legend, mpp = attention_legend(m, len(order)), um_per_pixel(prediction)
+    hidden = " Only these are shown." if len(order) < m else ""
     text = f"{legend.text} In brackets times 1/M. x, y: upper left corner in pixels of the full resolution.{hidden}"
     legend._replace(text=text).draw(page, MARGIN, bottom, width, 1)
     um = None if mpp is None else float(kept.boxes[order[0], 2]) * mpp

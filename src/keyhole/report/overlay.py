@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image as Picture
 
-from keyhole.report.captions import Words, attention_legend, score_legend, um_per_pixel
+from keyhole.report.captions import NUMBERED, Words, attention_legend, score_legend, um_per_pixel
 from keyhole.report.drawing import WHITE, Frames, Page, as_picture, heat
 from keyhole.report.predicted import KeptPatches, Pictures, Predicted, pictures_of
 from keyhole.report.score_layer import ScoreScale, colored, opaque, score_raster
@@ -18,8 +18,6 @@ MIN_SIDE, MAX_SIDE = 560, 1024
 """Longer side of a panel in pixels: that of the thumbnail, within these limits."""
 FADED = 0.4
 """Share of white in the grey image under the scores, so that their colours are those of the legend."""
-NUMBERED = 8
-"""Kept patches whose rank by attention is written beside their frame."""
 
 
 def framed(shown: Pictures, kept: KeptPatches, task: Task, bounds: tuple[int, int]) -> Picture.Image:
@@ -85,7 +83,7 @@ def overlay(prediction: Predicted, task: Task) -> Picture.Image:
     u, m = side / MIN_SIDE, len(prediction.kept)
     panels = [] if shown.of_scores else [(panel(prediction, task, side, layer=False), [attention_legend(m)])]
     if scores is not None:
-        legend = score_legend(ScoreScale.of(scores.per_task[task.name]))
+        legend = score_legend(ScoreScale.of(scores.per_task[task.name]), scores, task.name)
         legends = [legend, attention_legend(m)] if shown.of_scores else [legend]
         panels.append((panel(prediction, task, side), legends))
     width, height = panels[0][0].size
@@ -95,13 +93,12 @@ def overlay(prediction: Predicted, task: Task) -> Picture.Image:
     mpp = um_per_pixel(prediction) if prediction.kept.boxes[:, 2:].any() else None
     under = round((14 if mpp is None else 34) * u)
     words = Words.of(prediction, task)
-    top = margin + words.height(u)
-    below = under + sum(legend_height for _ in panels[-1][1])
     across, down = (len(panels), 1) if beside else (1, len(panels))
-    page = Page(
-        2 * margin + across * block + (across - 1) * gap, top + down * (height + below) + (down - 1) * gap + margin // 2
-    )
-    words.draw(page, margin, margin, page.picture.width - 2 * margin, u)
+    inner = across * block + (across - 1) * gap
+    top = margin + words.height(u, inner)
+    below = under + sum(legend_height for _ in panels[-1][1])
+    page = Page(2 * margin + inner, top + down * (height + below) + (down - 1) * gap + margin // 2)
+    words.draw(page, margin, margin, inner, u)
     for number, (picture, legends) in enumerate(panels):
         x = margin + number * (block + gap) * beside
         y = top + number * (height + below + gap) * (not beside)

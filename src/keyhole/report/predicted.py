@@ -24,6 +24,8 @@ from keyhole.tasks.kinds import Task
 from keyhole.util.wording import must_be_one_of
 
 BOX = ("x", "y", "width", "height")
+MAX_ROUNDING = 4 * float(np.finfo(np.float32).eps)
+"""Relative difference of two scores that a softmax in float32 may give to equal logits."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,6 +112,17 @@ class Scores:
 
     def __repr__(self) -> str:
         return f"Scores({len(self)} patches on {self.rows} x {self.columns})"
+
+    def tied(self, kept: NDArray[np.int64]) -> bool:
+        """Return True if all scores are equal up to rounding, and the `kept` patches (m,) the first of them.
+
+        The selection then followed the order of reading. False if all patches were kept.
+        """
+        read = slice(None) if self.arrived is None else self.arrived
+        index, score = self.index[read], self.score[read]
+        if len(kept) >= len(index) or score.max() - score.min() > MAX_ROUNDING * score.max():
+            return False
+        return bool(np.isin(kept, index[: len(kept)]).all())
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the boxes themselves instead of the grid, which holds the open image."""

@@ -1,8 +1,9 @@
 """The score of every patch as a transparent layer over a picture of the image.
 
 A score is the share of a patch in the attention over all n patches, so it is shown as a multiple of the equal share
-1/n. The scale reaches from one equal share to the highest score of the image: colours are comparable within an image,
-and the legend says what they mean. A model that attends to all patches alike has no bright patch.
+1/n. The scale reaches from one equal share to the highest score of the image, and at least to 16 times 1/n: colours are
+comparable within an image, and the legend says what they mean and which scores occur. A model that attends to all
+patches alike has no bright patch.
 """
 
 from __future__ import annotations

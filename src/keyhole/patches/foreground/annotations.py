@@ -60,13 +60,32 @@ def read_annotation(path: Path, l0_size: Size, origin: tuple[int, int] = (0, 0))
         raise DataError(str(error)) from error
 
 
-def check_annotation(path: Path) -> None:
-    """Raise DataError if an annotation cannot be read, whatever its image is."""
+def far_regions(marked: Annotation, l0_size: Size) -> str:
+    """Return where the marked areas lie if all of them lie outside of the image; "" if one reaches into it, or none is.
+
+    >>> square = Region((np.array([[500.0, 20.0], [900.0, 20.0], [900.0, 60.0], [500.0, 60.0]]),))
+    >>> far_regions(Outlines([square]), Size(400, 400))
+    'x 500 to 900, y 20 to 60'
+    >>> far_regions(Outlines([square]), Size(600, 400))
+    ''
+    """
+    if not isinstance(marked, Outlines) or not marked.regions or marked.touching([[0, 0, *l0_size]])[0]:
+        return ""  # a mask covers its image, whatever its resolution
+    corners = np.concatenate([region.rings[0] for region in marked.regions])
+    (left, top), (right, bottom) = corners.min(axis=0), corners.max(axis=0)
+    return f"x {left:,.0f} to {right:,.0f}, y {top:,.0f} to {bottom:,.0f}"
+
+
+def check_annotation(path: Path, l0_size: Size | None = None) -> None:
+    """Raise DataError if an annotation cannot be read, or is a mask of other proportions than an image of `l0_size`.
+
+    A mask is not decoded.
+    """
     if path.suffix.lower() != PNG_SUFFIX:
         read_regions(path)
         return
     try:
-        check_png(path)
+        check_png(path, l0_size)
     except ImageError as error:
         raise DataError(str(error)) from error
 

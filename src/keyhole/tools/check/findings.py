@@ -16,7 +16,7 @@ from keyhole.data.splits import give_splits, leaking_groups
 from keyhole.errors import ImageError
 from keyhole.patches.features import Origin
 from keyhole.tools.check.look import MAX_DARK_VALUE, Probed
-from keyhole.util.wording import listed
+from keyhole.util.wording import listed, problem_and_fix
 
 MIN_CLASS_IMAGES = 3  # training images of a class from which on weights can help
 MAX_IMBALANCE = 10  # least ratio of the largest to the smallest class for a warning
@@ -102,6 +102,7 @@ def about_images(items: Sequence[Item], probed: Mapping[str, Probed], config: Co
         fix = "Make sure that colour does not tell the classes apart; --model.channels 1 reads all as grey."
         yield warning(ALL_IMAGES, problem, fix)
     yield from _about_values(probed)
+    yield from _about_annotations(probed)
     for name, image in probed.items():
         if image.preview_problem:
             fix = "A run does not read that resolution; other programs may fail on the file."
@@ -135,6 +136,23 @@ def _about_resolution(items: Sequence[Item], probed: Mapping[str, Probed], confi
     for note, names in _grouped({x.name: probed[x.name].mpp_note for x in items if x.mpp is None}).items():
         fix = "Give the right value in a column `mpp`; it matters where --patch.mpp is set."
         yield warning(names, f"microns per pixel are not known ({note})", fix)
+
+
+def _about_annotations(probed: Mapping[str, Probed]) -> Iterator[Finding]:
+    """Yield warnings: training does not read annotations, but `keyhole evaluate` does."""
+    for name, image in probed.items():
+        if image.annotation_problem:
+            yield warning(name, *problem_and_fix(image.annotation_problem))
+    outside = [name for name, image in probed.items() if image.annotation_outside]
+    if outside:
+        first = probed[outside[0]]
+        where = f"{first.size.width:,} x {first.size.height:,} px, regions at {first.annotation_outside}"
+        problem = f"the annotated regions lie outside of the image ({where}{' in the first' if outside[1:] else ''})"
+        fix = (
+            "Are they in microns, or of another slide? Export them in pixels of the full resolution, and name the file "
+            "of this image in the column `annotation`; keyhole evaluate leaves such annotations out."
+        )
+        yield warning(outside, problem, fix)
 
 
 def _about_values(probed: Mapping[str, Probed]) -> Iterator[Finding]:

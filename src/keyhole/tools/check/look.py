@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from keyhole.data.item import Item
-from keyhole.errors import BitsUnknown, ConfigError, ImageError, OutputError
+from keyhole.errors import BitsUnknown, ConfigError, DataError, ImageError, OutputError
 from keyhole.images.geometry import Size
 from keyhole.util.wording import problem_and_fix
 
@@ -40,6 +40,8 @@ class Probed:
     mpp_note: str = ""  # about an implausible resolution in the file
     preview_problem: str = ""  # why the requested preview is missing
     note: str = ""  # which parts of the file are not read
+    annotation_problem: str = ""  # why the annotation cannot be used
+    annotation_outside: str = ""  # where its regions lie if all are outside of the image
     darkest: int = field(default=0, compare=False)  # values of the patches that were read
     brightest: int = field(default=255, compare=False)
     image_seconds: float = field(default=0.0, compare=False)  # to open the file and decode what all patches share
@@ -110,6 +112,7 @@ def _probe_image(request: Request) -> Probed | Failed:
             return Failed(nothing[0], "settings", request.preview is not None and not problem, nothing[1])
         image_seconds, patch_seconds = _seconds(opening, grid.read, len(grid))
         darkest, brightest = _values(image, grid)
+        annotation_problem, annotation_outside = _about_annotation(item.annotation, image)
         return Probed(
             size=image.size,
             levels=len(image.levels),
@@ -121,6 +124,8 @@ def _probe_image(request: Request) -> Probed | Failed:
             mpp_note=image.mpp_note,
             preview_problem=problem,
             note=image.note,
+            annotation_problem=annotation_problem,
+            annotation_outside=annotation_outside,
             darkest=darkest,
             brightest=brightest,
             image_seconds=image_seconds,
@@ -169,6 +174,21 @@ def _values(image: Image, grid: PatchGrid) -> tuple[int, int]:
         if darkest < brightest >= MAX_DARK_VALUE:
             break
     return darkest, brightest
+
+
+def _about_annotation(path: Path | None, image: Image) -> tuple[str, str]:
+    """Return why an annotation cannot be read, and where its regions lie if that is outside of the image."""
+    from keyhole.patches.foreground.annotations import PNG_SUFFIX, check_annotation, far_regions, read_annotation
+
+    if path is None:
+        return "", ""
+    try:
+        if path.suffix.lower() == PNG_SUFFIX:
+            check_annotation(path, image.size)
+            return "", ""
+        return "", far_regions(read_annotation(path, image.size, image.qupath_origin), image.size)
+    except DataError as error:
+        return str(error), ""
 
 
 def _preview(opener: FileOpener, image: Image, grid: PatchGrid | None, name: str, path: Path) -> None:
