@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from keyhole.data.item import Item
-from keyhole.data.resolution import Resolution
+from keyhole.data.resolution import Resolution, enlarged, overridden
 from keyhole.engine import Engine, Inference
 from keyhole.errors import ImageError, KeyholeError
 from keyhole.images import open_image
@@ -30,6 +30,7 @@ from keyhole.report.pictures import most_attended, pictures_of_features, picture
 from keyhole.report.prediction import KeptPatches, Pictures, Prediction, Scores
 from keyhole.tasks.kinds import Task
 from keyhole.util.progress import say
+from keyhole.util.tally import Tally
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Answers:
     whole: int = 0
     above: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     unlike: int = 0
+    scales: Tally = field(default_factory=Tally)
 
     def warn_about_features(self, done: Inference) -> None:
         for source in done.batch.sources:
@@ -100,7 +102,7 @@ class Answers:
             model=self.name,
             unreadable=source.grid.boxes(unreadable) if len(unreadable) else None,
             threshold=self.above,
-            notes=(*source.doubts(), *self._doubt(item.name, patch)),
+            notes=(*source.doubts(), *self._about_scale(item, source), *self._doubt(item.name, patch)),
         )
 
     def _scores(self, kept: Kept, source: PatchSource) -> Scores:
@@ -136,6 +138,14 @@ class Answers:
                 return self.engine.reader.run(item.name, look)
         return source.extent, origin or (0, 0)
 
+    def _about_scale(self, item: Item, source: PatchSource) -> list[str]:
+        """Return notes on an image whose own resolution is overridden, or that is enlarged."""
+        given = overridden(item.mpp, source.file_mpp, item.mpp_from)
+        notes = list(filter(None, [given, enlarged(source.l0_mpp, source.scale)]))
+        for note in notes:
+            self.scales.add(item.name, note)
+        return notes
+
     def _doubt(self, name: str, patch: Mapping[str, Any]) -> list[str]:
         """Return doubts about the resolution, which files of features need not state."""
         mpp = patch["mpp"]
@@ -169,7 +179,10 @@ class Answers:
             return prediction
 
     def finish(self, images: int) -> None:
-        """Warn of the number of images with another resolution."""
+        """Warn of the number of images with another resolution, and of those of `_about_scale`."""
+        for each in () if self.silent else self.scales.kinds.values():
+            where = "" if each.count == 1 else f"{each.count} of {images} images, the first "
+            say(f"warning: {where}{each.name}: {each.text}")
         if self.unlike > 1 and not self.silent:
             told = f"{self.unlike} of {images} images have another resolution than the model learned at"
             say(f"warning: {told} ({self.resolution} um per pixel), or none")

@@ -152,7 +152,7 @@ def evaluate(
     if keeps_test:  # training writes those of train and val
         write_atomic(asked.run / "predictions" / "test.csv", (folder / "predictions.csv").read_bytes())
     notes += unused_masks(manifest.items, predictor.config.patch.foreground, trained=True)
-    notes += [f"{count} of {len(found.rows)} images: {text}" for text, count in found.doubts.items()]
+    notes += found.doubts.lines(len(found.rows))
     table = found.table()
     metrics = tuple(
         evaluate_task(task, table.targets[task.name], table.probability[task.name], table.groups) for task in tasks

@@ -178,7 +178,8 @@ class Predictor:
             image: An image or slide file; for a model of stored features a file of these. Or pixels in memory: uint8
                 (h, w, 3), (h, w, 1) or (h, w), or a picture of Pillow, whose grey values of 16 bits are scaled by
                 `patch.bits` as those of a file are.
-            mpp: Microns per level-0 pixel, 0.02 ... 100, where the file does not state it or is wrong.
+            mpp: Microns per level-0 pixel, 0.02 ... 100, where the file does not state it or is wrong. It replaces what
+                the file states, with a warning and a note in the prediction.
             mask: PNG or GeoJSON of the foreground, for a model of `patch.foreground mask` only.
             pictures: Add a small picture of the image and of its kept patches to the prediction.
 
@@ -206,10 +207,11 @@ class Predictor:
         else:
             picture = image_in_memory(image, self.config.patch.bits)
             images, item = ImageCache(image=picture), Item(str(picture.path), picture.path, {})
-        item = replace(item, mpp=known, mask=None if mask is None else Path(mask).absolute())
+        item = replace(item, mpp=known, mpp_from="`mpp`", mask=None if mask is None else Path(mask).absolute())
         _existing([item], in_memory=images is not None)
         found = self.predict_items([item], images=images, description=None, pictures=lambda *_: pictures)
-        return next(prediction for _, prediction in found)
+        ((_, prediction),) = found  # to the end, where it warns
+        return prediction
 
     def predict_many(
         self,

@@ -16,7 +16,7 @@ from keyhole.config.settings import AugmentConfig, Config
 from keyhole.data.companions import unused_masks
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest
-from keyhole.data.resolution import Resolution
+from keyhole.data.resolution import Resolution, enlarged
 from keyhole.engine import Engine
 from keyhole.engine.device import choose_precision
 from keyhole.engine.memory.plan import cpu_chunk, fixed_chunk
@@ -31,6 +31,7 @@ from keyhole.patches.sources import View
 from keyhole.runs.checkpoint import load_encoder
 from keyhole.runs.start import load_start
 from keyhole.tasks.kinds import Task
+from keyhole.util.tally import Tally
 from keyhole.util.timing import Timer
 from keyhole.util.wording import counted, from_to
 
@@ -123,6 +124,7 @@ def scan(
     shape: tuple[int, ...] = ()
     total = largest = 0
     doubts: Counter[str] = Counter()
+    scales = Tally()
     pictures: list[int] = []
     mpp: list[float | None] = []
     jpeg = False
@@ -143,6 +145,8 @@ def scan(
         pictures.append(source.whole_bytes)
         jpeg = jpeg or (config.run.decode == "auto" and may_decode(device) and source.gives_jpeg())
         doubts.update(source.doubts())
+        if note := enlarged(source.l0_mpp, source.scale):
+            scales.add(item.name, note)
         source.close()
     manifest = manifest.without(bad)
     if not manifest.split("train"):
@@ -159,6 +163,7 @@ def scan(
         keep, sentence = fits(total, cache_limit(config, device))
         lines.append(sentence)
     lines += [f"warning: {text} ({count} of {len(counts)} files)" for text, count in doubts.items()]
+    lines += [f"warning: {line}" for line in scales.lines(len(counts))]
     if bad:
         lines.append(f"left out {counted(len(bad))} that cannot be read; see left_out.csv")
     resolution = Resolution.of(mpp)
