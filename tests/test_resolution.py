@@ -184,3 +184,18 @@ def test_training_and_evaluation_count_the_slides_that_are_enlarged(
     assert f"warning: 3 of 6 images, such as 0.tif: {said}" in capsys.readouterr().err
     found = keyhole.evaluate(fine, table, split="train", out=tmp_path / "out")
     assert f"1 of 4 images: {said}" in found.notes
+
+
+def test_a_prediction_states_the_resolution_of_its_image_and_what_its_file_says(fine: Path, tmp_path: Path) -> None:
+    def stated(path: Path, *words: str) -> tuple[object, object, object]:
+        found = predicted(fine, tmp_path / path.stem, str(path), *words)[path.name]
+        patch = found["patch"]
+        assert isinstance(patch, dict)
+        return found["mpp"], found["file_mpp"], patch["mpp"]
+
+    assert stated(slide(tmp_path / "a.tif", 0.25)) == (0.25, 0.25, 0.5)
+    assert stated(slide(tmp_path / "b.tif", 1.0), "--mpp", "0.25") == (0.25, 1.0, 0.5)
+    assert stated(slide(tmp_path / "c.tif", None), "--mpp", "0.25") == (0.25, None, 0.5)
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    prediction = keyhole.load(fine).predict(pixels, mpp=0.25)
+    assert (prediction.mpp, prediction.file_mpp, prediction.notes) == (0.25, None, ())

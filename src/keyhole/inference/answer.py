@@ -103,6 +103,8 @@ class Answers:
             unreadable=source.grid.boxes(unreadable) if len(unreadable) else None,
             threshold=self.above,
             notes=(*source.doubts(), *self._about_scale(item, source), *self._doubt(item.name, patch)),
+            mpp=source.l0_mpp,
+            file_mpp=source.file_mpp,
         )
 
     def _scores(self, kept: Kept, source: PatchSource) -> Scores:
