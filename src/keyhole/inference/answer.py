@@ -31,6 +31,10 @@ from keyhole.report.prediction import KeptPatches, Pictures, Prediction, Scores
 from keyhole.tasks.kinds import Task
 from keyhole.util.progress import say
 from keyhole.util.tally import Tally
+from keyhole.util.wording import counted
+
+FEW = 4
+"""With fewer patches than this part of the M that a model keeps, an image may be noted; see `Answers.usual_patches`."""
 
 
 @dataclass
@@ -45,6 +49,8 @@ class Answers:
         silent: Do not warn.
         whole: Number of kept patches that pictures hold in full.
         above: By task and class, the probability above which the class is predicted.
+        usual_patches: Number of patches that nearly all training images have at least; 0 where it is not known. Few
+            patches are noted only where the model is used to more: small photographs have few, and always had.
     """
 
     engine: Engine
@@ -55,6 +61,7 @@ class Answers:
     silent: bool
     whole: int = 0
     above: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    usual_patches: int = 0
     unlike: int = 0
     scales: Tally = field(default_factory=Tally)
 
@@ -102,7 +109,12 @@ class Answers:
             model=self.name,
             unreadable=source.grid.boxes(unreadable) if len(unreadable) else None,
             threshold=self.above,
-            notes=(*source.doubts(), *self._about_scale(item, source), *self._doubt(item.name, patch)),
+            notes=(
+                *source.doubts(),
+                *self._about_scale(item, source),
+                *self._doubt(item.name, patch),
+                *self._few(len(source)),
+            ),
             mpp=source.l0_mpp,
             file_mpp=source.file_mpp,
         )
@@ -147,6 +159,14 @@ class Answers:
         for note in notes:
             self.scales.add(item.name, note)
         return notes
+
+    def _few(self, patches: int) -> list[str]:
+        """Return a note on an image with few patches, such as a slide that is nearly blank, if that is unusual."""
+        m = self.engine.settings.m
+        if patches * FEW >= m or patches >= self.usual_patches:
+            return []
+        had = f"nearly all images that it learned from have {counted(self.usual_patches, 'patch', 'patches')} or more"
+        return [f"{counted(patches, 'patch', 'patches')}, of {m} that the model keeps; {had}"]
 
     def _doubt(self, name: str, patch: Mapping[str, Any]) -> list[str]:
         """Return doubts about the resolution, which files of features need not state."""

@@ -112,6 +112,7 @@ def load(
         config = asked.replace(run={"decode": decode}, **given)
         name, precision = str(info["name"]), str(info["precision"])
         resolution = Resolution.from_json(info.get("resolution"))
+        usual_patches = int(info.get("usual_patches", 0))
     except (KeyError, TypeError, ConfigError, RunError) as error:
         raise RunError(
             f"{file}: its description does not fit keyhole {VERSION} ({error}). Was it made by another version?"
@@ -128,7 +129,7 @@ def load(
         arithmetic = choose_precision(precision, model.to(chosen).encoder, shape)
         engine = Engine(model, config.select, config.run, arithmetic=arithmetic, warn=_warn)
     predictor = Predictor(engine.model, config, tasks, name, resolution, engine)
-    predictor.thresholds = thresholds
+    predictor.thresholds, predictor.usual_patches = thresholds, usual_patches
     return predictor
 
 
@@ -159,6 +160,7 @@ class Predictor:
         self.thresholds: dict[str, dict[str, Threshold]] = {}  # by task and class; one half where there is none
         self._free: list[Engine] | None = None  # engines that no call uses; None before the first call
         self.silent = False  # True: no warnings about doubts, which the user knows already
+        self.usual_patches = 0  # number that nearly all training images have at least; 0 where it is not known
         self.whole_patches = 0  # number of kept patches, best first, that the pictures of a prediction hold in full
         self._told: set[str] = set()
 
@@ -314,6 +316,7 @@ class Predictor:
             answers = Answers(
                 engine, self.tasks, self.name, self.resolution, self._told, self.silent, self.whole_patches, above
             )
+            answers.usual_patches = self.usual_patches
             waited = reader.waited
 
             def count(patches: int) -> None:

@@ -88,6 +88,7 @@ class Images:
         held_bytes: bytes of decoded images that stay in memory.
         open_bytes: bytes of the pictures decoded whole that are open at the same time.
         resolution: of the training images' patches; part of the model.
+        usual_patches: nearly all training images have as many patches or more; part of the model.
         jpeg: a GPU may decode patches from JPEG.
     """
 
@@ -99,6 +100,7 @@ class Images:
     held_bytes: int
     open_bytes: int
     resolution: Resolution
+    usual_patches: int
     jpeg: bool
 
     def opener(self, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)) -> Opener:
@@ -174,8 +176,19 @@ def scan(
     ahead = -(-(config.run.ahead + 2) * (fixed_chunk(config.select) or cpu_chunk(shape)) // patches[len(patches) // 2])
     opened = round(DECODING * decoded) + (decoded if keep else sum(pictures[: config.train.batch + ahead]))
     store = ImageCache(keep=keep, masks=probe.masks)
-    images = Images(config, store, counts, largest, shape, total if keep else 0, opened, resolution, jpeg and not keep)
+    held, jpeg = total if keep else 0, jpeg and not keep
+    usual = usual_patches([counts[item.name] for item in manifest.split("train")])
+    images = Images(config, store, counts, largest, shape, held, opened, resolution, usual, jpeg)
     return images, manifest, lines
+
+
+def usual_patches(counts: Sequence[int]) -> int:
+    """Return the number of patches that 95 % of the images have at least: a few blank slides do not count.
+
+    >>> usual_patches([200, 300, 250]), usual_patches([1, *[200] * 99])
+    (200, 200)
+    """
+    return sorted(counts)[len(counts) // 20]
 
 
 def cache_limit(config: Config, device: torch.device) -> float | None:
