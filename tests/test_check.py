@@ -388,6 +388,28 @@ def test_annotations_that_no_evaluation_can_use_are_warnings(tmp_path: Path) -> 
     assert "other proportions" in narrow.problem
 
 
+def test_slides_coarser_than_the_patches_are_one_warning_for_each_resolution(tmp_path: Path) -> None:
+    rows = []
+    for number, mpp in enumerate(["", "0.5", "1.0", "1.0", "2.0", "0.55"]):
+        scanned(tmp_path / f"{number}.tif", number, 20000, 20000)
+        rows.append(f"{number}.tif,{'ab'[number % 2]},train,{mpp}")
+    path = tmp_path / "labels.csv"
+    path.write_text("image,grade,split,mpp\n" + "\n".join(rows) + "\n")
+    given = config(path)
+
+    def enlarged(mpp: float | None) -> dict[str, str]:
+        report = check(given.replace(patch=PatchConfig(size=32, mpp=mpp)))
+        found = [each for each in report.findings if each.problem.startswith("enlarged")]
+        assert {each.severity for each in found} <= {"warning"}
+        assert all("--patch.mpp" in each.fix for each in found)
+        return {each.name: each.problem for each in found}
+
+    said = "enlarged {} x: the slide has {} um per pixel, and patches are read at 0.5"
+    assert enlarged(0.5) == {"2 images": said.format(2, 1) + ": 2.tif, 3.tif", "4.tif": said.format(4, 2)}
+    assert enlarged(2.0) == {}
+    assert enlarged(None) == {}
+
+
 def test_an_implausible_resolution_is_a_warning_and_an_error_where_it_is_needed(tmp_path: Path) -> None:
     for number in range(2):
         scanned(tmp_path / f"{number}.tif", number, 20000, 40000)

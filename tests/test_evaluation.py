@@ -227,6 +227,36 @@ def test_images_that_the_model_was_trained_on_are_told_by_their_content(own_run:
     assert not any("used before" in line for line in keyhole.evaluate(own_run).lines())
 
 
+def test_groups_that_have_the_name_of_one_in_training_are_told(tmp_path: Path) -> None:
+    images = sorted(write_toy(tmp_path / "toy", count=6).rglob("*.png"))
+    splits = {"a": "train", "b": "train", "c": "val", "d": "test"}
+
+    def grouped(name: str, groups: str, chosen: list[Path], split: bool = False) -> Path:
+        rows = [["image", "label", "group", *["split"] * split]]
+        for image, group in zip(chosen, groups, strict=True):
+            rows.append([str(image), image.parent.name, group.strip(), *[splits[group] for _ in range(split)]])
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        return tmp_path / name
+
+    given = SMALL | {"train": {"epochs": 1, "batch": 4}}
+    run = keyhole.train(grouped("d.csv", "aabbcd" * 2, images, split=True), tmp_path / "run", **given).path
+    new = sorted(write_toy(tmp_path / "new", count=4, seed=1).rglob("*.png"))
+
+    def told(groups: str) -> list[str]:
+        found = keyhole.evaluate(run, grouped(f"{groups.replace(' ', '_')}.csv", groups, new))
+        assert list(found.notes) == json.loads((found.path / "metrics.json").read_text())["notes"]
+        return [note for note in found.notes if "training or validation split" in note]
+
+    (said,) = told("aaceedff")
+    assert said.startswith("2 of the 5 groups, with 3 of the 8 images, also are names in the training")
+    assert "run: a, c. If they are the same groups, such as the same patients, the figures are too good" in said
+    assert "by chance" in said
+    assert told("ddeeffgg") == [], "the test split was not learned from"
+    assert told("    eeff") == [], "an image without a group is its own"
+    assert not any("are names" in line for line in keyhole.evaluate(run).lines())
+
+
 def test_an_unfinished_run_says_so_and_keeps_no_predictions_of_an_earlier_model(toy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):

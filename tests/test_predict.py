@@ -566,3 +566,34 @@ def test_the_resolution_of_new_images_is_given_on_the_command_line_or_in_a_csv(
     assert "1 of 2 image files are not there" in capsys.readouterr().err
     assert sizes(str(table), "--on-bad-image", "skip") == {"a.png": 16}
     assert "nowhere.png" in capsys.readouterr().err
+
+
+def test_few_patches_are_noted_only_where_the_model_is_used_to_more(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def picture(name: str, patches: int) -> Path:
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (16, 16 * patches, 3), dtype=np.uint8)).save(path)
+        return path
+
+    def trained(name: str, patches: list[int]) -> Path:
+        for number, count in enumerate(patches):
+            picture(f"{name}-a/{number}", count), picture(f"{name}-b/{number}", count)
+        images = [f"{name}-{label}/{number}.png,{label}" for label in "ab" for number in range(len(patches))]
+        rows = [f"{row},{'val' if number % 6 == 5 else 'train'}" for number, row in enumerate(images)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["image,label,split", *rows]))
+        given = settings(select={"m": 8}, train={"epochs": 1})
+        return keyhole.train(tmp_path / f"{name}.csv", tmp_path / name, **given).path
+
+    one, two, many = picture("one", 1), picture("two", 2), picture("many", 12)
+    slides, photographs = trained("slides", [12] * 6), trained("photographs", [1, 2, 12, 12, 12, 12])
+    assert keyhole.load(slides).predict(one).notes == (
+        "1 patch, of 8 that the model keeps; nearly all images that it learned from have 12 patches or more",
+    )
+    for run, image in ((slides, two), (slides, many), (photographs, one), (photographs, many)):
+        assert keyhole.load(run).predict(image).notes == ()
+    assert keyhole.load(shutil.copytree(slides / "best", tmp_path / "model")).predict(one).notes != ()
+    about = tmp_path / "model" / "model.json"
+    found = json.loads(about.read_text())
+    assert found["usual_patches"] == 12

@@ -154,6 +154,7 @@ def test_json_is_complete(tmp_path: Path) -> None:
     assert data["keyhole"] == keyhole.__version__
     assert (data["model"], data["name"], data["image"]) == ("runs/demo", "a/b.png", "/data/a/b.png")
     assert data["size"] == {"width": 420, "height": 310}
+    assert (data["mpp"], data["file_mpp"]) == (None, None)
     assert data["patch"] == {"size": 64, "stride": 64, "level": 0, "mpp": None, "scale": 1.0}
     assert data["kept"]["box_order"] == ["x", "y", "width", "height"]
     assert data["kept"]["box_unit"] == "level-0 pixels"

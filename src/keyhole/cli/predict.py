@@ -41,8 +41,8 @@ class PredictOptions(Options, InferenceSettings):
     out: Path | None = None
     """Folder to write to; created if it is not there."""
     mpp: Number | None = None
-    """Microns per pixel of the full resolution, where the files do not state it or state it wrongly; a CSV says it per
-    image."""
+    """Microns per pixel of the full resolution, where the files do not state it or state it wrongly: it replaces what
+    they state, with a warning. A CSV says it per image."""
     masks: Path | None = None
     """Folder of masks by the images' names, for a model of `patch.foreground mask`."""
     threshold: Fraction | Literal["balanced", "sensitive"] | None = None

@@ -25,10 +25,11 @@ class Item:
     labels: dict[str, str]  # text per task as written; empty where unknown
     split: str = ""  # empty until the splits are made
     group: str | None = None  # such as a patient: its images stay in one split; None if the image is its own group
-    mpp: float | None = None  # microns per level-0 pixel from the CSV, which overrides the file
+    mpp: float | None = None  # microns per level-0 pixel that the user gives, which override those of the file
     mask: Path | None = None  # PNG or GeoJSON of the foreground
     annotation: Path | None = None  # outlines or a mask of what is looked for; never read in training
     features: Path | None = None  # stored features to read instead of `image`, which then need not exist
+    mpp_from: str = "the CSV"  # where `mpp` was given, for messages
 
     def __post_init__(self) -> None:
         if self.features is None and str(self.image).lower().endswith(FEATURE_SUFFIXES):

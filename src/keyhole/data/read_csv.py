@@ -74,9 +74,9 @@ def read_csv(path: Path, root: Path | None = None, slides: bool = False) -> Data
             split=split,
             group=cell.get("group") or None,
             mpp=mpp,
-            **{name: absolute(base / cell[name]) for name in FILES if cell.get(name)},
         )
-        table.rows.append(Row(item, where))
+        files = {name: absolute(base / cell[name]) for name in FILES if cell.get(name)}
+        table.rows.append(Row(item, where).but(**files))
     if other_splits:
         said = ", ".join(f"{text!r} as {split}" for text, split in sorted(other_splits.items()))
         table.notes.append(f"{path}: the column `split` is read with {said}")

@@ -9,6 +9,8 @@ from typing import Any
 TOLERANCE = 1.2
 """Largest ratio of two resolutions that count as equal: scanners of one nominal magnification differ by less."""
 MAX_MICROSCOPE_MPP = 20.0  # coarser values are the print resolution of photographs
+MAX_MPP_DIFFERENCE = 0.05
+"""Relative difference between a given resolution and that of the file which rounding and calibration explain."""
 HOW_TO_GIVE = "a column `mpp` in a CSV, or --mpp of predict"
 
 
@@ -64,6 +66,38 @@ class Resolution:
             f"{size} than it knows. If a file is wrong, give the true value: {HOW_TO_GIVE}. A model trained with "
             "--patch.mpp resamples"
         )
+
+
+def overridden(given: float | None, stated: float | None, source: str = "the CSV") -> str:
+    """Return a sentence if microns per pixel that the user gives replace others that the file states; else "".
+
+    `source` is where the user gives them.
+
+    >>> overridden(0.25, 0.5)
+    "0.25 microns per pixel in the CSV, 0.5 in the file; the CSV's is used"
+    >>> overridden(0.5, 0.499), overridden(None, 0.5), overridden(0.5, None)
+    ('', '', '')
+    """
+    if given is None or stated is None or abs(given / stated - 1) <= MAX_MPP_DIFFERENCE:
+        return ""
+    where = "in" if source == "the CSV" else "by"
+    return f"{given:g} microns per pixel {where} {source}, {stated:.4g} in the file; {source}'s is used"
+
+
+def enlarged(l0_mpp: float | None, scale: float) -> str:
+    """Return a sentence if patches are finer than the image, of `l0_mpp` microns per pixel, by more than `TOLERANCE`.
+
+    `scale` is level-0 pixels per pixel of a patch.
+
+    >>> enlarged(1.0, 0.5)
+    'enlarged 2 x: the slide has 1 um per pixel, and patches are read at 0.5'
+    >>> enlarged(0.25, 2.0), enlarged(None, 0.5)
+    ('', '')
+    """
+    if l0_mpp is None or scale * TOLERANCE >= 1:
+        return ""
+    times = f"enlarged {1 / scale:.2g} x"
+    return f"{times}: the slide has {l0_mpp:.3g} um per pixel, and patches are read at {l0_mpp * scale:.3g}"
 
 
 NOT_KNOWN = Resolution()  # the resolution of a model that does not state it

@@ -50,7 +50,7 @@ def new_images(
             items.setdefault(file, Item(str(given[folder] / file.relative_to(folder)), file, {}))
     if not items:
         raise DataError(f"{listed(map(str, tables))}: none of the images is there. Give image files or folders.")
-    completed = [replace(item, mpp=mpp) if item.mpp is None else item for item in items.values()]
+    completed = [replace(item, mpp=mpp, mpp_from="--mpp") if item.mpp is None else item for item in items.values()]
     if masks is not None:
         completed = [replace(item, mask=item.mask or masks_in(masks).find(item)) for item in completed]
     return completed, left_out

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from keyhole.data.item import Item
-from keyhole.data.resolution import Resolution
+from keyhole.data.resolution import Resolution, enlarged, overridden
 from keyhole.engine import Engine, Inference
 from keyhole.errors import ImageError, KeyholeError
 from keyhole.images import open_image
@@ -30,6 +30,11 @@ from keyhole.report.pictures import most_attended, pictures_of_features, picture
 from keyhole.report.prediction import KeptPatches, Pictures, Prediction, Scores
 from keyhole.tasks.kinds import Task
 from keyhole.util.progress import say
+from keyhole.util.tally import Tally
+from keyhole.util.wording import counted
+
+FEW = 4
+"""With fewer patches than this part of the M that a model keeps, an image may be noted; see `Answers.usual_patches`."""
 
 
 @dataclass
@@ -44,6 +49,8 @@ class Answers:
         silent: Do not warn.
         whole: Number of kept patches that pictures hold in full.
         above: By task and class, the probability above which the class is predicted.
+        usual_patches: Number of patches that nearly all training images have at least; 0 where it is not known. Few
+            patches are noted only where the model is used to more: small photographs have few, and always had.
     """
 
     engine: Engine
@@ -54,7 +61,9 @@ class Answers:
     silent: bool
     whole: int = 0
     above: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    usual_patches: int = 0
     unlike: int = 0
+    scales: Tally = field(default_factory=Tally)
 
     def warn_about_features(self, done: Inference) -> None:
         for source in done.batch.sources:
@@ -100,7 +109,14 @@ class Answers:
             model=self.name,
             unreadable=source.grid.boxes(unreadable) if len(unreadable) else None,
             threshold=self.above,
-            notes=(*source.doubts(), *self._doubt(item.name, patch)),
+            notes=(
+                *source.doubts(),
+                *self._about_scale(item, source),
+                *self._doubt(item.name, patch),
+                *self._few(len(source)),
+            ),
+            mpp=source.l0_mpp,
+            file_mpp=source.file_mpp,
         )
 
     def _scores(self, kept: Kept, source: PatchSource) -> Scores:
@@ -136,6 +152,22 @@ class Answers:
                 return self.engine.reader.run(item.name, look)
         return source.extent, origin or (0, 0)
 
+    def _about_scale(self, item: Item, source: PatchSource) -> list[str]:
+        """Return notes on an image whose own resolution is overridden, or that is enlarged."""
+        given = overridden(item.mpp, source.file_mpp, item.mpp_from)
+        notes = list(filter(None, [given, enlarged(source.l0_mpp, source.scale)]))
+        for note in notes:
+            self.scales.add(item.name, note)
+        return notes
+
+    def _few(self, patches: int) -> list[str]:
+        """Return a note on an image with few patches, such as a slide that is nearly blank, if that is unusual."""
+        m = self.engine.settings.m
+        if patches * FEW >= m or patches >= self.usual_patches:
+            return []
+        had = f"nearly all images that it learned from have {counted(self.usual_patches, 'patch', 'patches')} or more"
+        return [f"{counted(patches, 'patch', 'patches')}, of {m} that the model keeps; {had}"]
+
     def _doubt(self, name: str, patch: Mapping[str, Any]) -> list[str]:
         """Return doubts about the resolution, which files of features need not state."""
         mpp = patch["mpp"]
@@ -169,7 +201,10 @@ class Answers:
             return prediction
 
     def finish(self, images: int) -> None:
-        """Warn of the number of images with another resolution."""
+        """Warn of the number of images with another resolution, and of those of `_about_scale`."""
+        for each in () if self.silent else self.scales.kinds.values():
+            where = "" if each.count == 1 else f"{each.count} of {images} images, the first "
+            say(f"warning: {where}{each.name}: {each.text}")
         if self.unlike > 1 and not self.silent:
             told = f"{self.unlike} of {images} images have another resolution than the model learned at"
             say(f"warning: {told} ({self.resolution} um per pixel), or none")

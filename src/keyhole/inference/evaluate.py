@@ -21,6 +21,7 @@ from keyhole.inference.evaluation_folder import (
     Subject,
     empty_scores,
     finish,
+    groups_in_training,
     open_folder,
     seen_in_training,
     unfinished,
@@ -139,7 +140,8 @@ def evaluate(
     begun = unfinished(asked.run)
     notes = [f"{asked.run}: {begun}"] if begun else []
     if asked.data is not None:
-        notes += [note] if (note := seen_in_training(asked.run, manifest.items)) else []
+        seen = (seen_in_training(asked.run, manifest.items), groups_in_training(asked.run, manifest.items))
+        notes += filter(None, seen)
         notes += manifest.notes
     keeps_test = asked.data is None and asked.out is None and asked.split == "test" and not begun
     if keeps_test:
@@ -152,7 +154,7 @@ def evaluate(
     if keeps_test:  # training writes those of train and val
         write_atomic(asked.run / "predictions" / "test.csv", (folder / "predictions.csv").read_bytes())
     notes += unused_masks(manifest.items, predictor.config.patch.foreground, trained=True)
-    notes += [f"{count} of {len(found.rows)} images: {text}" for text, count in found.doubts.items()]
+    notes += found.doubts.lines(len(found.rows))
     table = found.table()
     metrics = tuple(
         evaluate_task(task, table.targets[task.name], table.probability[task.name], table.groups) for task in tasks

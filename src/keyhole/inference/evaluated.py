@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,6 +20,7 @@ from keyhole.report.prediction import Prediction
 from keyhole.report.read_table import PredictionTable
 from keyhole.report.table import TableRow, labelled_row
 from keyhole.tasks.kinds import Task
+from keyhole.util.tally import Tally
 
 
 class Looked(NamedTuple):
@@ -52,7 +52,7 @@ class EvaluatedImages:
         self.judged: dict[str, Judged] = {}
         self.rows: list[tuple[Item, TableRow]] = []
         self.looked: list[Looked] = []
-        self.doubts: Counter[str] = Counter()
+        self.doubts = Tally()
         self._grouped = any(item.group for item in manifest.items)
 
     def wants_pictures(self, item: Item, prediction: Prediction) -> bool:
@@ -63,7 +63,8 @@ class EvaluatedImages:
         if self.examples.wants(item, prediction):
             self.examples.add(item, prediction)
         self.cases.add(item, prediction)
-        self.doubts.update(prediction.notes)
+        for note in prediction.notes:
+            self.doubts.add(item.name, note)
         if item.annotation is not None:
             self.judged[item.name] = judge(prediction, item.annotation, self.on_bad_image)
         patch, scores = prediction.patch, prediction.scores

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from keyhole.errors import KeyholeError, OutputError
 from keyhole.runs.run import Run
 from keyhole.runs.seal import read_state, sealed_config
 from keyhole.util.files import file_names, file_size, remove_unfinished, writable_folder, write_atomic
+from keyhole.util.wording import counted, listed
 
 OPTIONAL_FILES = ("confusion_*.csv", "lesions.csv", "contact_sheet.png")
 """Files that not every evaluation writes; `finish` removes those of an earlier call."""
@@ -170,4 +172,25 @@ def seen_in_training(run: Path, items: Sequence[Item]) -> str:
     return (
         f"{train + val} of the {len(items)} images were used before, {' and '.join(parts)}: the figures are too good. "
         "Evaluate images that the run has not seen."
+    )
+
+
+def groups_in_training(run: Path, items: Sequence[Item]) -> str:
+    """Return a sentence if groups of evaluated images have names of groups that the run trained on; else "".
+
+    Other images of the same patients make figures too good too, but equal names can be chance.
+    """
+    manifest = run / "manifest.csv"
+    if not manifest.is_file():
+        return ""
+    used = {row.item.group for row in read_csv(manifest).rows if row.item.split in ("train", "val")}
+    groups = Counter(item.group for item in items if item.group)
+    shared = {group: count for group, count in groups.items() if group in used}
+    if not shared:
+        return ""
+    return (
+        f"{len(shared)} of the {counted(len(groups), 'group')}, with {sum(shared.values())} of the "
+        f"{counted(len(items))}, also {'is a name' if len(shared) == 1 else 'are names'} in the training or validation "
+        f"split of the run: {listed(shared)}. If they are the same groups, such as the same patients, the figures are "
+        "too good: leave them out. Other data may have equal names by chance, such as 1, 2, 3."
     )

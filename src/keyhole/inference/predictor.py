@@ -112,6 +112,7 @@ def load(
         config = asked.replace(run={"decode": decode}, **given)
         name, precision = str(info["name"]), str(info["precision"])
         resolution = Resolution.from_json(info.get("resolution"))
+        usual_patches = int(info.get("usual_patches", 0))
     except (KeyError, TypeError, ConfigError, RunError) as error:
         raise RunError(
             f"{file}: its description does not fit keyhole {VERSION} ({error}). Was it made by another version?"
@@ -128,7 +129,7 @@ def load(
         arithmetic = choose_precision(precision, model.to(chosen).encoder, shape)
         engine = Engine(model, config.select, config.run, arithmetic=arithmetic, warn=_warn)
     predictor = Predictor(engine.model, config, tasks, name, resolution, engine)
-    predictor.thresholds = thresholds
+    predictor.thresholds, predictor.usual_patches = thresholds, usual_patches
     return predictor
 
 
@@ -159,6 +160,7 @@ class Predictor:
         self.thresholds: dict[str, dict[str, Threshold]] = {}  # by task and class; one half where there is none
         self._free: list[Engine] | None = None  # engines that no call uses; None before the first call
         self.silent = False  # True: no warnings about doubts, which the user knows already
+        self.usual_patches = 0  # number that nearly all training images have at least; 0 where it is not known
         self.whole_patches = 0  # number of kept patches, best first, that the pictures of a prediction hold in full
         self._told: set[str] = set()
 
@@ -178,7 +180,8 @@ class Predictor:
             image: An image or slide file; for a model of stored features a file of these. Or pixels in memory: uint8
                 (h, w, 3), (h, w, 1) or (h, w), or a picture of Pillow, whose grey values of 16 bits are scaled by
                 `patch.bits` as those of a file are.
-            mpp: Microns per level-0 pixel, 0.02 ... 100, where the file does not state it or is wrong.
+            mpp: Microns per level-0 pixel, 0.02 ... 100, where the file does not state it or is wrong. It replaces what
+                the file states, with a warning and a note in the prediction.
             mask: PNG or GeoJSON of the foreground, for a model of `patch.foreground mask` only.
             pictures: Add a small picture of the image and of its kept patches to the prediction.
 
@@ -206,10 +209,11 @@ class Predictor:
         else:
             picture = image_in_memory(image, self.config.patch.bits)
             images, item = ImageCache(image=picture), Item(str(picture.path), picture.path, {})
-        item = replace(item, mpp=known, mask=None if mask is None else Path(mask).absolute())
+        item = replace(item, mpp=known, mpp_from="`mpp`", mask=None if mask is None else Path(mask).absolute())
         _existing([item], in_memory=images is not None)
         found = self.predict_items([item], images=images, description=None, pictures=lambda *_: pictures)
-        return next(prediction for _, prediction in found)
+        ((_, prediction),) = found  # to the end, where it warns
+        return prediction
 
     def predict_many(
         self,
@@ -312,6 +316,7 @@ class Predictor:
             answers = Answers(
                 engine, self.tasks, self.name, self.resolution, self._told, self.silent, self.whole_patches, above
             )
+            answers.usual_patches = self.usual_patches
             waited = reader.waited
 
             def count(patches: int) -> None:

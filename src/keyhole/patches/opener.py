@@ -70,8 +70,11 @@ class FileOpener:
             ConfigError: its size or resolution does not allow the patches, or the foreground leaves none.
         """
         image = self.cache.open(self.path, self._level, self.bits)
+        stated = image.mpp
         try:
-            return FilePatches(image, self.grid(image), self.view, self.channels, self.name)
+            source = FilePatches(image, self.grid(image), self.view, self.channels, self.name)
+            source.file_mpp = stated
+            return source
         except BaseException:
             image.close()
             raise

@@ -72,6 +72,8 @@ class PatchSource(ABC):
         dtype: of the values.
         scale: level-0 pixels per pixel of a patch.
         mpp: microns per pixel of a patch; None where unknown.
+        l0_mpp: microns per level-0 pixel; None where unknown.
+        file_mpp: those that the file states, also where the user gives others; None where it does not state them.
         l0_size: width and height of the image at level 0; None where unknown.
         qupath_origin: level-0 x, y from which QuPath counts; None where unknown.
         view: how the image is turned by the augmentation.
@@ -86,6 +88,8 @@ class PatchSource(ABC):
     dtype: np.dtype[Any]
     scale: float = 1.0
     mpp: float | None = None
+    l0_mpp: float | None = None
+    file_mpp: float | None = None
     l0_size: Size | None = None
     qupath_origin: tuple[int, int] | None = None
     view: View = View()
@@ -164,6 +168,7 @@ class FilePatches(PatchSource):
         self.dtype = np.dtype(np.uint8)
         self.scale, self.l0_size, self.qupath_origin = grid.scale, image.size, image.qupath_origin
         self.mpp = None if image.mpp is None else image.mpp * grid.scale
+        self.l0_mpp = self.file_mpp = image.mpp
         self.decoded_bytes = decoded_bytes(image, grid.level)
         self.whole_bytes = image.held_pixels * image.channels
         same = grid.scale == image.levels[grid.level].downsample

@@ -204,6 +204,8 @@ class Predicted:
         notes: Reasons for doubt, such as another resolution than that of the training images.
         threshold: By task and class, the probability above which the class is predicted; empty for a task whose largest
             probability decides.
+        mpp: Microns per pixel of level 0; None where unknown.
+        file_mpp: Those that the file states, also where others were given and used; None where it does not state them.
     """
 
     name: str
@@ -221,6 +223,8 @@ class Predicted:
     origin: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
     threshold: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    mpp: float | None = None
+    file_mpp: float | None = None
 
 
 def pictures_of(prediction: Predicted) -> Pictures:

@@ -71,6 +71,8 @@ class Prediction(Predicted):
             "name": self.name,
             "image": str(self.image),
             "size": {"width": self.size.width, "height": self.size.height},
+            "mpp": self.mpp,
+            "file_mpp": self.file_mpp,
             "qupath_origin": list(self.origin),
             "tasks": {
                 task.name: {

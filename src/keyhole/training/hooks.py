@@ -106,7 +106,9 @@ class Hooks:
             state.best, state.best_epoch, state.waiting = (value, loss), state.epoch + 1, 0
             metric, figure = (state.metric, value) if math.isfinite(value) or not state.metric else ("loss", loss)
             chosen = {"epoch": state.epoch + 1, "metric": metric, "value": figure if math.isfinite(figure) else None}
-            about = describe(config, job.tasks, **chosen, resolution=asdict(job.images.resolution))
+            images = job.images
+            chosen |= {"resolution": asdict(images.resolution), "usual_patches": images.usual_patches}
+            about = describe(config, job.tasks, **chosen)
             about |= {"run": state.run, "manifest": state.manifest}
             with job.average.in_place():
                 save_model(job.run.path / "best", job.model, about)

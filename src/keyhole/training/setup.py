@@ -16,7 +16,7 @@ from keyhole.config.settings import AugmentConfig, Config
 from keyhole.data.companions import unused_masks
 from keyhole.data.item import Item
 from keyhole.data.manifest import Manifest
-from keyhole.data.resolution import Resolution
+from keyhole.data.resolution import Resolution, enlarged
 from keyhole.engine import Engine
 from keyhole.engine.device import choose_precision
 from keyhole.engine.memory.plan import cpu_chunk, fixed_chunk
@@ -31,6 +31,7 @@ from keyhole.patches.sources import View
 from keyhole.runs.checkpoint import load_encoder
 from keyhole.runs.start import load_start
 from keyhole.tasks.kinds import Task
+from keyhole.util.tally import Tally
 from keyhole.util.timing import Timer
 from keyhole.util.wording import counted, from_to
 
@@ -87,6 +88,7 @@ class Images:
         held_bytes: bytes of decoded images that stay in memory.
         open_bytes: bytes of the pictures decoded whole that are open at the same time.
         resolution: of the training images' patches; part of the model.
+        usual_patches: nearly all training images have as many patches or more; part of the model.
         jpeg: a GPU may decode patches from JPEG.
     """
 
@@ -98,6 +100,7 @@ class Images:
     held_bytes: int
     open_bytes: int
     resolution: Resolution
+    usual_patches: int
     jpeg: bool
 
     def opener(self, item: Item, view: View | None = None, offset: tuple[int, int] = (0, 0)) -> Opener:
@@ -123,6 +126,7 @@ def scan(
     shape: tuple[int, ...] = ()
     total = largest = 0
     doubts: Counter[str] = Counter()
+    scales = Tally()
     pictures: list[int] = []
     mpp: list[float | None] = []
     jpeg = False
@@ -143,6 +147,8 @@ def scan(
         pictures.append(source.whole_bytes)
         jpeg = jpeg or (config.run.decode == "auto" and may_decode(device) and source.gives_jpeg())
         doubts.update(source.doubts())
+        if note := enlarged(source.l0_mpp, source.scale):
+            scales.add(item.name, note)
         source.close()
     manifest = manifest.without(bad)
     if not manifest.split("train"):
@@ -159,6 +165,7 @@ def scan(
         keep, sentence = fits(total, cache_limit(config, device))
         lines.append(sentence)
     lines += [f"warning: {text} ({count} of {len(counts)} files)" for text, count in doubts.items()]
+    lines += [f"warning: {line}" for line in scales.lines(len(counts))]
     if bad:
         lines.append(f"left out {counted(len(bad))} that cannot be read; see left_out.csv")
     resolution = Resolution.of(mpp)
@@ -169,8 +176,19 @@ def scan(
     ahead = -(-(config.run.ahead + 2) * (fixed_chunk(config.select) or cpu_chunk(shape)) // patches[len(patches) // 2])
     opened = round(DECODING * decoded) + (decoded if keep else sum(pictures[: config.train.batch + ahead]))
     store = ImageCache(keep=keep, masks=probe.masks)
-    images = Images(config, store, counts, largest, shape, total if keep else 0, opened, resolution, jpeg and not keep)
+    held, jpeg = total if keep else 0, jpeg and not keep
+    usual = usual_patches([counts[item.name] for item in manifest.split("train")])
+    images = Images(config, store, counts, largest, shape, held, opened, resolution, usual, jpeg)
     return images, manifest, lines
+
+
+def usual_patches(counts: Sequence[int]) -> int:
+    """Return the number of patches that 95 % of the images have at least: a few blank slides do not count.
+
+    >>> usual_patches([200, 300, 250]), usual_patches([1, *[200] * 99])
+    (200, 200)
+    """
+    return sorted(counts)[len(counts) // 20]
 
 
 def cache_limit(config: Config, device: torch.device) -> float | None:

@@ -61,6 +61,7 @@ class FeaturePatches(PatchSource):
             attributes = {**attributes, **in_pixels(attributes, mpp)}
         self.grid = grid = FeatureGrid(file.n, self._coords, attributes)
         self.scale, self.mpp, self.l0_size, self.qupath_origin = grid.scale, grid.mpp, grid.l0_size, grid.qupath_origin
+        self.l0_mpp = None if self.mpp is None else self.mpp / self.scale
 
     def read(self, index: ArrayLike | slice, out: NDArray[Any] | None = None) -> NDArray[Any]:
         rows = checked_index(index, self.file.n, "feature")

@@ -11,7 +11,7 @@ from keyhole.config.settings import Config
 from keyhole.data.hashes import hash_files
 from keyhole.data.item import SPLITS, Finding, Item, warning
 from keyhole.data.manifest import Manifest
-from keyhole.data.resolution import Resolution
+from keyhole.data.resolution import Resolution, enlarged, overridden
 from keyhole.data.splits import give_splits, leaking_groups
 from keyhole.errors import ImageError
 from keyhole.patches.features import Origin
@@ -24,8 +24,6 @@ MIN_STEP_PATCHES = 16
 """With fewer patches in a step the statistics of batch norm are mostly noise (Wu and He 2018, Group Normalization)."""
 WITHOUT_BATCH_NORM = ("vit", "deit", "swin", "convnext", "beit", "eva", "mixer", "dino")
 """How the names of timm's encoders with layer norm begin."""
-MAX_MPP_DIFFERENCE = 0.05
-"""Relative difference of the resolutions in CSV and file that rounding and calibration explain."""
 ALL_IMAGES = "all images"
 
 
@@ -128,11 +126,15 @@ def _about_resolution(items: Sequence[Item], probed: Mapping[str, Probed], confi
     spread = Resolution.of(image.mpp for image in probed.values()).spread()
     if spread is not None and config.patch.mpp is None:
         yield warning(ALL_IMAGES, *spread)
-    for item in items:
-        stated = probed[item.name].file_mpp
-        if item.mpp and stated and abs(item.mpp / stated - 1) > MAX_MPP_DIFFERENCE:
-            problem = f"{item.mpp:g} microns per pixel in the CSV, {stated:.4g} in the file; the CSV's is used"
-            yield warning(item.name, problem, "Correct the column `mpp`, or leave it empty there.")
+    given = {item.name: overridden(item.mpp, probed[item.name].file_mpp) for item in items}
+    for problem, names in _grouped(given).items():
+        yield warning(names, problem, "Correct the column `mpp`, or leave it empty there.")
+    if wanted := config.patch.mpp:
+        read = {name: enlarged(image.mpp, wanted / image.mpp) for name, image in probed.items() if image.mpp}
+        for problem, names in _grouped(read).items():
+            coarsest = max(probed[name].mpp or 0 for name in names)
+            fix = f"Enlarging adds no detail: read all at --patch.mpp {coarsest:.3g}, or leave them out. "
+            yield warning(names, problem, f"{fix}If a file is wrong, give the true value in a column `mpp`.")
     for note, names in _grouped({x.name: probed[x.name].mpp_note for x in items if x.mpp is None}).items():
         fix = "Give the right value in a column `mpp`; it matters where --patch.mpp is set."
         yield warning(names, f"microns per pixel are not known ({note})", fix)
