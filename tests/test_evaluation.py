@@ -249,12 +249,12 @@ def test_groups_that_have_the_name_of_one_in_training_are_told(tmp_path: Path) -
         return [note for note in found.notes if "training or validation split" in note]
 
     (said,) = told("aaceedff")
-    assert said.startswith("2 of the 5 groups, with 3 of the 8 images, also are names in the training")
+    assert said.startswith("2 of the 5 groups (3 of the 8 images) have names of groups in the training")
     assert "run: a, c. If they are the same groups, such as the same patients, the figures are too good" in said
     assert "by chance" in said
     assert told("ddeeffgg") == [], "the test split was not learned from"
     assert told("    eeff") == [], "an image without a group is its own"
-    assert not any("are names" in line for line in keyhole.evaluate(run).lines())
+    assert not any("names of groups" in line for line in keyhole.evaluate(run).lines())
 
 
 def test_an_unfinished_run_says_so_and_keeps_no_predictions_of_an_earlier_model(toy: Path, tmp_path: Path) -> None:
