@@ -60,7 +60,10 @@ def test_chance_is_rarely_called_better_than_guessing_however_few_the_images(tas
 def test_one_pair_in_the_right_order_tells_nothing() -> None:
     found = judge_task(PAIR, np.array([[0.0], [1.0]]), np.array([[0.2, 0.8], [0.1, 0.9]]), [1.0] * 2)
     assert found.learned is None
+    known = judge_task(PAIR, *answers(2, 30, 0, 2, 0), [1.0] * 30)
+    assert known.learned is False
     assert Learning("the 2 test images", (found,)).learned is None
+    assert Learning("the 2 test images", (found, known)).learned is None, "one task may have learned"
 
 
 def test_a_model_that_ranks_well_is_not_called_ignorant_though_it_says_one_class_for_all() -> None:

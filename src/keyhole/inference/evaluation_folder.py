@@ -191,6 +191,7 @@ def groups_in_training(run: Path, items: Sequence[Item]) -> str:
     named = "has the name of one" if len(shared) == 1 else "have names of groups"
     return (
         f"{len(shared)} of the {counted(len(groups), 'group')} ({sum(shared.values())} of the {counted(len(items))}) "
-        f"{named} in the training or validation split of the run: {listed(shared)}. If they are the same groups, such as the same patients, the figures are "
-        "too good: leave them out. Other data may have equal names by chance, such as 1, 2, 3."
+        f"{named} in the training or validation split of the run: {listed(shared)}. If they are the same groups, such "
+        "as the same patients, the figures are too good: leave them out. Other data may have equal names by chance, "
+        "such as 1, 2, 3."
     )

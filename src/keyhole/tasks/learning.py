@@ -45,6 +45,11 @@ class TaskLearning:
     only: str | None = None  # the one prediction that all images get, though their labels differ
     even: bool | None = None  # all kept patches of every image have the same attention; None where one patch was kept
 
+    @property
+    def judged(self) -> bool:
+        """Whether the labels could tell, which those of one class cannot."""
+        return self.loss is not None
+
     def facts(self) -> list[str]:
         found = []
         if self.learned is False and self.loss is not None and self.guessing is not None:
@@ -65,9 +70,14 @@ class Learning:
 
     @property
     def learned(self) -> bool | None:
-        """Whether the model is better than guessing in any task; None if no task can tell."""
-        told = [task.learned for task in self.tasks if task.learned is not None]
-        return any(told) if told else None
+        """Whether the model is better than guessing in any task; None if that is open in one, or no task can tell."""
+        told = [task.learned for task in self.tasks if task.judged]
+        return True if True in told else None if None in told or not told else False
+
+    @property
+    def judged(self) -> bool:
+        """Whether the labels of any task could tell."""
+        return any(task.judged for task in self.tasks)
 
     def lines(self, config: Config | None = None) -> list[str]:
         """Return warnings and what to try next, which depends on the run's settings; empty where all is well."""

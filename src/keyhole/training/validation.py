@@ -170,7 +170,7 @@ def write_learning(job: Job, split: str, rows: Sequence[tuple[Item, TableRow]]) 
     where = f"the {len(rows)} {'validation' if split == 'val' else 'training'} images"
     learning = judge_rows(job.tasks, labels, rows, where)
     path = job.run.path / "learning.json"
-    if split == "val" and learning.learned is None and path.is_file():
+    if split == "val" and not learning.judged and path.is_file():
         return
     found = {"epoch": job.state.best_epoch, "split": split, **learning.to_json(job.config)}
     write_atomic(path, json.dumps(found, indent=2) + "\n")
