@@ -382,6 +382,7 @@ BAD: dict[str, tuple[str | bytes, tuple[str, ...], str]] = {
         (),
         r"line 2: mpp is '0,5'. .* such as 0.25 \(with a point\)",
     ),
+    "only the delimiter": (b"sep=;\n\n", (), "no column `image`; the columns are sep="),
     "a spreadsheet": (
         b"PK\x03\x04\x14\x00",
         (),

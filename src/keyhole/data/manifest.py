@@ -150,7 +150,7 @@ def read_manifest(data: DataConfig, seed: int = 0) -> Manifest:
     except DataError as error:
         if not left_out:
             raise
-        first = f"{left_out[0].name}: {left_out[0].reason}"
+        first = f"{left_out[0].name}: {left_out[0].reason.rstrip('.')}"
         raise DataError(f"{error} {counted(len(left_out))} could not be used, the first is {first}.") from error
     check_training(str(path), items, tasks)
     train = [item for item in items if item.split == "train"]

@@ -21,8 +21,8 @@ RESERVED = ("image", "name", "split", "group", "mpp", *FILES, "sha256", "bytes")
 CLAM_COLUMNS = {"slide_id": "image", "case_id": "group"}
 """Columns of CLAM's lists of labels, and what they are read as: they name the features of a slide, not its file."""
 DELIMITERS = ",;\t"
-EXCEL_DELIMITER = re.compile(r"sep=.\r?\n")
-"""A first line that tells Excel the delimiter."""
+EXCEL_DELIMITER = re.compile(r"\Asep=.\r?\n(?=\s*\S)")
+"""A first line that tells Excel the delimiter, if others follow."""
 ZIP = b"PK\x03\x04"
 """How archives begin, and spreadsheets among them."""
 MAX_CSV_BYTES = 1 << 30  # a million rows take a tenth of this
@@ -115,8 +115,7 @@ def _text(path: Path) -> str:
 
 def _parse(path: Path, text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """Return the header, and (line number, stripped fields) of every row that is not blank."""
-    if EXCEL_DELIMITER.match(text):
-        text = "\n" + text.split("\n", 1)[-1]  # so that lines keep their numbers
+    text = EXCEL_DELIMITER.sub("\n", text, count=1)  # lines keep their numbers
     first = next(line for line in text.splitlines() if line.strip())
     # Take the delimiter that separates a column `image`, else that with most fields: names may hold the others.
     headers = {mark: [name.strip().strip('"').strip().lower() for name in first.split(mark)] for mark in DELIMITERS}

@@ -140,7 +140,7 @@ def score_legend(scale: ScoreScale, scores: Scores, task: str) -> Legend:
         ticks.insert(1, (middle / doublings, f"{times(2**middle)} 1/N"))
     text = (
         f"Colours: score, the share of a patch in the attention over all N = {scale.patches:,}, by which the kept ones "
-        f"were chosen. Comparable across this image, which has {_range(scale, scores, task)} 1/N."
+        f"were chosen: here {_range(scale, scores, task)} 1/N. Comparable across this image."
     )
     return Legend(SCORE_COLORS, tuple(ticks), text)
 
